@@ -1,0 +1,212 @@
+"""The one file that BUILD files load rules from.
+
+Labels are resolved where this file lives, so that the macros mean the same in a
+workspace that depends on this one.
+"""
+
+load("@rules_cc//cc:defs.bzl", _cc_binary = "cc_binary", _cc_library = "cc_library", _cc_test = "cc_test")
+load("@rules_python//python:defs.bzl", _py_binary = "py_binary", _py_library = "py_library", _py_test = "py_test")
+
+# Headers of others come in through `includes`, which makes them system headers,
+# and so these hold for our own sources only.
+_COPTS = [
+    "-std=c++17",
+    "-Wall",
+    "-Wextra",
+    "-Werror",
+]
+
+# Handlers are handed to Python as capsules: nothing else need be seen.
+_EXTENSION_COPTS = [
+    "-fvisibility=hidden",
+    "-fexceptions",
+    "-frtti",
+]
+
+PLATFORMS = ["cpu", "gpu", "tpu"]
+
+py_binary = _py_binary
+py_library = _py_library
+
+def cc_library(name, copts = [], **kwargs):
+    """A C++17 library, warnings being errors."""
+    _cc_library(name = name, copts = _COPTS + copts, **kwargs)
+
+def cc_binary(name, copts = [], **kwargs):
+    """A C++17 program, warnings being errors."""
+    _cc_binary(name = name, copts = _COPTS + copts, **kwargs)
+
+def cc_test(name, size, copts = [], **kwargs):
+    """A C++17 test program, warnings being errors; it fails by exiting non-zero."""
+    _cc_test(name = name, size = size, copts = _COPTS + copts, **kwargs)
+
+def py_test(name, size, **kwargs):
+    """A Python test that is its own main program (absltest)."""
+    _py_test(name = name, size = size, **kwargs)
+
+def nnx_py_library(name, srcs = [], pyi = None, data = [], **kwargs):
+    """A Python library, with the type stub of an extension where it has one.
+
+    Args:
+      name: the stem of the module's file.
+      srcs: its sources.
+      pyi: an optional stub that travels with it.
+      data: what it reads at run time.
+      **kwargs: passed on to py_library.
+    """
+    _py_library(
+        name = name,
+        srcs = srcs,
+        data = data + ([pyi] if pyi else []),
+        **kwargs
+    )
+
+def nnx_pybind_extension(
+        name,
+        srcs,
+        deps = [],
+        pyi = None,
+        copts = [],
+        linkopts = [],
+        data = [],
+        testonly = False,
+        visibility = None,
+        tags = [],
+        **kwargs):
+    """A pybind11 extension module.
+
+    Makes `<name>.so`, and a py_library `<name>` that carries it, so that users
+    name it in `deps` like any other module.
+
+    Args:
+      name: the module's name, as in `PYBIND11_MODULE(name, m)`.
+      srcs: C++ sources.
+      deps: C++ libraries; pybind11 and Python's headers are added.
+      pyi: an optional stub that travels with it.
+      copts: further compiler options.
+      linkopts: further linker options.
+      data: what it reads at run time.
+      testonly: whether only tests may use it.
+      visibility: of the py_library.
+      tags: of both.
+      **kwargs: passed on to the shared object (cc_binary).
+    """
+    _cc_binary(
+        name = name + ".so",
+        srcs = srcs,
+        copts = _COPTS + _EXTENSION_COPTS + copts,
+        linkopts = linkopts,
+        linkshared = True,
+        tags = tags,
+        testonly = testonly,
+        visibility = ["//visibility:private"],
+        deps = deps + [
+            Label("@nnx_python//:headers"),
+            Label("@pypi//pybind11:headers"),
+        ],
+        **kwargs
+    )
+    nnx_py_library(
+        name = name,
+        data = data + [":%s.so" % name],
+        pyi = pyi,
+        tags = tags,
+        testonly = testonly,
+        visibility = visibility,
+    )
+
+def _run_by(main, name, args, srcs = [], deps = [], env = {}, **kwargs):
+    """A py_test whose main program is one of this directory."""
+    main = Label("//tools/build_defs:" + main)
+    _py_test(
+        name = name,
+        srcs = srcs + [main],
+        main = main,
+        args = args,
+        env = {"PYTHONWARNINGS": "error"} | env,
+        deps = deps,
+        **kwargs
+    )
+
+def nnx_py_test(name, srcs, size, deps = [], args = [], **kwargs):
+    """Runs test files under pytest, warnings being errors.
+
+    `unittest` and `absltest` classes are collected as well; no main program is
+    needed.  `shard_count` and `--test_filter` work on single test cases.
+
+    Args:
+      name: the test file's stem.
+      srcs: the test files.
+      size: required: small, medium, large or enormous.
+      deps: what they import; pytest is added.
+      args: further arguments for pytest.
+      **kwargs: passed on to py_test.
+    """
+    _run_by(
+        main = "pytest_main.py",
+        name = name,
+        srcs = srcs,
+        args = ["$(rootpath %s)" % src for src in srcs] + args,
+        size = size,
+        deps = deps + [
+            Label("@pypi//absl_py"),
+            Label("@pypi//hypothesis"),
+            Label("@pypi//pytest"),
+        ],
+        **kwargs
+    )
+
+def doctest_test(name, modules, size, deps = [], **kwargs):
+    """Runs the examples in the docstrings of modules; none at all is a failure.
+
+    Args:
+      name: of the test.
+      modules: dotted names, compiled extensions included.
+      size: required: small, medium, large or enormous.
+      deps: the libraries that hold them.
+      **kwargs: passed on to py_test.
+    """
+    _run_by(
+        main = "doctest_main.py",
+        name = name,
+        args = modules,
+        size = size,
+        deps = deps,
+        **kwargs
+    )
+
+def op_test(name, srcs, size, deps = [], env = {}, tags = [], **kwargs):
+    """One test file for each platform: `<name>_cpu`, `<name>_gpu`, `<name>_tpu`.
+
+    Each carries its platform as a tag and in TEST_PLATFORM.  What needs the
+    device itself is marked `@pytest.mark.needs_device`: without one it is
+    skipped in words, or fails under --test_env=REQUIRE_DEVICE=1.
+
+    The first op_test of a package also makes its test suites `cpu`, `gpu` and
+    `tpu`, which the suites of those names in //:BUILD gather.
+
+    Args:
+      name: the test file's stem.
+      srcs: the test files.
+      size: required: small, medium, large or enormous.
+      deps: what they import; the packages of the accelerator are added.
+      env: further environment.
+      tags: further tags.
+      **kwargs: passed on to nnx_py_test.
+    """
+    for platform in PLATFORMS:
+        nnx_py_test(
+            name = "%s_%s" % (name, platform),
+            srcs = srcs,
+            size = size,
+            env = {"TEST_PLATFORM": platform} | env,
+            tags = [platform] + tags,
+            deps = deps,
+            **kwargs
+        )
+        if not native.existing_rule(platform):
+            native.test_suite(
+                name = platform,
+                tags = [platform],
+                visibility = [Label("//:__pkg__")],
+            )

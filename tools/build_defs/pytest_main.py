@@ -1,0 +1,106 @@
+"""Runs test files under pytest the way Bazel asks for it.
+
+Understands Bazel's sharding, `--test_filter` and XML report, and the marker
+`needs_device` of tests that run on TEST_PLATFORM's hardware.
+"""
+
+import fnmatch
+import os
+import pathlib
+import sys
+
+import pytest
+
+_EXPRESSION = frozenset(" ()")
+
+
+def _matches(pattern: str, item: pytest.Item) -> bool:
+  """Whether `Class.test`, `Class::test`, a part of it or a glob names `item`."""
+  name = item.nodeid.replace("::", ".")
+  pattern = pattern.replace("::", ".")
+  return pattern in name or fnmatch.fnmatchcase(name, f"*{pattern}")
+
+
+def _has_device(platform: str) -> bool:
+  if platform == "cpu":
+    return True
+  import jax
+
+  try:
+    return bool(jax.devices(platform))
+  except RuntimeError:
+    return False
+
+
+class BazelPlugin:
+  """Selects the tests of this shard and filter; skips those without a device."""
+
+  def pytest_configure(self, config: pytest.Config) -> None:
+    config.addinivalue_line(
+      "markers", "needs_device: runs on the hardware of TEST_PLATFORM"
+    )
+
+  def pytest_collection_modifyitems(
+    self, config: pytest.Config, items: list[pytest.Item]
+  ) -> None:
+    if "absl.flags" in sys.modules:
+      # absltest reads its flags; Bazel gives their values as environment.
+      sys.modules["absl.flags"].FLAGS.mark_as_parsed()
+    pattern = os.environ.get("TESTBRIDGE_TEST_ONLY")
+    if pattern and _EXPRESSION.isdisjoint(pattern):
+      self._keep(config, items, [i for i in items if _matches(pattern, i)])
+    shards = int(os.environ.get("TEST_TOTAL_SHARDS") or 1)
+    if shards > 1:
+      if not items:
+        return
+      self.shard_may_be_empty = True
+      shard = int(os.environ["TEST_SHARD_INDEX"])
+      pathlib.Path(os.environ["TEST_SHARD_STATUS_FILE"]).touch()
+      self._keep(config, items, items[shard::shards])
+
+  shard_may_be_empty = False
+
+  def _keep(self, config, items, kept) -> None:
+    dropped = [item for item in items if item not in kept]
+    config.hook.pytest_deselected(items=dropped)
+    items[:] = kept
+
+  def pytest_runtest_setup(self, item: pytest.Item) -> None:
+    if item.get_closest_marker("needs_device") is None:
+      return
+    platform = os.environ.get("TEST_PLATFORM", "cpu")
+    if not _has_device(platform):
+      words = f"no {platform} device: numerics NOT run"
+      if os.environ.get("REQUIRE_DEVICE") == "1":
+        pytest.fail(words)
+      pytest.skip(words)
+
+
+def main(argv: list[str]) -> int:
+  """Runs the files and options of `argv`; returns the exit status."""
+  args = [
+    "--import-mode=importlib",
+    "--config-file=/dev/null",
+    f"--rootdir={os.getcwd()}",
+    "--strict-markers",
+    "-pno:cacheprovider",
+    "-q",
+    "-ra",
+    *argv,
+  ]
+  if xml := os.environ.get("XML_OUTPUT_FILE"):
+    args.append(f"--junitxml={xml}")
+  pattern = os.environ.get("TESTBRIDGE_TEST_ONLY", "")
+  if not _EXPRESSION.isdisjoint(pattern):
+    args.append(f"-k={pattern}")
+  plugin = BazelPlugin()
+  status = pytest.main(args, plugins=[plugin])
+  if status == pytest.ExitCode.NO_TESTS_COLLECTED and plugin.shard_may_be_empty:
+    return 0
+  return int(status)
+
+
+if __name__ == "__main__":
+  # Plugins that the host happens to have are no part of these tests.
+  os.environ.setdefault("PYTEST_DISABLE_PLUGIN_AUTOLOAD", "1")
+  sys.exit(main(sys.argv[1:]))
