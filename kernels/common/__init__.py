@@ -1,0 +1,1 @@
+"""What the ops share: dispatch in Python, and headers for C++ kernels."""

@@ -1,0 +1,542 @@
+"""How an op is defined: one primitive, and one lowering for each platform.
+
+An op is written once as a plain JAX `reference`, which every platform can run,
+and may have faster implementations for some platforms. Which one a program gets
+is settled by rule when the program is lowered, because only then is the
+platform known: one traced program, or one exported artifact, serves them all.
+
+    op = dispatch.Op(
+      "my_op",
+      abstract_eval=lambda x, *, n: (dispatch.out_aval(x.shape, x.dtype, x),),
+      reference=my_reference,
+      implementations=(
+        dispatch.Implementation(
+          name="cpu", platforms=("cpu",), fn=my_ffi_call, library=_LIBRARY,
+        ),
+      ),
+      batching=my_batching_rule,
+      partitioning=MY_PARTITIONING,
+    )
+    (y,) = op(x, n=3, implementation="auto")
+"""
+
+import dataclasses
+import functools
+import importlib
+import operator
+import threading
+import types
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+from jax.experimental import custom_partitioning as custom_partitioning_lib
+from jax.extend import core as extend_core
+from jax.interpreters import ad, batching, mlir
+
+from kernels.common import jax_private
+
+AUTO = "auto"
+XLA = "xla"
+
+# The platforms that can have an implementation of their own; any other one
+# gets the reference.
+PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
+
+_OPS: dict[str, "Op"] = {}
+_LIBRARIES: list["Library"] = []
+
+
+class Library:
+  """A compiled extension module with XLA FFI handlers, loaded on first use.
+
+  Args:
+    module: Dotted name of the extension module, for example
+      `kernels.my_op._my_op_cpu`.
+    targets: Maps the FFI target name to the name of the function in the module
+      that returns the handler's capsule.
+    platform: The platform to register the handlers for.
+  """
+
+  def __init__(
+    self, module: str, targets: Mapping[str, str], platform: str = "cpu"
+  ):
+    self.module = module
+    self.platform = platform
+    self._targets = dict(targets)
+    self._lock = threading.Lock()
+    self._loaded: types.ModuleType | None = None
+    _LIBRARIES.append(self)
+
+  def load(self) -> types.ModuleType:
+    """Imports the module and registers its handlers, once.
+
+    Returns:
+      The extension module.
+
+    Raises:
+      ImportError: If the extension has not been built.
+    """
+    with self._lock:
+      if self._loaded is None:
+        module = importlib.import_module(self.module)
+        for target, getter in self._targets.items():
+          jax.ffi.register_ffi_target(
+            target, getattr(module, getter)(), platform=self.platform
+          )
+        self._loaded = module
+      return self._loaded
+
+  def missing(self) -> str | None:
+    """Returns why the library cannot be used, or None if it can."""
+    try:
+      self.load()
+    except ImportError as error:
+      return f"the extension {self.module} could not be imported ({error})"
+    return None
+
+
+@dataclasses.dataclass(frozen=True)
+class Implementation:
+  """One way to run an op on some platforms.
+
+  Attributes:
+    name: What users pass as `implementation=`.
+    platforms: Where it can be lowered.
+    fn: `fn(*args, **params) -> sequence of results`, in JAX; may call
+      `jax.ffi.ffi_call` or Pallas.
+    library: The extension it needs, if any.
+    unsupported: `unsupported(avals, **params)` returns a clause that says why
+      these arguments cannot be handled ("`x` is complex"), or None.
+    slower: `slower(avals, **params)` returns a clause that says why the
+      reference is expected to be faster here, or None. Only asked for "auto".
+      Sizes may be symbolic under `jax.export`: see `static_size`.
+  """
+
+  name: str
+  platforms: tuple[str, ...]
+  fn: Callable[..., Sequence[jax.Array]]
+  library: Library | None = None
+  unsupported: Callable[..., str | None] | None = None
+  slower: Callable[..., str | None] | None = None
+
+  def problem(self, avals: Sequence[Any], params: dict[str, Any]) -> str | None:
+    """Returns why this cannot run on `avals`, or None."""
+    if self.library is not None and (why := self.library.missing()):
+      return why
+    if self.unsupported is not None:
+      return self.unsupported(avals, **params)
+    return None
+
+
+@dataclasses.dataclass(frozen=True)
+class Partitioning:
+  """How an implementation that XLA cannot look into is split over devices.
+
+  Attributes:
+    rule: `rule(avals, **params) -> (sharding_rule, need_replication_factors)`,
+      a Shardy rule as `custom_partitioning.def_partition` takes it; the factors
+      in order of appearance.
+    partition: `partition(mesh, arg_infos, result_infos, call, **params) ->
+      (fn, result_specs, arg_specs)`. The infos have `shape`, `dtype` and
+      `sharding.spec`. `fn` runs on each device's part and may use collectives
+      over the mesh's axis names; `call(*args, **params)` is the op itself on
+      the part. The specs are PartitionSpecs, one for each array. A dimension
+      that the kernel cannot split must be left whole in `arg_specs` here, in
+      addition to being named in the rule, or the result is silently wrong.
+  """
+
+  rule: Callable[..., tuple[str, Sequence[str]]]
+  partition: Callable[..., tuple[Callable[..., Any], Any, Any]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Choice:
+  """What an op does, or would do, for some arguments on a platform.
+
+  Attributes:
+    op: Name of the op.
+    implementation: Name of the chosen implementation.
+    platform: The platform it was chosen for.
+    reason: Why, as a sentence.
+  """
+
+  op: str
+  implementation: str
+  platform: str
+  reason: str
+
+
+def out_aval(shape: Sequence[Any], dtype: Any, *inputs: Any) -> Any:
+  """Returns the abstract value of a result computed from `inputs`.
+
+  Inside `shard_map`, a result varies over every mesh axis that one of its
+  inputs varies over.
+
+  Args:
+    shape: Of the result.
+    dtype: Of the result.
+    *inputs: Abstract values it depends on.
+  """
+  varying = frozenset().union(
+    *(getattr(aval, "vma", None) or frozenset() for aval in inputs)
+  )
+  if varying:
+    return jax.core.ShapedArray(tuple(shape), dtype, vma=varying)
+  return jax.core.ShapedArray(tuple(shape), dtype)
+
+
+def static_size(shape: Sequence[Any]) -> int | None:
+  """Returns the number of elements, or None if a dimension is symbolic."""
+  if not all(isinstance(size, int) for size in shape):
+    return None
+  return functools.reduce(operator.mul, shape, 1)
+
+
+def move_batch_to_front(
+  args: Sequence[Any], dims: Sequence[int | None]
+) -> tuple[list[Any], Any]:
+  """Gives every argument of a batching rule a leading batch axis.
+
+  Args:
+    args: Arguments of the batching rule.
+    dims: Their batch dimensions, None for those without.
+
+  Returns:
+    The arguments, each `[batch, ...]`, and the batch size.
+  """
+  size = next(arg.shape[dim] for arg, dim in zip(args, dims) if dim is not None)
+  moved = [
+    jax.numpy.broadcast_to(arg, (size, *arg.shape))
+    if dim is None
+    else jax.numpy.moveaxis(arg, dim, 0)
+    for arg, dim in zip(args, dims)
+  ]
+  return moved, size
+
+
+class Op:
+  """An op: one primitive with a lowering rule for each platform.
+
+  Args:
+    name: Of the op and of its primitive.
+    abstract_eval: `abstract_eval(*avals, **params) -> sequence of avals`; make
+      them with `out_aval`. Argument checks belong into the caller.
+    reference: `reference(*args, **params) -> sequence of arrays` in plain JAX,
+      correct on every platform. Named "xla" among the implementations.
+    implementations: The others; for "auto", the first one that fits the
+      platform and the arguments and is not slower wins.
+    batching: `batching(op, args, dims, **params) -> (results, dims)`; bind `op`
+      again in it (it carries the `implementation` over). None: vmap raises.
+    partitioning: How implementations other than the reference are split over
+      devices under `jit`. None: XLA gathers their operands.
+    not_differentiable: The sentence of the TypeError that differentiating
+      raises. None: the caller defines derivatives around the op.
+
+  Every `params` value must be hashable.
+  """
+
+  def __init__(
+    self,
+    name: str,
+    *,
+    abstract_eval: Callable[..., Sequence[Any]],
+    reference: Callable[..., Sequence[jax.Array]],
+    implementations: Sequence[Implementation] = (),
+    batching: Callable[..., Any] | None = None,
+    partitioning: Partitioning | None = None,
+    not_differentiable: str | None = None,
+  ):
+    self.name = name
+    self.reference = reference
+    self.implementations = {impl.name: impl for impl in implementations}
+    self.partitioning = partitioning
+    self.primitive = extend_core.Primitive(name)
+    self.primitive.multiple_results = True
+    self._define(abstract_eval, batching, not_differentiable)
+    _OPS[name] = self
+
+  def __call__(
+    self, *args: Any, implementation: str = AUTO, **params: Any
+  ) -> list[jax.Array]:
+    """Runs or traces the op.
+
+    Args:
+      *args: Arrays.
+      implementation: "auto", "xla" or the name of an implementation.
+      **params: Static parameters.
+
+    Returns:
+      The results.
+
+    Raises:
+      ValueError: If `implementation` is not known, or cannot handle the
+        arguments.
+    """
+    self.check_implementation(implementation)
+    return self.primitive.bind(*args, implementation=implementation, **params)
+
+  def check_implementation(self, implementation: str) -> None:
+    """Raises ValueError unless `implementation` can be asked for."""
+    names = (AUTO, XLA, *self.implementations)
+    if implementation not in names:
+      raise ValueError(
+        f"`implementation` of {self.name} must be one of {', '.join(names)},"
+        f" but got {implementation!r}."
+      )
+
+  def choose(
+    self,
+    platform: str,
+    avals: Sequence[Any],
+    *,
+    implementation: str = AUTO,
+    **params: Any,
+  ) -> Choice:
+    """Decides what runs on `platform` for arguments like `avals`.
+
+    Raises:
+      ValueError: If the named `implementation` cannot run there.
+    """
+    choice = functools.partial(Choice, self.name, platform=platform)
+    if implementation == XLA:
+      return choice(XLA, reason="It was asked for.")
+    if implementation != AUTO:
+      impl = self.implementations[implementation]
+      if platform not in impl.platforms:
+        raise ValueError(
+          f"`implementation={implementation!r}` of {self.name} runs on"
+          f" {', '.join(impl.platforms)}, but the program is lowered for"
+          f" {platform}. Use implementation='auto'."
+        )
+      if why := impl.problem(avals, params):
+        raise ValueError(
+          f"`implementation={implementation!r}` of {self.name} cannot be used"
+          f" here: {why}. Use implementation='auto'."
+        )
+      return choice(implementation, reason="It was asked for.")
+    rejected = []
+    for impl in self.implementations.values():
+      if platform not in impl.platforms:
+        continue
+      why = impl.problem(avals, params)
+      if why is None and impl.slower is not None:
+        why = impl.slower(avals, **params)
+      if why is None:
+        return choice(
+          impl.name, reason=f"It is the fastest on {platform} for these shapes."
+        )
+      rejected.append(f"{impl.name} is not used because {why}")
+    if rejected:
+      return choice(XLA, reason="; ".join(rejected) + ".")
+    return choice(XLA, reason=f"Nothing else is written for {platform}.")
+
+  def _define(self, abstract_eval, batching_rule, not_differentiable):
+    prim = self.primitive
+
+    def abstract(*avals, implementation, **params):
+      del implementation
+      return list(abstract_eval(*avals, **params))
+
+    prim.def_abstract_eval(abstract)
+    prim.def_impl(
+      lambda *args, **params: _jitted(prim, tuple(sorted(params.items())))(
+        *args
+      )
+    )
+    if self.partitioning is not None:
+      jax_private.require_devices(prim)
+    mlir.register_lowering(prim, self._lowering_rule(None))
+    for platform in PLATFORMS:
+      mlir.register_lowering(
+        prim, self._lowering_rule(platform), platform=platform
+      )
+
+    if batching_rule is not None:
+
+      def batch(args, dims, *, implementation, **params):
+        bound = functools.partial(self, implementation=implementation)
+        return batching_rule(bound, args, dims, **params)
+
+      batching.primitive_batchers[prim] = batch
+
+    if not_differentiable is not None:
+
+      def refuse(*args, **params):
+        del args, params
+        raise TypeError(not_differentiable)
+
+      ad.primitive_jvps[prim] = refuse
+
+  def _lowering_rule(self, platform: str | None):
+    def rule(ctx, *args, implementation, **params):
+      choice = self.choose(
+        platform or "this platform",
+        ctx.avals_in,
+        implementation=implementation,
+        **params,
+      )
+      fn = self._function(choice.implementation, tuple(sorted(params.items())))
+      return mlir.lower_fun(fn, multiple_results=True)(ctx, *args)
+
+    return rule
+
+  @functools.lru_cache(maxsize=None)
+  def _function(self, name: str, params: tuple[tuple[str, Any], ...]):
+    """Returns the positional function that runs implementation `name`."""
+    if name == XLA:
+      return functools.partial(self.reference, **dict(params))
+    fn = functools.partial(self.implementations[name].fn, **dict(params))
+    if self.partitioning is None:
+      return fn
+    return functools.partial(_call_partitioned, self, name, params, fn)
+
+
+def _call_partitioned(op: Op, name, params, fn, *args):
+  """Calls `fn` in a wrapper that tells XLA how to split it."""
+  kwargs = dict(params)
+  avals = [jax.typeof(arg) for arg in args]
+  part = op.partitioning
+  assert part is not None
+  rule, whole = part.rule(avals, **kwargs)
+
+  def tupled(*xs):
+    return tuple(fn(*xs))
+
+  def partition(mesh, arg_infos, result_infos):
+    call = functools.partial(op, implementation=name)
+    local, result_specs, arg_specs = part.partition(
+      mesh, arg_infos, result_infos, call, **kwargs
+    )
+    # The mesh to answer with is the one that the shardings name.
+    mesh = arg_infos[0].sharding.mesh
+    named = functools.partial(jax.sharding.NamedSharding, mesh)
+    return (
+      mesh,
+      lambda *xs: tuple(local(*xs)),
+      tuple(map(named, result_specs)),
+      tuple(map(named, arg_specs)),
+    )
+
+  wrapped = custom_partitioning_lib.custom_partitioning(tupled)
+  wrapped.def_partition(
+    partition=partition,
+    sharding_rule=rule,
+    need_replication_factors=tuple(whole),
+  )
+  return wrapped(*args)
+
+
+@functools.lru_cache(maxsize=None)
+def _jitted(prim, params):
+  return jax.jit(functools.partial(prim.bind, **dict(params)))
+
+
+def register() -> None:
+  """Loads every extension that is built and registers its FFI handlers.
+
+  Ops do this by themselves. Call it in a process that runs an artifact of
+  `jax.export` without having traced the op.
+
+  Example:
+    >>> import kernels
+    >>> kernels.register()
+  """
+  for library in _LIBRARIES:
+    library.missing()
+
+
+def implementations() -> dict[str, dict[str, str]]:
+  """Lists what every op can run on.
+
+  Returns:
+    For each op, a dict from the name of an implementation to the platforms it
+    is for, or to why it cannot be used in this process.
+
+  Example:
+    >>> import kernels
+    >>> kernels.implementations()["batch_stat_update"]["xla"]
+    'every platform'
+  """
+  table = {}
+  for name, op in sorted(_OPS.items()):
+    row = {XLA: "every platform"}
+    for impl in op.implementations.values():
+      missing = impl.library.missing() if impl.library else None
+      row[impl.name] = missing or ", ".join(impl.platforms)
+    table[name] = row
+  return table
+
+
+def explain(
+  fn: Callable[..., Any],
+  *args: Any,
+  platform: str | None = None,
+  **kwargs: Any,
+) -> list[Choice]:
+  """Tells which implementation each op in a program gets, and why.
+
+  Nothing is compiled or run. Arrays among the arguments may be
+  `jax.ShapeDtypeStruct`s; everything else is passed to `fn` as it is.
+
+  Args:
+    fn: Any function that JAX can trace: an op of this package, or a whole
+      training step.
+    *args: Its arguments.
+    platform: "cpu", "cuda", "rocm" or "tpu". The default backend's, if None.
+    **kwargs: Its keyword arguments.
+
+  Returns:
+    One `Choice` for each use of an op, in order of appearance.
+
+  Example:
+    >>> import jax, kernels
+    >>> x = jax.ShapeDtypeStruct((128, 256), "float32")
+    >>> stat = jax.ShapeDtypeStruct((256,), "float32")
+    >>> [choice] = kernels.explain(
+    ...   kernels.batch_stat.update, x, stat, stat, implementation="xla"
+    ... )
+    >>> choice.implementation, choice.reason
+    ('xla', 'It was asked for.')
+  """
+  platform = platform or jax.default_backend()
+  if platform == "gpu":
+    platform = "cuda"
+  leaves, treedef = jax.tree.flatten((args, kwargs))
+  traced = [
+    i
+    for i, leaf in enumerate(leaves)
+    if hasattr(leaf, "shape") and hasattr(leaf, "dtype")
+  ]
+
+  def call(arrays):
+    full = list(leaves)
+    for i, array in zip(traced, arrays):
+      full[i] = array
+    fn_args, fn_kwargs = jax.tree.unflatten(treedef, full)
+    return fn(*fn_args, **fn_kwargs)
+
+  closed = jax.make_jaxpr(call)([leaves[i] for i in traced])
+  choices: list[Choice] = []
+  _visit(closed.jaxpr, platform, choices)
+  return choices
+
+
+def _visit(jaxpr, platform, choices):
+  for eqn in jaxpr.eqns:
+    op = _OPS.get(eqn.primitive.name)
+    if op is not None and op.primitive is eqn.primitive:
+      avals = [var.aval for var in eqn.invars]
+      choices.append(op.choose(platform, avals, **eqn.params))
+    for inner in _inner_jaxprs(eqn.params.values()):
+      _visit(inner, platform, choices)
+
+
+def _inner_jaxprs(values):
+  for value in values:
+    if isinstance(value, extend_core.ClosedJaxpr):
+      yield value.jaxpr
+    elif isinstance(value, extend_core.Jaxpr):
+      yield value
+    elif isinstance(value, (tuple, list)):
+      yield from _inner_jaxprs(value)

@@ -1,0 +1,76 @@
+// A blocking parallel loop over a thread pool that somebody else owns.
+//
+// XLA hands its intra-op pool to a handler as `xla::ffi::ThreadPool`. The pool
+// may be busy, or the handler may itself run on one of its threads, so waiting
+// for helpers that have not started could wait forever. Here the calling thread
+// takes part and helpers only take work that is left: the loop finishes even if
+// no helper ever starts.
+
+#ifndef KERNELS_COMMON_PARALLEL_FOR_H_
+#define KERNELS_COMMON_PARALLEL_FOR_H_
+
+#include <algorithm>
+#include <atomic>
+#include <condition_variable>
+#include <cstdint>
+#include <memory>
+#include <mutex>
+#include <type_traits>
+
+namespace kernels {
+
+// Below this many bytes of memory traffic, waking another thread costs more
+// than it saves.
+inline constexpr int64_t kInlineBytes = int64_t{256} << 10;
+
+// Calls `body(i)` once for every i in [0, n), in no particular order and
+// possibly at the same time, and returns when all calls have returned.
+// `total_bytes` is the memory traffic of the whole loop, which decides whether
+// helpers are worth it. `Pool` needs `int64_t num_threads()` and
+// `Schedule(task&&)`. `body` must not throw.
+//
+// The split into items is the caller's, so results do not depend on the number
+// of threads as long as items are independent.
+template <typename Pool, typename Body>
+void ParallelFor(Pool& pool, int64_t n, int64_t total_bytes, Body&& body) {
+  const int64_t by_size = 1 + total_bytes / kInlineBytes;
+  const int64_t helpers =
+      n <= 1 || by_size <= 1
+          ? 0
+          : std::min({static_cast<int64_t>(pool.num_threads()) - 1, n - 1,
+                      by_size - 1});
+  if (helpers <= 0) {
+    for (int64_t i = 0; i < n; ++i) body(i);
+    return;
+  }
+  struct State {
+    std::atomic<int64_t> next{0};
+    std::atomic<int64_t> done{0};
+    std::mutex mutex;
+    std::condition_variable all_done;
+  };
+  // Shared, because a helper may start after this function has returned; it
+  // then finds no item left and never touches `body`.
+  auto state = std::make_shared<State>();
+  auto* body_ptr = &body;
+  auto work = [state, body_ptr, n]() {
+    for (int64_t i; (i = state->next.fetch_add(1)) < n;) {
+      (*body_ptr)(i);
+      if (state->done.fetch_add(1) + 1 == n) {
+        std::lock_guard<std::mutex> lock(state->mutex);
+        state->all_done.notify_all();
+      }
+    }
+  };
+  for (int64_t h = 0; h < helpers; ++h) {
+    auto task = work;  // Schedule wants an rvalue
+    pool.Schedule(std::move(task));
+  }
+  work();
+  std::unique_lock<std::mutex> lock(state->mutex);
+  state->all_done.wait(lock, [&] { return state->done.load() == n; });
+}
+
+}  // namespace kernels
+
+#endif  // KERNELS_COMMON_PARALLEL_FOR_H_
