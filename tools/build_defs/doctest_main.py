@@ -2,6 +2,7 @@
 
 import doctest
 import importlib
+import os
 import sys
 
 _OPTIONS = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
@@ -20,4 +21,5 @@ def main(names: list[str]) -> int:
 
 
 if __name__ == "__main__":
+  os.environ.setdefault("JAX_PLATFORMS", "cpu")
   sys.exit(main(sys.argv[1:]))

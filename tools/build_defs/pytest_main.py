@@ -13,12 +13,25 @@ import pytest
 
 _EXPRESSION = frozenset(" ()")
 
+# Their drivers' device nodes: to ask jax would start the backend.
+_DEVICE_NODES = {
+  "gpu": ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg"),
+  "tpu": ("/dev/accel0", "/dev/vfio/0"),
+}
+
 
 def _matches(pattern: str, item: pytest.Item) -> bool:
   """Whether `Class.test`, `Class::test`, a part of it or a glob names `item`."""
   name = item.nodeid.replace("::", ".")
   pattern = pattern.replace("::", ".")
   return pattern in name or fnmatch.fnmatchcase(name, f"*{pattern}")
+
+
+def _choose_backend(platform: str) -> None:
+  """Keeps jax off accelerators that the test is not for, or are not there."""
+  nodes = _DEVICE_NODES.get(platform, ())
+  if not any(os.path.exists(node) for node in nodes):
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 
 def _has_device(platform: str) -> bool:
@@ -102,5 +115,6 @@ def main(argv: list[str]) -> int:
 
 if __name__ == "__main__":
   # Plugins that the host happens to have are no part of these tests.
+  _choose_backend(os.environ.get("TEST_PLATFORM", "cpu"))
   os.environ.setdefault("PYTEST_DISABLE_PLUGIN_AUTOLOAD", "1")
   sys.exit(main(sys.argv[1:]))
