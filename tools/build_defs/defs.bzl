@@ -23,7 +23,19 @@ _EXTENSION_COPTS = [
     "-frtti",
 ]
 
-PLATFORMS = ["cpu", "gpu", "tpu"]
+# What each platform's tests need on top of @pypi.  The packages of accelerators
+# are large: without --config=gpu or tpu nothing even names them.
+_PLATFORM_DEPS = {
+    "cpu": [],
+    "gpu": select({
+        Label("//tools/build_defs:gpu"): [Label("@pypi_gpu//:packages")],
+        "//conditions:default": [],
+    }),
+    "tpu": select({
+        Label("//tools/build_defs:tpu"): [Label("@pypi_tpu//:packages")],
+        "//conditions:default": [],
+    }),
+}
 
 py_binary = _py_binary
 py_library = _py_library
@@ -100,10 +112,7 @@ def nnx_pybind_extension(
         tags = tags,
         testonly = testonly,
         visibility = ["//visibility:private"],
-        deps = deps + [
-            Label("@nnx_python//:headers"),
-            Label("@pypi//pybind11:headers"),
-        ],
+        deps = deps + [Label("//tools/build_defs:extension_headers")],
         **kwargs
     )
     nnx_py_library(
@@ -148,11 +157,7 @@ def nnx_py_test(name, srcs, size, deps = [], args = [], **kwargs):
         srcs = srcs,
         args = ["$(rootpath %s)" % src for src in srcs] + args,
         size = size,
-        deps = deps + [
-            Label("@pypi//absl_py"),
-            Label("@pypi//hypothesis"),
-            Label("@pypi//pytest"),
-        ],
+        deps = deps + [Label("//tools/build_defs:pytest_runner")],
         **kwargs
     )
 
@@ -194,14 +199,14 @@ def op_test(name, srcs, size, deps = [], env = {}, tags = [], **kwargs):
       tags: further tags.
       **kwargs: passed on to nnx_py_test.
     """
-    for platform in PLATFORMS:
+    for platform, platform_deps in _PLATFORM_DEPS.items():
         nnx_py_test(
             name = "%s_%s" % (name, platform),
             srcs = srcs,
             size = size,
             env = {"TEST_PLATFORM": platform} | env,
             tags = [platform] + tags,
-            deps = deps,
+            deps = deps + platform_deps,
             **kwargs
         )
         if not native.existing_rule(platform):

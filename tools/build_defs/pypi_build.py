@@ -22,6 +22,16 @@ _PACKAGE = """\
 package(default_visibility = ["//visibility:public"])
 """
 
+_ROOT = """\
+load("@rules_python//python:defs.bzl", "py_library")
+
+py_library(
+    name = "packages",
+    visibility = ["//visibility:public"],
+    deps = {deps},
+)
+"""
+
 _LIBRARY = """
 py_library(
     name = "{name}.lib",
@@ -115,7 +125,8 @@ def main(site: str) -> None:
   with open(os.path.join(site, "BUILD.bazel"), "w") as out:
     out.write("".join(build))
   with open("BUILD.bazel", "w") as out:
-    out.write("")
+    everything = _labels(f"//site:{name}.lib" for name in dists)
+    out.write(_ROOT.format(deps=everything))
 
 
 if __name__ == "__main__":

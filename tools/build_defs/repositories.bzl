@@ -1,21 +1,31 @@
 """External repositories: the host's Python and the locked PyPI packages.
 
-Every repository is left alone where the workspace has already declared one of
-the same name: a monorepo that has its own `@pypi` hub, or its own rules_python,
-declares it before it calls `nnx_repositories()`.
+`nnx_repositories()` serves WORKSPACE files, the extension `nnx_deps` bzlmod.
 """
 
 load("@bazel_tools//tools/build_defs/repo:http.bzl", "http_archive")
 load("//tools/build_defs:pypi.bzl", "nnx_python", "pypi_packages")
 
-# One lock file an oldest version of Python that it serves.
-LOCKS = {
-    "//tools/build_defs:requirements_lock_3_11.txt": "3.11",
-    "//tools/build_defs:requirements_lock_3_12.txt": "3.12",
+def _locks(stem):
+    # A lock file serves its version of Python and, up to the next one, later ones.
+    return {
+        Label("//tools/build_defs:%s_3_11.txt" % stem): "3.11",
+        Label("//tools/build_defs:%s_3_12.txt" % stem): "3.12",
+    }
+
+# Fetched lazily, each when the first target that needs it is built.
+_HUBS = {
+    "pypi": "requirements_lock",
+    "pypi_gpu": "requirements_gpu_lock",
+    "pypi_tpu": "requirements_tpu_lock",
 }
 
 def nnx_repositories():
-    """Declares what this workspace needs; for a WORKSPACE file."""
+    """Declares what this workspace needs; for a WORKSPACE file.
+
+    A repository that is already declared is left as it is: a monorepo with its
+    own `@pypi` hub or rules_python declares them before it calls this.
+    """
     if not native.existing_rule("rules_python"):
         http_archive(
             name = "rules_python",
@@ -26,8 +36,18 @@ def nnx_repositories():
     if not native.existing_rule("nnx_python"):
         nnx_python(name = "nnx_python")
         native.register_toolchains("@nnx_python//:toolchain")
-    if not native.existing_rule("pypi"):
-        pypi_packages(
-            name = "pypi",
-            locks = {Label(lock): version for lock, version in LOCKS.items()},
-        )
+    for hub, stem in _HUBS.items():
+        if not native.existing_rule(hub):
+            pypi_packages(name = hub, locks = _locks(stem))
+
+def _nnx_deps_impl(_module_ctx):
+    nnx_python(name = "nnx_python")
+    for hub, stem in _HUBS.items():
+        pypi_packages(name = hub, locks = _locks(stem))
+
+nnx_deps = module_extension(
+    doc = """The same repositories for bzlmod.
+
+A monorepo puts its own in place with `override_repo(nnx_deps, pypi = "...")`.""",
+    implementation = _nnx_deps_impl,
+)
