@@ -1,8 +1,8 @@
 """Writes the BUILD files of a directory made by `pip install --target`.
 
-Each distribution becomes one `py_library`, with what it requires as `deps`.  Its
-files are given to Bazel as whole directories, the largest ones that no other
-distribution has files in: a few labels instead of thousands, and small runfiles.
+Each distribution becomes one `py_library`, with what it requires as `deps`.
+Its files are given to Bazel as whole directories, the largest ones that no
+other distribution has files in: few labels, and small runfiles.
 """
 
 import collections
@@ -82,7 +82,7 @@ def _requires(dist, known) -> set[str]:
 
 
 def main(site: str) -> None:
-  """Writes `BUILD.bazel` into `site`, and one package a distribution beside it."""
+  """Writes the package `site`, and one a distribution beside it."""
   dists = {
     _normalize(dist.metadata["Name"]): dist
     for dist in importlib.metadata.distributions(path=[site])

@@ -21,7 +21,7 @@ _DEVICE_NODES = {
 
 
 def _matches(pattern: str, item: pytest.Item) -> bool:
-  """Whether `Class.test`, `Class::test`, a part of it or a glob names `item`."""
+  """Whether `Class.test`, a part of it or a glob names `item`."""
   name = item.nodeid.replace("::", ".")
   pattern = pattern.replace("::", ".")
   return pattern in name or fnmatch.fnmatchcase(name, f"*{pattern}")
@@ -46,7 +46,7 @@ def _has_device(platform: str) -> bool:
 
 
 class BazelPlugin:
-  """Selects the tests of this shard and filter; skips those without a device."""
+  """Keeps the tests of this shard and filter that have their device."""
 
   def pytest_configure(self, config: pytest.Config) -> None:
     config.addinivalue_line(

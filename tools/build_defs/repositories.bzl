@@ -20,6 +20,7 @@ _HUBS = {
     "pypi_tpu": "requirements_tpu_lock",
 }
 
+# buildifier: disable=unnamed-macro
 def nnx_repositories():
     """Declares what this workspace needs; for a WORKSPACE file.
 

@@ -1,0 +1,251 @@
+"""Holds the table of who may import whom; CONTRIBUTING.md explains it.
+
+Imports are read from the sources, those inside functions too.
+"""
+
+import ast
+import collections
+import graphlib
+import pathlib
+import sys
+
+import pytest
+
+ROOT = pathlib.Path.cwd()
+OURS = ("bridge", "examples", "kernels", "nnx", "tools")
+
+# What each layer may import: layers of ours, `public:` for what the package
+# shows the world alone, and other distributions.  The longest prefix of a
+# module's name decides; the standard library is open to all.
+ALLOWED = {
+  "kernels": {"kernels", "jax", "numpy"},
+  "kernels.common": {"kernels.common", "jax", "numpy"},
+  "kernels.*": {"kernels.common", "self", "jax", "numpy"},
+  "nnx": {"nnx", "jax", "numpy", "typing_extensions"},
+  "nnx.display": {"nnx", "jax", "numpy", "treescope"},
+  "nnx.nn": {"nnx", "public:kernels", "jax", "numpy", "typing_extensions"},
+  "nnx.training": {"nnx", "jax", "numpy", "optax", "typing_extensions"},
+  "bridge": {"bridge", "public:nnx", "flax", "jax", "numpy"},
+}
+
+# Programs bring in what they like, but see of ours the public part only.
+PROGRAMS = ("examples", "tools")
+
+# Later ones may import earlier ones, never the other way round.
+ORDER = (
+  "nnx.graph._engine",
+  "nnx.filters",
+  "nnx.variables",
+  "nnx.state",
+  "nnx.graph",
+  "nnx.rngs",
+  "nnx.module",
+  "nnx.nn",
+)
+
+# The spec spells the bridge `nnx.bridge`, which one lazy attribute answers.
+EXCEPTIONS = {("nnx", "bridge")}
+
+
+def module_name(path: pathlib.Path) -> str:
+  parts = path.relative_to(ROOT).with_suffix("").parts
+  return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def sources() -> dict[str, pathlib.Path]:
+  return {
+    module_name(path): path
+    for package in OURS
+    for path in sorted((ROOT / package).rglob("*.py"))
+  }
+
+
+def within(module: str, prefix: str) -> bool:
+  return module == prefix or module.startswith(prefix + ".")
+
+
+def imports(
+  module: str, tree: ast.AST, is_package: bool, known: set[str]
+) -> set[str]:
+  """Absolute names of the modules that `tree` imports."""
+  found = set()
+  package = module.split(".") if is_package else module.split(".")[:-1]
+  for node in ast.walk(tree):
+    if isinstance(node, ast.Import):
+      found |= {alias.name for alias in node.names}
+    elif isinstance(node, ast.ImportFrom):
+      up = package[: len(package) - node.level + 1] if node.level else []
+      base = ".".join([*up, *filter(None, [node.module])])
+      for alias in node.names:
+        name = f"{base}.{alias.name}"
+        is_module = name in known or name in ORDER
+        found.add(name if is_module else base)
+  return found
+
+
+def is_public(module: str, package: str) -> bool:
+  parts = module.split(".")
+  return (
+    parts[0] == package
+    and len(parts) <= 2
+    and parts[-1] != "common"
+    and not parts[-1].startswith("_")
+  )
+
+
+def rule_for(module: str) -> set[str]:
+  parts = module.split(".")
+  if module.startswith("kernels.") and parts[1] != "common":
+    return ALLOWED["kernels.*"]
+  best = max(
+    (prefix for prefix in ALLOWED if within(module, prefix)),
+    key=len,
+    default=None,
+  )
+  return ALLOWED[best]
+
+
+def is_allowed(module: str, imported: str) -> bool:
+  """Whether `module` may import `imported`, both by their absolute names."""
+  top = imported.split(".")[0]
+  if top in sys.stdlib_module_names or (module, imported) in EXCEPTIONS:
+    return True
+  own = ".".join(module.split(".")[:2])
+  if module.split(".")[0] in PROGRAMS:
+    return top not in OURS or within(imported, own) or is_public(imported, top)
+  for entry in rule_for(module):
+    if entry == "self":
+      if within(imported, own):
+        return True
+    elif entry.startswith("public:"):
+      if is_public(imported, entry.removeprefix("public:")):
+        return True
+    elif within(imported, entry):
+      return True
+  return False
+
+
+def rank(module: str) -> int | None:
+  return next(
+    (i for i, prefix in enumerate(ORDER) if within(module, prefix)), None
+  )
+
+
+@pytest.fixture(scope="module")
+def graph() -> dict[str, set[str]]:
+  files = sources()
+  return {
+    module: imports(
+      module,
+      ast.parse(path.read_text(encoding="utf-8"), str(path)),
+      path.name == "__init__.py",
+      set(files),
+    )
+    for module, path in files.items()
+  }
+
+
+def test_sources_are_found(graph):
+  packages = collections.Counter(module.split(".")[0] for module in graph)
+  assert packages["nnx"] > 5 and packages["kernels"] > 5, packages
+
+
+def test_every_import_is_in_the_table(graph):
+  wrong = [
+    f"{module} must not import {imported}"
+    for module, names in graph.items()
+    for imported in sorted(names)
+    if not is_allowed(module, imported)
+  ]
+  assert not wrong, "\n".join(wrong)
+
+
+def test_the_core_is_layered_in_order(graph):
+  wrong = [
+    f"{module} must not import {imported}, a later layer"
+    for module, names in graph.items()
+    for imported in sorted(names)
+    if None not in (rank(module), rank(imported))
+    and rank(imported) > rank(module)
+  ]
+  assert not wrong, "\n".join(wrong)
+
+
+def test_no_import_cycle(graph):
+  ours = {
+    module: {
+      name for name in names if name in graph and not within(module, name)
+    }
+    for module, names in graph.items()
+  }
+  try:
+    graphlib.TopologicalSorter(ours).prepare()
+  except graphlib.CycleError as error:
+    pytest.fail("import cycle: " + " -> ".join(error.args[1]))
+
+
+@pytest.mark.parametrize(
+  "module, imported",
+  [
+    ("nnx.module", "flax"),
+    ("nnx.module", "flax.nnx"),
+    ("nnx.module", "bridge.variables"),
+    ("nnx.nn.linear", "kernels.common.dispatch"),
+    ("nnx.nn.linear", "kernels.kv_cache.api"),
+    ("nnx.graph.functional", "optax"),
+    ("kernels.kv_cache.api", "nnx"),
+    ("kernels.kv_cache.api", "kernels.batch_stat.api"),
+    ("kernels.kv_cache.api", "flax"),
+    ("kernels.common.dispatch", "kernels.kv_cache"),
+    ("bridge.to_nnx", "nnx.graph.functional"),
+    ("bridge.to_nnx", "kernels"),
+    ("tools.bench.main", "nnx.graph.functional"),
+    ("tools.bench.main", "kernels.common.dispatch"),
+  ],
+)
+def test_a_forbidden_import_is_seen(module, imported):
+  assert not is_allowed(module, imported)
+
+
+@pytest.mark.parametrize(
+  "module, imported",
+  [
+    ("nnx.nn.linear", "kernels.kv_cache"),
+    ("nnx.nn.linear", "nnx.module"),
+    ("nnx.module", "jax.numpy"),
+    ("nnx", "bridge"),
+    ("kernels.kv_cache.api", "kernels.kv_cache.reference"),
+    ("kernels.kv_cache.api", "kernels.common.dispatch"),
+    ("bridge.to_nnx", "flax.linen"),
+    ("bridge.to_nnx", "nnx"),
+    ("tools.bench.main", "tools.bench.table"),
+    ("tools.bench.main", "flax.nnx"),
+  ],
+)
+def test_an_allowed_import_is_seen(module, imported):
+  assert is_allowed(module, imported)
+
+
+def test_imports_inside_functions_are_seen():
+  tree = ast.parse("def f():\n  from flax import nnx\n  import optax as o\n")
+  assert imports("nnx.module", tree, False, set()) == {"flax", "optax"}
+
+
+def test_relative_imports_are_resolved():
+  tree = ast.parse("from . import b\nfrom .c import d\nfrom .. import e\n")
+  known = {"nnx.graph.b", "nnx.graph.c", "nnx.e"}
+  assert imports("nnx.graph.a", tree, False, known) == known
+
+
+def test_the_engine_has_no_headers_of_others():
+  allowed = ("nnx/graph/cc/", "pybind11/", "Python.h", "structmember.h")
+  wrong = []
+  for path in sorted((ROOT / "nnx").rglob("*.cc")) + sorted(
+    (ROOT / "nnx").rglob("*.h")
+  ):
+    for line in path.read_text(encoding="utf-8").splitlines():
+      if line.startswith('#include "'):
+        name = line.split('"')[1]
+        if not name.startswith(allowed):
+          wrong.append(f"{path.relative_to(ROOT)} must not include {name}")
+  assert not wrong, "\n".join(wrong)
