@@ -1,0 +1,277 @@
+"""Tests of how rows are checked, timed and recorded; none looks at a clock."""
+
+import itertools
+import json
+
+from absl.testing import absltest
+import jax
+from jax import numpy as jnp
+
+from tools.bench import compare, harness, schema
+
+_VERSIONS = {"python": "3", "jax": "0", "jaxlib": "0", "commit": "c"}
+
+
+class FakeClock:
+  """A clock that stands still until somebody says that time has passed."""
+
+  def __init__(self, blocks=True):
+    self.nanoseconds = 0
+    self.clock = harness.Clock("wall", lambda: self.nanoseconds, blocks)
+
+  def spend_ms(self, milliseconds):
+    self.nanoseconds += int(milliseconds * 1e6)
+
+
+def _settings(**changes):
+  return harness.Settings(
+    **{"repeats": 5, "sample_seconds": 0.0, "row_seconds": 600.0} | changes
+  )
+
+
+def _run(comparison, **changes):
+  case = harness.Case("suite", "op", "case", "float32", lambda: comparison)
+  return harness.run_case(
+    case,
+    _settings(**changes),
+    floor_seconds=lambda traffic: traffic.read * 1e-3 + traffic.written * 1e-2,
+    device="cpu: test",
+    versions=_VERSIONS,
+  )
+
+
+def _side(name, value=1.0, call=None):
+  return harness.Side(
+    name=name,
+    fresh=lambda: jnp.float32(value),
+    call=call or (lambda state: state),
+  )
+
+
+class InterleavingTest(absltest.TestCase):
+  def test_rounds_alternate_direction(self):
+    order = []
+    sides = [
+      harness.Side(name, lambda: None, lambda _, name=name: order.append(name))
+      for name in "abc"
+    ]
+    harness.measure(sides, _settings(repeats=4))
+    # The warm-up comes first and is not part of the rounds.
+    self.assertEqual("".join(order[-12:]), "abccbaabccba")
+
+  def test_each_side_gets_every_repeat(self):
+    sides = [_side("a"), _side("b")]
+    summaries = harness.measure(sides, _settings(repeats=7))
+    self.assertEqual([summary.repeats for summary in summaries], [7, 7])
+
+  def test_row_out_of_time_keeps_the_least_repeats(self):
+    summaries = harness.measure(
+      [_side("a")], _settings(repeats=50, row_seconds=0.0, min_repeats=3)
+    )
+    self.assertEqual(summaries[0].repeats, 3)
+
+
+class TimingTest(absltest.TestCase):
+  def test_median_min_and_max_of_the_samples(self):
+    fake = FakeClock()
+    durations = itertools.chain([9, 9], [5, 1, 30, 2, 3])
+    side = harness.Side(
+      "a", lambda: None, lambda _: fake.spend_ms(next(durations))
+    )
+    (summary,) = harness.measure([side], _settings(), fake.clock)
+    self.assertEqual(summary, harness.Summary(3.0, 1.0, 30.0, 5))
+
+  def test_fresh_input_is_not_timed(self):
+    fake = FakeClock()
+    side = harness.Side(
+      "a",
+      fresh=lambda: fake.spend_ms(1000),
+      call=lambda _: fake.spend_ms(2),
+    )
+    (summary,) = harness.measure([side], _settings(), fake.clock)
+    self.assertEqual(summary.max_ms, 2.0)
+
+  def test_time_is_for_one_call_of_many(self):
+    fake = FakeClock()
+    side = harness.Side("a", lambda: None, lambda _: fake.spend_ms(2))
+    (summary,) = harness.measure(
+      [side], _settings(sample_seconds=0.001), fake.clock
+    )
+    self.assertEqual(summary.median_ms, 2.0)
+
+  def test_own_loop_replaces_the_calls(self):
+    fake = FakeClock()
+
+    def fail(_):
+      raise AssertionError("`call` must not be timed")
+
+    side = harness.Side(
+      "a",
+      lambda: None,
+      call=fail,
+      loop=lambda _, count: fake.spend_ms(3 * count),
+    )
+    (summary,) = harness.measure([side], _settings(), fake.clock)
+    self.assertEqual(summary.median_ms, 3.0)
+
+  def test_stopwatch_reports_its_own_time(self):
+    side = harness.Side(
+      "a", lambda: None, lambda _: None, stopwatch=lambda _: 0.25
+    )
+    (summary,) = harness.measure([side], _settings())
+    self.assertEqual(summary.median_ms, 250.0)
+
+  def test_donated_input_is_made_anew_and_moved_on(self):
+    made = []
+
+    def fresh():
+      made.append(jnp.zeros(1024))
+      return made[-1]
+
+    side = harness.Side(
+      "a",
+      fresh,
+      call=jax.jit(lambda x: x + 1, donate_argnums=0),
+      advance=lambda state, result: result,
+    )
+    # Using a donated array again raises, so running at all is the test.
+    harness.measure([side], _settings(sample_seconds=1e-3))
+    self.assertGreater(len(made), 5)
+    self.assertTrue(all(array.is_deleted() for array in made))
+
+  def test_thread_clock_does_not_count_sleep(self):
+    self.assertFalse(harness.THREAD_CPU.blocks)
+    self.assertTrue(harness.WALL.blocks)
+
+
+class CheckTest(absltest.TestCase):
+  def test_wrong_result_is_refused_before_timing(self):
+    calls = []
+
+    def wrong(state):
+      calls.append(1)
+      return state * 1.01
+
+    comparison = harness.Comparison(
+      ours=_side("ours"), baselines=[_side("theirs", call=wrong)]
+    )
+    with self.assertRaisesRegex(
+      compare.MismatchError, r"suite/op/case/float32: ours against theirs"
+    ):
+      _run(comparison)
+    self.assertLen(calls, 1)
+
+  def test_every_baseline_is_checked(self):
+    comparison = harness.Comparison(
+      ours=_side("ours"), baselines=[_side("good"), _side("bad", value=2.0)]
+    )
+    with self.assertRaisesRegex(compare.MismatchError, "ours against bad"):
+      _run(comparison)
+
+  def test_observe_chooses_what_is_compared(self):
+    ours = harness.Side(
+      "ours",
+      fresh=lambda: {"x": 1.0},
+      call=lambda state: state.update(x=2.0),
+      observe=lambda state, result: state["x"],
+    )
+    self.assertLen(
+      _run(harness.Comparison(ours, [_side("theirs", value=2.0)])), 1
+    )
+
+
+class RecordTest(absltest.TestCase):
+  def _records(self, **changes):
+    fake = FakeClock()
+
+    def side(name, milliseconds):
+      def call(state):
+        fake.spend_ms(milliseconds)
+        return state
+
+      return _side(name, call=call)
+
+    return _run(
+      harness.Comparison(
+        ours=side("ours", 2),
+        baselines=[side("slow", 8), side("fast", 1)],
+        clock=fake.clock,
+        **changes(side) if changes else {},
+      )
+    )
+
+  def test_one_record_for_each_baseline(self):
+    slow, fast = self._records()
+    self.assertEqual(slow["ours_ms"], 2.0)
+    self.assertEqual((slow["baseline"], slow["baseline_ms"]), ("slow", 8.0))
+    self.assertEqual((fast["baseline"], fast["baseline_ms"]), ("fast", 1.0))
+
+  def test_ratio_above_one_means_ours_is_faster(self):
+    self.assertEqual([r["ratio"] for r in self._records()], [4.0, 0.5])
+
+  def test_records_follow_the_schema(self):
+    records = self._records()
+    schema.validate(json.loads(json.dumps(records)))
+
+  def test_row_without_floor(self):
+    record = self._records()[0]
+    self.assertIsNone(record["floor_ms"])
+    self.assertIsNone(record["fraction_of_floor"])
+
+
+class FloorTest(absltest.TestCase):
+  def _record(self, **floor):
+    fake = FakeClock()
+
+    def side(name, milliseconds):
+      def call(state):
+        fake.spend_ms(milliseconds)
+        return state
+
+      return _side(name, call=call)
+
+    if floor.get("floor_side"):
+      floor["floor_side"] = side("floor", floor["floor_side"])
+    return _run(
+      harness.Comparison(
+        side("ours", 40), [side("theirs", 80)], clock=fake.clock, **floor
+      )
+    )[0]
+
+  def test_bytes_at_the_bandwidth(self):
+    record = self._record(floor_traffic=harness.Traffic(read=10, written=1))
+    self.assertAlmostEqual(record["floor_ms"], 20.0)
+    self.assertAlmostEqual(record["fraction_of_floor"], 0.5)
+
+  def test_timed_side(self):
+    record = self._record(floor_side=30)
+    self.assertAlmostEqual(record["floor_ms"], 30.0)
+    self.assertAlmostEqual(record["fraction_of_floor"], 0.75)
+
+  def test_bytes_and_timed_side_add_up(self):
+    record = self._record(
+      floor_traffic=harness.Traffic(read=10, written=0), floor_side=30
+    )
+    self.assertAlmostEqual(record["floor_ms"], 40.0)
+    self.assertAlmostEqual(record["fraction_of_floor"], 1.0)
+
+
+class SettingsTest(absltest.TestCase):
+  def test_repeats_must_be_positive(self):
+    with self.assertRaisesRegex(
+      ValueError, "`repeats` must be at least 1, but got 0"
+    ):
+      harness.Settings.for_run(quick=True, repeats=0)
+
+  def test_given_repeats_win(self):
+    for quick in (False, True):
+      settings = harness.Settings.for_run(quick=quick, repeats=2)
+      self.assertEqual((settings.repeats, settings.quick), (2, quick))
+
+  def test_label_leaves_out_an_empty_dtype(self):
+    case = harness.Case("graph", "split", "10", "", lambda: None)
+    self.assertEqual(case.label, "graph/split/10")
+
+
+if __name__ == "__main__":
+  absltest.main()
