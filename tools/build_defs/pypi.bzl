@@ -33,21 +33,6 @@ cc_library(
 )
 """
 
-# sys.executable is the interpreter itself, not a shim that leads to it.
-_PROBE = """\
-import json, sys, sysconfig
-print(json.dumps({
-    "executable": sys.executable,
-    "include": sysconfig.get_path("include"),
-    "implementation": sys.implementation.name,
-    "version": sys.version_info[:2],
-    "full_version": sys.version.split()[0],
-    "free_threaded": bool(sysconfig.get_config_var("Py_GIL_DISABLED")),
-}))
-"""
-
-_OLDEST = [3, 11]
-
 # A clean environment: what the user's shell sets for Python must not change
 # what is found or where pip installs.
 _ENVIRONMENT = {
@@ -62,36 +47,20 @@ _ENVIRONMENT = {
 }
 
 def _nnx_python_impl(rctx):
-    asked = rctx.os.environ.get("NNX_PYTHON", "")
-    name = asked or "python3"
-    how = "install python3 (3.11 or later) with its headers and pip, or name another interpreter with --repo_env=NNX_PYTHON=..."
+    name = rctx.os.environ.get("NNX_PYTHON", "") or "python3"
     python = rctx.path(name) if "/" in name else rctx.which(name)
     if not python or not python.exists:
-        fail("`%s` was not found: %s" % (name, how))
-    result = rctx.execute([python, "-c", _PROBE], environment = _ENVIRONMENT)
+        fail("`%s` was not found: install python3, python3-dev and python3-pip, or name another interpreter with --repo_env=NNX_PYTHON=..." % name)
+    result = rctx.execute([python, rctx.path(rctx.attr._probe)], environment = _ENVIRONMENT)
     if result.return_code:
-        fail("`%s` is not a Python that runs: %s\n%s" % (python, how, result.stderr))
+        fail("`%s` does not run as a Python: name another interpreter with --repo_env=NNX_PYTHON=...\n%s" % (python, result.stderr))
     found = json.decode(result.stdout)
-    version = [int(v) for v in found["version"]]
-    if found["implementation"] != "cpython" or found["free_threaded"] or version < _OLDEST:
-        fail("CPython 3.11 or later (with the global lock) is needed, but `%s` is %s %s: %s" % (
-            python,
-            found["implementation"],
-            found["full_version"],
-            how,
-        ))
-    include = rctx.path(found["include"])
-    if not include.get_child("Python.h").exists:
-        fail("`%s` has no headers (no Python.h in `%s`): install its development package, such as Debian's python%d.%d-dev, or name another interpreter with --repo_env=NNX_PYTHON=..." % (
-            python,
-            include,
-            version[0],
-            version[1],
-        ))
-    rctx.symlink(include, "include")
+    if found["refusal"]:
+        fail(found["refusal"])
+    rctx.symlink(found["include"], "include")
     rctx.file("python.json", json.encode({
         "executable": found["executable"],
-        "version": version,
+        "version": found["version"],
     }))
     rctx.file("BUILD.bazel", _PYTHON_BUILD.format(python = found["executable"]))
 
@@ -101,6 +70,12 @@ nnx_python = repository_rule(
 Refuses, in one sentence, an interpreter that the lock files do not serve or
 that has no headers to build extension modules with.""",
     implementation = _nnx_python_impl,
+    attrs = {
+        "_probe": attr.label(
+            default = Label("//tools/build_defs:python_probe.py"),
+            allow_single_file = True,
+        ),
+    },
     environ = ["NNX_PYTHON", "PATH"],
     configure = True,
     local = True,
