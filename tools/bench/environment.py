@@ -44,18 +44,20 @@ def invocation_directory() -> pathlib.Path:
 
 def _commit() -> str:
   """Returns the commit of the source tree, `+changes` if it has any."""
+  # Bazel's runfiles are links into the source tree.
+  folder = pathlib.Path(__file__).resolve().parent
   command = ["git", "describe", "--always", "--abbrev=12", "--exclude=*"]
   try:
     commit = subprocess.run(
       command,
-      cwd=workspace_directory(),
+      cwd=folder,
       capture_output=True,
       check=True,
       text=True,
     ).stdout.strip()
     changes = subprocess.run(
       ["git", "status", "--porcelain", "--untracked-files=no"],
-      cwd=workspace_directory(),
+      cwd=folder,
       capture_output=True,
       check=True,
       text=True,
