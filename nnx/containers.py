@@ -1,0 +1,273 @@
+"""Modules that are containers: a list, a dict, and a chain of functions."""
+
+from __future__ import annotations
+
+import collections.abc
+import inspect
+from typing import Any, Callable, Iterable, Iterator, Mapping, TypeVar
+
+from nnx import reprs
+from nnx.module import Module
+from nnx.pytree import Marker
+
+A = TypeVar("A")
+
+
+class List(Module, collections.abc.MutableSequence):
+  """A module that is a list of data and static values.
+
+  A plain list as an attribute does the same; this one can be marked, passed to
+  transforms by itself, and shared.
+
+  Example:
+
+    >>> import nnx
+    >>> layers = nnx.List([nnx.Dropout(0.1), nnx.relu])
+    >>> layers.append(nnx.Dropout(0.2))
+    >>> len(layers), layers[-1].rate
+    (3, 0.2)
+
+  Args:
+    iterable: the first elements.
+  """
+
+  # The elements are attributes with the ints from 0 on as their names.
+
+  def __init__(self, iterable: Iterable[Any] = (), /):
+    self._rebuild(list(iterable))
+
+  def _rebuild(self, elements: list[Any]) -> None:
+    """Makes `elements` the contents, keeping the marks that they have."""
+    self._check_can_update()
+    attributes = vars(self)
+    statuses = self._pytree_status or {}
+    for i in range(len(self)):
+      del attributes[i]
+    statuses = {k: v for k, v in statuses.items() if not isinstance(k, int)}
+    for i, element in enumerate(elements):
+      if isinstance(element, Marker):
+        statuses[i] = element.is_data
+        element = element.value
+      attributes[i] = element
+    self._pytree_status = statuses or None
+
+  def _elements(self) -> list[Any]:
+    """The elements, marked as they were."""
+    statuses = self._pytree_status or {}
+    return [
+      Marker(element, statuses[i]) if i in statuses else element
+      for i, element in enumerate(self)
+    ]
+
+  def _position(self, index: Any) -> int:
+    size = len(self)
+    try:
+      return range(size)[index]
+    except IndexError:
+      raise IndexError(
+        f"`index` must lie in [-{size}, {size}), but got {index}."
+      ) from None
+
+  def __len__(self) -> int:
+    attributes = vars(self)
+    size = len(attributes)
+    while size and size - 1 not in attributes:  # attributes of a subclass
+      size -= 1
+    return size
+
+  def __iter__(self) -> Iterator[Any]:
+    attributes = vars(self)
+    i = 0
+    while i in attributes:
+      yield attributes[i]
+      i += 1
+
+  def __getitem__(self, index: int | slice) -> Any:
+    if isinstance(index, slice):
+      return list(self)[index]
+    return vars(self)[self._position(index)]
+
+  def __setitem__(self, index: int | slice, value: Any) -> None:
+    if isinstance(index, slice) or isinstance(value, Marker):
+      elements = self._elements()
+      elements[index] = value
+      self._rebuild(elements)
+    else:
+      self._check_can_update()
+      vars(self)[self._position(index)] = value
+
+  def __delitem__(self, index: int | slice) -> None:
+    elements = self._elements()
+    if not isinstance(index, slice):
+      index = self._position(index)
+    del elements[index]
+    self._rebuild(elements)
+
+  def append(self, value: Any) -> None:
+    """Adds an element at the end."""
+    if isinstance(value, Marker):
+      self._rebuild([*self._elements(), value])
+    else:
+      self._check_can_update()
+      vars(self)[len(self)] = value
+
+  def insert(self, index: int, value: Any) -> None:
+    """Adds an element before the one at `index`."""
+    elements = self._elements()
+    elements.insert(index, value)
+    self._rebuild(elements)
+
+  def __dir__(self) -> list[str]:
+    return sorted(name for name in super().__dir__() if isinstance(name, str))
+
+  def _display(self) -> reprs.Parts:
+    return reprs.Parts(
+      type(self).__name__,
+      [(None, element) for element in self],
+      start="([",
+      end="])",
+      type=type(self),
+      nested={"summarize": True, "in_state": False},
+    )
+
+
+class Dict(Module, collections.abc.MutableMapping):
+  """A module that is a dict of data and static values with names as keys.
+
+  A plain dict as an attribute does the same; this one can be marked, passed to
+  transforms by itself, and shared. Its items are attributes as well.
+
+  Example:
+
+    >>> import nnx
+    >>> layers = nnx.Dict(first=nnx.Dropout(0.1), activation=nnx.relu)
+    >>> layers["first"].rate, layers.first.rate, list(layers)
+    (0.1, 0.1, ['first', 'activation'])
+
+  Args:
+    mapping: a mapping, or pairs of key and value.
+    **items: further items.
+  """
+
+  def __init__(
+    self,
+    mapping: Mapping[str, Any] | Iterable[tuple[str, Any]] = (),
+    /,
+    **items: Any,
+  ):
+    for key, value in dict(mapping, **items).items():
+      self[key] = value
+
+  def __getitem__(self, key: str) -> Any:
+    return vars(self)[key]
+
+  def __setitem__(self, key: str, value: Any) -> None:
+    if not isinstance(key, str):
+      raise TypeError(
+        "The keys of `nnx.Dict` must be strings, since they are attributes, but"
+        f" got `{key!r}`. Use a plain dict, or `nnx.List`."
+      )
+    setattr(self, key, value)
+
+  def __delitem__(self, key: str) -> None:
+    if key not in vars(self):
+      raise KeyError(key)
+    delattr(self, key)
+
+  def __iter__(self) -> Iterator[str]:
+    return iter(vars(self))
+
+  def __len__(self) -> int:
+    return len(vars(self))
+
+  def __contains__(self, key: Any) -> bool:
+    return key in vars(self)
+
+  __hash__ = object.__hash__
+
+  def _display(self) -> reprs.Parts:
+    return reprs.Parts(
+      type(self).__name__,
+      list(vars(self).items()),
+      start="({",
+      end="})",
+      separator=": ",
+      type=type(self),
+      nested={"summarize": True, "in_state": False},
+    )
+
+
+class Sequential(Module):
+  """A module that applies functions, such as modules, one after another.
+
+  What one returns is the argument of the next: a tuple as its arguments, a dict
+  as its keywords, all else as its only argument.
+
+  Example:
+
+    >>> import jax.numpy as jnp
+    >>> import nnx
+    >>> rngs = nnx.Rngs(0)
+    >>> model = nnx.Sequential(
+    ...   nnx.Linear(1, 4, rngs=rngs), nnx.relu, nnx.Linear(4, 2, rngs=rngs)
+    ... )
+    >>> model(jnp.ones((1, 1))).shape
+    (1, 2)
+
+  Args:
+    *fns: the functions.
+  """
+
+  def __init__(self, *fns: Callable[..., Any]):
+    self.layers = List(fns)
+
+  def __call__(self, *args: Any, rngs: Any = None, **kwargs: Any) -> Any:
+    """Applies the functions.
+
+    Args:
+      *args: arguments of the first one.
+      rngs: passed to those that have a parameter `rngs`.
+      **kwargs: keywords of the first one.
+
+    Returns:
+      What the last one returns; the arguments if there are none.
+
+    Raises:
+      TypeError: if one of them cannot be called.
+    """
+    if not self.layers:
+      if len(args) == 1:
+        return args[0]
+      return args or kwargs or None
+    output: Any = None
+    for i, fn in enumerate(self.layers):
+      if not callable(fn):
+        raise TypeError(
+          f"The layers of a `Sequential` must be callable, but layer {i} is"
+          f" `{fn!r}`."
+        )
+      if i > 0:
+        args, kwargs = _as_arguments(output)
+      if rngs is not None and _takes_keyword(fn, "rngs"):
+        kwargs["rngs"] = rngs
+      output = fn(*args, **kwargs)
+    return output
+
+
+def _as_arguments(output: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+  if isinstance(output, tuple):
+    return output, {}
+  if isinstance(output, dict):
+    return (), dict(output)
+  return (output,), {}
+
+
+def _takes_keyword(fn: Callable[..., Any], name: str) -> bool:
+  try:
+    parameter = inspect.signature(fn).parameters.get(name)
+  except (TypeError, ValueError):  # some builtins have no signature
+    return False
+  return parameter is not None and parameter.kind in (
+    parameter.KEYWORD_ONLY,
+    parameter.POSITIONAL_OR_KEYWORD,
+  )
