@@ -178,11 +178,9 @@ def out_aval(shape: Sequence[Any], dtype: Any, *inputs: Any) -> Any:
     dtype: Of the result.
     *inputs: Abstract values it depends on.
   """
-  varying = frozenset().union(
-    *(getattr(aval, "vma", None) or frozenset() for aval in inputs)
-  )
+  varying = frozenset().union(*map(jax_private.varying_axes, inputs))
   if varying:
-    return jax.core.ShapedArray(tuple(shape), dtype, vma=varying)
+    return jax_private.varying_aval(shape, dtype, varying, inputs)
   return jax.core.ShapedArray(tuple(shape), dtype)
 
 
@@ -191,6 +189,28 @@ def static_size(shape: Sequence[Any]) -> int | None:
   if not all(isinstance(size, int) for size in shape):
     return None
   return functools.reduce(operator.mul, shape, 1)
+
+
+def vary_like(x: Any, *arrays: Any) -> list[Any]:
+  """Marks `arrays` as varying over the mesh axes that `x` varies over.
+
+  Inside `shard_map`, an argument that all devices share must be marked so
+  before it enters a `jax.custom_vjp` together with one that they do not; its
+  gradient is then summed over the devices. Elsewhere this does nothing.
+
+  Args:
+    x: The array to follow.
+    *arrays: Arrays or None.
+  """
+  varying = jax_private.varying_axes(jax.typeof(x))
+  out = []
+  for array in arrays:
+    if array is not None and varying:
+      missing = varying - jax_private.varying_axes(jax.typeof(array))
+      if missing:
+        array = jax.lax.pcast(array, tuple(missing), to="varying")
+    out.append(array)
+  return out
 
 
 def move_batch_to_front(
@@ -231,7 +251,9 @@ class Op:
     partitioning: How implementations other than the reference are split over
       devices under `jit`. None: XLA gathers their operands.
     not_differentiable: The sentence of the TypeError that differentiating
-      raises. None: the caller defines derivatives around the op.
+      raises. None: the reference is differentiated instead. Callers that want
+      better wrap the op in `jax.custom_jvp` or `jax.custom_vjp`; the reference
+      then still serves derivatives of derivatives.
 
   Every `params` value must be hashable.
   """
@@ -360,13 +382,22 @@ class Op:
 
       batching.primitive_batchers[prim] = batch
 
-    if not_differentiable is not None:
-
-      def refuse(*args, **params):
-        del args, params
+    def jvp(primals, tangents, *, implementation, **params):
+      del implementation
+      if not_differentiable is not None:
         raise TypeError(not_differentiable)
+      tangents = [
+        ad.instantiate_zeros(tangent) if type(tangent) is ad.Zero else tangent
+        for tangent in tangents
+      ]
+      out = jax.jvp(
+        lambda *args: list(self.reference(*args, **params)),
+        tuple(primals),
+        tuple(tangents),
+      )
+      return out
 
-      ad.primitive_jvps[prim] = refuse
+    ad.primitive_jvps[prim] = jvp
 
   def _lowering_rule(self, platform: str | None):
     def rule(ctx, *args, implementation, **params):

@@ -13,9 +13,10 @@
 #include <atomic>
 #include <condition_variable>
 #include <cstdint>
+#include <functional>
 #include <memory>
 #include <mutex>
-#include <type_traits>
+#include <utility>
 
 namespace kernels {
 
@@ -69,6 +70,19 @@ void ParallelFor(Pool& pool, int64_t n, int64_t total_bytes, Body&& body) {
   work();
   std::unique_lock<std::mutex> lock(state->mutex);
   state->all_done.wait(lock, [&] { return state->done.load() == n; });
+}
+
+// ParallelFor over a pool whose type the kernel need not know.
+using ParallelLoop = std::function<void(
+    int64_t n, int64_t total_bytes, const std::function<void(int64_t)>& body)>;
+
+// `pool` must outlive the loop.
+template <typename Pool>
+ParallelLoop MakeParallelLoop(Pool& pool) {
+  return [&pool](int64_t n, int64_t total_bytes,
+                 const std::function<void(int64_t)>& body) {
+    ParallelFor(pool, n, total_bytes, body);
+  };
 }
 
 }  // namespace kernels

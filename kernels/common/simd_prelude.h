@@ -24,24 +24,24 @@
 #define KERNELS_INLINE inline __attribute__((always_inline))
 
 #if defined(__x86_64__)
-#define KERNELS_SIMD_CALL(level, call)   \
-  do {                                   \
-    switch (level) {                     \
+#define KERNELS_SIMD_CALL(level, ...)     \
+  do {                                    \
+    switch (level) {                      \
       case ::kernels::SimdLevel::kAvx512: \
-        simd_avx512::call;               \
-        break;                           \
-      case ::kernels::SimdLevel::kAvx2:  \
-        simd_avx2::call;                 \
-        break;                           \
-      default:                           \
-        simd_baseline::call;             \
-    }                                    \
+        simd_avx512::__VA_ARGS__;         \
+        break;                            \
+      case ::kernels::SimdLevel::kAvx2:   \
+        simd_avx2::__VA_ARGS__;           \
+        break;                            \
+      default:                            \
+        simd_baseline::__VA_ARGS__;       \
+    }                                     \
   } while (false)
 #else
-#define KERNELS_SIMD_CALL(level, call) \
-  do {                                 \
-    (void)(level);                     \
-    simd_baseline::call;               \
+#define KERNELS_SIMD_CALL(level, ...) \
+  do {                                \
+    (void)(level);                    \
+    simd_baseline::__VA_ARGS__;       \
   } while (false)
 #endif
 

@@ -1,0 +1,77 @@
+// Batch-norm loops on the CPU, on plain pointers.
+//
+// Arrays of x's kind are [groups, outer, channels, inner], dense; those of the
+// statistics' kind are [groups, channels] in T::Compute. T is the element type
+// of x and dx, U that of y and dy (tags of kernels/common/simd_prelude.h).
+//
+// Results do not depend on the number of threads: the work is cut by shape
+// alone, and partial results are combined in a fixed order.
+
+#ifndef KERNELS_BATCH_STAT_BATCH_STAT_CPU_H_
+#define KERNELS_BATCH_STAT_BATCH_STAT_CPU_H_
+
+#include <cstdint>
+
+#include "kernels/common/cpu_features.h"
+#include "kernels/common/parallel_for.h"
+#include "kernels/common/simd_prelude.h"
+
+namespace kernels::batch_stat {
+
+struct Geometry {
+  int64_t groups;
+  int64_t outer;
+  int64_t channels;
+  int64_t inner;
+
+  int64_t elements() const { return groups * outer * channels * inner; }
+};
+
+struct Mask {
+  const uint8_t* data = nullptr;  // [groups, outer, channels or 1, inner]
+  bool per_channel = false;
+};
+
+// Mean, biased variance and number of values of each channel; a channel
+// without values gets NaN, NaN and 0. With `accurate`, the variance comes from
+// a second pass over x about the mean that the first one found.
+template <typename T>
+void Moments(const ParallelLoop& loop, SimdLevel level,
+             const Geometry& geometry, const typename T::Storage* x,
+             const Mask& mask, bool accurate, typename T::Compute* mean,
+             typename T::Compute* var, typename T::Compute* count);
+
+// y = (x - mean) * mul + bias; with `relu`, not below 0.
+template <typename T, typename U>
+void NormalizeAll(const ParallelLoop& loop, SimdLevel level,
+                  const Geometry& geometry, const typename T::Storage* x,
+                  const typename T::Compute* mean,
+                  const typename T::Compute* mul,
+                  const typename T::Compute* bias, bool relu,
+                  typename U::Storage* y);
+
+// sum_dy = sum of dy, sum_dyx = sum of dy * (x - mean); with `relu`, over the
+// positions where NormalizeAll gives a positive value.
+template <typename T, typename U>
+void GradSums(const ParallelLoop& loop, SimdLevel level,
+              const Geometry& geometry, const typename T::Storage* x,
+              const typename U::Storage* dy, const typename T::Compute* mean,
+              const typename T::Compute* mul, const typename T::Compute* bias,
+              bool relu, typename T::Compute* sum_dy,
+              typename T::Compute* sum_dyx);
+
+// dx = mul * dy + kept * (c0 + c1 * (x - mean)), where kept is what the mask
+// says; dy is gated as in GradSums.
+template <typename T, typename U>
+void GradInputAll(const ParallelLoop& loop, SimdLevel level,
+                  const Geometry& geometry, const typename T::Storage* x,
+                  const typename U::Storage* dy,
+                  const typename T::Compute* mean,
+                  const typename T::Compute* mul,
+                  const typename T::Compute* bias,
+                  const typename T::Compute* c0, const typename T::Compute* c1,
+                  const Mask& mask, bool relu, typename T::Storage* dx);
+
+}  // namespace kernels::batch_stat
+
+#endif  // KERNELS_BATCH_STAT_BATCH_STAT_CPU_H_

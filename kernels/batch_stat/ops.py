@@ -1,0 +1,448 @@
+"""The primitives of batch_stat: what runs where, and how it is split.
+
+Arguments and parameters are those of the functions in `reference`. The four
+primitives behind `batch_norm` are apart because the sums over the batch may
+have to cross devices between them.
+"""
+
+from collections.abc import Sequence
+import functools
+from typing import Any
+
+import jax
+from jax import lax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec
+import numpy as np
+
+from kernels.batch_stat import reference
+from kernels.common import dispatch
+
+# FFI target names, the same on every platform.
+TARGET_UPDATE = "fused_nnx_batch_stat_update"
+TARGET_MOMENTS = "fused_nnx_batch_stat_moments"
+TARGET_NORMALIZE = "fused_nnx_batch_stat_normalize"
+TARGET_GRAD_SUMS = "fused_nnx_batch_stat_grad_sums"
+TARGET_GRAD_INPUT = "fused_nnx_batch_stat_grad_input"
+
+CPU_LIBRARY = dispatch.Library(
+  "kernels.batch_stat._batch_stat_cpu",
+  {
+    TARGET_UPDATE: "update",
+    TARGET_MOMENTS: "moments",
+    TARGET_NORMALIZE: "normalize",
+    TARGET_GRAD_SUMS: "grad_sums",
+    TARGET_GRAD_INPUT: "grad_input",
+  },
+)
+
+_KERNEL_DTYPES = ("float64", "float32", "bfloat16", "float16")
+
+
+def _stat_shape(x: Any, feature_axis: int, batch_axes: int) -> tuple[Any, ...]:
+  return (*x.shape[:batch_axes], x.shape[feature_axis])
+
+
+def _ints(**attributes: int) -> dict[str, np.int64]:
+  return {name: np.int64(value) for name, value in attributes.items()}
+
+
+# ---- Abstract evaluation.
+
+
+def _update_avals(*avals, feature_axis, batch_axes, accurate):
+  del accurate
+  x = avals[3]
+  shape = _stat_shape(x, feature_axis, batch_axes)
+  dtype = reference.compute_dtype(x.dtype)
+  averages = dispatch.out_aval(shape, dtype, *avals)
+  batch = dispatch.out_aval(shape, dtype, *avals[3:])
+  return averages, averages, batch, batch
+
+
+def _moments_avals(*avals, feature_axis, batch_axes, accurate):
+  del accurate
+  x = avals[0]
+  out = dispatch.out_aval(
+    _stat_shape(x, feature_axis, batch_axes),
+    reference.compute_dtype(x.dtype),
+    *avals,
+  )
+  return out, out, out
+
+
+def _normalize_avals(*avals, feature_axis, batch_axes, relu, dtype):
+  del feature_axis, batch_axes, relu
+  return (dispatch.out_aval(avals[0].shape, dtype, *avals),)
+
+
+def _grad_sums_avals(*avals, feature_axis, batch_axes, relu):
+  del relu
+  x = avals[0]
+  out = dispatch.out_aval(
+    _stat_shape(x, feature_axis, batch_axes),
+    reference.compute_dtype(x.dtype),
+    *avals,
+  )
+  return out, out
+
+
+def _grad_input_avals(*avals, feature_axis, batch_axes, relu):
+  del feature_axis, batch_axes, relu
+  return (dispatch.out_aval(avals[0].shape, avals[0].dtype, *avals),)
+
+
+# ---- The CPU implementations.
+
+
+def _like(array):
+  return jax.ShapeDtypeStruct(array.shape, array.dtype)
+
+
+def _stats_like(x, count, feature_axis, batch_axes):
+  shape = _stat_shape(x, feature_axis, batch_axes)
+  dtype = reference.compute_dtype(x.dtype)
+  return (jax.ShapeDtypeStruct(shape, dtype),) * count
+
+
+def _update_cpu(
+  mean, var, momentum, x, *mask, feature_axis, batch_axes, accurate
+):
+  out = _stats_like(x, 4, feature_axis, batch_axes)
+  return jax.ffi.ffi_call(
+    TARGET_UPDATE, out, input_output_aliases={0: 0, 1: 1}
+  )(
+    mean,
+    var,
+    momentum,
+    x,
+    *mask,
+    **_ints(
+      feature_axis=feature_axis, batch_axes=batch_axes, accurate=accurate
+    ),
+  )
+
+
+def _moments_cpu(x, shift, *mask, feature_axis, batch_axes, accurate):
+  del shift  # the kernel finds better ones by itself
+  out = _stats_like(x, 3, feature_axis, batch_axes)
+  return jax.ffi.ffi_call(TARGET_MOMENTS, out)(
+    x,
+    *mask,
+    **_ints(
+      feature_axis=feature_axis, batch_axes=batch_axes, accurate=accurate
+    ),
+  )
+
+
+def _normalize_cpu(
+  x, mean, mul, bias, *, feature_axis, batch_axes, relu, dtype
+):
+  out = (jax.ShapeDtypeStruct(x.shape, dtype),)
+  return jax.ffi.ffi_call(TARGET_NORMALIZE, out)(
+    x,
+    mean,
+    mul,
+    bias,
+    **_ints(feature_axis=feature_axis, batch_axes=batch_axes, relu=relu),
+  )
+
+
+def _grad_sums_cpu(x, dy, mean, mul, bias, *, feature_axis, batch_axes, relu):
+  out = _stats_like(x, 2, feature_axis, batch_axes)
+  return jax.ffi.ffi_call(TARGET_GRAD_SUMS, out)(
+    x,
+    dy,
+    mean,
+    mul,
+    bias,
+    **_ints(feature_axis=feature_axis, batch_axes=batch_axes, relu=relu),
+  )
+
+
+def _grad_input_cpu(
+  x, dy, mean, mul, bias, c0, c1, *mask, feature_axis, batch_axes, relu
+):
+  return jax.ffi.ffi_call(TARGET_GRAD_INPUT, (_like(x),))(
+    x,
+    dy,
+    mean,
+    mul,
+    bias,
+    c0,
+    c1,
+    *mask,
+    **_ints(feature_axis=feature_axis, batch_axes=batch_axes, relu=relu),
+  )
+
+
+def _unsupported(x_index: int, avals: Sequence[Any], **params: Any):
+  x = avals[x_index]
+  if x.dtype.name not in _KERNEL_DTYPES:
+    return f"`x` is {x.dtype.name}"
+  if dispatch.static_size(x.shape) == 0:
+    return f"`x` of shape {x.shape} is empty"
+  out = params.get("dtype", x.dtype)
+  wide = reference.compute_dtype(x.dtype)
+  if out not in (x.dtype, wide):
+    return f"`x` is {x.dtype.name} and the result {np.dtype(out).name}"
+  return None
+
+
+def _grad_unsupported(avals: Sequence[Any], **params: Any):
+  del params
+  return _unsupported(0, avals[:1], dtype=avals[1].dtype)
+
+
+# ---- Batching: one more batch axis in front.
+
+
+def _batch_rule(op, args, dims, *, feature_axis, batch_axes, **params):
+  moved, _ = dispatch.move_batch_to_front(args, dims)
+  results = op(
+    *moved, feature_axis=feature_axis + 1, batch_axes=batch_axes + 1, **params
+  )
+  return results, [0] * len(results)
+
+
+# ---- Sharding. x may be split along any axis; the statistics follow the batch
+# and feature axes, and sums over the others cross devices.
+
+
+def _factors(x, feature_axis, batch_axes):
+  """Returns the Shardy factors of x, of a statistic and of a mask."""
+  names = [f"i{axis}" for axis in range(x.ndim)]
+  stat = [*names[:batch_axes], names[feature_axis]]
+  return names, stat
+
+
+def _mask_factors(names, mask, x, feature_axis):
+  if mask.shape[feature_axis] == x.shape[feature_axis]:
+    return names
+  return [*names[:feature_axis], "one", *names[feature_axis + 1 :]]
+
+
+def _rule(x_index, mask_index, kinds, results, avals, **params):
+  """Spells the Shardy rule of an op.
+
+  Args:
+    x_index: Which operand is x.
+    mask_index: Which operand is the mask, if there is one.
+    kinds: For each operand but the mask, "x" or "s" for a statistic.
+    results: The same for the results.
+    avals: Of the operands.
+    **params: Of the op.
+  """
+  feature_axis = params["feature_axis"]
+  x = avals[x_index]
+  names, stat = _factors(x, feature_axis, params["batch_axes"])
+  text = {"x": " ".join(names), "s": " ".join(stat)}
+  operands = [text[kind] for kind in kinds]
+  if len(avals) > mask_index:
+    mask = _mask_factors(names, avals[mask_index], x, feature_axis)
+    operands.append(" ".join(mask))
+  outs = [text[kind] for kind in results]
+  return f"{', '.join(operands)} -> {', '.join(outs)}", ()
+
+
+def _axes_of(entry) -> tuple[str, ...]:
+  if entry is None:
+    return ()
+  return entry if isinstance(entry, tuple) else (entry,)
+
+
+def _x_spec(mesh, info):
+  """Returns x's spec, without the axes that do not split it evenly."""
+  spec = tuple(info.sharding.spec)
+  spec += (None,) * (len(info.shape) - len(spec))
+  kept = []
+  for size, entry in zip(info.shape, spec):
+    parts = int(np.prod([mesh.shape[name] for name in _axes_of(entry)]))
+    # XLA pads uneven parts, and the kernel would count the padding.
+    kept.append(entry if size % parts == 0 else None)
+  return kept
+
+
+def _partition(
+  x_index, mask_index, kinds, results, combine, mesh, infos, outs, call,
+  **params,
+):  # fmt: skip
+  """Splits an op along x's axes; arguments as in `_rule`.
+
+  `combine(outputs, args, axis_names)` joins the parts' results over the mesh
+  axes that split what is reduced; None if nothing is.
+  """
+  del outs
+  feature_axis, batch_axes = params["feature_axis"], params["batch_axes"]
+  mesh = infos[x_index].sharding.mesh
+  spec = _x_spec(mesh, infos[x_index])
+  specs = {
+    "x": PartitionSpec(*spec),
+    "s": PartitionSpec(*spec[:batch_axes], spec[feature_axis]),
+  }
+  arg_specs = [specs[kind] for kind in kinds]
+  if len(infos) > mask_index:
+    mask_spec = list(spec)
+    if infos[mask_index].shape[feature_axis] == 1:
+      mask_spec[feature_axis] = None
+    arg_specs.append(PartitionSpec(*mask_spec))
+  crossed = tuple(
+    name
+    for axis in reference.reduced_axes(len(spec), feature_axis, batch_axes)
+    for name in _axes_of(spec[axis])
+  )
+
+  def local(*args):
+    if combine is None or not crossed:
+      return call(*args, **params)
+    return combine(call, args, crossed, **params)
+
+  return local, [specs[kind] for kind in results], arg_specs
+
+
+def combine_moments(
+  mean: jax.Array,
+  var: jax.Array,
+  count: jax.Array,
+  axis_name: Any,
+  axis_index_groups: Any = None,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+  """Joins the moments of several devices' parts of a batch.
+
+  The mean comes first and the variance is summed about it, so that nothing
+  cancels.
+
+  Args:
+    mean: `[c]`, this device's.
+    var: `[c]`, this device's.
+    count: `[c]`, this device's number of values; it may be 0.
+    axis_name: Mesh or vmap axes to join over.
+    axis_index_groups: As in `jax.lax.psum`.
+
+  Returns:
+    mean, var and count of the whole, each `[c]`.
+  """
+  total = functools.partial(
+    lax.psum, axis_name=axis_name, axis_index_groups=axis_index_groups
+  )
+  some = count > 0
+  whole = total(count)
+  centre = total(jnp.where(some, mean, 0) * count) / whole
+  about = jnp.where(some, var + lax.square(mean - centre), 0)
+  return centre, total(about * count) / whole, whole
+
+
+def _combine_update(call, args, axes, **params):
+  del call
+  mean, var, momentum, x, *mask = args
+  batch_mean, batch_var, _ = combine_moments(
+    *MOMENTS(x, mean, *mask, implementation="cpu", **params), axes
+  )
+  return (
+    momentum * mean + (1 - momentum) * batch_mean,
+    momentum * var + (1 - momentum) * batch_var,
+    batch_mean,
+    batch_var,
+  )
+
+
+def _combine_moments(call, args, axes, **params):
+  return combine_moments(*call(*args, **params), axes)
+
+
+def _combine_sums(call, args, axes, **params):
+  return [lax.psum(out, axes) for out in call(*args, **params)]
+
+
+def _partitioning(x_index, mask_index, kinds, results, combine=None):
+  places = (x_index, mask_index, kinds, results)
+  return dispatch.Partitioning(
+    rule=functools.partial(_rule, *places),
+    partition=functools.partial(_partition, *places, combine),
+  )
+
+
+UPDATE = dispatch.Op(
+  "batch_stat_update",
+  abstract_eval=_update_avals,
+  reference=reference.update,
+  implementations=(
+    dispatch.Implementation(
+      name="cpu",
+      platforms=("cpu",),
+      fn=_update_cpu,
+      library=CPU_LIBRARY,
+      unsupported=functools.partial(_unsupported, 3),
+    ),
+  ),
+  batching=_batch_rule,
+  partitioning=_partitioning(3, 4, "sssx", "ssss", _combine_update),
+)
+
+MOMENTS = dispatch.Op(
+  "batch_stat_moments",
+  abstract_eval=_moments_avals,
+  reference=reference.moments,
+  implementations=(
+    dispatch.Implementation(
+      name="cpu",
+      platforms=("cpu",),
+      fn=_moments_cpu,
+      library=CPU_LIBRARY,
+      unsupported=functools.partial(_unsupported, 0),
+    ),
+  ),
+  batching=_batch_rule,
+  partitioning=_partitioning(0, 2, "xs", "sss", _combine_moments),
+)
+
+NORMALIZE = dispatch.Op(
+  "batch_stat_normalize",
+  abstract_eval=_normalize_avals,
+  reference=reference.normalize,
+  implementations=(
+    dispatch.Implementation(
+      name="cpu",
+      platforms=("cpu",),
+      fn=_normalize_cpu,
+      library=CPU_LIBRARY,
+      unsupported=functools.partial(_unsupported, 0),
+    ),
+  ),
+  batching=_batch_rule,
+  partitioning=_partitioning(0, 4, "xsss", "x"),
+)
+
+GRAD_SUMS = dispatch.Op(
+  "batch_stat_grad_sums",
+  abstract_eval=_grad_sums_avals,
+  reference=reference.grad_sums,
+  implementations=(
+    dispatch.Implementation(
+      name="cpu",
+      platforms=("cpu",),
+      fn=_grad_sums_cpu,
+      library=CPU_LIBRARY,
+      unsupported=_grad_unsupported,
+    ),
+  ),
+  batching=_batch_rule,
+  partitioning=_partitioning(0, 5, "xxsss", "ss", _combine_sums),
+)
+
+GRAD_INPUT = dispatch.Op(
+  "batch_stat_grad_input",
+  abstract_eval=_grad_input_avals,
+  reference=reference.grad_input,
+  implementations=(
+    dispatch.Implementation(
+      name="cpu",
+      platforms=("cpu",),
+      fn=_grad_input_cpu,
+      library=CPU_LIBRARY,
+      unsupported=_grad_unsupported,
+    ),
+  ),
+  batching=_batch_rule,
+  partitioning=_partitioning(0, 7, "xxsssss", "x"),
+)

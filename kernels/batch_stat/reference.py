@@ -1,0 +1,250 @@
+"""The plain JAX form of the batch-norm ops, which every platform can run.
+
+Throughout, `x` is `[batch axes..., ..., c, ...]`: `batch_axes` leading axes that
+are independent batches, and the feature axis c at `feature_axis`. Statistics
+are `[batch axes..., c]`, float32, or float64 for a float64 `x`.
+"""
+
+from typing import Any
+
+import jax
+from jax import lax
+import jax.numpy as jnp
+
+
+def compute_dtype(dtype: Any) -> Any:
+  """Returns the dtype that statistics of a `dtype` array have."""
+  return jnp.promote_types(dtype, jnp.float32)
+
+
+def reduced_axes(
+  rank: int, feature_axis: int, batch_axes: int
+) -> tuple[int, ...]:
+  """Returns the axes of x that statistics are reduced over."""
+  return tuple(i for i in range(batch_axes, rank) if i != feature_axis)
+
+
+def expand_stat(
+  stat: jax.Array, x: Any, feature_axis: int, batch_axes: int
+) -> jax.Array:
+  """Gives a statistic the rank of x, so that it broadcasts against it."""
+  return jnp.expand_dims(stat, reduced_axes(x.ndim, feature_axis, batch_axes))
+
+
+def moments(
+  x: jax.Array,
+  shift: jax.Array,
+  mask: jax.Array | None = None,
+  *,
+  feature_axis: int,
+  batch_axes: int,
+  accurate: bool,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+  """Computes mean, biased variance and count of each feature.
+
+  Args:
+    x: `[..., c, ...]`, floating.
+    shift: `[c]`, a guess of the mean. The one-pass variance
+      `E[(x - shift)^2] - (E[x] - shift)^2` is as good as the guess; infinities
+      and NaNs in it are taken as 0.
+    mask: Bool, like x or with 1 in place of c; only True positions count.
+    feature_axis: The axis of c.
+    batch_axes: Number of leading axes that are independent batches.
+    accurate: Whether to take the variance in a second pass, about the mean.
+
+  Returns:
+    mean, var and count, each `[c]`.
+  """
+  dtype = compute_dtype(x.dtype)
+  axes = reduced_axes(x.ndim, feature_axis, batch_axes)
+  values = x.astype(dtype)
+  if mask is not None:
+    mask = jnp.broadcast_to(mask, x.shape)
+
+  def mean_of(array):
+    return jnp.mean(array, axis=axes, where=mask)
+
+  if mask is None:
+    size = 1
+    for axis in axes:
+      size = size * x.shape[axis]
+    count = jnp.full(shift.shape, size, dtype)
+  else:
+    count = jnp.sum(mask, axis=axes, dtype=dtype)
+  if accurate:
+    mean = mean_of(values)
+    centre = expand_stat(mean, x, feature_axis, batch_axes)
+    return mean, mean_of(lax.square(values - centre)), count
+  shift = jnp.where(jnp.isfinite(shift), shift, 0)
+  moved = values - expand_stat(shift, x, feature_axis, batch_axes)
+  first = mean_of(moved)
+  second = mean_of(lax.square(moved))
+  return shift + first, jnp.maximum(second - lax.square(first), 0), count
+
+
+def update(
+  mean: jax.Array,
+  var: jax.Array,
+  momentum: jax.Array,
+  x: jax.Array,
+  mask: jax.Array | None = None,
+  *,
+  feature_axis: int,
+  batch_axes: int,
+  accurate: bool,
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+  """Computes statistics of x and blends them into running averages.
+
+  Args:
+    mean: `[c]`, running average of the mean.
+    var: `[c]`, running average of the variance.
+    momentum: `[c]`, weight of the old averages.
+    x: As in `moments`.
+    mask: As in `moments`.
+    feature_axis: As in `moments`.
+    batch_axes: As in `moments`.
+    accurate: As in `moments`.
+
+  Returns:
+    The new averages of mean and var, and x's own mean and var, each `[c]`.
+  """
+  batch_mean, batch_var, _ = moments(
+    x,
+    mean,
+    mask,
+    feature_axis=feature_axis,
+    batch_axes=batch_axes,
+    accurate=accurate,
+  )
+  return (
+    momentum * mean + (1 - momentum) * batch_mean,
+    momentum * var + (1 - momentum) * batch_var,
+    batch_mean,
+    batch_var,
+  )
+
+
+def normalize(
+  x: jax.Array,
+  mean: jax.Array,
+  mul: jax.Array,
+  bias: jax.Array,
+  *,
+  feature_axis: int,
+  batch_axes: int,
+  relu: bool,
+  dtype: Any,
+) -> tuple[jax.Array]:
+  """Computes `(x - mean) * mul + bias`, and its positive part for `relu`.
+
+  Args:
+    x: As in `moments`.
+    mean: `[c]`.
+    mul: `[c]`.
+    bias: `[c]`.
+    feature_axis: As in `moments`.
+    batch_axes: As in `moments`.
+    relu: Whether to apply relu.
+    dtype: Of the result.
+
+  Returns:
+    A tuple of one array of x's shape.
+  """
+  out = _affine(x, mean, mul, bias, feature_axis, batch_axes)
+  if relu:
+    out = jnp.maximum(out, 0)
+  return (out.astype(dtype),)
+
+
+def grad_sums(
+  x: jax.Array,
+  dy: jax.Array,
+  mean: jax.Array,
+  mul: jax.Array,
+  bias: jax.Array,
+  *,
+  feature_axis: int,
+  batch_axes: int,
+  relu: bool,
+) -> tuple[jax.Array, jax.Array]:
+  """Sums what the gradient of `normalize` needs from the whole batch.
+
+  Args:
+    x: As in `normalize`.
+    dy: Gradient for the result of `normalize`, of x's shape.
+    mean: As in `normalize`.
+    mul: As in `normalize`.
+    bias: As in `normalize`.
+    feature_axis: As in `normalize`.
+    batch_axes: As in `normalize`.
+    relu: As in `normalize`.
+
+  Returns:
+    The sums of dy and of dy * (x - mean), each `[c]`.
+  """
+  axes = reduced_axes(x.ndim, feature_axis, batch_axes)
+  dy = _gated(x, dy, mean, mul, bias, feature_axis, batch_axes, relu)
+  centred = x.astype(mean.dtype) - expand_stat(
+    mean, x, feature_axis, batch_axes
+  )
+  return jnp.sum(dy, axis=axes), jnp.sum(dy * centred, axis=axes)
+
+
+def grad_input(
+  x: jax.Array,
+  dy: jax.Array,
+  mean: jax.Array,
+  mul: jax.Array,
+  bias: jax.Array,
+  c0: jax.Array,
+  c1: jax.Array,
+  mask: jax.Array | None = None,
+  *,
+  feature_axis: int,
+  batch_axes: int,
+  relu: bool,
+) -> tuple[jax.Array]:
+  """Computes `mul * dy + c0 + c1 * (x - mean)`.
+
+  Args:
+    x: As in `grad_sums`.
+    dy: As in `grad_sums`.
+    mean: As in `grad_sums`.
+    mul: As in `grad_sums`.
+    bias: As in `grad_sums`.
+    c0: `[c]`, the gradient that every position gets through the mean.
+    c1: `[c]`, the same through the variance, for each unit of x - mean.
+    mask: As in `moments`; False positions do not get those two.
+    feature_axis: As in `grad_sums`.
+    batch_axes: As in `grad_sums`.
+    relu: As in `grad_sums`.
+
+  Returns:
+    A tuple of one array of x's shape and dtype.
+  """
+
+  def expand(stat):
+    return expand_stat(stat, x, feature_axis, batch_axes)
+
+  dy = _gated(x, dy, mean, mul, bias, feature_axis, batch_axes, relu)
+  centred = x.astype(mean.dtype) - expand(mean)
+  through_stats = expand(c0) + expand(c1) * centred
+  if mask is not None:
+    through_stats = jnp.where(mask, through_stats, 0)
+  return ((expand(mul) * dy + through_stats).astype(x.dtype),)
+
+
+def _affine(x, mean, mul, bias, feature_axis, batch_axes):
+  mean, mul, bias = (
+    expand_stat(stat, x, feature_axis, batch_axes) for stat in (mean, mul, bias)
+  )
+  return (x.astype(mean.dtype) - mean) * mul + bias
+
+
+def _gated(x, dy, mean, mul, bias, feature_axis, batch_axes, relu):
+  """Returns dy in the statistics' dtype, 0 where relu closed the gate."""
+  dy = dy.astype(mean.dtype)
+  if relu:
+    out = _affine(x, mean, mul, bias, feature_axis, batch_axes)
+    dy = jnp.where(out > 0, dy, 0)
+  return dy
