@@ -12,27 +12,15 @@ import jax
 from jax import numpy as jnp
 
 from kernels import batch_stat
-from tools.bench import harness
+from kernels.batch_stat import arg_specs
+from tools.bench import choice, harness
 
 NAME = "batch_stat"
 _MOMENTUM = 0.99
 _EPSILON = 1e-5
 _DTYPES = ("float32", "bfloat16")
-# (height and width, channels) of the inputs of ResNet-50's batch norms.
-_LAYERS = (
-  (112, 64),
-  (56, 64),
-  (56, 256),
-  (28, 128),
-  (28, 512),
-  (14, 256),
-  (14, 1024),
-  (7, 512),
-  (7, 2048),
-)
-_QUICK_LAYERS = ((56, 64), (14, 256), (7, 2048))
-_BATCH = 32
-_QUICK_BATCH = 8
+# Small, middle and large channel counts.
+_QUICK_LAYERS = arg_specs.resnet50(4)[1::4]
 
 
 def _flax_statistics(x: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -62,40 +50,30 @@ def _make_input(shape: tuple[int, ...], dtype: str, seed: int) -> jax.Array:
   return jax.block_until_ready(x.astype(dtype))
 
 
-def _fresh_statistics(channels: int) -> tuple[jax.Array, jax.Array]:
-  return jnp.zeros(channels), jnp.ones(channels)
-
-
-def _build_update(
-  settings: harness.Settings, size: int, channels: int, dtype: str
-) -> harness.Comparison:
+def _build_update(layer: arg_specs.LayerSpec, dtype: str) -> harness.Comparison:
   """Builds the row of one layer for the op `update`."""
-  x = _make_input(_shape(settings, size, channels), dtype, seed=0)
+  x = _make_input(layer.shape, dtype, seed=0)
+  channels = layer.shape[-1]
+
+  def ours(x, mean, var):
+    return batch_stat.update(x, mean, var, momentum=_MOMENTUM)[:2]
 
   def side(name: str, function: Callable[..., Any]) -> harness.Side:
     step = jax.jit(function, donate_argnums=(1, 2))
     return harness.Side(
       name=name,
-      fresh=lambda: (x, *_fresh_statistics(channels)),
+      fresh=lambda: (x, jnp.zeros(channels), jnp.ones(channels)),
       call=lambda state: step(*state),
       advance=lambda state, result: (state[0], *result),
     )
 
   return harness.Comparison(
-    ours=side(
-      "kernels.batch_stat.update",
-      functools.partial(batch_stat.update, momentum=_MOMENTUM),
-    ),
-    baselines=[side("flax expression, jit", _flax_update)],
+    ours=side("kernels.batch_stat.update", ours),
+    baselines=[side("flax.nnx expression, jit", _flax_update)],
     floor_traffic=harness.Traffic(read=x.nbytes, written=0),
     floor_name="one read of x at memory bandwidth",
+    details=choice.chosen(ours, x, jnp.zeros(channels), jnp.ones(channels)),
   )
-
-
-def _shape(
-  settings: harness.Settings, size: int, channels: int
-) -> tuple[int, ...]:
-  return (_QUICK_BATCH if settings.quick else _BATCH, size, size, channels)
 
 
 _BUILDERS = {"update": _build_update}
@@ -103,19 +81,12 @@ _BUILDERS = {"update": _build_update}
 
 def cases(settings: harness.Settings) -> Sequence[harness.Case]:
   """Returns the rows: every op on every layer in every dtype."""
-  layers = _QUICK_LAYERS if settings.quick else _LAYERS
-  rows = []
-  for op, build in _BUILDERS.items():
-    for dtype in _DTYPES:
-      for size, channels in layers:
-        batch = _shape(settings, size, channels)[0]
-        rows.append(
-          harness.Case(
-            suite=NAME,
-            op=op,
-            case=f"N{batch}_{size}x{size}x{channels}",
-            dtype=dtype,
-            build=functools.partial(build, settings, size, channels, dtype),
-          )
-        )
-  return rows
+  layers = _QUICK_LAYERS if settings.quick else arg_specs.BENCH_LAYERS
+  return [
+    harness.Case(
+      NAME, op, layer.name, dtype, functools.partial(build, layer, dtype)
+    )
+    for op, build in _BUILDERS.items()
+    for dtype in _DTYPES
+    for layer in layers
+  ]

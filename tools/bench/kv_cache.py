@@ -1,7 +1,8 @@
 """Suite `kv_cache`: writing one step's K and V into the caches of a decoder.
 
-The shapes are those of one layer of published decoders, with batch and length
-chosen so that a whole row stays below 8 GiB. Baselines are the two expressions
+The shapes are those of one layer of published decoders of 1 to 8 billion
+parameters, with batch and length chosen so that a row stays below 8 GiB.
+Baselines are the two expressions
 that people write in JAX: `dynamic_update_slice` (vmapped when every sequence
 has its own position) and a scatter, both jitted with the caches donated.
 """
@@ -16,36 +17,24 @@ from jax import lax
 from jax import numpy as jnp
 
 from kernels import kv_cache
-from tools.bench import harness
+from kernels.kv_cache import arg_specs
+from tools.bench import choice, harness
 
 NAME = "kv_cache"
 _DTYPES = ("float32", "bfloat16", "float16")
 
 
-@dataclasses.dataclass(frozen=True)
-class _Shape:
-  """One layer's caches, `[batch, length, heads, head_dim]`, and the step."""
-
-  name: str
-  batch: int
-  length: int
-  heads: int
-  head_dim: int
-  tokens: int = 1
-
-
-# KV heads and head dims: Llama 3.2 1B (8 x 64) and 3B (8 x 128), Llama 2 7B
-# (32 x 128, 268 MB for K and V in bfloat16), Llama 3.1 8B (8 x 128).
-_SHAPES = (
-  _Shape("1B_B8_S4096_H8_D64", 8, 4096, 8, 64),
-  _Shape("3B_B16_S2048_H8_D128", 16, 2048, 8, 128),
-  _Shape("7B_B8_S2048_H32_D128", 8, 2048, 32, 128),
-  _Shape("8B_B4_S8192_H8_D128", 4, 8192, 8, 128),
-  _Shape("8B_B4_S8192_H8_D128_T128", 4, 8192, 8, 128, tokens=128),
+# One token of every layer whose cache is not stacked, and one prefill.
+_SPECS = tuple(
+  spec
+  for spec in arg_specs.ARG_SPECS
+  if spec.layers is None
+  and spec.dtype != "float32"
+  and not spec.name.endswith("one_index")
 )
-_QUICK_SHAPES = (
-  _Shape("1B_B8_S512_H8_D64", 8, 512, 8, 64),
-  _Shape("8B_B2_S1024_H8_D128_T16", 2, 1024, 8, 128, tokens=16),
+_QUICK_SPECS = tuple(
+  dataclasses.replace(spec, batch=2, length=1024)
+  for spec in (_SPECS[0], _SPECS[-1])
 )
 
 
@@ -82,26 +71,23 @@ def _dispatch_only(cache_k, cache_v, new_k, new_v, index):
   return cache_k, cache_v, index + 1
 
 
-def _build_update(
-  shape: _Shape, dtype: str, per_sequence: bool
-) -> harness.Comparison:
-  """Builds the row of one layer and one kind of index."""
-  keys = jax.random.split(jax.random.key(0), 2)
-  cache_shape = (shape.batch, shape.length, shape.heads, shape.head_dim)
-  new_shape = (shape.batch, shape.tokens, shape.heads, shape.head_dim)
+def _build_update(spec: arg_specs.ArgSpec) -> harness.Comparison:
+  """Builds the row of one layer, dtype and kind of index."""
+  keys = jax.random.split(jax.random.key(0), 3)
   new_k, new_v = (
-    jax.random.normal(key, new_shape).astype(dtype) for key in keys
+    jax.random.normal(key, spec.new_shape).astype(spec.dtype)
+    for key in keys[:2]
   )
-  middle = shape.length // 2
-  index = (
-    middle + jnp.arange(shape.batch, dtype=jnp.int32) * 7
-    if per_sequence
-    else jnp.int32(middle)
+  index = jax.random.randint(
+    keys[2],
+    (spec.batch,) if spec.per_sequence else (),
+    0,
+    spec.length - spec.tokens + 1,
+    jnp.int32,
   )
-  jax.block_until_ready((new_k, new_v, index))
 
   def fresh() -> tuple[Any, ...]:
-    caches = tuple(jnp.full(cache_shape, fill, dtype) for fill in (0.5, 0.25))
+    caches = (jnp.full(spec.cache_shape, x, spec.dtype) for x in (0.5, 0.25))
     return (*caches, new_k, new_v, index)
 
   def side(name: str, function: Callable[..., Any]) -> harness.Side:
@@ -113,38 +99,42 @@ def _build_update(
       advance=lambda state, result: (*result[:2], *state[2:]),
     )
 
-  slice_name = (
-    "dynamic_update_slice"
-    if not per_sequence
-    else ("vmapped dynamic_update_slice")
-  )
+  vmapped = "vmapped " if spec.per_sequence else ""
+  new_bytes = new_k.nbytes + new_v.nbytes
   return harness.Comparison(
     ours=side("kernels.kv_cache.update", kv_cache.update),
     baselines=[
-      side(f"{slice_name}, jit", _slice_update),
+      side(f"{vmapped}dynamic_update_slice, jit", _slice_update),
       side("scatter, jit", _scatter_update),
     ],
-    floor_traffic=harness.Traffic(
-      read=new_k.nbytes + new_v.nbytes, written=new_k.nbytes + new_v.nbytes
-    ),
+    floor_traffic=harness.Traffic(read=new_bytes, written=new_bytes),
     floor_side=side("dispatch", _dispatch_only),
     floor_name="copy of the new rows, and the dispatch of a donating call",
+    details=choice.chosen(kv_cache.update, *spec.shapes()),
+  )
+
+
+def _case(
+  spec: arg_specs.ArgSpec, per_sequence: bool, dtype: str
+) -> harness.Case:
+  spec = dataclasses.replace(spec, per_sequence=per_sequence, dtype=dtype)
+  shape = f"B{spec.batch}_S{spec.length}_H{spec.heads}_D{spec.head_dim}"
+  tokens = f"_T{spec.tokens}" if spec.tokens > 1 else ""
+  index = "per_sequence" if per_sequence else "single"
+  return harness.Case(
+    suite=NAME,
+    op="update",
+    case=f"{spec.name}_{shape}{tokens}_{index}",
+    dtype=dtype,
+    build=functools.partial(_build_update, spec),
   )
 
 
 def cases(settings: harness.Settings) -> Sequence[harness.Case]:
   """Returns the rows: every layer, kind of index and dtype."""
-  shapes = _QUICK_SHAPES if settings.quick else _SHAPES
-  dtypes = _DTYPES[:2] if settings.quick else _DTYPES
   return [
-    harness.Case(
-      suite=NAME,
-      op="update",
-      case=f"{shape.name}_{'per_sequence' if per_sequence else 'single'}",
-      dtype=dtype,
-      build=functools.partial(_build_update, shape, dtype, per_sequence),
-    )
-    for shape in shapes
+    _case(spec, per_sequence, dtype)
+    for spec in (_QUICK_SPECS if settings.quick else _SPECS)
     for per_sequence in (False, True)
-    for dtype in dtypes
+    for dtype in (_DTYPES[:2] if settings.quick else _DTYPES)
   ]
