@@ -26,6 +26,7 @@ import numpy as np
 
 from nnx import reprs
 from nnx.graph import _engine
+from nnx.graph import pytrees
 
 A = TypeVar("A")
 T = TypeVar("T", bound=type)
@@ -199,6 +200,7 @@ def register_data_type(type_: T, /) -> T:
     The type.
   """
   data_types.add(type_)
+  _engine.forget_type(type_)
   return type_
 
 
@@ -366,6 +368,8 @@ class Pytree(_engine.ObjectBase, reprs.Displayable):
       _STRICT if strict else 0
     )
     cls._is_pytree = pytree
+    if pytree:
+      pytrees.register_object_type(cls)
 
   def __init__(self, *args: Any, **kwargs: Any):
     # Refuses arguments, which the constructor of the C++ base takes.
@@ -432,6 +436,9 @@ class Pytree(_engine.ObjectBase, reprs.Displayable):
       type=type(self),
       nested={"summarize": True, "in_state": False},
     )
+
+
+pytrees.register_object_type(Pytree)
 
 
 class Object(Pytree, pytree=False):

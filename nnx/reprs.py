@@ -210,6 +210,10 @@ def value_text(value: Any) -> str:
     return value.__name__
   if _context.settings["summarize"] and _is_large_array(value):
     return f"Array(shape={value.shape}, dtype={value.dtype!r})"
+  if type(value) in (list, tuple, dict):
+    members = value.values() if type(value) is dict else value
+    if any(isinstance(member, Displayable) for member in members):
+      return _parts_text(_container_parts(value))
   if type(value) is list:
     return f"[{', '.join(map(value_text, value))}]"
   if type(value) is tuple:
@@ -219,6 +223,14 @@ def value_text(value: Any) -> str:
     items = (f"{key!r}: {value_text(item)}" for key, item in value.items())
     return f"{{{', '.join(items)}}}"
   return repr(value)
+
+
+def _container_parts(value: list | tuple | dict) -> Parts:
+  """A plain container that holds displayable objects, one on each line."""
+  if type(value) is dict:
+    return Parts("", list(value.items()), start="{", end="}", separator=": ")
+  start, end = "[]" if type(value) is list else "()"
+  return Parts("", [(None, member) for member in value], start=start, end=end)
 
 
 def to_text(target: Parts | Displayable) -> str:

@@ -20,9 +20,12 @@ from typing import (
   TypeVar,
 )
 
+import jax
+
 from nnx import filters as filters_lib
 from nnx import reprs
 from nnx.graph import _engine
+from nnx.graph import pytrees
 
 K = TypeVar("K")
 V = TypeVar("V")
@@ -225,6 +228,10 @@ class State(reprs.Displayable, MutableMapping[K, V], Generic[K, V]):
 
   _mapping: dict[Any, Any]
 
+  def __init_subclass__(cls, **kwargs: Any) -> None:
+    super().__init_subclass__(**kwargs)
+    pytrees.register_state_type(cls)
+
   def __init__(
     self,
     mapping: Mapping[K, Any] | Iterable[tuple[K, Any]] = (),
@@ -384,6 +391,13 @@ class State(reprs.Displayable, MutableMapping[K, V], Generic[K, V]):
     if not isinstance(other, collections.abc.Mapping):
       return NotImplemented
     return diff(self, other) if other else self
+
+
+jax.tree_util.register_pytree_node(
+  FlatState,
+  lambda flat: (flat._values, flat._keys),
+  lambda keys, values: FlatState.from_sorted_keys_values(keys, list(values)),
+)
 
 
 def to_flat_state(state: Mapping[Any, Any]) -> FlatState[Any]:

@@ -27,6 +27,7 @@ import numpy as np
 from nnx import partitioning
 from nnx import reprs
 from nnx.graph import _engine
+from nnx.graph import pytrees
 
 A = TypeVar("A")
 B = TypeVar("B")
@@ -446,6 +447,7 @@ class Variable(_engine.VariableBase, reprs.Displayable, Generic[A]):
     ):
       flags |= _CREATE_HOOK
     cls._class_hook_flags = flags
+    pytrees.register_variable_type(cls)
 
   def _init_slow(self, value: A | VariableMetadata[A], /, **metadata: Any):
     """The constructor where there is more to do than to store a value."""
@@ -1144,6 +1146,7 @@ class Variable(_engine.VariableBase, reprs.Displayable, Generic[A]):
   __ceil__ = _unary(lambda value: value.__ceil__())
 
 
+pytrees.register_variable_type(Variable)
 VariableState = Variable
 
 
