@@ -65,7 +65,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     if given is None:
       continue
     # Refused now rather than after minutes of measuring.
-    path = environment.invocation_directory() / given
+    path = (environment.invocation_directory() / given).resolve()
     if not path.parent.is_dir():
       parser.error(f"--{name}: folder {path.parent} does not exist")
     if name == "plot" and path.suffix != ".png":
