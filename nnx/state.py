@@ -393,6 +393,7 @@ class State(reprs.Displayable, MutableMapping[K, V], Generic[K, V]):
     return diff(self, other) if other else self
 
 
+pytrees.register_state_type(State)
 jax.tree_util.register_pytree_node(
   FlatState,
   lambda flat: (flat._values, flat._keys),
