@@ -1,0 +1,459 @@
+#include "nnx/graph/cc/jit.h"
+
+#include <structmember.h>
+
+#include <algorithm>
+#include <cstddef>
+#include <memory>
+#include <unordered_set>
+#include <vector>
+
+#include "nnx/graph/cc/lift.h"
+#include "nnx/graph/cc/runtime.h"
+
+namespace nnx::graph {
+namespace {
+
+// One structure of the arguments that the function was called with, and the
+// flat function for it.
+struct Entry {
+  Ref structure;
+  Ref names;     // tuple of keyword names, sorted; null for none
+  Ref compiled;  // (tuple of kept leaves[, tuple of donated leaves]) -> Packed
+  std::vector<int32_t> kept;     // leaf numbers; used when anything is donated
+  std::vector<int32_t> donated;  // leaf numbers
+};
+
+struct JitFunction {
+  PyObject_HEAD
+  PyObject* dict;
+  PyObject* weaklist;
+  vectorcallfunc vectorcall;
+  PyObject* make_entry;  // (structure, leaves, names) -> (compiled, donated)
+  PyObject* copy_array;  // (array) -> array
+  PyObject* statics;     // frozenset of positions and keyword names
+  // The most recently used first.
+  std::vector<std::shared_ptr<Entry>>* entries;
+};
+
+JitFunction* AsJit(PyObject* self) {
+  return reinterpret_cast<JitFunction*>(self);
+}
+
+// Owned references to the leaves and objects of one call.
+struct Call {
+  std::vector<PyObject*> leaves;
+  std::vector<PyObject*> objects;
+  ~Call() {
+    for (PyObject* leaf : leaves) Py_XDECREF(leaf);
+    for (PyObject* object : objects) Py_XDECREF(object);
+  }
+};
+
+// The arguments in the order of the structure's roots: positions, then keywords
+// by name.
+struct Arguments {
+  std::vector<PyObject*> values;  // borrowed
+  Ref names;
+};
+
+bool GatherArguments(PyObject* const* args, Py_ssize_t nargs,
+                     PyObject* kwnames, Arguments* out) {
+  const Py_ssize_t nkeywords = kwnames ? PyTuple_GET_SIZE(kwnames) : 0;
+  out->values.assign(args, args + nargs + nkeywords);
+  if (nkeywords == 0) return true;
+  std::vector<Py_ssize_t> order(nkeywords);
+  for (Py_ssize_t i = 0; i < nkeywords; ++i) order[i] = i;
+  std::sort(order.begin(), order.end(), [&](Py_ssize_t a, Py_ssize_t b) {
+    return PyUnicode_Compare(PyTuple_GET_ITEM(kwnames, a),
+                             PyTuple_GET_ITEM(kwnames, b)) < 0;
+  });
+  out->names = Ref::Steal(PyTuple_New(nkeywords));
+  if (!out->names) return false;
+  for (Py_ssize_t i = 0; i < nkeywords; ++i) {
+    PyObject* name = PyTuple_GET_ITEM(kwnames, order[i]);
+    Py_INCREF(name);
+    PyTuple_SET_ITEM(out->names.get(), i, name);
+    out->values[nargs + i] = args[nargs + order[i]];
+  }
+  return true;
+}
+
+bool SameNames(PyObject* a, PyObject* b) {
+  if (a == b) return true;
+  if (!a || !b) return false;
+  const int equal = PyObject_RichCompareBool(a, b, Py_EQ);
+  if (equal < 0) PyErr_Clear();
+  return equal == 1;
+}
+
+// Whether the arguments have the structure of `entry`; if so, `call` holds
+// their leaves and objects. 1, 0, -1.
+int TryEntry(const Entry& entry, const Arguments& arguments, Call* call) {
+  const Structure* structure = AsStructure(entry.structure.get());
+  if (structure->num_roots != static_cast<int32_t>(arguments.values.size()) ||
+      !SameNames(entry.names.get(), arguments.names.get())) {
+    return 0;
+  }
+  std::vector<PyObject*> leaves(structure->num_leaves);
+  std::vector<PyObject*> objects(structure->num_indices);
+  Matcher matcher(structure, leaves.data(), objects.data());
+  for (PyObject* value : arguments.values) {
+    if (!matcher.Match(value)) return 0;
+  }
+  for (PyObject* leaf : leaves) Py_INCREF(leaf);
+  for (PyObject* object : objects) Py_INCREF(object);
+  call->leaves.swap(leaves);
+  call->objects.swap(objects);
+  const int equal = matcher.FinishDeferred();
+  if (equal != 1) {
+    Call dropped;
+    dropped.leaves.swap(call->leaves);
+    dropped.objects.swap(call->objects);
+  }
+  return equal;
+}
+
+int IsStaticRoot(JitFunction* self, Py_ssize_t position, Py_ssize_t nargs,
+                 PyObject* names) {
+  if (PySet_GET_SIZE(self->statics) == 0) return 0;
+  if (position >= nargs) {
+    return PySet_Contains(self->statics,
+                          PyTuple_GET_ITEM(names, position - nargs));
+  }
+  Ref key = Ref::Steal(PyLong_FromSsize_t(position));
+  return key ? PySet_Contains(self->statics, key.get()) : -1;
+}
+
+// Walks the arguments the slow way and finds or makes the entry for them.
+std::shared_ptr<Entry> SlowEntry(JitFunction* self, const Arguments& arguments,
+                                 Py_ssize_t nargs, Call* call) {
+  Flattener flattener(/*hash_statics=*/true);
+  for (size_t i = 0; i < arguments.values.size(); ++i) {
+    const int is_static = IsStaticRoot(self, static_cast<Py_ssize_t>(i), nargs,
+                                       arguments.names.get());
+    if (is_static < 0) return nullptr;
+    if (is_static ? !flattener.AddStatic(arguments.values[i])
+                  : !flattener.Add(arguments.values[i], Mode::kPytree)) {
+      return nullptr;
+    }
+  }
+  Ref structure = flattener.Finish();
+  if (!structure) return nullptr;
+  for (Ref& leaf : flattener.leaves()) {
+    call->leaves.push_back(Ref(leaf).release());
+  }
+  for (const Ref& object : flattener.objects()) {
+    call->objects.push_back(Ref(object).release());
+  }
+  // A copy of the list: comparing may run Python code that changes it.
+  const std::vector<std::shared_ptr<Entry>> entries = *self->entries;
+  for (const std::shared_ptr<Entry>& entry : entries) {
+    if (!SameNames(entry->names.get(), arguments.names.get())) continue;
+    const int equal = PyObject_RichCompareBool(entry->structure.get(),
+                                               structure.get(), Py_EQ);
+    if (equal < 0) return nullptr;
+    if (equal) return entry;
+  }
+
+  Ref leaves = Ref::Steal(PyTuple_New(AsStructure(structure.get())->num_leaves));
+  if (!leaves) return nullptr;
+  for (size_t i = 0; i < call->leaves.size(); ++i) {
+    Py_INCREF(call->leaves[i]);
+    PyTuple_SET_ITEM(leaves.get(), static_cast<Py_ssize_t>(i),
+                     call->leaves[i]);
+  }
+  Ref no_names = Ref::Steal(PyTuple_New(0));
+  PyObject* names =
+      arguments.names ? arguments.names.get() : no_names.get();
+  Ref made;
+  {
+    CallFrame frame(AsStructure(structure.get()), call->objects.data());
+    made = Ref::Steal(PyObject_CallFunctionObjArgs(
+        self->make_entry, structure.get(), leaves.get(), names, nullptr));
+  }
+  if (!made) return nullptr;
+  if (!PyTuple_Check(made.get()) || PyTuple_GET_SIZE(made.get()) != 2) {
+    PyErr_SetString(PyExc_TypeError,
+                    "`make_entry` must return (function, donated leaves).");
+    return nullptr;
+  }
+  auto entry = std::make_shared<Entry>();
+  entry->structure = structure;
+  entry->names = arguments.names;
+  entry->compiled = Ref::Borrow(PyTuple_GET_ITEM(made.get(), 0));
+  PyObject* donated = PyTuple_GET_ITEM(made.get(), 1);
+  if (donated != Py_None) {
+    Ref items = Ref::Steal(PySequence_Tuple(donated));
+    if (!items) return nullptr;
+    std::vector<bool> is_donated(call->leaves.size());
+    for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(items.get()); ++i) {
+      const long leaf = PyLong_AsLong(PyTuple_GET_ITEM(items.get(), i));
+      if (leaf < 0 || leaf >= static_cast<long>(is_donated.size())) {
+        if (!PyErr_Occurred()) {
+          PyErr_SetString(PyExc_ValueError, "No such leaf to donate.");
+        }
+        return nullptr;
+      }
+      is_donated[leaf] = true;
+    }
+    for (size_t i = 0; i < is_donated.size(); ++i) {
+      (is_donated[i] ? entry->donated : entry->kept)
+          .push_back(static_cast<int32_t>(i));
+    }
+  }
+  self->entries->insert(self->entries->begin(), entry);
+  return entry;
+}
+
+// The leaves with the given numbers, as a tuple.
+Ref Pick(const Call& call, const std::vector<int32_t>& numbers) {
+  Ref tuple = Ref::Steal(PyTuple_New(static_cast<Py_ssize_t>(numbers.size())));
+  if (!tuple) return Ref();
+  for (size_t i = 0; i < numbers.size(); ++i) {
+    PyObject* leaf = call.leaves[numbers[i]];
+    Py_INCREF(leaf);
+    PyTuple_SET_ITEM(tuple.get(), static_cast<Py_ssize_t>(i), leaf);
+  }
+  return tuple;
+}
+
+// An array that is donated twice, or donated and also kept, is copied: the
+// caller asked for his Variables to be donated, and two of them may share one
+// array.
+Ref PickDonated(JitFunction* self, const Call& call, const Entry& entry) {
+  Ref donated = Pick(call, entry.donated);
+  if (!donated) return Ref();
+  std::unordered_set<PyObject*> used;
+  used.reserve(call.leaves.size());
+  for (int32_t leaf : entry.kept) used.insert(call.leaves[leaf]);
+  for (size_t i = 0; i < entry.donated.size(); ++i) {
+    PyObject* leaf = call.leaves[entry.donated[i]];
+    if (used.insert(leaf).second) continue;
+    PyObject* copy = PyObject_CallOneArg(self->copy_array, leaf);
+    if (!copy) return Ref();
+    PyTuple_SetItem(donated.get(), static_cast<Py_ssize_t>(i), copy);
+  }
+  return donated;
+}
+
+PyObject* RunEntry(JitFunction* self, const Entry& entry, const Call& call) {
+  Ref packed;
+  {
+    CallFrame frame(AsStructure(entry.structure.get()), call.objects.data());
+    if (entry.donated.empty()) {
+      Ref leaves = Ref::Steal(
+          PyTuple_New(static_cast<Py_ssize_t>(call.leaves.size())));
+      if (!leaves) return nullptr;
+      for (size_t i = 0; i < call.leaves.size(); ++i) {
+        Py_INCREF(call.leaves[i]);
+        PyTuple_SET_ITEM(leaves.get(), static_cast<Py_ssize_t>(i),
+                         call.leaves[i]);
+      }
+      packed = Ref::Steal(
+          PyObject_CallOneArg(entry.compiled.get(), leaves.get()));
+    } else {
+      Ref donated = PickDonated(self, call, entry);
+      Ref kept = Pick(call, entry.kept);
+      if (!donated || !kept) return nullptr;
+      packed = Ref::Steal(PyObject_CallFunctionObjArgs(
+          entry.compiled.get(), kept.get(), donated.get(), nullptr));
+    }
+  }
+  if (!packed) return nullptr;
+  if (!PyObject_TypeCheck(packed.get(), g_packed_type)) {
+    PyErr_Format(PyExc_TypeError,
+                 "The compiled function must return a Packed, but got %s.",
+                 Py_TYPE(packed.get())->tp_name);
+    return nullptr;
+  }
+  auto* result = reinterpret_cast<Packed*>(packed.get());
+  return Apply(result->plan, call.objects.data(), call.leaves.data(),
+               PySequence_Fast_ITEMS(result->outputs))
+      .release();
+}
+
+PyObject* JitVectorcall(PyObject* callable, PyObject* const* args,
+                        size_t nargsf, PyObject* kwnames) {
+  JitFunction* self = AsJit(callable);
+  const Py_ssize_t nargs = PyVectorcall_NARGS(nargsf);
+  Arguments arguments;
+  if (!GatherArguments(args, nargs, kwnames, &arguments)) return nullptr;
+  Call call;
+  for (size_t i = 0; i < self->entries->size(); ++i) {
+    std::shared_ptr<Entry> entry = (*self->entries)[i];
+    const int matched = TryEntry(*entry, arguments, &call);
+    if (matched < 0) return nullptr;
+    if (!matched) continue;
+    if (i > 0 && i < self->entries->size() && (*self->entries)[i] == entry) {
+      std::rotate(self->entries->begin(), self->entries->begin() + i,
+                  self->entries->begin() + i + 1);
+    }
+    return RunEntry(self, *entry, call);
+  }
+  std::shared_ptr<Entry> entry = SlowEntry(self, arguments, nargs, &call);
+  return entry ? RunEntry(self, *entry, call) : nullptr;
+}
+
+PyObject* JitNew(PyTypeObject* type, PyObject*, PyObject*) {
+  PyObject* self = type->tp_alloc(type, 0);
+  if (!self) return nullptr;
+  AsJit(self)->vectorcall = JitVectorcall;
+  AsJit(self)->entries = new std::vector<std::shared_ptr<Entry>>();
+  AsJit(self)->statics = PyFrozenSet_New(nullptr);
+  return self;
+}
+
+int JitInit(PyObject* self, PyObject* args, PyObject* kwargs) {
+  const char* keywords[] = {"make_entry", "copy_array", "statics", nullptr};
+  PyObject *make_entry, *copy_array, *statics;
+  if (!PyArg_ParseTupleAndKeywords(args, kwargs, "OOO!:JitFunction",
+                                   const_cast<char**>(keywords), &make_entry,
+                                   &copy_array, &PyFrozenSet_Type, &statics)) {
+    return -1;
+  }
+  auto set = [](PyObject*& slot, PyObject* value) {
+    Py_INCREF(value);
+    PyObject* old = slot;
+    slot = value;
+    Py_XDECREF(old);
+  };
+  set(AsJit(self)->make_entry, make_entry);
+  set(AsJit(self)->copy_array, copy_array);
+  set(AsJit(self)->statics, statics);
+  return 0;
+}
+
+int JitTraverse(PyObject* self, visitproc visit, void* arg) {
+  JitFunction* jit = AsJit(self);
+  Py_VISIT(Py_TYPE(self));
+  Py_VISIT(jit->dict);
+  Py_VISIT(jit->make_entry);
+  Py_VISIT(jit->copy_array);
+  Py_VISIT(jit->statics);
+  if (!jit->entries) return 0;
+  for (const std::shared_ptr<Entry>& entry : *jit->entries) {
+    // A running call holds the entry too: then it is reachable anyway.
+    if (entry.use_count() > 1) continue;
+    Py_VISIT(entry->structure.get());
+    Py_VISIT(entry->names.get());
+    Py_VISIT(entry->compiled.get());
+  }
+  return 0;
+}
+
+int JitClear(PyObject* self) {
+  JitFunction* jit = AsJit(self);
+  Py_CLEAR(jit->dict);
+  Py_CLEAR(jit->make_entry);
+  Py_CLEAR(jit->copy_array);
+  if (jit->entries) {
+    std::vector<std::shared_ptr<Entry>> dropped;
+    dropped.swap(*jit->entries);
+  }
+  return 0;
+}
+
+void JitDealloc(PyObject* self) {
+  PyTypeObject* type = Py_TYPE(self);
+  PyObject_GC_UnTrack(self);
+  if (AsJit(self)->weaklist) PyObject_ClearWeakRefs(self);
+  JitClear(self);
+  Py_CLEAR(AsJit(self)->statics);
+  delete AsJit(self)->entries;
+  type->tp_free(self);
+  Py_DECREF(type);
+}
+
+PyObject* JitDescrGet(PyObject* self, PyObject* instance, PyObject*) {
+  if (!instance || instance == Py_None) return Ref::Borrow(self).release();
+  return PyMethod_New(self, instance);
+}
+
+PyObject* JitClearCache(PyObject* self, PyObject*) {
+  std::vector<std::shared_ptr<Entry>> dropped;
+  dropped.swap(*AsJit(self)->entries);
+  Py_RETURN_NONE;
+}
+
+PyObject* JitCacheSize(PyObject* self, PyObject*) {
+  return PyLong_FromSize_t(AsJit(self)->entries->size());
+}
+
+// _prepare(*args, **kwargs): (compiled function, its arguments), for lowering
+// without running.
+PyObject* JitPrepare(PyObject* callable, PyObject* const* args,
+                     Py_ssize_t nargs, PyObject* kwnames) {
+  JitFunction* self = AsJit(callable);
+  Arguments arguments;
+  if (!GatherArguments(args, nargs, kwnames, &arguments)) return nullptr;
+  Call call;
+  std::shared_ptr<Entry> entry = SlowEntry(self, arguments, nargs, &call);
+  if (!entry) return nullptr;
+  std::vector<int32_t> all(call.leaves.size());
+  for (size_t i = 0; i < all.size(); ++i) all[i] = static_cast<int32_t>(i);
+  const bool donates = !entry->donated.empty();
+  Ref kept = Pick(call, donates ? entry->kept : all);
+  Ref donated = Pick(call, entry->donated);
+  if (!kept || !donated) return nullptr;
+  return donates ? Py_BuildValue("(O(OO))", entry->compiled.get(), kept.get(),
+                                 donated.get())
+                 : Py_BuildValue("(O(O))", entry->compiled.get(), kept.get());
+}
+
+PyMemberDef jit_members[] = {
+    {"__dictoffset__", T_PYSSIZET, offsetof(JitFunction, dict), READONLY,
+     nullptr},
+    {"__weaklistoffset__", T_PYSSIZET, offsetof(JitFunction, weaklist),
+     READONLY, nullptr},
+    {"__vectorcalloffset__", T_PYSSIZET, offsetof(JitFunction, vectorcall),
+     READONLY, nullptr},
+    {nullptr, 0, 0, 0, nullptr},
+};
+
+PyGetSetDef jit_getset[] = {
+    {"__dict__", PyObject_GenericGetDict, PyObject_GenericSetDict, nullptr,
+     nullptr},
+    {nullptr, nullptr, nullptr, nullptr, nullptr},
+};
+
+PyMethodDef jit_methods[] = {
+    {"clear_cache", JitClearCache, METH_NOARGS,
+     "Forgets the compiled functions."},
+    {"_cache_size", JitCacheSize, METH_NOARGS,
+     "Number of structures that were compiled for."},
+    {"_prepare", reinterpret_cast<PyCFunction>(JitPrepare),
+     METH_FASTCALL | METH_KEYWORDS,
+     "_prepare(*args, **kwargs): (compiled, its arguments)."},
+    {nullptr, nullptr, 0, nullptr},
+};
+
+PyType_Slot jit_slots[] = {
+    {Py_tp_doc, const_cast<char*>("A function compiled by graph structure.")},
+    {Py_tp_new, reinterpret_cast<void*>(JitNew)},
+    {Py_tp_init, reinterpret_cast<void*>(JitInit)},
+    {Py_tp_call, reinterpret_cast<void*>(PyVectorcall_Call)},
+    {Py_tp_dealloc, reinterpret_cast<void*>(JitDealloc)},
+    {Py_tp_traverse, reinterpret_cast<void*>(JitTraverse)},
+    {Py_tp_clear, reinterpret_cast<void*>(JitClear)},
+    {Py_tp_descr_get, reinterpret_cast<void*>(JitDescrGet)},
+    {Py_tp_members, jit_members},
+    {Py_tp_getset, jit_getset},
+    {Py_tp_methods, jit_methods},
+    {0, nullptr},
+};
+
+PyType_Spec jit_spec = {"nnx.graph._engine.JitFunction", sizeof(JitFunction), 0,
+                        Py_TPFLAGS_DEFAULT | Py_TPFLAGS_BASETYPE |
+                            Py_TPFLAGS_HAVE_GC | Py_TPFLAGS_HAVE_VECTORCALL,
+                        jit_slots};
+
+}  // namespace
+
+bool InitJit(PyObject* module) {
+  Ref type = Ref::Steal(PyType_FromSpec(&jit_spec));
+  return type &&
+         PyModule_AddObject(module, "JitFunction", type.release()) == 0;
+}
+
+}  // namespace nnx::graph

@@ -1,0 +1,250 @@
+#include "nnx/graph/cc/layout.h"
+
+#include <algorithm>
+#include <string>
+#include <unordered_map>
+
+#include "nnx/graph/cc/objects.h"
+#include "nnx/graph/cc/runtime.h"
+
+namespace nnx::graph {
+namespace {
+
+// A class whose instances keep changing their attribute names (a container
+// that grows) would collect layouts without end.
+constexpr size_t kMaxLayouts = 16;
+
+using TypeMap = std::unordered_map<PyTypeObject*, TypeInfo>;
+
+TypeMap& Types() {
+  static TypeMap* types = new TypeMap();
+  return *types;
+}
+
+PyObject* DropType(PyObject* key, PyObject*) {
+  auto* type = static_cast<PyTypeObject*>(PyLong_AsVoidPtr(key));
+  Types().erase(type);
+  Py_RETURN_NONE;
+}
+
+PyMethodDef drop_type_def = {"_drop_type", DropType, METH_O, nullptr};
+
+bool IsNamedTupleType(PyTypeObject* type) {
+  return PyType_IsSubtype(type, &PyTuple_Type) &&
+         _PyType_Lookup(type, GetRuntime().s_fields) != nullptr;
+}
+
+bool IsPlainType(PyTypeObject* type) {
+  return type == Py_TYPE(Py_None) || type == &PyBool_Type ||
+         type == &PyLong_Type || type == &PyFloat_Type ||
+         type == &PyComplex_Type || type == &PyUnicode_Type ||
+         type == &PyBytes_Type || type == &PyFunction_Type ||
+         type == &PyCFunction_Type || type == &PyMethod_Type ||
+         type == Py_TYPE(Py_Ellipsis) || PyType_IsSubtype(type, &PyType_Type);
+}
+
+bool Classify(PyTypeObject* type, TypeInfo* info) {
+  const Runtime& rt = GetRuntime();
+  if (PyType_IsSubtype(type, g_variable_base)) {
+    info->kind = TypeKind::kVariable;
+  } else if (PyType_IsSubtype(type, g_object_base)) {
+    info->kind = TypeKind::kObject;
+  } else if (type == &PyList_Type) {
+    info->kind = TypeKind::kList;
+  } else if (type == &PyDict_Type) {
+    info->kind = TypeKind::kDict;
+  } else if (type == &PyTuple_Type) {
+    info->kind = TypeKind::kTuple;
+  } else if (rt.state && PyType_IsSubtype(type, rt.state)) {
+    info->kind = TypeKind::kState;
+  } else if (IsNamedTupleType(type)) {
+    info->kind = TypeKind::kNamedTuple;
+  } else if (type == rt.array_type) {
+    info->kind = TypeKind::kArray;
+  } else if (IsPlainType(type)) {
+    info->kind = TypeKind::kPlain;
+  } else if (rt.is_array_type) {
+    Ref is_array = Ref::Steal(PyObject_CallOneArg(
+        rt.is_array_type, reinterpret_cast<PyObject*>(type)));
+    if (!is_array) return false;
+    if (is_array.get() == Py_True) info->kind = TypeKind::kArray;
+  }
+  return true;
+}
+
+// Names are interned, so different pointers are nearly always different names.
+bool SameKey(PyObject* a, PyObject* b) {
+  if (a == b) return true;
+  if (Py_TYPE(a) != Py_TYPE(b) ||
+      !(PyUnicode_CheckExact(a) || PyLong_CheckExact(a))) {
+    return false;
+  }
+  return PyObject_RichCompareBool(a, b, Py_EQ) == 1;
+}
+
+bool MatchInserted(const Layout& layout, PyObject* dict,
+                   std::vector<PyObject*>* scratch) {
+  PyObject *key, *value;
+  Py_ssize_t position = 0;
+  size_t count = 0;
+  const size_t size = layout.inserted.size();
+  if (static_cast<size_t>(PyDict_GET_SIZE(dict)) != size) return false;
+  while (PyDict_Next(dict, &position, &key, &value)) {
+    if (!SameKey(layout.inserted[count].get(), key)) return false;
+    (*scratch)[count++] = value;
+  }
+  return true;
+}
+
+void Canonicalise(const Layout& layout, const std::vector<PyObject*>& scratch,
+                  std::vector<PyObject*>* arena) {
+  const size_t size = layout.order.size();
+  const size_t base = arena->size();
+  arena->resize(base + size);
+  for (size_t i = 0; i < size; ++i) {
+    (*arena)[base + i] = scratch[layout.order[i]];
+  }
+}
+
+}  // namespace
+
+TypeInfo* FindTypeInfo(PyTypeObject* type) {
+  auto found = Types().find(type);
+  return found == Types().end() ? nullptr : &found->second;
+}
+
+TypeInfo* GetTypeInfo(PyTypeObject* type) {
+  if (TypeInfo* info = FindTypeInfo(type)) return info;
+  TypeInfo info;
+  if (!Classify(type, &info)) return nullptr;
+  // The entry goes when the class goes; a class defined in a function must be
+  // collectable.
+  Ref key = Ref::Steal(PyLong_FromVoidPtr(type));
+  if (!key) return nullptr;
+  Ref callback = Ref::Steal(PyCFunction_New(&drop_type_def, key.get()));
+  if (!callback) return nullptr;
+  info.weakref = Ref::Steal(PyWeakref_NewRef(
+      reinterpret_cast<PyObject*>(type), callback.get()));
+  if (!info.weakref) return nullptr;
+  return &Types().emplace(type, std::move(info)).first->second;
+}
+
+void ForgetType(PyTypeObject* type) {
+  TypeInfo* info = FindTypeInfo(type);
+  if (!info) return;
+  // Structures point at the entry of a graph node's type, so it stays in place.
+  if (info->kind == TypeKind::kUnknown) Classify(type, info);
+  PyErr_Clear();
+}
+
+bool RegisterCustomNode(PyTypeObject* type, CustomNode node) {
+  TypeInfo* info = GetTypeInfo(type);
+  if (!info) return false;
+  if (info->kind != TypeKind::kUnknown && info->kind != TypeKind::kCustom &&
+      info->kind != TypeKind::kNamedTuple) {
+    PyErr_Format(PyExc_ValueError,
+                 "`type` must not be a Variable, Module, array or builtin "
+                 "container, which the graph functions know already, but got "
+                 "%s.",
+                 type->tp_name);
+    return false;
+  }
+  info->kind = TypeKind::kCustom;
+  info->custom = std::make_unique<CustomNode>(std::move(node));
+  return true;
+}
+
+Layout* MatchLayout(TypeInfo* info, PyObject* dict,
+                    std::vector<PyObject*>* arena) {
+  static std::vector<PyObject*>* scratch = new std::vector<PyObject*>();
+  const size_t size = static_cast<size_t>(PyDict_GET_SIZE(dict));
+  if (scratch->size() < size) scratch->resize(size);
+  for (size_t i = 0; i < info->layouts.size(); ++i) {
+    Layout* layout = info->layouts[i].get();
+    if (!MatchInserted(*layout, dict, scratch)) continue;
+    Canonicalise(*layout, *scratch, arena);
+    return layout;
+  }
+  return nullptr;
+}
+
+Layout* FindLayout(TypeInfo* info, PyObject* dict,
+                   std::vector<PyObject*>* arena) {
+  if (Layout* layout = MatchLayout(info, dict, arena)) return layout;
+  auto layout = std::make_unique<Layout>();
+  std::vector<PyObject*> scratch;
+  PyObject *key, *value;
+  Py_ssize_t position = 0;
+  while (PyDict_Next(dict, &position, &key, &value)) {
+    if (!PyUnicode_CheckExact(key) && !PyLong_CheckExact(key)) {
+      PyErr_Format(PyExc_TypeError,
+                   "Attribute names must be strings or ints, but `__dict__` "
+                   "has the key %R.",
+                   key);
+      return nullptr;
+    }
+    layout->inserted.push_back(Ref::Borrow(key));
+    scratch.push_back(value);
+  }
+  const size_t size = layout->inserted.size();
+  layout->order.resize(size);
+  std::unordered_map<PyObject*, int32_t> positions;
+  for (size_t i = 0; i < size; ++i) {
+    positions.emplace(layout->inserted[i].get(), static_cast<int32_t>(i));
+  }
+  layout->keys = CanonicalKeys(dict);
+  if (!layout->keys) return nullptr;
+  for (size_t i = 0; i < size; ++i) {
+    layout->order[i] = positions.at(
+        PyTuple_GET_ITEM(layout->keys.get(), static_cast<Py_ssize_t>(i)));
+  }
+  Canonicalise(*layout, scratch, arena);
+  if (info->layouts.size() >= kMaxLayouts) info->layouts.clear();
+  info->layouts.insert(info->layouts.begin(), std::move(layout));
+  return info->layouts.front().get();
+}
+
+Ref CanonicalKeys(PyObject* dict) {
+  std::vector<std::pair<long long, PyObject*>> ints;
+  std::vector<PyObject*> names;
+  bool plain = true;
+  PyObject *key, *value;
+  Py_ssize_t position = 0;
+  while (plain && PyDict_Next(dict, &position, &key, &value)) {
+    if (PyUnicode_CheckExact(key)) {
+      names.push_back(key);
+    } else if (PyLong_CheckExact(key)) {
+      int overflow = 0;
+      const long long number = PyLong_AsLongLongAndOverflow(key, &overflow);
+      plain = overflow == 0;
+      ints.emplace_back(number, key);
+    } else {
+      plain = false;
+    }
+  }
+  Ref keys = Ref::Steal(PyTuple_New(PyDict_GET_SIZE(dict)));
+  if (!keys) return Ref();
+  Py_ssize_t count = 0;
+  auto append = [&](PyObject* item) {
+    Py_INCREF(item);
+    PyTuple_SET_ITEM(keys.get(), count++, item);
+  };
+  if (plain) {
+    std::sort(ints.begin(), ints.end(),
+              [](const auto& a, const auto& b) { return a.first < b.first; });
+    auto less = [](PyObject* a, PyObject* b) {
+      return PyUnicode_Compare(a, b) < 0;
+    };
+    if (!std::is_sorted(names.begin(), names.end(), less)) {
+      std::sort(names.begin(), names.end(), less);
+    }
+    for (const auto& item : ints) append(item.second);
+    for (PyObject* name : names) append(name);
+  } else {
+    position = 0;
+    while (PyDict_Next(dict, &position, &key, &value)) append(key);
+  }
+  return keys;
+}
+
+}  // namespace nnx::graph

@@ -1,0 +1,80 @@
+#ifndef NNX_GRAPH_CC_LAYOUT_H_
+#define NNX_GRAPH_CC_LAYOUT_H_
+
+#include <Python.h>
+
+#include <cstdint>
+#include <memory>
+#include <vector>
+
+#include "nnx/graph/cc/py_ref.h"
+
+namespace nnx::graph {
+
+// What a value is to a walk, as far as its type decides it.
+enum class TypeKind : uint8_t {
+  kVariable,
+  kObject,
+  kArray,
+  kList,
+  kDict,
+  kTuple,
+  kNamedTuple,
+  kState,
+  kCustom,   // registered with `register_node_type`
+  kPlain,    // numbers, strings, functions, classes: never a pytree node
+  kUnknown,  // a registered pytree node or a static value: the instance tells
+};
+
+// The attribute names of an instance dictionary (strings; ints in containers):
+// as they were inserted, and in canonical order. Objects of one class nearly always share one
+// layout, so finding it costs a pointer comparison an attribute and gives the
+// canonical order without sorting.
+struct Layout {
+  std::vector<Ref> inserted;
+  std::vector<int32_t> order;  // canonical position -> insertion position
+  Ref keys;                    // tuple of names, canonical order
+};
+
+struct CustomNode {
+  Ref flatten;       // (value) -> (sequence of (key, child), metadata)
+  Ref create_empty;  // (metadata) -> value
+  Ref set_key;       // (value, key, child)
+  Ref pop_key;       // (value, key) -> child
+  Ref clear;         // (value)
+};
+
+struct TypeInfo {
+  TypeKind kind = TypeKind::kUnknown;
+  Ref weakref;
+  std::unique_ptr<CustomNode> custom;
+  std::vector<std::unique_ptr<Layout>> layouts;
+};
+
+// Never null except with a Python error set. May run Python code the first time
+// that a type is seen.
+TypeInfo* GetTypeInfo(PyTypeObject* type);
+// The same if the type is known already, else null without an error.
+TypeInfo* FindTypeInfo(PyTypeObject* type);
+
+// The layout of `dict`, found or made; null with an error set on failure. Its
+// values (borrowed), in canonical order, are appended to `arena`.
+Layout* FindLayout(TypeInfo* info, PyObject* dict,
+                   std::vector<PyObject*>* arena);
+// Never makes one: null without an error where none fits.
+Layout* MatchLayout(TypeInfo* info, PyObject* dict,
+                    std::vector<PyObject*>* arena);
+
+// The keys of a mapping in canonical order: ints, then strings, each ascending;
+// where there are any others, as inserted. New tuple.
+Ref CanonicalKeys(PyObject* dict);
+
+// Classifies a type anew when it is next met, if it was taken for a plain
+// static value or leaf.
+void ForgetType(PyTypeObject* type);
+
+bool RegisterCustomNode(PyTypeObject* type, CustomNode node);
+
+}  // namespace nnx::graph
+
+#endif  // NNX_GRAPH_CC_LAYOUT_H_

@@ -1,0 +1,541 @@
+#include "nnx/graph/cc/lift.h"
+
+#include "nnx/graph/cc/runtime.h"
+
+namespace nnx::graph {
+
+PyTypeObject* g_plan_type = nullptr;
+PyTypeObject* g_packed_type = nullptr;
+
+namespace {
+thread_local CallFrame* current_frame = nullptr;
+}  // namespace
+
+CallFrame::CallFrame(const Structure* structure, PyObject* const* objects)
+    : structure_(structure), objects_(objects), previous_(current_frame) {
+  current_frame = this;
+}
+
+CallFrame::~CallFrame() { current_frame = previous_; }
+
+PyObject* const* CallFrame::OriginalsOf(const Structure* structure) {
+  if (!current_frame || current_frame->structure_ != structure) return nullptr;
+  return current_frame->objects_;
+}
+
+std::vector<int32_t> TopNodes(const Structure* structure) {
+  std::vector<int32_t> tops;
+  const std::vector<Node>& nodes = *structure->nodes;
+  for (int32_t i = 0; i < static_cast<int32_t>(nodes.size());) {
+    if (nodes[i].index >= 0 && nodes[i].kind != NodeKind::kRef) {
+      tops.push_back(i);
+      i = nodes[i].end;
+    } else {
+      ++i;
+    }
+  }
+  return tops;
+}
+
+namespace {
+
+// Whether nothing but leaves differs between the copies now and then, and if
+// so, the Variables whose leaf was replaced. 1, 0, -1.
+int FindWrites(const Structure* before, const std::vector<int32_t>& tops,
+               PyObject* const* objects, PyObject* const* leaves,
+               const Flattener& after, Plan::Data* data) {
+  for (int32_t i = 0; i < before->num_indices; ++i) {
+    if (i >= static_cast<int32_t>(after.objects().size()) ||
+        after.objects()[i].get() != objects[i]) {
+      return 0;
+    }
+  }
+  for (size_t i = 0; i < tops.size(); ++i) {
+    const int equal = SubtreesEqual(*before->nodes, tops[i], after.nodes(),
+                                    after.roots()[i]);
+    if (equal != 1) return equal;
+  }
+  for (size_t i = 0; i < tops.size(); ++i) {
+    const int32_t size = (*before->nodes)[tops[i]].end - tops[i];
+    for (int32_t k = 0; k < size; ++k) {
+      const Node& old_node = (*before->nodes)[tops[i] + k];
+      const Node& new_node = after.nodes()[after.roots()[i] + k];
+      if (old_node.leaf < 0) continue;
+      if (after.leaves()[new_node.leaf].get() == leaves[old_node.leaf]) {
+        data->sources[new_node.leaf] = ~old_node.leaf;
+      } else if (old_node.kind == NodeKind::kVariable) {
+        data->writes.emplace_back(old_node.index, data->num_outputs);
+        data->sources[new_node.leaf] = data->num_outputs++;
+      } else {
+        return 0;  // an array inside a container: rebuilt by the general way
+      }
+    }
+  }
+  return 1;
+}
+
+}  // namespace
+
+Ref Pack(const Structure* before, const std::vector<int32_t>& tops,
+         PyObject* const* objects, PyObject* const* leaves, PyObject* result) {
+  Flattener after(/*hash_statics=*/true);
+  for (int32_t top : tops) {
+    if (!after.Add(objects[(*before->nodes)[top].index], Mode::kAttributes)) {
+      return Ref();
+    }
+  }
+  const auto argument_leaves = static_cast<int32_t>(after.leaves().size());
+  if (!after.Add(result, Mode::kPytree)) return Ref();
+
+  Ref plan_object = Ref::Steal(g_plan_type->tp_alloc(g_plan_type, 0));
+  if (!plan_object) return Ref();
+  auto* data = new Plan::Data();
+  reinterpret_cast<Plan*>(plan_object.get())->data = data;
+  data->structure = after.Finish();
+  if (!data->structure) return Ref();
+  const auto num_leaves = static_cast<int32_t>(after.leaves().size());
+  data->sources.assign(num_leaves, 0);
+
+  const int values_only =
+      FindWrites(before, tops, objects, leaves, after, data);
+  if (values_only < 0) return Ref();
+  data->values_only = values_only == 1;
+  if (!data->values_only) {
+    data->writes.clear();
+    data->num_outputs = 0;
+    std::unordered_map<PyObject*, int32_t> inputs;
+    for (int32_t i = 0; i < before->num_leaves; ++i) {
+      inputs.emplace(leaves[i], i);
+    }
+    for (int32_t i = 0; i < argument_leaves; ++i) {
+      auto input = inputs.find(after.leaves()[i].get());
+      data->sources[i] = input != inputs.end() ? ~input->second
+                                               : data->num_outputs++;
+    }
+  }
+  // The result always goes through the transformation, which may treat results
+  // in another way than state.
+  for (int32_t i = argument_leaves; i < num_leaves; ++i) {
+    data->sources[i] = data->num_outputs++;
+  }
+
+  std::unordered_map<PyObject*, int32_t> originals;
+  for (int32_t i = 0; i < before->num_indices; ++i) {
+    originals.emplace(objects[i], i);
+  }
+  for (const Ref& object : after.objects()) {
+    auto original = originals.find(object.get());
+    data->origin.push_back(original == originals.end() ? -1
+                                                       : original->second);
+  }
+  data->result_position = after.roots().back();
+  for (size_t i = data->result_position; i < after.nodes().size(); ++i) {
+    const Node& node = after.nodes()[i];
+    if (node.index < 0) continue;
+    data->result_has_nodes = true;
+    if (data->origin[node.index] >= 0) data->result_refs.push_back(node.index);
+  }
+
+  Ref outputs = Ref::Steal(PyTuple_New(data->num_outputs));
+  Ref packed = Ref::Steal(g_packed_type->tp_alloc(g_packed_type, 0));
+  if (!outputs || !packed) return Ref();
+  for (int32_t i = 0; i < num_leaves; ++i) {
+    if (data->sources[i] < 0) continue;
+    PyObject* leaf = after.leaves()[i].get();
+    Py_INCREF(leaf);
+    PyTuple_SET_ITEM(outputs.get(), data->sources[i], leaf);
+  }
+  auto* self = reinterpret_cast<Packed*>(packed.get());
+  self->plan = plan_object.release();
+  self->outputs = outputs.release();
+  return packed;
+}
+
+Ref Apply(PyObject* plan, PyObject* const* objects, PyObject* const* leaves,
+          PyObject* const* outputs) {
+  const Plan::Data& data = PlanData(plan);
+  const Structure* structure = AsStructure(data.structure.get());
+  const std::vector<Node>& nodes = *structure->nodes;
+  auto source = [&](int32_t leaf) {
+    const int32_t from = data.sources[leaf];
+    return from < 0 ? leaves[~from] : outputs[from];
+  };
+  if (data.values_only) {
+    if (!data.writes.empty()) {
+      PyObject* trace = nullptr;
+      if (!CurrentTrace(&trace)) return Ref();
+      Ref keep = Ref::Steal(trace);
+      // All or nothing: a refused write leaves every Variable as it was.
+      for (const auto& [index, output] : data.writes) {
+        if (!BelongsToTrace(AsGraphObject(objects[index]), trace)) {
+          RaiseTraceError(objects[index]);
+          return Ref();
+        }
+      }
+      for (const auto& [index, output] : data.writes) {
+        SetRaw(AsVariable(objects[index]), outputs[output]);
+      }
+    }
+    const Node& result = nodes[data.result_position];
+    if (result.kind == NodeKind::kLeaf) {
+      return Ref::Borrow(source(result.leaf));
+    }
+    if (result.kind == NodeKind::kStatic) return result.aux;
+  }
+
+  std::vector<PyObject*> filled(structure->num_leaves);
+  for (int32_t i = 0; i < structure->num_leaves; ++i) filled[i] = source(i);
+  if (data.values_only) {
+    Unflattener build(nodes, filled.data(), nullptr,
+                      data.result_has_nodes ? structure->num_indices : 0);
+    for (int32_t index : data.result_refs) {
+      build.Declare(index, objects[data.origin[index]]);
+    }
+    build.set_position(data.result_position);
+    return build.Build();
+  }
+  std::vector<PyObject*> reuse(structure->num_indices);
+  for (int32_t i = 0; i < structure->num_indices; ++i) {
+    reuse[i] = data.origin[i] < 0 ? nullptr : objects[data.origin[i]];
+  }
+  Unflattener build(nodes, filled.data(), reuse.data(),
+                    structure->num_indices);
+  Ref result;
+  for (int32_t i = 0; i < structure->num_roots; ++i) {
+    result = build.Build();
+    if (!result) return Ref();
+  }
+  return result;
+}
+
+// --- Python types and functions
+
+namespace {
+
+void PlanDealloc(PyObject* self) {
+  PyTypeObject* type = Py_TYPE(self);
+  PyObject_GC_UnTrack(self);
+  delete reinterpret_cast<Plan*>(self)->data;
+  type->tp_free(self);
+  Py_DECREF(type);
+}
+
+int PlanTraverse(PyObject* self, visitproc visit, void* arg) {
+  Py_VISIT(Py_TYPE(self));
+  if (Plan::Data* data = reinterpret_cast<Plan*>(self)->data) {
+    Py_VISIT(data->structure.get());
+  }
+  return 0;
+}
+
+PyObject* PlanWrites(PyObject* self, void*) {
+  const Plan::Data& data = PlanData(self);
+  if (!data.values_only) Py_RETURN_NONE;
+  Ref writes =
+      Ref::Steal(PyTuple_New(static_cast<Py_ssize_t>(data.writes.size())));
+  if (!writes) return nullptr;
+  for (size_t i = 0; i < data.writes.size(); ++i) {
+    PyObject* write = Py_BuildValue("(ii)", data.writes[i].first,
+                                    data.writes[i].second);
+    if (!write) return nullptr;
+    PyTuple_SET_ITEM(writes.get(), static_cast<Py_ssize_t>(i), write);
+  }
+  return writes.release();
+}
+
+PyObject* PlanSources(PyObject* self, void*) {
+  const Plan::Data& data = PlanData(self);
+  Ref sources =
+      Ref::Steal(PyTuple_New(static_cast<Py_ssize_t>(data.sources.size())));
+  if (!sources) return nullptr;
+  for (size_t i = 0; i < data.sources.size(); ++i) {
+    PyObject* source = PyLong_FromLong(data.sources[i]);
+    if (!source) return nullptr;
+    PyTuple_SET_ITEM(sources.get(), static_cast<Py_ssize_t>(i), source);
+  }
+  return sources.release();
+}
+
+PyObject* PlanStructure(PyObject* self, void*) {
+  return Ref(PlanData(self).structure).release();
+}
+
+PyObject* PlanOrigin(PyObject* self, void*) {
+  const Plan::Data& data = PlanData(self);
+  Ref origin =
+      Ref::Steal(PyTuple_New(static_cast<Py_ssize_t>(data.origin.size())));
+  if (!origin) return nullptr;
+  for (size_t i = 0; i < data.origin.size(); ++i) {
+    PyObject* index = PyLong_FromLong(data.origin[i]);
+    if (!index) return nullptr;
+    PyTuple_SET_ITEM(origin.get(), static_cast<Py_ssize_t>(i), index);
+  }
+  return origin.release();
+}
+
+PyGetSetDef plan_getset[] = {
+    {"writes", PlanWrites, nullptr,
+     "Pairs (Variable, output) if nothing but values changed, else None.",
+     nullptr},
+    {"sources", PlanSources, nullptr,
+     "By leaf of `structure`: an output, or ~(input leaf).", nullptr},
+    {"structure", PlanStructure, nullptr,
+     "What the arguments and the result look like afterwards.", nullptr},
+    {"origin", PlanOrigin, nullptr,
+     "By node of `structure`: the argument node it was copied from, or -1.",
+     nullptr},
+    {nullptr, nullptr, nullptr, nullptr, nullptr},
+};
+
+PyType_Slot plan_slots[] = {
+    {Py_tp_doc, const_cast<char*>("Which outputs go where.")},
+    {Py_tp_dealloc, reinterpret_cast<void*>(PlanDealloc)},
+    {Py_tp_traverse, reinterpret_cast<void*>(PlanTraverse)},
+    {Py_tp_getset, plan_getset},
+    {0, nullptr},
+};
+
+PyType_Spec plan_spec = {"nnx.graph._engine.Plan", sizeof(Plan), 0,
+                         Py_TPFLAGS_DEFAULT | Py_TPFLAGS_HAVE_GC |
+                             Py_TPFLAGS_DISALLOW_INSTANTIATION,
+                         plan_slots};
+
+void PackedDealloc(PyObject* self) {
+  PyTypeObject* type = Py_TYPE(self);
+  PyObject_GC_UnTrack(self);
+  auto* packed = reinterpret_cast<Packed*>(self);
+  Py_XDECREF(packed->plan);
+  Py_XDECREF(packed->outputs);
+  type->tp_free(self);
+  Py_DECREF(type);
+}
+
+int PackedTraverse(PyObject* self, visitproc visit, void* arg) {
+  Py_VISIT(Py_TYPE(self));
+  Py_VISIT(reinterpret_cast<Packed*>(self)->plan);
+  Py_VISIT(reinterpret_cast<Packed*>(self)->outputs);
+  return 0;
+}
+
+PyObject* PackedPlan(PyObject* self, void*) {
+  return Ref::Borrow(reinterpret_cast<Packed*>(self)->plan).release();
+}
+PyObject* PackedOutputs(PyObject* self, void*) {
+  return Ref::Borrow(reinterpret_cast<Packed*>(self)->outputs).release();
+}
+
+PyGetSetDef packed_getset[] = {
+    {"plan", PackedPlan, nullptr, "The plan.", nullptr},
+    {"outputs", PackedOutputs, nullptr, "The outputs, a tuple.", nullptr},
+    {nullptr, nullptr, nullptr, nullptr, nullptr},
+};
+
+PyType_Slot packed_slots[] = {
+    {Py_tp_doc, const_cast<char*>("A plan and its outputs.")},
+    {Py_tp_dealloc, reinterpret_cast<void*>(PackedDealloc)},
+    {Py_tp_traverse, reinterpret_cast<void*>(PackedTraverse)},
+    {Py_tp_getset, packed_getset},
+    {0, nullptr},
+};
+
+PyType_Spec packed_spec = {"nnx.graph._engine.Packed", sizeof(Packed), 0,
+                           Py_TPFLAGS_DEFAULT | Py_TPFLAGS_HAVE_GC |
+                               Py_TPFLAGS_DISALLOW_INSTANTIATION,
+                           packed_slots};
+
+PyObject* PackedFlatten(PyObject*, PyObject* self) {
+  if (!PyObject_TypeCheck(self, g_packed_type)) {
+    PyErr_SetString(PyExc_TypeError, "`packed` must be a Packed.");
+    return nullptr;
+  }
+  auto* packed = reinterpret_cast<Packed*>(self);
+  return PyTuple_Pack(2, packed->outputs, packed->plan);
+}
+
+PyObject* PackedUnflatten(PyObject*, PyObject* const* args, Py_ssize_t nargs) {
+  if (nargs != 2 || !PyObject_TypeCheck(args[0], g_plan_type)) {
+    PyErr_SetString(PyExc_TypeError,
+                    "`packed_unflatten` takes a Plan and its outputs.");
+    return nullptr;
+  }
+  Ref self = Ref::Steal(g_packed_type->tp_alloc(g_packed_type, 0));
+  Ref outputs = Ref::Steal(PySequence_Tuple(args[1]));
+  if (!self || !outputs) return nullptr;
+  if (PyTuple_GET_SIZE(outputs.get()) != PlanData(args[0]).num_outputs) {
+    PyErr_Format(PyExc_ValueError,
+                 "`outputs` must have %d items, but got %zd.",
+                 PlanData(args[0]).num_outputs,
+                 PyTuple_GET_SIZE(outputs.get()));
+    return nullptr;
+  }
+  auto* packed = reinterpret_cast<Packed*>(self.get());
+  Py_INCREF(args[0]);
+  packed->plan = args[0];
+  packed->outputs = outputs.release();
+  return self.release();
+}
+
+bool CheckTuple(PyObject* value, Py_ssize_t size, const char* name) {
+  if (PyTuple_Check(value) && PyTuple_GET_SIZE(value) == size) return true;
+  PyErr_Format(PyExc_ValueError,
+               "`%s` must be a tuple of %zd items, but got %R.", name, size,
+               value);
+  return false;
+}
+
+bool CheckStructure(PyObject* value) {
+  if (PyObject_TypeCheck(value, g_structure_type)) return true;
+  PyErr_Format(PyExc_TypeError,
+               "`graphdef` must be a graph structure (from nnx.split or "
+               "nnx.graphdef), but got %s.",
+               Py_TYPE(value)->tp_name);
+  return false;
+}
+
+PyObject* const* Items(PyObject* tuple) {
+  return PySequence_Fast_ITEMS(tuple);
+}
+
+Ref ToTuple(std::vector<Ref>& values) {
+  Ref tuple = Ref::Steal(PyTuple_New(static_cast<Py_ssize_t>(values.size())));
+  if (!tuple) return Ref();
+  for (size_t i = 0; i < values.size(); ++i) {
+    PyTuple_SET_ITEM(tuple.get(), static_cast<Py_ssize_t>(i),
+                     Ref(values[i]).release());
+  }
+  return tuple;
+}
+
+// flatten(values, static=()) -> (structure, leaves, objects)
+PyObject* FlattenFunction(PyObject*, PyObject* args, PyObject* kwargs) {
+  const char* keywords[] = {"values", "static", nullptr};
+  PyObject *values = nullptr, *statics = nullptr;
+  if (!PyArg_ParseTupleAndKeywords(args, kwargs, "O!|O!:flatten",
+                                   const_cast<char**>(keywords), &PyTuple_Type,
+                                   &values, &PyTuple_Type, &statics)) {
+    return nullptr;
+  }
+  Flattener flattener(/*hash_statics=*/true);
+  for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(values); ++i) {
+    PyObject* value = PyTuple_GET_ITEM(values, i);
+    const bool is_static =
+        statics && i < PyTuple_GET_SIZE(statics) &&
+        PyObject_IsTrue(PyTuple_GET_ITEM(statics, i)) == 1;
+    if (is_static ? !flattener.AddStatic(value)
+                  : !flattener.Add(value, Mode::kPytree)) {
+      return nullptr;
+    }
+  }
+  Ref structure = flattener.Finish();
+  if (!structure) return nullptr;
+  std::vector<Ref> object_refs = flattener.objects();
+  Ref leaves = ToTuple(flattener.leaves());
+  Ref objects = ToTuple(object_refs);
+  if (!leaves || !objects) return nullptr;
+  return PyTuple_Pack(3, structure.get(), leaves.get(), objects.get());
+}
+
+// unflatten(structure, leaves) -> (values, objects)
+PyObject* UnflattenFunction(PyObject*, PyObject* const* args,
+                            Py_ssize_t nargs) {
+  if (nargs != 2) {
+    PyErr_SetString(PyExc_TypeError, "`unflatten` takes a structure and a "
+                                     "tuple of leaves.");
+    return nullptr;
+  }
+  if (!CheckStructure(args[0])) return nullptr;
+  const Structure* structure = AsStructure(args[0]);
+  if (!CheckTuple(args[1], structure->num_leaves, "leaves")) return nullptr;
+  Unflattener build(*structure->nodes, Items(args[1]), nullptr,
+                    structure->num_indices);
+  build.set_origins(CallFrame::OriginalsOf(structure));
+  Ref values = Ref::Steal(PyTuple_New(structure->num_roots));
+  if (!values) return nullptr;
+  for (int32_t i = 0; i < structure->num_roots; ++i) {
+    Ref value = build.Build();
+    if (!value) return nullptr;
+    PyTuple_SET_ITEM(values.get(), i, value.release());
+  }
+  std::vector<Ref> object_refs = build.objects();
+  Ref objects = ToTuple(object_refs);
+  if (!objects) return nullptr;
+  return PyTuple_Pack(2, values.get(), objects.get());
+}
+
+// pack(structure, objects, leaves, result) -> Packed
+PyObject* PackFunction(PyObject*, PyObject* const* args, Py_ssize_t nargs) {
+  if (nargs != 4) {
+    PyErr_SetString(PyExc_TypeError,
+                    "`pack` takes a structure, objects, leaves and a result.");
+    return nullptr;
+  }
+  if (!CheckStructure(args[0])) return nullptr;
+  const Structure* structure = AsStructure(args[0]);
+  if (!CheckTuple(args[1], structure->num_indices, "objects") ||
+      !CheckTuple(args[2], structure->num_leaves, "leaves")) {
+    return nullptr;
+  }
+  return Pack(structure, TopNodes(structure), Items(args[1]), Items(args[2]),
+              args[3])
+      .release();
+}
+
+// apply(packed, objects, leaves) -> result
+PyObject* ApplyFunction(PyObject*, PyObject* const* args, Py_ssize_t nargs) {
+  if (nargs != 3 || !PyObject_TypeCheck(args[0], g_packed_type) ||
+      !PyTuple_Check(args[1]) || !PyTuple_Check(args[2])) {
+    PyErr_SetString(PyExc_TypeError,
+                    "`apply` takes a Packed, objects and leaves.");
+    return nullptr;
+  }
+  auto* packed = reinterpret_cast<Packed*>(args[0]);
+  const Plan::Data& data = PlanData(packed->plan);
+  for (int32_t index : data.origin) {
+    if (index >= PyTuple_GET_SIZE(args[1])) {
+      PyErr_SetString(PyExc_ValueError,
+                      "`objects` are not those that were packed.");
+      return nullptr;
+    }
+  }
+  for (int32_t source : data.sources) {
+    if (source < 0 && ~source >= PyTuple_GET_SIZE(args[2])) {
+      PyErr_SetString(PyExc_ValueError,
+                      "`leaves` are not those that were packed.");
+      return nullptr;
+    }
+  }
+  return Apply(packed->plan, Items(args[1]), Items(args[2]),
+               Items(packed->outputs))
+      .release();
+}
+
+PyMethodDef lift_functions[] = {
+    {"flatten", reinterpret_cast<PyCFunction>(FlattenFunction),
+     METH_VARARGS | METH_KEYWORDS,
+     "flatten(values, static=()): (structure, leaves, objects) of arguments."},
+    {"unflatten", reinterpret_cast<PyCFunction>(UnflattenFunction),
+     METH_FASTCALL, "unflatten(structure, leaves): (values, objects)."},
+    {"pack", reinterpret_cast<PyCFunction>(PackFunction), METH_FASTCALL,
+     "pack(structure, objects, leaves, result): what a function did, Packed."},
+    {"apply", reinterpret_cast<PyCFunction>(ApplyFunction), METH_FASTCALL,
+     "apply(packed, objects, leaves): does it to the originals."},
+    {"packed_flatten", PackedFlatten, METH_O, "(outputs, plan) of a Packed."},
+    {"packed_unflatten", reinterpret_cast<PyCFunction>(PackedUnflatten),
+     METH_FASTCALL, "The Packed of a plan and outputs."},
+    {nullptr, nullptr, 0, nullptr},
+};
+
+}  // namespace
+
+bool InitLift(PyObject* module) {
+  Ref plan = Ref::Steal(PyType_FromSpec(&plan_spec));
+  Ref packed = Ref::Steal(PyType_FromSpec(&packed_spec));
+  if (!plan || !packed) return false;
+  g_plan_type = reinterpret_cast<PyTypeObject*>(plan.get());
+  g_packed_type = reinterpret_cast<PyTypeObject*>(packed.get());
+  return PyModule_AddFunctions(module, lift_functions) == 0 &&
+         PyModule_AddObject(module, "Plan", plan.release()) == 0 &&
+         PyModule_AddObject(module, "Packed", packed.release()) == 0;
+}
+
+}  // namespace nnx::graph

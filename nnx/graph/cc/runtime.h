@@ -1,0 +1,67 @@
+#ifndef NNX_GRAPH_CC_RUNTIME_H_
+#define NNX_GRAPH_CC_RUNTIME_H_
+
+#include <Python.h>
+
+#include <string>
+
+namespace nnx::graph {
+
+// What the engine needs to know of the Python side. Nothing is imported by name
+// from C++: `configure` hands the objects over once, when `nnx.graph` is
+// imported, and they live as long as the process.
+struct Runtime {
+  // Object whose attribute `trace` is JAX's current trace, and the trace that
+  // is current outside of all transformations.
+  PyObject* trace_context = nullptr;
+  PyObject* eval_trace = nullptr;
+  // (object) -> exception to raise when it is changed from another trace.
+  PyObject* trace_error = nullptr;
+  // (type) -> bool: whether instances are array leaves.
+  PyObject* is_array_type = nullptr;
+  // (value) -> (children, treedef, keys) of a registered pytree node, or None.
+  PyObject* flatten_pytree = nullptr;
+  // The concrete array type of JAX: the one checked first.
+  PyTypeObject* array_type = nullptr;
+  // Classes of the Python layers above.
+  PyTypeObject* variable_metadata = nullptr;
+  PyTypeObject* attribute_marker = nullptr;
+  PyTypeObject* state = nullptr;
+  PyTypeObject* structure = nullptr;  // NodeDef
+  // Directory prefix of the library: frames below it are never the line a user
+  // wrote.
+  std::string library_prefix;
+
+  // Interned attribute names.
+  PyObject* s_trace = nullptr;
+  PyObject* s_mapping = nullptr;
+  PyObject* s_init_slow = nullptr;
+  PyObject* s_get_value_slow = nullptr;
+  PyObject* s_set_value_slow = nullptr;
+  PyObject* s_getitem_slow = nullptr;
+  PyObject* s_setitem_slow = nullptr;
+  PyObject* s_delitem_slow = nullptr;
+  PyObject* s_update_hook_flags = nullptr;
+  PyObject* s_getattr_slow = nullptr;
+  PyObject* s_setattr_slow = nullptr;
+  PyObject* s_delattr_slow = nullptr;
+  PyObject* s_class_hook_flags = nullptr;
+  PyObject* s_setattr_flags = nullptr;
+  PyObject* s_fields = nullptr;
+};
+
+Runtime& GetRuntime();
+
+// Creates the interned names. Returns false with a Python error set on failure.
+bool InitRuntime();
+
+// Keyword-only callable `configure(...)` of the module.
+PyObject* Configure(PyObject* module, PyObject* args, PyObject* kwargs);
+
+// JAX's current trace, or null (no error) while evaluation is not traced.
+// Returns false with a Python error set when it cannot be read.
+bool CurrentTrace(PyObject** trace);  // new reference
+
+}  // namespace nnx::graph
+
+#endif  // NNX_GRAPH_CC_RUNTIME_H_

@@ -1,0 +1,54 @@
+"""Gives the C++ engine what it needs of the Python side, at import."""
+
+from __future__ import annotations
+
+import os
+
+import jax
+import numpy as np
+
+from nnx import errors
+from nnx import pytree
+from nnx import state
+from nnx import variables
+from nnx.graph import _engine
+from nnx.graph import graphdef
+from nnx.graph import pytrees
+from nnx.graph import tracing
+
+_ARRAY_TYPES = (
+  jax.Array,
+  jax.core.Tracer,
+  jax.ShapeDtypeStruct,
+  jax.Ref,
+  np.ndarray,
+)
+
+
+def is_array_type(cls: type) -> bool:
+  """Whether instances of a class are leaves of a graph."""
+  return issubclass(cls, _ARRAY_TYPES) or cls in pytree.data_types
+
+
+def configure() -> None:
+  """Connects the engine; called once, when `nnx` is imported."""
+  _engine.configure(
+    trace_context=tracing.trace_context(),
+    eval_trace=tracing.eval_trace(),
+    trace_error=errors.trace_error,
+    is_array_type=is_array_type,
+    flatten_pytree=pytrees.flatten_pytree,
+    array_type=tracing.array_type(),
+    variable_metadata=variables.VariableMetadata,
+    attribute_marker=pytree.Marker,
+    state=state.State,
+    structure=graphdef.NodeDef,
+    library_prefix=os.path.dirname(os.path.dirname(__file__)) + os.sep,
+  )
+
+
+configure()
+pytrees.register_static_type(graphdef.NodeDef)
+jax.tree_util.register_pytree_node(
+  _engine.Packed, _engine.packed_flatten, _engine.packed_unflatten
+)

@@ -1,0 +1,28 @@
+"""Which trace of jax is current: the one place that asks jax's internals.
+
+`jax.extend.core.get_opaque_trace_state` answers the same question, but makes an
+object each time and runs Python on every comparison; the engine asks on every
+write to a Variable, so it reads the attribute behind it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from jax._src import array as _array
+from jax._src import core as _core
+
+
+def trace_context() -> Any:
+  """The object whose attribute `trace` is the current trace."""
+  return _core.trace_ctx
+
+
+def eval_trace() -> Any:
+  """The trace that is current outside of all transformations."""
+  return _core.eval_trace
+
+
+def array_type() -> type:
+  """The class of concrete arrays; asking an array for it would start jax."""
+  return _array.ArrayImpl
