@@ -1,0 +1,106 @@
+"""Neural networks in jax with mutable objects, on a C++ engine.
+
+Modules are Python objects whose state lives in Variables; `split`, `merge`,
+`update` and the transforms carry it in and out of jax.
+"""
+
+# `state`, `variables` and `display` are functions that take the names of the
+# modules they come from; importing the engine's side first settles the modules.
+import nnx.graph.runtime as _runtime  # noqa: F401
+
+from nnx import errors as errors
+from nnx import filters as filters
+from nnx import graph as graph
+from nnx import partitioning as partitioning
+from nnx import pytree as pytree
+from nnx import reprs as reprs
+from nnx import rngs as rngs
+from nnx import spmd as spmd
+from nnx.containers import Dict as Dict
+from nnx.containers import List as List
+from nnx.containers import Sequential as Sequential
+from nnx.display import display as display
+from nnx.errors import TraceContextError as TraceContextError
+from nnx.filters import All as All
+from nnx.filters import Any as Any
+from nnx.filters import Everything as Everything
+from nnx.filters import Not as Not
+from nnx.filters import Nothing as Nothing
+from nnx.filters import OfType as OfType
+from nnx.filters import PathContains as PathContains
+from nnx.filters import PathIn as PathIn
+from nnx.filters import WithTag as WithTag
+from nnx.graph.functional import clone as clone
+from nnx.graph.functional import graphdef as graphdef
+from nnx.graph.functional import merge as merge
+from nnx.graph.functional import pop as pop
+from nnx.graph.functional import split as split
+from nnx.graph.functional import state as state
+from nnx.graph.functional import update as update
+from nnx.graph.graphdef import GraphDef as GraphDef
+from nnx.graph.graphdef import NodeDef as NodeDef
+from nnx.module import Module as Module
+from nnx.module import capture as capture
+from nnx.module import iter_children as iter_children
+from nnx.module import iter_modules as iter_modules
+from nnx.module import view as view
+from nnx.module import view_info as view_info
+from nnx.module import with_attributes as with_attributes
+from nnx.partitioning import logical_axis_rules as logical_axis_rules
+from nnx.pytree import Data as Data
+from nnx.pytree import Object as Object
+from nnx.pytree import Pytree as Pytree
+from nnx.pytree import Static as Static
+from nnx.pytree import check_pytree as check_pytree
+from nnx.pytree import data as data
+from nnx.pytree import dataclass as dataclass
+from nnx.pytree import has_data as has_data
+from nnx.pytree import is_data as is_data
+from nnx.pytree import register_data_type as register_data_type
+from nnx.pytree import static as static
+from nnx.rngs import RngCount as RngCount
+from nnx.rngs import RngKey as RngKey
+from nnx.rngs import Rngs as Rngs
+from nnx.rngs import RngState as RngState
+from nnx.rngs import RngStream as RngStream
+from nnx.rngs import SplitBackups as SplitBackups
+from nnx.rngs import backup_keys as backup_keys
+from nnx.rngs import fork_rngs as fork_rngs
+from nnx.rngs import reseed as reseed
+from nnx.rngs import restore_rngs as restore_rngs
+from nnx.rngs import split_rngs as split_rngs
+from nnx.rngs import with_rngs as with_rngs
+from nnx.spmd import PARTITION_NAME as PARTITION_NAME
+from nnx.spmd import abstract_with_sharding as abstract_with_sharding
+from nnx.spmd import as_abstract as as_abstract
+from nnx.spmd import get_abstract_model as get_abstract_model
+from nnx.spmd import get_named_sharding as get_named_sharding
+from nnx.spmd import get_partition_spec as get_partition_spec
+from nnx.spmd import with_partitioning as with_partitioning
+from nnx.state import FlatState as FlatState
+from nnx.state import State as State
+from nnx.state import diff as diff
+from nnx.state import filter_state as filter_state
+from nnx.state import from_flat_state as from_flat_state
+from nnx.state import map_state as map_state
+from nnx.state import merge_state as merge_state
+from nnx.state import replace_by_pure_dict as replace_by_pure_dict
+from nnx.state import restore_int_paths as restore_int_paths
+from nnx.state import split_state as split_state
+from nnx.state import to_flat_state as to_flat_state
+from nnx.state import to_pure_dict as to_pure_dict
+from nnx.variables import A as A
+from nnx.variables import BatchStat as BatchStat
+from nnx.variables import Cache as Cache
+from nnx.variables import Intermediate as Intermediate
+from nnx.variables import Param as Param
+from nnx.variables import Perturbation as Perturbation
+from nnx.variables import Variable as Variable
+from nnx.variables import VariableMetadata as VariableMetadata
+from nnx.variables import VariableState as VariableState
+from nnx.variables import register_variable_name as register_variable_name
+from nnx.variables import use_eager_sharding as use_eager_sharding
+from nnx.variables import using_eager_sharding as using_eager_sharding
+from nnx.variables import variable_name_from_type as variable_name_from_type
+from nnx.variables import variable_type_from_name as variable_type_from_name
+from nnx.variables import with_metadata as with_metadata
