@@ -11,6 +11,13 @@
 
 namespace kernels::batch_stat {
 
+// Moments of one channel, in the middle of its runs.
+struct RunState {
+  int64_t kept;
+  double mean;
+  double m2;
+};
+
 #define KERNELS_SIMD_BODY "kernels/batch_stat/batch_stat_simd.inc"
 #include "kernels/common/foreach_simd.h"
 
@@ -77,7 +84,7 @@ Geometry Simplify(Geometry g) {
 // Moments of each part, [groups, outer_parts, channels].
 template <typename A>
 struct Partial {
-  std::vector<A> mean, m2;
+  std::vector<A> mean, rest, m2;
   std::vector<int64_t> count;  // one a part, or one a part and channel
 };
 
@@ -85,7 +92,8 @@ template <typename T>
 void PartMoments(SimdLevel level, const Geometry& g, const Item& item,
                  const typename T::Storage* x, const Mask& mask, bool given,
                  bool count_per_channel, typename T::Compute* mean,
-                 typename T::Compute* m2, int64_t* count) {
+                 typename T::Compute* rest, typename T::Compute* m2,
+                 int64_t* count) {
   using A = typename T::Compute;
   const int64_t outer0 = item.group * g.outer;
   if (!count_per_channel && g.inner == 1) {
@@ -96,51 +104,51 @@ void PartMoments(SimdLevel level, const Geometry& g, const Item& item,
         RowMoments<T>(x + row0 * g.channels,
                       mask.data == nullptr ? nullptr : mask.data + row0,
                       item.outer_end - item.outer_begin, g.channels, given,
-                      mean, m2, scratch.data(), scratch.data() + g.channels,
+                      mean, rest, m2, scratch.data(), scratch.data() + g.channels,
                       count));
     return;
   }
   for (int64_t c = item.channel_begin; c < item.channel_end; ++c) {
-    int64_t kept = 0;
-    if (!given) mean[c] = 0;
-    m2[c] = 0;
+    RunState state{0, given ? static_cast<double>(mean[c]) : 0.0, 0.0};
     for (int64_t o = item.outer_begin; o < item.outer_end; ++o) {
       const auto* run = x + ((outer0 + o) * g.channels + c) * g.inner;
       if (mask.data == nullptr) {
-        KERNELS_SIMD_CALL(level, RunMoments<T>(run, g.inner, given, &kept,
-                                               mean + c, m2 + c));
+        KERNELS_SIMD_CALL(level, RunMoments<T>(run, g.inner, given, &state));
         continue;
       }
       const uint8_t* kept_here =
           mask.per_channel
               ? mask.data + ((outer0 + o) * g.channels + c) * g.inner
               : mask.data + (outer0 + o) * g.inner;
-      KERNELS_SIMD_CALL(level,
-                        MaskedRunMoments<T>(run, kept_here, g.inner, given,
-                                            &kept, mean + c, m2 + c));
+      KERNELS_SIMD_CALL(level, MaskedRunMoments<T>(run, kept_here, g.inner,
+                                                   given, &state));
     }
-    count[count_per_channel ? c : 0] = kept;
+    mean[c] = static_cast<A>(state.mean);
+    rest[c] = static_cast<A>(state.mean - static_cast<double>(mean[c]));
+    m2[c] = static_cast<A>(state.m2);
+    count[count_per_channel ? c : 0] = state.kept;
   }
 }
 
 // Combines the parts of one group, in order.
 template <typename A>
 void CombineParts(SimdLevel level, const Cut& cut, int64_t channels,
-                  bool count_per_channel, const A* mean, const A* m2,
-                  const int64_t* count, bool keep_mean, A* out_mean, A* out_var,
+                  bool count_per_channel, const A* mean, const A* rest,
+                  const A* m2, const int64_t* count, bool keep_mean, A* out_mean, A* out_var,
                   A* out_count) {
   const auto n = static_cast<size_t>(channels);
   std::vector<double> total_mean(n), total_m2(n);
   std::vector<double> total(count_per_channel ? n : 1);
   for (int64_t part = 0; part < cut.outer_parts; ++part) {
     const A* part_mean = mean + part * channels;
+    const A* part_rest = rest + part * channels;
     const A* part_m2 = m2 + part * channels;
     if (!count_per_channel) {
       const auto extra = static_cast<double>(count[part]);
       if (extra == 0) continue;
       KERNELS_SIMD_CALL(
-          level, CombineMoments<A>(part_mean, part_m2, total[0], extra,
-                                   channels, total_mean.data(),
+          level, CombineMoments<A>(part_mean, part_rest, part_m2, total[0],
+                                   extra, channels, total_mean.data(),
                                    total_m2.data()));
       total[0] += extra;
       continue;
@@ -149,7 +157,7 @@ void CombineParts(SimdLevel level, const Cut& cut, int64_t channels,
       const auto extra = static_cast<double>(count[part * channels + c]);
       if (extra == 0) continue;
       simd_baseline::CombineMoments<A>(
-          part_mean + c, part_m2 + c, total[static_cast<size_t>(c)], extra, 1,
+          part_mean + c, part_rest + c, part_m2 + c, total[static_cast<size_t>(c)], extra, 1,
           &total_mean[static_cast<size_t>(c)],
           &total_m2[static_cast<size_t>(c)]);
       total[static_cast<size_t>(c)] += extra;
@@ -191,6 +199,7 @@ void Moments(const ParallelLoop& loop, SimdLevel level,
       count_per_channel ? stride : cut.outer_parts;
   Partial<A> partial;
   partial.mean.resize(static_cast<size_t>(g.groups * stride));
+  partial.rest.resize(static_cast<size_t>(g.groups * stride));
   partial.m2.resize(static_cast<size_t>(g.groups * stride));
   partial.count.resize(static_cast<size_t>(g.groups * count_stride));
   for (const bool given : {false, true}) {
@@ -207,6 +216,7 @@ void Moments(const ParallelLoop& loop, SimdLevel level,
            }
            PartMoments<T>(
                level, g, item, x, mask, given, count_per_channel, part_mean,
+               partial.rest.data() + part * g.channels,
                partial.m2.data() + part * g.channels,
                partial.count.data() +
                    part * (count_per_channel ? g.channels : 1));
@@ -214,6 +224,7 @@ void Moments(const ParallelLoop& loop, SimdLevel level,
     for (int64_t group = 0; group < g.groups; ++group) {
       CombineParts<A>(level, cut, g.channels, count_per_channel,
                       partial.mean.data() + group * stride,
+                      partial.rest.data() + group * stride,
                       partial.m2.data() + group * stride,
                       partial.count.data() + group * count_stride, given,
                       mean + group * g.channels, var + group * g.channels,

@@ -1,8 +1,8 @@
 """The plain JAX form of the batch-norm ops, which every platform can run.
 
-Throughout, `x` is `[batch axes..., ..., c, ...]`: `batch_axes` leading axes that
-are independent batches, and the feature axis c at `feature_axis`. Statistics
-are `[batch axes..., c]`, float32, or float64 for a float64 `x`.
+Throughout, `x` is `[batch axes..., ..., c, ...]`: `batch_axes` leading axes
+that are independent batches, and the feature axis c at `feature_axis`.
+Statistics are `[batch axes..., c]`, float32, or float64 for a float64 `x`.
 """
 
 from typing import Any
@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 def compute_dtype(dtype: Any) -> Any:
   """Returns the dtype that statistics of a `dtype` array have."""
-  return jnp.promote_types(dtype, jnp.float32)
+  return jnp.float64 if dtype == jnp.float64 else jnp.float32
 
 
 def reduced_axes(

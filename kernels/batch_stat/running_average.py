@@ -5,12 +5,10 @@ import functools
 from typing import Any, NamedTuple
 
 import jax
-from jax import lax
+from jax import export, lax
 import jax.numpy as jnp
 
-from kernels.batch_stat import checks
-from kernels.batch_stat import ops
-from kernels.batch_stat import reference
+from kernels.batch_stat import checks, ops, reference
 from kernels.common import dispatch
 
 
@@ -28,6 +26,11 @@ class Update(NamedTuple):
   var: jax.Array
   batch_mean: jax.Array
   batch_var: jax.Array
+
+
+export.register_namedtuple_serialization(
+  Update, serialized_name="fused_nnx.kernels.batch_stat.Update"
+)
 
 
 def update(

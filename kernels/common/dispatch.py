@@ -20,13 +20,13 @@ platform known: one traced program, or one exported artifact, serves them all.
     (y,) = op(x, n=3, implementation="auto")
 """
 
+from collections.abc import Callable, Mapping, Sequence
 import dataclasses
 import functools
 import importlib
 import operator
 import threading
 import types
-from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -412,7 +412,6 @@ class Op:
 
     return rule
 
-  @functools.lru_cache(maxsize=None)
   def _function(self, name: str, params: tuple[tuple[str, Any], ...]):
     """Returns the positional function that runs implementation `name`."""
     if name == XLA:
@@ -458,7 +457,7 @@ def _call_partitioned(op: Op, name, params, fn, *args):
   return wrapped(*args)
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _jitted(prim, params):
   return jax.jit(functools.partial(prim.bind, **dict(params)))
 

@@ -1,0 +1,191 @@
+"""batch_stat on several devices: same numbers, and no gathered batch."""
+
+from absl.testing import absltest, parameterized
+import jax
+from jax import lax
+import jax.numpy as jnp
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+import numpy as np
+
+from kernels import batch_stat
+from kernels.batch_stat import ops
+from tests.testing import devices, hlo, op_contract, oracles
+
+devices.use_cpu_devices(8)
+
+SHAPE = (16, 4, 6, 8)
+
+
+def _inputs(dtype="float32"):
+  rng = np.random.default_rng(0)
+  x = op_contract.array(rng, SHAPE, dtype) + 5
+  return x, jnp.full(8, 4.0), jnp.ones(8)
+
+
+class UpdateShardingTest(parameterized.TestCase):
+  def setUp(self):
+    super().setUp()
+    devices.need_devices(8)
+
+  @parameterized.product(
+    spec=(
+      P("a"),
+      P(("a", "b")),
+      P("a", None, None, "b"),
+      P(None, "a"),
+      P("b", "a"),
+      P(None, None, None, ("a", "b")),
+      P(),
+    ),
+    implementation=("cpu", "xla"),
+    masked=(False, True),
+  )
+  def test_jit_over_named_shardings(self, spec, implementation, masked):
+    mesh = devices.auto_mesh((4, 2), ("a", "b"))
+    x, mean, var = _inputs()
+    mask = np.random.default_rng(1).random((16, 4, 6, 1)) < 0.6
+    mask = mask if masked else None
+    x = jax.device_put(x, NamedSharding(mesh, spec))
+
+    def run(x, mean, var):
+      return batch_stat.update(
+        x, mean, var, 0.5, mask=mask, implementation=implementation
+      )
+
+    compiled = jax.jit(run, donate_argnums=(1, 2)).lower(x, mean, var).compile()
+    text = compiled.as_text()
+    self.assertEmpty(hlo.instructions(text, "all-gather", SHAPE))
+    if spec and implementation == "cpu":
+      local = x.addressable_shards[0].data.shape
+      for line in hlo.instructions(text, "all-gather"):
+        self.assertNotIn(f"{local[1]},{local[2]}", line)
+    got = run(x, mean, var)
+    want = oracles.batch_norm(x, mask=mask)
+    np.testing.assert_allclose(got.batch_mean, want.mean, rtol=1e-5)
+    np.testing.assert_allclose(got.batch_var, want.var, rtol=1e-4)
+    np.testing.assert_allclose(got.mean, 2 + want.mean / 2, rtol=1e-5)
+
+  def test_the_kernel_runs_on_every_part(self):
+    mesh = devices.auto_mesh((8,), ("a",))
+    x, mean, var = _inputs()
+    x = jax.device_put(x, NamedSharding(mesh, P("a")))
+    run = jax.jit(lambda *args: batch_stat.update(*args, implementation="cpu"))
+    text = run.lower(x, mean, var).compile().as_text()
+    self.assertEqual(hlo.custom_calls(text, ops.TARGET_MOMENTS), 1)
+    self.assertNotEmpty(hlo.instructions(text, "all-reduce"))
+    self.assertEmpty(hlo.instructions(text, "all-gather"))
+
+  def test_parts_that_are_not_even(self):
+    mesh = devices.auto_mesh((8,), ("a",))
+    x, mean, var = _inputs()
+
+    @jax.jit
+    def run(x):
+      x = lax.with_sharding_constraint(x * 2, NamedSharding(mesh, P("a")))
+      part = lax.with_sharding_constraint(x[:13], NamedSharding(mesh, P("a")))
+      return batch_stat.update(part, mean, var, implementation="cpu")
+
+    got = run(jax.device_put(x, NamedSharding(mesh, P("a"))))
+    want = oracles.batch_norm(2 * np.asarray(x)[:13])
+    np.testing.assert_allclose(got.batch_mean, want.mean, rtol=1e-5)
+    np.testing.assert_allclose(got.batch_var, want.var, rtol=1e-4)
+
+  @parameterized.product(
+    implementation=("cpu", "xla"), masked=(False, True), check_vma=(True, False)
+  )
+  def test_shard_map_joins_over_the_axis_name(
+    self, implementation, masked, check_vma
+  ):
+    mesh = devices.auto_mesh((8,), ("a",))
+    x, mean, var = _inputs()
+    mask = np.ones((16, 1, 1, 1), bool)
+    if masked:
+      mask = np.random.default_rng(2).random((16, 1, 1, 1)) < 0.5
+      mask[:2] = False  # a device without values
+
+    def run(x, mask, mean, var):
+      return batch_stat.update(
+        x,
+        mean,
+        var,
+        mask=mask if masked else None,
+        axis_name="a",
+        implementation=implementation,
+      )
+
+    mapped = jax.jit(
+      jax.shard_map(
+        run,
+        mesh=mesh,
+        in_specs=(P("a"), P("a"), P(), P()),
+        out_specs=P(),
+        check_vma=check_vma,
+      )
+    )
+    got = mapped(x, mask, mean, var)
+    want = oracles.batch_norm(x, mask=mask)
+    np.testing.assert_allclose(got.batch_mean, want.mean, rtol=1e-5)
+    np.testing.assert_allclose(got.batch_var, want.var, rtol=1e-4)
+    text = mapped.lower(x, mask, mean, var).compile().as_text()
+    self.assertEmpty(hlo.instructions(text, "all-gather"))
+
+  def test_shard_map_without_a_name_stays_local(self):
+    mesh = devices.auto_mesh((8,), ("a",))
+    x, mean, var = _inputs()
+    got = jax.shard_map(
+      lambda x: batch_stat.update(
+        x, mean, var, implementation="cpu"
+      ).batch_mean[None],
+      mesh=mesh,
+      in_specs=P("a"),
+      out_specs=P("a"),
+    )(x)
+    want = np.asarray(x, np.float64).reshape(8, -1, 8).mean(1)
+    np.testing.assert_allclose(got, want, rtol=1e-5)
+
+  @parameterized.parameters("cpu", "xla")
+  def test_groups_are_apart(self, implementation):
+    mesh = devices.auto_mesh((8,), ("a",))
+    x, mean, var = _inputs()
+    got = jax.shard_map(
+      lambda x: batch_stat.update(
+        x,
+        mean,
+        var,
+        axis_name="a",
+        axis_index_groups=[[0, 1, 2, 3], [4, 5, 6, 7]],
+        implementation=implementation,
+      ).batch_var[None],
+      mesh=mesh,
+      in_specs=P("a"),
+      out_specs=P("a"),
+      check_vma=False,
+    )(x)
+    halves = np.asarray(x, np.float64).reshape(2, -1, 8)
+    np.testing.assert_allclose(got[0], halves[0].var(0), rtol=1e-4)
+    np.testing.assert_allclose(got[7], halves[1].var(0), rtol=1e-4)
+
+  def test_gradient_crosses_devices(self):
+    mesh = devices.auto_mesh((8,), ("a",))
+    x, mean, var = _inputs()
+    weight = jnp.arange(8.0)
+
+    def loss(x, axis_name=None):
+      out = batch_stat.update(
+        x, mean, var, axis_name=axis_name, implementation="cpu"
+      )
+      return jnp.vdot(weight, out.batch_var + out.mean)
+
+    mapped = jax.shard_map(
+      lambda x: loss(x, "a"), mesh=mesh, in_specs=P("a"), out_specs=P()
+    )
+    want = jax.grad(loss)(x)
+    np.testing.assert_allclose(jax.grad(mapped)(x), want, rtol=1e-4, atol=1e-7)
+    sharded = jax.device_put(x, NamedSharding(mesh, P("a")))
+    got = jax.jit(jax.grad(loss))(sharded)
+    np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-7)
+
+
+if __name__ == "__main__":
+  absltest.main()
