@@ -580,6 +580,9 @@ class Variable(_engine.VariableBase, reprs.Displayable, Generic[A]):
     raw = self.raw_value
     if is_ref(raw):
       self._check_can_update()
+      value = _unwrap(value)
+      if isinstance(value, (bool, int, float, complex)):
+        value = jax.numpy.asarray(value, raw.dtype)
       raw[... if index is MISSING else index] = value
     elif index is MISSING:
       self.raw_value = value
