@@ -23,7 +23,7 @@ from tools.bench import graph_models, harness
 
 NAME = "graph"
 _SIZES = (10, 100, 1000)
-_QUICK_SIZES = (10, 100)
+_QUICK_SIZES = (100,)
 # 991 Variables, or 199 if quick.
 _LAYER_COUNT = 45
 _QUICK_LAYER_COUNT = 9

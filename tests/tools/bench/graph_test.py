@@ -50,7 +50,7 @@ class CasesTest(absltest.TestCase):
 
   def test_jit_rows_have_the_flat_jit_as_floor(self):
     for case in graph.cases(harness.Settings.for_run(quick=True)):
-      if case.op.startswith("jit_") and case.case == "10":
+      if case.op.startswith("jit_") and case.case == "100":
         comparison = case.build()
         self.assertEqual(comparison.floor_name, "jax.jit on the flat tuple")
         self.assertEqual(comparison.clock, harness.THREAD_CPU)
