@@ -94,6 +94,9 @@ def main(argv: list[str]) -> int:
     "--config-file=/dev/null",
     f"--rootdir={os.getcwd()}",
     "--strict-markers",
+    # What C++ prints as it dies, a sanitizer's report above all, must not
+    # die with it.
+    "--capture=sys",
     "-pno:cacheprovider",
     "-q",
     "-ra",
