@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import collections
 import gc
-import types
-from typing import Any
+from typing import Any, NamedTuple
 
 from nnx.graph import _engine
 
-# How many objects the search for an attribute path may look at. It runs when
-# an error is made, in programs of any size, and must end soon.
-_MAX_VISITED = 20_000
+# The search for an attribute path runs when an error is made, in programs of any
+# size. Each level of it looks through all objects of the process once, for
+# holders of at most this many others.
+_MAX_LEVELS, _MAX_WIDTH = 32, 16
 
 
 class TraceContextError(Exception):
@@ -32,48 +31,46 @@ class TraceContextError(Exception):
   """
 
 
-def _step(owner: Any, child: Any) -> str | None:
-  """How `child` is reached from `owner`: `.name` or `[key]`; None if not."""
-  if isinstance(owner, _engine.ObjectBase):
-    for name, value in vars(owner).items():
-      if value is child:
-        return f".{name}" if isinstance(name, str) else f"[{name}]"
-  elif isinstance(owner, dict):
-    for key, value in owner.items():
-      if value is child:
-        return f"[{key!r}]"
-  elif isinstance(owner, (list, tuple)):
-    for i, value in enumerate(owner):
-      if value is child:
-        return f"[{i}]"
+class _Held(NamedTuple):
+  """An object on the way up, and the path from it down to the target.
+
+  Attributes:
+    holder: the object.
+    path: the path if it is reached as a value.
+    attributes: the path if it is the `__dict__` of an object.
+  """
+
+  holder: Any
+  path: str
+  attributes: str | None = None
+
+
+def _hold(referrer: Any, known: dict[int, _Held]) -> _Held | None:
+  """How `referrer` holds one of the `known`, if it is one of those we follow."""
+  if isinstance(referrer, _engine.ObjectBase):
+    held = known.get(id(vars(referrer)))
+    if held is not None and held.attributes is not None:
+      return _Held(referrer, held.attributes)
+  elif isinstance(referrer, dict):
+    if "__builtins__" in referrer:  # the globals of a module
+      return None
+    for key, value in referrer.items():
+      if id(value) in known:
+        path = known[id(value)].path
+        name = f".{key}" if isinstance(key, str) else f"[{key!r}]"
+        return _Held(referrer, f"[{key!r}]{path}", name + path)
+  elif isinstance(referrer, (list, tuple)) and not isinstance(referrer, _Held):
+    for i, value in enumerate(referrer):
+      if id(value) in known:
+        return _Held(referrer, f"[{i}]{known[id(value)].path}")
   return None
 
 
-def _owners(child: Any) -> list[tuple[Any, str]]:
-  """The objects and containers that hold `child`, each with the step to it."""
-  owners = []
-  for referrer in gc.get_referrers(child):
-    if isinstance(referrer, (types.FrameType, types.ModuleType)):
-      continue
-    step = _step(referrer, child)
-    if step is None:
-      continue
-    if isinstance(referrer, dict):
-      # An instance's attributes may live in a dict of their own, in which case
-      # the object itself does not refer to `child`.
-      for holder in gc.get_referrers(referrer):
-        if (
-          isinstance(holder, _engine.ObjectBase) and vars(holder) is referrer
-        ):
-          attribute = _step(holder, child)
-          if attribute is not None:
-            owners.append((holder, attribute))
-          break
-      else:
-        owners.append((referrer, step))
-    else:
-      owners.append((referrer, step))
-  return owners
+def _rank(held: _Held) -> int:
+  """Which holders to follow first where there are many."""
+  if isinstance(held.holder, _engine.ObjectBase):
+    return 0
+  return 1 if isinstance(held.holder, dict) else 2
 
 
 def attribute_path(target: Any) -> tuple[Any, str] | None:
@@ -100,20 +97,29 @@ def attribute_path(target: Any) -> tuple[Any, str] | None:
     `(root, path)` where `root` is the outermost object on the way, or `None`
     if no object holds `target`.
   """
-  best = None
+  found = None
   seen = {id(target)}
-  queue = collections.deque([(target, "")])
-  while queue and len(seen) < _MAX_VISITED:
-    child, path = queue.popleft()
-    for owner, step in _owners(child):
-      if id(owner) in seen:
+  level = {id(target): _Held(target, "")}
+  if isinstance(target, _engine.ObjectBase):
+    seen.add(id(vars(target)))
+  for _ in range(_MAX_LEVELS):
+    targets = [held.holder for held in level.values()]
+    own = {id(targets), id(level)}
+    holders = []
+    for referrer in gc.get_referrers(*targets):
+      if id(referrer) in own or id(referrer) in seen:
         continue
-      seen.add(id(owner))
-      here = step + path
-      if isinstance(owner, _engine.ObjectBase):
-        best = owner, here
-      queue.append((owner, here))
-  return best
+      held = _hold(referrer, level)
+      if held is not None:
+        seen.add(id(referrer))
+        holders.append(held)
+        if isinstance(referrer, _engine.ObjectBase):
+          found = referrer, held.path
+    if not holders:
+      break
+    holders.sort(key=_rank)
+    level = {id(held.holder): held for held in holders[:_MAX_WIDTH]}
+  return found
 
 
 def trace_error(target: Any) -> TraceContextError:

@@ -665,10 +665,10 @@ def _begin_capture(
     }
     for name, variable in _entries_at(init or {}, path):
       contents.setdefault(type(variable), {})[name] = variable.value
-    setattr(
-      module,
-      _CAPTURES,
-      tuple(kind(values) for kind, values in contents.items()),
+    # No trace check: a model that is closed over may be captured from, since
+    # what is kept is taken away before the trace ends.
+    module._setattr_raw(
+      _CAPTURES, tuple(kind(values) for kind, values in contents.items())
     )
 
 
