@@ -89,6 +89,10 @@ from nnx.state import restore_int_paths as restore_int_paths
 from nnx.state import split_state as split_state
 from nnx.state import to_flat_state as to_flat_state
 from nnx.state import to_pure_dict as to_pure_dict
+from nnx.transforms.jit import JitWrapped as JitWrapped
+from nnx.transforms.jit import StateSharding as StateSharding
+from nnx.transforms.jit import jit as jit
+from nnx.transforms.jit import jit_partial as jit_partial
 from nnx.variables import A as A
 from nnx.variables import BatchStat as BatchStat
 from nnx.variables import Cache as Cache

@@ -27,10 +27,17 @@ class Lifted:
     self.structure = structure
     self.names = names
 
+  def __repr__(self) -> str:
+    return repr(self.fun)
+
   def __call__(self, leaves: tuple[Any, ...]) -> Any:
     """Runs the function on copies; returns the engine's `Packed`."""
     values, objects = _engine.unflatten(self.structure, leaves)
+    result = self.call(values)
+    return _engine.pack(self.structure, objects, leaves, result)
+
+  def call(self, values: Sequence[Any]) -> Any:
+    """Runs the user's function on the roots of the structure."""
     count = len(values) - len(self.names)
     kwargs = dict(zip(self.names, values[count:]))
-    result = self.fun(*values[:count], **kwargs)
-    return _engine.pack(self.structure, objects, leaves, result)
+    return self.fun(*values[:count], **kwargs)

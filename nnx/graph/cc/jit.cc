@@ -380,8 +380,8 @@ PyObject* JitCacheSize(PyObject* self, PyObject*) {
   return PyLong_FromSize_t(AsJit(self)->entries->size());
 }
 
-// _prepare(*args, **kwargs): (compiled function, its arguments), for lowering
-// without running.
+// _prepare(*args, **kwargs): (compiled function, its arguments, numbers of the
+// donated leaves), for lowering without running.
 PyObject* JitPrepare(PyObject* callable, PyObject* const* args,
                      Py_ssize_t nargs, PyObject* kwnames) {
   JitFunction* self = AsJit(callable);
@@ -396,9 +396,18 @@ PyObject* JitPrepare(PyObject* callable, PyObject* const* args,
   Ref kept = Pick(call, donates ? entry->kept : all);
   Ref donated = Pick(call, entry->donated);
   if (!kept || !donated) return nullptr;
-  return donates ? Py_BuildValue("(O(OO))", entry->compiled.get(), kept.get(),
-                                 donated.get())
-                 : Py_BuildValue("(O(O))", entry->compiled.get(), kept.get());
+  Ref numbers = Ref::Steal(
+      PyTuple_New(static_cast<Py_ssize_t>(entry->donated.size())));
+  if (!numbers) return nullptr;
+  for (size_t i = 0; i < entry->donated.size(); ++i) {
+    PyObject* number = PyLong_FromLong(entry->donated[i]);
+    if (!number) return nullptr;
+    PyTuple_SET_ITEM(numbers.get(), static_cast<Py_ssize_t>(i), number);
+  }
+  return donates ? Py_BuildValue("(O(OO)O)", entry->compiled.get(), kept.get(),
+                                 donated.get(), numbers.get())
+                 : Py_BuildValue("(O(O)O)", entry->compiled.get(), kept.get(),
+                                 numbers.get());
 }
 
 PyMemberDef jit_members[] = {
@@ -424,7 +433,7 @@ PyMethodDef jit_methods[] = {
      "Number of structures that were compiled for."},
     {"_prepare", reinterpret_cast<PyCFunction>(JitPrepare),
      METH_FASTCALL | METH_KEYWORDS,
-     "_prepare(*args, **kwargs): (compiled, its arguments)."},
+     "_prepare(*args, **kwargs): (compiled, its arguments, donated leaves)."},
     {nullptr, nullptr, 0, nullptr},
 };
 

@@ -9,7 +9,6 @@ os.environ["XLA_FLAGS"] = (
 import dataclasses
 import functools
 import gc
-import types
 import weakref
 
 from absl.testing import absltest
@@ -309,7 +308,7 @@ class CompilesAgainTest(parameterized.TestCase):
   def test_values_do_not_matter(self):
     def change(tower):
       tower.tied[...] = tower.tied[...] + 1
-      tower.layers[0].bias.value = jnp.full(3, 7.0)
+      tower.layers[0].bias.value = jnp.full(3, 7.0, jnp.float32)
 
     self.check(Tower(), change, recompiles=False)
 
@@ -727,8 +726,14 @@ class ErrorsTest(parameterized.TestCase):
       nnx.jit(lambda x, n: x, static_argnums=1)(1.0, [1])
 
   def test_not_an_array(self):
-    with self.assertRaisesRegex(TypeError, "not a valid JAX type"):
-      nnx.jit(lambda x: x)("text")
+    with self.assertRaisesRegex(
+      TypeError,
+      "must be arrays, numbers or static, but `options.mode` is 'fast' of type"
+      " str",
+    ):
+      nnx.jit(lambda x, options: x)(1.0, options={"mode": "fast"})
+    with self.assertRaisesRegex(TypeError, r"but `\[0\].value` is 'text'"):
+      nnx.jit(lambda x: x)(nnx.Variable("text"))
 
   @parameterized.parameters(
     ({"static_argnums": 3}, "`static_argnums` must name positional parameters"),
@@ -773,7 +778,10 @@ class LifetimeTest(absltest.TestCase):
     self.assertIsNone(ref())
 
   def test_function_in_a_cycle_is_collected(self):
-    holder = types.SimpleNamespace()
+    class Holder:
+      pass
+
+    holder = Holder()
     holder.step = nnx.jit(lambda x: (holder, x)[1])
     holder.step(jnp.ones(1))
     ref = weakref.ref(holder)
