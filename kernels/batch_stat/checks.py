@@ -159,3 +159,37 @@ def check_axis_groups(axis_name: Any, axis_index_groups: Any) -> Any:
       " None."
     )
   return tuple(tuple(group) for group in axis_index_groups)
+
+
+def check_activation(activation: str | None) -> bool:
+  """Returns whether relu is asked for; raises ValueError for anything else."""
+  if activation not in (None, "relu"):
+    raise ValueError(
+      f"`activation` must be None or 'relu', but got {activation!r}. Apply"
+      " another one to the result."
+    )
+  return activation == "relu"
+
+
+def check_result_dtype(dtype: Any, x: Any) -> np.dtype:
+  """Returns the dtype of the result, x's by default.
+
+  Args:
+    dtype: None or a floating dtype.
+    x: The batch.
+
+  Raises:
+    TypeError: If it is not floating.
+  """
+  dtype = np.dtype(x.dtype if dtype is None else dtype)
+  if not jnp.issubdtype(dtype, jnp.floating):
+    raise TypeError(f"`dtype` must be floating, but got {dtype.name}.")
+  return dtype
+
+
+def check_epsilon(epsilon: Any) -> float:
+  """Returns epsilon; raises ValueError unless it is a number, not negative."""
+  epsilon = float(epsilon)
+  if not epsilon >= 0:
+    raise ValueError(f"`epsilon` must not be negative, but got {epsilon}.")
+  return epsilon

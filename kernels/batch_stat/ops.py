@@ -123,8 +123,7 @@ def _update_cpu(
   )
 
 
-def _moments_cpu(x, shift, *mask, feature_axis, batch_axes, accurate):
-  del shift  # the kernel finds better ones by itself
+def _moments_cpu(x, *mask, feature_axis, batch_axes, accurate):
   out = _stats_like(x, 3, feature_axis, batch_axes)
   return jax.ffi.ffi_call(TARGET_MOMENTS, out)(
     x,
@@ -336,7 +335,7 @@ def _combine_update(call, args, axes, **params):
   del call
   mean, var, momentum, x, *mask = args
   batch_mean, batch_var, _ = combine_moments(
-    *MOMENTS(x, mean, *mask, implementation="cpu", **params), axes
+    *MOMENTS(x, *mask, implementation="cpu", **params), axes
   )
   return (
     momentum * mean + (1 - momentum) * batch_mean,
@@ -393,7 +392,7 @@ MOMENTS = dispatch.Op(
     ),
   ),
   batching=_batch_rule,
-  partitioning=_partitioning(0, 2, "xs", "sss", _combine_moments),
+  partitioning=_partitioning(0, 1, "x", "sss", _combine_moments),
 )
 
 NORMALIZE = dispatch.Op(

@@ -33,7 +33,6 @@ def expand_stat(
 
 def moments(
   x: jax.Array,
-  shift: jax.Array,
   mask: jax.Array | None = None,
   *,
   feature_axis: int,
@@ -44,13 +43,12 @@ def moments(
 
   Args:
     x: `[..., c, ...]`, floating.
-    shift: `[c]`, a guess of the mean. The one-pass variance
-      `E[(x - shift)^2] - (E[x] - shift)^2` is as good as the guess; infinities
-      and NaNs in it are taken as 0.
     mask: Bool, like x or with 1 in place of c; only True positions count.
     feature_axis: The axis of c.
     batch_axes: Number of leading axes that are independent batches.
     accurate: Whether to take the variance in a second pass, about the mean.
+      Otherwise it is `E[x^2] - E[x]^2`, which XLA computes in one pass, and
+      which cancels where the mean is large beside the deviation.
 
   Returns:
     mean, var and count, each `[c]`.
@@ -68,18 +66,16 @@ def moments(
     size = 1
     for axis in axes:
       size = size * x.shape[axis]
-    count = jnp.full(shift.shape, size, dtype)
+    shape = (*x.shape[:batch_axes], x.shape[feature_axis])
+    count = jnp.full(shape, size, dtype)
   else:
     count = jnp.sum(mask, axis=axes, dtype=dtype)
+  mean = mean_of(values)
   if accurate:
-    mean = mean_of(values)
     centre = expand_stat(mean, x, feature_axis, batch_axes)
     return mean, mean_of(lax.square(values - centre)), count
-  shift = jnp.where(jnp.isfinite(shift), shift, 0)
-  moved = values - expand_stat(shift, x, feature_axis, batch_axes)
-  first = mean_of(moved)
-  second = mean_of(lax.square(moved))
-  return shift + first, jnp.maximum(second - lax.square(first), 0), count
+  var = mean_of(lax.square(values)) - lax.square(mean)
+  return mean, jnp.maximum(var, 0), count
 
 
 def update(
@@ -110,7 +106,6 @@ def update(
   """
   batch_mean, batch_var, _ = moments(
     x,
-    mean,
     mask,
     feature_axis=feature_axis,
     batch_axes=batch_axes,

@@ -5,7 +5,7 @@ import functools
 from typing import Any, NamedTuple
 
 import jax
-from jax import export, lax
+from jax import export
 import jax.numpy as jnp
 
 from kernels.batch_stat import checks, ops, reference
@@ -81,9 +81,11 @@ def update(
       value for a feature. Where a mask keeps no value of a feature, its
       statistics are NaN, as in `jnp.mean`.
 
-  Numerics: float32 (float64 for a float64 x), shifted by a running estimate of
-    the mean so that a large mean costs no precision; parts are merged in
-    float64. The result does not depend on the number of threads.
+  Numerics: float32 (float64 for a float64 x). On the CPU one pass loses nothing
+    to a large mean: values are shifted by a running estimate of it, and parts
+    are merged in float64. The result does not depend on the number of threads.
+    XLA's one pass is `E[x^2] - E[x]^2`, which cancels where the mean is large
+    beside the deviation; `use_fast_variance=False` does not.
   Aliasing: `mean` and `var` are updated in place if they are donated, or
     carried through a loop, and have the dtype of the statistics.
   Batching: `jax.vmap` makes one call with one more axis.
@@ -115,7 +117,7 @@ def update(
     out = _update(static, old_mean, old_var, momentum, x, mask)
   else:
     batch = ops.combine_moments(
-      *moments(static, x, lax.stop_gradient(old_mean), mask),
+      *moments(static, x, mask),
       axis_name,
       groups,
     )
@@ -153,13 +155,12 @@ def blend(
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
-def moments(static, x, shift, mask):
+def moments(static, x, mask):
   """Computes mean, var and count of a device's part, differentiably.
 
   Args:
     static: (feature axis, accurate, implementation).
     x: As in `update`.
-    shift: `[c]`, a guess of the mean; see `reference.moments`.
     mask: As `checks.check_mask` returns it.
 
   Returns:
@@ -169,7 +170,6 @@ def moments(static, x, shift, mask):
   masks = () if mask is None else (mask,)
   return ops.MOMENTS(
     x,
-    shift,
     *masks,
     feature_axis=feature_axis,
     batch_axes=0,
@@ -180,7 +180,7 @@ def moments(static, x, shift, mask):
 
 @moments.defjvp
 def _moments_jvp(static, primals, tangents):
-  x, _, mask = primals
+  x, mask = primals
   mean, var, count = moments(static, *primals)
   dmean, dvar = _stat_tangents(static[0], x, mean, mask, tangents[0])
   return [mean, var, count], [dmean, dvar, jnp.zeros_like(count)]

@@ -56,18 +56,22 @@ class OpContract(parameterized.TestCase):
   """Promises that hold for every op and implementation.
 
   Subclasses set `implementation` and `target` (the FFI target that must be seen
-  in the lowered program, or None for the reference) and define `make_case` and
+  in the lowered program, or None for the reference; `targets`, if there are
+  several) and define `make_case` and
   `call`. A class without an implementation runs nothing: it is the contract
   that its subclasses share.
   """
 
   implementation: str | None = None
   target: str | None = None
+  targets: tuple[str, ...] = ()
 
   def setUp(self):
     super().setUp()
     if self.implementation is None:
       self.skipTest("the contract itself: its subclasses run it")
+    if PLATFORM != "cpu":
+      need_device(PLATFORM)
 
   def make_case(self) -> tuple[Any, ...]:
     """Returns arrays to call the op with."""
@@ -124,9 +128,8 @@ class OpContract(parameterized.TestCase):
 
   def test_export_round_trip(self):
     case = self.make_case()
-    checks = []
-    if self.target is not None:
-      checks = [export.DisabledSafetyCheck.custom_call(self.target)]
+    targets = self.targets or (() if self.target is None else (self.target,))
+    checks = [export.DisabledSafetyCheck.custom_call(name) for name in targets]
     exported = export.export(jax.jit(self.call), disabled_checks=checks)(*case)
     restored = export.deserialize(exported.serialize())
     self.assertEqual(

@@ -1,0 +1,291 @@
+"""Batch normalisation in training and in inference mode."""
+
+from collections.abc import Sequence
+import functools
+from typing import Any, NamedTuple
+
+import jax
+from jax import export, lax
+import jax.numpy as jnp
+
+from kernels.batch_stat import checks, ops, reference, running_average
+from kernels.common import dispatch
+
+
+class BatchNorm(NamedTuple):
+  """Result of `batch_norm`; the running averages first, so donation pairs.
+
+  Attributes:
+    mean: `[c]`, the new running average of the mean.
+    var: `[c]`, the new running average of the variance.
+    y: The normalised x.
+    batch_mean: `[c]`, the mean that x was normalised with.
+    batch_var: `[c]`, the biased variance that x was normalised with.
+  """
+
+  mean: jax.Array
+  var: jax.Array
+  y: jax.Array
+  batch_mean: jax.Array
+  batch_var: jax.Array
+
+
+export.register_namedtuple_serialization(
+  BatchNorm, serialized_name="fused_nnx.kernels.batch_stat.BatchNorm"
+)
+
+
+class _Static(NamedTuple):
+  """What the differentiable core is specialised on."""
+
+  feature_axis: int
+  accurate: bool
+  relu: bool
+  dtype: Any
+  epsilon: float
+  axis_name: Any
+  groups: Any
+  implementation: str
+
+  @property
+  def axes(self):
+    return {"feature_axis": self.feature_axis, "batch_axes": 0}
+
+  @property
+  def gate(self):
+    return {
+      **self.axes,
+      "relu": self.relu,
+      "implementation": self.implementation,
+    }
+
+
+def batch_norm(
+  x: Any,
+  scale: Any,
+  bias: Any,
+  mean: Any,
+  var: Any,
+  momentum: Any = 0.99,
+  *,
+  epsilon: float = 1e-5,
+  feature_axis: int = -1,
+  mask: Any = None,
+  axis_name: Any = None,
+  axis_index_groups: Sequence[Sequence[int]] | None = None,
+  use_fast_variance: bool = True,
+  activation: str | None = None,
+  dtype: Any = None,
+  use_running_average: bool = False,
+  implementation: str = dispatch.AUTO,
+) -> BatchNorm:
+  """Normalises x with its own statistics, and keeps running averages of them.
+
+  Equivalent to
+
+      out = update(x, mean, var, momentum, ...)
+      y = (x - out.batch_mean) / jnp.sqrt(out.batch_var + epsilon)
+      y = activation(y * scale + bias).astype(dtype)
+
+  or, with `use_running_average`, to the last two lines with `mean` and `var` in
+  place of the batch's.
+
+  Args:
+    x: `[..., c, ...]`, float64, float32, bfloat16 or float16; other floating
+      dtypes go through XLA. Under `jit` it may be sharded along any axis.
+    scale: `[c]`, floating, or None for 1.
+    bias: `[c]`, floating, or None for 0.
+    mean: `[c]`, floating, the running average of the mean.
+    var: `[c]`, floating, the running average of the variance.
+    momentum: A number in `[0, 1]` or a scalar array, weight of the old average.
+    epsilon: Added to the variance.
+    feature_axis: The axis of x that is not reduced.
+    mask: Broadcasts to x's shape; only nonzero positions make the statistics.
+      All positions are normalised.
+    axis_name: Mesh axes of `shard_map`, or a vmap axis, whose members each hold
+      a part of one batch. Each value counts the same, wherever it is.
+    axis_index_groups: As in `jax.lax.psum`: only members of a group share.
+    use_fast_variance: Whether one pass over x may do for the variance. False
+      takes it in a second pass, about the mean.
+    activation: None, or "relu" to apply it to y in the same pass.
+    dtype: Of y. x's, if None; the arithmetic is in the statistics' dtype
+      anyway.
+    use_running_average: Whether to normalise with `mean` and `var`, and leave
+      them as they are (inference).
+    implementation: "auto", "xla" or "cpu".
+
+  Returns:
+    The new averages, in their own dtypes, y, and the statistics that made it.
+
+  Raises:
+    TypeError: If an array is not floating.
+    ValueError: If shapes do not match, an argument is out of range, or, unless
+      `use_running_average`, x has no value for a feature.
+
+  Numerics: as in `update`; y and the gradients are computed in the statistics'
+    dtype and rounded once.
+  Aliasing: `mean` and `var` are updated in place if they are donated and have
+    the dtype of the statistics. y is a new array.
+  Batching: `jax.vmap` makes the same calls with one more axis.
+  Differentiation: reverse mode for x, scale and bias, and through all results,
+    in two passes over x and y's gradient; x is all that is kept for it. With
+    relu, the gate is found again from x. Derivatives of derivatives go through
+    XLA. Forward mode is not there.
+
+  Example:
+    >>> import jax.numpy as jnp
+    >>> from kernels import batch_stat
+    >>> x = jnp.array([[1.0, 10.0], [3.0, 30.0]])
+    >>> zeros, ones = jnp.zeros(2), jnp.ones(2)
+    >>> out = batch_stat.batch_norm(x, ones, zeros, zeros, ones, 0.9)
+    >>> out.y.round(3).tolist()
+    [[-1.0, -1.0], [1.0, 1.0]]
+    >>> out.mean.round(3).tolist()
+    [0.2, 2.0]
+    >>> out = batch_stat.batch_norm(
+    ...   x, ones, zeros, zeros, ones, use_running_average=True
+    ... )
+    >>> out.y.round(3).tolist()
+    [[1.0, 10.0], [3.0, 30.0]]
+  """
+  x = jnp.asarray(x)
+  feature_axis = checks.canonical_feature_axis(x, feature_axis)
+  stat_dtype = reference.compute_dtype(x.dtype)
+  mean = checks.check_stat(mean, "mean", x, feature_axis)
+  var = checks.check_stat(var, "var", x, feature_axis)
+  scale, bias = (
+    jnp.full((x.shape[feature_axis],), fill, stat_dtype)
+    if stat is None
+    else checks.check_stat(stat, name, x, feature_axis)
+    for stat, name, fill in ((scale, "scale", 1), (bias, "bias", 0))
+  )
+  mask = checks.check_mask(mask, x, feature_axis)
+  groups = checks.check_axis_groups(axis_name, axis_index_groups)
+  static = _Static(
+    feature_axis=feature_axis,
+    accurate=not use_fast_variance,
+    relu=checks.check_activation(activation),
+    dtype=checks.check_result_dtype(dtype, x),
+    epsilon=checks.check_epsilon(epsilon),
+    axis_name=axis_name,
+    groups=groups,
+    implementation=implementation,
+  )
+  ops.NORMALIZE.check_implementation(implementation)
+  old_mean, old_var = mean.astype(stat_dtype), var.astype(stat_dtype)
+  scale, bias = dispatch.vary_like(
+    x, scale.astype(stat_dtype), bias.astype(stat_dtype)
+  )
+  if use_running_average:
+    mul = scale * lax.rsqrt(old_var + static.epsilon)
+    centre, mul = dispatch.vary_like(x, old_mean, mul)
+    y = _apply(static, x, centre, mul, bias)
+    return BatchNorm(mean, var, y, old_mean, old_var)
+  checks.check_not_empty(x, feature_axis)
+  momentum = checks.check_momentum(momentum, x, feature_axis)
+  y, batch_mean, batch_var = _train(static, x, scale, bias, mask)
+  new_mean, new_var, _, _ = running_average.blend(
+    momentum, old_mean, old_var, batch_mean, batch_var
+  )
+  return BatchNorm(
+    new_mean.astype(mean.dtype),
+    new_var.astype(var.dtype),
+    y,
+    batch_mean,
+    batch_var,
+  )
+
+
+def _normalize(static, x, mean, mul, bias):
+  return ops.NORMALIZE(x, mean, mul, bias, dtype=static.dtype, **static.gate)[0]
+
+
+# ---- With given statistics: y = (x - mean) * mul + bias.
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _apply(static, x, mean, mul, bias):
+  return _normalize(static, x, mean, mul, bias)
+
+
+def _apply_fwd(static, x, mean, mul, bias):
+  return _normalize(static, x, mean, mul, bias), (x, mean, mul, bias)
+
+
+def _apply_bwd(static, kept, dy):
+  x, mean, mul, bias = kept
+  sum_dy, sum_dyx = ops.GRAD_SUMS(x, dy, mean, mul, bias, **static.gate)
+  none = jnp.zeros_like(mul)
+  (dx,) = ops.GRAD_INPUT(x, dy, mean, mul, bias, none, none, **static.gate)
+  return dx, -mul * sum_dy, sum_dyx, sum_dy
+
+
+_apply.defvjp(_apply_fwd, _apply_bwd)
+
+
+# ---- With the batch's own statistics.
+
+
+def _join(static, mean, var, count):
+  """Joins this device's moments with the others', if there are any."""
+  if static.axis_name is None:
+    return mean, var
+  return ops.combine_moments(mean, var, count, static.axis_name, static.groups)[
+    :2
+  ]
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _train(static, x, scale, bias, mask):
+  return _train_fwd(static, x, scale, bias, mask)[0]
+
+
+def _train_fwd(static, x, scale, bias, mask):
+  masks = () if mask is None else (mask,)
+  own_mean, own_var, count = ops.MOMENTS(
+    x,
+    *masks,
+    accurate=static.accurate,
+    implementation=static.implementation,
+    **static.axes,
+  )
+  mean, var = _join(static, own_mean, own_var, count)
+  # Statistics that all devices share still meet an x that they do not.
+  centre, spread = dispatch.vary_like(x, mean, var)
+  mul = scale * lax.rsqrt(spread + static.epsilon)
+  y = _normalize(static, x, centre, mul, bias)
+  kept = (x, scale, bias, mask, own_mean, own_var, count)
+  return (y, mean, var), kept
+
+
+def _train_bwd(static, kept, grads):
+  x, scale, bias, mask, own_mean, own_var, count = kept
+  dy, dmean, dvar = grads
+
+  def statistics(own_mean, own_var):
+    mean, var = _join(static, own_mean, own_var, count)
+    return (mean, var, *dispatch.vary_like(x, mean, var))
+
+  (_, _, centre, spread), pull = jax.vjp(statistics, own_mean, own_var)
+  rstd = lax.rsqrt(spread + static.epsilon)
+  mul = scale * rstd
+  sum_dy, sum_dyx = ops.GRAD_SUMS(x, dy, centre, mul, bias, **static.gate)
+  # What this device's y wants of the mean and of the variance, and from there,
+  # across devices where there are several, of its own moments.
+  own_dmean, own_dvar = pull(
+    (dmean, dvar, -mul * sum_dy, -0.5 * mul * rstd * rstd * sum_dyx)
+  )
+  some = jnp.maximum(count, 1)
+  c1 = 2 * own_dvar / some
+  c0 = own_dmean / some + c1 * (centre - own_mean)
+  if mask is not None:  # a device may have no value: its own mean is NaN
+    c0 = jnp.where(count > 0, c0, 0)
+    c1 = jnp.where(count > 0, c1, 0)
+  masks = () if mask is None else (mask,)
+  (dx,) = ops.GRAD_INPUT(
+    x, dy, centre, mul, bias, c0, c1, *masks, **static.gate
+  )
+  return dx, sum_dyx * rstd, sum_dy, None
+
+
+_train.defvjp(_train_fwd, _train_bwd)
