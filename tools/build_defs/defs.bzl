@@ -183,9 +183,10 @@ def doctest_test(name, modules, size, deps = [], **kwargs):
 def op_test(name, srcs, size, deps = [], env = {}, tags = [], **kwargs):
     """One test file for each platform: `<name>_cpu`, `<name>_gpu`, `<name>_tpu`.
 
-    Each carries its platform as a tag and in TEST_PLATFORM.  What needs the
-    device itself is marked `@pytest.mark.needs_device`: without one it is
-    skipped in words, or fails under --test_env=REQUIRE_DEVICE=1.
+    Each carries its platform as a tag and in TEST_PLATFORM.  Without the device
+    the tests of the latter two are skipped in words, or fail under
+    --test_env=REQUIRE_DEVICE=1; `@pytest.mark.deviceless` exempts those that
+    only compile for it.
 
     The first op_test of a package also makes its test suites `cpu`, `gpu` and
     `tpu`, which the suites of those names in //:BUILD gather.

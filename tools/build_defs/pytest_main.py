@@ -1,7 +1,9 @@
 """Runs test files under pytest the way Bazel asks for it.
 
-Understands Bazel's sharding, `--test_filter` and XML report, and the marker
-`needs_device` of tests that run on TEST_PLATFORM's hardware.
+Understands Bazel's sharding, `--test_filter` and XML report.  Where
+TEST_PLATFORM is an accelerator, a test runs on it or is skipped in words, so
+that a run on the CPU is never taken for one; the marker `deviceless` exempts
+those that only compile for it.
 """
 
 import fnmatch
@@ -48,7 +50,7 @@ class BazelPlugin:
 
   def pytest_configure(self, config: pytest.Config) -> None:
     config.addinivalue_line(
-      "markers", "needs_device: runs on the hardware of TEST_PLATFORM"
+      "markers", "deviceless: compiles for TEST_PLATFORM, and runs nothing"
     )
 
   def pytest_collection_modifyitems(
@@ -77,7 +79,7 @@ class BazelPlugin:
     items[:] = kept
 
   def pytest_runtest_setup(self, item: pytest.Item) -> None:
-    if item.get_closest_marker("needs_device") is None:
+    if item.get_closest_marker("deviceless") is not None:
       return
     platform = os.environ.get("TEST_PLATFORM", "cpu")
     if not _has_device(platform):
