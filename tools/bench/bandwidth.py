@@ -21,7 +21,7 @@ FULL_SIZES = tuple(size * _MIB for size in (1, 4, 16, 64, 256, 512))
 QUICK_SIZES = tuple(size * _MIB for size in (1, 16, 128))
 
 
-def _best_seconds(work: Callable[[], None], repeats: int) -> float:
+def _best_seconds(work: Callable[[], object], repeats: int) -> float:
   work()
   best = math.inf
   for _ in range(repeats):

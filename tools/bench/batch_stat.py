@@ -9,14 +9,19 @@ import functools
 from typing import Any
 
 import jax
+from jax import lax
 from jax import numpy as jnp
 import numpy as np
 
 from kernels import batch_stat
 from kernels.batch_stat import arg_specs
-from tools.bench import choice, harness
+from tools.bench import choice, compare, harness
 
 NAME = "batch_stat"
+
+# `(x, scale, bias, mean, var) -> (mean, var, y)`.
+BatchNorm = Callable[..., tuple[Any, ...]]
+
 _MOMENTUM = 0.99
 _EPSILON = 1e-5
 _DTYPES = ("float32", "bfloat16")
@@ -33,12 +38,46 @@ def _flax_statistics(x: jax.Array) -> tuple[jax.Array, jax.Array]:
   return mean, jnp.maximum(0.0, mean_of_squares - jnp.square(mean))
 
 
-def _flax_update(x, mean, var):
-  batch_mean, batch_var = _flax_statistics(x)
+def _blend(mean, var, batch_mean, batch_var):
   return (
     _MOMENTUM * mean + (1 - _MOMENTUM) * batch_mean,
     _MOMENTUM * var + (1 - _MOMENTUM) * batch_var,
   )
+
+
+def _flax_update(x, mean, var):
+  return _blend(mean, var, *_flax_statistics(x))
+
+
+def _flax_batch_norm(x, scale, bias, mean, var):
+  """One training step of flax.nnx's BatchNorm: new averages, then output."""
+  batch_mean, batch_var = _flax_statistics(x)
+  y = (x - batch_mean) * (lax.rsqrt(batch_var + _EPSILON) * scale) + bias
+  averages = _blend(mean, var, batch_mean, batch_var)
+  return *averages, y.astype(x.dtype)
+
+
+def _ours_batch_norm(x, scale, bias, mean, var):
+  return batch_stat.batch_norm(
+    x, scale, bias, mean, var, momentum=_MOMENTUM, epsilon=_EPSILON
+  )[:3]
+
+
+def _forward(batch_norm: BatchNorm, x, dy, scale, bias, mean, var):
+  """Runs the layer; the gradient `dy` is there to have one signature."""
+  del dy
+  return batch_norm(x, scale, bias, mean, var)
+
+
+def _forward_backward(batch_norm: BatchNorm, x, dy, scale, bias, mean, var):
+  """Runs the layer and its gradient: `y` goes to the next layer as well."""
+
+  def normalise(x, scale, bias):
+    *averages, y = batch_norm(x, scale, bias, mean, var)
+    return y, averages
+
+  y, pull_back, averages = jax.vjp(normalise, x, scale, bias, has_aux=True)
+  return *averages, y, *pull_back(dy)
 
 
 def _make_input(shape: tuple[int, ...], dtype: str, seed: int) -> jax.Array:
@@ -78,7 +117,75 @@ def _build_update(layer: arg_specs.LayerSpec, dtype: str) -> harness.Comparison:
   )
 
 
-_BUILDERS = {"update": _build_update}
+def _per_element(state: tuple[Any, ...], result: tuple[Any, ...]) -> Any:
+  """Divides gradients of scale and bias by the values that were summed."""
+  averages_and_arrays, sums = result[:4], result[4:]
+  count = state[0].size // state[2].size
+  return *averages_and_arrays, *(total / count**0.5 for total in sums)
+
+
+def _build_batch_norm(
+  step: Callable[..., Any],
+  passes_read: int,
+  passes_written: int,
+  layer: arg_specs.LayerSpec,
+  dtype: str,
+) -> harness.Comparison:
+  """Builds the row of one layer for the ops that normalise.
+
+  Args:
+    step: `_forward` or `_forward_backward`.
+    passes_read: how often arrays like `x` must be read.
+    passes_written: how often they must be written.
+    layer: its shape.
+    dtype: of `x`, `y` and their gradients.
+  """
+  channels = layer.shape[-1]
+  x, dy = (_make_input(layer.shape, dtype, seed) for seed in (0, 1))
+  scale, bias = jnp.linspace(0.5, 1.5, channels), jnp.linspace(-1, 1, channels)
+
+  def fresh() -> tuple[Any, ...]:
+    return x, dy, scale, bias, jnp.zeros(channels), jnp.ones(channels)
+
+  def side(name: str, batch_norm: BatchNorm) -> harness.Side:
+    jitted = jax.jit(functools.partial(step, batch_norm), donate_argnums=(4, 5))
+    return harness.Side(
+      name=name,
+      fresh=fresh,
+      call=lambda state: jitted(*state),
+      advance=lambda state, result: (*state[:4], *result[:2]),
+      observe=_per_element,
+    )
+
+  return harness.Comparison(
+    ours=side("kernels.batch_stat.batch_norm", _ours_batch_norm),
+    baselines=[side("flax.nnx expression, jit", _flax_batch_norm)],
+    floor_traffic=harness.Traffic(
+      read=passes_read * x.nbytes, written=passes_written * x.nbytes
+    ),
+    floor_name=(
+      f"{passes_read} reads and {passes_written} writes of arrays like x at "
+      "memory bandwidth"
+    ),
+    tolerance=_TOLERANCES[dtype],
+    details=choice.chosen(functools.partial(step, _ours_batch_norm), *fresh()),
+  )
+
+
+_TOLERANCES = {
+  "float32": compare.Tolerance(1e-4, 1e-4),
+  # XLA rounds the two terms of dx to bfloat16 before it adds them.
+  "bfloat16": compare.Tolerance(2e-2, 2e-2, of_largest=2**-7),
+}
+# Forward: x for the statistics, x again to normalise it, y. Backward: x and dy
+# for the sums, x and dy again, dx.
+_BUILDERS: dict[str, Callable[..., harness.Comparison]] = {
+  "update": _build_update,
+  "batch_norm_fwd": functools.partial(_build_batch_norm, _forward, 2, 1),
+  "batch_norm_fwd_bwd": functools.partial(
+    _build_batch_norm, _forward_backward, 6, 2
+  ),
+}
 
 
 def cases(settings: harness.Settings) -> Sequence[harness.Case]:

@@ -14,10 +14,18 @@ class MismatchError(AssertionError):
 
 @dataclasses.dataclass(frozen=True)
 class Tolerance:
-  """Allows `|ours - theirs| <= absolute + relative * |theirs|`."""
+  """Allows a difference that is the sum of three parts.
+
+  Attributes:
+    relative: times the element's own magnitude.
+    absolute: as it is.
+    of_largest: times the largest magnitude in the array, for results that are
+      what is left of larger terms, each rounded.
+  """
 
   relative: float
   absolute: float
+  of_largest: float = 0.0
 
 
 # A few units in the last place of each format: the sides add the same numbers
@@ -36,13 +44,13 @@ def tolerance_of(dtype: Any) -> Tolerance:
   """Returns the default tolerance of `dtype`.
 
   >>> tolerance_of("int8")
-  Tolerance(relative=0.0, absolute=0.0)
+  Tolerance(relative=0.0, absolute=0.0, of_largest=0.0)
   """
   return _BY_DTYPE.get(np.dtype(dtype).name, Tolerance(0.0, 0.0))
 
 
 @jax.jit
-def _difference(ours, theirs, relative, absolute):
+def _difference(ours, theirs, relative, absolute, of_largest):
   """Returns whether all values agree, and the largest difference."""
   equal = ours == theirs
   # Fewer than 64 bits are compared in float32, which holds all their values
@@ -51,8 +59,11 @@ def _difference(ours, theirs, relative, absolute):
   ours, theirs = ours.astype(wide), theirs.astype(wide)
   difference = jnp.abs(ours - theirs)
   # Infinity allows any difference relative to itself, so it must be equal.
-  near = difference <= absolute + relative * jnp.abs(theirs)
-  near &= jnp.isfinite(theirs) & (relative + absolute > 0)
+  finite = jnp.isfinite(theirs)
+  size = jnp.where(finite, jnp.abs(theirs), 0)
+  largest = jnp.max(size, initial=0.0)
+  near = difference <= absolute + relative * size + of_largest * largest
+  near &= finite & (relative + absolute > 0)
   return jnp.all(near | equal), jnp.max(difference, initial=0.0)
 
 
@@ -106,10 +117,11 @@ def check_same(
         " The row is not timed."
       )
     allowed = tolerance or tolerance_of(left.dtype)
-    same, largest = _difference(left, right, allowed.relative, allowed.absolute)
+    same, largest = _difference(left, right, *dataclasses.astuple(allowed))
     if not same:
       raise MismatchError(
         f"{label}: leaf `{path}` must agree within {allowed.relative:g} "
-        f"relative + {allowed.absolute:g} absolute ({left.dtype}), but the "
-        f"largest difference is {float(largest):g}. The row is not timed."
+        f"relative + {allowed.absolute:g} absolute + {allowed.of_largest:g} of "
+        f"the largest ({left.dtype}), but the largest difference is "
+        f"{float(largest):g}. The row is not timed."
       )

@@ -174,9 +174,14 @@ class _Data:
     cache = shape.rows(shape.length, shape.heads)
     new = shape.rows(1, shape.heads)
     query = shape.rows(1, shape.heads * shape.groups)
-    shapes = (cache, cache, query, new, new)
-    arrays = [jnp.asarray(_integers(s, i)) for i, s in enumerate(shapes)]
-    return cls(*arrays, jnp.int32(shape.position(fill)))
+    return cls(
+      cache_k=jnp.asarray(_integers(cache, seed=0)),
+      cache_v=jnp.asarray(_integers(cache, seed=1)),
+      q=jnp.asarray(_integers(query, seed=2)),
+      new_k=jnp.asarray(_integers(new, seed=3)),
+      new_v=jnp.asarray(_integers(new, seed=4)),
+      index=jnp.int32(shape.position(fill)),
+    )
 
   def as_dtype(self, dtype: str) -> State:
     """Returns new caches of `dtype`, then the operands of one step."""

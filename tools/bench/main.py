@@ -16,7 +16,14 @@ from typing import Any
 
 import tqdm
 
-from tools.bench import bandwidth, environment, harness, report, suites
+from tools.bench import (
+  bandwidth,
+  compare,
+  environment,
+  harness,
+  report,
+  suites,
+)
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -109,7 +116,9 @@ def run_cases(
       except KeyboardInterrupt:
         failures.append(f"{case.label}: interrupted, later rows not run")
         break
-      except Exception:  # pylint: disable=broad-except
+      except compare.MismatchError as error:
+        failures.append(str(error))
+      except Exception:
         # One broken row must not cost the others; the exit status tells.
         failures.append(f"{case.label}: {traceback.format_exc()}")
       gc.collect()

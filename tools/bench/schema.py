@@ -10,7 +10,7 @@ import pathlib
 from typing import Any
 
 _PATH = pathlib.Path(__file__).with_name("schema.json")
-_TYPES = {
+_TYPES: dict[str, type | tuple[type, ...]] = {
   "array": list,
   "boolean": bool,
   "integer": int,

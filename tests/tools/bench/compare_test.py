@@ -72,6 +72,17 @@ class CheckSameTest(parameterized.TestCase):
       tolerance=compare.Tolerance(0.1, 0.0),
     )
 
+  def test_part_of_the_largest_element(self):
+    tolerance = compare.Tolerance(0.0, 1e-6, of_largest=0.01)
+    ours = jnp.array([0.5, 100.0])
+    compare.check_same(
+      ours, jnp.array([1.0, 100.0]), label="row", tolerance=tolerance
+    )
+    with self.assertRaisesRegex(compare.MismatchError, "0.01 of the largest"):
+      compare.check_same(
+        ours, jnp.array([2.0, 100.0]), label="row", tolerance=tolerance
+      )
+
   def test_empty_arrays_agree(self):
     compare.check_same(jnp.ones((0, 3)), jnp.ones((0, 3)), label="row")
 
