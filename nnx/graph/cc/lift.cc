@@ -61,6 +61,7 @@ int FindWrites(const Structure* before, const std::vector<int32_t>& tops,
       const Node& old_node = (*before->nodes)[tops[i] + k];
       const Node& new_node = after.nodes()[after.roots()[i] + k];
       if (old_node.leaf < 0) continue;
+      data->matches[new_node.leaf] = old_node.leaf;
       if (after.leaves()[new_node.leaf].get() == leaves[old_node.leaf]) {
         data->sources[new_node.leaf] = ~old_node.leaf;
       } else if (old_node.kind == NodeKind::kVariable) {
@@ -73,6 +74,81 @@ int FindWrites(const Structure* before, const std::vector<int32_t>& tops,
   }
   return 1;
 }
+
+// Finds out which input leaf each leaf stands in the place of, where more than
+// values changed. A node with an identity is found by it; any other by its key
+// in its parent.
+class LeafMatcher {
+ public:
+  LeafMatcher(const Structure* before, const Flattener& after,
+              Plan::Data* data)
+      : before_(*before->nodes),
+        after_(after.nodes()),
+        data_(data),
+        position_of_(before->num_indices, -1) {
+    for (size_t i = 0; i < before_.size(); ++i) {
+      if (before_[i].index >= 0 && before_[i].kind != NodeKind::kRef) {
+        position_of_[before_[i].index] = static_cast<int32_t>(i);
+      }
+    }
+  }
+
+  // `old_position`: -1 if there was nothing in this place.
+  bool Match(int32_t position, int32_t old_position) {
+    const Node& node = after_[position];
+    if (node.kind == NodeKind::kRef) return true;
+    if (node.index >= 0) {
+      const int32_t origin = data_->origin[node.index];
+      old_position = origin < 0 ? -1 : position_of_[origin];
+    } else if (old_position >= 0 && before_[old_position].kind != node.kind) {
+      old_position = -1;
+    }
+    if (node.leaf >= 0 && old_position >= 0) {
+      data_->matches[node.leaf] = before_[old_position].leaf;
+    }
+    int32_t child = position + 1;
+    for (int32_t i = 0; i < node.children; ++i) {
+      int32_t old_child = -1;
+      if (old_position >= 0 && !Child(node, i, old_position, &old_child)) {
+        return false;
+      }
+      if (!Match(child, old_child)) return false;
+      child = after_[child].end;
+    }
+    return true;
+  }
+
+ private:
+  // The old node in the place of the i-th child. False with an error set.
+  bool Child(const Node& node, int32_t i, int32_t old_position,
+             int32_t* found) const {
+    const Node& old_node = before_[old_position];
+    int32_t wanted = i;
+    if (node.keys && old_node.keys) {
+      PyObject* key = PyTuple_GET_ITEM(node.keys.get(), i);
+      if (i >= old_node.children ||
+          PyTuple_GET_ITEM(old_node.keys.get(), i) != key) {
+        wanted = -1;
+        for (int32_t k = 0; k < old_node.children && wanted < 0; ++k) {
+          const int equal = PyObject_RichCompareBool(
+              PyTuple_GET_ITEM(old_node.keys.get(), k), key, Py_EQ);
+          if (equal < 0) return false;
+          if (equal) wanted = k;
+        }
+      }
+    }
+    *found = -1;
+    if (wanted < 0 || wanted >= old_node.children) return true;
+    *found = old_position + 1;
+    for (int32_t k = 0; k < wanted; ++k) *found = before_[*found].end;
+    return true;
+  }
+
+  const std::vector<Node>& before_;
+  const std::vector<Node>& after_;
+  Plan::Data* data_;
+  std::vector<int32_t> position_of_;
+};
 
 }  // namespace
 
@@ -95,29 +171,7 @@ Ref Pack(const Structure* before, const std::vector<int32_t>& tops,
   if (!data->structure) return Ref();
   const auto num_leaves = static_cast<int32_t>(after.leaves().size());
   data->sources.assign(num_leaves, 0);
-
-  const int values_only =
-      FindWrites(before, tops, objects, leaves, after, data);
-  if (values_only < 0) return Ref();
-  data->values_only = values_only == 1;
-  if (!data->values_only) {
-    data->writes.clear();
-    data->num_outputs = 0;
-    std::unordered_map<PyObject*, int32_t> inputs;
-    for (int32_t i = 0; i < before->num_leaves; ++i) {
-      inputs.emplace(leaves[i], i);
-    }
-    for (int32_t i = 0; i < argument_leaves; ++i) {
-      auto input = inputs.find(after.leaves()[i].get());
-      data->sources[i] = input != inputs.end() ? ~input->second
-                                               : data->num_outputs++;
-    }
-  }
-  // The result always goes through the transformation, which may treat results
-  // in another way than state.
-  for (int32_t i = argument_leaves; i < num_leaves; ++i) {
-    data->sources[i] = data->num_outputs++;
-  }
+  data->matches.assign(argument_leaves, -1);
 
   std::unordered_map<PyObject*, int32_t> originals;
   for (int32_t i = 0; i < before->num_indices; ++i) {
@@ -128,6 +182,35 @@ Ref Pack(const Structure* before, const std::vector<int32_t>& tops,
     data->origin.push_back(original == originals.end() ? -1
                                                        : original->second);
   }
+
+  const int values_only =
+      FindWrites(before, tops, objects, leaves, after, data);
+  if (values_only < 0) return Ref();
+  data->values_only = values_only == 1;
+  if (!data->values_only) {
+    data->writes.clear();
+    data->num_outputs = 0;
+    data->matches.assign(argument_leaves, -1);
+    LeafMatcher matcher(before, after, data);
+    for (size_t i = 0; i < tops.size(); ++i) {
+      if (!matcher.Match(after.roots()[i], tops[i])) return Ref();
+    }
+    // An input that now stands in another place goes through the
+    // transformation: there it may be mapped or carried in another way.
+    for (int32_t i = 0; i < argument_leaves; ++i) {
+      const int32_t input = data->matches[i];
+      data->sources[i] =
+          input >= 0 && leaves[input] == after.leaves()[i].get()
+              ? ~input
+              : data->num_outputs++;
+    }
+  }
+  // The result always goes through the transformation, which may treat results
+  // in another way than state.
+  for (int32_t i = argument_leaves; i < num_leaves; ++i) {
+    data->sources[i] = data->num_outputs++;
+  }
+
   data->result_position = after.roots().back();
   for (size_t i = data->result_position; i < after.nodes().size(); ++i) {
     const Node& node = after.nodes()[i];
@@ -256,6 +339,19 @@ PyObject* PlanSources(PyObject* self, void*) {
   return sources.release();
 }
 
+PyObject* PlanMatches(PyObject* self, void*) {
+  const Plan::Data& data = PlanData(self);
+  Ref matches =
+      Ref::Steal(PyTuple_New(static_cast<Py_ssize_t>(data.matches.size())));
+  if (!matches) return nullptr;
+  for (size_t i = 0; i < data.matches.size(); ++i) {
+    PyObject* match = PyLong_FromLong(data.matches[i]);
+    if (!match) return nullptr;
+    PyTuple_SET_ITEM(matches.get(), static_cast<Py_ssize_t>(i), match);
+  }
+  return matches.release();
+}
+
 PyObject* PlanStructure(PyObject* self, void*) {
   return Ref(PlanData(self).structure).release();
 }
@@ -279,6 +375,10 @@ PyGetSetDef plan_getset[] = {
      nullptr},
     {"sources", PlanSources, nullptr,
      "By leaf of `structure`: an output, or ~(input leaf).", nullptr},
+    {"matches", PlanMatches, nullptr,
+     "By leaf reached from the arguments: the input leaf in whose place it "
+     "stands, or -1.",
+     nullptr},
     {"structure", PlanStructure, nullptr,
      "What the arguments and the result look like afterwards.", nullptr},
     {"origin", PlanOrigin, nullptr,
@@ -509,6 +609,60 @@ PyObject* ApplyFunction(PyObject*, PyObject* const* args, Py_ssize_t nargs) {
       .release();
 }
 
+// with_outputs(plan, leaves) -> Plan
+PyObject* WithOutputsFunction(PyObject*, PyObject* const* args,
+                              Py_ssize_t nargs) {
+  if (nargs != 2 || !PyObject_TypeCheck(args[0], g_plan_type) ||
+      !PyTuple_Check(args[1])) {
+    PyErr_SetString(PyExc_TypeError,
+                    "`with_outputs` takes a Plan and a tuple of leaves.");
+    return nullptr;
+  }
+  Ref copy = Ref::Steal(g_plan_type->tp_alloc(g_plan_type, 0));
+  if (!copy) return nullptr;
+  auto* data = new Plan::Data(PlanData(args[0]));
+  reinterpret_cast<Plan*>(copy.get())->data = data;
+  const std::vector<Node>& nodes = *AsStructure(data->structure.get())->nodes;
+  std::vector<const Node*> node_of(data->sources.size(), nullptr);
+  for (const Node& node : nodes) {
+    if (node.leaf >= 0) node_of[node.leaf] = &node;
+  }
+  for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(args[1]); ++i) {
+    const long leaf = PyLong_AsLong(PyTuple_GET_ITEM(args[1], i));
+    if (leaf < 0 || leaf >= static_cast<long>(data->sources.size())) {
+      if (!PyErr_Occurred()) {
+        PyErr_SetString(PyExc_ValueError, "No such leaf of the plan.");
+      }
+      return nullptr;
+    }
+    if (data->sources[leaf] >= 0) continue;
+    if (data->values_only && node_of[leaf]->kind == NodeKind::kVariable) {
+      data->writes.emplace_back(data->origin[node_of[leaf]->index],
+                                data->num_outputs);
+    } else if (data->values_only) {
+      data->values_only = false;
+      data->writes.clear();
+    }
+    data->sources[leaf] = data->num_outputs++;
+  }
+  return copy.release();
+}
+
+// framed(structure, objects, function, *args) -> function(*args)
+PyObject* FramedFunction(PyObject*, PyObject* const* args, Py_ssize_t nargs) {
+  if (nargs < 3) {
+    PyErr_SetString(PyExc_TypeError,
+                    "`framed` takes a structure, objects and a function.");
+    return nullptr;
+  }
+  if (!CheckStructure(args[0]) ||
+      !CheckTuple(args[1], AsStructure(args[0])->num_indices, "objects")) {
+    return nullptr;
+  }
+  CallFrame frame(AsStructure(args[0]), Items(args[1]));
+  return PyObject_Vectorcall(args[2], args + 3, nargs - 3, nullptr);
+}
+
 PyMethodDef lift_functions[] = {
     {"flatten", reinterpret_cast<PyCFunction>(FlattenFunction),
      METH_VARARGS | METH_KEYWORDS,
@@ -519,6 +673,12 @@ PyMethodDef lift_functions[] = {
      "pack(structure, objects, leaves, result): what a function did, Packed."},
     {"apply", reinterpret_cast<PyCFunction>(ApplyFunction), METH_FASTCALL,
      "apply(packed, objects, leaves): does it to the originals."},
+    {"with_outputs", reinterpret_cast<PyCFunction>(WithOutputsFunction),
+     METH_FASTCALL,
+     "with_outputs(plan, leaves): the plan with more leaves as outputs."},
+    {"framed", reinterpret_cast<PyCFunction>(FramedFunction), METH_FASTCALL,
+     "framed(structure, objects, function, *args): calls it; copies that it "
+     "makes of the objects know where those were made."},
     {"packed_flatten", PackedFlatten, METH_O, "(outputs, plan) of a Packed."},
     {"packed_unflatten", reinterpret_cast<PyCFunction>(PackedUnflatten),
      METH_FASTCALL, "The Packed of a plan and outputs."},

@@ -21,6 +21,9 @@ struct Plan {
     Ref structure;  // of the nodes reached from the arguments, then the result
     // By leaf of `structure`: an output, or ~(input leaf) where unchanged.
     std::vector<int32_t> sources;
+    // By leaf reached from the arguments: the input leaf in whose place it
+    // stands (of the same Variable, or under the same key), or -1 if new.
+    std::vector<int32_t> matches;
     // (index of a Variable among the arguments, output), when nothing but
     // values of Variables changed.
     std::vector<std::pair<int32_t, int32_t>> writes;
