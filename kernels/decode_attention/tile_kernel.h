@@ -17,7 +17,15 @@ constexpr int64_t kLanes = 16;
 
 inline int64_t PadToLanes(int64_t n) { return (n + kLanes - 1) / kLanes * kLanes; }
 
-// A float32 operand over [b, q_heads, q_tokens, slots]; a stride is 0 where the
+// Rows are worked on in blocks of 8, 4, 2 or 1; where the last block is not
+// full, rows of zeros follow.
+inline int64_t PaddedRows(int64_t rows) {
+  const int64_t rest = rows % 8;
+  const int64_t block = rest > 4 ? 8 : rest == 3 ? 4 : rest;
+  return rows - rest + block;
+}
+
+// An operand over [b, q_heads, q_tokens, slots]; a stride is 0 where the
 // operand has size 1 on that axis, so nothing is ever broadcast in memory.
 template <typename T>
 struct PerLogit {
@@ -35,7 +43,8 @@ struct Masking {
   int64_t window_right = -1;  // keys after the query; -1: no limit
   int64_t chunk = 0;          // chunked attention: keys of the query's chunk
   float softcap = 0.0f;       // 0: none
-  const float* alibi = nullptr;  // [q_heads]
+  const float* alibi = nullptr;  // [b, q_heads], or [1, q_heads]
+  int64_t alibi_stride = 0;
   PerLogit<float> bias;
   PerLogit<uint8_t> mask;
 };
@@ -48,6 +57,34 @@ struct Sequence {
   int64_t padding = 0;      // positions below this one are never seen
 };
 
+// Rotary embedding: element pairs of q and of the new keys are turned by the
+// angle of their position.
+struct Rotary {
+  const float* cos = nullptr;  // [positions, pairs]; null: no rotation
+  const float* sin = nullptr;
+  int64_t positions = 0;
+  int64_t pairs = 0;
+  bool interleaved = false;        // pairs (2i, 2i+1), else (i, i + pairs)
+  const int32_t* where = nullptr;  // [b, tokens] row of cos and sin
+  bool cached_keys = false;  // keys are turned when read, not when stored
+
+  // Turns one row by the angles of `position`.
+  void Turn(int64_t position, float* row) const {
+    if (position < 0) position = 0;
+    if (position >= positions) position = positions - 1;
+    const float* c = cos + position * pairs;
+    const float* s = sin + position * pairs;
+    const int64_t step = interleaved ? 2 : 1;
+    const int64_t other = interleaved ? 1 : pairs;
+    for (int64_t i = 0; i < pairs; ++i) {
+      const float x = row[i * step];
+      const float y = row[i * step + other];
+      row[i * step] = x * c[i] - y * s[i];
+      row[i * step + other] = y * c[i] + x * s[i];
+    }
+  }
+};
+
 struct Problem {
   kv_cache::Element element;
   const uint8_t* cache_k;
@@ -58,6 +95,7 @@ struct Problem {
   int64_t q_heads;
   int64_t group;  // query heads that share one key-value head
   Masking masking;
+  const Rotary* rotary;       // null: keys are used as they are
   const Sequence* sequences;  // [b]
 
   int64_t rows_per_head() const { return q_tokens * group; }
@@ -78,14 +116,10 @@ struct Task {
   int64_t head_begin, head_end;
   int64_t row_begin, row_end;    // within one key-value head
   int64_t slot_begin, slot_end;  // logical slots of the sequence
-  const float* q;   // [kv_heads, rows_per_head + kRowSlack, padded k_dim]
+  const float* q;   // [kv_heads, PaddedRows(rows_per_head), padded k_dim]
   const float* qv;  // the same over v_dim, or null
   Partial out;      // written, not accumulated into
 };
-
-// Zeroed rows after the last query row of each head, so that a block of rows
-// may run over the end.
-constexpr int64_t kRowSlack = 8;
 
 // The keys a query at `token` sees: positions in [begin, end).
 struct KeyRange {
@@ -114,20 +148,21 @@ inline KeyRange VisibleKeys(const Masking& m, const Sequence& s,
   return range;
 }
 
-using TileFunction = void (*)(const Problem&, const Task&);
+// What the elements of a cache are multiplied by when they are read, on top of
+// the scales: the kernel reads e4m3 divided by 256.
+inline float ReadFactor(kv_cache::Element element) {
+  return element == kv_cache::Element::kE4m3 ? 256.0f : 1.0f;
+}
 
-struct TileKernel {
-  const char* name;
-  TileFunction run;
-};
+// Runs one task with the best instruction set of this machine.
+void RunTile(const Problem& problem, const Task& task);
 
-// Null where the compiler cannot target the instruction set.
-const TileKernel* Avx512TileKernel();
-const TileKernel* Avx2TileKernel();
-const TileKernel* PortableTileKernel();
-
-// The best of the above that this machine can run; decided once.
-const TileKernel& BestTileKernel();
+// Joins the partial results of one query row, `stride` rows apart, and writes
+// `dim` elements of float32 to `out`: the weighted mean of the values times
+// `factor`, or zeros if the row saw no key. `sink`, if not null, is one more
+// logit that has no value. Returns the logarithm of the sum of exponentials.
+float JoinRow(const Partial& first, int64_t parts, int64_t stride, int64_t dim,
+              float factor, const float* sink, float* out);
 
 }  // namespace decode_attention
 }  // namespace kernels

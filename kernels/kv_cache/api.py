@@ -175,7 +175,9 @@ def _ffi_update(cache_k, cache_v, *rest, layout, ring, aligned):
 def _batching(op, args, dims, *, layout, ring, aligned):
   del aligned
   args, size = dispatch.move_batch_to_front(args, dims)
-  names = ("k", "v", "new_k", "new_v", "index", "count", "layer", "table")
+  names = (
+    "cache_k", "cache_v", "new_k", "new_v", "index", "count", "layer", "table",
+  )  # fmt: skip
   values = dict(zip(names, args))
   for i, scale in enumerate(args[9:]):
     values[f"scale{i}"] = scale

@@ -48,7 +48,7 @@ void WriteToken(const UpdateArgs& args, int64_t sequence, int64_t token,
     uint8_t* dst = cache + (row + n * shape.head_stride()) * to_bytes;
     if (quantize) {
       Convert(args.new_element, src + from * from_bytes, args.element, dst,
-              dim, scale[sequence * shape.heads + n]);
+              dim, scale == nullptr ? 1.0f : scale[sequence * shape.heads + n]);
     } else {
       std::memcpy(dst, src + from * from_bytes, to_bytes);
     }
@@ -66,10 +66,14 @@ void UpdateTokens(const UpdateArgs& args, int64_t sequence, int64_t first,
     const int64_t row =
         addressing.RowOf(args.shape, sequence, addressing.SlotOf(position));
     if (row < 0) continue;
-    WriteToken(args, sequence, token, row, args.shape.k_dim, args.new_k,
-               args.k_scale, args.cache_k);
-    WriteToken(args, sequence, token, row, args.shape.v_dim, args.new_v,
-               args.v_scale, args.cache_v);
+    if (args.new_k != nullptr) {
+      WriteToken(args, sequence, token, row, args.shape.k_dim, args.new_k,
+                 args.k_scale, args.cache_k);
+    }
+    if (args.new_v != nullptr) {
+      WriteToken(args, sequence, token, row, args.shape.v_dim, args.new_v,
+                 args.v_scale, args.cache_v);
+    }
   }
 }
 

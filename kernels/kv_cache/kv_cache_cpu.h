@@ -14,17 +14,17 @@ namespace kv_cache {
 
 struct UpdateArgs {
   Element element;      // of the caches
-  Element new_element;  // of the new rows; the same unless quantised
+  Element new_element;  // of the new rows, which are converted if it differs
   CacheShape shape;
   Addressing addressing;
   uint8_t* cache_k;
   uint8_t* cache_v;
   const uint8_t* new_k;  // [b, tokens, heads, k_dim], or with heads_first
-  const uint8_t* new_v;  // [b, heads, tokens, v_dim]
+  const uint8_t* new_v;  // [b, heads, tokens, v_dim]; null: left alone
   int64_t tokens;
   const int32_t* index;  // [b] position of the first new token
   const int32_t* count;  // [b] new tokens that are not padding
-  const float* k_scale;  // [b, heads], for quantised caches only
+  const float* k_scale;  // [b, heads], or null where nothing is quantised
   const float* v_scale;
 };
 

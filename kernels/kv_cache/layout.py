@@ -394,7 +394,7 @@ def fold_batch(
   The cache's new axis in front becomes one more axis of layers.
 
   Args:
-    values: Operands with a leading axis each: k, v, layer, table, and any
+    values: Operands with a leading axis each: cache_k, cache_v, layer, and any
       others of shape `[size, b, ...]`.
     size: Of the leading axis.
     layout: "bsnh" or "bnsh".
@@ -402,10 +402,15 @@ def fold_batch(
   Returns:
     The operands of one larger call.
   """
-  g = Geometry.of(values["k"][0], values["v"][0], layout)
+  caches = ("cache_k", "cache_v")
+  one_k, one_v = (
+    jax.ShapeDtypeStruct(values[name].shape[1:], values[name].dtype)
+    for name in caches
+  )
+  g = Geometry.of(one_k, one_v, layout)
   out = {
     name: value
-    if name in ("k", "v")
+    if name in caches
     else value.reshape((size * value.shape[1], *value.shape[2:]))
     for name, value in values.items()
   }
@@ -432,6 +437,13 @@ def cache_factors(rank: int, row: str, layout: str) -> tuple[str, set[str]]:
   lead = [f"l{i}" for i in range(rank - 4)]
   rest = [row, "s", "n"] if layout == "bsnh" else [row, "n", "s"]
   return " ".join(lead + rest), set(lead)
+
+
+def flat_names(entry: Any) -> tuple[Any, ...]:
+  """Returns the mesh axes of one entry of a PartitionSpec."""
+  if entry is None:
+    return ()
+  return tuple(entry) if isinstance(entry, (tuple, list)) else (entry,)
 
 
 def in_order(rule: str, factors: set[str]) -> tuple[str, ...]:

@@ -1,0 +1,38 @@
+"""Attention over a key-value cache: append, then attend, in one call.
+
+The package itself can be called: `kernels.decode_attention(...)` is
+`kernels.decode_attention.decode_attention(...)`.
+
+Example:
+  >>> import jax.numpy as jnp
+  >>> import kernels
+  >>> cache = jnp.zeros((2, 32, 4, 8), jnp.bfloat16)
+  >>> q = jnp.ones((2, 1, 8, 8), jnp.bfloat16)
+  >>> new = jnp.ones((2, 1, 4, 8), jnp.bfloat16)
+  >>> cache_k, cache_v, out = kernels.decode_attention(
+  ...   cache, cache, q, new, new, 0
+  ... )
+  >>> out.shape
+  (2, 1, 8, 8)
+"""
+
+import sys
+import types
+from typing import Any
+
+from kernels.decode_attention.api import (
+  attend,
+  decode_attention,
+  merge,
+  rope_tables,
+)
+
+__all__ = ["attend", "decode_attention", "merge", "rope_tables"]
+
+
+class _CallablePackage(types.ModuleType):
+  def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    return decode_attention(*args, **kwargs)
+
+
+sys.modules[__name__].__class__ = _CallablePackage

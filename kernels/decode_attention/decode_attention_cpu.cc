@@ -1,0 +1,314 @@
+#include "kernels/decode_attention/decode_attention_cpu.h"
+
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+#include <memory>
+
+#include "kernels/decode_attention/tile_kernel.h"
+#include "kernels/kv_cache/cache_layout.h"
+#include "kernels/kv_cache/kv_cache_cpu.h"
+#include "kernels/kv_cache/rows.h"
+
+namespace kernels {
+namespace decode_attention {
+namespace {
+
+using kv_cache::ElementSize;
+
+// Up to this many query rows a head, a task takes all heads and reads each key
+// once straight from the cache; beyond, one head and a block of rows.
+constexpr int64_t kNarrowRows = 8;
+constexpr int64_t kRowBlock = 64;
+
+int64_t CeilDiv(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// Logical slots [begin, end).
+struct Slots {
+  int64_t begin;
+  int64_t end;
+  int64_t size() const { return end - begin; }
+};
+
+// The slots that the queries of tokens [first, last) need and that are here.
+Slots NeededSlots(const DecodeArgs& args, const Sequence& sequence,
+                  int64_t first, int64_t last) {
+  int64_t begin = INT64_MAX, end = 0;
+  for (int64_t token = first; token < last; ++token) {
+    const KeyRange keys = VisibleKeys(args.masking, sequence, token);
+    if (keys.begin == keys.end) continue;
+    begin = std::min(begin, keys.begin);
+    end = std::max(end, keys.end);
+  }
+  if (begin >= end) return {0, 0};
+  const int64_t ring = args.addressing.ring;
+  if (ring > 0) {
+    begin = 0;
+    end = std::min(ring, sequence.num_keys);
+  }
+  begin = std::max(begin, args.addressing.slot_begin());
+  end = std::min(end, args.addressing.slot_end(args.shape));
+  return begin < end ? Slots{begin, end} : Slots{0, 0};
+}
+
+}  // namespace
+
+float* Decode::Allocate(int64_t count) {
+  buffers_.emplace_back(new float[std::max<int64_t>(count, 1)]);
+  return buffers_.back().get();
+}
+
+Decode::Decode(const DecodeArgs& args) : args_(args) {
+  const kv_cache::CacheShape& shape = args_.shape;
+  const int64_t b = batch();
+  sequences_.resize(b);
+  for (int64_t i = 0; i < b; ++i) {
+    Sequence& s = sequences_[i];
+    const int64_t count =
+        std::clamp<int64_t>(args_.count[i], 0, args_.tokens);
+    const bool appends = args_.new_k != nullptr;
+    s.first_query = int64_t{args_.index[i]} - (appends ? 0 : count);
+    s.num_queries = count;
+    s.num_keys = s.first_query + count;
+    s.padding = args_.padding == nullptr ? 0 : args_.padding[i];
+  }
+  problem_.element = args_.element;
+  problem_.cache_k = args_.cache_k;
+  problem_.cache_v = args_.cache_v;
+  problem_.shape = shape;
+  problem_.addressing = args_.addressing;
+  problem_.q_tokens = args_.tokens;
+  problem_.q_heads = shape.heads * args_.group;
+  problem_.group = args_.group;
+  problem_.masking = args_.masking;
+  problem_.rotary = args_.rotary.cached_keys ? &args_.rotary : nullptr;
+  problem_.sequences = sequences_.data();
+
+  const int64_t rows = PaddedRows(problem_.rows_per_head());
+  q_ = Allocate(b * shape.heads * rows * PadToLanes(shape.k_dim));
+  if (args_.qv != nullptr) {
+    qv_ = Allocate(b * shape.heads * rows * PadToLanes(shape.v_dim));
+  }
+  const int64_t new_keys = b * args_.tokens * shape.heads * shape.k_dim;
+  rotate_new_keys_ = args_.rotary.cos != nullptr &&
+                     !args_.rotary.cached_keys && args_.new_k != nullptr;
+  if (rotate_new_keys_) {
+    rotated_ = Allocate(new_keys);
+  }
+  append_bytes_ = new_keys * (4 + args_.group) * ElementSize(
+                                                     args_.query_element);
+  PlanTasks();
+}
+
+void Decode::PlanTasks() {
+  const kv_cache::CacheShape& shape = args_.shape;
+  const int64_t b = batch();
+  const int64_t rows = problem_.rows_per_head();
+  const bool narrow = rows <= kNarrowRows;
+  const int64_t row_bytes =
+      (shape.k_dim + shape.v_dim) * ElementSize(args_.element);
+  // With the heads of a slot side by side, a task streams through all of them.
+  const int64_t heads_per_task =
+      narrow && !shape.heads_first ? shape.heads : 1;
+  const int64_t row_blocks = narrow ? 1 : CeilDiv(rows, kRowBlock);
+
+  std::vector<Slots> slots(b);
+  int64_t total = 0;
+  for (int64_t i = 0; i < b; ++i) {
+    slots[i] = NeededSlots(args_, sequences_[i], 0, args_.tokens);
+    total += slots[i].size();
+  }
+  const int64_t blocks = narrow ? 1 : CeilDiv(rows, kNarrowRows);
+  attend_bytes_ = total * shape.heads * row_bytes * blocks;
+
+  // Parts of a sequence: by size alone, so that the result does not depend on
+  // the number of threads. Enough for threads to share the work evenly, few
+  // enough that joining them costs nothing.
+  int64_t chunk;
+  if (narrow) {
+    const int64_t bytes = std::clamp<int64_t>(
+        attend_bytes_ / 64, int64_t{256} << 10, int64_t{4} << 20);
+    chunk = bytes / std::max<int64_t>(1, heads_per_task * row_bytes);
+  } else {
+    const int64_t units = std::max<int64_t>(1, b * shape.heads * row_blocks);
+    const int64_t parts = CeilDiv(16, units);
+    chunk = CeilDiv(total, std::max<int64_t>(1, b) * parts);
+  }
+  chunk = std::max<int64_t>(CeilDiv(chunk, 32) * 32, narrow ? 32 : 256);
+
+  first_part_.resize(b + 1);
+  first_part_[0] = 0;
+  for (int64_t i = 0; i < b; ++i) {
+    first_part_[i + 1] =
+        first_part_[i] + std::max<int64_t>(1, CeilDiv(slots[i].size(), chunk));
+  }
+  const int64_t states = shape.heads * rows;
+  const int64_t v_pad = PadToLanes(shape.v_dim);
+  const int64_t parts = first_part_[b];
+  partials_.largest = Allocate(parts * states);
+  partials_.sum = Allocate(parts * states);
+  partials_.acc = Allocate(parts * states * v_pad);
+  join_bytes_ = parts * states * v_pad * 4;
+
+  const int64_t k_pad = PadToLanes(shape.k_dim);
+  tasks_.reserve(parts * (shape.heads / std::max<int64_t>(1, heads_per_task)) *
+                 row_blocks);
+  for (int64_t i = 0; i < b; ++i) {
+    for (int64_t part = first_part_[i]; part < first_part_[i + 1]; ++part) {
+      Task task = {};
+      task.sequence = i;
+      task.q = q_ + i * shape.heads * PaddedRows(rows) * k_pad;
+      task.qv = qv_ == nullptr
+                    ? nullptr
+                    : qv_ + i * shape.heads * PaddedRows(rows) * v_pad;
+      task.out.largest = partials_.largest + part * states;
+      task.out.sum = partials_.sum + part * states;
+      task.out.acc = partials_.acc + part * states * v_pad;
+      const int64_t begin = slots[i].begin + (part - first_part_[i]) * chunk;
+      const int64_t end = std::min(begin + chunk, slots[i].end);
+      for (int64_t block = 0; block < row_blocks; ++block) {
+        task.row_begin = narrow ? 0 : block * kRowBlock;
+        task.row_end = narrow ? rows : std::min(rows, task.row_begin + kRowBlock);
+        task.slot_begin = begin;
+        task.slot_end = end;
+        if (!narrow && args_.addressing.ring == 0) {
+          const Slots needed = NeededSlots(
+              args_, sequences_[i], task.row_begin / args_.group,
+              CeilDiv(task.row_end, args_.group));
+          task.slot_begin = std::max(begin, needed.begin);
+          task.slot_end = std::min(end, needed.end);
+        }
+        for (int64_t n = 0; n < shape.heads; n += heads_per_task) {
+          task.head_begin = n;
+          task.head_end = n + heads_per_task;
+          tasks_.push_back(task);
+        }
+      }
+    }
+  }
+}
+
+int64_t Decode::QueryRow(int64_t sequence, int64_t head, int64_t row) const {
+  const int64_t token = row / args_.group;
+  const int64_t in_group = row % args_.group;
+  const int64_t heads = args_.shape.heads;
+  if (args_.shape.heads_first) {
+    return ((sequence * heads + head) * args_.group + in_group) *
+               args_.tokens +
+           token;
+  }
+  return ((sequence * args_.tokens + token) * heads + head) * args_.group +
+         in_group;
+}
+
+void Decode::Rotate(int64_t sequence, int64_t token, float* row) const {
+  const Rotary& rotary = args_.rotary;
+  rotary.Turn(rotary.where[sequence * args_.tokens + token], row);
+}
+
+void Decode::PrepareQueries(int64_t sequence, const uint8_t* from, int64_t dim,
+                            bool rotate, const float* scale, float* to) const {
+  const int64_t rows = problem_.rows_per_head();
+  const int64_t padded_rows = PaddedRows(rows);
+  const int64_t pad = PadToLanes(dim);
+  const int64_t bytes = ElementSize(args_.query_element);
+  for (int64_t n = 0; n < heads(); ++n) {
+    float factor = args_.scale * ReadFactor(args_.element);
+    if (scale != nullptr) factor *= scale[sequence * heads() + n];
+    float* head = to + (sequence * heads() + n) * padded_rows * pad;
+    for (int64_t r = 0; r < rows; ++r) {
+      float* row = head + r * pad;
+      kv_cache::RowToFloat(args_.query_element,
+                           from + QueryRow(sequence, n, r) * dim * bytes, dim,
+                           row);
+      if (rotate) Rotate(sequence, r / args_.group, row);
+      for (int64_t i = 0; i < dim; ++i) row[i] *= factor;
+      std::fill(row + dim, row + pad, 0.0f);
+    }
+    std::fill(head + rows * pad, head + padded_rows * pad, 0.0f);
+  }
+}
+
+void Decode::Append(int64_t sequence) {
+  const kv_cache::CacheShape& shape = args_.shape;
+  const bool rotate = args_.rotary.cos != nullptr;
+  PrepareQueries(sequence, args_.q, shape.k_dim, rotate, args_.k_scale, q_);
+  if (qv_ != nullptr) {
+    PrepareQueries(sequence, args_.qv, shape.v_dim, /*rotate=*/false,
+                   args_.v_scale, qv_);
+  }
+  if (args_.new_k == nullptr) return;
+
+  kv_cache::UpdateArgs update = {};
+  update.element = args_.element;
+  update.new_element = args_.query_element;
+  update.shape = shape;
+  update.addressing = args_.addressing;
+  update.cache_k = args_.cache_k;
+  update.cache_v = args_.cache_v;
+  update.new_k = rotate_new_keys_ ? nullptr : args_.new_k;
+  update.new_v = args_.new_v;
+  update.tokens = args_.tokens;
+  update.index = args_.index;
+  update.count = args_.count;
+  update.k_scale = args_.k_scale;
+  update.v_scale = args_.v_scale;
+  int64_t first, last;
+  kv_cache::TokensToWrite(update, sequence, &first, &last);
+  kv_cache::UpdateTokens(update, sequence, first, last);
+  if (!rotate_new_keys_) return;
+
+  const int64_t bytes = ElementSize(args_.query_element);
+  for (int64_t token = first; token < last; ++token) {
+    for (int64_t n = 0; n < heads(); ++n) {
+      const int64_t row =
+          shape.heads_first
+              ? (sequence * heads() + n) * args_.tokens + token
+              : (sequence * args_.tokens + token) * heads() + n;
+      float* key = rotated_ + row * shape.k_dim;
+      kv_cache::RowToFloat(args_.query_element,
+                           args_.new_k + row * shape.k_dim * bytes,
+                           shape.k_dim, key);
+      Rotate(sequence, token, key);
+    }
+  }
+  update.new_element = kv_cache::Element::kF32;
+  update.new_k = reinterpret_cast<const uint8_t*>(rotated_);
+  update.new_v = nullptr;
+  kv_cache::UpdateTokens(update, sequence, first, last);
+}
+
+void Decode::Join(int64_t sequence, int64_t head) const {
+  const kv_cache::CacheShape& shape = args_.shape;
+  const int64_t rows = problem_.rows_per_head();
+  const int64_t states = shape.heads * rows;
+  const int64_t v_pad = PadToLanes(shape.v_dim);
+  const int64_t part = first_part_[sequence];
+  const int64_t parts = first_part_[sequence + 1] - part;
+  float factor = ReadFactor(args_.element);
+  if (args_.v_scale != nullptr) {
+    factor *= args_.v_scale[sequence * shape.heads + head];
+  }
+  std::vector<float> joined(v_pad);
+  for (int64_t r = 0; r < rows; ++r) {
+    const int64_t state = part * states + head * rows + r;
+    const Partial first = {partials_.largest + state, partials_.sum + state,
+                           partials_.acc + state * v_pad};
+    const int64_t q_head = head * args_.group + r % args_.group;
+    const int64_t token = r / args_.group;
+    const bool counts = token < sequences_[sequence].num_queries;
+    const float* sink =
+        args_.sinks == nullptr || !counts ? nullptr : args_.sinks + q_head;
+    const float lse = JoinRow(first, parts, states, shape.v_dim, factor, sink,
+                              joined.data());
+    kv_cache::RowFromFloat(
+        args_.out_element, joined.data(), shape.v_dim, 1.0f,
+        args_.out + QueryRow(sequence, head, r) * shape.v_dim *
+                        ElementSize(args_.out_element));
+    args_.lse[(sequence * problem_.q_heads + q_head) * args_.tokens + token] =
+        lse;
+  }
+}
+
+}  // namespace decode_attention
+}  // namespace kernels

@@ -1,0 +1,101 @@
+// Appends this step's keys and values to a cache and attends over its valid
+// prefix. Plain C++, knows nothing of XLA.
+#ifndef KERNELS_DECODE_ATTENTION_DECODE_ATTENTION_CPU_H_
+#define KERNELS_DECODE_ATTENTION_DECODE_ATTENTION_CPU_H_
+
+#include <algorithm>
+#include <cstdint>
+#include <memory>
+#include <vector>
+
+#include "kernels/common/parallel_for.h"
+#include "kernels/decode_attention/tile_kernel.h"
+#include "kernels/kv_cache/cache_layout.h"
+
+namespace kernels {
+namespace decode_attention {
+
+struct DecodeArgs {
+  kv_cache::Element element;        // of the caches
+  kv_cache::Element query_element;  // of q, qv, new_k and new_v
+  kv_cache::Element out_element;
+  kv_cache::CacheShape shape;
+  kv_cache::Addressing addressing;
+  uint8_t* cache_k;
+  uint8_t* cache_v;
+  const uint8_t* q;      // [b, t, n, g, k_dim], or heads first [b, n, g, t, ..]
+  const uint8_t* qv;     // like q over v_dim, or null
+  const uint8_t* new_k;  // [b, t, n, k_dim] or [b, n, t, k_dim]; null: none
+  const uint8_t* new_v;
+  int64_t tokens;
+  int64_t group;           // query heads that share a key-value head
+  const int32_t* index;    // [b]
+  const int32_t* count;    // [b] query tokens that are not padding
+  const int32_t* padding;  // [b] positions on the left to leave out, or null
+  const float* k_scale;    // [b, n], or null
+  const float* v_scale;
+  float scale;         // of the logits
+  const float* sinks;  // [n, g], or null
+  Rotary rotary;
+  Masking masking;
+  uint8_t* out;  // like q over v_dim
+  float* lse;    // [b, n, g, t]
+};
+
+// One call in pieces that can run in parallel: `Append` for every sequence,
+// then `Attend` for every task, then `Join` for every sequence and head.
+class Decode {
+ public:
+  explicit Decode(const DecodeArgs& args);
+
+  int64_t batch() const { return args_.addressing.batch; }
+  int64_t heads() const { return args_.shape.heads; }
+  int64_t num_tasks() const { return static_cast<int64_t>(tasks_.size()); }
+  int64_t append_bytes() const { return append_bytes_; }
+  int64_t attend_bytes() const { return attend_bytes_; }
+  int64_t join_bytes() const { return join_bytes_; }
+
+  void Append(int64_t sequence);
+  void Attend(int64_t task) const { RunTile(problem_, tasks_[task]); }
+  void Join(int64_t sequence, int64_t head) const;
+
+ private:
+  void PlanTasks();
+  void Rotate(int64_t sequence, int64_t token, float* row) const;
+  void PrepareQueries(int64_t sequence, const uint8_t* from, int64_t dim,
+                      bool rotate, const float* scale, float* to) const;
+  int64_t QueryRow(int64_t sequence, int64_t head, int64_t row) const;
+  float* Allocate(int64_t count);
+
+  DecodeArgs args_;
+  Problem problem_;
+  std::vector<Sequence> sequences_;
+  std::vector<Task> tasks_;
+  std::vector<int64_t> first_part_;  // [b + 1]
+  std::vector<std::unique_ptr<float[]>> buffers_;
+  float* q_ = nullptr;        // [b, n, PaddedRows(t * g), padded k_dim]
+  float* qv_ = nullptr;       // [b, n, PaddedRows(t * g), padded v_dim]
+  float* rotated_ = nullptr;  // the new keys, rotated; like new_k
+  bool rotate_new_keys_ = false;
+  Partial partials_ = {};     // [parts, n * t * g]
+  int64_t append_bytes_ = 0;
+  int64_t attend_bytes_ = 0;
+  int64_t join_bytes_ = 0;
+};
+
+template <typename Pool>
+void RunDecode(const DecodeArgs& args, Pool& pool) {
+  Decode decode(args);
+  ParallelFor(pool, decode.batch(), decode.append_bytes(),
+              [&](int64_t i) { decode.Append(i); });
+  ParallelFor(pool, decode.num_tasks(), decode.attend_bytes(),
+              [&](int64_t i) { decode.Attend(i); });
+  const int64_t heads = decode.heads();
+  ParallelFor(pool, decode.batch() * heads, decode.join_bytes(),
+              [&](int64_t i) { decode.Join(i / heads, i % heads); });
+}
+
+}  // namespace decode_attention
+}  // namespace kernels
+
+#endif  // KERNELS_DECODE_ATTENTION_DECODE_ATTENTION_CPU_H_

@@ -1,0 +1,264 @@
+"""Decode attention in plain JAX: correct on every platform, reads everything."""
+
+import dataclasses
+from typing import Any
+
+import jax
+from jax import lax
+import jax.numpy as jnp
+
+from kernels.kv_cache import layout as layout_lib
+from kernels.kv_cache import reference as update_reference
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+  """What the primitives know statically.
+
+  Attributes:
+    fields: Names of the operands, in order.
+    layout: "bsnh" or "bnsh".
+    ring: Slots of the ring, or 0.
+    aligned: Whether sequence i is row i of the cache.
+    scale: Factor of the logits.
+    causal: Whether a query sees no key after its own position.
+    window_left: Keys seen before the query's own position, or -1 for all.
+    window_right: Keys seen after it, or -1 for all.
+    chunk: Length of the chunks of chunked attention, or 0.
+    softcap: Logits are capped to this size, or 0.
+    interleaved: Whether rotary pairs are neighbours.
+    rotate_keys: Whether cached keys are rotated when they are read.
+    out_dtype: Name of the dtype of the result.
+  """
+
+  fields: tuple[str, ...]
+  layout: str
+  ring: int
+  aligned: bool
+  scale: float
+  causal: bool
+  window_left: int
+  window_right: int
+  chunk: int
+  softcap: float
+  interleaved: bool
+  rotate_keys: bool
+  out_dtype: str
+
+  def named(self, operands: Any) -> dict[str, Any]:
+    """Returns the operands by name."""
+    return dict(zip(self.fields, operands, strict=True))
+
+  @property
+  def appends(self) -> bool:
+    """Whether there are new keys and values."""
+    return "new_k" in self.fields
+
+
+def rotate(
+  x: jax.Array, cos: jax.Array, sin: jax.Array, interleaved: bool
+) -> jax.Array:
+  """Turns pairs of elements by the angles of their positions, in float32.
+
+  Args:
+    x: `[..., h]`.
+    cos: Broadcasts against `[..., pairs]`, with `2 * pairs <= h`; elements
+      after the first `2 * pairs` stay as they are.
+    sin: Like `cos`.
+    interleaved: Whether pairs are neighbours (2i, 2i + 1), else i and
+      `i + pairs`.
+
+  Returns:
+    `[..., h]` float32.
+  """
+  x = x.astype(jnp.float32)
+  pairs = cos.shape[-1]
+  turned, rest = x[..., : 2 * pairs], x[..., 2 * pairs :]
+  if interleaved:
+    a, b = turned[..., 0::2], turned[..., 1::2]
+  else:
+    a, b = turned[..., :pairs], turned[..., pairs:]
+  a, b = a * cos - b * sin, b * cos + a * sin
+  if interleaved:
+    turned = jnp.stack([a, b], axis=-1).reshape(turned.shape)
+  else:
+    turned = jnp.concatenate([a, b], axis=-1)
+  return jnp.concatenate([turned, rest], axis=-1)
+
+
+def query_positions(x: dict[str, Any], options: Options, tokens: Any) -> Any:
+  """Returns the positions `[b, t]` of the query tokens."""
+  first = x["index"] if options.appends else x["index"] - jnp.clip(
+    x["count"], 0, tokens
+  )
+  return first[:, None] + jnp.arange(tokens, dtype=jnp.int32)
+
+
+def _rows(cache, x, options, geometry):
+  """Returns each sequence's slots `[b, m * s, n, h]`, and which are held."""
+  layer, table = x["layer"], x["table"]
+  lead = cache.shape[:-4]
+  held = (
+    (table >= 0)
+    & (table < geometry.blocks)
+    & ((layer >= 0) & (layer < geometry.layers))[:, None]
+  )
+  at: tuple[Any, ...] = (jnp.where(held, table, 0),)
+  if lead:
+    layer = jnp.clip(layer, 0, geometry.layers - 1)
+    at = (*jnp.unravel_index(layer[:, None], lead), *at)
+  rows = cache[at]
+  if options.layout == "bnsh":
+    rows = rows.swapaxes(2, 3)
+  b, m, s = rows.shape[:3]
+  held = jnp.broadcast_to(held[..., None], (b, m, s)).reshape(b, m * s)
+  return rows.reshape(b, m * s, *rows.shape[3:]), held
+
+
+def attend(*operands: jax.Array, options: Options) -> tuple[jax.Array, ...]:
+  """Attends over the valid keys of a cache; the primitive's operands.
+
+  Args:
+    *operands: Named by `options.fields`: cache_k, cache_v as in
+      `kv_cache.reference.update`; q `[b, t, n, g, h]` or `[b, n, g, t, h]`;
+      index, count, layer, table, first_slot; and any of k_scale, v_scale
+      `[b, n]`, rope_cos, rope_sin `[positions, pairs]`, rope_positions
+      `[b, t]`, left_padding `[b]`, alibi_slopes `[b or 1, n, g]`, sinks
+      `[n, g]`, bias and mask `[b, n, g, t, s]` with any axis 1, qv like q.
+    options: Everything static.
+
+  Returns:
+    The result, like q with the values' h, and the logarithm of the sums of
+    exponentials `[b, n, g, t]` float32.
+  """
+  x = options.named(operands)
+  geometry = layout_lib.Geometry.of(x["cache_k"], x["cache_v"], options.layout)
+  q = x["q"].astype(jnp.float32)
+  if options.layout == "bsnh":
+    q = q.transpose(0, 2, 3, 1, 4)
+  tokens = q.shape[3]
+  count = jnp.clip(x["count"], 0, tokens)
+  position = query_positions(x, options, tokens)
+  keys, held = _rows(x["cache_k"], x, options, geometry)
+  values, _ = _rows(x["cache_v"], x, options, geometry)
+  keys, values = keys.astype(jnp.float32), values.astype(jnp.float32)
+  if "k_scale" in x:
+    keys *= x["k_scale"][:, None, :, None]
+    values *= x["v_scale"][:, None, :, None]
+
+  slot = x["first_slot"] + jnp.arange(keys.shape[1], dtype=jnp.int32)
+  num_keys = position[:, :1] + count[:, None]
+  if options.ring:
+    last = num_keys - 1
+    key_position = last - (last - slot) % options.ring
+  else:
+    key_position = jnp.broadcast_to(slot, held.shape)
+  held &= (key_position >= 0) & (key_position < num_keys)
+  if "left_padding" in x:
+    held &= key_position >= x["left_padding"][:, None]
+  p, j = position[:, :, None], key_position[:, None, :]
+  visible = held[:, None] & (jnp.arange(tokens) < count[:, None])[..., None]
+  if options.causal:
+    visible &= j <= p
+  if options.window_left >= 0:
+    visible &= j >= p - options.window_left
+  if options.window_right >= 0:
+    visible &= j <= p + options.window_right
+  if options.chunk:
+    visible &= j >= p - p % options.chunk
+  # What no query sees may be anything, even NaN.
+  seen = jnp.any(visible, axis=1)[..., None, None]
+  keys, values = jnp.where(seen, keys, 0.0), jnp.where(seen, values, 0.0)
+
+  if "rope_cos" in x:
+    def angles(where):
+      where = jnp.clip(where, 0, x["rope_cos"].shape[0] - 1)
+      return x["rope_cos"][where], x["rope_sin"][where]
+
+    cos, sin = (a[:, None, None] for a in angles(x["rope_positions"]))
+    q = rotate(q, cos, sin, options.interleaved)
+    if options.rotate_keys:
+      cos, sin = (a[:, :, None] for a in angles(key_position))
+      keys = rotate(keys, cos, sin, options.interleaved)
+
+  dot = lambda spec, a, b: jnp.einsum(
+    spec, a, b, precision=lax.Precision.HIGHEST,
+    preferred_element_type=jnp.float32,
+  )  # fmt: skip
+  logits = dot("bngth,bsnh->bngts", q, keys)
+  if "qv" in x:
+    qv = x["qv"].astype(jnp.float32)
+    if options.layout == "bsnh":
+      qv = qv.transpose(0, 2, 3, 1, 4)
+    logits += dot("bngth,bsnh->bngts", qv, values)
+  logits *= options.scale
+  if options.softcap:
+    logits = options.softcap * jnp.tanh(logits / options.softcap)
+  if "alibi_slopes" in x:
+    distance = jnp.abs(p - j).astype(jnp.float32)[:, None, None]
+    logits -= x["alibi_slopes"][..., None, None] * distance
+  if "bias" in x:
+    logits += x["bias"]
+  visible = visible[:, None, None]
+  if "mask" in x:
+    visible = visible & x["mask"]
+  logits = jnp.where(visible, logits, -jnp.inf)
+
+  largest = jnp.max(logits, axis=-1, initial=-jnp.inf)
+  if "sinks" in x:
+    sinks = jnp.where(
+      (jnp.arange(tokens) < count[:, None])[:, None, None],
+      x["sinks"][..., None],
+      -jnp.inf,
+    )
+    largest = jnp.maximum(largest, sinks)
+  base = lax.stop_gradient(jnp.where(jnp.isneginf(largest), 0.0, largest))
+  weights = jnp.where(
+    visible, jnp.exp(jnp.where(visible, logits, 0.0) - base[..., None]), 0.0
+  )
+  total = jnp.sum(weights, axis=-1)
+  if "sinks" in x:
+    total += jnp.exp(sinks - base)
+  none = total == 0.0
+  safe = jnp.where(none, 1.0, total)
+  out = dot("bngts,bsnh->bngth", weights, values) / safe[..., None]
+  out = jnp.where(none[..., None], 0.0, out)
+  lse = jnp.where(none, -jnp.inf, base + jnp.log(safe))
+  if options.layout == "bsnh":
+    out = out.transpose(0, 3, 1, 2, 4)
+  return out.astype(options.out_dtype), lse
+
+
+def append_and_attend(
+  *operands: jax.Array, options: Options
+) -> tuple[jax.Array, ...]:
+  """Writes the new rows, then attends; the primitive's operands.
+
+  Args:
+    *operands: Those of `attend`, and new_k, new_v.
+    options: Everything static.
+
+  Returns:
+    The updated caches, and what `attend` returns.
+  """
+  x = options.named(operands)
+  new_k, new_v = x["new_k"], x["new_v"]
+  if "rope_cos" in x and not options.rotate_keys:
+    where = jnp.clip(x["rope_positions"], 0, x["rope_cos"].shape[0] - 1)
+    axis = 2 if options.layout == "bsnh" else 1
+    cos, sin = (
+      jnp.expand_dims(x[name][where], axis) for name in ("rope_cos", "rope_sin")
+    )
+    new_k = rotate(new_k, cos, sin, options.interleaved)
+  cache_k = x["cache_k"]
+  scales = (x["k_scale"], x["v_scale"]) if "k_scale" in x else ()
+  if not scales:
+    new_k = new_k.astype(cache_k.dtype)
+  x["cache_k"], x["cache_v"] = update_reference.update(
+    cache_k, x["cache_v"], new_k, new_v, x["index"], x["count"], x["layer"],
+    x["table"], x["first_slot"], *scales,
+    layout=options.layout, ring=options.ring,
+  )  # fmt: skip
+  out, lse = attend(*(x[name] for name in options.fields), options=options)
+  return x["cache_k"], x["cache_v"], out, lse
+
