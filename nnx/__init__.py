@@ -4,10 +4,9 @@ Modules are Python objects whose state lives in Variables; `split`, `merge`,
 `update` and the transforms carry it in and out of jax.
 """
 
-# `state`, `variables` and `display` are functions that take the names of the
-# modules they come from; importing the engine's side first settles the modules.
-import nnx.graph.runtime as _runtime  # noqa: F401
-
+# `state`, `variables` and `display` are functions that take the names of
+# modules. What imports those modules by name, the engine's side, must come
+# before the functions, as it does in alphabetical order.
 from nnx import errors as errors
 from nnx import filters as filters
 from nnx import graph as graph
@@ -30,6 +29,7 @@ from nnx.filters import OfType as OfType
 from nnx.filters import PathContains as PathContains
 from nnx.filters import PathIn as PathIn
 from nnx.filters import WithTag as WithTag
+from nnx.graph import runtime as _runtime  # noqa: F401
 from nnx.graph.functional import clone as clone
 from nnx.graph.functional import graphdef as graphdef
 from nnx.graph.functional import merge as merge

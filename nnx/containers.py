@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import collections.abc
+from collections.abc import Callable, Iterable, Iterator, Mapping
 import inspect
-from typing import Any, Callable, Iterable, Iterator, Mapping, TypeVar
+from typing import Any, TypeVar
 
 from nnx import reprs
 from nnx.module import Module
@@ -22,10 +23,10 @@ class List(Module, collections.abc.MutableSequence):
   Example:
 
     >>> import nnx
-    >>> layers = nnx.List([nnx.Dropout(0.1), nnx.relu])
-    >>> layers.append(nnx.Dropout(0.2))
-    >>> len(layers), layers[-1].rate
-    (3, 0.2)
+    >>> layers = nnx.List([nnx.Param(1), abs])
+    >>> layers.append(nnx.Param(2))
+    >>> len(layers), layers[-1].value, list(nnx.state(layers))
+    (3, 2, [0, 2])
 
   Args:
     iterable: the first elements.
@@ -140,9 +141,9 @@ class Dict(Module, collections.abc.MutableMapping):
   Example:
 
     >>> import nnx
-    >>> layers = nnx.Dict(first=nnx.Dropout(0.1), activation=nnx.relu)
-    >>> layers["first"].rate, layers.first.rate, list(layers)
-    (0.1, 0.1, ['first', 'activation'])
+    >>> layers = nnx.Dict(first=nnx.Param(1), activation=abs)
+    >>> layers["first"].value, layers.first.value, list(layers)
+    (1, 1, ['first', 'activation'])
 
   Args:
     mapping: a mapping, or pairs of key and value.
@@ -205,14 +206,15 @@ class Sequential(Module):
 
   Example:
 
-    >>> import jax.numpy as jnp
     >>> import nnx
-    >>> rngs = nnx.Rngs(0)
-    >>> model = nnx.Sequential(
-    ...   nnx.Linear(1, 4, rngs=rngs), nnx.relu, nnx.Linear(4, 2, rngs=rngs)
-    ... )
-    >>> model(jnp.ones((1, 1))).shape
-    (1, 2)
+    >>> class Scale(nnx.Module):
+    ...   def __init__(self, factor):
+    ...     self.factor = nnx.Param(factor)
+    ...
+    ...   def __call__(self, x):
+    ...     return x * self.factor
+    >>> nnx.Sequential(Scale(2), abs, Scale(3))(-1)
+    6
 
   Args:
     *fns: the functions.

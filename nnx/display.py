@@ -50,7 +50,7 @@ def to_treescope(
 
     >>> import nnx, treescope
     >>> print(treescope.render_to_text(nnx.Param(1, axis="embed")))
-    <Param(value=1, axis='embed')>
+    Param(value=1, axis='embed')
 
   Args:
     target: an object of this library.
@@ -60,8 +60,7 @@ def to_treescope(
   Returns:
     treescope's rendering.
   """
-  from treescope import rendering_parts
-  from treescope import repr_lib
+  from treescope import rendering_parts, repr_lib
 
   parts = target._display()
   if parts.separator != "=":
@@ -99,8 +98,12 @@ def to_treescope(
       )
     )
   # What stands in angle brackets is no Python code.
-  less = rendering_parts.roundtrip_condition(roundtrip=rendering_parts.text("<"))
-  more = rendering_parts.roundtrip_condition(roundtrip=rendering_parts.text(">"))
+  less = rendering_parts.roundtrip_condition(
+    roundtrip=rendering_parts.text("<")
+  )
+  more = rendering_parts.roundtrip_condition(
+    roundtrip=rendering_parts.text(">")
+  )
   return rendering_parts.build_foldable_tree_node_from_children(
     prefix=rendering_parts.siblings(
       less,
@@ -119,3 +122,6 @@ def _plain_dict(parts: reprs.Parts) -> dict[Any, Any]:
     label: _plain_dict(value) if isinstance(value, reprs.Parts) else value
     for label, value in parts.items
   }
+
+
+reprs.set_notebook_renderer(to_treescope)

@@ -7,8 +7,8 @@ from typing import Any, NamedTuple
 
 from nnx.graph import _engine
 
-# The search for an attribute path runs when an error is made, in programs of any
-# size. Each level of it looks through all objects of the process once, for
+# The search for an attribute path runs when an error is made, in programs of
+# any size. Each level of it looks through all objects of the process once, for
 # holders of at most this many others.
 _MAX_LEVELS, _MAX_WIDTH = 32, 16
 
@@ -46,7 +46,7 @@ class _Held(NamedTuple):
 
 
 def _hold(referrer: Any, known: dict[int, _Held]) -> _Held | None:
-  """How `referrer` holds one of the `known`, if it is one of those we follow."""
+  """How `referrer` holds one of the `known`, if it is a kind we follow."""
   if isinstance(referrer, _engine.ObjectBase):
     held = known.get(id(vars(referrer)))
     if held is not None and held.attributes is not None:

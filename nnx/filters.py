@@ -18,8 +18,9 @@ so that a filter can be part of a cache key.
 from __future__ import annotations
 
 import collections.abc
+from collections.abc import Callable, Sequence
 from typing import Any as AnyValue
-from typing import Callable, Sequence, Union
+from typing import Union
 
 Key = Union[int, str]
 PathParts = tuple[Key, ...]

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Mapping
 import functools
 import inspect
 import threading
-from typing import Any, Callable, Iterator, Mapping, TypeVar
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -51,14 +52,22 @@ class Module(Pytree):
 
     >>> import jax.numpy as jnp
     >>> import nnx
-    >>> class Model(nnx.Module):
-    ...   def __init__(self, rngs):
-    ...     self.layers = [nnx.Linear(2, 3, rngs=rngs) for _ in range(2)]
-    ...     self.scale = nnx.Param(jnp.ones(3))
+    >>> class Scale(nnx.Module):
+    ...   def __init__(self, factor):
+    ...     self.factor = nnx.Param(jnp.float32(factor))
+    ...
     ...   def __call__(self, x):
-    ...     return self.layers[0](x) * self.scale
-    >>> Model(nnx.Rngs(0))(jnp.ones((1, 2))).shape
-    (1, 3)
+    ...     return x * self.factor
+    >>> class Model(nnx.Module):
+    ...   def __init__(self):
+    ...     self.layers = [Scale(2), Scale(3)]
+    ...
+    ...   def __call__(self, x):
+    ...     for layer in self.layers:
+    ...       x = layer(x)
+    ...     return x
+    >>> Model()(jnp.ones(2))
+    Array([6., 6.], dtype=float32)
   """
 
   def sow(
@@ -148,7 +157,7 @@ class Module(Pytree):
       >>> def loss(zeros):
       ...   return nnx.capture(model, nnx.Perturbation, init=zeros)(1.0)[0]
       >>> jax.grad(loss)(zeros).x.value
-      Array(3., dtype=float32, weak_type=True)
+      Array(3., dtype=float32)
 
     Args:
       name: the name of the zero.
@@ -201,17 +210,17 @@ class Module(Pytree):
     graph: bool | None = None,
     **attributes: Any,
   ) -> None:
-    """Sets attributes of all modules, below and including this one, that have them.
+    """Sets attributes of the modules that have them, this one and all below.
 
     Example:
 
       >>> import nnx
-      >>> class Block(nnx.Module):
+      >>> class Noise(nnx.Module):
       ...   def __init__(self):
-      ...     self.dropout = nnx.Dropout(0.5, deterministic=False)
-      >>> block = Block()
-      >>> block.set_attributes(nnx.Dropout, deterministic=True)
-      >>> block.dropout.deterministic
+      ...     self.deterministic = False
+      >>> model = nnx.List([Noise(), nnx.List([Noise()])])
+      >>> model.set_attributes(Noise, deterministic=True)
+      >>> model[1][0].deterministic
       True
 
     Args:
@@ -243,9 +252,12 @@ class Module(Pytree):
     Example:
 
       >>> import nnx
-      >>> dropout = nnx.Dropout(0.5, deterministic=True)
-      >>> dropout.train()
-      >>> dropout.deterministic
+      >>> class Noise(nnx.Module):
+      ...   def __init__(self):
+      ...     self.deterministic = True
+      >>> noise = Noise()
+      >>> noise.train()
+      >>> noise.deterministic
       False
 
     Args:
@@ -264,9 +276,12 @@ class Module(Pytree):
     Example:
 
       >>> import nnx
-      >>> dropout = nnx.Dropout(0.5)
-      >>> dropout.eval()
-      >>> dropout.deterministic
+      >>> class Noise(nnx.Module):
+      ...   def __init__(self):
+      ...     self.deterministic = False
+      >>> noise = Noise()
+      >>> noise.eval()
+      >>> noise.deterministic
       True
 
     Args:
@@ -298,9 +313,9 @@ def iter_modules(
     >>> import nnx
     >>> class Block(nnx.Module):
     ...   def __init__(self):
-    ...     self.layers = [nnx.Dropout(0.1), nnx.Dropout(0.2)]
+    ...     self.layers = [nnx.List(), nnx.Dict()]
     >>> [(path, type(m).__name__) for path, m in nnx.iter_modules(Block())]
-    [(('layers', 0), 'Dropout'), (('layers', 1), 'Dropout'), ((), 'Block')]
+    [(('layers', 0), 'List'), (('layers', 1), 'Dict'), ((), 'Block')]
 
   Args:
     node: an object, or a pytree of objects.
@@ -325,10 +340,10 @@ def iter_children(
     >>> import nnx
     >>> class Block(nnx.Module):
     ...   def __init__(self):
-    ...     self.dropout = nnx.Dropout(0.1)
+    ...     self.rngs = nnx.Rngs(0)
     ...     self.size = 3
     >>> [key for key, _ in nnx.iter_children(Block())]
-    ['dropout']
+    ['rngs']
 
   Args:
     node: an object.
@@ -370,10 +385,14 @@ def with_attributes(
   Example:
 
     >>> import nnx
-    >>> dropout = nnx.Dropout(0.5, deterministic=False)
-    >>> copy = nnx.with_attributes(dropout, deterministic=True)
-    >>> copy.deterministic, dropout.deterministic
-    (True, False)
+    >>> class Noise(nnx.Module):
+    ...   def __init__(self):
+    ...     self.deterministic = False
+    >>> noise = Noise()
+    >>> nnx.with_attributes(noise, deterministic=True).deterministic
+    True
+    >>> noise.deterministic
+    False
 
   Args:
     node: an object, or a pytree of objects.
@@ -438,6 +457,7 @@ def view(
     >>> import nnx
     >>> class Noise(nnx.Module):
     ...   deterministic = False
+    ...
     ...   def set_view(self, deterministic: bool | None = None):
     ...     if deterministic is not None:
     ...       self.deterministic = deterministic
@@ -465,9 +485,11 @@ def view(
   def visit(path, value):
     if hasattr(type(value), "set_view") and selected(path, value):
       names, any_name = _view_parameters(value)
-      taken = kwargs if any_name else {
-        name: kwargs[name] for name in kwargs if name in names
-      }
+      taken = (
+        kwargs
+        if any_name
+        else {name: kwargs[name] for name in kwargs if name in names}
+      )
       value.set_view(**taken)
       remaining.difference_update(taken)
     return value
@@ -705,7 +727,7 @@ _method_lock = threading.RLock()
 
 
 class _captured_methods:
-  """While it is open, the methods of some modules' classes sow their outputs."""
+  """While it is open, the methods of modules' classes sow their outputs."""
 
   def __init__(
     self,
@@ -746,5 +768,3 @@ def _sowing(
     return result
 
   return wrapper
-
-

@@ -7,15 +7,16 @@ active; only then are arrays placed.
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 import contextlib
 import threading
-from typing import Any, Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
 import jax
 from jax.sharding import NamedSharding, PartitionSpec
 
-# The annotation's names, in the order in which they are looked for: Flax 0.12's,
-# then the two of Flax 0.10. It is stored under the name it was given by.
+# The annotation's names, in the order in which they are looked for: that of
+# Flax 0.12, then the two of Flax 0.10. It is stored under the name given.
 SHARDING_KEYS = ("out_sharding", "sharding", "sharding_names")
 
 AxisRules = Iterable[tuple[str, Any]]
@@ -131,9 +132,11 @@ def partition_spec(
 
   Example:
 
-    >>> from nnx import partitioning
-    >>> partitioning.partition_spec(("embed", None), [("embed", "model")])
-    PartitionSpec('model', None)
+    >>> import jax
+    >>> from nnx.partitioning import partition_spec
+    >>> spec = partition_spec(("embed", None), [("embed", "model")])
+    >>> spec == jax.P("model", None)
+    True
 
   Args:
     annotation: a name, a tuple of names, or `None` for each array axis.

@@ -10,13 +10,12 @@ dataclass field is kept, per object, in `_pytree_status`.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 import dataclasses
 import inspect
 from typing import (
   Annotated,
   Any,
-  Callable,
-  Mapping,
   TypeVar,
   dataclass_transform,
 )
@@ -25,8 +24,7 @@ import jax
 import numpy as np
 
 from nnx import reprs
-from nnx.graph import _engine
-from nnx.graph import pytrees
+from nnx.graph import _engine, pytrees
 
 A = TypeVar("A")
 T = TypeVar("T", bound=type)
@@ -92,7 +90,9 @@ def _mark(value: Any, is_data: bool, field: dict[str, Any]) -> Any:
       f"`metadata` given to `nnx.{name}` must not have the key `static`, which"
       f" is set by it, but got `{metadata}`."
     )
-  return dataclasses.field(**field, metadata={**metadata, "static": not is_data})
+  return dataclasses.field(
+    **field, metadata={**metadata, "static": not is_data}
+  )
 
 
 def data(value: Any = _MISSING, /, **field: Any) -> Any:
@@ -508,9 +508,9 @@ def _check_value(
   where = f"`{name}` of `{type(owner).__name__}`"
   if any(isinstance(leaf, Marker) for leaf in leaves):
     raise ValueError(
-      "`nnx.data(...)` and `nnx.static(...)` must be assigned to attributes, but"
-      f" {where} holds one inside a `{type(value).__name__}`. Wrap the whole"
-      " value."
+      "`nnx.data(...)` and `nnx.static(...)` must be assigned to attributes,"
+      f" but {where} holds one inside a `{type(value).__name__}`. Wrap the"
+      " whole value."
     )
   if status:
     return

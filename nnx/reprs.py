@@ -6,10 +6,11 @@ A class says what it shows by a method `_display() -> Parts`; from that alone
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 import contextlib
 import dataclasses
 import threading
-from typing import Any, Iterator
+from typing import Any
 
 import jax
 import numpy as np
@@ -112,6 +113,28 @@ def memo() -> dict[Any, Any]:
   return _context.memo if _context.active else {}
 
 
+# The functions that render for notebooks: `nnx.display` adds the one it has.
+_notebook_renderers: list[Callable[[Any, Any, Any], Any]] = []
+
+
+def set_notebook_renderer(
+  renderer: Callable[[Any, Any, Any], Any],
+) -> None:
+  """Sets how objects are rendered for treescope.
+
+  Example:
+
+    >>> from nnx import reprs
+    >>> from nnx.display import to_treescope
+    >>> reprs.set_notebook_renderer(to_treescope)
+
+  Args:
+    renderer: takes an object, its path and treescope's renderer of what is
+      inside; returns treescope's rendering.
+  """
+  _notebook_renderers[:] = [renderer]
+
+
 class Displayable:
   """Gives a class that has `_display` its `repr`, `str` and notebook display.
 
@@ -139,9 +162,7 @@ class Displayable:
     return to_text(self)
 
   def __treescope_repr__(self, path, subtree_renderer):
-    from nnx.display import to_treescope  # only treescope calls this
-
-    return to_treescope(self, path, subtree_renderer)
+    return _notebook_renderers[-1](self, path, subtree_renderer)
 
 
 @dataclasses.dataclass(frozen=True)

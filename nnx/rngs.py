@@ -6,13 +6,14 @@ on nothing but the seed and on how many keys were taken before.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 import functools
-from typing import Any, Callable, Iterable, Iterator, Mapping, Sequence, TypeVar
+from typing import Any, TypeVar
 
 import jax
+from jax import random
 import jax.numpy as jnp
 import numpy as np
-from jax import random
 
 from nnx import filters as filters_lib
 from nnx.graph import functional
@@ -281,7 +282,7 @@ class Rngs(_RandomMethods, Pytree):
     return self._stream(name, KeyError)
 
   def __getattr__(self, name: str) -> RngStream:
-    if name.startswith("__") or name.startswith("_repr_"):
+    if name.startswith(("__", "_repr_")):
       raise AttributeError(name)
     return self._stream(name, AttributeError)
 
@@ -549,7 +550,7 @@ def split_rngs(
     >>> _ = nnx.split_rngs(rngs, splits=5, only="params")
     >>> rngs.params.key.shape, rngs.dropout.key.shape
     ((5,), ())
-    >>> @nnx.split_rngs(splits=2)
+    >>> @nnx.split_rngs(splits=2, only="dropout")
     ... def f(rngs):
     ...   return rngs.dropout.key.shape
     >>> f(rngs), rngs.dropout.key.shape
@@ -746,7 +747,7 @@ def with_rngs(
     "broadcast": broadcast
     if isinstance(broadcast, Mapping)
     else {...: broadcast},
-    "fork": {filter: True for filter in fork},
+    "fork": dict.fromkeys(fork, True),
   }
   compiled = {
     name: [

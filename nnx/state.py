@@ -8,15 +8,17 @@ at the end of this module; the classes only wrap what these take and return.
 from __future__ import annotations
 
 import collections.abc
-from typing import (
-  Any,
+from collections.abc import (
   Callable,
-  Generic,
   Iterable,
   Iterator,
   Mapping,
   MutableMapping,
   Sequence,
+)
+from typing import (
+  Any,
+  Generic,
   TypeVar,
 )
 
@@ -24,8 +26,7 @@ import jax
 
 from nnx import filters as filters_lib
 from nnx import reprs
-from nnx.graph import _engine
-from nnx.graph import pytrees
+from nnx.graph import _engine, pytrees
 
 K = TypeVar("K")
 V = TypeVar("V")
@@ -154,9 +155,7 @@ class FlatState(reprs.Displayable, Sequence[tuple[PathParts, V]]):
     *parts, rest = _split_pairs(self, (first, *filters))
     if rest:
       raise _remainder_error(path for path, _ in rest)
-    return _one_or_tuple(
-      [FlatState(part, sort=False) for part in parts]
-    )
+    return _one_or_tuple([FlatState(part, sort=False) for part in parts])
 
   def filter(self, first: Filter, /, *filters: Filter):
     """Selects leaves by filters; those that no filter selects are left out.
@@ -171,9 +170,7 @@ class FlatState(reprs.Displayable, Sequence[tuple[PathParts, V]]):
       One `FlatState`, or a tuple of them if there are several filters.
     """
     *parts, _ = _split_pairs(self, (first, *filters))
-    return _one_or_tuple(
-      [FlatState(part, sort=False) for part in parts]
-    )
+    return _one_or_tuple([FlatState(part, sort=False) for part in parts])
 
   @staticmethod
   def merge(
@@ -272,17 +269,14 @@ class State(reprs.Displayable, MutableMapping[K, V], Generic[K, V]):
     mapping = self.__dict__.get("_mapping", {})
     if key not in mapping:
       raise AttributeError(
-        f"`State` has no entry `{key}`. Its entries are"
-        f" {list(mapping)}.",
+        f"`State` has no entry `{key}`. Its entries are {list(mapping)}.",
         name=key,
         obj=self,
       )
     return self[key]
 
   def __setitem__(self, key: K, value: Any) -> None:
-    self._mapping[key] = (
-      value._mapping if isinstance(value, State) else value
-    )
+    self._mapping[key] = value._mapping if isinstance(value, State) else value
 
   def __setattr__(self, name: str, value: Any) -> None:
     if name == "__orig_class__":  # typing sets it on `State[K, V](...)`
@@ -558,9 +552,7 @@ def merge_state(
   return cls._from_nested(merged)
 
 
-def diff(
-  state: State[Any, Any], other: State[Any, Any]
-) -> State[Any, Any]:
+def diff(state: State[Any, Any], other: State[Any, Any]) -> State[Any, Any]:
   """The part of a State at paths that another one does not have.
 
   Example:
@@ -880,8 +872,8 @@ def _replace_in(
     path = (*prefix, key)
     if key not in mapping:
       raise ValueError(
-        f"Every path of `pure_dict` must be one of the `State`, but got `{path}`"
-        f". The keys there are {list(mapping)}."
+        "Every path of `pure_dict` must be one of the `State`, but got"
+        f" `{path}`. The keys there are {list(mapping)}."
       )
     old = mapping[key]
     if type(old) is dict:
@@ -927,9 +919,7 @@ def _nested_items(mapping: Mapping[Any, Any]) -> list[tuple[Any, Any]]:
   return [
     (
       key,
-      reprs.Parts(
-        "", _nested_items(value), start="{", end="}", separator=": "
-      )
+      reprs.Parts("", _nested_items(value), start="{", end="}", separator=": ")
       if isinstance(value, collections.abc.Mapping)
       else value,
     )

@@ -14,20 +14,19 @@ on, are accepted wherever hooks are, and mean the same.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Mapping
 import copy
 import functools
 import math
 import operator
 import threading
-from typing import Any, Callable, Generic, Iterator, Mapping, TypeVar
+from typing import Any, Generic, TypeVar
 
 import jax
 import numpy as np
 
-from nnx import partitioning
-from nnx import reprs
-from nnx.graph import _engine
-from nnx.graph import pytrees
+from nnx import partitioning, reprs
+from nnx.graph import _engine, pytrees
 
 A = TypeVar("A")
 B = TypeVar("B")
@@ -311,9 +310,7 @@ def with_metadata(
   Returns:
     A function of the same arguments that returns a `VariableMetadata`.
   """
-  hooks = {
-    name: metadata.pop(name) for name in _HOOK_NAMES if name in metadata
-  }
+  hooks = {name: metadata.pop(name) for name in _HOOK_NAMES if name in metadata}
   template = VariableMetadata(
     None,
     set_value_hooks,
@@ -366,8 +363,9 @@ def _no_in_place(symbol: str) -> Callable[..., Any]:
   def method(self, other):
     raise NotImplementedError(
       f"`variable {symbol} x` must not be used, since it would rebind a name"
-      f" to what may be another Variable, but got it on a `{type(self).__name__}"
-      f"`. Use `variable[...] {symbol} x` or `variable.value {symbol} x`."
+      " to what may be another Variable, but got it on a"
+      f" `{type(self).__name__}`. Use `variable[...] {symbol} x` or"
+      f" `variable.value {symbol} x`."
     )
 
   return method
@@ -731,11 +729,11 @@ class Variable(_engine.VariableBase, reprs.Displayable, Generic[A]):
 
       >>> import nnx
       >>> p = nnx.Param(1, a=1)
-      >>> p.set_metadata("b", 2)       # one piece
-      >>> p.set_metadata(c=3)          # some pieces
+      >>> p.set_metadata("b", 2)  # one piece
+      >>> p.set_metadata(c=3)  # some pieces
       >>> p.get_metadata()
       {'a': 1, 'b': 2, 'c': 3}
-      >>> p.set_metadata({"d": 4})     # all of them
+      >>> p.set_metadata({"d": 4})  # all of them
       >>> p.get_metadata()
       {'d': 4}
 
@@ -825,8 +823,8 @@ class Variable(_engine.VariableBase, reprs.Displayable, Generic[A]):
     """
     if name in ("hijax", "ref"):
       raise ValueError(
-        f"`{name}` must stay as the Variable was made, but it was to be deleted."
-        " Make a new Variable instead."
+        f"`{name}` must stay as the Variable was made, but it was to be"
+        " deleted. Make a new Variable instead."
       )
     new = dict(self._metadata)
     del new[self._stored_name(name)]
@@ -1165,9 +1163,7 @@ def is_hook_name(name: str) -> bool:
   return name in HOOK_ALIASES or name in _HOOK_NAMES
 
 
-def _unpickle(
-  cls: type[V], value: Any, metadata: dict[str, Any]
-) -> V:
+def _unpickle(cls: type[V], value: Any, metadata: dict[str, Any]) -> V:
   if metadata.get("ref"):
     value = jax.new_ref(value)
   return cls._make(value, metadata)
@@ -1178,9 +1174,14 @@ class Param(Variable[A]):
 
   Example:
 
-    >>> import jax, nnx
-    >>> layer = nnx.Linear(2, 3, rngs=nnx.Rngs(0))
-    >>> print(jax.tree.map(jax.numpy.shape, nnx.state(layer, nnx.Param)))
+    >>> import jax
+    >>> import jax.numpy as jnp
+    >>> import nnx
+    >>> class Affine(nnx.Module):
+    ...   def __init__(self):
+    ...     self.kernel = nnx.Param(jnp.ones((2, 3)))
+    ...     self.bias = nnx.Param(jnp.zeros(3))
+    >>> print(jax.tree.map(jnp.shape, nnx.state(Affine(), nnx.Param)))
     State({
       'bias': VariableState(
         type=Param,
@@ -1201,19 +1202,12 @@ class BatchStat(Variable[A]):
 
   Example:
 
-    >>> import jax, nnx
-    >>> layer = nnx.BatchNorm(3, rngs=nnx.Rngs(0))
-    >>> print(jax.tree.map(jax.numpy.shape, nnx.state(layer, nnx.BatchStat)))
-    State({
-      'mean': VariableState(
-        type=BatchStat,
-        value=(3,)
-      ),
-      'var': VariableState(
-        type=BatchStat,
-        value=(3,)
-      )
-    })
+    >>> import jax.numpy as jnp
+    >>> import nnx
+    >>> mean = nnx.BatchStat(jnp.zeros(3))
+    >>> mean[...] += 0.1 * (jnp.ones(3) - mean)
+    >>> mean.value
+    Array([0.1, 0.1, 0.1], dtype=float32)
   """
 
   __slots__ = ()

@@ -8,9 +8,10 @@ from absl.testing import absltest
 from flax import nnx as flax_nnx
 import jax
 import jax.numpy as jnp
-import nnx
 import numpy as np
 import orbax.checkpoint as ocp
+
+import nnx
 
 
 def define(lib):
@@ -37,9 +38,11 @@ Model, FlaxModel = define(nnx), define(flax_nnx)
 def arrays(tree):
   """A tree with typed keys turned into their data, comparable by numpy."""
   return jax.tree.map(
-    lambda x: jax.random.key_data(x)
-    if jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
-    else x,
+    lambda x: (
+      jax.random.key_data(x)
+      if jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
+      else x
+    ),
     tree,
   )
 

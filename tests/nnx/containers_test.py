@@ -1,14 +1,14 @@
-"""Lists, dicts and chains behave as Python's, and are laid out as flax.nnx's."""
+"""Containers behave as Python's, and are laid out as flax.nnx's."""
 
 import pickle
 
-from absl.testing import absltest
-from absl.testing import parameterized
+from absl.testing import absltest, parameterized
 from flax import nnx as flax_nnx
 import hypothesis
 from hypothesis import strategies as st
 import jax
 import jax.numpy as jnp
+
 import nnx
 
 OPERATIONS = st.lists(
@@ -66,7 +66,7 @@ class ListTest(parameterized.TestCase):
     with self.assertRaisesRegex(
       IndexError, r"`index` must lie in \[-1, 1\), but got 2"
     ):
-      nnx.List([1])[2]  # pylint: disable=expression-not-assigned
+      _ = nnx.List([1])[2]
 
   def test_state_as_in_flax(self):
     def build(lib):
@@ -165,13 +165,13 @@ class DictTest(parameterized.TestCase):
   def test_errors(self):
     d = nnx.Dict()
     with self.assertRaises(KeyError):
-      d["a"]  # pylint: disable=pointless-statement
+      _ = d["a"]
     with self.assertRaises(KeyError):
       del d["a"]
     with self.assertRaisesRegex(TypeError, "must be strings, .* but got `0`"):
       d[0] = 1
     with self.assertRaises(AttributeError):
-      d.a  # pylint: disable=pointless-statement
+      _ = d.a
 
   def test_state_as_in_flax(self):
     def build(lib):

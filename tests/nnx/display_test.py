@@ -3,15 +3,15 @@
 import contextlib
 import io
 
-from absl.testing import absltest
-from absl.testing import parameterized
+from absl.testing import absltest, parameterized
 from flax import nnx as flax_nnx
 import jax
 import jax.numpy as jnp
-import nnx
-from nnx import reprs
 import numpy as np
 import treescope
+
+import nnx
+from nnx import reprs
 
 
 def define(lib):
@@ -124,7 +124,9 @@ Model(
 
   def test_abstract_values(self):
     p = nnx.Param(jax.ShapeDtypeStruct((2, 3), jnp.float32))
-    self.assertStartsWith(repr(p), "Param( # 6 (24 B)\n  value=ShapeDtypeStruct(")
+    self.assertStartsWith(
+      repr(p), "Param( # 6 (24 B)\n  value=ShapeDtypeStruct("
+    )
 
   def test_under_jit(self):
     texts = []

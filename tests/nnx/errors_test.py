@@ -3,9 +3,9 @@
 import gc
 import inspect
 
-from absl.testing import absltest
-from absl.testing import parameterized
+from absl.testing import absltest, parameterized
 import jax
+
 import nnx
 
 

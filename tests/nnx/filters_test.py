@@ -1,10 +1,10 @@
 """Filters select what flax.nnx's filters of the same words select."""
 
-from absl.testing import absltest
-from absl.testing import parameterized
+from absl.testing import absltest, parameterized
 from flax import nnx as flax_nnx
 import hypothesis
 from hypothesis import strategies as st
+
 import nnx
 
 PATHS = [(), ("a",), ("a", 0, "kernel"), (0,), ("encoder", "bias")]
@@ -128,7 +128,8 @@ class FiltersTest(parameterized.TestCase):
 
   def test_ellipsis_must_be_last(self):
     with self.assertRaisesRegex(
-      ValueError, r"must come last, but filter 0 is `Ellipsis` and `'a'` follows"
+      ValueError,
+      r"must come last, but filter 0 is `Ellipsis` and `'a'` follows",
     ):
       nnx.filters.filters_to_predicates([..., "a"])
     self.assertLen(nnx.filters.filters_to_predicates(["a", ..., True]), 3)

@@ -2,13 +2,13 @@
 
 import warnings
 
-from absl.testing import absltest
-from absl.testing import parameterized
+from absl.testing import absltest, parameterized
 from flax import nnx as flax_nnx
 import jax
 import jax.numpy as jnp
-import nnx
 import numpy as np
+
+import nnx
 
 
 def define(lib):
@@ -28,6 +28,7 @@ def define(lib):
       Args:
         deterministic: if True, nothing
           is added.
+
       Returns:
         nothing.
       """
@@ -86,7 +87,9 @@ def plain(state):
 
 def assert_same_state(ours, theirs):
   jax.tree.map(
-    np.testing.assert_array_equal, plain(ours), plain(theirs),
+    np.testing.assert_array_equal,
+    plain(ours),
+    plain(theirs),
     is_leaf=lambda x: isinstance(x, str),
   )
 
@@ -125,7 +128,9 @@ class WalkTest(parameterized.TestCase):
       [key for key, _ in Model().iter_children()],
       ["blocks", "first", "second"],
     )
-    with self.assertRaisesRegex(ValueError, "must be an object of nnx, but got"):
+    with self.assertRaisesRegex(
+      ValueError, "must be an object of nnx, but got"
+    ):
       list(nnx.iter_children(3))
 
 
@@ -320,10 +325,15 @@ class CaptureTest(parameterized.TestCase):
       run = nnx.capture(model.__call__, nnx.Intermediate)
     elif how == "function":
       f = nnx.capture(lambda m, x: m(x), nnx.Intermediate)
-      run = lambda x: f(model, x)
+
+      def run(x):
+        return f(model, x)
     else:
       f = nnx.capture(nnx.Intermediate)(lambda m, x: m(x))
-      run = lambda x: f(model, x)
+
+      def run(x):
+        return f(model, x)
+
     result, kept = run(3.0)
     self.assertEqual(result, 6.0)
     self.assertEqual(kept.y.value, (6.0,))
@@ -338,9 +348,7 @@ class CaptureTest(parameterized.TestCase):
     )(2.0)[1]
     ours, theirs = plain(kept), plain(theirs)
     self.assertEqual(ours["first"]["helper"][0], "Intermediate")
-    self.assertEqual(
-      ours["first"]["helper"][1], theirs["first"]["helper"][1]
-    )
+    self.assertEqual(ours["first"]["helper"][1], theirs["first"]["helper"][1])
     self.assertEqual(set(ours["first"]), set(theirs["first"]))
     self.assertNotIn("wrapper", Scale.helper.__qualname__)
     self.assertFalse(hasattr(Scale.helper, "__wrapped__"))
@@ -352,9 +360,9 @@ class CaptureTest(parameterized.TestCase):
       raise RuntimeError("no")
 
     with self.assertRaisesRegex(RuntimeError, "no"):
-      nnx.capture(
-        fail, nnx.Intermediate, method_outputs=nnx.Intermediate
-      )(model)
+      nnx.capture(fail, nnx.Intermediate, method_outputs=nnx.Intermediate)(
+        model
+      )
     self.assertEqual(set(vars(model)), {"w", "noise"})
     self.assertFalse(hasattr(Scale.helper, "__wrapped__"))
 

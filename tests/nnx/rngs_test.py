@@ -3,16 +3,16 @@
 import time
 import warnings
 
-from absl.testing import absltest
-from absl.testing import parameterized
+from absl.testing import absltest, parameterized
 from flax import nnx as flax_nnx
 import hypothesis
 from hypothesis import strategies as st
 import jax
 from jax import random
 import jax.numpy as jnp
-import nnx
 import numpy as np
+
+import nnx
 
 
 def data(key):
@@ -90,44 +90,38 @@ class OracleTest(parameterized.TestCase):
     self.assertEqual(contents(ours), contents(theirs))
 
   @parameterized.parameters(
-    dict(splits=3),
-    dict(splits=(2, 2)),
-    dict(splits=3, only="params"),
-    dict(splits=1, squeeze=True),
+    {"splits": 3},
+    {"splits": (2, 2)},
+    {"splits": 3, "only": "params"},
+    {"splits": 1, "squeeze": True},
   )
   def test_split_rngs(self, **kwargs):
     ours, theirs = Model(), FlaxModel()
     a = nnx.split_rngs(ours, **kwargs)
     b = flax_nnx.split_rngs(theirs, **kwargs)
     self.assertEqual(contents(ours.rngs), contents(theirs.rngs))
-    self.assertEqual(
-      data(ours.streams[0].key), data(theirs.streams[0].key)
-    )
+    self.assertEqual(data(ours.streams[0].key), data(theirs.streams[0].key))
     nnx.restore_rngs(a)
     flax_nnx.restore_rngs(b)
     self.assertEqual(contents(ours.rngs), contents(theirs.rngs))
 
-  @parameterized.parameters(
-    (None,), (3,), ({"params": 2},), ({"noise": 2},)
-  )
+  @parameterized.parameters((None,), (3,), ({"params": 2},), ({"noise": 2},))
   def test_fork_rngs(self, split):
     ours, theirs = Model(), FlaxModel()
     with nnx.fork_rngs(ours, split=split) as a:
       with quietly(flax_nnx.fork_rngs, theirs, split=split) as b:
         self.assertEqual(len(list(a)), len(list(b)))
         self.assertEqual(contents(ours.rngs), contents(theirs.rngs))
-        self.assertEqual(
-          data(ours.streams[0].key), data(theirs.streams[0].key)
-        )
+        self.assertEqual(data(ours.streams[0].key), data(theirs.streams[0].key))
     self.assertEqual(contents(ours.rngs), contents(theirs.rngs))
 
   @parameterized.parameters(
-    dict(split=4),
-    dict(split={"params": 4}, fork=...),
-    dict(fork="params"),
-    dict(fork=["params", "noise"], broadcast={"default": 2}),
-    dict(broadcast=3, only="params"),
-    dict(split=2, fork="params"),
+    {"split": 4},
+    {"split": {"params": 4}, "fork": ...},
+    {"fork": "params"},
+    {"fork": ["params", "noise"], "broadcast": {"default": 2}},
+    {"broadcast": 3, "only": "params"},
+    {"split": 2, "fork": "params"},
   )
   def test_with_rngs(self, **kwargs):
     ours, theirs = Model(), FlaxModel()
@@ -214,7 +208,7 @@ class RngsTest(parameterized.TestCase):
     ):
       rngs.dropout()
     with self.assertRaisesRegex(KeyError, "No RngStream named 'dropout'"):
-      rngs["dropout"]  # pylint: disable=pointless-statement
+      _ = rngs["dropout"]
 
   @parameterized.parameters(1.5, "a", None, True)
   def test_no_seed(self, seed):
@@ -300,7 +294,9 @@ class RngsTest(parameterized.TestCase):
       self.assertEqual(rngs.default.key.shape, ())
 
   def test_squeeze(self):
-    with self.assertRaisesRegex(ValueError, "but got `splits=2`. Use `splits=1`"):
+    with self.assertRaisesRegex(
+      ValueError, "but got `splits=2`. Use `splits=1`"
+    ):
       nnx.split_rngs(nnx.Rngs(0), splits=2, squeeze=True)
 
   def test_conflicting_rules(self):

@@ -1,14 +1,14 @@
 """Sharding annotations: what transforms do to them, and specs made of them."""
 
-from absl.testing import absltest
-from absl.testing import parameterized
+from absl.testing import absltest, parameterized
 from flax import nnx as flax_nnx
 import hypothesis
 from hypothesis import strategies as st
 import jax
+import jax.numpy as jnp
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
-import jax.numpy as jnp
+
 import nnx
 from nnx import partitioning
 
@@ -91,7 +91,9 @@ class SpecsTest(parameterized.TestCase):
       {
         "a": nnx.Param(jnp.ones((2, 2)), sharding=("x", None)),
         "b": nnx.Param(jnp.ones(2)),
-        "c": nnx.Param(jnp.ones(2), sharding=("l",), sharding_rules=[("l", "y")]),
+        "c": nnx.Param(
+          jnp.ones(2), sharding=("l",), sharding_rules=[("l", "y")]
+        ),
         "d": jnp.ones(2),
       }
     )

@@ -4,15 +4,15 @@ import copy
 import pickle
 import warnings
 
-from absl.testing import absltest
-from absl.testing import parameterized
+from absl.testing import absltest, parameterized
 from flax import nnx as flax_nnx
 import hypothesis
 from hypothesis import strategies as st
 import jax
 import jax.numpy as jnp
-import nnx
 import numpy as np
+
+import nnx
 
 KINDS = ["Param", "BatchStat", "Cache", "Intermediate"]
 KEYS = st.sampled_from(["a", "b", "kernel", "x1"])
@@ -94,8 +94,9 @@ class OracleTest(parameterized.TestCase):
       self.assertEqual(plain(a), plain(b))
     flat = ours.flat_state().filter(*filters(nnx))
     if isinstance(flat, tuple):
-      self.assertEqual([plain(x.to_nested_state()) for x in flat],
-                       [plain(x) for x in b])
+      self.assertEqual(
+        [plain(x.to_nested_state()) for x in flat], [plain(x) for x in b]
+      )
 
     try:
       b = flax_nnx.split_state(theirs, *filters(flax_nnx))
@@ -127,9 +128,8 @@ class OracleTest(parameterized.TestCase):
       nnx.replace_by_pure_dict(state, new)
       self.assertEqual(nnx.to_pure_dict(state), changed)
     self.assertEqual(
-      nnx.restore_int_paths(as_text), flax_nnx.restore_int_paths(as_text)
-      if changed
-      else {},
+      nnx.restore_int_paths(as_text),
+      flax_nnx.restore_int_paths(as_text) if changed else {},
     )
 
   @SETTINGS
@@ -143,10 +143,14 @@ class OracleTest(parameterized.TestCase):
     self.assertEqual(
       plain(doubled), plain(jax.tree.map(lambda x: 2 * x, theirs))
     )
-    a = [jax.tree_util.keystr(p) for p, _ in
-         jax.tree_util.tree_leaves_with_path(ours)]
-    b = [jax.tree_util.keystr(p) for p, _ in
-         jax.tree_util.tree_leaves_with_path(theirs)]
+    a = [
+      jax.tree_util.keystr(p)
+      for p, _ in jax.tree_util.tree_leaves_with_path(ours)
+    ]
+    b = [
+      jax.tree_util.keystr(p)
+      for p, _ in jax.tree_util.tree_leaves_with_path(theirs)
+    ]
     self.assertEqual(a, b)
 
   @SETTINGS
@@ -157,7 +161,10 @@ class OracleTest(parameterized.TestCase):
     a_paths = {path for path, _ in ours[0].flat_state()}
     b_paths = {path for path, _ in ours[1].flat_state()}
     if any(
-      len(p) < len(q) and q[: len(p)] == p or len(q) < len(p) and p[: len(q)] == q
+      len(p) < len(q)
+      and q[: len(p)] == p
+      or len(q) < len(p)
+      and p[: len(q)] == q
       for p in a_paths
       for q in b_paths
     ):
@@ -219,9 +226,9 @@ class StateTest(parameterized.TestCase):
     with self.assertRaisesRegex(
       AttributeError, r"`State` has no entry `d`. Its entries are \['a', 'c'\]"
     ):
-      self.state.d  # pylint: disable=pointless-statement
+      _ = self.state.d
     with self.assertRaises(KeyError):
-      self.state["d"]  # pylint: disable=pointless-statement
+      _ = self.state["d"]
     with self.assertRaisesRegex(AttributeError, "`State` has no entry `d`"):
       del self.state.d
     self.assertFalse(hasattr(self.state, "d"))
@@ -248,9 +255,7 @@ class StateTest(parameterized.TestCase):
 
   def test_mixed_keys(self):
     s = nnx.State({"b": {"x": 1}, 2: 3, "a": 4, 1: {"y": 5}})
-    self.assertEqual(
-      s.flat_state().paths, ((1, "y"), (2,), ("a",), ("b", "x"))
-    )
+    self.assertEqual(s.flat_state().paths, ((1, "y"), (2,), ("a",), ("b", "x")))
     self.assertEqual(jax.tree.leaves(s), [5, 3, 4, 1])
     self.assertEqual(s.filter(int).raw_mapping, s.raw_mapping)
 

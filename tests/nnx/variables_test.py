@@ -1,19 +1,19 @@
-"""Variables behave as flax.nnx's, and as those of Flax 0.10 where they differ."""
+"""Variables behave as flax.nnx's, or as Flax 0.10's where those differ."""
 
 import copy
 import operator
 import pickle
 import warnings
 
-from absl.testing import absltest
-from absl.testing import parameterized
+from absl.testing import absltest, parameterized
 from flax import nnx as flax_nnx
 import hypothesis
 from hypothesis import strategies as st
 import jax
 import jax.numpy as jnp
-import nnx
 import numpy as np
+
+import nnx
 
 BINARY = [
   operator.add,
@@ -150,7 +150,7 @@ class ValueTest(parameterized.TestCase):
       r"`Param` has no attribute or metadata `shap`, and neither has its value"
       r" of type `ArrayImpl`. Its metadata are \['axis'\]",
     ):
-      p.shap  # pylint: disable=pointless-statement
+      _ = p.shap
     self.assertFalse(hasattr(p, "shap"))
     self.assertEqual(getattr(p, "shap", 3), 3)
 
@@ -308,9 +308,7 @@ class HooksTest(parameterized.TestCase):
     np.testing.assert_array_equal(v.raw_value, [6.0, 1.0, 1.0])
 
   def test_hooks_run_in_order(self):
-    v = nnx.Param(
-      1, on_get_value=(lambda v, x: x + 1, lambda v, x: x * 10)
-    )
+    v = nnx.Param(1, on_get_value=(lambda v, x: x + 1, lambda v, x: x * 10))
     self.assertEqual(v.value, 20)
 
   def test_hooks_get_the_variable(self):
@@ -487,7 +485,7 @@ class MetadataTest(parameterized.TestCase):
     with self.assertRaisesRegex(TypeError, "Other metadata goes into"):
       nnx.VariableMetadata(1, axis=3)
     with self.assertRaisesRegex(AttributeError, "has no attribute `axis`"):
-      box.axis  # pylint: disable=pointless-statement
+      _ = box.axis
 
   def test_initializer_keeps_its_signature(self):
     init = nnx.with_metadata(jax.nn.initializers.zeros, axis=1)
@@ -717,7 +715,9 @@ class NamesTest(absltest.TestCase):
     self.assertEqual(
       nnx.variable_name_from_type(Unknown, allow_register=True), "Unknown"
     )
-    with self.assertRaisesRegex(ValueError, "must be that of a registered kind"):
+    with self.assertRaisesRegex(
+      ValueError, "must be that of a registered kind"
+    ):
       nnx.variable_type_from_name("nobody")
     with self.assertRaisesRegex(ValueError, "`name` must be new, but `params`"):
       nnx.register_variable_name("params", Unknown)

@@ -34,6 +34,7 @@ PROGRAMS = ("examples", "tools")
 # Later ones may import earlier ones, never the other way round.
 ORDER = (
   "nnx.graph._engine",
+  "nnx.graph.pytrees",
   "nnx.filters",
   "nnx.variables",
   "nnx.state",
