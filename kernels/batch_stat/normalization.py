@@ -226,13 +226,34 @@ _apply.defvjp(_apply_fwd, _apply_bwd)
 # ---- With the batch's own statistics.
 
 
-def _join(static, mean, var, count):
-  """Joins this device's moments with the others', if there are any."""
+def _over_devices(static, x, through_y, direct):
+  """Sums the cotangents of a statistic over the devices that share it.
+
+  Where `shard_map` keeps track of what varies, the direct cotangent of a result
+  that all devices share is the sum already. This is written out, and not left
+  to differentiation, because JAX cannot trace a psum in the backward function
+  of a `custom_vjp` inside a vmap; nor run one there on a constant.
+
+  Args:
+    static: Of the core.
+    x: The batch.
+    through_y: `[c]`, this device's cotangent by way of y.
+    direct: `[c]`, the cotangent of the statistic as a result.
+
+  Returns:
+    `[c]`, the cotangent of the statistic.
+  """
   if static.axis_name is None:
-    return mean, var
-  return ops.combine_moments(mean, var, count, static.axis_name, static.groups)[
-    :2
-  ]
+    return through_y + direct
+  names = static.axis_name
+  names = set(names if isinstance(names, (tuple, list)) else (names,))
+  total = functools.partial(
+    lax.psum, axis_name=static.axis_name, axis_index_groups=static.groups
+  )
+  tracked = names & dispatch.varying_axes(jax.typeof(x))
+  if tracked and not names & dispatch.varying_axes(jax.typeof(direct)):
+    return total(through_y) + direct
+  return total(through_y + direct)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -242,49 +263,36 @@ def _train(static, x, scale, bias, mask):
 
 def _train_fwd(static, x, scale, bias, mask):
   masks = () if mask is None else (mask,)
-  own_mean, own_var, count = ops.MOMENTS(
+  mean, var, count = ops.MOMENTS(
     x,
     *masks,
     accurate=static.accurate,
     implementation=static.implementation,
     **static.axes,
   )
-  mean, var = _join(static, own_mean, own_var, count)
+  if static.axis_name is not None:
+    mean, var, count = ops.combine_moments(
+      mean, var, count, static.axis_name, static.groups
+    )
   # Statistics that all devices share still meet an x that they do not.
   centre, spread = dispatch.vary_like(x, mean, var)
-  mul = scale * lax.rsqrt(spread + static.epsilon)
-  y = _normalize(static, x, centre, mul, bias)
-  kept = (x, scale, bias, mask, own_mean, own_var, count)
-  return (y, mean, var), kept
+  rstd = lax.rsqrt(spread + static.epsilon)
+  y = _normalize(static, x, centre, scale * rstd, bias)
+  return (y, mean, var), (x, scale, bias, mask, centre, rstd, count)
 
 
 def _train_bwd(static, kept, grads):
-  x, scale, bias, mask, own_mean, own_var, count = kept
+  x, scale, bias, mask, mean, rstd, count = kept
   dy, dmean, dvar = grads
-
-  def statistics(own_mean, own_var):
-    mean, var = _join(static, own_mean, own_var, count)
-    return (mean, var, *dispatch.vary_like(x, mean, var))
-
-  (_, _, centre, spread), pull = jax.vjp(statistics, own_mean, own_var)
-  rstd = lax.rsqrt(spread + static.epsilon)
   mul = scale * rstd
-  sum_dy, sum_dyx = ops.GRAD_SUMS(x, dy, centre, mul, bias, **static.gate)
-  # What this device's y wants of the mean and of the variance, and from there,
-  # across devices where there are several, of its own moments.
-  own_dmean, own_dvar = pull(
-    (dmean, dvar, -mul * sum_dy, -0.5 * mul * rstd * rstd * sum_dyx)
-  )
-  some = jnp.maximum(count, 1)
-  c1 = 2 * own_dvar / some
-  c0 = own_dmean / some + c1 * (centre - own_mean)
-  if mask is not None:  # a device may have no value: its own mean is NaN
-    c0 = jnp.where(count > 0, c0, 0)
-    c1 = jnp.where(count > 0, c1, 0)
+  sum_dy, sum_dyx = ops.GRAD_SUMS(x, dy, mean, mul, bias, **static.gate)
+  all_dmean = _over_devices(static, x, -mul * sum_dy, dmean)
+  all_dvar = _over_devices(static, x, -0.5 * mul * rstd**2 * sum_dyx, dvar)
+  values = jnp.maximum(count, 1)
+  c0, c1 = all_dmean / values, 2 * all_dvar / values
+  c0, c1 = dispatch.vary_like(x, c0, c1)
   masks = () if mask is None else (mask,)
-  (dx,) = ops.GRAD_INPUT(
-    x, dy, centre, mul, bias, c0, c1, *masks, **static.gate
-  )
+  (dx,) = ops.GRAD_INPUT(x, dy, mean, mul, bias, c0, c1, *masks, **static.gate)
   return dx, sum_dyx * rstd, sum_dy, None
 
 

@@ -191,6 +191,9 @@ def static_size(shape: Sequence[Any]) -> int | None:
   return functools.reduce(operator.mul, shape, 1)
 
 
+varying_axes = jax_private.varying_axes
+
+
 def vary_like(x: Any, *arrays: Any) -> list[Any]:
   """Marks `arrays` as varying over the mesh axes that `x` varies over.
 

@@ -187,5 +187,166 @@ class UpdateShardingTest(parameterized.TestCase):
     np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-7)
 
 
+def _train_case():
+  rng = np.random.default_rng(5)
+  x = op_contract.array(rng, SHAPE, "float32") + 1
+  dy = op_contract.array(rng, SHAPE, "float32")
+  scale = op_contract.array(rng, (8,), "float32")
+  bias = op_contract.array(rng, (8,), "float32")
+  mask = rng.random((16, 4, 6, 1)) < 0.6
+  mask[:2] = False  # a device without values
+  return x, dy, scale, bias, mask
+
+
+def _grads(x, dy, scale, bias, mask, implementation, axis_name=None, **options):
+  """Returns y, running mean, and gradients of a loss that uses both."""
+
+  def loss(x, scale, bias):
+    out = batch_stat.batch_norm(
+      x,
+      scale,
+      bias,
+      jnp.zeros(8),
+      jnp.ones(8),
+      0.5,
+      mask=mask,
+      activation="relu",
+      axis_name=axis_name,
+      implementation=implementation,
+      **options,
+    )
+    total = jnp.sum(out.y * dy)
+    if axis_name is not None:
+      total = lax.psum(total, axis_name)
+    return total + jnp.vdot(jnp.arange(8.0), out.var), out
+
+  grads, out = jax.grad(loss, argnums=(0, 1, 2), has_aux=True)(x, scale, bias)
+  return out.y, out.mean, *grads
+
+
+class BatchNormShardingTest(parameterized.TestCase):
+  def setUp(self):
+    super().setUp()
+    devices.need_devices(8)
+
+  def check(self, got, want):
+    for g, w, tolerance in zip(got, want, (1e-5, 1e-5, 1e-4, 1e-4, 1e-4)):
+      np.testing.assert_allclose(
+        g, w, rtol=tolerance, atol=tolerance * float(np.abs(w).max())
+      )
+
+  @parameterized.product(
+    spec=(P("a"), P(("a", "b")), P("a", None, None, "b"), P("b", "a")),
+    implementation=("cpu", "xla"),
+    masked=(False, True),
+  )
+  def test_jit_over_named_shardings(self, spec, implementation, masked):
+    mesh = devices.auto_mesh((4, 2), ("a", "b"))
+    x, dy, scale, bias, mask = _train_case()
+    mask = mask if masked else None
+    want = _grads(x, dy, scale, bias, mask, "xla")
+    sharding = NamedSharding(mesh, spec)
+    x, dy = jax.device_put((x, dy), sharding)
+    run = jax.jit(lambda *args: _grads(*args, mask, implementation))
+    compiled = run.lower(x, dy, scale, bias).compile()
+    got = compiled(x, dy, scale, bias)
+    self.check(got, want)
+    self.assertTrue(got[0].sharding.is_equivalent_to(sharding, 4))
+    self.assertTrue(got[2].sharding.is_equivalent_to(sharding, 4))
+    text = compiled.as_text()
+    local = x.addressable_shards[0].data.shape
+    for shape in (SHAPE, (SHAPE[0], *local[1:]), (local[0], *SHAPE[1:])):
+      self.assertEmpty(hlo.instructions(text, "all-gather", shape))
+    if implementation == "cpu":
+      for target in (
+        ops.TARGET_MOMENTS,
+        ops.TARGET_NORMALIZE,
+        ops.TARGET_GRAD_SUMS,
+        ops.TARGET_GRAD_INPUT,
+      ):
+        self.assertEqual(hlo.custom_calls(text, target), 1, target)
+
+  @parameterized.product(
+    implementation=("cpu", "xla"), masked=(False, True), check_vma=(True, False)
+  )
+  def test_shard_map_joins_over_the_axis_name(
+    self, implementation, masked, check_vma
+  ):
+    mesh = devices.auto_mesh((8,), ("a",))
+    x, dy, scale, bias, mask = _train_case()
+    want = _grads(x, dy, scale, bias, mask if masked else None, "xla")
+
+    def run(x, dy, scale, bias, mask):
+      out = batch_stat.batch_norm(
+        x,
+        scale,
+        bias,
+        jnp.zeros(8),
+        jnp.ones(8),
+        0.5,
+        mask=mask if masked else None,
+        activation="relu",
+        axis_name="a",
+        implementation=implementation,
+      )
+      return lax.psum(jnp.sum(out.y * dy), "a"), out.var, out.mean, out.y
+
+    mapped = jax.shard_map(
+      run,
+      mesh=mesh,
+      in_specs=(P("a"), P("a"), P(), P(), P("a")),
+      out_specs=(P(), P(), P(), P("a")),
+      check_vma=check_vma,
+    )
+
+    @jax.jit
+    def grads(x, dy, scale, bias, mask):
+      def loss(x, scale, bias):
+        total, var, mean, y = mapped(x, dy, scale, bias, mask)
+        return total + jnp.vdot(jnp.arange(8.0), var), (y, mean)
+
+      out, aux = jax.grad(loss, argnums=(0, 1, 2), has_aux=True)(x, scale, bias)
+      return *aux, *out
+
+    self.check(grads(x, dy, scale, bias, mask), want)
+    text = grads.lower(x, dy, scale, bias, mask).compile().as_text()
+    self.assertEmpty(hlo.instructions(text, "all-gather"))
+
+  @parameterized.parameters("cpu", "xla")
+  def test_groups_are_apart(self, implementation):
+    mesh = devices.auto_mesh((8,), ("a",))
+    x, dy, scale, bias, _ = _train_case()
+    halves = [slice(0, 8), slice(8, 16)]
+    want = [
+      _grads(x[half], dy[half], scale, bias, None, "xla")[2] for half in halves
+    ]
+
+    def run(x, dy):
+      def loss(x):
+        out = batch_stat.batch_norm(
+          x,
+          scale,
+          bias,
+          jnp.zeros(8),
+          jnp.ones(8),
+          0.5,
+          activation="relu",
+          axis_name="a",
+          axis_index_groups=[[0, 1, 2, 3], [4, 5, 6, 7]],
+          implementation=implementation,
+        )
+        # Each of the four members of a group has a copy of the variance.
+        share = jnp.vdot(jnp.arange(8.0), out.var) / 4
+        return jnp.sum(out.y * dy) + share
+
+      return jax.grad(loss)(x)
+
+    got = jax.shard_map(
+      run, mesh=mesh, in_specs=P("a"), out_specs=P("a"), check_vma=False
+    )(x, dy)
+    for half, one in zip(halves, want):
+      np.testing.assert_allclose(got[half], one, rtol=1e-4, atol=1e-4)
+
+
 if __name__ == "__main__":
   absltest.main()
