@@ -1,0 +1,299 @@
+"""Linen modules as nnx Modules."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+import contextlib
+import functools
+import threading
+from typing import Any, Callable, Iterator
+
+from flax import linen
+import jax
+
+from bridge import variables as variables_lib
+import nnx
+
+_PREFIX = "to_nnx__"
+
+
+class _Context(threading.local):
+  initializing = False
+
+
+_context = _Context()
+
+
+@contextlib.contextmanager
+def initializing(value: bool = True) -> Iterator[None]:
+  """Makes calls of `ToNNX` modules initialise them, for a block."""
+  before = _context.initializing
+  _context.initializing = value
+  try:
+    yield
+  finally:
+    _context.initializing = before
+
+
+def lazy_init(fn: Any, *args: Any, **kwargs: Any) -> Any:
+  """Initialises the Linen modules inside a Module by one call with samples.
+
+  Example:
+
+    >>> import bridge, jax.numpy as jnp, nnx
+    >>> from flax import linen as nn
+    >>> class Model(nnx.Module):
+    ...   def __init__(self, rngs):
+    ...     self.dense = bridge.ToNNX(nn.Dense(4), rngs=rngs)
+    ...   def __call__(self, x):
+    ...     return self.dense(x)
+    >>> model = bridge.lazy_init(Model(nnx.Rngs(0)), jnp.ones((1, 2)))
+    >>> model.dense.kernel.shape
+    (2, 4)
+
+  Args:
+    fn: a Module, which is called, or a bound method of one.
+    *args: samples of the arguments.
+    **kwargs: samples of the keyword arguments.
+
+  Returns:
+    `fn`.
+
+  Raises:
+    ValueError: if `fn` is neither a Module nor a method of one.
+  """
+  owner = fn if isinstance(fn, nnx.Module) else getattr(fn, "__self__", None)
+  if not isinstance(owner, nnx.Module) or not callable(fn):
+    raise ValueError(
+      "`fn` must be a Module that can be called, or a method bound to a Module,"
+      f" but got {fn!r}."
+    )
+  with initializing():
+    fn(*args, **kwargs)
+  return fn
+
+
+class ToNNX(nnx.Module):
+  """A Linen module as an nnx Module.
+
+  The variables of the Linen module are attributes: Variables of the types that
+  go with their collections, in nested dicts as Linen has them. They appear when
+  the module is initialised, by `lazy_init` with samples of its arguments.
+
+  Example:
+
+    >>> import bridge, jax, nnx
+    >>> from flax import linen as nn
+    >>> x = jax.numpy.ones((1, 32))
+    >>> model = bridge.ToNNX(nn.Dense(features=64), rngs=nnx.Rngs(0)).lazy_init(x)
+    >>> model(x).shape, model.kernel.shape
+    ((1, 64), (32, 64))
+
+  Args:
+    module: the Linen module.
+    rngs: the random streams, or a key for `params`. A copy is kept, and gives
+      the Linen module its keys.
+  """
+
+  def __init__(
+    self, module: linen.Module, rngs: nnx.Rngs | jax.Array | None = None
+  ):
+    if not isinstance(module, linen.Module):
+      raise TypeError(
+        "`module` must be an instance of a Linen module, but got"
+        f" {module!r} of type {type(module).__name__}."
+      )
+    self.to_nnx__module = module
+    if isinstance(rngs, nnx.Rngs):
+      rngs = rngs.fork()
+    elif rngs is not None:
+      rngs = nnx.Rngs(params=rngs)
+    self.to_nnx__rngs = rngs
+
+  @property
+  def module(self) -> linen.Module:
+    """The Linen module."""
+    return self.to_nnx__module
+
+  @property
+  def rngs(self) -> nnx.Rngs | None:
+    """The random streams."""
+    return self.to_nnx__rngs
+
+  def lazy_init(self, *args: Any, **kwargs: Any) -> ToNNX:
+    """Initialises the module with samples of its arguments; see `lazy_init`.
+
+    Returns:
+      The module itself.
+    """
+    return lazy_init(self, *args, **kwargs)
+
+  def __getattr__(self, name: str) -> Any:
+    module = vars(self).get("to_nnx__module")
+    if name in _fields(module):
+      return getattr(module, name)
+    method = getattr(type(module), name, None)
+    if not name.startswith("_") and callable(method):
+      return functools.partial(self.__call__, method=method)
+    if module is not None and not _is_initialised(self):
+      raise AttributeError(
+        f"{_describe(self)} has no attribute `{name}`: it has no variables yet."
+        " Call `lazy_init` with samples of its arguments first."
+      )
+    raise AttributeError(
+      f"{_describe(self)} has no attribute `{name}`; it has"
+      f" {sorted(_attributes(self))}."
+    )
+
+  def __setattr__(self, name: str, value: Any) -> None:
+    # So that `model.train()`, `model.eval()` and the like reach the fields of
+    # the Linen module, such as `deterministic` and `use_running_average`.
+    module = vars(self).get("to_nnx__module")
+    if name in _fields(module) and name not in vars(self):
+      super().__setattr__("to_nnx__module", module.clone(**{name: value}))
+    else:
+      super().__setattr__(name, value)
+
+  def __call__(
+    self,
+    *args: Any,
+    rngs: nnx.Rngs | jax.Array | Mapping[str, jax.Array] | None = None,
+    method: Callable[..., Any] | str | None = None,
+    mutable: Any = None,
+    **kwargs: Any,
+  ) -> Any:
+    """Calls the Linen module on the Variables, and keeps what it writes.
+
+    Args:
+      *args: the arguments.
+      rngs: random streams, keys by name, or a key for `params`, in place of the
+        module's own streams.
+      method: a method of the Linen module, or its name, in place of `__call__`.
+      mutable: the collections that the Linen module may write. By default all
+        that the module has, but `params`; inside of a Linen module, those that
+        are mutable there. Add `intermediates` to keep what is sown.
+      **kwargs: the keyword arguments.
+
+    Returns:
+      What the Linen module returns; never the updated variables, which are in
+      the Variables.
+
+    Raises:
+      ValueError: if the module has not been initialised, or two variables
+        clash.
+    """
+    module = self.to_nnx__module
+    keys = _linen_keys(self.to_nnx__rngs if rngs is None else rngs)
+    if _context.initializing:
+      if not keys:
+        raise ValueError(
+          f"{_describe(self)} must have random streams to be initialised: pass"
+          " `rngs=nnx.Rngs(0)` to `ToNNX` or to `lazy_init`."
+        )
+      result, updates = module.init_with_output(
+        keys, *args, method=method, **kwargs
+      )
+      _write(self, updates)
+      return result
+    if not _is_initialised(self) and _needs_variables(module):
+      raise ValueError(
+        f"{_describe(self)} must be initialised before it is called: call"
+        " `lazy_init` with samples of its arguments, or `bridge.lazy_init` on"
+        " the Module that it is part of."
+      )
+    variables = variables_lib.nnx_attrs_to_linen_vars(_attributes(self))
+    if mutable is None:
+      mutable = _default_mutable(variables)
+    result = module.apply(
+      variables, *args, rngs=keys, method=method, mutable=mutable, **kwargs
+    )
+    if mutable is not False:
+      result, updates = result
+      _write(self, updates)
+    return result
+
+
+def _fields(module: linen.Module | None) -> frozenset[str]:
+  """The names of a Linen module's own fields."""
+  return _fields_of(type(module)) if module is not None else frozenset()
+
+
+@functools.lru_cache(maxsize=None)
+def _fields_of(cls: type[linen.Module]) -> frozenset[str]:
+  return frozenset(cls.__dataclass_fields__) - {"parent", "name"}
+
+
+def _describe(model: ToNNX) -> str:
+  return f"`ToNNX({type(vars(model).get('to_nnx__module')).__name__})`"
+
+
+def _attributes(model: ToNNX) -> dict[str, Any]:
+  """The attributes that hold variables of the Linen module."""
+  return {
+    name: value
+    for name, value in vars(model).items()
+    if not name.startswith(_PREFIX)
+    and isinstance(value, (nnx.Variable, Mapping))
+  }
+
+
+def _is_initialised(model: ToNNX) -> bool:
+  return bool(_attributes(model))
+
+
+def _needs_variables(module: linen.Module) -> bool:
+  """Whether a module may have variables: all but the known stateless ones."""
+  return not isinstance(module, (linen.Dropout,))
+
+
+def _default_mutable(variables: Mapping[str, Any]) -> Any:
+  """The collections that may be written when the caller did not say."""
+  stack = linen.module._context.module_stack
+  if stack and stack[-1] is not None and stack[-1].scope is not None:
+    return stack[-1].scope.mutable
+  return [name for name in variables if name != "params"] or False
+
+
+def _linen_keys(rngs: Any) -> dict[str, jax.Array]:
+  """The keys for one call of a Linen module."""
+  if rngs is None:
+    return {}
+  if isinstance(rngs, nnx.Rngs):
+    keys = {name: stream() for name, stream in rngs.items()}
+  elif isinstance(rngs, Mapping):
+    keys = dict(rngs)
+  else:
+    keys = {"params": rngs}
+  if "params" not in keys and "default" in keys:
+    keys["params"] = keys.pop("default")
+  return keys
+
+
+def _write(model: ToNNX, updates: Mapping[str, Any]) -> None:
+  """Puts updated Linen variables into the Variables of the module."""
+  for name, value in variables_lib.linen_vars_to_nnx_attrs(updates).items():
+    current = vars(model).get(name)
+    if current is None:
+      setattr(model, name, value)
+    else:
+      setattr(model, name, _merged(current, value, name))
+
+
+def _merged(current: Any, new: Any, path: str) -> Any:
+  """`current` with the values of `new`: existing Variables stay themselves."""
+  if isinstance(new, nnx.Variable):
+    if isinstance(current, nnx.Variable) and type(current) is type(new):
+      current.update_from_state(new)
+      return current
+    if isinstance(current, nnx.Variable):
+      raise ValueError(
+        "Variables of a bridged module must have different paths, but"
+        f" `{path}` is both a `{type(current).__name__}` and a"
+        f" `{type(new).__name__}`. Rename one of them in the Linen module."
+      )
+    return new
+  for key, value in new.items():
+    current[key] = (
+      _merged(current[key], value, f"{path}/{key}") if key in current else value
+    )
+  return current

@@ -1,0 +1,225 @@
+"""Variables of `nnx` as those of Linen, and back.
+
+Linen keeps arrays in nested dicts, the outermost key being the collection. A
+collection corresponds to a kind of Variable, by `nnx.register_variable_name`,
+and a Linen metadata box to the metadata of a Variable.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from flax import struct
+from flax.core import meta
+import jax
+
+import nnx
+
+
+class NNXMeta(struct.PyTreeNode, meta.AxisMetadata[Any]):
+  """The Linen box of a Variable whose kind or metadata must not be lost.
+
+  Example:
+    >>> import bridge
+    >>> import nnx
+    >>> box = bridge.NNXMeta(nnx.Param, 1.0, {"unit": "m"})
+    >>> box.unbox()
+    1.0
+    >>> box.to_nnx_variable().unit
+    'm'
+
+  Attributes:
+    var_type: the kind of Variable.
+    value: its value.
+    metadata: its metadata.
+  """
+
+  var_type: type[nnx.Variable[Any]] = struct.field(pytree_node=False)
+  value: Any = struct.field(pytree_node=True)
+  metadata: dict[str, Any] = struct.field(pytree_node=False)
+
+  def unbox(self) -> Any:
+    """Returns the value."""
+    return self.value
+
+  def replace_boxed(self, val: Any) -> "NNXMeta":
+    """Returns the same box around `val`."""
+    return self.replace(value=val)
+
+  def add_axis(self, index: int, params: dict[Any, Any]) -> "NNXMeta":
+    """Returns the box of the Variable with one more axis.
+
+    Args:
+      index: where the new axis is.
+      params: what the transform says of it; `nn.PARTITION_NAME` names it.
+    """
+    variable = nnx.spmd.add_axis(self.to_nnx_variable(), index, params)
+    return self.replace(metadata=variable.get_metadata())
+
+  def remove_axis(self, index: int, params: dict[Any, Any]) -> "NNXMeta":
+    """Returns the box of the Variable with one axis less.
+
+    Args:
+      index: where the axis was.
+      params: what the transform says of it; `nn.PARTITION_NAME` names it.
+    """
+    variable = nnx.spmd.remove_axis(self.to_nnx_variable(), index, params)
+    return self.replace(metadata=variable.get_metadata())
+
+  def get_partition_spec(self) -> jax.sharding.PartitionSpec:
+    """Returns how the value is to be laid out on a mesh."""
+    spec = nnx.get_partition_spec(self.to_nnx_variable())
+    return spec.get_raw_value()
+
+  def to_nnx_variable(self) -> nnx.Variable[Any]:
+    """Returns the Variable of this kind, value and metadata."""
+    return self.var_type(self.value, **self.metadata)
+
+
+def _needs_box(metadata: Mapping[str, Any]) -> bool:
+  return any(
+    not (key.startswith("on_") and not value) for key, value in metadata.items()
+  )
+
+
+def to_linen_var(variable: nnx.Variable[Any]) -> Any:
+  """A Variable as Linen keeps it.
+
+  Example:
+    >>> import bridge
+    >>> import nnx
+    >>> bridge.to_linen_var(nnx.Param(1.0))
+    1.0
+
+  Args:
+    variable: a Variable of any kind.
+
+  Returns:
+    Its value; in the Linen box it came from, if it did, or in an `NNXMeta` where
+    it has metadata that would be lost.
+  """
+  # How a Variable is kept, as `eager_sharding`, is no property of its value.
+  metadata = variable.get_metadata(exclude_required=True)
+  value = variable.get_value()
+  box = metadata.get("linen_meta_type")
+  if box is None:
+    if not _needs_box(metadata):
+      return value
+    return NNXMeta(type(variable), value, metadata)
+  if hasattr(box, "from_nnx_metadata"):
+    return box.from_nnx_metadata({"value": value, **metadata})
+  fields = {k: v for k, v in metadata.items() if k != "linen_meta_type"}
+  return box(value, **fields)
+
+
+def to_nnx_var(collection: str, value: Any) -> nnx.Variable[Any]:
+  """What Linen keeps in a collection as a Variable.
+
+  Example:
+    >>> import bridge
+    >>> type(bridge.to_nnx_var("batch_stats", 1.0)).__name__
+    'BatchStat'
+
+  Args:
+    collection: the collection's name; a kind of Variable is made for a new one.
+    value: an array, or a Linen metadata box around one.
+
+  Returns:
+    The Variable, which remembers the box.
+
+  Raises:
+    ValueError: if an `NNXMeta` says another kind than the collection does.
+  """
+  kind = nnx.variable_type_from_name(collection, allow_register=True)
+  if isinstance(value, NNXMeta):
+    if value.var_type is not kind:
+      raise ValueError(
+        "The kind of Variable in an `NNXMeta` must be that of its collection,"
+        f" but got `{value.var_type.__name__}` in `{collection}`, which is of"
+        f" `{kind.__name__}`. Register the name by `nnx.register_variable_name`."
+      )
+    return value.to_nnx_variable()
+  if isinstance(value, meta.AxisMetadata):
+    to_metadata = getattr(value, "to_nnx_metadata", None)
+    metadata = dict(to_metadata() if to_metadata else vars(value))
+    inner = metadata.pop("value")
+    return kind(inner, **metadata, linen_meta_type=type(value))
+  return kind(value)
+
+
+def _flatten(tree: Mapping[str, Any], path: tuple[str, ...] = ()):
+  for key, value in tree.items():
+    if isinstance(value, Mapping):
+      yield from _flatten(value, (*path, key))
+    else:
+      yield (*path, key), value
+
+
+def _insert(tree: dict[str, Any], path: tuple[str, ...], value: Any) -> None:
+  for key in path[:-1]:
+    tree = tree.setdefault(key, {})
+  tree[path[-1]] = value
+
+
+def linen_vars_to_nnx_attrs(variables: Mapping[str, Any]) -> dict[str, Any]:
+  """Linen's variables as nested dicts of Variables, collections dissolved.
+
+  Example:
+    >>> import bridge
+    >>> attrs = bridge.linen_vars_to_nnx_attrs(
+    ...   {"params": {"bn": {"scale": 1.0}}, "batch_stats": {"bn": {"mean": 0.0}}}
+    ... )
+    >>> {name: type(v).__name__ for name, v in attrs["bn"].items()}
+    {'scale': 'Param', 'mean': 'BatchStat'}
+
+  Args:
+    variables: collection to nested dicts of arrays or metadata boxes.
+
+  Returns:
+    Nested dicts by the path of attributes.
+
+  Raises:
+    ValueError: if two collections hold the same path.
+  """
+  owners: dict[tuple[str, ...], str] = {}
+  attributes: dict[str, Any] = {}
+  for collection, tree in variables.items():
+    for path, value in _flatten(tree):
+      if path in owners:
+        raise ValueError(
+          "A path must be in one collection, since it names one attribute, but"
+          f" `{'/'.join(path)}` is in `{owners[path]}` and in `{collection}`."
+          " Rename one of the two."
+        )
+      owners[path] = collection
+      _insert(attributes, path, to_nnx_var(collection, value))
+  return attributes
+
+
+def nnx_attrs_to_linen_vars(attributes: Mapping[str, Any]) -> dict[str, Any]:
+  """Nested dicts of Variables as Linen's variables, one collection a kind.
+
+  Example:
+    >>> import bridge
+    >>> import nnx
+    >>> bridge.nnx_attrs_to_linen_vars({"bn": {"scale": nnx.Param(1.0)}})
+    {'params': {'bn': {'scale': 1.0}}}
+
+  Args:
+    attributes: nested dicts by the path of attributes.
+
+  Returns:
+    Collection to nested dicts of arrays or metadata boxes.
+
+  Raises:
+    ValueError: if a leaf is no Variable, or its kind has no registered name.
+  """
+  variables: dict[str, Any] = {}
+  for path, variable in _flatten(attributes):
+    if not isinstance(variable, nnx.Variable):
+      raise ValueError(
+        "Every leaf must be a Variable, whose kind says the collection, but"
+        f" `{'/'.join(path)}` is `{variable!r}`. Wrap it in a kind of Variable."
+      )
+    collection = nnx.variable_name_from_type(type(variable))
+    _insert(variables, (collection, *path), to_linen_var(variable))
+  return variables
