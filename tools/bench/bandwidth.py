@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent import futures
 import dataclasses
 import math
+import mmap
 import os
 import time
 
@@ -31,6 +32,19 @@ def _best_seconds(work: Callable[[], object], repeats: int) -> float:
   return best
 
 
+def _page_backed(count: int) -> np.ndarray:
+  """Returns float32 ones in memory such as XLA gets for its buffers.
+
+  NumPy asks the kernel for huge pages, XLA does not: on a machine that gives
+  them on request only, NumPy's arrays move a fifth faster than any JAX program
+  could.
+  """
+  memory = mmap.mmap(-1, 4 * count, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+  array = np.frombuffer(memory, np.float32)
+  array[:] = 1
+  return array
+
+
 def _host_rates(size: int, repeats: int) -> tuple[float, float]:
   """Returns read and copy bytes per second over `size` bytes, all cores.
 
@@ -43,8 +57,8 @@ def _host_rates(size: int, repeats: int) -> tuple[float, float]:
   passes = max(1, (64 * _MIB) // size)
   # The copy has half of its bytes on each side, so that its working set is
   # `size` too.
-  sources = [np.ones(part, np.float32) for _ in range(cores)]
-  targets = [np.ones(part // 2 or 1, np.float32) for _ in range(cores)]
+  sources = [_page_backed(part) for _ in range(cores)]
+  targets = [_page_backed(part // 2 or 1) for _ in range(cores)]
 
   def read(core: int) -> None:
     for _ in range(passes):

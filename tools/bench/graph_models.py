@@ -27,9 +27,10 @@ def is_float(path: Any, value: Any) -> bool:
 
 def float_variables(library: Library, model: Any) -> Iterator[Any]:
   """Yields every floating-point Variable of `model`."""
-  for path, node in library.iter_graph(model):
-    if isinstance(node, library.Variable) and is_float(path, node):
-      yield node
+  # The leaves of a State are the model's own Variables.
+  for path, variable in library.to_flat_state(library.state(model)):
+    if is_float(path, variable):
+      yield variable
 
 
 # One class for each library, made once: a new class would be a new structure.

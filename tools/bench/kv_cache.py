@@ -2,9 +2,10 @@
 
 The shapes are those of one layer of published decoders of 1 to 8 billion
 parameters, with batch and length chosen so that a row stays below 8 GiB.
-Baselines are the two expressions
-that people write in JAX: `dynamic_update_slice` (vmapped when every sequence
-has its own position) and a scatter, both jitted with the caches donated.
+Baselines are the two expressions that people write in JAX:
+`dynamic_update_slice` (vmapped when every sequence has its own position) and a
+scatter, both jitted with the caches donated. `update_int8` quantises to int8
+caches and `update_layer` writes into one layer of a stacked cache.
 """
 
 from collections.abc import Callable, Sequence
@@ -24,7 +25,7 @@ from tools.bench import choice, harness
 NAME = "kv_cache"
 _DTYPES = ("float32", "bfloat16", "float16")
 _QUICK_DTYPES = ("float32", "bfloat16")
-
+_INT8_SCALE = 1 / 32
 
 # One token of every layer whose cache is not stacked, and one prefill.
 _SPECS = tuple(
@@ -33,6 +34,9 @@ _SPECS = tuple(
   if spec.layers is None
   and spec.dtype != "float32"
   and not spec.name.endswith("one_index")
+)
+_STACKED_SPECS = tuple(
+  spec for spec in arg_specs.ARG_SPECS if spec.layers is not None
 )
 _QUICK_SPECS = tuple(
   dataclasses.replace(spec, batch=2, length=1024)
@@ -67,17 +71,83 @@ def _scatter_update(cache_k, cache_v, new_k, new_v, index):
   )
 
 
-def _dispatch_only(cache_k, cache_v, new_k, new_v, index):
+def _dispatch_only(cache_k, cache_v, new_k, new_v, index, *operands):
   """Takes and returns what an update does, and writes only a number."""
-  del new_k, new_v
+  del new_k, new_v, operands
   return cache_k, cache_v, index + 1
 
 
-def _build_update(spec: arg_specs.ArgSpec) -> harness.Comparison:
-  """Builds the row of one layer, dtype and kind of index."""
+def _quantised(update: Callable[..., Any]) -> Callable[..., Any]:
+  """Makes `update` take floating rows for int8 caches."""
+
+  def quantise(rows):
+    scaled = jnp.round(rows.astype(jnp.float32) / _INT8_SCALE)
+    return jnp.clip(scaled, -127, 127).astype(jnp.int8)
+
+  def quantised_update(cache_k, cache_v, new_k, new_v, index):
+    return update(cache_k, cache_v, quantise(new_k), quantise(new_v), index)
+
+  return quantised_update
+
+
+def _ours_int8(cache_k, cache_v, new_k, new_v, index):
+  return kv_cache.update(
+    cache_k,
+    cache_v,
+    new_k,
+    new_v,
+    index,
+    k_scale=_INT8_SCALE,
+    v_scale=_INT8_SCALE,
+  )
+
+
+def _ours_layer(cache_k, cache_v, new_k, new_v, index, layer):
+  return kv_cache.update(cache_k, cache_v, new_k, new_v, index, layer=layer)
+
+
+def _slice_layer(cache_k, cache_v, new_k, new_v, index, layer):
+  """Takes the layer out, writes to it, and puts it back."""
+  caches = (cache_k, cache_v)
+  one = (lax.dynamic_index_in_dim(c, layer, keepdims=False) for c in caches)
+  written = _slice_update(*one, new_k, new_v, index)
+  return tuple(
+    lax.dynamic_update_index_in_dim(cache, new, layer, 0)
+    for cache, new in zip(caches, written, strict=True)
+  )
+
+
+def _scatter_layer(cache_k, cache_v, new_k, new_v, index, layer):
+  """Writes with `.at[layer, sequence, position].set`."""
+  batch, tokens = new_k.shape[:2]
+  rows = jnp.arange(batch)[:, None]
+  index = jnp.broadcast_to(index, (batch,))
+  positions = index[:, None] + jnp.arange(tokens)
+  return (
+    cache_k.at[layer, rows, positions].set(new_k),
+    cache_v.at[layer, rows, positions].set(new_v),
+  )
+
+
+# Of each op: ours, by slices, by scatter.
+_OPS: dict[str, tuple[Callable[..., Any], ...]] = {
+  "update": (kv_cache.update, _slice_update, _scatter_update),
+  "update_int8": (
+    _ours_int8,
+    _quantised(_slice_update),
+    _quantised(_scatter_update),
+  ),
+  "update_layer": (_ours_layer, _slice_layer, _scatter_layer),
+}
+
+
+def _build(op: str, spec: arg_specs.ArgSpec) -> harness.Comparison:
+  """Builds the row of one op, layer, dtype and kind of index."""
+  ours, by_slices, by_scatter = _OPS[op]
+  new_dtype = "bfloat16" if spec.dtype == "int8" else spec.dtype
   random = np.random.default_rng(0)
   new_k, new_v = (
-    jnp.asarray(random.standard_normal(spec.new_shape).astype(spec.dtype))
+    jnp.asarray(random.standard_normal(spec.new_shape).astype(new_dtype))
     for _ in range(2)
   )
   index = jnp.asarray(
@@ -87,10 +157,13 @@ def _build_update(spec: arg_specs.ArgSpec) -> harness.Comparison:
       dtype=np.int32,
     )
   )
+  operands = [new_k, new_v, index]
+  if spec.layers is not None:
+    operands.append(jnp.int32(spec.layers // 2))
 
   def fresh() -> tuple[Any, ...]:
-    caches = (jnp.full(spec.cache_shape, x, spec.dtype) for x in (0.5, 0.25))
-    return (*caches, new_k, new_v, index)
+    caches = (jnp.full(spec.cache_shape, x, spec.dtype) for x in (1, 2))
+    return *caches, *operands
 
   def side(name: str, function: Callable[..., Any]) -> harness.Side:
     step = jax.jit(function, donate_argnums=(0, 1))
@@ -102,41 +175,59 @@ def _build_update(spec: arg_specs.ArgSpec) -> harness.Comparison:
     )
 
   vmapped = "vmapped " if spec.per_sequence else ""
-  new_bytes = new_k.nbytes + new_v.nbytes
+  new_size = new_k.size + new_v.size
   return harness.Comparison(
-    ours=side("kernels.kv_cache.update", kv_cache.update),
+    ours=side("kernels.kv_cache.update", ours),
     baselines=[
-      side(f"{vmapped}dynamic_update_slice, jit", _slice_update),
-      side("scatter, jit", _scatter_update),
+      side(f"{vmapped}dynamic_update_slice, jit", by_slices),
+      side("scatter, jit", by_scatter),
     ],
-    floor_traffic=harness.Traffic(read=new_bytes, written=new_bytes),
+    floor_traffic=harness.Traffic(
+      read=new_size * new_k.itemsize,
+      written=new_size * jnp.dtype(spec.dtype).itemsize,
+    ),
     floor_side=side("dispatch", _dispatch_only),
     floor_name="copy of the new rows, and the dispatch of a donating call",
-    details=choice.chosen(kv_cache.update, *spec.shapes()),
+    details=choice.chosen(
+      ours,
+      *(jax.ShapeDtypeStruct(spec.cache_shape, spec.dtype) for _ in range(2)),
+      *operands,
+    ),
   )
 
 
 def _case(
-  spec: arg_specs.ArgSpec, per_sequence: bool, dtype: str
+  op: str, spec: arg_specs.ArgSpec, per_sequence: bool, dtype: str
 ) -> harness.Case:
   spec = dataclasses.replace(spec, per_sequence=per_sequence, dtype=dtype)
   shape = f"B{spec.batch}_S{spec.length}_H{spec.heads}_D{spec.head_dim}"
+  layers = f"L{spec.layers}_" if spec.layers is not None else ""
   tokens = f"_T{spec.tokens}" if spec.tokens > 1 else ""
   index = "per_sequence" if per_sequence else "single"
   return harness.Case(
     suite=NAME,
-    op="update",
-    case=f"{spec.name}_{shape}{tokens}_{index}",
+    op=op,
+    case=f"{spec.name}_{layers}{shape}{tokens}_{index}",
     dtype=dtype,
-    build=functools.partial(_build_update, spec),
+    build=functools.partial(_build, op, spec),
   )
 
 
 def cases(settings: harness.Settings) -> Sequence[harness.Case]:
   """Returns the rows: every layer, kind of index and dtype."""
-  return [
-    _case(spec, per_sequence, dtype)
+  rows = [
+    _case("update", spec, per_sequence, dtype)
     for spec in (_QUICK_SPECS if settings.quick else _SPECS)
     for per_sequence in (False, True)
     for dtype in (_QUICK_DTYPES if settings.quick else _DTYPES)
   ]
+  rows += [
+    _case("update_int8", spec, True, "int8")
+    for spec in (_QUICK_SPECS[:1] if settings.quick else _SPECS)
+  ]
+  rows += [
+    _case("update_layer", spec, True, dtype)
+    for spec in _STACKED_SPECS
+    for dtype in (("bfloat16",) if settings.quick else _DTYPES)
+  ]
+  return rows
