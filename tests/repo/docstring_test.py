@@ -1,0 +1,72 @@
+"""What is public is documented, with an example that runs as a doctest."""
+
+import ast
+import importlib
+import inspect
+import pathlib
+import types
+
+import pytest
+
+ROOT = pathlib.Path.cwd()
+PACKAGES = (
+  "bridge",
+  "kernels",
+  "kernels.batch_stat",
+  "kernels.decode_attention",
+  "kernels.kv_cache",
+  "nnx",
+)
+
+
+def public_names(package: str) -> set[str]:
+  """The names that a package's `__init__` re-exports as `a as a` or lists."""
+  path = ROOT.joinpath(*package.split("."), "__init__.py")
+  tree = ast.parse(path.read_text(encoding="utf-8"))
+  names = {
+    alias.name
+    for node in tree.body
+    if isinstance(node, ast.ImportFrom)
+    for alias in node.names
+    if alias.asname == alias.name
+  }
+  return names | set(getattr(importlib.import_module(package), "__all__", ()))
+
+
+def public_objects():
+  for package in PACKAGES:
+    module = importlib.import_module(package)
+    for name in sorted(public_names(package)):
+      yield pytest.param(getattr(module, name), id=f"{package}.{name}")
+
+
+def is_result(value) -> bool:
+  """Whether `value` is a named tuple, which its function's example shows."""
+  return inspect.isclass(value) and hasattr(value, "_fields")
+
+
+@pytest.mark.parametrize("value", list(public_objects()))
+def test_public_symbol_has_a_docstring_with_an_example(value):
+  if not (inspect.isroutine(value) or inspect.isclass(value)):
+    return
+  doc = inspect.getdoc(value)
+  assert doc, "there is no docstring"
+  assert ">>> " in doc or is_result(value), "the docstring has no example"
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_package_has_a_docstring(package):
+  assert importlib.import_module(package).__doc__
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_nothing_but_modules_leaks_from_a_package(package):
+  module = importlib.import_module(package)
+  leaked = {
+    name
+    for name, value in vars(module).items()
+    if not name.startswith("_")
+    and not isinstance(value, types.ModuleType)
+    and getattr(value, "__module__", "") != "typing"
+  }
+  assert leaked <= public_names(package)

@@ -1,0 +1,66 @@
+"""Every compiled extension has a stub, and the stub says what is there."""
+
+import ast
+import importlib
+import pathlib
+
+import pytest
+
+ROOT = pathlib.Path.cwd()
+EXTENSIONS = sorted(
+  path.relative_to(ROOT)
+  for package in ("bridge", "kernels", "nnx")
+  for path in (ROOT / package).rglob("_*.so")
+  if "." not in path.stem
+)
+
+
+def members(value) -> set[str]:
+  return {
+    name
+    for name in vars(value)
+    if not (name.startswith("__") or name.startswith("pybind11"))
+  }
+
+
+def declared(body: list[ast.stmt]) -> dict[str, ast.stmt]:
+  """The names that a stub's body declares, with their statements."""
+  found = {}
+  for node in body:
+    if isinstance(node, ast.FunctionDef | ast.ClassDef):
+      found[node.name] = node
+    elif isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
+      found[node.target.id] = node
+    elif isinstance(node, ast.Assign):
+      found |= {t.id: node for t in node.targets if isinstance(t, ast.Name)}
+  return {
+    name: node
+    for name, node in found.items()
+    if not name.startswith("__") and not is_type_variable(node)
+  }
+
+
+def is_type_variable(node: ast.stmt) -> bool:
+  return (
+    isinstance(node, ast.Assign)
+    and isinstance(node.value, ast.Call)
+    and getattr(node.value.func, "id", "").endswith("TypeVar")
+  )
+
+
+def test_there_are_extensions():
+  assert len(EXTENSIONS) >= 3
+
+
+@pytest.mark.parametrize("path", EXTENSIONS, ids=str)
+def test_stub_says_what_is_there(path):
+  stub = (ROOT / path).with_suffix(".pyi")
+  assert stub.exists(), f"{path} has no stub; write {path.with_suffix('.pyi')}"
+  module = importlib.import_module(".".join(path.with_suffix("").parts))
+  names = declared(ast.parse(stub.read_text(encoding="utf-8")).body)
+  assert set(names) == members(module)
+  for name, node in names.items():
+    value = getattr(module, name)
+    assert isinstance(node, ast.ClassDef) == isinstance(value, type), name
+    if isinstance(node, ast.ClassDef):
+      assert set(declared(node.body)) == members(value), name
