@@ -30,15 +30,47 @@ from nnx.filters import PathContains as PathContains
 from nnx.filters import PathIn as PathIn
 from nnx.filters import WithTag as WithTag
 from nnx.graph import runtime as _runtime  # noqa: F401
+from nnx.graph.contexts import MergeContext as MergeContext
+from nnx.graph.contexts import SplitContext as SplitContext
+from nnx.graph.contexts import UpdateContext as UpdateContext
+from nnx.graph.contexts import current_update_context as current_update_context
+from nnx.graph.contexts import merge_context as merge_context
+from nnx.graph.contexts import split_context as split_context
+from nnx.graph.contexts import update_context as update_context
+from nnx.graph.definitions import GraphDef as GraphDef
+from nnx.graph.definitions import GraphState as GraphState
+from nnx.graph.definitions import NodeDef as NodeDef
+from nnx.graph.definitions import PureState as PureState
+from nnx.graph.definitions import call as call
+from nnx.graph.extraction import NodeStates as NodeStates
+from nnx.graph.extraction import from_tree as from_tree
+from nnx.graph.extraction import to_tree as to_tree
+from nnx.graph.functional import as_pure as as_pure
+from nnx.graph.functional import cached_partial as cached_partial
 from nnx.graph.functional import clone as clone
+from nnx.graph.functional import flatten as flatten
 from nnx.graph.functional import graphdef as graphdef
+from nnx.graph.functional import map as map
 from nnx.graph.functional import merge as merge
 from nnx.graph.functional import pop as pop
+from nnx.graph.functional import pure as pure
+from nnx.graph.functional import set_metadata as set_metadata
 from nnx.graph.functional import split as split
 from nnx.graph.functional import state as state
+from nnx.graph.functional import unflatten as unflatten
+from nnx.graph.functional import unpack as unpack
 from nnx.graph.functional import update as update
-from nnx.graph.graphdef import GraphDef as GraphDef
-from nnx.graph.graphdef import NodeDef as NodeDef
+from nnx.graph.functional import variables as variables
+from nnx.graph.functional import vars_as as vars_as
+from nnx.graph.functional import with_vars as with_vars
+from nnx.graph.modes import set_graph_mode as set_graph_mode
+from nnx.graph.modes import set_graph_updates as set_graph_updates
+from nnx.graph.registry import (
+  register_graph_node_type as register_graph_node_type,
+)
+from nnx.graph.traversal import find_duplicates as find_duplicates
+from nnx.graph.traversal import iter_graph as iter_graph
+from nnx.graph.traversal import recursive_map as recursive_map
 from nnx.module import Module as Module
 from nnx.module import capture as capture
 from nnx.module import iter_children as iter_children
@@ -108,3 +140,16 @@ from nnx.variables import using_eager_sharding as using_eager_sharding
 from nnx.variables import variable_name_from_type as variable_name_from_type
 from nnx.variables import variable_type_from_name as variable_type_from_name
 from nnx.variables import with_metadata as with_metadata
+
+
+def __getattr__(name: str):
+  # `nnx.bridge`, as the documents spell it. It imports flax, so only when asked
+  # for; the one place where this package looks up to one above it.
+  if name == "bridge":
+    import bridge
+
+    return bridge
+  raise AttributeError(f"module `nnx` has no attribute `{name}`")
+
+
+from nnx.module import iter_module_children as iter_module_children

@@ -12,7 +12,7 @@ from nnx import pytree
 from nnx import state
 from nnx import variables
 from nnx.graph import _engine
-from nnx.graph import graphdef
+from nnx.graph import definitions
 from nnx.graph import pytrees
 from nnx.graph import tracing
 
@@ -25,9 +25,16 @@ _ARRAY_TYPES = (
 )
 
 
-def is_array_type(cls: type) -> bool:
-  """Whether instances of a class are leaves of a graph."""
-  return issubclass(cls, _ARRAY_TYPES) or cls in pytree.data_types
+def is_array_type(cls: type) -> bool | None:
+  """What instances of a class are to the graph functions.
+
+  Returns:
+    True for arrays, which are leaves; False for scalars of numpy, which are
+    static as attributes and leaves as arguments; None for all else.
+  """
+  if issubclass(cls, _ARRAY_TYPES) or cls in pytree.data_types:
+    return True
+  return False if issubclass(cls, np.generic) else None
 
 
 def configure() -> None:
@@ -42,13 +49,13 @@ def configure() -> None:
     variable_metadata=variables.VariableMetadata,
     attribute_marker=pytree.Marker,
     state=state.State,
-    structure=graphdef.NodeDef,
+    structure=definitions.NodeDef,
     library_prefix=os.path.dirname(os.path.dirname(__file__)) + os.sep,
   )
 
 
 configure()
-pytrees.register_static_type(graphdef.NodeDef)
+pytrees.register_static_type(definitions.NodeDef)
 jax.tree_util.register_pytree_node(
   _engine.Packed, _engine.packed_flatten, _engine.packed_unflatten
 )

@@ -68,6 +68,7 @@ bool Classify(PyTypeObject* type, TypeInfo* info) {
         rt.is_array_type, reinterpret_cast<PyObject*>(type)));
     if (!is_array) return false;
     if (is_array.get() == Py_True) info->kind = TypeKind::kArray;
+    if (is_array.get() == Py_False) info->kind = TypeKind::kPlain;
   }
   return true;
 }
@@ -106,6 +107,56 @@ void Canonicalise(const Layout& layout, const std::vector<PyObject*>& scratch,
   }
 }
 
+// The canonical positions of keys: ints, then strings, each ascending; where
+// there are any others, as they come. Runs no Python code.
+std::vector<int32_t> CanonicalOrder(const std::vector<Ref>& keys) {
+  const auto size = static_cast<int32_t>(keys.size());
+  std::vector<std::pair<long long, int32_t>> ints;
+  std::vector<int32_t> order;
+  order.reserve(keys.size());
+  bool plain = true;
+  for (int32_t i = 0; plain && i < size; ++i) {
+    PyObject* key = keys[i].get();
+    if (PyUnicode_CheckExact(key)) {
+      order.push_back(i);
+    } else if (PyLong_CheckExact(key)) {
+      int overflow = 0;
+      ints.emplace_back(PyLong_AsLongLongAndOverflow(key, &overflow), i);
+      plain = overflow == 0;
+    } else {
+      plain = false;
+    }
+  }
+  if (!plain) {
+    order.resize(keys.size());
+    for (int32_t i = 0; i < size; ++i) order[i] = i;
+    return order;
+  }
+  auto less = [&](int32_t a, int32_t b) {
+    return PyUnicode_Compare(keys[a].get(), keys[b].get()) < 0;
+  };
+  if (!std::is_sorted(order.begin(), order.end(), less)) {
+    std::sort(order.begin(), order.end(), less);
+  }
+  if (ints.empty()) return order;
+  std::sort(ints.begin(), ints.end());
+  std::vector<int32_t> all;
+  all.reserve(keys.size());
+  for (const auto& [number, i] : ints) all.push_back(i);
+  all.insert(all.end(), order.begin(), order.end());
+  return all;
+}
+
+Ref PickTuple(const std::vector<Ref>& items, const std::vector<int32_t>& order) {
+  Ref tuple = Ref::Steal(PyTuple_New(static_cast<Py_ssize_t>(order.size())));
+  if (!tuple) return Ref();
+  for (size_t i = 0; i < order.size(); ++i) {
+    PyTuple_SET_ITEM(tuple.get(), static_cast<Py_ssize_t>(i),
+                     Ref(items[order[i]]).release());
+  }
+  return tuple;
+}
+
 }  // namespace
 
 TypeInfo* FindTypeInfo(PyTypeObject* type) {
@@ -140,8 +191,13 @@ void ForgetType(PyTypeObject* type) {
 bool RegisterCustomNode(PyTypeObject* type, CustomNode node) {
   TypeInfo* info = GetTypeInfo(type);
   if (!info) return false;
-  if (info->kind != TypeKind::kUnknown && info->kind != TypeKind::kCustom &&
-      info->kind != TypeKind::kNamedTuple) {
+  if (info->kind == TypeKind::kCustom) {
+    PyErr_Format(PyExc_ValueError,
+                 "`type` must be registered once, but %s is already.",
+                 type->tp_name);
+    return false;
+  }
+  if (info->kind != TypeKind::kUnknown && info->kind != TypeKind::kNamedTuple) {
     PyErr_Format(PyExc_ValueError,
                  "`type` must not be a Variable, Module, array or builtin "
                  "container, which the graph functions know already, but got "
@@ -171,80 +227,44 @@ Layout* MatchLayout(TypeInfo* info, PyObject* dict,
 Layout* FindLayout(TypeInfo* info, PyObject* dict,
                    std::vector<PyObject*>* arena) {
   if (Layout* layout = MatchLayout(info, dict, arena)) return layout;
-  auto layout = std::make_unique<Layout>();
-  std::vector<PyObject*> scratch;
+  // Owned, since making the tuple below may run the garbage collector.
+  std::vector<Ref> names;
   PyObject *key, *value;
   Py_ssize_t position = 0;
   while (PyDict_Next(dict, &position, &key, &value)) {
-    if (!PyUnicode_CheckExact(key) && !PyLong_CheckExact(key)) {
-      PyErr_Format(PyExc_TypeError,
-                   "Attribute names must be strings or ints, but `__dict__` "
-                   "has the key %R.",
-                   key);
-      return nullptr;
+    names.push_back(Ref::Borrow(key));
+  }
+  for (const Ref& name : names) {
+    if (PyUnicode_CheckExact(name.get()) || PyLong_CheckExact(name.get())) {
+      continue;
     }
-    layout->inserted.push_back(Ref::Borrow(key));
-    scratch.push_back(value);
+    PyErr_Format(PyExc_TypeError,
+                 "Attribute names must be strings or ints, but `__dict__` "
+                 "has the key %R.",
+                 name.get());
+    return nullptr;
   }
-  const size_t size = layout->inserted.size();
-  layout->order.resize(size);
-  std::unordered_map<PyObject*, int32_t> positions;
-  for (size_t i = 0; i < size; ++i) {
-    positions.emplace(layout->inserted[i].get(), static_cast<int32_t>(i));
-  }
-  layout->keys = CanonicalKeys(dict);
+  auto layout = std::make_unique<Layout>();
+  layout->order = CanonicalOrder(names);
+  layout->keys = PickTuple(names, layout->order);
   if (!layout->keys) return nullptr;
-  for (size_t i = 0; i < size; ++i) {
-    layout->order[i] = positions.at(
-        PyTuple_GET_ITEM(layout->keys.get(), static_cast<Py_ssize_t>(i)));
-  }
-  Canonicalise(*layout, scratch, arena);
+  layout->inserted = std::move(names);
   if (info->layouts.size() >= kMaxLayouts) info->layouts.clear();
   info->layouts.insert(info->layouts.begin(), std::move(layout));
-  return info->layouts.front().get();
+  if (Layout* made = MatchLayout(info, dict, arena)) return made;
+  PyErr_SetString(PyExc_RuntimeError, "An object changed while it was walked.");
+  return nullptr;
 }
 
 Ref CanonicalKeys(PyObject* dict) {
-  std::vector<std::pair<long long, PyObject*>> ints;
-  std::vector<PyObject*> names;
-  bool plain = true;
+  std::vector<Ref> keys;
+  keys.reserve(static_cast<size_t>(PyDict_GET_SIZE(dict)));
   PyObject *key, *value;
   Py_ssize_t position = 0;
-  while (plain && PyDict_Next(dict, &position, &key, &value)) {
-    if (PyUnicode_CheckExact(key)) {
-      names.push_back(key);
-    } else if (PyLong_CheckExact(key)) {
-      int overflow = 0;
-      const long long number = PyLong_AsLongLongAndOverflow(key, &overflow);
-      plain = overflow == 0;
-      ints.emplace_back(number, key);
-    } else {
-      plain = false;
-    }
+  while (PyDict_Next(dict, &position, &key, &value)) {
+    keys.push_back(Ref::Borrow(key));
   }
-  Ref keys = Ref::Steal(PyTuple_New(PyDict_GET_SIZE(dict)));
-  if (!keys) return Ref();
-  Py_ssize_t count = 0;
-  auto append = [&](PyObject* item) {
-    Py_INCREF(item);
-    PyTuple_SET_ITEM(keys.get(), count++, item);
-  };
-  if (plain) {
-    std::sort(ints.begin(), ints.end(),
-              [](const auto& a, const auto& b) { return a.first < b.first; });
-    auto less = [](PyObject* a, PyObject* b) {
-      return PyUnicode_Compare(a, b) < 0;
-    };
-    if (!std::is_sorted(names.begin(), names.end(), less)) {
-      std::sort(names.begin(), names.end(), less);
-    }
-    for (const auto& item : ints) append(item.second);
-    for (PyObject* name : names) append(name);
-  } else {
-    position = 0;
-    while (PyDict_Next(dict, &position, &key, &value)) append(key);
-  }
-  return keys;
+  return PickTuple(keys, CanonicalOrder(keys));
 }
 
 }  // namespace nnx::graph

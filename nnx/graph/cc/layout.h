@@ -42,6 +42,7 @@ struct CustomNode {
   Ref set_key;       // (value, key, child)
   Ref pop_key;       // (value, key) -> child
   Ref clear;         // (value)
+  Ref init;          // (value, pairs of key and child)
 };
 
 struct TypeInfo {

@@ -663,6 +663,40 @@ PyObject* FramedFunction(PyObject*, PyObject* const* args, Py_ssize_t nargs) {
   return PyObject_Vectorcall(args[2], args + 3, nargs - 3, nullptr);
 }
 
+// matches(structure, values) -> whether values that flatten returned the
+// structure of still have it
+PyObject* MatchesFunction(PyObject*, PyObject* const* args, Py_ssize_t nargs) {
+  if (nargs != 2) {
+    PyErr_SetString(PyExc_TypeError,
+                    "`matches` takes a structure and a tuple of values.");
+    return nullptr;
+  }
+  if (!CheckStructure(args[0])) return nullptr;
+  const Structure* structure = AsStructure(args[0]);
+  if (!CheckTuple(args[1], structure->num_roots, "values")) return nullptr;
+  {
+    std::vector<PyObject*> leaves(structure->num_leaves);
+    std::vector<PyObject*> objects(structure->num_indices);
+    Matcher matcher(structure, leaves.data(), objects.data());
+    bool matched = true;
+    for (int32_t i = 0; matched && i < structure->num_roots; ++i) {
+      matched = matcher.Match(PyTuple_GET_ITEM(args[1], i));
+    }
+    const int equal = matched ? matcher.FinishDeferred() : 0;
+    if (equal < 0) return nullptr;
+    if (equal) Py_RETURN_TRUE;
+  }
+  // What the fast walk does not decide, such as custom nodes, the slow one does.
+  Flattener flattener(/*hash_statics=*/true);
+  for (int32_t i = 0; i < structure->num_roots; ++i) {
+    if (!flattener.Add(PyTuple_GET_ITEM(args[1], i), Mode::kPytree)) {
+      return nullptr;
+    }
+  }
+  Ref now = flattener.Finish();
+  return now ? PyObject_RichCompare(args[0], now.get(), Py_EQ) : nullptr;
+}
+
 PyMethodDef lift_functions[] = {
     {"flatten", reinterpret_cast<PyCFunction>(FlattenFunction),
      METH_VARARGS | METH_KEYWORDS,
@@ -679,6 +713,8 @@ PyMethodDef lift_functions[] = {
     {"framed", reinterpret_cast<PyCFunction>(FramedFunction), METH_FASTCALL,
      "framed(structure, objects, function, *args): calls it; copies that it "
      "makes of the objects know where those were made."},
+    {"matches", reinterpret_cast<PyCFunction>(MatchesFunction), METH_FASTCALL,
+     "matches(structure, values): whether values still have a structure."},
     {"packed_flatten", PackedFlatten, METH_O, "(outputs, plan) of a Packed."},
     {"packed_unflatten", reinterpret_cast<PyCFunction>(PackedUnflatten),
      METH_FASTCALL, "The Packed of a plan and outputs."},

@@ -581,6 +581,20 @@ void SetRaw(VariableObject* variable, PyObject* raw) {
   Py_XDECREF(old);
 }
 
+bool AssignVariable(VariableObject* target, VariableObject* source) {
+  if (target == source) return true;
+  SetRaw(target, source->raw);
+  target->hook_flags = source->hook_flags;
+  if (PyDict_GET_SIZE(target->metadata) == 0 &&
+      PyDict_GET_SIZE(source->metadata) == 0) {
+    return true;
+  }
+  Ref metadata = Ref::Steal(PyDict_Copy(source->metadata));
+  if (!metadata) return false;
+  PyDict_Clear(target->metadata);
+  return PyDict_Update(target->metadata, metadata.get()) == 0;
+}
+
 PyObject* ObjectDict(ObjectObject* object) {
   if (!object->dict) object->dict = PyDict_New();
   return object->dict;

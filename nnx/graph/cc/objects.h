@@ -84,6 +84,8 @@ void RaiseTraceError(PyObject* object);
 bool CheckCanUpdate(PyObject* object);
 
 void SetRaw(VariableObject* variable, PyObject* raw);
+// Gives `target` the value, the metadata and the hooks of `source`.
+bool AssignVariable(VariableObject* target, VariableObject* source);
 
 // The instance dictionary, made if need be (borrowed).
 PyObject* ObjectDict(ObjectObject* object);

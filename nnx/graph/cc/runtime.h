@@ -17,7 +17,8 @@ struct Runtime {
   PyObject* eval_trace = nullptr;
   // (object) -> exception to raise when it is changed from another trace.
   PyObject* trace_error = nullptr;
-  // (type) -> bool: whether instances are array leaves.
+  // (type) -> True: instances are array leaves; False: they are scalars or the
+  // like, never a pytree node; None: a registered pytree node, or static.
   PyObject* is_array_type = nullptr;
   // (value) -> (children, treedef, keys) of a registered pytree node, or None.
   PyObject* flatten_pytree = nullptr;

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <string>
+#include <unordered_map>
 #include <utility>
 #include <vector>
 
@@ -130,6 +131,34 @@ class MappingBuilder {
                  bool exhaustive)
       : walk_(walk), selector_(selector), exhaustive_(exhaustive) {}
 
+  // A list with a nested mapping for each filter; of a value that is a Variable
+  // or an array, with it in place of the mapping.
+  Ref Run() {
+    Mappings mappings(selector_.size());
+    const Node& root = walk_.nodes()[0];
+    if (root.kind == NodeKind::kVariable || root.kind == NodeKind::kLeaf) {
+      PyObject* leaf = LeafOf(root);
+      const int number = selector_.Select(path_, leaf);
+      if (number < 0) return Ref();
+      if (number < selector_.size()) {
+        mappings[number] = Ref::Borrow(leaf);
+      } else if (exhaustive_) {
+        RaiseUnselected(path_, leaf);
+        return Ref();
+      }
+    } else if (!Build(0, &mappings)) {
+      return Ref();
+    }
+    return ToList(&mappings);
+  }
+
+ private:
+  PyObject* LeafOf(const Node& node) {
+    return node.kind == NodeKind::kVariable
+               ? walk_.objects()[node.index].get()
+               : walk_.leaves()[node.leaf].get();
+  }
+
   bool Build(int32_t position, Mappings* mappings) {
     const Node& node = walk_.nodes()[position];
     int32_t child = position + 1;
@@ -141,7 +170,6 @@ class MappingBuilder {
     return true;
   }
 
- private:
   bool BuildChild(const Node& node, int32_t i, int32_t child,
                   const Node& child_node, Mappings* mappings) {
     if (child_node.kind == NodeKind::kStatic ||
@@ -153,9 +181,7 @@ class MappingBuilder {
     bool ok = true;
     if (child_node.kind == NodeKind::kVariable ||
         child_node.kind == NodeKind::kLeaf) {
-      PyObject* leaf = child_node.kind == NodeKind::kVariable
-                           ? walk_.objects()[child_node.index].get()
-                           : walk_.leaves()[child_node.leaf].get();
+      PyObject* leaf = LeafOf(child_node);
       const int number = selector_.Select(path_, leaf);
       if (number == selector_.size()) {
         if (exhaustive_) RaiseUnselected(path_, leaf);
@@ -193,18 +219,78 @@ bool CheckArity(Py_ssize_t nargs, Py_ssize_t want, const char* name) {
   return false;
 }
 
-// split(value, filters, exhaustive) -> (structure, [mapping, ...])
+bool ObjectList(PyObject* value, const char* name, std::vector<Ref>* objects) {
+  if (value == Py_None) return true;
+  if (!PyList_Check(value)) {
+    PyErr_Format(PyExc_TypeError, "`%s` must be a list or None, but got %s.",
+                 name, Py_TYPE(value)->tp_name);
+    return false;
+  }
+  for (Py_ssize_t i = 0; i < PyList_GET_SIZE(value); ++i) {
+    objects->push_back(Ref::Borrow(PyList_GET_ITEM(value, i)));
+  }
+  return true;
+}
+
+// Adds the objects that a walk has met first.
+bool Extend(PyObject* list, const std::vector<Ref>& objects, size_t from) {
+  for (size_t i = from; i < objects.size(); ++i) {
+    PyObject* object = objects[i] ? objects[i].get() : Py_None;
+    if (PyList_Append(list, object) < 0) return false;
+  }
+  return true;
+}
+
+// By object of a walk, its number among `updated`, or -1.
+Ref UpdateNumbers(const std::vector<Ref>& objects,
+                  const std::vector<Ref>& updated) {
+  std::unordered_map<PyObject*, long> numbers;
+  for (size_t i = 0; i < updated.size(); ++i) {
+    numbers.emplace(updated[i].get(), static_cast<long>(i));
+  }
+  Ref tuple =
+      Ref::Steal(PyTuple_New(static_cast<Py_ssize_t>(objects.size())));
+  if (!tuple) return Ref();
+  for (size_t i = 0; i < objects.size(); ++i) {
+    const auto number = numbers.find(objects[i].get());
+    PyObject* item =
+        PyLong_FromLong(number == numbers.end() ? -1 : number->second);
+    if (!item) return Ref();
+    PyTuple_SET_ITEM(tuple.get(), static_cast<Py_ssize_t>(i), item);
+  }
+  return tuple;
+}
+
+// split(value, filters, exhaustive, seen=None, updated=None)
+//   -> (structure, [mapping, ...])
+// `seen`: list of the objects that earlier splits met, to be continued.
+// `updated`: list of objects; the structure says which of its nodes they are.
 PyObject* SplitFunction(PyObject*, PyObject* const* args, Py_ssize_t nargs) {
-  if (!CheckArity(nargs, 3, "split") || !ParseFilters(args[1])) return nullptr;
+  if (nargs != 5 && !CheckArity(nargs, 3, "split")) return nullptr;
+  if (!ParseFilters(args[1])) return nullptr;
   Flattener walk(/*hash_statics=*/true);
+  std::vector<Ref> seen, updated;
+  if (nargs == 5) {
+    if (!ObjectList(args[3], "seen", &seen) ||
+        !ObjectList(args[4], "updated", &updated)) {
+      return nullptr;
+    }
+    walk.Seed(seen);
+  }
   if (!walk.Add(args[0], Mode::kAttributes)) return nullptr;
   const Selector selector(args[1]);
-  Mappings mappings(selector.size());
-  MappingBuilder builder(walk, selector, args[2] == Py_True);
-  if (!builder.Build(0, &mappings)) return nullptr;
-  Ref structure = walk.Finish();
-  Ref list = ToList(&mappings);
-  if (!structure || !list) return nullptr;
+  Ref list = MappingBuilder(walk, selector, args[2] == Py_True).Run();
+  Ref structure = list ? walk.Finish() : Ref();
+  if (!structure) return nullptr;
+  if (nargs == 5 && args[4] != Py_None) {
+    Ref numbers = UpdateNumbers(walk.objects(), updated);
+    if (!numbers) return nullptr;
+    AsStructure(structure.get())->updates = numbers.release();
+  }
+  if (nargs == 5 && args[3] != Py_None &&
+      !Extend(args[3], walk.objects(), seen.size())) {
+    return nullptr;
+  }
   return PyTuple_Pack(2, structure.get(), list.get());
 }
 
@@ -214,10 +300,7 @@ PyObject* StateFunction(PyObject*, PyObject* const* args, Py_ssize_t nargs) {
   Flattener walk(/*hash_statics=*/false);
   if (!walk.Add(args[0], Mode::kAttributes)) return nullptr;
   const Selector selector(args[1]);
-  Mappings mappings(selector.size());
-  MappingBuilder builder(walk, selector, /*exhaustive=*/false);
-  if (!builder.Build(0, &mappings)) return nullptr;
-  return ToList(&mappings).release();
+  return MappingBuilder(walk, selector, /*exhaustive=*/false).Run().release();
 }
 
 // graphdef(value) -> structure
@@ -249,19 +332,48 @@ bool HasLeaves(const std::vector<Node>& nodes, int32_t position) {
 // Finds the leaf of each node of a structure in a nested mapping.
 class Provider {
  public:
-  Provider(const Structure* structure, bool copy)
-      : nodes_(*structure->nodes), copy_(copy), provided_(nodes_.size()) {}
+  // `copy`: Variables are copied. `keep_arrays`: an array in place of a Variable
+  // stays one.
+  Provider(const Structure* structure, bool copy, bool keep_arrays)
+      : nodes_(*structure->nodes),
+        copy_(copy),
+        keep_arrays_(keep_arrays),
+        provided_(nodes_.size()) {}
 
   bool ProvideRoot(int32_t position, PyObject* value) {
     const Node& node = nodes_[position];
     if (node.kind == NodeKind::kVariable || node.kind == NodeKind::kLeaf) {
       return ProvideLeaf(position, value);
     }
+    if (PyList_CheckExact(value)) return ProvideList(value);
     Ref mapping = AsMapping(value);
     if (!mapping) return RaiseMapping(value);
     Py_ssize_t used = 0;
     return Provide(position, mapping.get(), &used) &&
            CheckAllUsed(position, mapping.get(), used);
+  }
+
+  // The leaves in canonical order.
+  bool ProvideList(PyObject* list) {
+    Py_ssize_t count = 0;
+    const auto size = static_cast<int32_t>(nodes_.size());
+    for (int32_t i = 0; i < size;) {
+      const bool leaf = nodes_[i].kind == NodeKind::kVariable ||
+                        nodes_[i].kind == NodeKind::kLeaf;
+      if (leaf) {
+        if (count < PyList_GET_SIZE(list)) {
+          Ref value = Ref::Borrow(PyList_GET_ITEM(list, count));
+          if (!ProvideLeaf(i, value.get())) return false;
+        }
+        ++count;
+      }
+      i = leaf ? nodes_[i].end : i + 1;
+    }
+    if (count == PyList_GET_SIZE(list)) return true;
+    PyErr_Format(PyExc_ValueError,
+                 "The list must hold the %zd leaves of the graph, but got %zd.",
+                 count, PyList_GET_SIZE(list));
+    return false;
   }
 
   std::vector<PyObject*> Borrowed() const {
@@ -296,7 +408,9 @@ class Provider {
       return true;
     }
     auto* type = reinterpret_cast<PyTypeObject*>(node.type.get());
-    if (!IsVariable(value)) {
+    if (!IsVariable(value) && keep_arrays_) {
+      provided_[position] = Ref::Borrow(value);
+    } else if (!IsVariable(value)) {
       provided_[position] = NewVariable(type, value, node.aux.get(),
                                         node.hook_flags, nullptr);
     } else if (copy_) {
@@ -377,13 +491,37 @@ class Provider {
 
   const std::vector<Node>& nodes_;
   const bool copy_;
+  const bool keep_arrays_;
   std::vector<Ref> provided_;
   std::vector<Ref> path_;
 };
 
-// merge(structure, state, copy) -> value
+// Whether the objects to update are what the structure has in their place.
+bool CheckReuse(const Structure& structure,
+                const std::vector<PyObject*>& reuse) {
+  for (const Node& node : *structure.nodes) {
+    if (node.kind == NodeKind::kRef || node.index < 0) continue;
+    PyObject* object = reuse[node.index];
+    if (!object || reinterpret_cast<PyObject*>(Py_TYPE(object)) ==
+                       node.type.get()) {
+      continue;
+    }
+    PyErr_Format(PyExc_ValueError,
+                 "`graphdef` updates a %s where the context has a %s: it is not "
+                 "of this `nnx.update_context`.",
+                 reinterpret_cast<PyTypeObject*>(node.type.get())->tp_name,
+                 Py_TYPE(object)->tp_name);
+    return false;
+  }
+  return true;
+}
+
+// merge(structure, state, flags, seen=None, updated=None) -> value
+// `flags`: 1 copies the Variables, 2 keeps arrays in place of Variables.
+// `seen`: list of the objects that earlier merges made, to be continued.
+// `updated`: list of the objects that the structure says it updates.
 PyObject* MergeFunction(PyObject*, PyObject* const* args, Py_ssize_t nargs) {
-  if (!CheckArity(nargs, 3, "merge")) return nullptr;
+  if (nargs != 5 && !CheckArity(nargs, 3, "merge")) return nullptr;
   if (!PyObject_TypeCheck(args[0], g_structure_type)) {
     PyErr_Format(PyExc_TypeError,
                  "`graphdef` must be a graph structure (from nnx.split or "
@@ -398,13 +536,50 @@ PyObject* MergeFunction(PyObject*, PyObject* const* args, Py_ssize_t nargs) {
                     "the arguments of a function.");
     return nullptr;
   }
-  Provider provider(structure, args[2] == Py_True);
+  std::vector<Ref> seen, updated;
+  if (nargs == 5 && (!ObjectList(args[3], "seen", &seen) ||
+                     !ObjectList(args[4], "updated", &updated))) {
+    return nullptr;
+  }
+  if (static_cast<size_t>(structure->num_outer) > seen.size()) {
+    PyErr_Format(PyExc_ValueError,
+                 "`graphdef` refers to %d objects of earlier splits of its "
+                 "context, but %zu were merged: merge all of them, in order, in "
+                 "one `nnx.merge_context`.",
+                 structure->num_outer, seen.size());
+    return nullptr;
+  }
+  const long flags = PyLong_AsLong(args[2]);
+  if (flags == -1 && PyErr_Occurred()) return nullptr;
+  Provider provider(structure, flags & 1, flags & 2);
   if (!provider.ProvideRoot(0, args[1])) return nullptr;
   const std::vector<PyObject*> provided = provider.Borrowed();
-  Unflattener build(*structure->nodes, nullptr, nullptr,
+  std::vector<PyObject*> reuse;
+  if (structure->updates && !updated.empty()) {
+    reuse.resize(structure->num_indices);
+    for (int32_t i = structure->num_outer; i < structure->num_indices; ++i) {
+      const long number =
+          PyLong_AsLong(PyTuple_GET_ITEM(structure->updates, i));
+      if (number >= 0 && static_cast<size_t>(number) < updated.size()) {
+        reuse[i] = updated[number].get();
+      }
+    }
+    if (!CheckReuse(*structure, reuse)) return nullptr;
+  }
+  Unflattener build(*structure->nodes, nullptr,
+                    reuse.empty() ? nullptr : reuse.data(),
                     structure->num_indices);
   build.set_provided(&provided);
-  return build.Build().release();
+  for (int32_t i = 0; i < structure->num_outer; ++i) {
+    build.Declare(i, seen[i].get());
+  }
+  Ref result = build.Build();
+  if (!result) return nullptr;
+  if (nargs == 5 && args[3] != Py_None &&
+      !Extend(args[3], build.objects(), structure->num_outer)) {
+    return nullptr;
+  }
+  return result.release();
 }
 
 // clone(value, variables) -> value
@@ -435,6 +610,8 @@ PyObject* CloneFunction(PyObject*, PyObject* const* args, Py_ssize_t nargs) {
 class Updater {
  public:
   bool Plan(PyObject* node, PyObject* state) {
+    RecursionGuard guard;
+    if (!guard.entered()) return false;
     if (IsVariable(node)) return PlanVariable(node, state);
     Ref mapping = AsMapping(state);
     if (!mapping) {
@@ -451,6 +628,7 @@ class Updater {
     Py_ssize_t position = 0;
     while (PyDict_Next(mapping.get(), &position, &key, &value)) {
       path_.push_back(Ref::Borrow(key));
+      Ref held = Ref::Borrow(value);
       if (!PlanItem(node, key, value)) return false;
       path_.pop_back();
     }
@@ -577,10 +755,32 @@ class Updater {
                      PathText(path_).c_str(), Py_TYPE(value)->tp_name);
         return false;
       }
-      writes_.push_back({owner, Ref::Borrow(key), Ref::Borrow(value)});
-      return true;
+      return CanAssign(owner.get()) &&
+             (writes_.push_back({owner, Ref::Borrow(key), Ref::Borrow(value)}),
+              true);
     }
     return Plan(current.get(), value);
+  }
+
+  // Whether an item of `owner` can be replaced, as far as its type tells.
+  bool CanAssign(PyObject* owner) {
+    TypeInfo* info = GetTypeInfo(Py_TYPE(owner));
+    if (!info) return false;
+    switch (info->kind) {
+      case TypeKind::kObject:
+      case TypeKind::kList:
+      case TypeKind::kDict:
+      case TypeKind::kState:
+      case TypeKind::kCustom:
+        return true;
+      default:
+        PyErr_Format(PyExc_ValueError,
+                     "Arrays that `update` replaces must be attributes or items "
+                     "of lists and dicts, but `%s` is in a %s, which cannot "
+                     "change: make it a Variable.",
+                     PathText(path_).c_str(), Py_TYPE(owner)->tp_name);
+        return false;
+    }
   }
 
   // A leaf that the graph does not have yet becomes an attribute or item.
@@ -609,25 +809,22 @@ class Updater {
     PyObject* owner = write.owner.get();
     PyObject* value = write.value.get();
     if (IsVariable(owner)) {
-      VariableObject* variable = AsVariable(owner);
-      if (!IsVariable(value)) {
-        SetRaw(variable, value);
-        return true;
+      if (IsVariable(value)) {
+        return AssignVariable(AsVariable(owner), AsVariable(value));
       }
-      VariableObject* source = AsVariable(value);
-      if (source == variable) return true;
-      SetRaw(variable, source->raw);
-      if (PyDict_GET_SIZE(variable->metadata) == 0 &&
-          PyDict_GET_SIZE(source->metadata) == 0) {
-        return true;
-      }
-      variable->hook_flags = source->hook_flags;
-      PyDict_Clear(variable->metadata);
-      return PyDict_Update(variable->metadata, source->metadata) == 0;
+      SetRaw(AsVariable(owner), value);
+      return true;
     }
     if (IsObject(owner)) {
       PyObject* dict = ObjectDict(AsObject(owner));
       return dict && PyDict_SetItem(dict, write.key.get(), value) == 0;
+    }
+    const TypeInfo* info = GetTypeInfo(Py_TYPE(owner));
+    if (!info) return false;
+    if (info->kind == TypeKind::kCustom) {
+      Ref set_key = info->custom->set_key;
+      return static_cast<bool>(Ref::Steal(PyObject_CallFunctionObjArgs(
+          set_key.get(), owner, write.key.get(), value, nullptr)));
     }
     return PyObject_SetItem(owner, write.key.get(), value) == 0;
   }
@@ -693,6 +890,16 @@ class Popper {
       if (IsObject(owner.get()) && !CheckCanUpdate(owner.get())) return false;
     }
     for (const auto& [owner, key] : removals_) {
+      const TypeInfo* info = GetTypeInfo(Py_TYPE(owner.get()));
+      if (!info) return false;
+      if (info->kind == TypeKind::kCustom) {
+        Ref pop_key = info->custom->pop_key;
+        if (!Ref::Steal(PyObject_CallFunctionObjArgs(
+                pop_key.get(), owner.get(), key.get(), nullptr))) {
+          return false;
+        }
+        continue;
+      }
       PyObject* dict = IsObject(owner.get())
                            ? ObjectDict(AsObject(owner.get()))
                            : owner.get();
@@ -704,7 +911,8 @@ class Popper {
  private:
   bool Remove(const Node& owner, const Ref& key) {
     if (owner.index >= 0 && (owner.kind == NodeKind::kObject ||
-                             owner.kind == NodeKind::kDict)) {
+                             owner.kind == NodeKind::kDict ||
+                             owner.kind == NodeKind::kCustom)) {
       removals_.emplace_back(walk_.objects()[owner.index], key);
       return true;
     }
@@ -727,6 +935,11 @@ PyObject* PopFunction(PyObject*, PyObject* const* args, Py_ssize_t nargs) {
   if (!CheckArity(nargs, 2, "pop") || !ParseFilters(args[1])) return nullptr;
   Flattener walk(/*hash_statics=*/false);
   if (!walk.Add(args[0], Mode::kAttributes)) return nullptr;
+  if (IsVariable(args[0])) {
+    PyErr_SetString(PyExc_ValueError,
+                    "`node` must hold the Variables to pop, but it is one.");
+    return nullptr;
+  }
   const Selector selector(args[1]);
   Mappings mappings(selector.size());
   Popper popper(walk, selector);
@@ -742,6 +955,8 @@ class MappingSplitter {
       : selector_(selector), exhaustive_(exhaustive) {}
 
   bool Split(PyObject* mapping, Mappings* mappings) {
+    RecursionGuard guard;
+    if (!guard.entered()) return false;
     PyObject *key, *value;
     Py_ssize_t position = 0;
     while (PyDict_Next(mapping, &position, &key, &value)) {
@@ -796,24 +1011,45 @@ PyObject* SplitMappingFunction(PyObject*, PyObject* const* args,
   return ToList(&mappings).release();
 }
 
-bool MergeInto(PyObject* target, PyObject* source) {
-  PyObject *key, *value;
+void RaiseThroughLeaf(const std::vector<Ref>& path) {
+  Ref tuple = PathTuple(path);
+  if (!tuple) return;
+  PyErr_Format(PyExc_ValueError,
+               "A path must lead to a leaf or through mappings, but `%R` does "
+               "both.",
+               tuple.get());
+}
+
+// `path` is that of `target`.
+bool MergeInto(PyObject* target, PyObject* source, std::vector<Ref>* path) {
+  RecursionGuard guard;
+  if (!guard.entered()) return false;
+  PyObject *key_item, *value_item;
   Py_ssize_t position = 0;
-  while (PyDict_Next(source, &position, &key, &value)) {
-    Ref inner = AsMapping(value);
-    if (PyErr_Occurred()) return false;
-    if (!inner) {
-      if (PyDict_SetItem(target, key, value) < 0) return false;
-      continue;
-    }
-    PyObject* existing = PyDict_GetItemWithError(target, key);
+  while (PyDict_Next(source, &position, &key_item, &value_item)) {
+    path->push_back(Ref::Borrow(key_item));
+    PyObject* key = path->back().get();
+    Ref value = Ref::Borrow(value_item);
+    Ref inner = AsMapping(value.get());
+    if (!inner && PyErr_Occurred()) return false;
+    Ref existing = Ref::Borrow(PyDict_GetItemWithError(target, key));
     if (!existing && PyErr_Occurred()) return false;
-    Ref child = existing && PyDict_Check(existing) ? Ref::Borrow(existing)
-                                                   : Ref::Steal(PyDict_New());
-    if (!child || PyDict_SetItem(target, key, child.get()) < 0 ||
-        !MergeInto(child.get(), inner.get())) {
+    if (existing && PyDict_CheckExact(existing.get()) != static_cast<bool>(inner)) {
+      RaiseThroughLeaf(*path);
       return false;
     }
+    if (!inner) {
+      if (PyDict_SetItem(target, key, value.get()) < 0) return false;
+    } else if (existing || PyDict_GET_SIZE(inner.get()) > 0) {
+      if (!existing) {
+        existing = Ref::Steal(PyDict_New());
+        if (!existing || PyDict_SetItem(target, key, existing.get()) < 0) {
+          return false;
+        }
+      }
+      if (!MergeInto(existing.get(), inner.get(), path)) return false;
+    }
+    path->pop_back();
   }
   return true;
 }
@@ -833,39 +1069,41 @@ PyObject* MergeMappingsFunction(PyObject*, PyObject* const* args,
       }
       return nullptr;
     }
-    if (!MergeInto(target.get(), mapping.get())) return nullptr;
+    std::vector<Ref> path;
+    if (!MergeInto(target.get(), mapping.get(), &path)) return nullptr;
   }
   return target.release();
 }
 
-bool FlattenInto(PyObject* mapping, std::vector<Ref>* path, PyObject* list) {
-  Ref keys = CanonicalKeys(mapping);
-  if (!keys) return false;
-  for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(keys.get()); ++i) {
-    PyObject* key = PyTuple_GET_ITEM(keys.get(), i);
-    PyObject* value = PyDict_GetItemWithError(mapping, key);
-    if (!value) return false;
-    path->push_back(Ref::Borrow(key));
-    Ref inner = AsMapping(value);
-    if (PyErr_Occurred()) return false;
+bool FlattenInto(PyObject* mapping, std::vector<Ref>* path, PyObject* paths,
+                 PyObject* leaves) {
+  RecursionGuard guard;
+  if (!guard.entered()) return false;
+  Ref keys;
+  std::vector<Ref> values;
+  if (!OpenMapping(mapping, &keys, &values)) return false;
+  for (size_t i = 0; i < values.size(); ++i) {
+    path->push_back(Ref::Borrow(
+        PyTuple_GET_ITEM(keys.get(), static_cast<Py_ssize_t>(i))));
+    Ref inner = AsMapping(values[i].get());
     if (inner) {
-      if (!FlattenInto(inner.get(), path, list)) return false;
+      if (!FlattenInto(inner.get(), path, paths, leaves)) return false;
     } else {
+      if (PyErr_Occurred()) return false;
       Ref tuple = PathTuple(*path);
-      if (!tuple) return false;
-      Ref item = Ref::Steal(PyTuple_Pack(2, tuple.get(), value));
-      if (!item || PyList_Append(list, item.get()) < 0) return false;
+      if (!tuple || PyList_Append(paths, tuple.get()) < 0 ||
+          PyList_Append(leaves, values[i].get()) < 0) {
+        return false;
+      }
     }
     path->pop_back();
   }
   return true;
 }
 
-// flatten_mapping(mapping) -> [(path, leaf), ...] in canonical order
+// flatten_mapping(mapping) -> (paths, leaves) in canonical order: tuple, list
 PyObject* FlattenMappingFunction(PyObject*, PyObject* mapping) {
-  Ref list = Ref::Steal(PyList_New(0));
   Ref inner = AsMapping(mapping);
-  if (!list) return nullptr;
   if (!inner) {
     if (!PyErr_Occurred()) {
       PyErr_Format(PyExc_TypeError, "`mapping` must be a dict, but got %s.",
@@ -873,9 +1111,60 @@ PyObject* FlattenMappingFunction(PyObject*, PyObject* mapping) {
     }
     return nullptr;
   }
+  Ref paths = Ref::Steal(PyList_New(0));
+  Ref leaves = Ref::Steal(PyList_New(0));
   std::vector<Ref> path;
-  if (!FlattenInto(inner.get(), &path, list.get())) return nullptr;
-  return list.release();
+  if (!paths || !leaves ||
+      !FlattenInto(inner.get(), &path, paths.get(), leaves.get())) {
+    return nullptr;
+  }
+  Ref path_tuple = Ref::Steal(PyList_AsTuple(paths.get()));
+  return path_tuple ? PyTuple_Pack(2, path_tuple.get(), leaves.get()) : nullptr;
+}
+
+// --- looking at nodes from Python
+
+// items(value) -> [(key, child), ...] in canonical order; None for a leaf
+PyObject* ItemsFunction(PyObject*, PyObject* value) {
+  Ref keys;
+  std::vector<Ref> children;
+  const int opened = OpenNode(value, &keys, &children);
+  if (opened < 0) return nullptr;
+  if (!opened) Py_RETURN_NONE;
+  Ref items = Ref::Steal(PyList_New(static_cast<Py_ssize_t>(children.size())));
+  if (!items) return nullptr;
+  for (size_t i = 0; i < children.size(); ++i) {
+    const auto position = static_cast<Py_ssize_t>(i);
+    Ref key = keys ? Ref::Borrow(PyTuple_GET_ITEM(keys.get(), position))
+                   : Ref::Steal(PyLong_FromSsize_t(position));
+    PyObject* item =
+        key ? PyTuple_Pack(2, key.get(), children[i].get()) : nullptr;
+    if (!item) return nullptr;
+    PyList_SET_ITEM(items.get(), position, item);
+  }
+  return items.release();
+}
+
+// set_item(custom node, key, child): as registered
+PyObject* SetItemFunction(PyObject*, PyObject* const* args, Py_ssize_t nargs) {
+  if (!CheckArity(nargs, 3, "set_item")) return nullptr;
+  TypeInfo* info = GetTypeInfo(Py_TYPE(args[0]));
+  if (!info) return nullptr;
+  if (info->kind != TypeKind::kCustom) {
+    PyErr_Format(PyExc_TypeError, "`node` must be of a registered type, but got "
+                                  "%s.",
+                 Py_TYPE(args[0])->tp_name);
+    return nullptr;
+  }
+  Ref set_key = info->custom->set_key;
+  return PyObject_CallFunctionObjArgs(set_key.get(), args[0], args[1], args[2],
+                                      nullptr);
+}
+
+// is_custom_node(value) -> whether its type was registered
+PyObject* IsCustomNodeFunction(PyObject*, PyObject* value) {
+  TypeInfo* info = GetTypeInfo(Py_TYPE(value));
+  return info ? PyBool_FromLong(info->kind == TypeKind::kCustom) : nullptr;
 }
 
 // --- pytree functions
@@ -1091,10 +1380,11 @@ PyObject* HoldsDataFunction(PyObject*, PyObject* value) {
   return holds < 0 ? nullptr : PyBool_FromLong(holds);
 }
 
-// register_node_type(type, flatten, set_key, pop_key, create_empty, clear)
+// register_node_type(type, flatten, set_key, pop_key, create_empty, clear,
+//                    init)
 PyObject* RegisterNodeTypeFunction(PyObject*, PyObject* const* args,
                                    Py_ssize_t nargs) {
-  if (!CheckArity(nargs, 6, "register_node_type")) return nullptr;
+  if (!CheckArity(nargs, 7, "register_node_type")) return nullptr;
   if (!PyType_Check(args[0])) {
     PyErr_Format(PyExc_TypeError, "`type` must be a class, but got %R.",
                  args[0]);
@@ -1106,6 +1396,7 @@ PyObject* RegisterNodeTypeFunction(PyObject*, PyObject* const* args,
   node.pop_key = Ref::Borrow(args[3]);
   node.create_empty = Ref::Borrow(args[4]);
   node.clear = Ref::Borrow(args[5]);
+  node.init = Ref::Borrow(args[6]);
   if (!RegisterCustomNode(reinterpret_cast<PyTypeObject*>(args[0]),
                           std::move(node))) {
     return nullptr;
@@ -1122,12 +1413,13 @@ PyCFunction Fast(F function) {
 PyMethodDef* Functions() {
   static PyMethodDef functions[] = {
       {"split", Fast(SplitFunction), METH_FASTCALL,
-       "split(value, filters, exhaustive): (structure, mappings)."},
+       "split(value, filters, exhaustive[, seen, updated]): (structure, "
+       "mappings)."},
       {"state", Fast(StateFunction), METH_FASTCALL,
        "state(value, filters): the mappings of the leaves selected."},
       {"graphdef", GraphdefFunction, METH_O, "graphdef(value): structure."},
       {"merge", Fast(MergeFunction), METH_FASTCALL,
-       "merge(structure, state, copy): the value."},
+       "merge(structure, state, flags[, seen, updated]): the value."},
       {"clone", Fast(CloneFunction), METH_FASTCALL,
        "clone(value, variables): a copy, of the Variables too if True."},
       {"update", Fast(UpdateFunction), METH_FASTCALL,
@@ -1139,7 +1431,7 @@ PyMethodDef* Functions() {
       {"merge_mappings", Fast(MergeMappingsFunction), METH_FASTCALL,
        "merge_mappings(*mappings): one mapping; a later one wins."},
       {"flatten_mapping", FlattenMappingFunction, METH_O,
-       "flatten_mapping(mapping): [(path, leaf), ...] in canonical order."},
+       "flatten_mapping(mapping): (paths, leaves) in canonical order."},
       {"variable_flatten", VariableFlatten, METH_O,
        "Pytree flattening of a Variable."},
       {"make_variable_unflatten", MakeVariableUnflatten, METH_O,
@@ -1155,7 +1447,13 @@ PyMethodDef* Functions() {
        "forget_type(type): its instances are classified anew."},
       {"register_node_type", Fast(RegisterNodeTypeFunction), METH_FASTCALL,
        "register_node_type(type, flatten, set_key, pop_key, create_empty, "
-       "clear)."},
+       "clear, init)."},
+      {"items", ItemsFunction, METH_O,
+       "items(value): [(key, child), ...] in canonical order, None for a leaf."},
+      {"set_item", Fast(SetItemFunction), METH_FASTCALL,
+       "set_item(node, key, child): of a node whose type was registered."},
+      {"is_custom_node", IsCustomNodeFunction, METH_O,
+       "is_custom_node(value): whether its type was registered."},
       {nullptr, nullptr, 0, nullptr},
   };
   return functions;

@@ -92,20 +92,6 @@ std::string PathText(const std::vector<PyObject*>& path) {
   return text.empty() ? "the value itself" : text;
 }
 
-class RecursionGuard {
- public:
-  RecursionGuard()
-      : entered_(Py_EnterRecursiveCall(" while walking an object graph") == 0) {
-  }
-  ~RecursionGuard() {
-    if (entered_) Py_LeaveRecursiveCall();
-  }
-  bool entered() const { return entered_; }
-
- private:
-  const bool entered_;
-};
-
 Ref StateMapping(PyObject* state) {
   Ref mapping =
       Ref::Steal(PyObject_GetAttr(state, GetRuntime().s_mapping));
@@ -115,6 +101,17 @@ Ref StateMapping(PyObject* state) {
                  Py_TYPE(mapping.get())->tp_name);
     return Ref();
   }
+  return mapping;
+}
+
+// The same without running Python code, so not for a class that computes it;
+// null without an error.
+Ref StoredMapping(PyObject* state) {
+  PyObject* name = GetRuntime().s_mapping;
+  if (_PyType_Lookup(Py_TYPE(state), name)) return Ref();
+  Ref mapping = Ref::Steal(PyObject_GenericGetAttr(state, name));
+  if (!mapping) PyErr_Clear();
+  if (mapping && !PyDict_CheckExact(mapping.get())) return Ref();
   return mapping;
 }
 
@@ -130,13 +127,143 @@ bool OpenPytree(PyObject* value, Ref* children, Ref* treedef,
                         &child_items, &def, &PyTuple_Type, &key_items)) {
     return false;
   }
+  if (PyTuple_GET_SIZE(child_items) != PyTuple_GET_SIZE(key_items)) {
+    PyErr_SetString(PyExc_ValueError,
+                    "`flatten_pytree` must return a key for each child.");
+    return false;
+  }
   *children = Ref::Borrow(child_items);
   *treedef = Ref::Borrow(def);
   if (keys) *keys = Ref::Borrow(key_items);
   return true;
 }
 
+// The children of a custom node, in canonical order.
+bool OpenCustom(PyObject* value, TypeInfo* info, Ref* keys,
+                std::vector<Ref>* children, Ref* metadata) {
+  Ref flattened =
+      Ref::Steal(PyObject_CallOneArg(info->custom->flatten.get(), value));
+  if (!flattened) return false;
+  if (!PyTuple_Check(flattened.get()) ||
+      PyTuple_GET_SIZE(flattened.get()) != 2) {
+    PyErr_Format(PyExc_TypeError,
+                 "`flatten` of the node type %s must return "
+                 "(items, metadata), but got %R.",
+                 Py_TYPE(value)->tp_name, flattened.get());
+    return false;
+  }
+  Ref items =
+      Ref::Steal(PySequence_Tuple(PyTuple_GET_ITEM(flattened.get(), 0)));
+  Ref dict = Ref::Steal(PyDict_New());
+  if (!items || !dict) return false;
+  const Py_ssize_t size = PyTuple_GET_SIZE(items.get());
+  for (Py_ssize_t i = 0; i < size; ++i) {
+    PyObject* item = PyTuple_GET_ITEM(items.get(), i);
+    if (!PyTuple_Check(item) || PyTuple_GET_SIZE(item) != 2) {
+      PyErr_Format(PyExc_TypeError,
+                   "`flatten` of the node type %s must return pairs "
+                   "(key, value), but got %R.",
+                   Py_TYPE(value)->tp_name, item);
+      return false;
+    }
+    if (PyDict_SetItem(dict.get(), PyTuple_GET_ITEM(item, 0),
+                       PyTuple_GET_ITEM(item, 1)) < 0) {
+      return false;
+    }
+  }
+  *keys = CanonicalKeys(dict.get());
+  if (!*keys) return false;
+  if (PyTuple_GET_SIZE(keys->get()) != size) {
+    PyErr_Format(PyExc_ValueError,
+                 "`flatten` of the node type %s must return every key once, but "
+                 "got %R.",
+                 Py_TYPE(value)->tp_name, items.get());
+    return false;
+  }
+  for (Py_ssize_t i = 0; i < size; ++i) {
+    children->push_back(Ref::Borrow(PyDict_GetItemWithError(
+        dict.get(), PyTuple_GET_ITEM(keys->get(), i))));
+    if (!children->back()) return false;
+  }
+  *metadata = Ref::Borrow(PyTuple_GET_ITEM(flattened.get(), 1));
+  return true;
+}
+
+// The field names of a named tuple; null, without an error, where they do not
+// fit its items.
+bool FieldNames(PyObject* value, Ref* names) {
+  Ref fields = Ref::Steal(PyObject_GetAttr(value, GetRuntime().s_fields));
+  if (!fields) return false;
+  if (PyTuple_CheckExact(fields.get()) &&
+      PyTuple_GET_SIZE(fields.get()) == PyTuple_GET_SIZE(value)) {
+    *names = fields;
+  }
+  return true;
+}
+
 }  // namespace
+
+bool OpenMapping(PyObject* mapping, Ref* keys, std::vector<Ref>* children) {
+  *keys = CanonicalKeys(mapping);
+  if (!*keys) return false;
+  const Py_ssize_t size = PyTuple_GET_SIZE(keys->get());
+  for (Py_ssize_t i = 0; i < size; ++i) {
+    children->push_back(Ref::Borrow(PyDict_GetItemWithError(
+        mapping, PyTuple_GET_ITEM(keys->get(), i))));
+    if (children->back()) continue;
+    if (!PyErr_Occurred()) {
+      PyErr_SetString(PyExc_RuntimeError,
+                      "A dict changed while it was walked.");
+    }
+    return false;
+  }
+  return true;
+}
+
+int OpenNode(PyObject* value, Ref* keys, std::vector<Ref>* children) {
+  TypeInfo* info = GetTypeInfo(Py_TYPE(value));
+  if (!info) return -1;
+  switch (info->kind) {
+    case TypeKind::kVariable:
+    case TypeKind::kArray:
+    case TypeKind::kPlain:
+      return 0;
+    case TypeKind::kNamedTuple:
+      if (!FieldNames(value, keys)) return -1;
+      [[fallthrough]];
+    case TypeKind::kList:
+    case TypeKind::kTuple:
+      for (Py_ssize_t i = 0; i < PySequence_Fast_GET_SIZE(value); ++i) {
+        children->push_back(Ref::Borrow(PySequence_Fast_GET_ITEM(value, i)));
+      }
+      return 1;
+    case TypeKind::kObject: {
+      PyObject* dict = ObjectDict(AsObject(value));
+      return dict && OpenMapping(dict, keys, children) ? 1 : -1;
+    }
+    case TypeKind::kDict:
+      return OpenMapping(value, keys, children) ? 1 : -1;
+    case TypeKind::kState: {
+      Ref mapping = StateMapping(value);
+      return mapping && OpenMapping(mapping.get(), keys, children) ? 1 : -1;
+    }
+    case TypeKind::kCustom: {
+      Ref metadata;
+      return OpenCustom(value, info, keys, children, &metadata) ? 1 : -1;
+    }
+    case TypeKind::kUnknown: {
+      Ref opened, treedef;
+      if (!OpenPytree(value, &opened, &treedef, keys)) {
+        return PyErr_Occurred() ? -1 : 0;
+      }
+      for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(opened.get()); ++i) {
+        children->push_back(Ref::Borrow(PyTuple_GET_ITEM(opened.get(), i)));
+      }
+      return 1;
+    }
+  }
+  return 0;
+}
 
 // --- Flattener
 
@@ -171,6 +298,14 @@ bool Flattener::PushIndexed(PyObject* value, NodeKind kind,
   nodes_[*position].index = index;
   if (depth_indexed_ == 0) tops_.push_back(*position);
   return true;
+}
+
+void Flattener::Seed(const std::vector<Ref>& objects) {
+  for (const Ref& object : objects) {
+    seen_.try_emplace(object.get(), static_cast<int32_t>(objects_.size()));
+    objects_.push_back(object);
+  }
+  num_outer_ = static_cast<int32_t>(objects_.size());
 }
 
 bool Flattener::Add(PyObject* value, Mode mode) {
@@ -312,6 +447,14 @@ bool Flattener::VisitObject(PyObject* value, TypeInfo* info) {
   Layout* layout = FindLayout(info, dict, &arena_);
   if (!layout) return false;
   Ref keys = layout->keys;
+  const Py_ssize_t size = PyTuple_GET_SIZE(keys.get());
+  // From here on Python code may run, which could change the dictionary.
+  std::vector<Ref> values;
+  values.reserve(size);
+  for (Py_ssize_t i = 0; i < size; ++i) {
+    values.push_back(Ref::Borrow(arena_[base + i]));
+  }
+  arena_.resize(base);
   Ref status = Ref::Borrow(object->status);
   {
     Node& node = nodes_[position];
@@ -322,14 +465,6 @@ bool Flattener::VisitObject(PyObject* value, TypeInfo* info) {
       if (!node.aux) return false;
     }
   }
-  const Py_ssize_t size = PyTuple_GET_SIZE(keys.get());
-  // Visiting may run Python code, which could change the dictionary.
-  std::vector<Ref> values;
-  values.reserve(size);
-  for (Py_ssize_t i = 0; i < size; ++i) {
-    values.push_back(Ref::Borrow(arena_[base + i]));
-  }
-  arena_.resize(base);
   ++depth_indexed_;
   bool ok = true;
   for (Py_ssize_t i = 0; ok && i < size; ++i) {
@@ -368,12 +503,9 @@ bool Flattener::VisitSequence(PyObject* value, NodeKind kind, Mode mode) {
     position = Push(kind, Py_TYPE(value));
   }
   if (kind == NodeKind::kNamedTuple) {
-    Ref fields = Ref::Steal(PyObject_GetAttr(value, GetRuntime().s_fields));
-    if (!fields) return false;
-    if (PyTuple_Check(fields.get()) &&
-        PyTuple_GET_SIZE(fields.get()) == PyTuple_GET_SIZE(value)) {
-      nodes_[position].keys = fields;
-    }
+    Ref names;
+    if (!FieldNames(value, &names)) return false;
+    nodes_[position].keys = names;
   }
   int32_t count = 0;
   for (; count < PySequence_Fast_GET_SIZE(value); ++count) {
@@ -397,23 +529,17 @@ bool Flattener::VisitMapping(PyObject* value, PyObject* mapping, NodeKind kind,
   } else {
     position = Push(kind, Py_TYPE(value));
   }
-  Ref keys = CanonicalKeys(mapping);
-  if (!keys) return false;
+  Ref keys;
+  std::vector<Ref> children;
+  if (!OpenMapping(mapping, &keys, &children)) return false;
   nodes_[position].keys = keys;
-  const Py_ssize_t size = PyTuple_GET_SIZE(keys.get());
-  for (Py_ssize_t i = 0; i < size; ++i) {
-    PyObject* key = PyTuple_GET_ITEM(keys.get(), i);
-    Ref child = Ref::Borrow(PyDict_GetItemWithError(mapping, key));
-    if (!child) {
-      if (!PyErr_Occurred()) {
-        PyErr_SetString(PyExc_RuntimeError,
-                        "A dict changed while it was walked.");
-      }
+  for (size_t i = 0; i < children.size(); ++i) {
+    if (!VisitChild(PyTuple_GET_ITEM(keys.get(), static_cast<Py_ssize_t>(i)),
+                    children[i].get(), mode)) {
       return false;
     }
-    if (!VisitChild(key, child.get(), mode)) return false;
   }
-  Close(position, static_cast<int32_t>(size));
+  Close(position, static_cast<int32_t>(children.size()));
   return true;
 }
 
@@ -421,51 +547,21 @@ bool Flattener::VisitCustom(PyObject* value, TypeInfo* info) {
   int32_t position = -1;
   if (!PushIndexed(value, NodeKind::kCustom, &position)) return false;
   if (position < 0) return true;
-  Ref flattened =
-      Ref::Steal(PyObject_CallOneArg(info->custom->flatten.get(), value));
-  if (!flattened) return false;
-  if (!PyTuple_Check(flattened.get()) ||
-      PyTuple_GET_SIZE(flattened.get()) != 2) {
-    PyErr_Format(PyExc_TypeError,
-                 "`flatten` of the node type %s must return "
-                 "(items, metadata), but got %R.",
-                 Py_TYPE(value)->tp_name, flattened.get());
-    return false;
-  }
-  Ref items =
-      Ref::Steal(PySequence_Tuple(PyTuple_GET_ITEM(flattened.get(), 0)));
-  if (!items) return false;
-  const Py_ssize_t size = PyTuple_GET_SIZE(items.get());
-  Ref dict = Ref::Steal(PyDict_New());
-  if (!dict) return false;
-  for (Py_ssize_t i = 0; i < size; ++i) {
-    PyObject* item = PyTuple_GET_ITEM(items.get(), i);
-    if (!PyTuple_Check(item) || PyTuple_GET_SIZE(item) != 2) {
-      PyErr_Format(PyExc_TypeError,
-                   "`flatten` of the node type %s must return pairs "
-                   "(key, value), but got %R.",
-                   Py_TYPE(value)->tp_name, item);
-      return false;
-    }
-    if (PyDict_SetItem(dict.get(), PyTuple_GET_ITEM(item, 0),
-                       PyTuple_GET_ITEM(item, 1)) < 0) {
-      return false;
-    }
-  }
-  Ref keys = CanonicalKeys(dict.get());
-  if (!keys) return false;
+  Ref keys, metadata;
+  std::vector<Ref> children;
+  if (!OpenCustom(value, info, &keys, &children, &metadata)) return false;
   nodes_[position].keys = keys;
   nodes_[position].info = info;
-  nodes_[position].aux = Ref::Borrow(PyTuple_GET_ITEM(flattened.get(), 1));
+  nodes_[position].aux = metadata;
   ++depth_indexed_;
   bool ok = true;
-  for (Py_ssize_t i = 0; ok && i < size; ++i) {
-    PyObject* key = PyTuple_GET_ITEM(keys.get(), i);
-    ok = VisitChild(key, PyDict_GetItem(dict.get(), key), Mode::kAttributes);
+  for (size_t i = 0; ok && i < children.size(); ++i) {
+    ok = VisitChild(PyTuple_GET_ITEM(keys.get(), static_cast<Py_ssize_t>(i)),
+                    children[i].get(), Mode::kAttributes);
   }
   --depth_indexed_;
   if (!ok) return false;
-  Close(position, static_cast<int32_t>(size));
+  Close(position, static_cast<int32_t>(children.size()));
   return true;
 }
 
@@ -480,11 +576,6 @@ bool Flattener::VisitUnknown(PyObject* value, Mode mode) {
   nodes_[position].aux = treedef;
   nodes_[position].keys = keys;
   const Py_ssize_t size = PyTuple_GET_SIZE(children.get());
-  if (PyTuple_GET_SIZE(keys.get()) != size) {
-    PyErr_SetString(PyExc_ValueError,
-                    "`flatten_pytree` must return a key for each child.");
-    return false;
-  }
   for (Py_ssize_t i = 0; i < size; ++i) {
     if (!VisitChild(PyTuple_GET_ITEM(keys.get(), i),
                     PyTuple_GET_ITEM(children.get(), i), mode)) {
@@ -505,6 +596,8 @@ Ref Flattener::Finish() {
   structure->num_leaves = static_cast<int32_t>(leaves_.size());
   structure->num_indices = static_cast<int32_t>(objects_.size());
   structure->num_roots = static_cast<int32_t>(roots_.size());
+  structure->num_outer = num_outer_;
+  structure->updates = nullptr;
   structure->hash = -1;
   return self;
 }
@@ -547,6 +640,8 @@ bool Matcher::VisitMetadata(PyObject* recorded, PyObject* given) {
   PyObject *key, *value;
   Py_ssize_t position = 0;
   while (PyDict_Next(given, &position, &key, &value)) {
+    // Other keys could run Python code when they are compared.
+    if (!PyUnicode_CheckExact(key) && !PyLong_CheckExact(key)) return false;
     PyObject* expected = PyDict_GetItemWithError(recorded, key);
     if (!expected) {
       PyErr_Clear();
@@ -617,10 +712,10 @@ bool Matcher::Visit(PyObject* value) {
         }
         if (!VisitMetadata(node.aux.get(), object->status)) return false;
       }
-      PyObject* dict = ObjectDict(object);
+      // One without attributes yet gets its dictionary in the slow walk.
+      if (!object->dict) return false;
       const size_t base = arena_.size();
-      Layout* layout =
-          dict ? MatchLayout(node.info, dict, &arena_) : nullptr;
+      Layout* layout = MatchLayout(node.info, object->dict, &arena_);
       if (!layout) return false;
       if (layout->keys.get() != node.keys.get()) {
         const int equal = PyObject_RichCompareBool(
@@ -651,12 +746,9 @@ bool Matcher::Visit(PyObject* value) {
     case NodeKind::kState: {
       if (reinterpret_cast<PyObject*>(type) != node.type.get()) return false;
       if (node.reference && !Index(node, value)) return false;
-      Ref mapping = node.kind == NodeKind::kState ? StateMapping(value)
+      Ref mapping = node.kind == NodeKind::kState ? StoredMapping(value)
                                                   : Ref::Borrow(value);
-      if (!mapping) {
-        PyErr_Clear();
-        return false;
-      }
+      if (!mapping) return false;
       if (PyDict_GET_SIZE(mapping.get()) != node.children) return false;
       for (int32_t i = 0; i < node.children; ++i) {
         PyObject* key = PyTuple_GET_ITEM(node.keys.get(), i);
@@ -700,10 +792,7 @@ Ref Unflattener::Build() {
   const int32_t position = position_++;
   const Node& node = nodes_[position];
   if (provided_ && (*provided_)[position]) {
-    PyObject* value = (*provided_)[position];
-    position_ = node.end;
-    if (node.index >= 0) made_[node.index] = Ref::Borrow(value);
-    return Ref::Borrow(value);
+    return Adopt(node, (*provided_)[position]);
   }
   switch (node.kind) {
     case NodeKind::kStatic:
@@ -713,7 +802,7 @@ Ref Unflattener::Build() {
     case NodeKind::kRef:
       return made_[node.index];
     case NodeKind::kVariable:
-      return BuildVariable(node, position);
+      return BuildVariable(node);
     case NodeKind::kObject:
       return BuildObject(node);
     case NodeKind::kList:
@@ -731,7 +820,29 @@ Ref Unflattener::Build() {
   return Ref();
 }
 
-Ref Unflattener::BuildVariable(const Node& node, int32_t) {
+// A value that was given ready-made; an existing Variable takes it over.
+Ref Unflattener::Adopt(const Node& node, PyObject* value) {
+  position_ = node.end;
+  if (node.index < 0) return Ref::Borrow(value);
+  PyObject* existing = reuse_ ? reuse_[node.index] : nullptr;
+  if (existing && existing != value) {
+    if (!IsVariable(value)) {
+      if (!CheckCanUpdate(existing)) return Ref();
+      SetRaw(AsVariable(existing), value);
+      made_[node.index] = Ref::Borrow(existing);
+      return Ref::Borrow(existing);
+    }
+    if (!CheckCanUpdate(existing) ||
+        !AssignVariable(AsVariable(existing), AsVariable(value))) {
+      return Ref();
+    }
+    value = existing;
+  }
+  made_[node.index] = Ref::Borrow(value);
+  return Ref::Borrow(value);
+}
+
+Ref Unflattener::BuildVariable(const Node& node) {
   auto* type = reinterpret_cast<PyTypeObject*>(node.type.get());
   PyObject* existing = reuse_ ? reuse_[node.index] : nullptr;
   Ref self = Ref::Borrow(existing);
@@ -890,13 +1001,17 @@ Ref Unflattener::BuildCustom(const Node& node) {
       !Ref::Steal(PyObject_CallOneArg(custom.clear.get(), existing))) {
     return Ref();
   }
+  Ref items = Ref::Steal(PyTuple_New(node.children));
+  if (!items) return Ref();
   for (int32_t i = 0; i < node.children; ++i) {
-    if (!Ref::Steal(PyObject_CallFunctionObjArgs(
-            custom.set_key.get(), self.get(),
-            PyTuple_GET_ITEM(node.keys.get(), i),
-            PyTuple_GET_ITEM(children.get(), i), nullptr))) {
-      return Ref();
-    }
+    PyObject* item = PyTuple_Pack(2, PyTuple_GET_ITEM(node.keys.get(), i),
+                                  PyTuple_GET_ITEM(children.get(), i));
+    if (!item) return Ref();
+    PyTuple_SET_ITEM(items.get(), i, item);
+  }
+  if (!Ref::Steal(PyObject_CallFunctionObjArgs(
+          custom.init.get(), self.get(), items.get(), nullptr))) {
+    return Ref();
   }
   return self;
 }
@@ -991,6 +1106,7 @@ namespace {
 
 int StructureTraverse(PyObject* self, visitproc visit, void* arg) {
   Py_VISIT(Py_TYPE(self));
+  Py_VISIT(AsStructure(self)->updates);
   if (!AsStructure(self)->nodes) return 0;
   for (const Node& node : *AsStructure(self)->nodes) {
     Py_VISIT(node.type.get());
@@ -1004,6 +1120,7 @@ int StructureClear(PyObject* self) {
   std::vector<Node>* nodes = AsStructure(self)->nodes;
   AsStructure(self)->nodes = nullptr;
   delete nodes;
+  Py_CLEAR(AsStructure(self)->updates);
   return 0;
 }
 
@@ -1072,7 +1189,8 @@ PyObject* StructureCompare(PyObject* self, PyObject* other, int op) {
   if (!equal) {
     const Structure *a = AsStructure(self), *b = AsStructure(other);
     equal = a->nodes->size() == b->nodes->size() &&
-            a->num_roots == b->num_roots;
+            a->num_roots == b->num_roots && a->num_outer == b->num_outer;
+    if (equal == 1) equal = ObjectsEqual(a->updates, b->updates);
     for (size_t i = 0; equal == 1 && i < a->nodes->size(); ++i) {
       equal = NodesEqual((*a->nodes)[i], (*b->nodes)[i]);
     }
@@ -1146,9 +1264,10 @@ bool ParseKind(const char* name, NodeKind* kind) {
   return false;
 }
 
-// Checks that the subtrees nest, so that a damaged pickle cannot make a walk
-// run out of the vector.
+// Sets the ends of a subtree; -1 if it does not fit into the vector.
 int32_t CloseRestored(std::vector<Node>* nodes, int32_t position) {
+  RecursionGuard guard;
+  if (!guard.entered()) return -1;
   const auto size = static_cast<int32_t>(nodes->size());
   if (position >= size) return -1;
   int32_t next = position + 1;
@@ -1160,11 +1279,111 @@ int32_t CloseRestored(std::vector<Node>* nodes, int32_t position) {
   return next;
 }
 
+bool IsTypeBelow(const Ref& type, PyTypeObject* base) {
+  return type && PyType_Check(type.get()) &&
+         PyType_IsSubtype(reinterpret_cast<PyTypeObject*>(type.get()), base);
+}
+
+// Whether a record has what building its kind of node reads.
+bool IsComplete(const Node& node) {
+  const bool named =
+      node.keys && PyTuple_GET_SIZE(node.keys.get()) == node.children;
+  const bool dict_or_null = !node.aux || PyDict_CheckExact(node.aux.get());
+  switch (node.kind) {
+    case NodeKind::kStatic:
+      return node.aux && node.children == 0;
+    case NodeKind::kLeaf:
+      return node.leaf >= 0 && node.children == 0;
+    case NodeKind::kRef:
+      return node.index >= 0 && node.children == 0;
+    case NodeKind::kVariable:
+      return IsTypeBelow(node.type, g_variable_base) && node.index >= 0 &&
+             dict_or_null && node.children == (node.leaf >= 0 ? 0 : 1);
+    case NodeKind::kObject:
+      return IsTypeBelow(node.type, g_object_base) && node.index >= 0 &&
+             dict_or_null && named;
+    case NodeKind::kList:
+      return true;
+    case NodeKind::kTuple:
+    case NodeKind::kNamedTuple:
+      return IsTypeBelow(node.type, &PyTuple_Type) && node.index < 0 &&
+             (!node.keys || named);
+    case NodeKind::kDict:
+      return named;
+    case NodeKind::kState:
+      return GetRuntime().state && IsTypeBelow(node.type, GetRuntime().state) &&
+             node.index < 0 && named;
+    case NodeKind::kPytree:
+      return node.aux && node.index < 0 && (!node.keys || named);
+    case NodeKind::kCustom:
+      return node.info && node.info->kind == TypeKind::kCustom && node.aux &&
+             node.index >= 0 && named;
+  }
+  return false;
+}
+
+// Whether records make a structure that can be built: damaged ones must not
+// lead a walk out of a vector. Counts leaves and indices.
+bool IsValid(Structure* structure) {
+  std::vector<Node>& nodes = *structure->nodes;
+  int32_t position = 0;
+  for (int32_t i = 0; i < structure->num_roots && position >= 0; ++i) {
+    position = CloseRestored(&nodes, position);
+  }
+  if (position != static_cast<int32_t>(nodes.size())) return false;
+  structure->num_leaves = 0;
+  structure->num_indices = structure->num_outer;
+  for (const Node& node : nodes) {
+    if (!IsComplete(node)) return false;
+    if (node.leaf >= 0 && node.leaf != structure->num_leaves++) return false;
+    if (node.kind == NodeKind::kRef) {
+      if (node.index >= structure->num_indices) return false;
+    } else if (node.index >= 0 && node.index != structure->num_indices++) {
+      return false;
+    }
+  }
+  return !structure->updates || PyTuple_GET_SIZE(structure->updates) ==
+                                    structure->num_indices;
+}
+
+bool RestoreNode(PyObject* record, Node* node) {
+  const char* kind_name = nullptr;
+  PyObject *node_type, *keys, *aux;
+  int index, leaf, children, reference, atomic, hook_flags;
+  if (!PyTuple_Check(record) ||
+      !PyArg_ParseTuple(record, "siiiOOOppi", &kind_name, &index, &leaf,
+                        &children, &node_type, &keys, &aux, &reference, &atomic,
+                        &hook_flags) ||
+      !ParseKind(kind_name, &node->kind)) {
+    return false;
+  }
+  node->index = index < 0 ? -1 : index;
+  node->leaf = leaf < 0 ? -1 : leaf;
+  node->children = children < 0 ? 0 : children;
+  node->reference = reference;
+  node->hook_flags = static_cast<uint8_t>(hook_flags & (kGetHooks | kSetHooks));
+  if (node_type != Py_None) node->type = Ref::Borrow(node_type);
+  if (PyTuple_CheckExact(keys)) node->keys = Ref::Borrow(keys);
+  if (aux != Py_None || node->kind == NodeKind::kStatic ||
+      node->kind == NodeKind::kCustom) {
+    node->aux = Ref::Borrow(aux);
+  }
+  if (PyType_Check(node_type)) {
+    node->info = GetTypeInfo(reinterpret_cast<PyTypeObject*>(node_type));
+    if (!node->info) return false;
+  }
+  if (node->kind != NodeKind::kStatic) return true;
+  node->atomic = IsAtomic(aux);
+  // Hashes of strings differ between processes.
+  if (!node->atomic) node->hash = PyObject_Hash(aux);
+  return node->hash != -1;
+}
+
 PyObject* StructureRestore(PyObject* cls, PyObject* args) {
-  PyObject* records = nullptr;
-  int num_roots = 1;
-  if (!PyArg_ParseTuple(args, "O!i:_restore", &PyTuple_Type, &records,
-                        &num_roots)) {
+  PyObject *records = nullptr, *updates = Py_None;
+  int num_roots = 1, num_outer = 0;
+  if (!PyArg_ParseTuple(args, "O!i|iO:_restore", &PyTuple_Type, &records,
+                        &num_roots, &num_outer, &updates)) {
     return nullptr;
   }
   auto* type = reinterpret_cast<PyTypeObject*>(cls);
@@ -1174,59 +1393,26 @@ PyObject* StructureRestore(PyObject* cls, PyObject* args) {
   structure->nodes = new std::vector<Node>();
   structure->hash = -1;
   structure->num_roots = num_roots;
+  structure->num_outer = num_outer < 0 ? 0 : num_outer;
+  if (PyTuple_CheckExact(updates)) {
+    Py_INCREF(updates);
+    structure->updates = updates;
+  }
   for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(records); ++i) {
-    const char* kind_name = nullptr;
-    PyObject *node_type, *keys, *aux;
-    int index, leaf, children, reference, atomic, hook_flags;
-    if (!PyTuple_Check(PyTuple_GET_ITEM(records, i)) ||
-        !PyArg_ParseTuple(PyTuple_GET_ITEM(records, i), "siiiOOOppi",
-                          &kind_name, &index, &leaf, &children, &node_type,
-                          &keys, &aux, &reference, &atomic,
-                          &hook_flags)) {
+    structure->nodes->emplace_back();
+    if (!RestoreNode(PyTuple_GET_ITEM(records, i), &structure->nodes->back())) {
+      if (!PyErr_Occurred()) {
+        PyErr_SetString(PyExc_ValueError, "`records` must hold tuples.");
+      }
       return nullptr;
     }
-    structure->nodes->emplace_back();
-    Node& node = structure->nodes->back();
-    if (!ParseKind(kind_name, &node.kind)) return nullptr;
-    node.index = index;
-    node.leaf = leaf;
-    node.children = children;
-    node.reference = reference;
-    node.atomic = atomic;
-    node.hook_flags = static_cast<uint8_t>(hook_flags);
-    if (node_type != Py_None) node.type = Ref::Borrow(node_type);
-    if (keys != Py_None) node.keys = Ref::Borrow(keys);
-    if (aux != Py_None || node.kind == NodeKind::kStatic ||
-        node.kind == NodeKind::kCustom) {
-      node.aux = Ref::Borrow(aux);
-    }
-    if (PyType_Check(node_type)) {
-      node.info = GetTypeInfo(reinterpret_cast<PyTypeObject*>(node_type));
-      if (!node.info) return nullptr;
-    }
-    if (node.kind == NodeKind::kStatic && !node.atomic) {
-      node.hash = PyObject_Hash(aux);
-      if (node.hash == -1) return nullptr;
-    }
-    if (node.leaf >= 0) ++structure->num_leaves;
-    if (node.index >= 0 && node.kind != NodeKind::kRef) {
-      ++structure->num_indices;
-    }
   }
-  const auto size = static_cast<int32_t>(structure->nodes->size());
-  int32_t position = 0;
-  for (int i = 0; i < num_roots && position >= 0; ++i) {
-    position = CloseRestored(structure->nodes, position);
-  }
-  bool valid = position == size;
-  for (const Node& node : *structure->nodes) {
-    valid = valid && node.leaf < structure->num_leaves &&
-            node.index < structure->num_indices &&
-            (!node.keys || PyTuple_GET_SIZE(node.keys.get()) == node.children);
-  }
-  if (!valid) {
-    PyErr_SetString(PyExc_ValueError,
-                    "`records` are not those of a graph structure.");
+  if (!IsValid(structure)) {
+    if (!PyErr_Occurred()) {
+      PyErr_SetString(PyExc_ValueError,
+                      "`records` must be those of a graph structure whose node "
+                      "types are registered in this process, but they are not.");
+    }
     return nullptr;
   }
   return self.release();
@@ -1241,6 +1427,13 @@ PyObject* StructureNumIndices(PyObject* self, void*) {
 PyObject* StructureNumRoots(PyObject* self, void*) {
   return PyLong_FromLong(AsStructure(self)->num_roots);
 }
+PyObject* StructureNumOuter(PyObject* self, void*) {
+  return PyLong_FromLong(AsStructure(self)->num_outer);
+}
+PyObject* StructureUpdates(PyObject* self, void*) {
+  PyObject* updates = AsStructure(self)->updates;
+  return Ref::Borrow(updates ? updates : Py_None).release();
+}
 
 PyGetSetDef structure_getset[] = {
     {"_records", StructureRecords, nullptr, "The nodes as tuples.", nullptr},
@@ -1248,12 +1441,18 @@ PyGetSetDef structure_getset[] = {
     {"num_nodes", StructureNumIndices, nullptr,
      "Number of nodes with an identity.", nullptr},
     {"_num_roots", StructureNumRoots, nullptr, "Number of roots.", nullptr},
+    {"_num_outer", StructureNumOuter, nullptr,
+     "Number of objects of earlier walks that it may refer to.", nullptr},
+    {"_updates", StructureUpdates, nullptr,
+     "By object, the number of the one it updates, or -1; None: updates none.",
+     nullptr},
     {nullptr, nullptr, nullptr, nullptr, nullptr},
 };
 
 PyMethodDef structure_methods[] = {
     {"_restore", StructureRestore, METH_VARARGS | METH_CLASS,
-     "_restore(records, num_roots): the inverse of `_records`."},
+     "_restore(records, num_roots, num_outer, updates): the inverse of "
+     "`_records`."},
     {nullptr, nullptr, 0, nullptr},
 };
 

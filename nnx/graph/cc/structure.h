@@ -56,6 +56,11 @@ struct Structure {
   int32_t num_leaves;
   int32_t num_indices;
   int32_t num_roots;
+  // The first indices are those of objects that earlier walks of one context
+  // met; here there are only references to them.
+  int32_t num_outer;
+  // Tuple, index -> number of the object it updates or -1; null: updates none.
+  PyObject* updates;
   Py_hash_t hash;  // -1: not computed
 };
 
@@ -63,6 +68,24 @@ extern PyTypeObject* g_structure_type;
 inline Structure* AsStructure(PyObject* value) {
   return reinterpret_cast<Structure*>(value);
 }
+
+// Guards a C++ recursion by Python's limit. An error is set where `entered` is
+// false.
+class RecursionGuard {
+ public:
+  RecursionGuard()
+      : entered_(Py_EnterRecursiveCall(" while walking an object graph") == 0) {
+  }
+  ~RecursionGuard() {
+    if (entered_) Py_LeaveRecursiveCall();
+  }
+  RecursionGuard(const RecursionGuard&) = delete;
+  RecursionGuard& operator=(const RecursionGuard&) = delete;
+  bool entered() const { return entered_; }
+
+ private:
+  const bool entered_;
+};
 
 // How values that are neither containers nor graph nodes are read.
 enum class Mode : uint8_t {
@@ -79,6 +102,8 @@ class Flattener {
   // structure that is kept, not in a walk that only looks at the leaves).
   explicit Flattener(bool hash_statics) : hash_statics_(hash_statics) {}
 
+  // Objects that earlier walks met, by index: met again, they are references.
+  void Seed(const std::vector<Ref>& objects);
   // Each call adds one root. False with an error set on failure.
   bool Add(PyObject* value, Mode mode);
   // Adds a static root (a static argument).
@@ -116,6 +141,7 @@ class Flattener {
   void Close(int32_t position, int32_t children);
 
   const bool hash_statics_;
+  int32_t num_outer_ = 0;
   int depth_indexed_ = 0;
   std::vector<Node> nodes_;
   std::vector<Ref> leaves_;
@@ -128,8 +154,16 @@ class Flattener {
   std::unordered_map<PyObject*, int32_t> seen_;
 };
 
+// The keys of a value's children and the children; `keys` is null where they
+// are 0, 1, 2, ... 1, or 0 for what is no node, or -1 with an error set.
+int OpenNode(PyObject* value, Ref* keys, std::vector<Ref>* children);
+// The items of a dict in canonical order. False with an error set on failure.
+bool OpenMapping(PyObject* mapping, Ref* keys, std::vector<Ref>* children);
+
 // Checks whether objects have a known structure, and collects their leaves and
-// objects on the way. Runs no Python code until the walk is over.
+// objects on the way. Runs no Python code, allocates no Python object and so
+// never lets the garbage collector run: what it has borrowed stays alive until
+// the walk is over.
 class Matcher {
  public:
   Matcher(const Structure* structure, PyObject** leaves, PyObject** objects)
@@ -189,7 +223,8 @@ class Unflattener {
   }
 
  private:
-  Ref BuildVariable(const Node& node, int32_t position);
+  Ref Adopt(const Node& node, PyObject* value);
+  Ref BuildVariable(const Node& node);
   Ref BuildObject(const Node& node);
   Ref BuildSequence(const Node& node);
   Ref BuildMapping(const Node& node);
