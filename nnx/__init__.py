@@ -74,6 +74,7 @@ from nnx.graph.traversal import recursive_map as recursive_map
 from nnx.module import Module as Module
 from nnx.module import capture as capture
 from nnx.module import iter_children as iter_children
+from nnx.module import iter_module_children as iter_module_children
 from nnx.module import iter_modules as iter_modules
 from nnx.module import view as view
 from nnx.module import view_info as view_info
@@ -150,6 +151,3 @@ def __getattr__(name: str):
 
     return bridge
   raise AttributeError(f"module `nnx` has no attribute `{name}`")
-
-
-from nnx.module import iter_module_children as iter_module_children

@@ -22,7 +22,7 @@ from collections.abc import Callable, Sequence
 from typing import Any as AnyValue
 from typing import Union
 
-Key = Union[int, str]
+Key = int | str
 PathParts = tuple[Key, ...]
 Predicate = Callable[[PathParts, AnyValue], bool]
 Filter = Union[
@@ -336,3 +336,26 @@ def filters_to_predicates(
             " Move it to the end."
           )
   return tuple(map(to_predicate, filters))
+
+
+def engine_form(predicate: Predicate) -> AnyValue:
+  """The form in which the engine takes a predicate.
+
+  Types, and what is always true, it tests without calling Python.
+
+  Example:
+
+    >>> import nnx
+    >>> from nnx.filters import engine_form
+    >>> engine_form(nnx.Everything()), engine_form(nnx.OfType(int))
+    (True, <class 'int'>)
+
+  Args:
+    predicate: a predicate.
+
+  Returns:
+    `True`, a class, or the predicate itself.
+  """
+  if type(predicate) is OfType and isinstance(predicate.type, type):
+    return predicate.type
+  return True if type(predicate) is Everything else predicate

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from nnx import filters as filters_lib
-from nnx.graph import functional
+from nnx.graph import _engine, functional
 from nnx.pytree import Pytree
 from nnx.state import State, split_state
 from nnx.variables import (
@@ -200,8 +200,20 @@ class Module(Pytree):
     return iter_modules(self)
 
   def iter_children(self) -> Iterator[tuple[Key, Module]]:
-    """The modules that are attributes; see `nnx.iter_children`."""
-    return iter_children(self)
+    """The modules that are attributes, with their names.
+
+    Example:
+
+      >>> import nnx
+      >>> model = nnx.Sequential(abs)
+      >>> [key for key, _ in model.iter_children()]
+      ['layers']
+    """
+    return (
+      (key, value)
+      for key, value in iter_children(self)
+      if isinstance(value, Module)
+    )
 
   def set_attributes(
     self,
@@ -333,7 +345,7 @@ def iter_modules(
 def iter_children(
   node: Any, /, *, graph: bool | None = None
 ) -> Iterator[tuple[Key, Any]]:
-  """The objects that are attributes of an object, with their names.
+  """The objects and Variables that are attributes of an object.
 
   Example:
 
@@ -341,27 +353,59 @@ def iter_children(
     >>> class Block(nnx.Module):
     ...   def __init__(self):
     ...     self.rngs = nnx.Rngs(0)
+    ...     self.w = nnx.Param(1)
     ...     self.size = 3
     >>> [key for key, _ in nnx.iter_children(Block())]
-    ['rngs']
+    ['rngs', 'w']
 
   Args:
-    node: an object.
+    node: an object, or a pytree node.
     graph: accepted for programs of Flax 0.12.
 
   Yields:
-    Pairs of attribute name and object, in the order of the names.
+    Pairs of name and value, in the order of the names.
 
   Raises:
-    ValueError: if `node` is not an object of this library.
+    ValueError: if `node` has no children.
   """
   del graph
-  if not isinstance(node, Pytree):
+  items = _engine.items(node)
+  if items is None:
     raise ValueError(
-      f"`node` must be an object of nnx, but got a `{type(node).__name__}`."
+      "`node` must be an object of nnx or a pytree node, but got a"
+      f" `{type(node).__name__}`."
     )
-  for key in sorted(vars(node), key=lambda key: (isinstance(key, str), key)):
-    value = vars(node)[key]
+  for key, value in items:
+    if isinstance(value, (Pytree, Variable)):
+      yield key, value
+
+
+def iter_module_children(
+  node: Any, /, *, graph: bool | None = None
+) -> Iterator[tuple[Key, Any]]:
+  """The objects that are attributes of an object, without its Variables.
+
+  Example:
+
+    >>> import nnx
+    >>> class Block(nnx.Module):
+    ...   def __init__(self):
+    ...     self.rngs = nnx.Rngs(0)
+    ...     self.w = nnx.Param(1)
+    >>> [key for key, _ in nnx.iter_module_children(Block())]
+    ['rngs']
+
+  Args:
+    node: an object, or a pytree node.
+    graph: accepted for programs of Flax 0.12.
+
+  Yields:
+    Pairs of name and object, in the order of the names.
+
+  Raises:
+    ValueError: if `node` has no children.
+  """
+  for key, value in iter_children(node, graph=graph):
     if isinstance(value, Pytree):
       yield key, value
 

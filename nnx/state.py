@@ -410,10 +410,8 @@ def to_flat_state(state: Mapping[Any, Any]) -> FlatState[Any]:
   Returns:
     The `FlatState`. Empty mappings leave no trace in it.
   """
-  paths: list[PathParts] = []
-  leaves: list[Any] = []
-  _flatten_into(raw_mapping(state), (), paths, leaves)
-  return FlatState.from_sorted_keys_values(tuple(paths), leaves)
+  paths, leaves = _engine.flatten_mapping(raw_mapping(state))
+  return FlatState.from_sorted_keys_values(paths, leaves)
 
 
 def from_flat_state(
@@ -486,7 +484,7 @@ def filter_state(state: Mapping[Any, Any], first: Filter, /, *filters: Filter):
   Raises:
     ValueError: if `...` is not the last of the filters.
   """
-  *parts, _ = _split_mapping(state, (first, *filters))
+  *parts, _ = split_nested(raw_mapping(state), (first, *filters))
   return _one_or_tuple([_wrap(state, part) for part in parts])
 
 
@@ -512,7 +510,7 @@ def split_state(state: Mapping[Any, Any], first: Filter, /, *filters: Filter):
   Raises:
     ValueError: if a leaf is left, or if `...` is not the last of the filters.
   """
-  *parts, rest = _split_mapping(state, (first, *filters))
+  *parts, rest = split_nested(raw_mapping(state), (first, *filters))
   if rest:
     raise _remainder_error(to_flat_state(rest).paths)
   return _one_or_tuple([_wrap(state, part) for part in parts])
@@ -546,10 +544,8 @@ def merge_state(
   """
   if not states:
     return state if isinstance(state, cls) else cls(state)
-  merged: dict[Any, Any] = {}
-  for part in (state, *states):
-    _merge_into(merged, raw_mapping(part), ())
-  return cls._from_nested(merged)
+  parts = map(raw_mapping, (state, *states))
+  return cls._from_nested(_engine.merge_mappings(*parts))
 
 
 def diff(state: State[Any, Any], other: State[Any, Any]) -> State[Any, Any]:
@@ -660,8 +656,8 @@ def restore_int_paths(pure_dict: Mapping[Any, Any]) -> dict[Any, Any]:
 # Functions on nested dicts
 
 
-def raw_mapping(state: Mapping[Any, Any]) -> Mapping[Any, Any]:
-  """The dict that a State wraps; other mappings as they are.
+def raw_mapping(state: Mapping[Any, Any]) -> dict[Any, Any]:
+  """The dict that a State wraps; another mapping as a dict.
 
   Example:
 
@@ -669,8 +665,27 @@ def raw_mapping(state: Mapping[Any, Any]) -> Mapping[Any, Any]:
     >>> from nnx.state import raw_mapping
     >>> raw_mapping(nnx.State({"a": 1}))
     {'a': 1}
+
+  Args:
+    state: a `State`, or any nested mapping.
+
+  Returns:
+    The dict of the State, or the dict given, itself; a nested dict with the
+    same leaves for mappings of other types.
+
+  Raises:
+    TypeError: if it is no mapping.
   """
-  return state._mapping if isinstance(state, State) else state
+  if isinstance(state, State):
+    return state._mapping
+  if type(state) is dict:
+    return state
+  if isinstance(state, collections.abc.Mapping):
+    return copy_mapping(state)
+  raise TypeError(
+    "A State or a nested mapping must be given, but got a"
+    f" `{type(state).__name__}`."
+  )
 
 
 def path_sort_key(path: PathParts) -> tuple[tuple[bool, Any], ...]:
@@ -697,22 +712,6 @@ def sorted_by_path(
     [(('a', 0), 2), (('b',), 1)]
   """
   return sorted(items, key=lambda item: path_sort_key(item[0]))
-
-
-def sorted_items(mapping: Mapping[K, V]) -> list[tuple[K, V]]:
-  """The items of a mapping with int and str keys, sorted by key.
-
-  Example:
-
-    >>> from nnx.state import sorted_items
-    >>> sorted_items({"b": 1, "a": 2, 3: 0})
-    [(3, 0), ('a', 2), ('b', 1)]
-  """
-  try:
-    keys = sorted(mapping)
-  except TypeError:  # ints and strs
-    keys = sorted(mapping, key=lambda key: (isinstance(key, str), key))
-  return [(key, mapping[key]) for key in keys]
 
 
 def copy_mapping(mapping: Mapping[Any, Any]) -> dict[Any, Any]:
@@ -761,21 +760,6 @@ def unflatten_mapping(
   return result
 
 
-def _flatten_into(
-  mapping: Mapping[Any, Any],
-  prefix: PathParts,
-  paths: list[PathParts],
-  leaves: list[Any],
-) -> None:
-  for key, value in sorted_items(mapping):
-    path = (*prefix, key)
-    if isinstance(value, collections.abc.Mapping):
-      _flatten_into(value, path, paths, leaves)
-    else:
-      paths.append(path)
-      leaves.append(value)
-
-
 def _split_pairs(
   pairs: Iterable[tuple[PathParts, Any]], filters: Sequence[Filter]
 ) -> list[list[tuple[PathParts, Any]]]:
@@ -792,72 +776,31 @@ def _split_pairs(
   return parts
 
 
-def _split_mapping(
-  state: Mapping[Any, Any], filters: Sequence[Filter]
-) -> list[dict[Any, Any]]:
-  """One nested dict a filter, and one of the leaves that no filter selects."""
-  predicates = filters_lib.filters_to_predicates(filters)
-  return split_nested(raw_mapping(state), predicates)
-
-
 def split_nested(
-  mapping: Mapping[Any, Any],
-  predicates: Sequence[filters_lib.Predicate],
-  prefix: PathParts = (),
+  mapping: dict[Any, Any], filters: Sequence[Filter]
 ) -> list[dict[Any, Any]]:
-  """Splits nested mappings by predicates, of which the first to hold wins.
+  """Splits nested dicts by filters, of which the first to select a leaf wins.
 
   Example:
 
-    >>> import nnx
     >>> from nnx.state import split_nested
-    >>> is_int = nnx.filters.to_predicate(int)
-    >>> split_nested({"a": {"b": 1, "c": 2.0}}, [is_int])
+    >>> split_nested({"a": {"b": 1, "c": 2.0}}, [int])
     [{'a': {'b': 1}}, {'a': {'c': 2.0}}]
 
   Args:
-    mapping: nested mappings.
-    predicates: functions of a path and a leaf.
-    prefix: the path to `mapping`.
+    mapping: nested dicts.
+    filters: filters.
 
   Returns:
-    One nested dict a predicate, and one of what is left; in each, keys are in
-    order and no mapping is empty.
+    One nested dict for each filter, and one of what is left. None of the dicts
+    in them is empty.
+
+  Raises:
+    ValueError: if `...` is not the last of the filters.
   """
-  parts: list[dict[Any, Any]] = [{} for _ in range(len(predicates) + 1)]
-  for key, value in sorted_items(mapping):
-    path = (*prefix, key)
-    if isinstance(value, collections.abc.Mapping):
-      for part, inner in zip(parts, split_nested(value, predicates, path)):
-        if inner:
-          part[key] = inner
-      continue
-    for part, predicate in zip(parts, predicates):
-      if predicate(path, value):
-        part[key] = value
-        break
-    else:
-      parts[-1][key] = value
-  return parts
-
-
-def _merge_into(
-  target: dict[Any, Any], source: Mapping[Any, Any], prefix: PathParts
-) -> None:
-  for key, value in source.items():
-    if isinstance(value, collections.abc.Mapping):
-      inner = target.get(key)
-      if inner is None:
-        inner = {}
-        if value:
-          target[key] = inner
-      elif type(inner) is not dict:
-        raise _through_leaf_error((*prefix, key))
-      _merge_into(inner, value, (*prefix, key))
-    elif type(target.get(key)) is dict:
-      raise _through_leaf_error((*prefix, key))
-    else:
-      target[key] = value
+  predicates = filters_lib.filters_to_predicates(filters)
+  engine_filters = (*map(filters_lib.engine_form, predicates), True)
+  return _engine.split_mapping(mapping, engine_filters, False)
 
 
 def _replace_in(

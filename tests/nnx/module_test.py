@@ -124,12 +124,15 @@ class WalkTest(parameterized.TestCase):
       [key for key, _ in nnx.iter_children(Model())],
       [key for key, _ in flax_nnx.iter_children(FlaxModel())],
     )
-    self.assertEqual(
-      [key for key, _ in Model().iter_children()],
-      ["blocks", "first", "second"],
-    )
+    for function in ("iter_children", "iter_module_children"):
+      self.assertEqual(
+        [key for key, _ in getattr(nnx, function)(Scale(1.0))],
+        [key for key, _ in getattr(flax_nnx, function)(FlaxScale(1.0))],
+      )
+    # The method is Flax 0.10's, which has modules alone.
+    self.assertEqual([key for key, _ in Scale(1.0).iter_children()], ["noise"])
     with self.assertRaisesRegex(
-      ValueError, "must be an object of nnx, but got"
+      ValueError, "must be an object of nnx or a pytree node, but got"
     ):
       list(nnx.iter_children(3))
 
