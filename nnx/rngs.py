@@ -85,6 +85,15 @@ _next_key = jax.jit(
   inline=True,
 )
 
+# The same for what a stream is made of.
+_make_key = jax.jit(
+  lambda seed, impl: random.key(seed, impl=impl), static_argnums=1, inline=True
+)
+_zeros = jax.jit(
+  lambda shape: jnp.zeros(shape, jnp.uint32), static_argnums=0, inline=True
+)
+_MAX_SEED = 2**31  # below it, `random.key` treats seeds of all types alike
+
 _DISTRIBUTIONS = (
   "ball bernoulli beta binomial bits categorical cauchy chisquare choice"
   " dirichlet double_sided_maxwell exponential f gamma generalized_normal"
@@ -147,6 +156,8 @@ def _as_key(key: Any) -> jax.Array:
   if isinstance(key, Variable):
     key = key.value
   if isinstance(key, (int, np.integer)) and not isinstance(key, bool):
+    if 0 <= key < _MAX_SEED:
+      return _make_key(np.int32(key), jax.config.jax_default_prng_impl)
     return random.key(key)
   if isinstance(key, jax.Array):
     if jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
@@ -181,7 +192,7 @@ class RngStream(_RandomMethods, Pytree):
     key = _as_key(key)
     self.tag = tag
     self.key = RngKey(key, tag=tag)
-    self.count = RngCount(jnp.zeros(key.shape, dtype=jnp.uint32), tag=tag)
+    self.count = RngCount(_zeros(key.shape), tag=tag)
 
   def __call__(self) -> jax.Array:
     """Returns the next key: `[]`, a typed key."""
@@ -598,7 +609,7 @@ def split_rngs(
       key = key[0]
     else:
       shape = (*_split_shape(splits), *shape)
-    return key, jnp.zeros(shape, dtype=jnp.uint32)
+    return key, _zeros(shape)
 
   if in_place:
     backups = []
@@ -855,4 +866,4 @@ def reseed(
     if stream.key.tag in stream_keys:
       key = policy(path, rngs[stream.key.tag](), stream.key.shape)
       stream.key.value = key
-      stream.count.value = jnp.zeros(key.shape, dtype=jnp.uint32)
+      stream.count.value = _zeros(key.shape)

@@ -191,6 +191,22 @@ class RngsTest(parameterized.TestCase):
   def test_seeds(self, build):
     self.assertEqual(contents(build()), contents(nnx.Rngs(3)))
 
+  @parameterized.product(
+    seed=[0, 1, 2**31 - 1, 2**31, 2**32 + 5, -1, np.uint8(3), np.int64(7)],
+    impl=["threefry2x32", "rbg"],
+  )
+  def test_seeds_as_jax_takes_them(self, seed, impl):
+    with jax.default_prng_impl(impl):
+      try:
+        expected = random.key(seed)
+      except OverflowError:
+        with self.assertRaises(OverflowError):
+          nnx.RngStream(seed, tag="a")
+        return
+      key = nnx.RngStream(seed, tag="a").key.value
+    self.assertEqual(key.dtype, expected.dtype)
+    self.assertEqual(data(key), data(expected))
+
   def test_mapping(self):
     rngs = nnx.Rngs({"a": 1}, b=2)
     self.assertEqual(list(rngs), ["a", "b"])
