@@ -4,6 +4,7 @@
 #include <cstdint>
 #include <cstring>
 #include <memory>
+#include <new>
 
 #include "kernels/decode_attention/tile_kernel.h"
 #include "kernels/kv_cache/cache_layout.h"
@@ -54,7 +55,9 @@ Slots NeededSlots(const DecodeArgs& args, const Sequence& sequence,
 }  // namespace
 
 float* Decode::Allocate(int64_t count) {
-  buffers_.emplace_back(new float[std::max<int64_t>(count, 1)]);
+  const int64_t bytes = std::max<int64_t>(count, 1) * sizeof(float);
+  buffers_.emplace_back(static_cast<float*>(
+      ::operator new(bytes, std::align_val_t{kAlignment})));
   return buffers_.back().get();
 }
 

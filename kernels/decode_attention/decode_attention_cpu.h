@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <cstdint>
 #include <memory>
+#include <new>
 #include <vector>
 
 #include "kernels/common/parallel_for.h"
@@ -60,6 +61,12 @@ class Decode {
   void Join(int64_t sequence, int64_t head) const;
 
  private:
+  struct AlignedDelete {
+    void operator()(float* p) const {
+      ::operator delete(p, std::align_val_t{kAlignment});
+    }
+  };
+
   void PlanTasks();
   void Rotate(int64_t sequence, int64_t token, float* row) const;
   void PrepareQueries(int64_t sequence, const uint8_t* from, int64_t dim,
@@ -72,7 +79,7 @@ class Decode {
   std::vector<Sequence> sequences_;
   std::vector<Task> tasks_;
   std::vector<int64_t> first_part_;  // [b + 1]
-  std::vector<std::unique_ptr<float[]>> buffers_;
+  std::vector<std::unique_ptr<float, AlignedDelete>> buffers_;
   float* q_ = nullptr;        // [b, n, PaddedRows(t * g), padded k_dim]
   float* qv_ = nullptr;       // [b, n, PaddedRows(t * g), padded v_dim]
   float* rotated_ = nullptr;  // the new keys, rotated; like new_k

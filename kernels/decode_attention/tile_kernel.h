@@ -15,6 +15,10 @@ namespace decode_attention {
 // multiple of the widest vector so that the inner loops need no remainder.
 constexpr int64_t kLanes = 16;
 
+// Of everything that the inner loops read: a vector that crosses two cache
+// lines takes twice the time to load.
+constexpr int64_t kAlignment = 64;
+
 inline int64_t PadToLanes(int64_t n) { return (n + kLanes - 1) / kLanes * kLanes; }
 
 // Rows are worked on in blocks of 8, 4, 2 or 1; where the last block is not
