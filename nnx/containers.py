@@ -105,7 +105,16 @@ class List(Module, collections.abc.MutableSequence):
     self._rebuild(elements)
 
   def append(self, value: Any) -> None:
-    """Adds an element at the end."""
+    """Adds an element at the end.
+
+    Example:
+
+      >>> import nnx
+      >>> layers = nnx.List([abs])
+      >>> layers.append(nnx.Param(1))
+      >>> len(layers)
+      2
+    """
     if isinstance(value, Marker):
       self._rebuild([*self._elements(), value])
     else:
@@ -113,7 +122,16 @@ class List(Module, collections.abc.MutableSequence):
       vars(self)[len(self)] = value
 
   def insert(self, index: int, value: Any) -> None:
-    """Adds an element before the one at `index`."""
+    """Adds an element before the one at `index`.
+
+    Example:
+
+      >>> import nnx
+      >>> layers = nnx.List([nnx.Param(1)])
+      >>> layers.insert(0, abs)
+      >>> list(nnx.state(layers))
+      [1]
+    """
     elements = self._elements()
     elements.insert(index, value)
     self._rebuild(elements)

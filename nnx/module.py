@@ -196,7 +196,15 @@ class Module(Pytree):
     return jax.tree.map(jnp.add, variable.value, value)
 
   def iter_modules(self) -> Iterator[tuple[PathParts, Module]]:
-    """The modules below this one, and itself; see `nnx.iter_modules`."""
+    """The modules below this one, and itself; see `nnx.iter_modules`.
+
+    Example:
+
+      >>> import nnx
+      >>> model = nnx.Sequential(abs)
+      >>> [path for path, _ in model.iter_modules()]
+      [('layers',), ()]
+    """
     return iter_modules(self)
 
   def iter_children(self) -> Iterator[tuple[Key, Module]]:

@@ -182,7 +182,15 @@ class Size:
 
   @classmethod
   def of(cls, tree: Any) -> Size:
-    """The sum over the arrays, abstract or not, of a pytree."""
+    """The sum over the arrays, abstract or not, of a pytree.
+
+    Example:
+
+      >>> import numpy as np
+      >>> from nnx.reprs import Size
+      >>> Size.of([np.ones(3, np.int8), 1])
+      3 (3 B)
+    """
     total = cls()
     for leaf in jax.tree.leaves(tree):
       shape = getattr(leaf, "shape", None)

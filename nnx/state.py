@@ -83,12 +83,26 @@ class FlatState(reprs.Displayable, Sequence[tuple[PathParts, V]]):
 
   @property
   def paths(self) -> tuple[PathParts, ...]:
-    """The paths, in order."""
+    """The paths, in order.
+
+    Example:
+
+      >>> import nnx
+      >>> nnx.FlatState([(("b",), 1), (("a",), 2)]).paths
+      (('a',), ('b',))
+    """
     return self._keys
 
   @property
   def leaves(self) -> list[V]:
-    """The leaves, in the order of their paths."""
+    """The leaves, in the order of their paths.
+
+    Example:
+
+      >>> import nnx
+      >>> nnx.FlatState([(("b",), 1), (("a",), 2)]).leaves
+      [2, 1]
+    """
     return self._values
 
   def __getitem__(self, index):
@@ -257,7 +271,14 @@ class State(reprs.Displayable, MutableMapping[K, V], Generic[K, V]):
 
   @property
   def raw_mapping(self) -> dict[K, Any]:
-    """The nested dict itself."""
+    """The nested dict itself.
+
+    Example:
+
+      >>> import nnx
+      >>> nnx.State({"a": {"b": 1}}).raw_mapping
+      {'a': {'b': 1}}
+    """
     return self._mapping
 
   def __getitem__(self, key: K) -> Any:
@@ -331,11 +352,25 @@ class State(reprs.Displayable, MutableMapping[K, V], Generic[K, V]):
     )
 
   def map(self, f: Callable[[PathParts, V], Any]) -> State[K, Any]:
-    """Applies a function to every path and leaf; see `map_state`."""
+    """Applies a function to every path and leaf; see `map_state`.
+
+    Example:
+
+      >>> import nnx
+      >>> nnx.State({"a": 1}).map(lambda path, x: x + 1).a
+      2
+    """
     return map_state(f, self)
 
   def flat_state(self) -> FlatState[V]:
-    """The leaves in the order of their paths; see `to_flat_state`."""
+    """The leaves in the order of their paths; see `to_flat_state`.
+
+    Example:
+
+      >>> import nnx
+      >>> nnx.State({"a": {0: 5}}).flat_state()[0]
+      (('a', 0), 5)
+    """
     return to_flat_state(self)
 
   @classmethod
@@ -344,13 +379,27 @@ class State(reprs.Displayable, MutableMapping[K, V], Generic[K, V]):
     flat_state: Mapping[PathParts, V] | Iterable[tuple[PathParts, V]],
     /,
   ) -> State[Any, V]:
-    """Makes a State of paths and leaves; see `from_flat_state`."""
+    """Makes a State of paths and leaves; see `from_flat_state`.
+
+    Example:
+
+      >>> import nnx
+      >>> nnx.State.from_flat_path({("a", 0): 5}).a[0]
+      5
+    """
     return from_flat_state(flat_state, cls=cls)
 
   def to_pure_dict(
     self, extract_fn: Callable[[Any], Any] | None = None
   ) -> dict[Any, Any]:
-    """The values as nested dicts; see `nnx.to_pure_dict`."""
+    """The values as nested dicts; see `nnx.to_pure_dict`.
+
+    Example:
+
+      >>> import nnx
+      >>> nnx.State({"a": nnx.Param(1)}).to_pure_dict()
+      {'a': 1}
+    """
     return to_pure_dict(self, extract_fn)
 
   def replace_by_pure_dict(
@@ -358,22 +407,56 @@ class State(reprs.Displayable, MutableMapping[K, V], Generic[K, V]):
     pure_dict: Mapping[Any, Any],
     replace_fn: Callable[[Any, Any], Any] | None = None,
   ) -> None:
-    """Sets the values from nested dicts; see `nnx.replace_by_pure_dict`."""
+    """Sets the values from nested dicts; see `nnx.replace_by_pure_dict`.
+
+    Example:
+
+      >>> import nnx
+      >>> state = nnx.State({"a": nnx.Param(1)})
+      >>> state.replace_by_pure_dict({"a": 2})
+      >>> state.a.value
+      2
+    """
     replace_by_pure_dict(self, pure_dict, replace_fn)
 
   def split(self, first: Filter, /, *filters: Filter):
-    """Splits by filters that select every leaf; see `split_state`."""
+    """Splits by filters that select every leaf; see `split_state`.
+
+    Example:
+
+      >>> import nnx
+      >>> params, rest = nnx.State({"a": nnx.Param(1), "b": 2}).split(
+      ...   nnx.Param, ...
+      ... )
+      >>> list(params), list(rest)
+      (['a'], ['b'])
+    """
     return split_state(self, first, *filters)
 
   def filter(self, first: Filter, /, *filters: Filter):
-    """Selects leaves by filters; see `filter_state`."""
+    """Selects leaves by filters; see `filter_state`.
+
+    Example:
+
+      >>> import nnx
+      >>> list(nnx.State({"a": nnx.Param(1), "b": 2}).filter(nnx.Param))
+      ['a']
+    """
     return filter_state(self, first, *filters)
 
   @staticmethod
   def merge(
     state: Mapping[Any, Any], /, *states: Mapping[Any, Any]
   ) -> State[Any, Any]:
-    """Joins States into a new one; see `merge_state`."""
+    """Joins States into a new one; see `merge_state`.
+
+    Example:
+
+      >>> import nnx
+      >>> merged = nnx.State.merge(nnx.State({"a": 1}), nnx.State({"b": 2}))
+      >>> list(merged)
+      ['a', 'b']
+    """
     return merge_state(state, *states)
 
   def __or__(self, other: State[Any, Any]) -> State[Any, Any]:

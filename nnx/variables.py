@@ -639,24 +639,53 @@ class Variable(_engine.VariableBase, reprs.Displayable, Generic[A]):
 
   @property
   def type(self) -> type[Variable[A]]:
-    """The class of the Variable."""
+    """The class of the Variable.
+
+    Example:
+
+      >>> import nnx
+      >>> nnx.Param(1).type is nnx.Param
+      True
+    """
     return type(self)
 
   var_type = type
 
   @property
   def hijax(self) -> bool:
-    """Whether this is a Variable of jax's experimental `hijax`: never."""
+    """Whether this is a Variable of jax's experimental `hijax`: never.
+
+    Example:
+
+      >>> import nnx
+      >>> nnx.Param(1).hijax
+      False
+    """
     return False
 
   @property
   def ref(self) -> bool:
-    """Whether the value is held in a mutable array of jax."""
+    """Whether the value is held in a mutable array of jax.
+
+    Example:
+
+      >>> import jax.numpy as jnp
+      >>> import nnx
+      >>> nnx.Param(jnp.zeros(2), ref=True).ref
+      True
+    """
     return bool(self._metadata.get("ref", False))
 
   @property
   def eager_sharding(self) -> bool:
-    """Whether the value is placed when the Variable is made."""
+    """Whether the value is placed when the Variable is made.
+
+    Example:
+
+      >>> import nnx
+      >>> nnx.Param(1).eager_sharding
+      True
+    """
     return self._metadata.get("eager_sharding", _settings.eager_sharding)
 
   def _stored_name(self, name: str) -> str:
