@@ -14,13 +14,9 @@ _COPTS = [
     "-Wall",
     "-Wextra",
     "-Werror",
-]
-
-# Handlers are handed to Python as capsules: nothing else need be seen.
-_EXTENSION_COPTS = [
+    # Handlers reach Python as capsules: no symbol need be seen from outside, and
+    # calls that nobody can interpose are cheaper.
     "-fvisibility=hidden",
-    "-fexceptions",
-    "-frtti",
 ]
 
 # What each platform's tests need on top of @pypi.  The packages of accelerators
@@ -50,7 +46,13 @@ def cc_binary(name, copts = [], **kwargs):
 
 def cc_test(name, size, copts = [], **kwargs):
     """A C++17 test program, warnings being errors; it fails by exiting non-zero."""
-    _cc_test(name = name, size = size, copts = _COPTS + copts, **kwargs)
+    _cc_test(
+        name = name,
+        size = size,
+        copts = _COPTS + copts,
+        linkstatic = True,  # hidden symbols are not seen across libraries
+        **kwargs
+    )
 
 def py_test(name, size, **kwargs):
     """A Python test that is its own main program (absltest)."""
@@ -106,7 +108,7 @@ def nnx_pybind_extension(
     _cc_binary(
         name = name + ".so",
         srcs = srcs,
-        copts = _COPTS + _EXTENSION_COPTS + copts,
+        copts = _COPTS + copts,
         linkopts = linkopts,
         linkshared = True,
         tags = tags,
