@@ -1,0 +1,137 @@
+"""Programs of Flax 0.10 and of 0.12 run side by side, without warnings."""
+
+from absl.testing import absltest
+import jax
+import jax.numpy as jnp
+import nnx
+import numpy as np
+
+
+def _double(variable, value):
+  del variable
+  return value * 2
+
+
+class Hooked(nnx.Variable):
+  def on_get_value(self, value):
+    return value + 1
+
+  def on_set_value(self, value):
+    return value - 1
+
+
+class Counter(nnx.Module):
+  def __init__(self):
+    self.count = nnx.BatchStat(jnp.float32(0))
+    self.hooked = Hooked(jnp.float32(10))
+    self.doubled = nnx.Param(jnp.float32(1), get_value_hooks=_double)
+    self.ref = nnx.Variable(jnp.float32(0), ref=True)
+    self.layers = [nnx.Param(jnp.float32(2), sharding=("a",)), "static"]
+
+  def __call__(self, x):
+    self.count.value += 1
+    self.ref[...] += 1
+    return x * self.doubled + self.hooked
+
+
+class HooksInGraphsTest(absltest.TestCase):
+  """What the engine makes of Variables keeps hooks, metadata and kinds."""
+
+  def check(self, model):
+    self.assertEqual(model.hooked.raw_value, 10)
+    self.assertEqual(model.hooked.value, 11)
+    self.assertEqual(model.hooked[...], 11)
+    model.hooked[...] = jnp.float32(5)
+    self.assertEqual(model.hooked.raw_value, 4)
+    self.assertEqual(model.doubled.value, 2)
+    self.assertEqual(model.doubled[...], 2)
+    self.assertEqual(model.layers[0].sharding_names, ("a",))
+    self.assertEqual(model.ref.value, 0)
+    model.ref.value = jnp.float32(7)
+    self.assertIsInstance(model.ref.raw_value, jax.Ref)
+    self.assertEqual(model.ref[...], 7)
+
+  def test_merge(self):
+    self.check(nnx.merge(*nnx.split(Counter())))
+
+  def test_clone(self):
+    self.check(nnx.clone(Counter()))
+
+  def test_tree_map(self):
+    model = Counter()
+    del model.ref
+    model = jax.tree.map(lambda x: x, model)
+    model.ref = nnx.Variable(jnp.float32(0), ref=True)
+    self.check(model)
+
+  def test_update_carries_metadata(self):
+    model = Counter()
+    other = Counter()
+    other.doubled.set_metadata({})
+    nnx.update(model, nnx.state(other, nnx.Param))
+    self.assertEqual(model.doubled.value, 1)
+    nnx.update(other, nnx.state(Counter(), nnx.Param))
+    self.assertEqual(other.doubled.value, 2)
+
+  def test_state_shares_variables(self):
+    model = Counter()
+    state = nnx.state(model)
+    self.assertIs(state.hooked, model.hooked)
+    state.layers[0].value = jnp.float32(8)
+    self.assertEqual(model.layers[0].value, 8)
+
+  def test_hooks_under_jit(self):
+    model = Counter()
+    del model.ref
+    model.ref = nnx.Variable(jnp.float32(0))
+
+    @nnx.jit
+    def step(model, x):
+      y = model(x)
+      model.hooked.value = jnp.float32(3)
+      return y
+
+    self.assertEqual(step(model, jnp.float32(3)), 17)
+    self.assertEqual(model.count.value, 1)
+    self.assertEqual(model.hooked.raw_value, 2)
+    self.assertEqual(step(model, jnp.float32(3)), 9)
+
+
+class ErasTest(absltest.TestCase):
+  def test_flax_0_10(self):
+    model = Counter()
+    graphdef, params, rest = nnx.split(model, nnx.Param, ...)
+    self.assertIsInstance(params["layers"][0], nnx.VariableState)
+    self.assertIs(params.layers[0].type, nnx.Param)
+    params = jax.tree.map(lambda x: x + 1, params)
+    params.layers[0] = params.layers[0].replace(5.0)
+    state = nnx.State.merge(params, rest)
+    for path, leaf in state.flat_state():
+      self.assertIsInstance(path, tuple)
+      self.assertIsInstance(leaf, nnx.VariableState)
+    model = nnx.merge(graphdef, state)
+    self.assertEqual(model.layers[0].value, 5.0)
+    flat = dict(nnx.state(model, nnx.Param).flat_state())
+    self.assertEqual(set(flat), {("doubled",), ("layers", 0)})
+    nnx.update(model, nnx.State.from_flat_path(flat))
+    pure = nnx.state(model, nnx.Param).to_pure_dict()
+    self.assertEqual(pure["layers"][0], 5.0)
+
+  def test_flax_0_12(self):
+    model = Counter()
+    graphdef, params, rest = nnx.split(model, nnx.Param, ...)
+    params = nnx.map_state(lambda path, p: p.replace(p.get_value() + 1), params)
+    state = nnx.merge_state(params, rest)
+    model = nnx.merge(graphdef, state)
+    # The hook doubled what was read, and doubles it again.
+    self.assertEqual(model.doubled.get_value(), 6)
+    self.assertEqual(model.layers[0][...], 3)
+    model.layers[0][...] = jnp.float32(4)
+    model.layers[0].set_value(model.layers[0].get_value() + 1)
+    np.testing.assert_array_equal(model.layers[0].get_raw_value(), 5)
+    paths = [path for path, _ in nnx.to_flat_state(nnx.state(model, nnx.Param))]
+    self.assertEqual(paths, [("doubled",), ("layers", 0)])
+
+
+if __name__ == "__main__":
+  absltest.main()
