@@ -14,6 +14,7 @@ on, are accepted wherever hooks are, and mean the same.
 
 from __future__ import annotations
 
+import collections.abc
 from collections.abc import Callable, Iterator, Mapping
 import copy
 import functools
@@ -67,6 +68,7 @@ _GET_HOOK, _SET_HOOK, _CREATE_HOOK = 1, 2, 4
 
 class _Settings(threading.local):
   eager_sharding = True
+  ref = False
 
 
 _settings = _Settings()
@@ -111,6 +113,93 @@ def using_eager_sharding() -> bool:
     True
   """
   return _settings.eager_sharding
+
+
+class VarDefaults(collections.abc.Mapping):
+  """What new Variables are made with; see `var_defaults`.
+
+  Sets it from its making on, and as a context manager for a block.
+
+  Example:
+
+    >>> import nnx
+    >>> dict(nnx.var_defaults())
+    {'hijax': False, 'ref': False}
+  """
+
+  def __init__(self, ref: bool, before: bool):
+    self.ref = ref
+    self._before = before
+
+  hijax = False
+
+  def __getitem__(self, name: str) -> bool:
+    if name not in ("hijax", "ref"):
+      raise KeyError(name)
+    return getattr(self, name)
+
+  def __iter__(self) -> Iterator[str]:
+    return iter(("hijax", "ref"))
+
+  def __len__(self) -> int:
+    return 2
+
+  def __enter__(self) -> VarDefaults:
+    return self
+
+  def __exit__(self, *exc_info) -> None:
+    _settings.ref = self._before
+
+
+def var_defaults(
+  *, hijax: bool | None = None, ref: bool | None = None
+) -> VarDefaults:
+  """Sets, or with no arguments tells, what new Variables are made with.
+
+  Example:
+
+    >>> import jax.numpy as jnp
+    >>> import nnx
+    >>> with nnx.var_defaults(ref=True):
+    ...   nnx.Param(jnp.zeros(2)).ref
+    True
+    >>> nnx.Param(jnp.zeros(2)).ref
+    False
+
+  Args:
+    hijax: must not be `True`, see `normalize_metadata`.
+    ref: whether new Variables hold their value in a mutable array of jax.
+
+  Returns:
+    The defaults, a mapping and a context manager.
+
+  Raises:
+    ValueError: if `hijax` is asked for.
+  """
+  if hijax:
+    normalize_metadata({"hijax": True})
+  before = _settings.ref
+  if ref is not None:
+    if ref:
+      _route_construction_through_python()
+    _settings.ref = bool(ref)
+  return VarDefaults(_settings.ref, before)
+
+
+# Whether the constructor must look at the defaults. It need not as long as no
+# program has changed them, and then runs in the engine alone.
+_defaults_changed = False
+
+
+def _route_construction_through_python() -> None:
+  global _defaults_changed
+  if not _defaults_changed:
+    _defaults_changed = True
+    classes = [Variable]
+    while classes:
+      cls = classes.pop()
+      cls._class_hook_flags |= _CREATE_HOOK
+      classes.extend(cls.__subclasses__())
 
 
 # Metadata
@@ -444,6 +533,8 @@ class Variable(_engine.VariableBase, reprs.Displayable, Generic[A]):
       or cls.create_value is not Variable.create_value
     ):
       flags |= _CREATE_HOOK
+    if _defaults_changed:
+      flags |= _CREATE_HOOK
     cls._class_hook_flags = flags
     pytrees.register_variable_type(cls)
 
@@ -469,6 +560,9 @@ class Variable(_engine.VariableBase, reprs.Displayable, Generic[A]):
         del rest[key]
       metadata = {**rest, **inherited, **hooks}
       value = value.raw_value
+    use_ref = metadata.get("ref")
+    if use_ref is None:
+      use_ref = _settings.ref
     metadata = normalize_metadata(metadata)
     if isinstance(value, _engine.VariableBase):
       value = value.raw_value
@@ -479,6 +573,8 @@ class Variable(_engine.VariableBase, reprs.Displayable, Generic[A]):
       )
     if metadata.get("eager_sharding", MISSING) is None:
       del metadata["eager_sharding"]
+    if use_ref:
+      metadata["ref"] = True
     self._replace_metadata(metadata)
     # Hooks on the first value may look at the Variable, which holds it already.
     self.raw_value = value

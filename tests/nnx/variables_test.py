@@ -635,6 +635,23 @@ class RefTest(absltest.TestCase):
       np.testing.assert_array_equal(v.value, [0.0, 0.0])
       self.assertTrue(w.ref)
 
+  def test_defaults(self):
+    self.assertEqual(dict(nnx.var_defaults()), dict(flax_nnx.var_defaults()))
+    with nnx.var_defaults(ref=True) as defaults:
+      self.assertTrue(defaults.ref)
+      self.assertTrue(nnx.Param(jnp.zeros(2)).ref)
+      self.assertFalse(nnx.Param(jnp.zeros(2), ref=False).ref)
+      self.assertTrue(Plain(jnp.zeros(2), a=1).ref)
+      with nnx.var_defaults(ref=False):
+        self.assertFalse(nnx.Param(jnp.zeros(2)).ref)
+      self.assertTrue(nnx.var_defaults()["ref"])
+    p = nnx.Param(jnp.zeros(2))
+    self.assertFalse(p.ref)
+    p[...] = jnp.ones(2)
+    np.testing.assert_array_equal(p.value, [1.0, 1.0])
+    with self.assertRaisesRegex(ValueError, "got `hijax=True`"):
+      nnx.var_defaults(hijax=True)
+
   def test_ref_as_value(self):
     with self.assertRaisesRegex(ValueError, "must hold no mutable arrays"):
       nnx.Variable({"a": jax.new_ref(1.0)}, a=1)
