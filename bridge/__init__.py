@@ -1,6 +1,8 @@
 """Linen modules as nnx Modules, and nnx Modules as Linen modules."""
 
 from bridge import variables as variables
+from bridge.functional import Functional as Functional
+from bridge.functional import functional as functional
 from bridge.to_linen import ToLinen as ToLinen
 from bridge.to_linen import to_linen as to_linen
 from bridge.to_linen import to_linen_class as to_linen_class

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 import dataclasses
 import functools
-from typing import Any, Callable
+from typing import Any
 
-from flax import core
-from flax import linen
+from flax import core, linen
 from flax.core import meta
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from bridge import to_nnx
@@ -153,21 +153,24 @@ class ToLinen(linen.Module):
     layout = _layout(graphdef)
     state: dict[Any, Any] = {}
     for slot in layout.slots:
-      source = arrays if slot.collection is None else collections.get(
-        slot.collection, {}
+      source = (
+        arrays
+        if slot.collection is None
+        else collections.get(slot.collection, {})
       )
       value = _lookup(source, slot.path)
       if value is _MISSING:
         raise ValueError(_missing_text(self, slot, collections))
       if isinstance(value, meta.AxisMetadata):
         value = variables_lib.to_nnx_var(slot.collection, value)
+      elif isinstance(value, np.ndarray):  # of a checkpoint, perhaps read-only
+        value = jnp.asarray(value)
       _put(state, slot.path, value)
     defaulted = self._seed(layout, state)
     module = nnx.merge(graphdef, state)
-    known = {(slot.collection, slot.path) for slot in layout.slots}
     for collection, tree in collections.items():
       for path, value in _leaves(tree):
-        if (collection, path) not in known:
+        if (collection, *map(str, path)) not in layout.known:
           _add(module, path, variables_lib.to_nnx_var(collection, value))
     return module, defaulted
 
@@ -185,7 +188,8 @@ class ToLinen(linen.Module):
         keys = [key] if len(paths) == 1 else jax.random.split(key, len(paths))
       for path, key in zip(paths, keys):
         count = nnx.RngCount(np.zeros((), np.uint32), tag=tag)
-        _put(state, (*path, "key"), nnx.RngKey(key, tag=tag))
+        metadata = {to_nnx.NO_KEY: True} if name is None else {}
+        _put(state, (*path, "key"), nnx.RngKey(key, tag=tag, **metadata))
         _put(state, (*path, "count"), count)
         if name is None:
           defaulted.setdefault(tag, []).append((count, count.raw_value))
@@ -237,6 +241,7 @@ class Layout:
 
   slots: tuple[Slot, ...]
   streams: Mapping[str, list[tuple[Any, ...]]]
+  known: frozenset[tuple[str, ...]]  # collections and paths, as strings
 
 
 @functools.lru_cache(maxsize=1024)
@@ -251,7 +256,10 @@ def _layout(graphdef: nnx.GraphDef) -> Layout:
     elif not issubclass(type_, nnx.RngState):
       name = nnx.variable_name_from_type(type_, allow_register=True)
       slots.append(Slot(name, path))
-  return Layout(tuple(slots), streams)
+  known = frozenset(
+    (slot.collection, *map(str, slot.path)) for slot in slots if slot.collection
+  )
+  return Layout(tuple(slots), streams, known)
 
 
 def _structure(module: nnx.Module) -> tuple[nnx.GraphDef, dict[Any, Any]]:
@@ -292,7 +300,7 @@ def _rebuilt(model: ToLinen) -> tuple[nnx.GraphDef, dict[Any, Any]]:
 
 def _holds_linen(module: nnx.Module) -> bool:
   return any(
-    isinstance(value, to_nnx.ToNNX) for _, value in nnx.iter_graph(module)
+    isinstance(value, to_nnx.ToNNX) for _, value in nnx.iter_modules(module)
   )
 
 
@@ -335,8 +343,8 @@ def _check_streams(model: ToLinen, defaulted: Mapping[str, list]) -> None:
   for tag, counters in defaulted.items():
     if any(count.raw_value is not before for count, before in counters):
       raise ValueError(
-        f"{_describe(model)} drew random numbers from the stream `{tag}`, but no"
-        f" key was given for it: pass `rngs={{{tag!r}: key}}` to `apply`."
+        f"{_describe(model)} drew random numbers from the stream `{tag}`, but"
+        f" no key was given for it: pass `rngs={{{tag!r}: key}}` to `apply`."
       )
 
 
@@ -360,7 +368,7 @@ def _put(tree: dict[Any, Any], path: tuple[Any, ...], value: Any) -> None:
 
 
 def _leaves(tree: Any, path: tuple[Any, ...] = ()):
-  """The leaves of nested mappings; keys that look like ints are ints."""
+  """The leaves of nested mappings."""
   for key, value in tree.items():
     if isinstance(value, Mapping):
       yield from _leaves(value, (*path, key))
@@ -388,7 +396,9 @@ def to_linen(
 
     >>> import bridge, jax, nnx
     >>> model = bridge.to_linen(nnx.Linear, 32, out_features=64)
-    >>> model.init_with_output(jax.random.key(0), jax.numpy.ones((1, 32)))[0].shape
+    >>> model.init_with_output(jax.random.key(0), jax.numpy.ones((1, 32)))[
+    ...   0
+    ... ].shape
     (1, 64)
 
   Args:

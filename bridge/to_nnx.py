@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 import contextlib
 import functools
 import threading
-from typing import Any, Callable, Iterator
+from typing import Any
 
 from flax import linen
 import jax
@@ -15,6 +15,10 @@ from bridge import variables as variables_lib
 import nnx
 
 _PREFIX = "to_nnx__"
+
+# Metadata of the key of a random stream for which nobody gave a key: a Linen
+# module must not get it, so that it complains if it needs one.
+NO_KEY = "no_key"
 
 
 class _Context(threading.local):
@@ -45,6 +49,7 @@ def lazy_init(fn: Any, *args: Any, **kwargs: Any) -> Any:
     >>> class Model(nnx.Module):
     ...   def __init__(self, rngs):
     ...     self.dense = bridge.ToNNX(nn.Dense(4), rngs=rngs)
+    ...
     ...   def __call__(self, x):
     ...     return self.dense(x)
     >>> model = bridge.lazy_init(Model(nnx.Rngs(0)), jnp.ones((1, 2)))
@@ -85,7 +90,9 @@ class ToNNX(nnx.Module):
     >>> import bridge, jax, nnx
     >>> from flax import linen as nn
     >>> x = jax.numpy.ones((1, 32))
-    >>> model = bridge.ToNNX(nn.Dense(features=64), rngs=nnx.Rngs(0)).lazy_init(x)
+    >>> model = bridge.ToNNX(nn.Dense(features=64), rngs=nnx.Rngs(0)).lazy_init(
+    ...   x
+    ... )
     >>> model(x).shape, model.kernel.shape
     ((1, 64), (32, 64))
 
@@ -103,6 +110,9 @@ class ToNNX(nnx.Module):
         "`module` must be an instance of a Linen module, but got"
         f" {module!r} of type {type(module).__name__}."
       )
+    if module.parent is not None:
+      # Made inside of another Linen module, which must not count it as its own.
+      module = module.clone(parent=None)
     self.to_nnx__module = module
     if isinstance(rngs, nnx.Rngs):
       rngs = rngs.fork()
@@ -218,7 +228,7 @@ def _fields(module: linen.Module | None) -> frozenset[str]:
   return _fields_of(type(module)) if module is not None else frozenset()
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _fields_of(cls: type[linen.Module]) -> frozenset[str]:
   return frozenset(cls.__dataclass_fields__) - {"parent", "name"}
 
@@ -259,7 +269,11 @@ def _linen_keys(rngs: Any) -> dict[str, jax.Array]:
   if rngs is None:
     return {}
   if isinstance(rngs, nnx.Rngs):
-    keys = {name: stream() for name, stream in rngs.items()}
+    keys = {
+      name: stream()
+      for name, stream in rngs.items()
+      if not stream.key.get_metadata(NO_KEY, False)
+    }
   elif isinstance(rngs, Mapping):
     keys = dict(rngs)
   else:

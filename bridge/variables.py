@@ -5,7 +5,7 @@ collection corresponds to a kind of Variable, by `nnx.register_variable_name`,
 and a Linen metadata box to the metadata of a Variable.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from flax import struct
@@ -52,8 +52,7 @@ class NNXMeta(struct.PyTreeNode, meta.AxisMetadata[Any]):
       index: where the new axis is.
       params: what the transform says of it; `nn.PARTITION_NAME` names it.
     """
-    variable = nnx.spmd.add_axis(self.to_nnx_variable(), index, params)
-    return self.replace(metadata=variable.get_metadata())
+    return self._with_axes(nnx.spmd.add_axis, index, params)
 
   def remove_axis(self, index: int, params: dict[Any, Any]) -> "NNXMeta":
     """Returns the box of the Variable with one axis less.
@@ -62,7 +61,14 @@ class NNXMeta(struct.PyTreeNode, meta.AxisMetadata[Any]):
       index: where the axis was.
       params: what the transform says of it; `nn.PARTITION_NAME` names it.
     """
-    variable = nnx.spmd.remove_axis(self.to_nnx_variable(), index, params)
+    return self._with_axes(nnx.spmd.remove_axis, index, params)
+
+  def _with_axes(self, change, index: int, params: dict[Any, Any]) -> "NNXMeta":
+    variable = self.to_nnx_variable()
+    if not variable.get_metadata("out_sharding", None):
+      # Without an annotation no name is needed; the hooks run all the same.
+      params = {meta.PARTITION_NAME: None, **params}
+    change(variable, index, params)
     return self.replace(metadata=variable.get_metadata())
 
   def get_partition_spec(self) -> jax.sharding.PartitionSpec:
@@ -72,7 +78,8 @@ class NNXMeta(struct.PyTreeNode, meta.AxisMetadata[Any]):
 
   def to_nnx_variable(self) -> nnx.Variable[Any]:
     """Returns the Variable of this kind, value and metadata."""
-    return self.var_type(self.value, **self.metadata)
+    # Past `__init__`: the value was created, and placed, long ago.
+    return self.var_type.from_metadata(self.value, dict(self.metadata))
 
 
 def _needs_box(metadata: Mapping[str, Any]) -> bool:
@@ -94,8 +101,8 @@ def to_linen_var(variable: nnx.Variable[Any]) -> Any:
     variable: a Variable of any kind.
 
   Returns:
-    Its value; in the Linen box it came from, if it did, or in an `NNXMeta` where
-    it has metadata that would be lost.
+    Its value; in the Linen box it came from, if it did, or in an `NNXMeta`
+    where it has metadata that would be lost.
   """
   # How a Variable is kept, as `eager_sharding`, is no property of its value.
   metadata = variable.get_metadata(exclude_required=True)
@@ -135,7 +142,8 @@ def to_nnx_var(collection: str, value: Any) -> nnx.Variable[Any]:
       raise ValueError(
         "The kind of Variable in an `NNXMeta` must be that of its collection,"
         f" but got `{value.var_type.__name__}` in `{collection}`, which is of"
-        f" `{kind.__name__}`. Register the name by `nnx.register_variable_name`."
+        f" `{kind.__name__}`. Register the name by"
+        " `nnx.register_variable_name`."
       )
     return value.to_nnx_variable()
   if isinstance(value, meta.AxisMetadata):
@@ -166,7 +174,10 @@ def linen_vars_to_nnx_attrs(variables: Mapping[str, Any]) -> dict[str, Any]:
   Example:
     >>> import bridge
     >>> attrs = bridge.linen_vars_to_nnx_attrs(
-    ...   {"params": {"bn": {"scale": 1.0}}, "batch_stats": {"bn": {"mean": 0.0}}}
+    ...   {
+    ...     "params": {"bn": {"scale": 1.0}},
+    ...     "batch_stats": {"bn": {"mean": 0.0}},
+    ...   }
     ... )
     >>> {name: type(v).__name__ for name, v in attrs["bn"].items()}
     {'scale': 'Param', 'mean': 'BatchStat'}
@@ -187,7 +198,8 @@ def linen_vars_to_nnx_attrs(variables: Mapping[str, Any]) -> dict[str, Any]:
       if path in owners:
         raise ValueError(
           "A path must be in one collection, since it names one attribute, but"
-          f" `{'/'.join(path)}` is in `{owners[path]}` and in `{collection}`."
+          f" `{'/'.join(map(str, path))}` is in `{owners[path]}` and in"
+          f" `{collection}`."
           " Rename one of the two."
         )
       owners[path] = collection
@@ -218,8 +230,40 @@ def nnx_attrs_to_linen_vars(attributes: Mapping[str, Any]) -> dict[str, Any]:
     if not isinstance(variable, nnx.Variable):
       raise ValueError(
         "Every leaf must be a Variable, whose kind says the collection, but"
-        f" `{'/'.join(path)}` is `{variable!r}`. Wrap it in a kind of Variable."
+        f" `{'/'.join(map(str, path))}` is `{variable!r}`. Wrap it in a kind of"
+        " Variable."
       )
     collection = nnx.variable_name_from_type(type(variable))
     _insert(variables, (collection, *path), to_linen_var(variable))
   return variables
+
+
+def with_partitioning(
+  initializer: Callable[..., Any],
+  sharding: Any,
+  mesh: jax.sharding.Mesh | None = None,
+  **metadata: Any,
+) -> Callable[..., Any]:
+  """`nnx.with_partitioning` whose Variables become Linen's `Partitioned`.
+
+  Example:
+    >>> import bridge
+    >>> import jax
+    >>> import nnx
+    >>> init = bridge.with_partitioning(jax.nn.initializers.ones, ("a", None))
+    >>> param = nnx.Param(init(jax.random.key(0), (2, 3)))
+    >>> type(bridge.to_linen_var(param)).__name__
+    'Partitioned'
+
+  Args:
+    initializer: an initializer.
+    sharding: the names of the axes.
+    mesh: the mesh; by default the one that is active.
+    **metadata: more metadata of the Variable.
+
+  Returns:
+    An initializer that returns a `VariableMetadata`.
+  """
+  return nnx.with_partitioning(
+    initializer, sharding, mesh, linen_meta_type=meta.Partitioned, **metadata
+  )

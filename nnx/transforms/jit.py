@@ -8,19 +8,19 @@ function, and writes back what the function wrote.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable, Mapping, Sequence
 import functools
 import inspect
 import types
-from typing import Any, Callable, Iterable, Mapping, Sequence
+from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jax.extend import core as extend_core
+import jax.numpy as jnp
 import numpy as np
 
 from nnx.graph import _engine
-from nnx.transforms import lift
-from nnx.transforms import prefix
+from nnx.transforms import lift, prefix
 
 
 class StateSharding(prefix.FilterMap):
@@ -81,7 +81,9 @@ def _positions(
   except (TypeError, ValueError):
     return frozenset((*positions, *keywords))
   positional = [
-    p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)
+    p
+    for p in parameters
+    if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)
   ]
   variadic = any(p.kind == p.VAR_POSITIONAL for p in parameters)
   free = any(p.kind == p.VAR_KEYWORD for p in parameters)
@@ -287,7 +289,9 @@ class Flat(lift.Lifted):
   def __name__(self) -> str:
     return getattr(self.fun, "__name__", type(self.fun).__name__)
 
-  def __call__(self, leaves: tuple, donated: frozenset[int] = frozenset()) -> Any:
+  def __call__(
+    self, leaves: tuple, donated: frozenset[int] = frozenset()
+  ) -> Any:
     values, objects = _engine.unflatten(self.structure, leaves)
     result = self.call(values)
     if donated:
@@ -369,7 +373,9 @@ class Lowered:
     self.lowered = lowered
     self._make_call = make_call
 
-  def compile(self, compiler_options: Mapping[str, Any] | None = None) -> Compiled:
+  def compile(
+    self, compiler_options: Mapping[str, Any] | None = None
+  ) -> Compiled:
     """Compiles; see `Compiled`."""
     return Compiled(self.lowered.compile(compiler_options), self._make_call)
 

@@ -3,16 +3,19 @@
 Options such as `in_axes` and `in_shardings` are pytree prefixes: one entry may
 stand for a whole argument, for a part of it, or, as a filter map (`StateAxes`,
 `StateSharding`), for the Variables of a graph that each filter selects.
-`broadcast` gives the entry of every leaf of a structure.
+`broadcast` gives the entry of every leaf of a structure, `Walk` further says
+where each leaf is.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 from nnx import filters as filters_lib
 from nnx.graph import _engine
+from nnx.state import State, to_flat_state
+from nnx.transforms import lift
 
 
 class FilterMap:
@@ -25,21 +28,40 @@ class FilterMap:
     FilterMap({'params': 0, Ellipsis: None})
 
   Args:
-    entries: a mapping from filters to entries, or pairs of them; the first
-      filter that selects a leaf decides.
+    entries: a mapping from filters to entries, or pairs of them, or a State of
+      entries; the first filter that selects a leaf decides.
   """
 
   __slots__ = ("filters", "entries")
 
   def __init__(self, entries: Mapping[Any, Any] | Sequence[tuple[Any, Any]], /):
-    pairs = entries.items() if isinstance(entries, Mapping) else entries
-    pairs = list(pairs)
+    if isinstance(entries, State):
+      pairs = [
+        (filters_lib.PathIn(path), _unboxed(entry))
+        for path, entry in to_flat_state(entries)
+      ]
+    elif isinstance(entries, Mapping):
+      pairs = list(entries.items())
+    else:
+      pairs = list(entries)
     self.filters = tuple(filter_ for filter_, _ in pairs)
     self.entries = tuple(entry for _, entry in pairs)
 
   def items(self) -> list[tuple[Any, Any]]:
     """The pairs of a filter and an entry."""
     return list(zip(self.filters, self.entries))
+
+  def select(self, path: tuple, value: Any) -> tuple[bool, Any]:
+    """Whether a filter selects a leaf, and the entry that it then has.
+
+    Args:
+      path: the path from the graph node that is an argument, or is in one.
+      value: a Variable, or a leaf that is in none.
+    """
+    for filter_, entry in zip(self.filters, self.entries):
+      if filters_lib.to_predicate(filter_)(path, value):
+        return True, entry
+    return False, None
 
   def __repr__(self) -> str:
     pairs = ", ".join(f"{f!r}: {e!r}" for f, e in self.items())
@@ -50,6 +72,10 @@ class FilterMap:
 
   def __hash__(self) -> int:
     return hash((type(self), self.filters, self.entries))
+
+
+def _unboxed(entry: Any) -> Any:
+  return entry.value if isinstance(entry, _engine.VariableBase) else entry
 
 
 def broadcast(
@@ -80,62 +106,176 @@ def broadcast(
       map selects a Variable, or if a shared Variable gets two entries.
   """
   objects = _engine.unflatten(structure, tuple(leaves))[1]
-  walk = _Walk(structure._records, objects, leaves, is_entry, option)
-  position = 0
-  for _ in range(first_root):
-    position = walk.end(position)
-  for i, entry in enumerate(entries):
-    position = walk.visit(position, entry, (), f"[{i}]" if entries[1:] else "")
-  return walk.result
+  walk = Walk(structure, leaves, objects, is_entry)
+  roots = [
+    Root(entry, option, f"[{i}]" if entries[1:] else "")
+    for i, entry in enumerate(entries)
+  ]
+  walk.skip(first_root)
+  for root in roots:
+    walk.visit_root(root)
+  return walk.entries
 
 
-class _Walk:
-  """One walk over the records of a structure, along a prefix."""
+class Root(NamedTuple):
+  """What an option says of one root, and how errors call the root."""
 
-  def __init__(self, records, objects, leaves, is_entry, option):
-    self.records = records
-    self.objects = objects
+  entry: Any
+  option: str
+  where: str
+  path: tuple = ()
+
+
+class Place(NamedTuple):
+  """Where a leaf is: the outermost graph node, the path from it, the Variable.
+
+  `top` and `variable` are numbers of nodes, -1 where there is none.
+  """
+
+  top: int
+  path: tuple
+  variable: int
+  text: str
+
+
+def roots(
+  entry: Any,
+  count: int,
+  names: Sequence[str],
+  *,
+  is_entry: Callable[[Any], bool],
+  option: str,
+  keyword_entry: Any = None,
+) -> list[Root]:
+  """What an option for all arguments says of each.
+
+  Args:
+    entry: one entry for all positional arguments, or one for each.
+    count: the number of positional arguments.
+    names: the keyword arguments.
+    is_entry: whether something stands for all leaves below it.
+    option: the name of the option, for errors.
+    keyword_entry: the entry of keyword arguments.
+
+  Raises:
+    TypeError: if `entry` is neither an entry nor a tuple or list.
+    ValueError: if there are not as many entries as positional arguments.
+  """
+  if is_entry(entry) or isinstance(entry, FilterMap):
+    entries: list[Any] = [entry] * count
+  elif isinstance(entry, (tuple, list)):
+    entries = list(entry)
+  else:
+    raise TypeError(
+      f"`{option}` must be one entry for all arguments or a tuple with one for"
+      f" each, but got `{entry!r}` of type `{type(entry).__name__}`."
+    )
+  if len(entries) != count:
+    raise ValueError(
+      f"`{option}` must have one entry for each positional argument, but it has"
+      f" {len(entries)} for {count}."
+    )
+  return [
+    *(Root(e, option, f"args[{i}]") for i, e in enumerate(entries)),
+    *(Root(keyword_entry, option, name) for name in names),
+  ]
+
+
+class Walk:
+  """One walk over a structure along prefixes.
+
+  Attributes:
+    entries: by leaf.
+    places: by leaf, None where `skip` passed.
+    tops: for each outermost graph node, in order, the `Root` that says the same
+      of it: what state made inside of it later gets.
+    top_indices: the numbers of these nodes.
+  """
+
+  def __init__(
+    self,
+    structure: Any,
+    leaves: Sequence[Any],
+    objects: Sequence[Any],
+    is_entry: Callable[[Any], bool],
+  ):
+    self.records = structure._records
     self.leaves = leaves
+    self.objects = objects
     self.is_entry = is_entry
-    self.option = option
-    self.result: list[Any] = [None] * len(leaves)
-    self.assigned: dict[int, tuple[Any, str]] = {}  # node -> entry, path
+    self.entries: list[Any] = [None] * len(leaves)
+    self.places: list[Place | None] = [None] * len(leaves)
+    self.tops: list[Root] = []
+    self.top_indices: list[int] = []
+    self.position = 0
+    self._first: dict[int, tuple[int, Place]] = {}  # node -> position, place
+    self._checked: set[tuple[int, Any]] = set()
 
-  def end(self, position: int) -> int:
-    """The position after a subtree."""
-    children = self.records[position][3]
-    position += 1
-    for _ in range(children):
-      position = self.end(position)
-    return position
+  def skip(self, count: int) -> None:
+    """Passes some roots."""
+    for _ in range(count):
+      self.position = lift.subtree_end(self.records, self.position)
 
-  def visit(self, position: int, entry: Any, path: tuple, where: str) -> int:
-    """Assigns `entry` to the subtree at `position`; returns its end."""
+  def visit_root(self, root: Root) -> None:
+    """Assigns entries to the leaves of the next root."""
+    self.root = root
+    self.position = self._visit(
+      self.position, root.entry, root.path, Place(-1, (), -1, ""), False
+    )
+
+  def _visit(
+    self, position: int, entry: Any, path: tuple, place: Place, again: bool
+  ) -> int:
+    """Assigns, or compares if `again`; returns the end of the subtree."""
     kind, index, leaf, children, _, keys, _ = self.records[position][:7]
     if kind == "ref":
-      if index in self.assigned:
-        self.check_same(index, entry, path, where)
+      self._visit_again(index, entry, path)
       return position + 1
-    whole = self.is_entry(entry) or isinstance(entry, FilterMap)
     if index >= 0:
-      here = self.select(entry, path, index) if kind == "variable" else entry
-      self.assigned[index] = (here, text(where, path))
-      if kind == "variable" and whole:
-        entry = here
+      if place.top < 0:
+        place = Place(index, (), -1, "")
+        if not again:
+          self.tops.append(self.root._replace(entry=entry, path=path))
+          self.top_indices.append(index)
+      if kind == "variable":
+        place = place._replace(variable=index)
+      if not again:
+        self._first[index] = (position, place._replace(text=self.text(path)))
+    whole = self.is_entry(entry) or isinstance(entry, FilterMap)
+    if isinstance(entry, FilterMap) and (leaf >= 0 or kind == "variable"):
+      entry = self._select(entry, path, place, leaf)
     if leaf >= 0:
-      if isinstance(entry, FilterMap):
-        entry = self.select(entry, path, -1, self.leaves[leaf])
-      elif not whole:
-        self.fail(entry, kind, where, path)
-      self.result[leaf] = entry
-    inner = self.inner(entry, kind, keys, children, where, path, whole)
+      if not whole:
+        self._fail(entry, kind, path)
+      if again:
+        self._check_same(leaf, entry, path)
+      else:
+        self.entries[leaf] = entry
+        self.places[leaf] = place._replace(text=self.text(path))
+    inner = self._inner(entry, kind, keys, children, path, whole)
     next_position = position + 1
     for i in range(children):
       key = keys[i] if keys is not None else i
-      next_position = self.visit(next_position, inner[i], (*path, key), where)
+      below = place
+      if place.top >= 0 and place.variable < 0:
+        below = place._replace(path=(*place.path, key))
+      next_position = self._visit(
+        next_position, inner[i], (*path, key), below, again
+      )
     return next_position
 
-  def inner(self, entry, kind, keys, children, where, path, whole) -> list[Any]:
+  def _visit_again(self, index: int, entry: Any, path: tuple) -> None:
+    """Compares what is said of a shared node here and where it was first."""
+    if index not in self._first:
+      return  # of a root that was skipped
+    mark = (index, id(entry))
+    if mark in self._checked:
+      return
+    self._checked.add(mark)
+    position, place = self._first[index]
+    self._visit(position, entry, path, place._replace(text=""), True)
+
+  def _inner(self, entry, kind, keys, children, path, whole) -> list[Any]:
     """The entries of the children."""
     if whole:
       return [entry] * children
@@ -149,41 +289,51 @@ class _Walk:
     elif keys is not None and isinstance(entry, Mapping):
       if set(entry) == set(keys):
         return [entry[key] for key in keys]
-    self.fail(entry, kind, where, path)
+    self._fail(entry, kind, path)
     raise AssertionError
 
-  def select(self, entry: Any, path: tuple, index: int, leaf: Any = None) -> Any:
-    """The entry of one leaf, by the filters if it is a filter map."""
-    if not isinstance(entry, FilterMap):
-      return entry
-    value = self.objects[index] if index >= 0 else leaf
-    for filter_, selected in entry.items():
-      if filters_lib.to_predicate(filter_)(path, value):
-        return selected
-    raise ValueError(
-      f"The filters of `{self.option}` must select every leaf, but none of"
-      f" {list(entry.filters)} selects `{text('', path)}` of type"
-      f" {type(value).__name__}: add `...` as the last filter."
-    )
-
-  def check_same(self, index: int, entry: Any, path: tuple, where: str) -> None:
-    """Refuses a shared node that is given two different entries."""
-    before, first_path = self.assigned[index]
-    if isinstance(self.objects[index], _engine.VariableBase):
-      entry = self.select(entry, path, index)
-    if before != entry:
+  def _select(self, entry: Any, path: tuple, place: Place, leaf: int) -> Any:
+    """What a filter map says of a Variable or a leaf outside of Variables."""
+    variable = place.variable
+    value = self.objects[variable] if variable >= 0 else self.leaves[leaf]
+    found, selected = entry.select(place.path, value)
+    if not found:
       raise ValueError(
-        f"`{self.option}` must give a shared node one entry, but the"
-        f" {type(self.objects[index]).__name__} at `{first_path}` and"
-        f" `{text(where, path)}` has both {before!r} and {entry!r}."
+        f"The filters of `{self.root.option}` must select every leaf, but none"
+        f" of {list(entry.filters)} selects `{self.text(path)}` of type"
+        f" {type(value).__name__}: add `...` as the last filter."
+      )
+    if not self.is_entry(selected):
+      self._fail(selected, "leaf", path)
+    return selected
+
+  def _check_same(self, leaf: int, entry: Any, path: tuple) -> None:
+    """Refuses a shared node that is given two different entries."""
+    before = self.entries[leaf]
+    place = self.places[leaf]
+    assert place is not None
+    if before != entry:
+      value = (
+        self.objects[place.variable]
+        if place.variable >= 0
+        else self.leaves[leaf]
+      )
+      raise ValueError(
+        f"`{self.root.option}` must give a shared node one entry, but the"
+        f" {type(value).__name__} at `{place.text}` and `{self.text(path)}` has"
+        f" both {before!r} and {entry!r}."
       )
 
-  def fail(self, entry: Any, kind: str, where: str, path: tuple) -> None:
+  def _fail(self, entry: Any, kind: str, path: tuple) -> None:
     """Raises the error for a prefix that does not fit."""
     raise ValueError(
-      f"`{self.option}` must be a prefix of what it speaks of, but at"
-      f" `{text(where, path)}` there is a {kind} where it has {entry!r}."
+      f"`{self.root.option}` must be a prefix of what it speaks of, but at"
+      f" `{self.text(path)}` there is a {kind} where it has {entry!r}."
     )
+
+  def text(self, path: Sequence[Any]) -> str:
+    """A path from the current root as a user would type it."""
+    return text(self.root.where, path)
 
 
 def text(where: str, path: Sequence[Any]) -> str:

@@ -1,8 +1,8 @@
 """Variables of `nnx` as those of Linen, and back; flax.nnx is the oracle."""
 
+from flax.core import meta
 import flax.linen as nn
 import flax.nnx as fnnx
-from flax.core import meta
 from flax.nnx.bridge import variables as oracle
 import jax
 import jax.numpy as jnp
@@ -93,12 +93,16 @@ def test_a_custom_box_comes_back_as_it_was():
 
 
 def test_partition_spec():
-  box = bridge.NNXMeta(nnx.Param, jnp.ones((2, 3)), {"out_sharding": ("a", None)})
+  box = bridge.NNXMeta(
+    nnx.Param, jnp.ones((2, 3)), {"out_sharding": ("a", None)}
+  )
   assert box.get_partition_spec() == jax.sharding.PartitionSpec("a", None)
 
 
 def test_axes_are_added_and_removed():
-  box = bridge.NNXMeta(nnx.Param, jnp.ones((2, 3)), {"out_sharding": ("a", None)})
+  box = bridge.NNXMeta(
+    nnx.Param, jnp.ones((2, 3)), {"out_sharding": ("a", None)}
+  )
   params = {nn.PARTITION_NAME: "layers"}
   added = box.add_axis(0, params)
   assert added.metadata["out_sharding"] == ("layers", "a", None)
@@ -138,6 +142,6 @@ def test_a_leaf_that_is_no_variable_is_refused():
   with pytest.raises(ValueError) as error:
     bridge.nnx_attrs_to_linen_vars({"a": {"b": 1.0}})
   assert str(error.value) == (
-    "Every leaf must be a Variable, whose kind says the collection, but `a/b` is"
-    " `1.0`. Wrap it in a kind of Variable."
+    "Every leaf must be a Variable, whose kind says the collection, but `a/b`"
+    " is `1.0`. Wrap it in a kind of Variable."
   )

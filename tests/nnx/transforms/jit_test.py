@@ -9,15 +9,14 @@ os.environ["XLA_FLAGS"] = (
 import dataclasses
 import functools
 import gc
+import types
 import weakref
 
-from absl.testing import absltest
-from absl.testing import parameterized
+from absl.testing import absltest, parameterized
 from flax import nnx as flax_nnx
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh
-from jax.sharding import NamedSharding
+from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 import numpy as np
 
@@ -70,7 +69,9 @@ class SeenOutsideTest(parameterized.TestCase):
 
   def test_result_is_the_callers_object(self):
     tower = Tower()
-    layer, same, kernel = nnx.jit(lambda t: (t.layers[1], t.root, t.tied))(tower)
+    layer, same, kernel = nnx.jit(lambda t: (t.layers[1], t.root, t.tied))(
+      tower
+    )
     self.assertIs(layer, tower.layers[1])
     self.assertIs(same, tower)
     self.assertIs(kernel, tower.tied)
@@ -277,12 +278,14 @@ class CompilesAgainTest(parameterized.TestCase):
     ("dict_delete", lambda t: t.__dict__.pop("config")),
     ("deleted_attribute", lambda t: delattr(t, "tied")),
     ("metadata", lambda t: setattr(t.tied, "tag", "x")),
-    ("variable_type", lambda t: setattr(
-      t.layers[1], "bias", nnx.BatchStat(jnp.zeros(3))
-    )),
-    ("module_class", lambda t: setattr(
-      t.layers[1], "__class__", type("Other", (Dense,), {})
-    )),
+    (
+      "variable_type",
+      lambda t: setattr(t.layers[1], "bias", nnx.BatchStat(jnp.zeros(3))),
+    ),
+    (
+      "module_class",
+      lambda t: setattr(t.layers[1], "__class__", type("Other", (Dense,), {})),
+    ),
     ("array_for_static", lambda t: setattr(t.layers[0], "size", jnp.ones(1))),
     ("marked_static", lambda t: setattr(t, "config", nnx.static((1, 2)))),
     ("tuple_for_list", lambda t: setattr(t, "layers", tuple(t.layers))),
@@ -291,7 +294,12 @@ class CompilesAgainTest(parameterized.TestCase):
     self.check(Tower(), change)
 
   @parameterized.parameters(
-    (1, True), (1, 1.0), (0.0, -0.0), ((1,), (True,)), ("a", b"a"), (None, False)
+    (1, True),
+    (1, 1.0),
+    (0.0, -0.0),
+    ((1,), (True,)),
+    ("a", b"a"),
+    (None, False),
   )
   def test_equal_statics_of_other_types(self, before, after):
     dense = Dense()
@@ -324,7 +332,9 @@ class CompilesAgainTest(parameterized.TestCase):
     dense = Dense()
     dense.size = float("nan")
     self.check(
-      dense, lambda dense: setattr(dense, "size", float("nan")), recompiles=False
+      dense,
+      lambda dense: setattr(dense, "size", float("nan")),
+      recompiles=False,
     )
 
   def test_attribute_order_does_not_matter(self):
@@ -346,7 +356,9 @@ class CompilesAgainTest(parameterized.TestCase):
     dense = Dense()
     dense.config = Config(0.1)
     self.check(
-      dense, lambda dense: setattr(dense, "config", Config(0.1)), recompiles=False
+      dense,
+      lambda dense: setattr(dense, "config", Config(0.1)),
+      recompiles=False,
     )
     self.check(dense, lambda dense: setattr(dense, "config", Config(0.2)))
 
@@ -515,8 +527,9 @@ class OptionsTest(parameterized.TestCase):
     np.testing.assert_array_equal(model.plain(x), [[3, 3, 3]])
     np.testing.assert_array_equal(model.with_options(x, 2), [[6, 6, 6]])
     np.testing.assert_array_equal(nnx.jit(model.__call__)(x), [[3, 3, 3]])
-    bound = nnx.jit(model.with_options.__func__.__wrapped__.__get__(model),
-                    static_argnums=1)
+    bound = nnx.jit(
+      model.with_options.__func__.__wrapped__.__get__(model), static_argnums=1
+    )
     np.testing.assert_array_equal(bound(x, 3), [[9, 9, 9]])
     self.assertEqual(model.plain.__name__, "plain")
 
@@ -556,7 +569,9 @@ class OptionsTest(parameterized.TestCase):
       return dense(x)
 
     compiled = step.lower(dense, jnp.ones((1, 2))).compile()
-    np.testing.assert_array_equal(compiled(dense, jnp.ones((1, 2))), [[3, 3, 3]])
+    np.testing.assert_array_equal(
+      compiled(dense, jnp.ones((1, 2))), [[3, 3, 3]]
+    )
     np.testing.assert_array_equal(dense.bias.value, np.ones(3))
     dense.size = 7
     with self.assertRaisesRegex(
@@ -620,7 +635,8 @@ class ShardingTest(absltest.TestCase):
     )
 
     @nnx.jit(
-      in_shardings=(sharding, self.named("data")), out_shardings=self.named("data")
+      in_shardings=(sharding, self.named("data")),
+      out_shardings=self.named("data"),
     )
     def step(dense, x):
       dense.kernel[...] *= 2
@@ -650,7 +666,9 @@ class ShardingTest(absltest.TestCase):
     f = nnx.jit(
       lambda n, batch: batch,
       static_argnums=0,
-      in_shardings=({"x": self.named("data", "model"), "y": self.named("data")},),
+      in_shardings=(
+        {"x": self.named("data", "model"), "y": self.named("data")},
+      ),
       out_shardings={"x": None, "y": self.named()},
     )
     result = f(3, batch)
@@ -678,10 +696,12 @@ class ShardingTest(absltest.TestCase):
       )(dense)
     with self.assertRaisesRegex(ValueError, "`in_shardings` must be a prefix"):
       nnx.jit(lambda b: b["x"], in_shardings=({"y": None},))({"x": jnp.ones(2)})
-    with self.assertRaisesRegex(ValueError, "must give a shared node one entry"):
-      nnx.jit(
-        lambda a, b: a.bias + b.bias, in_shardings=(self.named(), None)
-      )(dense, dense)
+    with self.assertRaisesRegex(
+      ValueError, "must give a shared node one entry"
+    ):
+      nnx.jit(lambda a, b: a.bias + b.bias, in_shardings=(self.named(), None))(
+        dense, dense
+      )
 
 
 class ErrorsTest(parameterized.TestCase):
@@ -782,7 +802,11 @@ class LifetimeTest(absltest.TestCase):
       pass
 
     holder = Holder()
-    holder.step = nnx.jit(lambda x: (holder, x)[1])
+    holder.step = nnx.jit(
+      functools.partial(
+        lambda own, x: x, types.MappingProxyType({"holder": holder})
+      )
+    )
     holder.step(jnp.ones(1))
     ref = weakref.ref(holder)
     del holder
