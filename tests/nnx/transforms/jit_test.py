@@ -1,4 +1,4 @@
-"""nnx.jit: what is seen outside, when it compiles again, donation, placement."""
+"""nnx.jit: what is seen outside, recompilation, donation, placement."""
 
 import os
 
@@ -9,7 +9,6 @@ os.environ["XLA_FLAGS"] = (
 import dataclasses
 import functools
 import gc
-import types
 import weakref
 
 from absl.testing import absltest, parameterized
@@ -802,11 +801,7 @@ class LifetimeTest(absltest.TestCase):
       pass
 
     holder = Holder()
-    holder.step = nnx.jit(
-      functools.partial(
-        lambda own, x: x, types.MappingProxyType({"holder": holder})
-      )
-    )
+    holder.step = nnx.jit(functools.partial(lambda own, x: x, [holder]))
     holder.step(jnp.ones(1))
     ref = weakref.ref(holder)
     del holder
