@@ -2,12 +2,37 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any, Callable, Iterable, Sequence
 
 from nnx import filters as filters_lib
 from nnx.graph import _engine
 
 Key = filters_lib.Key
+
+
+@dataclasses.dataclass(frozen=True)
+class NodeType:
+  """How objects of a class are opened and made: see `register_graph_node_type`.
+
+  Example:
+
+    >>> import nnx
+    >>> from nnx.graph import registry
+    >>> all(isinstance(t, registry.NodeType) for t in registry.node_types.values())
+    True
+  """
+
+  flatten: Callable[[Any], tuple[Sequence[tuple[Key, Any]], Any]]
+  set_key: Callable[[Any, Key, Any], None]
+  pop_key: Callable[[Any, Key], Any]
+  create_empty: Callable[[Any], Any]
+  clear: Callable[[Any], None]
+  init: Callable[[Any, Iterable[tuple[Key, Any]]], None]
+
+
+# The engine has its own table; this one is for code that is written in Python.
+node_types: dict[type, NodeType] = {}
 
 
 def register_graph_node_type(
@@ -62,4 +87,7 @@ def register_graph_node_type(
 
   _engine.register_node_type(
     type, flatten, set_key, pop_key, create_empty, clear, init
+  )
+  node_types[type] = NodeType(
+    flatten, set_key, pop_key, create_empty, clear, init
   )

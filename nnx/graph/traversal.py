@@ -121,7 +121,7 @@ def iter_children(
   items = _engine.items(node)
   if items is None:
     raise ValueError(
-      "`node` must be an object of nnx or a pytree node, but got a"
+      "`node` must be an object of nnx, but got a"
       f" `{type(node).__name__}`."
     )
   for key, child in items:

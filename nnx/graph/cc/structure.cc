@@ -329,7 +329,7 @@ bool Flattener::Visit(PyObject* value, Mode mode) {
     case TypeKind::kObject:
       return VisitObject(value, info);
     case TypeKind::kArray:
-      return VisitLeaf(value, Py_TYPE(value));
+      return VisitLeaf(value, mode == Mode::kPytree);
     case TypeKind::kList:
       return VisitSequence(value, NodeKind::kList, mode);
     case TypeKind::kTuple:
@@ -348,7 +348,7 @@ bool Flattener::Visit(PyObject* value, Mode mode) {
     case TypeKind::kPlain:
       return mode == Mode::kAttributes || value == Py_None
                  ? VisitStatic(value)
-                 : VisitLeaf(value, Py_TYPE(value));
+                 : VisitLeaf(value, /*scalars=*/true);
     case TypeKind::kUnknown:
       return VisitUnknown(value, mode);
   }
@@ -380,9 +380,10 @@ bool Flattener::VisitStatic(PyObject* value) {
   return true;
 }
 
-bool Flattener::VisitLeaf(PyObject* value, PyTypeObject*) {
+bool Flattener::VisitLeaf(PyObject* value, bool scalars) {
   const int32_t position = Push(NodeKind::kLeaf, nullptr);
   nodes_[position].leaf = static_cast<int32_t>(leaves_.size());
+  nodes_[position].scalars = scalars;
   leaves_.push_back(Ref::Borrow(value));
   leaf_nodes_.push_back(position);
   Close(position, 0);
@@ -477,9 +478,10 @@ bool Flattener::VisitObject(PyObject* value, TypeInfo* info) {
       ok = VisitStatic(child);
     } else if (marked == Py_True && Py_TYPE(child) != Py_TYPE(Py_None)) {
       const TypeInfo* child_info = GetTypeInfo(Py_TYPE(child));
-      ok = child_info && (child_info->kind == TypeKind::kPlain
-                              ? VisitLeaf(child, Py_TYPE(child))
-                              : Visit(child, Mode::kAttributes));
+      const bool leaf = child_info && (child_info->kind == TypeKind::kPlain ||
+                                       child_info->kind == TypeKind::kArray);
+      ok = child_info && (leaf ? VisitLeaf(child, /*scalars=*/true)
+                               : Visit(child, Mode::kAttributes));
     } else {
       ok = Visit(child, Mode::kAttributes);
     }
@@ -570,7 +572,7 @@ bool Flattener::VisitUnknown(PyObject* value, Mode mode) {
   if (!OpenPytree(value, &children, &treedef, &keys)) {
     if (PyErr_Occurred()) return false;
     return mode == Mode::kAttributes ? VisitStatic(value)
-                                     : VisitLeaf(value, Py_TYPE(value));
+                                     : VisitLeaf(value, /*scalars=*/true);
   }
   const int32_t position = Push(NodeKind::kPytree, Py_TYPE(value));
   nodes_[position].aux = treedef;
@@ -670,7 +672,8 @@ bool Matcher::Visit(PyObject* value) {
         if (!info) return false;
         // Any other kind may be a container by now: the slow walk decides.
         if (info->kind != TypeKind::kArray &&
-            (info->kind != TypeKind::kPlain || value == Py_None)) {
+            (info->kind != TypeKind::kPlain || !node.scalars ||
+             value == Py_None)) {
           return false;
         }
       }

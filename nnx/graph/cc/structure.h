@@ -34,7 +34,8 @@ struct Node {
   // A list or dict that is an attribute: it has an identity, may be shared, and
   // what a lifted function does to it is done to the original.
   bool reference = false;
-  bool atomic = false;  // kStatic: compared without running Python code
+  bool atomic = false;   // kStatic: compared without running Python code
+  bool scalars = false;  // kLeaf: a scalar in its place would be a leaf too
   uint8_t hook_flags = 0;
   int32_t index = -1;     // among the nodes that have an identity
   int32_t leaf = -1;      // among the leaves
@@ -126,7 +127,7 @@ class Flattener {
  private:
   bool Visit(PyObject* value, Mode mode);
   bool VisitStatic(PyObject* value);
-  bool VisitLeaf(PyObject* value, PyTypeObject* type);
+  bool VisitLeaf(PyObject* value, bool scalars);
   bool VisitVariable(PyObject* value, TypeInfo* info);
   bool VisitObject(PyObject* value, TypeInfo* info);
   bool VisitSequence(PyObject* value, NodeKind kind, Mode mode);
