@@ -1,9 +1,9 @@
-"""The one mechanism under all transforms: functions of graphs as flat functions.
+"""The one mechanism under all transforms: flat functions of leaves.
 
 A transform of jax takes and returns arrays. A function of Modules reads and
-writes objects. `flatten_call` opens the arguments into a structure and a flat
-tuple of arrays; `Lifted` is the function of those arrays: it builds copies of
-the arguments, runs the user's function on the copies, and packs what changed.
+writes objects. `Call` opens the arguments into a structure and a flat tuple of
+leaves; `Lifted` is the function of those leaves: it builds copies of the
+arguments, runs the user's function on the copies, and packs what changed.
 Applying the packed result does to the originals what was done to the copies.
 
 So nothing the function does under a trace touches the originals, and an
@@ -12,9 +12,18 @@ exception leaves them as they were.
 
 from __future__ import annotations
 
-from typing import Any, Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+import functools
+import inspect
+import types
+from typing import Any
+
+import jax
+import numpy as np
 
 from nnx.graph import _engine
+
+_SCALARS = (bool, int, float, complex, np.generic)
 
 
 class Lifted:
@@ -22,13 +31,12 @@ class Lifted:
 
   __slots__ = ("fun", "structure", "names", "__weakref__")
 
-  def __init__(self, fun: Callable[..., Any], structure: Any, names: Sequence[str]):
+  def __init__(
+    self, fun: Callable[..., Any], structure: Any, names: Sequence[str]
+  ):
     self.fun = fun
     self.structure = structure
     self.names = names
-
-  def __repr__(self) -> str:
-    return repr(self.fun)
 
   def __call__(self, leaves: tuple[Any, ...]) -> Any:
     """Runs the function on copies; returns the engine's `Packed`."""
@@ -41,3 +49,237 @@ class Lifted:
     count = len(values) - len(self.names)
     kwargs = dict(zip(self.names, values[count:]))
     return self.fun(*values[:count], **kwargs)
+
+
+class Call:
+  """The arguments of one call, opened: what every transform starts from.
+
+  Args:
+    fun: the user's function.
+    args: its positional arguments.
+    kwargs: its keyword arguments.
+    static: positions of arguments that are part of the structure.
+  """
+
+  __slots__ = ("lifted", "structure", "leaves", "objects", "num_args")
+
+  def __init__(
+    self,
+    fun: Callable[..., Any],
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any] | None = None,
+    static: Iterable[int] = (),
+  ):
+    kwargs = kwargs or {}
+    names = sorted(kwargs)
+    values = (*args, *(kwargs[name] for name in names))
+    static = frozenset(static)
+    marks = tuple(i in static for i in range(len(args))) if static else ()
+    self.structure, self.leaves, self.objects = _engine.flatten(values, marks)
+    self.lifted = Lifted(fun, self.structure, names)
+    self.num_args = len(args)
+
+  def framed(self, function: Callable[..., Any], *args: Any) -> Any:
+    """Calls a transformed function; copies know where originals were made."""
+    return _engine.framed(self.structure, self.objects, function, *args)
+
+  def with_leaves(
+    self, positions: Sequence[int], values: Sequence[Any]
+  ) -> tuple[Any, ...]:
+    """The leaves with some of them replaced."""
+    leaves = list(self.leaves)
+    for position, value in zip(positions, values):
+      leaves[position] = value
+    return tuple(leaves)
+
+  def pick(self, positions: Sequence[int]) -> tuple[Any, ...]:
+    """Some of the leaves."""
+    return tuple(self.leaves[position] for position in positions)
+
+  def apply(self, packed: Any) -> Any:
+    """Does to the originals what the function did; returns its result."""
+    return _engine.apply(packed, self.objects, self.leaves)
+
+  def apply_outputs(self, plan: Any, outputs: Sequence[Any]) -> Any:
+    """The same for outputs that a transform has regrouped."""
+    return self.apply(_engine.packed_unflatten(plan, tuple(outputs)))
+
+
+class Static:
+  """A value that travels through a transform of jax outside of the arrays."""
+
+  __slots__ = ("value",)
+
+  def __init__(self, value: Any):
+    self.value = value
+
+
+jax.tree_util.register_static(Static)
+
+
+def result_of(plan: Any, outputs: Sequence[Any], inputs: Sequence[Any]) -> Any:
+  """Builds a result without doing anything to the arguments.
+
+  Args:
+    plan: what the function did.
+    outputs: one value an output.
+    inputs: one value an input leaf.
+
+  Returns:
+    The result of the function; nodes of the arguments in it are copies.
+  """
+  leaves = tuple(
+    outputs[source] if source >= 0 else inputs[~source]
+    for source in plan.sources
+  )
+  return _engine.unflatten(plan.structure, leaves)[0][-1]
+
+
+def result_leaves(plan: Any) -> range:
+  """The leaves of the plan's structure that are the result's."""
+  return range(len(plan.matches), len(plan.sources))
+
+
+def result_position(plan: Any) -> int:
+  """The position of the result in the records of the plan's structure."""
+  records, position = plan.structure._records, 0
+  for _ in range(plan.structure._num_roots - 1):
+    position = subtree_end(records, position)
+  return position
+
+
+def subtree_end(records: tuple, position: int) -> int:
+  """The position after a subtree of a structure's records."""
+  left = 1
+  while left:
+    left += records[position][3] - 1
+    position += 1
+  return position
+
+
+def num_leaves(records: tuple, start: int, end: int) -> int:
+  """How many leaves there are between two positions."""
+  return sum(records[i][2] >= 0 for i in range(start, end))
+
+
+def is_array(value: Any) -> bool:
+  """Whether a leaf is something that jax can trace."""
+  return isinstance(value, (jax.Array, np.ndarray, *_SCALARS)) or (
+    hasattr(value, "shape") and hasattr(value, "dtype")
+  )
+
+
+def as_tuple(value: int | Iterable[int]) -> tuple[int, ...]:
+  """One int or several as a tuple."""
+  return (value,) if isinstance(value, int) else tuple(value)
+
+
+def leaves_of_roots(structure: Any, roots: Iterable[int]) -> tuple[int, ...]:
+  """The leaves that are reached first from some of the roots."""
+  wanted, records = frozenset(roots), structure._records
+  position, result = 0, []
+  for root in range(structure._num_roots):
+    end = subtree_end(records, position)
+    if root in wanted:
+      result += [r[2] for r in records[position:end] if r[2] >= 0]
+    position = end
+  return tuple(result)
+
+
+def name_of(fun: Callable[..., Any]) -> str:
+  """How to call a function in an error."""
+  return getattr(fun, "__qualname__", None) or type(fun).__name__
+
+
+def check_function(fun: Any, transform: str) -> None:
+  """Refuses what a transform cannot lift.
+
+  Raises:
+    TypeError: if `fun` is not callable, or is an object of a graph.
+    ValueError: if `fun` is a method bound to an object of a graph.
+  """
+  if isinstance(fun, _engine.ObjectBase):
+    raise TypeError(
+      f"`nnx.{transform}` must be given a function, but got a"
+      f" `{type(fun).__name__}`, whose state it would not see change. Use a"
+      " function that takes it as an argument."
+    )
+  if not callable(fun):
+    raise TypeError(
+      f"`nnx.{transform}` must be given a function, but got `{fun!r}` of type"
+      f" `{type(fun).__name__}`."
+    )
+  inner = fun
+  while isinstance(inner, functools.partial):
+    inner = inner.func
+  if isinstance(inner, types.MethodType) and isinstance(
+    inner.__self__, _engine.ObjectBase
+  ):
+    owner = type(inner.__self__).__name__
+    raise ValueError(
+      f"`nnx.{transform}` must be given a function that takes its Module as an"
+      f" argument, but got the bound method `{name_of(inner)}`. Use"
+      f" `nnx.{transform}({owner}.{inner.__name__})(module, ...)`, or the"
+      f" decorator `@nnx.{transform}` in the class."
+    )
+
+
+def bind(
+  fun: Callable[..., Any],
+  args: Sequence[Any],
+  kwargs: Mapping[str, Any],
+  option: Any = None,
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+  """Makes keyword arguments positional where the signature allows it.
+
+  Args:
+    fun: the function.
+    args: its positional arguments.
+    kwargs: its keyword arguments.
+    option: a tuple with an entry for each positional argument, or anything
+      else; defaults of the function fill arguments that it has entries for.
+  """
+  count = len(option) if isinstance(option, (tuple, list)) else 0
+  defaults = count > len(args)
+  if isinstance(fun, functools.partial) or not (kwargs or defaults):
+    return tuple(args), dict(kwargs)
+  try:
+    bound = inspect.signature(fun).bind(*args, **kwargs)
+  except (TypeError, ValueError):
+    # The call itself gives the better error.
+    return tuple(args), dict(kwargs)
+  if defaults and len(bound.args) < count:
+    bound.apply_defaults()
+  return bound.args, bound.kwargs
+
+
+def positions(
+  argnums: int | Iterable[int], count: int, option: str
+) -> tuple[int, ...]:
+  """Argument numbers as positions, counted from the end if negative.
+
+  Raises:
+    TypeError: if one of them is not an int.
+    ValueError: if one of them is out of range or given twice.
+  """
+  nums = (argnums,) if isinstance(argnums, int) else tuple(argnums)
+  result = []
+  for num in nums:
+    if isinstance(num, bool) or not isinstance(num, (int, np.integer)):
+      raise TypeError(
+        f"`{option}` must be an int or several, but got `{num!r}` of type"
+        f" `{type(num).__name__}`."
+      )
+    if not -count <= num < count:
+      raise ValueError(
+        f"`{option}` must name positional arguments, of which there are {count}"
+        f" in this call, but got {num}."
+      )
+    position = int(num) % count
+    if position in result:
+      raise ValueError(
+        f"`{option}` must name an argument once, but names argument {position}"
+        " twice."
+      )
+    result.append(position)
+  return tuple(result)

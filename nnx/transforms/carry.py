@@ -1,0 +1,187 @@
+"""The carry of a loop: its structure, types and references must not change."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+
+from nnx.graph import _engine
+from nnx.transforms import lift, prefix
+
+
+class Opened:
+  """A value opened: its structure, leaves and objects."""
+
+  def __init__(self, value: Any):
+    self.structure, self.leaves, self.objects = _engine.flatten((value,))
+    self.records = self.structure._records
+
+  def plain_leaves(self) -> list[int]:
+    """The leaves that are in no graph node."""
+    result, position = [], 0
+    while position < len(self.records):
+      kind, index, leaf = self.records[position][:3]
+      if index >= 0 and kind != "ref":
+        position = lift.subtree_end(self.records, position)
+        continue
+      if leaf >= 0:
+        result.append(leaf)
+      position += 1
+    return result
+
+
+Difference = tuple[str, str, str]
+
+
+def difference(before: Any, after: Any, names: Sequence[str]) -> Difference:
+  """Where two structures first differ.
+
+  Args:
+    before: a structure.
+    after: another one.
+    names: how to call the roots.
+
+  Returns:
+    The path, and what is there in each. The path is "" if they are equal.
+  """
+  a, b, i, j = before._records, after._records, 0, 0
+  for name in names:
+    found = _difference(a, i, b, j, name, [])
+    if found[0]:
+      return found
+    i, j = lift.subtree_end(a, i), lift.subtree_end(b, j)
+  return _EQUAL
+
+
+_EQUAL: Difference = ("", "", "")
+
+
+def _difference(a, i, b, j, where, path) -> Difference:
+  one, two = a[i], b[j]
+  text = prefix.text(where, path)
+  if _described(one) != _described(two) or one[5] != two[5] or one[3] != two[3]:
+    return text, _describe(one), _describe(two)
+  keys = one[5] if one[5] is not None else range(one[3])
+  i, j = i + 1, j + 1
+  for key in keys:
+    found = _difference(a, i, b, j, where, [*path, key])
+    if found[0]:
+      return found
+    i, j = lift.subtree_end(a, i), lift.subtree_end(b, j)
+  return _EQUAL
+
+
+def _described(record: tuple) -> tuple:
+  kind, index, leaf, _, type_, _, aux = record[:7]
+  return kind, index, leaf >= 0, type_, type(aux), aux
+
+
+def _describe(record: tuple) -> str:
+  kind, _, _, children, type_, keys, aux = record[:7]
+  if kind == "static":
+    return f"`{aux!r}`"
+  if kind == "leaf":
+    return "an array"
+  if kind == "ref":
+    return "a node that is also elsewhere"
+  name = f"a {type_.__name__}"
+  if kind == "variable":
+    return f"{name} with metadata {aux or {}}"
+  if keys is not None:
+    return f"{name} with {list(keys)}"
+  return f"{name} of {children}" if type_ in (list, tuple) else name
+
+
+def check_same(
+  before: Opened, after: Opened, transform: str, where: str
+) -> None:
+  """Refuses a carry that comes out of an iteration changed.
+
+  Raises:
+    ValueError: if its structure is another, or if it holds other objects.
+  """
+  if before.structure != after.structure:
+    path, old, new = difference(before.structure, after.structure, [where])
+    raise ValueError(
+      f"The carry of `nnx.{transform}` must have one structure in all"
+      f" iterations, but `{path}` was {old} and became {new}. Make what the"
+      " loop needs before it."
+    )
+  for index, (old, new) in enumerate(zip(before.objects, after.objects)):
+    if old is not new:
+      path = node_path(after.records, index)
+      raise ValueError(
+        f"The carry of `nnx.{transform}` must hold the same objects in all"
+        f" iterations, but at `{prefix.text(where, path)}` there is another"
+        f" {type(new).__name__}. Change the object that came in, and return it."
+      )
+
+
+def node_path(records: tuple, index: int) -> list[Any]:
+  """The path to a node of the only root."""
+
+  def visit(position, path):
+    record = records[position]
+    if record[1] == index and record[0] != "ref":
+      return path
+    keys = record[5] if record[5] is not None else range(record[3])
+    position += 1
+    for key in keys:
+      found = visit(position, [*path, key])
+      if found is not None:
+        return found
+      position = lift.subtree_end(records, position)
+    return None
+
+  return visit(0, []) or []
+
+
+def check_type(old: Any, new: Any, transform: str, path: str) -> None:
+  """Refuses a leaf of a carry that changes its shape or dtype.
+
+  Raises:
+    TypeError: if it does.
+  """
+  if not lift.is_array(new):
+    raise TypeError(
+      f"The carry of `nnx.{transform}` must hold arrays where it did, but"
+      f" `{path}` became `{new!r}`."
+    )
+  old_type, new_type = jax.typeof(old), jax.typeof(new)
+  if old_type.shape == new_type.shape and (
+    old_type.dtype == new_type.dtype or old_type.weak_type or new_type.weak_type
+  ):
+    return
+  raise TypeError(
+    f"The carry of `nnx.{transform}` must keep shapes and dtypes, but"
+    f" `{path}` was {old_type.str_short()} and became {new_type.str_short()}."
+  )
+
+
+def next_values(
+  carried: Sequence[int],
+  leaves: Sequence[Any],
+  packed: Any,
+  plain: Sequence[int],
+  first: int,
+) -> list[Any]:
+  """The values of the carried leaves after an iteration.
+
+  Args:
+    carried: the leaves that are carried.
+    leaves: all leaves as they were before.
+    packed: what the function did.
+    plain: the leaves of the carry that are in no graph node.
+    first: the leaf of the plan that is the first of these in the result.
+  """
+  plan, outputs = packed.plan, packed.outputs
+  new = {
+    match: outputs[source]
+    for match, source in zip(plan.matches, plan.sources)
+    if match >= 0 and source >= 0
+  }
+  for k, leaf in enumerate(plain):
+    new[leaf] = outputs[plan.sources[first + k]]
+  return [new.get(leaf, leaves[leaf]) for leaf in carried]

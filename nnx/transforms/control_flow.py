@@ -1,0 +1,379 @@
+"""cond, switch, while_loop and fori_loop on graphs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+import functools
+from typing import Any, TypeVar
+
+import jax
+
+from nnx.graph import _engine
+from nnx.transforms import carry as carry_lib
+from nnx.transforms import lift, mapped, prefix
+
+T = TypeVar("T")
+
+
+def _unboxed(value: Any) -> Any:
+  return value.value if isinstance(value, _engine.VariableBase) else value
+
+
+def cond(
+  pred: Any,
+  true_fun: Callable[..., T],
+  false_fun: Callable[..., T],
+  *operands: Any,
+  graph: bool | None = None,
+  graph_updates: bool | None = None,
+) -> T:
+  """Calls one of two functions.
+
+  As `jax.lax.cond`, but operands and results may hold Modules and Variables,
+  and what the chosen function does to them is done to the caller's. A branch
+  need not write the Variables that the other one writes.
+
+  Example:
+
+    >>> import jax.numpy as jnp
+    >>> import nnx
+    >>> count = nnx.Variable(jnp.array(0))
+    >>> def increment(count):
+    ...   count[...] += 1
+    >>> nnx.cond(True, increment, lambda count: None, count)
+    >>> print(count.value)
+    1
+
+  Args:
+    pred: a scalar, which selects `true_fun` if it is not zero.
+    true_fun: a function of the operands.
+    false_fun: another, whose result has the same structure, shapes and dtypes.
+    *operands: the arguments.
+    graph: accepted for programs that set it; graphs and trees are one here.
+    graph_updates: accepted likewise; changes of structure are always passed on.
+
+  Returns:
+    The result of the function that was called.
+
+  Raises:
+    ValueError: if the functions return, or leave behind, other structures.
+    TypeError: as `jax.lax.cond`, if shapes or dtypes differ.
+  """
+  choice = functools.partial(jax.lax.cond, _unboxed(pred))
+  names = ("true_fun", "false_fun")
+  return _select(
+    "cond", lambda branches: choice, (true_fun, false_fun), names, operands
+  )
+
+
+def switch(
+  index: Any,
+  branches: Sequence[Callable[..., T]],
+  *operands: Any,
+  graph: bool | None = None,
+  graph_updates: bool | None = None,
+) -> T:
+  """Calls one of several functions.
+
+  As `jax.lax.switch`, with Modules and Variables as in `cond`.
+
+  Example:
+
+    >>> import jax.numpy as jnp
+    >>> import nnx
+    >>> v = nnx.Variable(jnp.array(1.0))
+    >>> def scale(by):
+    ...   def f(v):
+    ...     v[...] *= by
+    ...
+    ...   return f
+    >>> nnx.switch(1, [scale(2.0), scale(3.0)], v)
+    >>> print(v.value)
+    3.0
+
+  Args:
+    index: an integer scalar, clamped to the branches there are.
+    branches: functions of the operands.
+    *operands: the arguments.
+    graph: accepted for programs that set it; graphs and trees are one here.
+    graph_updates: accepted likewise; changes of structure are always passed on.
+
+  Returns:
+    The result of the function that was called.
+
+  Raises:
+    ValueError: if there are no branches, or if they return, or leave behind,
+      other structures.
+    TypeError: as `jax.lax.switch`, if shapes or dtypes differ.
+  """
+  branches = tuple(branches)
+  if not branches:
+    raise ValueError("`branches` must hold a function, but got none.")
+  names = tuple(f"branches[{i}]" for i in range(len(branches)))
+
+  def choice(*functions_and_operand):
+    *functions, operand = functions_and_operand
+    return jax.lax.switch(_unboxed(index), functions, operand)
+
+  return _select("switch", lambda _: choice, branches, names, operands)
+
+
+def _select(transform, choice, branches, names, operands) -> Any:
+  """Traces the branches, unites what they write, and selects one."""
+  for branch in branches:
+    if not callable(branch):
+      raise TypeError(
+        f"`nnx.{transform}` must be given functions, but got `{branch!r}`."
+      )
+  call = lift.Call(branches[0], operands)
+  inputs = [i for i, leaf in enumerate(call.leaves) if lift.is_array(leaf)]
+  traced = [_trace(call, inputs, branch) for branch in branches]
+  plans = [plan for plan, _ in traced]
+  for name, plan in zip(names[1:], plans[1:]):
+    _check_same_plan(transform, names[0], plans[0], name, plan, call)
+  # Every branch has as outputs what any of them has.
+  wanted = tuple(
+    leaf
+    for leaf in range(len(plans[0].sources))
+    if any(plan.sources[leaf] >= 0 for plan in plans)
+  )
+
+  def branch_function(plan, jaxpr):
+    def run(values):
+      leaves = call.with_leaves(inputs, values)
+      outputs = jax.extend.core.jaxpr_as_fun(jaxpr)(*values)
+      sources = [plan.sources[leaf] for leaf in wanted]
+      return tuple(outputs[s] if s >= 0 else leaves[~s] for s in sources)
+
+    return run
+
+  functions = [branch_function(plan, jaxpr) for plan, jaxpr in traced]
+  selected = choice(functions)(*functions, call.pick(inputs))
+  plan = _engine.with_outputs(plans[0], wanted)
+  outputs: list[Any] = [None] * len(wanted)
+  for leaf, value in zip(wanted, selected):
+    outputs[plan.sources[leaf]] = value
+  return call.apply_outputs(plan, outputs)
+
+
+def _trace(call: lift.Call, inputs: Sequence[int], branch: Callable[..., Any]):
+  """The plan of a branch and its jaxpr: a branch runs once in Python."""
+  lifted = lift.Lifted(branch, call.structure, ())
+  plans = []
+
+  def flat(*values):
+    packed = lifted(call.with_leaves(inputs, values))
+    plans.append(packed.plan)
+    return packed.outputs
+
+  jaxpr = call.framed(jax.make_jaxpr(flat), *call.pick(inputs))
+  return plans[-1], jaxpr
+
+
+def _check_same_plan(transform, first_name, first, name, plan, call) -> None:
+  if (
+    first.structure == plan.structure
+    and first.origin == plan.origin
+    and first.matches == plan.matches
+  ):
+    return
+  walk = prefix.Walk(
+    call.structure, call.leaves, call.objects, lambda entry: True
+  )
+  for i in range(call.num_args):
+    walk.visit_root(prefix.Root(None, "operands", f"operands[{i}]"))
+  names = [prefix.text(top.where, top.path) for top in walk.tops]
+  path, one, two = carry_lib.difference(
+    first.structure, plan.structure, [*names, "result"]
+  )
+  if not path:
+    path, one, two = " or ".join(names), "some objects", "others"
+  raise ValueError(
+    f"The functions given to `nnx.{transform}` must return, and leave behind,"
+    f" the same structure, but `{path}` is {one} after `{first_name}` and {two}"
+    f" after `{name}`."
+  )
+
+
+def while_loop(
+  cond_fun: Callable[[T], Any],
+  body_fun: Callable[[T], T],
+  init_val: T,
+  *,
+  graph: bool | None = None,
+  graph_updates: bool | None = None,
+) -> T:
+  """Calls a function for as long as a condition holds.
+
+  As `jax.lax.while_loop`, but the value may hold Modules and Variables: what
+  the function does to them is carried on, and is done to the caller's.
+
+  Example:
+
+    >>> import jax.numpy as jnp
+    >>> import nnx
+    >>> def double(val):
+    ...   v, n = val
+    ...   v[...] *= 2
+    ...   return v, n - 1
+    >>> v = nnx.Variable(jnp.array(1.0))
+    >>> _ = nnx.while_loop(lambda val: val[1] > 0, double, (v, 3))
+    >>> print(v.value)
+    8.0
+
+  Args:
+    cond_fun: a function of the value that returns a boolean scalar, and changes
+      nothing.
+    body_fun: a function from the value to the next one, which has the same
+      structure and holds the same objects.
+    init_val: the value before the first iteration.
+    graph: accepted for programs that set it; graphs and trees are one here.
+    graph_updates: accepted likewise; changes of structure are always refused.
+
+  Returns:
+    The last value, with the objects that were in the first one.
+
+  Raises:
+    ValueError: if `body_fun` changes the structure or returns other objects, or
+      if `cond_fun` writes.
+    TypeError: if an array changes its shape or dtype.
+  """
+  lift.check_function(body_fun, "while_loop")
+  lift.check_function(cond_fun, "while_loop")
+  loop = _Loop("while_loop", body_fun, init_val)
+
+  def condition(values):
+    call = loop.call
+    leaves = call.with_leaves(loop.carried, values)
+    (value,), objects = _engine.unflatten(call.structure, leaves)
+    result = cond_fun(value)
+    plan = _engine.pack(call.structure, objects, leaves, None).plan
+    if plan.writes != ():
+      path = loop.first_change(plan)
+      raise ValueError(
+        "`cond_fun` of `nnx.while_loop` must not change its argument, but it"
+        f" changes `{path}`. Change it in `body_fun`."
+      )
+    return _unboxed(result)
+
+  return loop.finish(
+    loop.call.framed(
+      jax.lax.while_loop, condition, loop.body, loop.call.pick(loop.carried)
+    )
+  )
+
+
+def fori_loop(
+  lower: Any,
+  upper: Any,
+  body_fun: Callable[[Any, T], T],
+  init_val: T,
+  *,
+  unroll: int | bool | None = None,
+  graph: bool | None = None,
+  graph_updates: bool | None = None,
+) -> T:
+  """Calls a function for each index of a range.
+
+  As `jax.lax.fori_loop`, with Modules and Variables as in `while_loop`.
+
+  Example:
+
+    >>> import jax.numpy as jnp
+    >>> import nnx
+    >>> def add(i, v):
+    ...   v[...] += i
+    ...   return v
+    >>> v = nnx.Variable(jnp.array(0))
+    >>> nnx.fori_loop(0, 4, add, v) is v, int(v.value)
+    (True, 6)
+
+  Args:
+    lower: the first index.
+    upper: one more than the last index.
+    body_fun: a function from an index and the value to the next value, which
+      has the same structure and holds the same objects.
+    init_val: the value before the first iteration.
+    unroll: how many iterations to unroll in one, as in `jax.lax.fori_loop`.
+    graph: accepted for programs that set it; graphs and trees are one here.
+    graph_updates: accepted likewise; changes of structure are always refused.
+
+  Returns:
+    The last value, with the objects that were in the first one.
+
+  Raises:
+    ValueError: if `body_fun` changes the structure or returns other objects.
+    TypeError: if an array changes its shape or dtype.
+  """
+  lift.check_function(body_fun, "fori_loop")
+  loop = _Loop("fori_loop", body_fun, init_val)
+  return loop.finish(
+    loop.call.framed(
+      functools.partial(jax.lax.fori_loop, unroll=unroll),
+      _unboxed(lower),
+      _unboxed(upper),
+      lambda i, values: loop.body(values, i),
+      loop.call.pick(loop.carried),
+    )
+  )
+
+
+class _Loop:
+  """A loop with one value, all arrays of which are carried."""
+
+  def __init__(self, transform: str, fun: Callable[..., Any], init_val: Any):
+    self.transform = transform
+    self.call = lift.Call(fun, (init_val,))
+    call = self.call
+    self.carried = [
+      i for i, leaf in enumerate(call.leaves) if lift.is_array(leaf)
+    ]
+    self.walk = prefix.Walk(
+      call.structure, call.leaves, call.objects, lambda entry: True
+    )
+    self.walk.visit_root(prefix.Root(None, "init_val", "init_val"))
+    self.plain = [
+      i for i, place in enumerate(self.walk.places) if place.top < 0
+    ]
+    self.plan: Any = None
+
+  def body(self, carry_leaves: Sequence[Any], *index: Any) -> tuple[Any, ...]:
+    """One iteration on the leaves."""
+    call = self.call
+    leaves = call.with_leaves(self.carried, carry_leaves)
+    (value,), objects = _engine.unflatten(call.structure, leaves)
+    before = carry_lib.Opened(value)
+    result = call.lifted.fun(*index, value)
+    carry_lib.check_same(
+      before, carry_lib.Opened(result), self.transform, "init_val"
+    )
+    packed = _engine.pack(call.structure, objects, leaves, result)
+    self.plan = packed.plan
+    new = carry_lib.next_values(
+      self.carried, leaves, packed, self.plain, len(packed.plan.matches)
+    )
+    for leaf, old, value in zip(self.carried, carry_leaves, new):
+      path = self.walk.places[leaf].text
+      carry_lib.check_type(old, value, self.transform, path)
+    return tuple(new)
+
+  def finish(self, final: Sequence[Any]) -> Any:
+    """Writes the last values and builds the result."""
+    plan, first = self.plan, len(self.plan.matches)
+    last = self.call.with_leaves(self.carried, final)
+    outputs: list[Any] = [None] * (1 + max(plan.sources, default=-1))
+    for leaf, source in enumerate(plan.sources):
+      if source >= 0:
+        outputs[source] = last[
+          plan.matches[leaf] if leaf < first else self.plain[leaf - first]
+        ]
+    return self.call.apply_outputs(plan, outputs)
+
+  def first_change(self, plan: Any) -> str:
+    """The path of the first thing that is not as it was."""
+    root = prefix.Root(None, "init_val", "init_val")
+    paths = mapped.output_paths(plan, self.walk, root)
+    if paths:
+      return paths[0]
+    names = [prefix.text(top.where, top.path) for top in self.walk.tops]
+    return " or ".join(names) or "init_val"

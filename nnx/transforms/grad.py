@@ -1,0 +1,546 @@
+"""grad, value_and_grad, vjp, jvp: derivatives of functions of graphs.
+
+Which leaves are differentiated is all that these say of the arguments; the
+function, and what it does to its arguments, is lifted as everywhere. State that
+the function writes is an auxiliary output, so it does not take part in the
+derivative, and state that it only reads is not an output at all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Iterable, Sequence
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+
+from nnx.filters import Filter
+from nnx.graph import _engine
+from nnx.state import State
+from nnx.transforms import lift, prefix
+from nnx.variables import Param
+
+
+@dataclasses.dataclass(frozen=True)
+class DiffState:
+  """An argument, and the part of its state to differentiate.
+
+  Example:
+
+    >>> import jax.numpy as jnp
+    >>> import nnx
+    >>> class Line(nnx.Module):
+    ...   def __init__(self):
+    ...     self.a, self.b = (
+    ...       nnx.Param(jnp.array(2.0)),
+    ...       nnx.Param(jnp.array(1.0)),
+    ...     )
+    >>> f = lambda line, x: line.a * x + line.b
+    >>> only_a = nnx.DiffState(0, nnx.PathContains("a"))
+    >>> grads = nnx.grad(f, argnums=only_a)(Line(), 3.0)
+    >>> list(grads), float(grads.a.value)
+    (['a'], 3.0)
+
+  Args:
+    argnum: the position of the argument.
+    filter: which Variables and arrays of the graph nodes in it are
+      differentiated.
+  """
+
+  argnum: int
+  filter: Filter
+
+
+class Selection(prefix.FilterMap):
+  """Selects the leaves of graph nodes to differentiate; others all are."""
+
+  __slots__ = ()
+
+  def __init__(self, filter_: Filter):
+    super().__init__(((filter_, True), (..., False)))
+
+  def select(self, path: tuple, value: Any) -> tuple[bool, Any]:
+    # A path leads from a graph node to what is in it.
+    return super().select(path, value) if path else (True, True)
+
+
+def is_selection(value: Any) -> bool:
+  """Whether something says of all leaves whether they are differentiated."""
+  return isinstance(value, bool)
+
+
+def diff_states(
+  argnums: int | DiffState | Iterable[int | DiffState],
+) -> tuple[int | DiffState, ...]:
+  """Argument numbers as a tuple."""
+  if isinstance(argnums, (int, DiffState)):
+    return (argnums,)
+  return tuple(argnums)
+
+
+def selections(
+  argnums: Sequence[int | DiffState], count: int, tree: bool
+) -> tuple[tuple[int, ...], list[Any]]:
+  """The positions meant, and what is selected of each argument."""
+  wanted = lift.positions(
+    [a.argnum if isinstance(a, DiffState) else a for a in argnums],
+    count,
+    "argnums",
+  )
+  entries: list[Any] = [False] * count
+  for position, argnum in zip(wanted, argnums):
+    if isinstance(argnum, DiffState):
+      entries[position] = Selection(argnum.filter)
+    else:
+      entries[position] = True if tree else Selection(Param)
+  return wanted, entries
+
+
+def walk_selected(call: lift.Call, entries: Sequence[Any], option: str) -> Any:
+  """Walks over the arguments of a call; entries are True where selected."""
+  walk = prefix.Walk(call.structure, call.leaves, call.objects, is_selection)
+  for i, entry in enumerate(entries):
+    walk.visit_root(prefix.Root(entry, option, f"args[{i}]"))
+  for name in call.lifted.names:
+    walk.visit_root(prefix.Root(False, option, name))
+  return walk
+
+
+class Gradients:
+  """Puts derivatives in the form of the arguments they belong to.
+
+  Args:
+    call: the call.
+    walk: a walk over its arguments.
+    tree: whether Modules stand for the derivatives of Modules, not States.
+  """
+
+  def __init__(self, call: lift.Call, walk: prefix.Walk, tree: bool):
+    self.call = call
+    self.walk = walk
+    self.tree = tree
+    self.seen: set[int] = set()
+
+  def build(self, leaves: Sequence[Any], selected: Sequence[int]) -> list[Any]:
+    """The arguments, with the selected of these leaves in Modules' States."""
+    values, objects = _engine.unflatten(self.call.structure, tuple(leaves))
+    if self.tree:
+      return list(values)
+    nested: dict[int, dict[Any, Any]] = {
+      id(node): {} for node in _outermost_nodes(self.walk, objects)
+    }
+    for leaf in selected:
+      place = self.walk.places[leaf]
+      top = id(objects[place.top]) if place.top >= 0 else 0
+      if top not in nested:
+        continue
+      target = nested[top]
+      for key in place.path[:-1]:
+        target = target.setdefault(key, {})
+      target[place.path[-1]] = (
+        objects[place.variable] if place.variable >= 0 else leaves[leaf]
+      )
+    if not nested:
+      return list(values)
+    return [self._with_states(value, nested) for value in values]
+
+  def _with_states(self, value: Any, nested: dict[int, Any]) -> Any:
+    def convert(node):
+      if id(node) not in nested:
+        return node
+      # Of a node that comes twice, the derivative is where it comes first.
+      first = id(node) not in self.seen
+      self.seen.add(id(node))
+      return State._from_nested(nested[id(node)] if first else {})
+
+    if id(value) in nested:
+      return convert(value)
+    return jax.tree.map(convert, value, is_leaf=lambda x: id(x) in nested)
+
+
+def _outermost_nodes(walk: prefix.Walk, objects: Sequence[Any]) -> list[Any]:
+  return [
+    objects[index]
+    for index in walk.top_indices
+    if not isinstance(objects[index], _engine.VariableBase)
+  ]
+
+
+def _differentiate(
+  transform: str,
+  fun: Callable[..., Any],
+  argnums: int | DiffState | Sequence[int | DiffState],
+  has_aux: bool,
+  holomorphic: bool,
+  allow_int: bool,
+  reduce_axes: Sequence[Hashable],
+  tree: bool,
+) -> Callable[..., Any]:
+  lift.check_function(fun, transform)
+  _check_reduce_axes(reduce_axes)
+  wanted_argnums = diff_states(argnums)
+  if tree and any(isinstance(a, DiffState) for a in wanted_argnums):
+    raise ValueError(
+      "With `graph=False` or `graph_updates=False` the derivative of a Module"
+      f" is a whole Module, but got `argnums={argnums!r}`. Leave these options out"
+      " to select a part of it by a `DiffState`."
+    )
+
+  @functools.wraps(fun)
+  def wrapper(*args: Any, **kwargs: Any) -> Any:
+    args, kwargs = lift.bind(fun, args, kwargs)
+    call = lift.Call(fun, args, kwargs)
+    wanted, entries = selections(wanted_argnums, len(args), tree)
+    walk = walk_selected(call, entries, "argnums")
+    selected = [leaf for leaf, entry in enumerate(walk.entries) if entry]
+
+    def flat(diff_leaves):
+      leaves = call.with_leaves(selected, diff_leaves)
+      values, objects = _engine.unflatten(call.structure, leaves)
+      loss, aux = call.lifted.call(values), None
+      if has_aux:
+        loss, aux = pair(loss, fun)
+      return loss, _engine.pack(call.structure, objects, leaves, aux)
+
+    derivative = jax.value_and_grad(
+      flat, has_aux=True, holomorphic=holomorphic, allow_int=allow_int
+    )
+    (loss, packed), grads = call.framed(derivative, call.pick(selected))
+    aux = call.apply(packed)
+    arguments = Gradients(call, walk, tree).build(
+      call.with_leaves(selected, grads), selected
+    )
+    if isinstance(argnums, (int, DiffState)):
+      result = arguments[wanted[0]]
+    else:
+      result = tuple(arguments[i] for i in wanted)
+    if transform == "grad":
+      return (result, aux) if has_aux else result
+    return ((loss, aux) if has_aux else loss), result
+
+  return wrapper
+
+
+def pair(result: Any, fun: Callable[..., Any]) -> tuple[Any, Any]:
+  """What a function with `has_aux` must return."""
+  if not isinstance(result, (tuple, list)) or len(result) != 2:
+    raise TypeError(
+      f"With `has_aux=True`, `{lift.name_of(fun)}` must return a pair of the"
+      f" output and auxiliary data, but got `{result!r}`."
+    )
+  return result[0], result[1]
+
+
+def _check_reduce_axes(reduce_axes: Sequence[Hashable]) -> None:
+  if reduce_axes:
+    raise NotImplementedError(
+      "`reduce_axes` must be empty, since jax no longer has it, but got"
+      f" `{reduce_axes!r}`. Use `jax.lax.psum` inside of the function."
+    )
+
+
+def is_tree(graph: bool | None, graph_updates: bool | None) -> bool:
+  """Whether a program of Flax 0.12 asked for Modules as plain pytrees."""
+  return graph is False or graph_updates is False
+
+
+def grad(
+  f: Callable[..., Any] | None = None,
+  *,
+  argnums: int | DiffState | Sequence[int | DiffState] = 0,
+  has_aux: bool = False,
+  holomorphic: bool = False,
+  allow_int: bool = False,
+  reduce_axes: Sequence[Hashable] = (),
+  graph: bool | None = None,
+  graph_updates: bool | None = None,
+) -> Any:
+  """Makes the function that computes the gradient of a function.
+
+  As `jax.grad`, but arguments may hold Modules and Variables, and what the
+  function does to them is done to the caller's. Of a Module the `Param`s are
+  differentiated, or what a `DiffState` selects; of anything else every leaf.
+
+  Example:
+
+    >>> import jax.numpy as jnp
+    >>> import nnx
+    >>> class Scale(nnx.Module):
+    ...   def __init__(self):
+    ...     self.w, self.calls = nnx.Param(jnp.array(2.0)), nnx.Variable(0)
+    >>> def loss(model, x):
+    ...   model.calls.value += 1
+    ...   return (model.w * x) ** 2
+    >>> model = Scale()
+    >>> grads = nnx.grad(loss)(model, 3.0)
+    >>> float(grads.w.value), model.calls.value
+    (36.0, 1)
+
+  Args:
+    f: a function that returns a scalar; without it, `grad` is a decorator.
+    argnums: the positions of the arguments to differentiate, or `DiffState`s.
+    has_aux: whether the function returns a pair of a scalar and other data.
+    holomorphic: whether inputs and outputs are complex, as in `jax.grad`.
+    allow_int: whether ints may be differentiated, as in `jax.grad`.
+    reduce_axes: must be empty.
+    graph: `False` makes the gradient of a Module a Module, not a `State`, and
+      differentiates all leaves of it.
+    graph_updates: `False` does the same.
+
+  Returns:
+    A function of the same arguments that returns the gradient: a `State` for
+    each Module, a copy of everything else; a tuple if `argnums` is a sequence.
+    With `has_aux`, a pair of that and the data.
+
+  Raises:
+    ValueError: if `argnums` does not name arguments, or if a Variable that is
+      to be differentiated is shared with an argument that is not.
+    TypeError: as `jax.grad`, if a leaf cannot be differentiated.
+  """
+  if f is None:
+    return functools.partial(
+      grad,
+      argnums=argnums,
+      has_aux=has_aux,
+      holomorphic=holomorphic,
+      allow_int=allow_int,
+      reduce_axes=reduce_axes,
+      graph=graph,
+      graph_updates=graph_updates,
+    )
+  return _differentiate(
+    "grad",
+    f,
+    argnums,
+    has_aux,
+    holomorphic,
+    allow_int,
+    reduce_axes,
+    is_tree(graph, graph_updates),
+  )
+
+
+def value_and_grad(
+  f: Callable[..., Any] | None = None,
+  *,
+  argnums: int | DiffState | Sequence[int | DiffState] = 0,
+  has_aux: bool = False,
+  holomorphic: bool = False,
+  allow_int: bool = False,
+  reduce_axes: Sequence[Hashable] = (),
+  graph: bool | None = None,
+  graph_updates: bool | None = None,
+) -> Any:
+  """Makes the function that computes a function and its gradient.
+
+  As `grad`, which see for the arguments.
+
+  Example:
+
+    >>> import jax.numpy as jnp
+    >>> import nnx
+    >>> square = nnx.value_and_grad(lambda p: p**2)
+    >>> loss, grads = square(nnx.Param(jnp.array(3.0)))
+    >>> float(loss), float(grads.value)
+    (9.0, 6.0)
+
+  Returns:
+    A function of the same arguments that returns a pair of the output and the
+    gradient. With `has_aux`, the output is a pair itself.
+  """
+  if f is None:
+    return functools.partial(
+      value_and_grad,
+      argnums=argnums,
+      has_aux=has_aux,
+      holomorphic=holomorphic,
+      allow_int=allow_int,
+      reduce_axes=reduce_axes,
+      graph=graph,
+      graph_updates=graph_updates,
+    )
+  return _differentiate(
+    "value_and_grad",
+    f,
+    argnums,
+    has_aux,
+    holomorphic,
+    allow_int,
+    reduce_axes,
+    is_tree(graph, graph_updates),
+  )
+
+
+def _flat_primal(call: lift.Call, selected: Sequence[int], has_aux: bool):
+  """The function of the selected leaves: the output's leaves; all, packed.
+
+  Returns:
+    The function, and a list to which it adds the structure of the output.
+  """
+  forms: list[Any] = []
+
+  def flat(diff_leaves):
+    leaves = call.with_leaves(selected, diff_leaves)
+    values, objects = _engine.unflatten(call.structure, leaves)
+    result = call.lifted.call(values)
+    output = result
+    if has_aux:
+      result = output, _ = pair(result, call.lifted.fun)
+    form, output_leaves, _ = _engine.flatten((output,))
+    forms.append(form)
+    packed = _engine.pack(call.structure, objects, leaves, result)
+    return output_leaves, packed
+
+  return flat, forms
+
+
+def vjp(
+  f: Callable[..., Any] | None = None,
+  *primals: Any,
+  has_aux: bool = False,
+  reduce_axes: Sequence[Hashable] = (),
+  graph: bool | None = None,
+  graph_updates: bool | None = None,
+) -> Any:
+  """Computes a function and its vector-Jacobian product at some arguments.
+
+  As `jax.vjp`, but arguments and outputs may hold Modules and Variables, and
+  what the function does to the arguments is done to the caller's. All leaves
+  are differentiated.
+
+  Example:
+
+    >>> import jax.numpy as jnp
+    >>> import nnx
+    >>> w = nnx.Param(jnp.array(2.0))
+    >>> y, pull_back = nnx.vjp(lambda w, x: w * x, w, 3.0)
+    >>> w_grad, x_grad = pull_back(jnp.array(1.0))
+    >>> float(y), float(w_grad.value), float(x_grad)
+    (6.0, 3.0, 2.0)
+
+  Args:
+    f: the function; without it, `vjp` is a decorator.
+    *primals: its arguments; without them, a function of the arguments is
+      returned.
+    has_aux: whether the function returns a pair of the output and other data.
+    reduce_axes: must be empty.
+    graph: accepted for programs that set it; graphs and trees are one here.
+    graph_updates: accepted likewise; changes of structure are always passed on.
+
+  Returns:
+    A pair of the output and a function from a cotangent, which has the form of
+    the output, to a tuple of gradients in the form of the arguments. With
+    `has_aux` the data come third.
+
+  Raises:
+    ValueError: if a cotangent has another form than the output.
+  """
+  _check_reduce_axes(reduce_axes)
+  options = {"has_aux": has_aux, "graph": graph, "graph_updates": graph_updates}
+  if f is None:
+    return functools.partial(vjp, **options)
+  lift.check_function(f, "vjp")
+  if not primals:
+    return functools.partial(vjp, f, **options)
+  call = lift.Call(f, primals)
+  selected = [i for i, leaf in enumerate(call.leaves) if lift.is_array(leaf)]
+  flat, forms = _flat_primal(call, selected, has_aux)
+  _, pull_back_leaves, packed = call.framed(
+    functools.partial(jax.vjp, flat, has_aux=True), call.pick(selected)
+  )
+  result = call.apply(packed)
+  form, structure, others = forms[-1], call.structure, call.leaves
+
+  def pull_back(cotangent: Any) -> tuple[Any, ...]:
+    leaves = _engine.flatten((cotangent,))[1]
+    if len(leaves) != form.num_leaves:
+      raise ValueError(
+        "The cotangent must have the form of the output, which has"
+        f" {form.num_leaves} leaves, but got one that has {len(leaves)}:"
+        f" `{cotangent!r}`."
+      )
+    (cotangents,) = pull_back_leaves(leaves)
+    filled = list(others)
+    for leaf, value in zip(selected, cotangents):
+      filled[leaf] = value
+    return _engine.unflatten(structure, tuple(filled))[0]
+
+  if has_aux:
+    return result[0], pull_back, result[1]
+  return result, pull_back
+
+
+def jvp(
+  f: Callable[..., Any] | None = None,
+  primals: Sequence[Any] | None = None,
+  tangents: Sequence[Any] | None = None,
+  *,
+  has_aux: bool = False,
+  graph: bool | None = None,
+  graph_updates: bool | None = None,
+) -> Any:
+  """Computes a function and its Jacobian-vector product at some arguments.
+
+  As `jax.jvp`, but arguments and outputs may hold Modules and Variables, and
+  what the function does to the arguments is done to the caller's.
+
+  Example:
+
+    >>> import jax.numpy as jnp
+    >>> import nnx
+    >>> w = nnx.Param(jnp.array(2.0))
+    >>> y, y_dot = nnx.jvp(
+    ...   lambda w, x: w * x, (w, 3.0), (nnx.Param(jnp.array(1.0)), 0.5)
+    ... )
+    >>> float(y), float(y_dot)
+    (6.0, 4.0)
+
+  Args:
+    f: the function; without it, `jvp` is a decorator.
+    primals: its arguments; without them, a function of `primals` and `tangents`
+      is returned.
+    tangents: one tangent an argument, in the form of it.
+    has_aux: whether the function returns a pair of the output and other data.
+    graph: accepted for programs that set it; graphs and trees are one here.
+    graph_updates: accepted likewise; changes of structure are always passed on.
+
+  Returns:
+    A pair of the output and its tangent. With `has_aux` the data come third.
+
+  Raises:
+    TypeError: if `primals` or `tangents` is no tuple or list.
+    ValueError: if `tangents` has another form than `primals`.
+  """
+  options = {"has_aux": has_aux, "graph": graph, "graph_updates": graph_updates}
+  if f is None:
+    return functools.partial(jvp, **options)
+  lift.check_function(f, "jvp")
+  if primals is None or tangents is None:
+    return functools.partial(jvp, f, **options)
+  for name, value in (("primals", primals), ("tangents", tangents)):
+    if not isinstance(value, (tuple, list)):
+      raise TypeError(
+        f"`{name}` must be a tuple or list with one item for each argument, but"
+        f" got a `{type(value).__name__}`."
+      )
+  call = lift.Call(f, primals)
+  tangent_leaves = _engine.flatten(tuple(tangents))[1]
+  if len(tangents) != len(primals) or len(tangent_leaves) != len(call.leaves):
+    raise ValueError(
+      "`tangents` must have the form of `primals`, which has"
+      f" {len(primals)} items with {len(call.leaves)} leaves, but got"
+      f" {len(tangents)} items with {len(tangent_leaves)} leaves."
+    )
+  selected = [i for i, leaf in enumerate(call.leaves) if lift.is_array(leaf)]
+  flat, forms = _flat_primal(call, selected, has_aux)
+  _, output_tangents, packed = call.framed(
+    functools.partial(jax.jvp, flat, has_aux=True),
+    (call.pick(selected),),
+    (tuple(tangent_leaves[i] for i in selected),),
+  )
+  result = call.apply(packed)
+  (tangent,), _ = _engine.unflatten(forms[-1], output_tangents)
+  if has_aux:
+    return result[0], tangent, result[1]
+  return result, tangent

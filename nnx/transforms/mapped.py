@@ -1,0 +1,180 @@
+"""Outputs in groups: what vmap, pmap and shard_map have in common.
+
+These transforms of jax want to know how each output is mapped before the
+function has run. What it writes is not known then, but the axes or shardings
+that can occur are: those of the options. So the flat function returns one tuple
+of outputs for each of them, and which output is where travels beside the
+arrays.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import jax
+
+from nnx import spmd
+from nnx.graph import _engine
+from nnx.transforms import lift, prefix
+
+
+def entries_in(
+  options: Iterable[Any], is_entry: Callable[[Any], bool]
+) -> tuple[Any, ...]:
+  """All entries that occur in some options, each once."""
+  found: dict[Any, None] = {}
+  leaves = jax.tree.leaves(
+    list(options),
+    is_leaf=lambda x: is_entry(x) or isinstance(x, prefix.FilterMap),
+  )
+  for leaf in leaves:
+    inner = leaf.entries if isinstance(leaf, prefix.FilterMap) else (leaf,)
+    found.update(dict.fromkeys(inner))
+  return tuple(found)
+
+
+class Mapped:
+  """A lifted function whose outputs are grouped by their entries.
+
+  Args:
+    lifted: the function.
+    walk: over its arguments, with the entry of each leaf.
+    out_root: what the option for results says of the result.
+    entries: all entries that can occur.
+    metadata: the `transform_metadata` of the transform; where it names an axis,
+      that is taken out of the Variables' annotations for the function, and
+      entered again afterwards.
+    written: leaves that count as written in any case.
+  """
+
+  def __init__(
+    self,
+    lifted: lift.Lifted,
+    walk: prefix.Walk,
+    out_root: prefix.Root,
+    entries: tuple[Any, ...],
+    metadata: Mapping[str, Any] | None = None,
+    written: frozenset[int] = frozenset(),
+  ):
+    self.lifted = lifted
+    self.walk = walk
+    self.out_root = out_root
+    self.groups = entries
+    self.metadata = metadata
+    self.written = written
+
+  def __call__(self, leaves: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The plan with the entry of each output, then a tuple of each group."""
+    structure = self.lifted.structure
+    values, objects = _engine.unflatten(structure, leaves)
+    if self.metadata and spmd.PARTITION_NAME in self.metadata:
+      remove_axes(self.walk, objects, self.metadata)
+      result = self.lifted.call(values)
+      add_axes(self.walk, objects, result, self.out_root, self.metadata)
+    else:
+      result = self.lifted.call(values)
+    if self.written:
+      leaves = tuple(
+        None if i in self.written else leaf for i, leaf in enumerate(leaves)
+      )
+    packed = _engine.pack(structure, objects, leaves, result)
+    plan, outputs = packed.plan, packed.outputs
+    entry_of = output_entries(plan, outputs, self.walk, self.out_root)
+    groups: dict[Any, list[Any]] = {entry: [] for entry in self.groups}
+    for output, entry in zip(outputs, entry_of):
+      groups[entry].append(output)
+    return lift.Static((plan, entry_of)), *map(tuple, groups.values())
+
+  def packed(self, grouped: Sequence[Any]) -> Any:
+    """The outputs of the transformed function, in order again."""
+    (plan, entry_of), groups = grouped[0].value, grouped[1:]
+    streams = dict(zip(self.groups, map(iter, groups)))
+    outputs = tuple(next(streams[entry]) for entry in entry_of)
+    return _engine.packed_unflatten(plan, outputs)
+
+
+def output_entries(
+  plan: Any, outputs: Sequence[Any], walk: prefix.Walk, out_root: prefix.Root
+) -> list[Any]:
+  """The entry of each output.
+
+  State has that of the input in whose place it stands; state made inside has
+  what the option for the arguments says of its place; the result has what the
+  option for results says.
+  """
+  structure = plan.structure
+  records = structure._records
+  start = lift.result_position(plan)
+  full = -1 in plan.matches or any(
+    record[0] == "ref" for record in records[start:]
+  )
+  leaves = [outputs[s] if s >= 0 else walk.leaves[~s] for s in plan.sources]
+  objects = _engine.unflatten(structure, tuple(leaves))[1]
+  after = prefix.Walk(structure, leaves, objects, walk.is_entry)
+  if full:
+    for root in walk.tops:
+      after.visit_root(root)
+  else:
+    after.skip(len(walk.tops))
+  after.visit_root(out_root)
+  entries: list[Any] = [None] * len(outputs)
+  for leaf, source in enumerate(plan.sources):
+    if source >= 0:
+      match = plan.matches[leaf] if leaf < len(plan.matches) else -1
+      entries[source] = (
+        walk.entries[match] if match >= 0 else after.entries[leaf]
+      )
+  return entries
+
+
+def output_paths(plan: Any, walk: prefix.Walk, out_root: prefix.Root):
+  """The path of each output, for errors."""
+  leaves = [None] * len(plan.sources)
+  objects = _engine.unflatten(plan.structure, tuple(leaves))[1]
+  after = prefix.Walk(plan.structure, leaves, objects, lambda entry: True)
+  for root in (*walk.tops, out_root):
+    after.visit_root(root._replace(entry=None))
+  paths = [""] * (1 + max(plan.sources, default=-1))
+  for leaf, source in enumerate(plan.sources):
+    place = after.places[leaf]
+    if source >= 0 and place is not None:
+      paths[source] = place.text
+  return paths
+
+
+def remove_axes(
+  walk: prefix.Walk, objects: Sequence[Any], metadata: Mapping[str, Any]
+) -> None:
+  """Takes the axes of a transform out of the annotations of Variables."""
+  for variable, axis in _axes_of_variables(walk, objects):
+    spmd.remove_axis(variable, axis, metadata)
+
+
+def add_axes(
+  walk: prefix.Walk,
+  objects: Sequence[Any],
+  result: Any,
+  out_root: prefix.Root,
+  metadata: Mapping[str, Any],
+) -> None:
+  """Enters the axes of a transform into the annotations of Variables.
+
+  Also of those that the function made.
+  """
+  tops = tuple(objects[index] for index in walk.top_indices)
+  structure, leaves, nodes = _engine.flatten((*tops, result))
+  after = prefix.Walk(structure, leaves, nodes, walk.is_entry)
+  for root in (*walk.tops, out_root):
+    after.visit_root(root)
+  for variable, axis in _axes_of_variables(after, nodes):
+    spmd.add_axis(variable, axis, metadata)
+
+
+def _axes_of_variables(walk: prefix.Walk, objects: Sequence[Any]):
+  axes = {
+    place.variable: entry
+    for place, entry in zip(walk.places, walk.entries)
+    if place is not None and place.variable >= 0 and isinstance(entry, int)
+  }
+  return [(objects[index], axis) for index, axis in axes.items()]

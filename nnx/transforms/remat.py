@@ -1,0 +1,76 @@
+"""remat: functions of graphs that compute again what a gradient needs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+import functools
+from typing import Any
+
+import jax
+
+from nnx.transforms import lift
+
+
+def remat(
+  f: Callable[..., Any] | None = None,
+  *,
+  prevent_cse: bool = True,
+  static_argnums: int | Iterable[int] = (),
+  policy: Callable[..., bool] | None = None,
+  graph: bool | None = None,
+  graph_updates: bool | None = None,
+) -> Any:
+  """Makes a function whose gradient computes its intermediates again.
+
+  As `jax.checkpoint`, but arguments and results may hold Modules and Variables,
+  and what the function does to them is done to the caller's.
+
+  Example:
+
+    >>> import jax.numpy as jnp
+    >>> import nnx
+    >>> w = nnx.Param(jnp.array(2.0))
+    >>> sine = nnx.remat(lambda w, x: jnp.sin(jnp.sin(w * x)))
+    >>> grads = nnx.grad(sine)(w, 0.0)
+    >>> print(grads.value)
+    0.0
+
+  Args:
+    f: the function; without it, `remat` is a decorator.
+    prevent_cse: whether to keep the compiler from merging the two computations,
+      as in `jax.checkpoint`.
+    static_argnums: positions of arguments that are not traced.
+    policy: which intermediates are kept, as in `jax.checkpoint`.
+    graph: accepted for programs that set it; graphs and trees are one here.
+    graph_updates: accepted likewise; changes of structure are always passed on.
+
+  Returns:
+    A function that computes the same.
+
+  Raises:
+    ValueError: if `static_argnums` does not name arguments.
+    TypeError: if a static argument is not hashable.
+  """
+  if f is None:
+    return functools.partial(
+      remat,
+      prevent_cse=prevent_cse,
+      static_argnums=static_argnums,
+      policy=policy,
+      graph=graph,
+      graph_updates=graph_updates,
+    )
+  lift.check_function(f, "remat")
+  argnums = lift.as_tuple(static_argnums)
+
+  @functools.wraps(f)
+  def wrapper(*args: Any, **kwargs: Any) -> Any:
+    args, kwargs = lift.bind(f, args, kwargs)
+    static = lift.positions(argnums, len(args), "static_argnums")
+    call = lift.Call(f, args, kwargs, static)
+    checkpointed = jax.checkpoint(
+      lambda leaves: call.lifted(leaves), prevent_cse=prevent_cse, policy=policy
+    )
+    return call.apply(call.framed(checkpointed, call.leaves))
+
+  return wrapper

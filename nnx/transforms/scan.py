@@ -1,0 +1,364 @@
+"""scan: a function of graphs over a leading axis, with a carry."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from nnx import spmd
+from nnx.graph import _engine
+from nnx.transforms import carry as carry_lib
+from nnx.transforms import lift, mapped, prefix
+from nnx.transforms import vmap as vmap_lib
+
+
+class Carry:
+  """Marks, in the axes of `nnx.scan`, what is carried between iterations.
+
+  Example:
+
+    >>> import jax.numpy as jnp
+    >>> import nnx
+    >>> @nnx.scan(in_axes=(nnx.Carry, 0), out_axes=nnx.Carry)
+    ... def add(total, x):
+    ...   return total + x
+    >>> add(0.0, jnp.arange(4.0))
+    Array(6., dtype=float32)
+  """
+
+
+def _is_axis(value: Any) -> bool:
+  return value is Carry or vmap_lib.is_axis(value)
+
+
+class _CarryMore(Exception):
+  """Leaves that were to be the same for all iterations have been written."""
+
+  def __init__(self, leaves: set[int]):
+    self.leaves = leaves
+
+
+def _carry_position(option: str, axes: Any) -> int | None:
+  """Where the carry is; 0 also if it is all."""
+  if axes is Carry:
+    return 0
+  if not isinstance(axes, (tuple, list)):
+    _refuse_nested(option, axes)
+    return None
+  found = [i for i, entry in enumerate(axes) if entry is Carry]
+  for entry in axes:
+    if entry is not Carry:
+      _refuse_nested(option, entry)
+  if len(found) > 1:
+    raise ValueError(
+      f"`{option}` must have one `nnx.Carry`, but got it at positions {found}."
+      " Carry a tuple."
+    )
+  return found[0] if found else None
+
+
+def _refuse_nested(option: str, entry: Any) -> None:
+  leaves = jax.tree.leaves(
+    entry, is_leaf=lambda x: _is_axis(x) or isinstance(x, prefix.FilterMap)
+  )
+  if Carry in [leaf for leaf in leaves if isinstance(leaf, type)]:
+    raise ValueError(
+      f"`nnx.Carry` must stand for a whole argument or result in `{option}`,"
+      f" but it is inside of `{entry!r}`."
+    )
+
+
+def _check_out_axes(out_axes: Any) -> None:
+  for entry in mapped.entries_in([out_axes], _is_axis):
+    if entry is None:
+      raise ValueError(
+        "`out_axes` must have an axis for every result that is not the carry,"
+        f" but got `{out_axes!r}`, which has `None`."
+      )
+  leaves = jax.tree.leaves(
+    out_axes, is_leaf=lambda x: isinstance(x, prefix.FilterMap)
+  )
+  for leaf in leaves:
+    if isinstance(leaf, prefix.FilterMap) and Carry in leaf.entries:
+      raise ValueError(
+        "`nnx.StateAxes` in `out_axes` must hold axes, but got `nnx.Carry` in"
+        f" `{leaf!r}`. State is carried through the arguments."
+      )
+
+
+def scan(
+  f: Callable[..., Any] | None = None,
+  *,
+  length: int | None = None,
+  reverse: bool = False,
+  unroll: int | bool = 1,
+  _split_transpose: bool = False,
+  in_axes: Any = (Carry, 0),
+  out_axes: Any = (Carry, 0),
+  transform_metadata: Mapping[str, Any] | None = None,
+  graph: bool | None = None,
+  graph_updates: bool | None = None,
+) -> Any:
+  """Runs a function once for each element of an axis, in order.
+
+  As `jax.lax.scan`, but for a function of any arguments, which may hold Modules
+  and Variables, and what the function does to them is done to the caller's.
+  The axes say of each argument, or with `StateAxes` of each Variable, whether
+  it is carried, scanned over an axis, or the same for all iterations. A
+  Variable that is to be the same but is written is carried.
+
+  Example:
+
+    >>> import jax.numpy as jnp
+    >>> import nnx
+    >>> class Layers(nnx.Module):
+    ...   def __init__(self):
+    ...     self.w = nnx.Param(jnp.array([1.0, 2.0, 3.0]))
+    ...     self.calls = nnx.Variable(jnp.array(0))
+    >>> axes = nnx.StateAxes({nnx.Param: 0, ...: nnx.Carry})
+    >>> @nnx.scan(in_axes=(nnx.Carry, axes), out_axes=(nnx.Carry, 0))
+    ... def forward(x, layers):
+    ...   layers.calls.value += 1
+    ...   return x * layers.w, x
+    >>> layers = Layers()
+    >>> y, xs = forward(jnp.array(1.0), layers)
+    >>> print(y, xs, layers.calls.value)
+    6.0 [1. 1. 2.] 3
+
+  Args:
+    f: the function; without it, `scan` is a decorator.
+    length: the number of iterations, needed where nothing is scanned.
+    reverse: whether to start with the last element.
+    unroll: how many iterations to unroll in one, as in `jax.lax.scan`.
+    _split_transpose: as in `jax.lax.scan`.
+    in_axes: for each argument `nnx.Carry` (one of them), an axis, `None` for
+      what is the same for all iterations, a `StateAxes`, or a pytree prefix of
+      these; one entry may stand for all.
+    out_axes: the same for the result, without `None`.
+    transform_metadata: as in `nnx.vmap`, for the axes that are scanned.
+    graph: accepted for programs that set it; graphs and trees are one here.
+    graph_updates: accepted likewise; changes of structure are always passed on.
+
+  Returns:
+    A function of the same arguments. The carry in its result is the last one;
+    everything else is stacked.
+
+  Raises:
+    TypeError: if an axis is none, if an argument cannot be made positional, or
+      if the carry changes its shape or dtype.
+    ValueError: if axes do not fit, if the carry changes its structure or
+      objects, or if state is made where it is not scanned.
+  """
+  if f is None:
+    return functools.partial(
+      scan,
+      length=length,
+      reverse=reverse,
+      unroll=unroll,
+      _split_transpose=_split_transpose,
+      in_axes=in_axes,
+      out_axes=out_axes,
+      transform_metadata=transform_metadata,
+      graph=graph,
+      graph_updates=graph_updates,
+    )
+  lift.check_function(f, "scan")
+  vmap_lib.check_axes("in_axes", in_axes, _is_axis)
+  vmap_lib.check_axes("out_axes", out_axes, _is_axis)
+  carry_in = _carry_position("in_axes", in_axes)
+  carry_out = _carry_position("out_axes", out_axes)
+  _check_out_axes(out_axes)
+  if (carry_in is None) != (carry_out is None):
+    raise ValueError(
+      "`nnx.Carry` must be both in `in_axes` and in `out_axes`, or in neither,"
+      f" but got `in_axes={in_axes!r}` and `out_axes={out_axes!r}`."
+    )
+
+  @functools.wraps(f)
+  def wrapper(*args: Any, **kwargs: Any) -> Any:
+    args, kwargs = lift.bind(f, args, kwargs, in_axes)
+    if kwargs:
+      raise TypeError(
+        "The arguments of a scanned function must be positional, but"
+        f" {sorted(kwargs)} are not."
+      )
+    if in_axes is Carry and len(args) != 1:
+      raise ValueError(
+        "With `in_axes=nnx.Carry` the function must have one argument, but got"
+        f" {len(args)}."
+      )
+    call = lift.Call(f, args)
+    walk = prefix.Walk(call.structure, call.leaves, call.objects, _is_axis)
+    for root in prefix.roots(
+      in_axes, len(args), (), is_entry=_is_axis, option="in_axes"
+    ):
+      walk.visit_root(root)
+    loop = _Loop(call, walk, carry_in, carry_out, out_axes, transform_metadata)
+    return loop.run(
+      length=length,
+      reverse=reverse,
+      unroll=unroll,
+      _split_transpose=_split_transpose,
+    )
+
+  return wrapper
+
+
+class _Loop:
+  """One scan: the leaves by what happens to them, and the body."""
+
+  def __init__(self, call, walk, carry_in, carry_out, out_axes, metadata):
+    self.call = call
+    self.walk = walk
+    self.carry_in = carry_in
+    self.carry_out = carry_out
+    self.out_root = prefix.Root(out_axes, "out_axes", "result")
+    self.metadata = metadata
+    entries = list(enumerate(walk.entries))
+    self.scanned = [i for i, e in entries if e is not None and e is not Carry]
+    self.carried = [
+      i for i, e in entries if e is Carry and lift.is_array(call.leaves[i])
+    ]
+    self.plain: list[int] = []  # leaves of the carry that are in no graph node
+    if carry_in is not None:
+      self.plain = [
+        i
+        for i in lift.leaves_of_roots(call.structure, (carry_in,))
+        if walk.places[i].top < 0
+      ]
+    self.traced: Any = None  # the plan, and the entry of each output
+
+  def run(self, *, length: int | None, **options: Any) -> Any:
+    """Runs the loop, once more if state turns out to be carried."""
+    call = self.call
+    vmap_lib.check_sizes(self.walk, length, _is_index)
+    xs = tuple(
+      leaf if axis == 0 else jnp.moveaxis(leaf, axis, 0)
+      for leaf, axis in (
+        (call.leaves[i], self.walk.entries[i]) for i in self.scanned
+      )
+    )
+    while True:
+      try:
+        final, ys = call.framed(
+          functools.partial(jax.lax.scan, length=length, **options),
+          self.body,
+          call.pick(self.carried),
+          xs,
+        )
+        break
+      except _CarryMore as more:
+        # The pass through the body up to here left nothing behind.
+        self.carried = sorted({*self.carried, *more.leaves})
+    plan, entries = self.traced
+    last = dict(zip(self.carried, final))
+    stacked = iter(ys)
+    outputs = [
+      _moved(next(stacked), entry) if _is_index(entry) else None
+      for entry in entries
+    ]
+    for leaf, source in enumerate(plan.sources):
+      if source >= 0 and outputs[source] is None:
+        outputs[source] = last[self.carried_leaf(plan, leaf)]
+    return call.apply_outputs(plan, outputs)
+
+  def carried_leaf(self, plan: Any, leaf: int) -> int:
+    """The leaf of the arguments whose last value a leaf of the plan has."""
+    if leaf < len(plan.matches):
+      return plan.matches[leaf]
+    return self.plain[leaf - self.first_carry_leaf(plan)]
+
+  def first_carry_leaf(self, plan: Any) -> int:
+    """The first leaf of the carry in the result."""
+    records = plan.structure._records
+    position = lift.result_position(plan)
+    first = len(plan.matches)
+    if self.out_root.entry is not Carry:
+      position += 1
+      for _ in range(self.carry_out or 0):
+        end = lift.subtree_end(records, position)
+        first += lift.num_leaves(records, position, end)
+        position = end
+    return first
+
+  def body(self, carry_leaves: Sequence[Any], xs: Sequence[Any]) -> Any:
+    """One iteration on the leaves."""
+    call, walk = self.call, self.walk
+    leaves = call.with_leaves(
+      [*self.carried, *self.scanned], [*carry_leaves, *xs]
+    )
+    values, objects = _engine.unflatten(call.structure, leaves)
+    before = None
+    if self.carry_in is not None:
+      before = carry_lib.Opened(values[self.carry_in])
+    if self.metadata and spmd.PARTITION_NAME in self.metadata:
+      mapped.remove_axes(walk, objects, self.metadata)
+      result = call.lifted.call(values)
+      mapped.add_axes(walk, objects, result, self.out_root, self.metadata)
+    else:
+      result = call.lifted.call(values)
+    if before is not None:
+      after = carry_lib.Opened(self.carry_of(result))
+      carry_lib.check_same(before, after, "scan", f"args[{self.carry_in}]")
+    packed = _engine.pack(call.structure, objects, leaves, result)
+    plan = packed.plan
+    entries = mapped.output_entries(plan, packed.outputs, walk, self.out_root)
+    self.check_state(plan, entries)
+    self.traced = plan, entries
+    first = self.first_carry_leaf(plan) if before is not None else 0
+    new = carry_lib.next_values(self.carried, leaves, packed, self.plain, first)
+    for leaf, old, value in zip(self.carried, carry_leaves, new):
+      carry_lib.check_type(old, value, "scan", walk.places[leaf].text)
+    ys = [
+      output
+      for output, entry in zip(packed.outputs, entries)
+      if _is_index(entry)
+    ]
+    return tuple(new), tuple(ys)
+
+  def carry_of(self, result: Any) -> Any:
+    """The carry in the function's result."""
+    out_axes = self.out_root.entry
+    if out_axes is Carry:
+      return result
+    if not isinstance(result, (tuple, list)) or len(result) != len(out_axes):
+      given = f"a `{type(result).__name__}`"
+      if isinstance(result, (tuple, list)):
+        given += f" of {len(result)}"
+      raise ValueError(
+        f"`{lift.name_of(self.call.lifted.fun)}` must return a tuple of"
+        f" {len(out_axes)}, one for each entry of `out_axes`, but it returned"
+        f" {given}."
+      )
+    return result[self.carry_out]
+
+  def check_state(self, plan: Any, entries: Sequence[Any]) -> None:
+    """Refuses new state that is not scanned; asks to carry what is written."""
+    late = set()
+    for match, source in zip(plan.matches, plan.sources):
+      if source < 0 or _is_index(entries[source]):
+        continue
+      if match < 0:
+        paths = mapped.output_paths(plan, self.walk, self.out_root)
+        raise ValueError(
+          "State that a scanned function makes must be scanned, but"
+          f" `{paths[source]}` is made inside and has the axis"
+          f" {'nnx.Carry' if entries[source] is Carry else None}. Make it"
+          " before the loop, or give it an axis with `nnx.StateAxes`."
+        )
+      if match not in self.carried:
+        late.add(match)
+    if late:
+      raise _CarryMore(late)
+
+
+def _is_index(entry: Any) -> bool:
+  return entry is not None and entry is not Carry
+
+
+def _moved(stacked: Any, axis: int) -> Any:
+  return stacked if axis == 0 else jnp.moveaxis(stacked, 0, axis)

@@ -1,0 +1,128 @@
+"""shard_map: functions of graphs on the shards of a mesh."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable
+import functools
+from typing import Any
+
+import jax
+from jax.sharding import PartitionSpec
+
+from nnx.transforms import lift, mapped, prefix
+
+
+def _is_spec(value: Any) -> bool:
+  return value is None or isinstance(value, PartitionSpec)
+
+
+def _check_specs(option: str, specs: Any) -> None:
+  for entry in mapped.entries_in([specs], _is_spec):
+    if not _is_spec(entry):
+      raise TypeError(
+        f"`{option}` must hold `PartitionSpec`s, `None`, `nnx.StateSharding`"
+        f" and containers of them, but got `{entry!r}` of type"
+        f" `{type(entry).__name__}`."
+      )
+
+
+def shard_map(
+  f: Callable[..., Any] | None = None,
+  *,
+  mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh,
+  in_specs: Any,
+  out_specs: Any,
+  axis_names: frozenset[Hashable] | set[Hashable] = frozenset(),
+  check_vma: bool = True,
+  graph: bool | None = None,
+  graph_updates: bool | None = None,
+) -> Any:
+  """Runs a function on the shards of its arguments, one on each device.
+
+  As `jax.shard_map`, but arguments and results may hold Modules and Variables,
+  and what the function does to them is done to the caller's: a Variable that is
+  written is sharded as `in_specs` says of it.
+
+  Example:
+
+    >>> import jax, nnx
+    >>> import jax.numpy as jnp
+    >>> from jax.sharding import PartitionSpec as P
+    >>> mesh = jax.sharding.Mesh(jax.devices()[:1], ("data",))
+    >>> w = nnx.Param(jnp.ones(2))
+    >>> @nnx.shard_map(
+    ...   mesh=mesh, in_specs=(P(), P("data")), out_specs=P("data")
+    ... )
+    ... def apply(w, x):
+    ...   return x * w
+    >>> apply(w, jnp.ones((4, 2))).shape
+    (4, 2)
+
+  Args:
+    f: the function; without it, `shard_map` is a decorator.
+    mesh: the mesh.
+    in_specs: for each positional argument a `PartitionSpec`, `None` for what is
+      not sharded, a `StateSharding`, or a pytree prefix of these; one entry may
+      stand for all. Keyword arguments are not sharded.
+    out_specs: the same for the result.
+    axis_names: the axes of the mesh over which the function is manual; all of
+      them if empty.
+    check_vma: whether to check that outputs are replicated where they say so.
+    graph: accepted for programs that set it; graphs and trees are one here.
+    graph_updates: accepted likewise; changes of structure are always passed on.
+
+  Returns:
+    The sharded function.
+
+  Raises:
+    TypeError: if `in_specs` or `out_specs` holds something else.
+    ValueError: if they do not fit the arguments or the result, or if a shared
+      Variable gets two of them; also as `jax.shard_map`.
+  """
+  if f is None:
+    return functools.partial(
+      shard_map,
+      mesh=mesh,
+      in_specs=in_specs,
+      out_specs=out_specs,
+      axis_names=axis_names,
+      check_vma=check_vma,
+      graph=graph,
+      graph_updates=graph_updates,
+    )
+  lift.check_function(f, "shard_map")
+  _check_specs("in_specs", in_specs)
+  _check_specs("out_specs", out_specs)
+  groups = mapped.entries_in([in_specs, out_specs, None], _is_spec)
+  out_root = prefix.Root(out_specs, "out_specs", "result")
+
+  @functools.wraps(f)
+  def wrapper(*args: Any, **kwargs: Any) -> Any:
+    args, kwargs = lift.bind(f, args, kwargs, in_specs)
+    call = lift.Call(f, args, kwargs)
+    walk = prefix.Walk(call.structure, call.leaves, call.objects, _is_spec)
+    for root in prefix.roots(
+      in_specs,
+      len(args),
+      call.lifted.names,
+      is_entry=_is_spec,
+      option="in_specs",
+    ):
+      walk.visit_root(root)
+    inputs = [i for i, leaf in enumerate(call.leaves) if lift.is_array(leaf)]
+    function = mapped.Mapped(call.lifted, walk, out_root, groups)
+    sharded = jax.shard_map(
+      lambda leaves: function(call.with_leaves(inputs, leaves)),
+      mesh=mesh,
+      in_specs=(tuple(_spec(walk.entries[i]) for i in inputs),),
+      out_specs=(PartitionSpec(), *map(_spec, groups)),
+      axis_names=axis_names,
+      check_vma=check_vma,
+    )
+    return call.apply(function.packed(call.framed(sharded, call.pick(inputs))))
+
+  return wrapper
+
+
+def _spec(entry: PartitionSpec | None) -> PartitionSpec:
+  return PartitionSpec() if entry is None else entry
