@@ -86,12 +86,9 @@ def rotate(
   return jnp.concatenate([turned, rest], axis=-1)
 
 
-def query_positions(x: dict[str, Any], options: Options, tokens: Any) -> Any:
-  """Returns the positions `[b, t]` of the query tokens."""
-  first = x["index"] if options.appends else x["index"] - jnp.clip(
-    x["count"], 0, tokens
-  )
-  return first[:, None] + jnp.arange(tokens, dtype=jnp.int32)
+def first_query(x: dict[str, Any], options: Options, count: Any) -> Any:
+  """Returns the position `[b]` of query token 0; `count` is `[b]`."""
+  return x["index"] if options.appends else x["index"] - count
 
 
 def _rows(cache, x, options, geometry):
@@ -138,7 +135,8 @@ def attend(*operands: jax.Array, options: Options) -> tuple[jax.Array, ...]:
     q = q.transpose(0, 2, 3, 1, 4)
   tokens = q.shape[3]
   count = jnp.clip(x["count"], 0, tokens)
-  position = query_positions(x, options, tokens)
+  first = first_query(x, options, count)
+  position = first[:, None] + jnp.arange(tokens, dtype=jnp.int32)
   keys, held = _rows(x["cache_k"], x, options, geometry)
   values, _ = _rows(x["cache_v"], x, options, geometry)
   keys, values = keys.astype(jnp.float32), values.astype(jnp.float32)
@@ -147,7 +145,7 @@ def attend(*operands: jax.Array, options: Options) -> tuple[jax.Array, ...]:
     values *= x["v_scale"][:, None, :, None]
 
   slot = x["first_slot"] + jnp.arange(keys.shape[1], dtype=jnp.int32)
-  num_keys = position[:, :1] + count[:, None]
+  num_keys = (first + count)[:, None]
   if options.ring:
     last = num_keys - 1
     key_position = last - (last - slot) % options.ring

@@ -10,89 +10,20 @@ import jax
 from jax import export
 from jax.experimental import checkify
 import jax.numpy as jnp
-import ml_dtypes
 import numpy as np
 import pytest
 
 import kernels
 from kernels import kv_cache
-from kernels.kv_cache import arg_specs
-from kernels.kv_cache import api
+from kernels.kv_cache import api, arg_specs
 
-FLOATS = ("float32", "bfloat16", "float16")
-QUANTIZED = ("int8", "float8_e4m3fn", "float8_e5m2")
-LARGEST = {"int8": 127.0, "float8_e4m3fn": 448.0, "float8_e5m2": 57344.0}
 IMPLEMENTATIONS = ("cpu", "xla")
+FLOATS, QUANTIZED = oracles.FLOATS, oracles.QUANTIZED
+oracle, random = oracles.update, oracles.random
 
 
 def bits(x):
   return np.asarray(x).view(np.uint8)
-
-
-def oracle_quantize(x, scale, dtype):
-  ratio = np.asarray(x, np.float32) / np.float32(scale)
-  if dtype == "int8":
-    ratio = np.rint(ratio)
-  limit = np.float32(LARGEST[dtype])
-  return np.clip(ratio, -limit, limit).astype(
-    np.int8 if dtype == "int8" else getattr(ml_dtypes, dtype)
-  )
-
-
-def oracle(
-  cache_k, cache_v, new_k, new_v, index, *, lengths=None, layer=None,
-  layout="bsnh", ring=False, k_scale=None, v_scale=None, block_table=None,
-  cache_batch_index=None,
-):  # fmt: skip
-  """One row at a time, as the documentation says it."""
-  out = []
-  for cache, new, scale in (
-    (cache_k, new_k, k_scale),
-    (cache_v, new_v, v_scale),
-  ):
-    cache, new = np.array(cache), np.asarray(new)
-    part = cache if layer is None else cache[layer]
-    if layout == "bnsh":
-      part, new = part.swapaxes(1, 2), new.swapaxes(1, 2)
-    batch, tokens, heads, _ = new.shape
-    size = part.shape[1]
-    width = 1 if block_table is None else block_table.shape[1]
-    index = np.broadcast_to(index, (batch,))
-    for b in range(batch):
-      count = tokens if lengths is None else np.broadcast_to(
-        lengths, (batch,)
-      )[b]
-      for t in range(count):
-        slot = int(index[b]) + t
-        if ring:
-          slot %= size * width
-        if not 0 <= slot < size * width:
-          continue
-        if block_table is not None:
-          row = block_table[b, slot // size]
-        elif cache_batch_index is not None:
-          row = cache_batch_index[b]
-        else:
-          row = b
-        if not 0 <= row < part.shape[0]:
-          continue
-        for n in range(heads):
-          value = new[b, t, n]
-          if scale is not None:
-            value = oracle_quantize(
-              value, np.broadcast_to(scale, (batch, heads))[b, n],
-              cache.dtype.name,
-            )
-          part[row, slot % size, n] = value
-    out.append(cache)
-  return out
-
-
-def random(rng, shape, dtype):
-  x = rng.normal(size=shape).astype(np.float32)
-  if dtype == "int8":
-    return jnp.asarray(np.rint(x * 40).astype(np.int8))
-  return jnp.asarray(x).astype(dtype)
 
 
 def arguments(seed=0, b=3, s=8, t=1, n=2, h=20, dtype="float32", layout="bsnh"):
@@ -231,7 +162,7 @@ class UpdateTest(parameterized.TestCase):
     got, _ = jitted(implementation, k_scale=1.0, v_scale=1.0)(
       cache, cache, new, new, 1
     )
-    want = oracle_quantize(np.nan_to_num(special, nan=0.0, posinf=np.inf,
+    want = oracles.quantize(np.nan_to_num(special, nan=0.0, posinf=np.inf,
                                          neginf=-np.inf), 1.0, dtype)
     got = np.asarray(got)[0, 1, 0]
     nan = np.isnan(special)
