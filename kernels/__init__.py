@@ -1,12 +1,14 @@
 """Fused kernels: arrays in, arrays out, usable from any JAX program."""
 
-from kernels import batch_stat
+from kernels import batch_stat, decode_attention, kv_cache
 from kernels.common.dispatch import Choice, explain, implementations, register
 
 __all__ = [
   "Choice",
   "batch_stat",
+  "decode_attention",
   "explain",
   "implementations",
+  "kv_cache",
   "register",
 ]

@@ -11,6 +11,6 @@ Example:
 """
 
 from kernels.kv_cache.api import update
-from kernels.kv_cache.quantize import dequantize, quantize, scale_for
+from kernels.kv_cache.quantization import dequantize, quantize, scale_for
 
 __all__ = ["dequantize", "quantize", "scale_for", "update"]

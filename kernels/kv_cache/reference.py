@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from kernels.kv_cache import layout as layout_lib
-from kernels.kv_cache import quantize as quantize_lib
+from kernels.kv_cache import quantization
 
 
 def update(
@@ -60,10 +60,10 @@ def update(
     write & held, block, geometry.blocks + nowhere.reshape(position.shape)
   )
   if scales:
-    new_k = quantize_lib.quantize(
+    new_k = quantization.quantize(
       new_k, scales[0][:, None, :, None], cache_k.dtype
     )
-    new_v = quantize_lib.quantize(
+    new_v = quantization.quantize(
       new_v, scales[1][:, None, :, None], cache_v.dtype
     )
   at: tuple[Any, ...]

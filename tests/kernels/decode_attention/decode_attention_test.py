@@ -20,7 +20,9 @@ from tests.kernels.kv_cache import oracle as cache_oracle
 from tests.testing import hlo, op_contract, tolerances
 
 FLOATS, QUANTIZED = cache_oracle.FLOATS, cache_oracle.QUANTIZED
-IMPLEMENTATIONS = ("cpu", "xla")
+# On another platform its own default takes the place of the CPU's kernel.
+PLATFORM = op_contract.PLATFORM
+IMPLEMENTATIONS = ("cpu" if PLATFORM == "cpu" else "auto", "xla")
 random = cache_oracle.random
 
 # What goes to the update, and what only attention takes.
@@ -199,7 +201,25 @@ def problems(draw):
   return args, index.astype(np.int32), kwargs
 
 
-class DecodeAttentionTest(parameterized.TestCase):
+class PlatformTest(parameterized.TestCase):
+  """Runs where the device of TEST_PLATFORM is."""
+
+  def setUp(self):
+    super().setUp()
+    if PLATFORM != "cpu":
+      op_contract.need_device(PLATFORM)
+
+
+class CpuOnlyTest(parameterized.TestCase):
+  """About the CPU's handler and the programs around it."""
+
+  def setUp(self):
+    super().setUp()
+    if PLATFORM != "cpu":
+      self.skipTest("about the CPU")
+
+
+class DecodeAttentionTest(PlatformTest):
   @parameterized.product(
     implementation=IMPLEMENTATIONS,
     dtype=FLOATS,
@@ -321,7 +341,7 @@ class DecodeAttentionTest(parameterized.TestCase):
     assert choice.implementation == "cpu"
 
 
-class AttendTest(parameterized.TestCase):
+class AttendTest(PlatformTest):
   @parameterized.product(
     implementation=IMPLEMENTATIONS, layout=("bsnh", "bnsh"), causal=(True, False)
   )
@@ -374,7 +394,7 @@ class XlaContractTest(CpuContractTest):
   target = None
 
 
-class InPlaceTest(parameterized.TestCase):
+class InPlaceTest(CpuOnlyTest):
   @parameterized.product(layer=(None, 1), dtype=("float32", "bfloat16", "int8"))
   def test_donated_cache_is_not_copied(self, layer, dtype):
     k, v, *rest = arguments(dtype=dtype)
@@ -436,7 +456,7 @@ class InPlaceTest(parameterized.TestCase):
     tolerances.assert_close(step(k, v, q)[2], want_q, "float32")
 
 
-class TransformTest(parameterized.TestCase):
+class TransformTest(PlatformTest):
   @parameterized.product(
     implementation=IMPLEMENTATIONS, layer=(None, 1), layout=("bsnh", "bnsh")
   )
@@ -543,7 +563,7 @@ class TransformTest(parameterized.TestCase):
       assert out.shape == spec.query_shape and out.dtype == spec.query_dtype
 
 
-class WrongInputTest(parameterized.TestCase):
+class WrongInputTest(PlatformTest):
   def assert_raises(self, error, match, *args, **kwargs):
     with pytest.raises(error, match=match):
       da.decode_attention(*args, **kwargs)

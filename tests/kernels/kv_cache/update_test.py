@@ -17,7 +17,9 @@ import kernels
 from kernels import kv_cache
 from kernels.kv_cache import api, arg_specs
 
-IMPLEMENTATIONS = ("cpu", "xla")
+# On another platform its own default takes the place of the CPU's kernel.
+PLATFORM = op_contract.PLATFORM
+IMPLEMENTATIONS = ("cpu" if PLATFORM == "cpu" else "auto", "xla")
 FLOATS, QUANTIZED = oracles.FLOATS, oracles.QUANTIZED
 oracle, random = oracles.update, oracles.random
 
@@ -95,7 +97,25 @@ def problems(draw):
   return (*caches, *new, index.astype(np.int32)), kwargs
 
 
-class UpdateTest(parameterized.TestCase):
+class PlatformTest(parameterized.TestCase):
+  """Runs where the device of TEST_PLATFORM is."""
+
+  def setUp(self):
+    super().setUp()
+    if PLATFORM != "cpu":
+      op_contract.need_device(PLATFORM)
+
+
+class CpuOnlyTest(parameterized.TestCase):
+  """About the CPU's handler and the programs around it."""
+
+  def setUp(self):
+    super().setUp()
+    if PLATFORM != "cpu":
+      self.skipTest("about the CPU")
+
+
+class UpdateTest(PlatformTest):
   @parameterized.product(
     implementation=IMPLEMENTATIONS,
     dtype=FLOATS,
@@ -197,7 +217,7 @@ class UpdateTest(parameterized.TestCase):
       assert_same(jitted("cpu")(*args, index), first)
 
 
-class InPlaceTest(parameterized.TestCase):
+class InPlaceTest(CpuOnlyTest):
   def assert_no_copy_of(self, compiled, *caches):
     text = compiled.as_text()
     for cache in caches:
@@ -271,7 +291,7 @@ class InPlaceTest(parameterized.TestCase):
     self.assert_no_copy_of(step.lower(k, v, new_k, new_v, index).compile(), k)
 
 
-class TransformTest(parameterized.TestCase):
+class TransformTest(PlatformTest):
   @parameterized.product(
     implementation=IMPLEMENTATIONS,
     layer=(None, 1),
@@ -425,7 +445,7 @@ class TransformTest(parameterized.TestCase):
     assert not failures
 
 
-class WrongInputTest(parameterized.TestCase):
+class WrongInputTest(PlatformTest):
   def assert_raises(self, error, match, *args, **kwargs):
     with pytest.raises(error, match=match):
       kv_cache.update(*args, **kwargs)
