@@ -75,15 +75,15 @@ class RngKey(RngState):
 
 NotKey = filters_lib.All(RngState, filters_lib.Not(RngKey))
 
+
+def _next_key(key: jax.Array, count: jax.Array) -> tuple[jax.Array, jax.Array]:
+  """The key that is next, and the count after it."""
+  return random.fold_in(key, count), count + jnp.ones((), count.dtype)
+
+
 # One compiled call takes a key and counts on, instead of one for every
-# operation; `inline` leaves no trace of it in the programs of others.
-_next_key = jax.jit(
-  lambda key, count: (
-    random.fold_in(key, count),
-    count + jnp.ones((), count.dtype),
-  ),
-  inline=True,
-)
+# operation.
+_next_key_compiled = jax.jit(_next_key)
 
 # The same for what a stream is made of.
 _make_key = jax.jit(
@@ -196,8 +196,12 @@ class RngStream(_RandomMethods, Pytree):
 
   def __call__(self) -> jax.Array:
     """Returns the next key: `[]`, a typed key."""
-    count = self.count
-    key, count.value = _next_key(self.key.value, count.value)
+    key, count = self.key.value, self.count.value
+    if isinstance(count, jax.core.Tracer) or isinstance(key, jax.core.Tracer):
+      # In a program that is being traced, a call would stay a call.
+      key, self.count.value = _next_key(key, count)
+    else:
+      key, self.count.value = _next_key_compiled(key, count)
     return key
 
   def split(self, k: Shape) -> RngStream:

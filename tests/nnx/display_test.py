@@ -8,6 +8,7 @@ from flax import nnx as flax_nnx
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 import treescope
 
 import nnx
@@ -147,6 +148,8 @@ Model(
     self.assertEqual(repr(reprs.Size(n, n)), f"{n:,} ({text})")
 
 
+# treescope looks at all of numpy, names that numpy has deprecated too.
+@pytest.mark.filterwarnings("ignore:.*chararray.*:DeprecationWarning")
 class NotebookTest(parameterized.TestCase):
   def test_display_prints_outside_of_notebooks(self):
     out = io.StringIO()

@@ -251,13 +251,12 @@ class RngsTest(parameterized.TestCase):
     self.assertEqual(data(key), data(stream()))
     self.assertEqual(count, 1)
 
-  def test_leaves_no_trace_in_programs(self):
+  def test_makes_no_call_in_programs(self):
     def f(key):
       return nnx.RngStream(key, tag="a")()
 
-    text = str(jax.make_jaxpr(f)(random.key(0)))
-    self.assertIn("random_fold_in", text)
-    self.assertNotIn("jit", text)
+    equations = jax.make_jaxpr(f)(random.key(0)).eqns
+    self.assertIn("random_fold_in", [e.primitive.name for e in equations])
 
   def test_closed_over_by_jit(self):
     rngs = nnx.Rngs(0)
