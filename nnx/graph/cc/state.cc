@@ -742,24 +742,28 @@ class Updater {
         PyDict_Check(value) ||
         (GetRuntime().state &&
          PyType_IsSubtype(Py_TYPE(value), GetRuntime().state));
-    if (info->kind == TypeKind::kArray || info->kind == TypeKind::kPlain ||
-        !value_is_mapping) {
-      if (IsVariable(value) || value_is_mapping ||
-          info->kind == TypeKind::kObject) {
-        PyErr_Format(PyExc_ValueError,
-                     "The state must hold %s at `%s`, as the graph does, but "
-                     "got %s.",
-                     info->kind == TypeKind::kArray ? "an array"
-                                                    : Py_TYPE(current.get())
-                                                          ->tp_name,
-                     PathText(path_).c_str(), Py_TYPE(value)->tp_name);
-        return false;
-      }
-      return CanAssign(owner.get()) &&
-             (writes_.push_back({owner, Ref::Borrow(key), Ref::Borrow(value)}),
-              true);
+    bool is_leaf =
+        info->kind == TypeKind::kArray || info->kind == TypeKind::kPlain;
+    if (info->kind == TypeKind::kUnknown) {
+      Ref keys;
+      std::vector<Ref> children;
+      const int opened = OpenNode(current.get(), &keys, &children);
+      if (opened < 0) return false;
+      is_leaf = !opened;
     }
-    return Plan(current.get(), value);
+    if (!is_leaf && value_is_mapping) return Plan(current.get(), value);
+    if (!is_leaf || IsVariable(value) || value_is_mapping) {
+      PyErr_Format(PyExc_ValueError,
+                   "The state must hold %s at `%s`, where the graph has a %s, "
+                   "but got %s.",
+                   is_leaf ? "an array" : "a nested mapping",
+                   PathText(path_).c_str(), Py_TYPE(current.get())->tp_name,
+                   Py_TYPE(value)->tp_name);
+      return false;
+    }
+    if (!CanAssign(owner.get())) return false;
+    writes_.push_back({owner, Ref::Borrow(key), Ref::Borrow(value)});
+    return true;
   }
 
   // Whether an item of `owner` can be replaced, as far as its type tells.
