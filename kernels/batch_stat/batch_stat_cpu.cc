@@ -1,8 +1,10 @@
 #include "kernels/batch_stat/batch_stat_cpu.h"
 
 #include <algorithm>
+#include <cstddef>
 #include <cstdint>
 #include <limits>
+#include <numeric>
 #include <vector>
 
 #include "kernels/common/cpu_features.h"
@@ -23,53 +25,11 @@ struct RunState {
 
 namespace {
 
-// How [outer, channels, inner] is cut into items of work. By shape alone, so
-// that sums come out the same on any number of threads.
-struct Cut {
-  int64_t outer_parts;
-  int64_t channel_parts;
-
-  int64_t items(const Geometry& g) const {
-    return g.groups * outer_parts * channel_parts;
-  }
-};
-
 constexpr int64_t kPartBytes = int64_t{256} << 10;
 constexpr int64_t kMaxParts = 64;
-
-Cut CutWork(const Geometry& g, int64_t element_bytes) {
-  const int64_t bytes = g.outer * g.channels * g.inner * element_bytes;
-  const int64_t parts =
-      std::clamp<int64_t>(bytes / kPartBytes, 1, kMaxParts);
-  if (g.inner == 1) {
-    // Each part has sums of its own for all channels: keep it worth them.
-    return {std::clamp<int64_t>(std::min(parts, g.outer / 32), 1, kMaxParts),
-            1};
-  }
-  const int64_t outer_parts = std::clamp<int64_t>(g.outer, 1, parts);
-  const int64_t channel_parts =
-      std::clamp<int64_t>(parts / outer_parts, 1, g.channels);
-  return {outer_parts, channel_parts};
-}
-
-// One item: a group, a range of outer indices and a range of channels.
-struct Item {
-  int64_t group, part;
-  int64_t outer_begin, outer_end;
-  int64_t channel_begin, channel_end;
-};
-
-Item GetItem(const Geometry& g, const Cut& cut, int64_t index) {
-  const int64_t channel_part = index % cut.channel_parts;
-  const int64_t part = index / cut.channel_parts % cut.outer_parts;
-  const int64_t group = index / cut.channel_parts / cut.outer_parts;
-  return {group,
-          part,
-          g.outer * part / cut.outer_parts,
-          g.outer * (part + 1) / cut.outer_parts,
-          g.channels * channel_part / cut.channel_parts,
-          g.channels * (channel_part + 1) / cut.channel_parts};
-}
+constexpr int64_t kMinPartRows = 32;
+constexpr int64_t kWidestVector = 16;
+constexpr int64_t kMaxFoldedColumns = 4096;
 
 // [n, 1] and [n, 1, m] are a single run: one long loop instead of many short
 // ones.
@@ -81,105 +41,271 @@ Geometry Simplify(Geometry g) {
   return g;
 }
 
-// Moments of each part, [groups, outer_parts, channels].
-template <typename A>
-struct Partial {
-  std::vector<A> mean, rest, m2;
-  std::vector<int64_t> count;  // one a part, or one a part and channel
+// How [outer, channels, inner] is cut into items of work: by shape alone, so
+// that sums come out the same on any number of threads.
+//
+// With the features last (inner is 1), an item is a range of rows. `fold` rows
+// are then taken as one, so that rows of 7 channels become rows of 112 that
+// fill whole vectors; what is left over belongs to the last item.
+//
+// Otherwise an item is a range of channels, and of outer indices where there
+// are few channels.
+struct Cut {
+  int64_t fold = 1;
+  int64_t outer_parts = 1;
+  int64_t channel_parts = 1;
+
+  int64_t items(const Geometry& g) const {
+    return g.groups * outer_parts * channel_parts;
+  }
 };
 
+Cut CutWork(const Geometry& g, int64_t element_bytes, bool may_fold) {
+  const int64_t bytes = g.outer * g.channels * g.inner * element_bytes;
+  const int64_t parts = std::clamp<int64_t>(bytes / kPartBytes, 1, kMaxParts);
+  Cut cut;
+  if (g.inner == 1) {
+    const int64_t fold =
+        kWidestVector / std::gcd(g.channels, kWidestVector);
+    if (may_fold && g.outer >= 2 * fold &&
+        g.channels * fold <= kMaxFoldedColumns) {
+      cut.fold = fold;
+    }
+    // Each part has sums of its own for all channels: keep it worth them.
+    cut.outer_parts = std::clamp<int64_t>(
+        g.outer / cut.fold / kMinPartRows, 1, parts);
+    return cut;
+  }
+  cut.channel_parts = std::clamp<int64_t>(parts, 1, g.channels);
+  cut.outer_parts =
+      std::clamp<int64_t>(parts / cut.channel_parts, 1, g.outer);
+  return cut;
+}
+
+// One item: a group, a range of (folded) outer indices, a range of channels.
+struct Item {
+  int64_t group, part;
+  int64_t outer_begin, outer_end;
+  int64_t channel_begin, channel_end;
+};
+
+Item GetItem(const Geometry& g, const Cut& cut, int64_t index) {
+  const int64_t channel_part = index % cut.channel_parts;
+  const int64_t part = index / cut.channel_parts % cut.outer_parts;
+  const int64_t group = index / cut.channel_parts / cut.outer_parts;
+  const int64_t outer = g.outer / cut.fold;
+  return {group,
+          part,
+          outer * part / cut.outer_parts,
+          outer * (part + 1) / cut.outer_parts,
+          g.channels * channel_part / cut.channel_parts,
+          g.channels * (channel_part + 1) / cut.channel_parts};
+}
+
+// A stretch of rows: [rows, columns] at an offset of elements, where `row` is
+// its first row in the whole array and `fold` rows make one.
+struct Rows {
+  int64_t at, row, rows, columns, fold;
+};
+
+// Calls body(Rows) for the rows of an item, and for those left over.
+template <typename Body>
+void ForRows(const Geometry& g, const Cut& cut, const Item& item, Body&& body) {
+  const int64_t first = item.group * g.outer;
+  const int64_t begin = first + item.outer_begin * cut.fold;
+  body(Rows{begin * g.channels, begin, item.outer_end - item.outer_begin,
+            g.channels * cut.fold, cut.fold});
+  const int64_t whole = g.outer / cut.fold * cut.fold;
+  if (item.part + 1 == cut.outer_parts && whole < g.outer) {
+    body(Rows{(first + whole) * g.channels, first + whole, g.outer - whole,
+              g.channels, 1});
+  }
+}
+
+// Calls body(channel, offset of its first run) for the channels of an item.
+template <typename Body>
+void ForRuns(const Geometry& g, const Item& item, Body&& body) {
+  const int64_t first = item.group * g.outer + item.outer_begin;
+  for (int64_t c = item.channel_begin; c < item.channel_end; ++c) {
+    body(c, (first * g.channels + c) * g.inner);
+  }
+}
+
+// A statistic repeated for rows that are folded, or as it is.
+template <typename A>
+class Folded {
+ public:
+  Folded(const A* stat, const Geometry& g, int64_t fold)
+      : stat_(stat), channels_(g.channels), fold_(fold) {
+    if (fold == 1) return;
+    repeated_.reserve(static_cast<size_t>(g.groups * g.channels * fold));
+    for (int64_t group = 0; group < g.groups; ++group) {
+      const A* one = stat + group * g.channels;
+      for (int64_t i = 0; i < fold; ++i) {
+        repeated_.insert(repeated_.end(), one, one + g.channels);
+      }
+    }
+  }
+
+  const A* Get(int64_t group, const Rows& rows) const {
+    return rows.fold == 1 ? stat_ + group * channels_
+                          : repeated_.data() + group * channels_ * fold_;
+  }
+
+ private:
+  const A* stat_;
+  int64_t channels_;
+  int64_t fold_;
+  std::vector<A> repeated_;
+};
+
+int64_t Bytes(const Geometry& g, int64_t element_bytes) {
+  return g.elements() * element_bytes;
+}
+
+// Double-precision moments of all channels, merged part by part.
+struct Total {
+  explicit Total(int64_t channels)
+      : mean(static_cast<size_t>(channels)), m2(static_cast<size_t>(channels)) {}
+
+  template <typename A>
+  void Add(SimdLevel level, const A* part_mean, const A* part_rest,
+           const A* part_m2, int64_t count) {
+    if (count == 0) return;
+    const auto extra = static_cast<double>(count);
+    KERNELS_SIMD_CALL(
+        level, CombineMoments<A>(part_mean, part_rest, part_m2, kept, extra,
+                                 static_cast<int64_t>(mean.size()), mean.data(),
+                                 m2.data()));
+    kept += extra;
+  }
+
+  std::vector<double> mean, m2;
+  double kept = 0;
+};
+
+// What the items found: [groups, outer_parts, channels], and for rows, where
+// all channels have the same count, one count a part.
+template <typename A>
+struct Partial {
+  Partial(const Geometry& g, const Cut& cut)
+      : mean(static_cast<size_t>(g.groups * cut.outer_parts * g.channels)),
+        rest(mean.size()),
+        m2(mean.size()),
+        count(mean.size()) {}
+
+  std::vector<A> mean, rest, m2;
+  std::vector<int64_t> count;
+};
+
+// Moments of an item's rows. With `given`, m2 is taken about `mean`.
 template <typename T>
-void PartMoments(SimdLevel level, const Geometry& g, const Item& item,
-                 const typename T::Storage* x, const Mask& mask, bool given,
-                 bool count_per_channel, typename T::Compute* mean,
-                 typename T::Compute* rest, typename T::Compute* m2,
-                 int64_t* count) {
+void RowItemMoments(SimdLevel level, const Geometry& g, const Cut& cut,
+                    const Item& item, const typename T::Storage* x,
+                    const Mask& mask, bool given, typename T::Compute* mean,
+                    typename T::Compute* rest, typename T::Compute* m2,
+                    int64_t* count) {
   using A = typename T::Compute;
-  const int64_t outer0 = item.group * g.outer;
-  if (!count_per_channel && g.inner == 1) {
-    std::vector<A> scratch(static_cast<size_t>(2 * g.channels));
-    const int64_t row0 = outer0 + item.outer_begin;
+  const int64_t columns = g.channels * cut.fold;
+  std::vector<A> scratch(static_cast<size_t>(5 * columns));
+  A* wide_mean = scratch.data();
+  A* wide_rest = wide_mean + columns;
+  A* wide_m2 = wide_rest + columns;
+  Total total(g.channels);
+  ForRows(g, cut, item, [&](const Rows& rows) {
+    for (int64_t i = 0; given && i < rows.fold; ++i) {
+      std::copy_n(mean, g.channels, wide_mean + i * g.channels);
+    }
+    int64_t kept = 0;
     KERNELS_SIMD_CALL(
         level,
-        RowMoments<T>(x + row0 * g.channels,
-                      mask.data == nullptr ? nullptr : mask.data + row0,
-                      item.outer_end - item.outer_begin, g.channels, given,
-                      mean, rest, m2, scratch.data(), scratch.data() + g.channels,
-                      count));
-    return;
-  }
-  for (int64_t c = item.channel_begin; c < item.channel_end; ++c) {
-    RunState state{0, given ? static_cast<double>(mean[c]) : 0.0, 0.0};
-    for (int64_t o = item.outer_begin; o < item.outer_end; ++o) {
-      const auto* run = x + ((outer0 + o) * g.channels + c) * g.inner;
-      if (mask.data == nullptr) {
-        KERNELS_SIMD_CALL(level, RunMoments<T>(run, g.inner, given, &state));
-        continue;
-      }
-      const uint8_t* kept_here =
-          mask.per_channel
-              ? mask.data + ((outer0 + o) * g.channels + c) * g.inner
-              : mask.data + (outer0 + o) * g.inner;
-      KERNELS_SIMD_CALL(level, MaskedRunMoments<T>(run, kept_here, g.inner,
-                                                   given, &state));
+        RowMoments<T>(x + rows.at,
+                      mask.data == nullptr ? nullptr : mask.data + rows.row,
+                      rows.rows, rows.columns, given, wide_mean, wide_rest,
+                      wide_m2, wide_m2 + columns, wide_m2 + 2 * columns,
+                      &kept));
+    for (int64_t i = 0; i < rows.fold; ++i) {
+      const int64_t at = i * g.channels;
+      total.Add(level, wide_mean + at, wide_rest + at, wide_m2 + at, kept);
     }
+  });
+  for (int64_t c = 0; c < g.channels; ++c) {
+    const auto i = static_cast<size_t>(c);
+    mean[c] = static_cast<A>(total.mean[i]);
+    rest[c] = static_cast<A>(total.mean[i] - static_cast<double>(mean[c]));
+    m2[c] = static_cast<A>(total.m2[i]);
+    count[c] = static_cast<int64_t>(total.kept);
+  }
+}
+
+// The same for runs, each channel for itself. Also does rows whose mask has
+// channels, as runs of one.
+template <typename T>
+void RunItemMoments(SimdLevel level, const Geometry& g, const Item& item,
+                    const typename T::Storage* x, const Mask& mask, bool given,
+                    typename T::Compute* mean, typename T::Compute* rest,
+                    typename T::Compute* m2, int64_t* count) {
+  using A = typename T::Compute;
+  const int64_t first = item.group * g.outer + item.outer_begin;
+  ForRuns(g, item, [&](int64_t c, int64_t at) {
+    RunState state{0, given ? static_cast<double>(mean[c]) : 0.0, 0.0};
+    const uint8_t* kept = mask.data;
+    int64_t mask_stride = g.inner;
+    if (kept != nullptr) {
+      kept += mask.per_channel ? at : first * g.inner;
+      if (mask.per_channel) mask_stride *= g.channels;
+    }
+    KERNELS_SIMD_CALL(
+        level, RunMoments<T>(x + at, kept, item.outer_end - item.outer_begin,
+                             g.channels * g.inner, mask_stride, g.inner, given,
+                             &state));
     mean[c] = static_cast<A>(state.mean);
     rest[c] = static_cast<A>(state.mean - static_cast<double>(mean[c]));
     m2[c] = static_cast<A>(state.m2);
-    count[count_per_channel ? c : 0] = state.kept;
-  }
+    count[c] = state.kept;
+  });
 }
 
 // Combines the parts of one group, in order.
 template <typename A>
-void CombineParts(SimdLevel level, const Cut& cut, int64_t channels,
-                  bool count_per_channel, const A* mean, const A* rest,
-                  const A* m2, const int64_t* count, bool keep_mean, A* out_mean, A* out_var,
-                  A* out_count) {
-  const auto n = static_cast<size_t>(channels);
-  std::vector<double> total_mean(n), total_m2(n);
-  std::vector<double> total(count_per_channel ? n : 1);
+void CombineParts(SimdLevel level, const Geometry& g, const Cut& cut,
+                  int64_t group, bool same_counts, bool keep_mean,
+                  const Partial<A>& partial, A* mean, A* var, A* count) {
+  Total total(g.channels);
+  std::vector<double> kept(static_cast<size_t>(g.channels));
   for (int64_t part = 0; part < cut.outer_parts; ++part) {
-    const A* part_mean = mean + part * channels;
-    const A* part_rest = rest + part * channels;
-    const A* part_m2 = m2 + part * channels;
-    if (!count_per_channel) {
-      const auto extra = static_cast<double>(count[part]);
-      if (extra == 0) continue;
-      KERNELS_SIMD_CALL(
-          level, CombineMoments<A>(part_mean, part_rest, part_m2, total[0],
-                                   extra, channels, total_mean.data(),
-                                   total_m2.data()));
-      total[0] += extra;
+    const int64_t at = (group * cut.outer_parts + part) * g.channels;
+    const A* part_mean = partial.mean.data() + at;
+    const A* part_rest = partial.rest.data() + at;
+    const A* part_m2 = partial.m2.data() + at;
+    const int64_t* part_count = partial.count.data() + at;
+    if (same_counts) {
+      total.Add(level, part_mean, part_rest, part_m2, part_count[0]);
       continue;
     }
-    for (int64_t c = 0; c < channels; ++c) {
-      const auto extra = static_cast<double>(count[part * channels + c]);
-      if (extra == 0) continue;
-      simd_baseline::CombineMoments<A>(
-          part_mean + c, part_rest + c, part_m2 + c, total[static_cast<size_t>(c)], extra, 1,
-          &total_mean[static_cast<size_t>(c)],
-          &total_m2[static_cast<size_t>(c)]);
-      total[static_cast<size_t>(c)] += extra;
+    for (int64_t c = 0; c < g.channels; ++c) {
+      if (part_count[c] == 0) continue;
+      const auto i = static_cast<size_t>(c);
+      const auto extra = static_cast<double>(part_count[c]);
+      simd_baseline::CombineMoments<A>(part_mean + c, part_rest + c,
+                                       part_m2 + c, kept[i], extra, 1,
+                                       &total.mean[i], &total.m2[i]);
+      kept[i] += extra;
     }
   }
-  for (int64_t c = 0; c < channels; ++c) {
+  for (int64_t c = 0; c < g.channels; ++c) {
     const auto i = static_cast<size_t>(c);
-    const double kept = total[count_per_channel ? i : 0];
-    if (kept == 0) {
-      out_mean[c] = out_var[c] = std::numeric_limits<A>::quiet_NaN();
-    } else {
-      if (!keep_mean) out_mean[c] = static_cast<A>(total_mean[i]);
-      // Rounding may leave a constant channel a hair below zero.
-      const double m2_value = total_m2[i] < 0 ? 0 : total_m2[i];
-      out_var[c] = static_cast<A>(m2_value / kept);
+    const double values = same_counts ? total.kept : kept[i];
+    count[c] = static_cast<A>(values);
+    if (values == 0) {
+      mean[c] = var[c] = std::numeric_limits<A>::quiet_NaN();
+      continue;
     }
-    out_count[c] = static_cast<A>(kept);
+    if (!keep_mean) mean[c] = static_cast<A>(total.mean[i]);
+    // Rounding may leave a constant channel a hair below zero.
+    const double m2 = total.m2[i] < 0 ? 0 : total.m2[i];
+    var[c] = static_cast<A>(m2 / values);
   }
-}
-
-int64_t Bytes(const Geometry& g, int64_t element_bytes) {
-  return g.elements() * element_bytes;
 }
 
 }  // namespace
@@ -191,44 +317,37 @@ void Moments(const ParallelLoop& loop, SimdLevel level,
              typename T::Compute* var, typename T::Compute* count) {
   using A = typename T::Compute;
   const Geometry g = Simplify(geometry);
-  const Cut cut = CutWork(g, sizeof(typename T::Storage));
-  const bool count_per_channel =
-      g.inner != 1 || (mask.data != nullptr && mask.per_channel);
-  const int64_t stride = cut.outer_parts * g.channels;
-  const int64_t count_stride =
-      count_per_channel ? stride : cut.outer_parts;
-  Partial<A> partial;
-  partial.mean.resize(static_cast<size_t>(g.groups * stride));
-  partial.rest.resize(static_cast<size_t>(g.groups * stride));
-  partial.m2.resize(static_cast<size_t>(g.groups * stride));
-  partial.count.resize(static_cast<size_t>(g.groups * count_stride));
+  const int64_t element_bytes = sizeof(typename T::Storage);
+  const Cut cut = CutWork(g, element_bytes, mask.data == nullptr);
+  const bool by_rows = g.inner == 1 && !mask.per_channel;
+  Partial<A> partial(g, cut);
   for (const bool given : {false, true}) {
     if (given && !accurate) break;
-    loop(cut.items(g), Bytes(g, sizeof(typename T::Storage)),
-         [&](int64_t index) {
-           const Item item = GetItem(g, cut, index);
-           const int64_t part = item.group * cut.outer_parts + item.part;
-           A* part_mean = partial.mean.data() + part * g.channels;
-           if (given) {
-             std::copy(mean + item.group * g.channels + item.channel_begin,
-                       mean + item.group * g.channels + item.channel_end,
-                       part_mean + item.channel_begin);
-           }
-           PartMoments<T>(
-               level, g, item, x, mask, given, count_per_channel, part_mean,
-               partial.rest.data() + part * g.channels,
-               partial.m2.data() + part * g.channels,
-               partial.count.data() +
-                   part * (count_per_channel ? g.channels : 1));
-         });
+    loop(cut.items(g), Bytes(g, element_bytes), [&](int64_t index) {
+      const Item item = GetItem(g, cut, index);
+      const int64_t at =
+          (item.group * cut.outer_parts + item.part) * g.channels;
+      A* part_mean = partial.mean.data() + at;
+      A* part_rest = partial.rest.data() + at;
+      A* part_m2 = partial.m2.data() + at;
+      int64_t* part_count = partial.count.data() + at;
+      if (given) {
+        const A* whole = mean + item.group * g.channels;
+        std::copy(whole + item.channel_begin, whole + item.channel_end,
+                  part_mean + item.channel_begin);
+      }
+      if (by_rows) {
+        RowItemMoments<T>(level, g, cut, item, x, mask, given, part_mean,
+                          part_rest, part_m2, part_count);
+      } else {
+        RunItemMoments<T>(level, g, item, x, mask, given, part_mean, part_rest,
+                          part_m2, part_count);
+      }
+    });
     for (int64_t group = 0; group < g.groups; ++group) {
-      CombineParts<A>(level, cut, g.channels, count_per_channel,
-                      partial.mean.data() + group * stride,
-                      partial.rest.data() + group * stride,
-                      partial.m2.data() + group * stride,
-                      partial.count.data() + group * count_stride, given,
-                      mean + group * g.channels, var + group * g.channels,
-                      count + group * g.channels);
+      const int64_t at = group * g.channels;
+      CombineParts<A>(level, g, cut, group, by_rows, given, partial, mean + at,
+                      var + at, count + at);
     }
   }
 }
@@ -240,32 +359,34 @@ void NormalizeAll(const ParallelLoop& loop, SimdLevel level,
                   const typename T::Compute* mul,
                   const typename T::Compute* bias, bool relu,
                   typename U::Storage* y) {
+  using A = typename T::Compute;
   const Geometry g = Simplify(geometry);
-  const int64_t bytes =
+  const int64_t element_bytes =
       sizeof(typename T::Storage) + sizeof(typename U::Storage);
-  const Cut cut = CutWork(g, bytes);
-  loop(cut.items(g), Bytes(g, bytes), [&](int64_t index) {
+  const Cut cut = CutWork(g, element_bytes, /*may_fold=*/true);
+  const Folded<A> means(mean, g, cut.fold);
+  const Folded<A> muls(mul, g, cut.fold);
+  const Folded<A> biases(bias, g, cut.fold);
+  loop(cut.items(g), Bytes(g, element_bytes), [&](int64_t index) {
     const Item item = GetItem(g, cut, index);
-    const int64_t stat = item.group * g.channels;
-    const int64_t first = item.group * g.outer + item.outer_begin;
-    const int64_t rows = item.outer_end - item.outer_begin;
     if (g.inner == 1) {
-      const int64_t at = first * g.channels;
-      KERNELS_SIMD_CALL(
-          level, Normalize<T, U, false>(x + at, y + at, rows, g.channels,
-                                        mean + stat, mul + stat, bias + stat,
-                                        relu));
+      ForRows(g, cut, item, [&](const Rows& rows) {
+        KERNELS_SIMD_CALL(
+            level, NormalizeRows<T, U>(
+                       x + rows.at, y + rows.at, rows.rows, rows.columns,
+                       means.Get(item.group, rows), muls.Get(item.group, rows),
+                       biases.Get(item.group, rows), relu));
+      });
       return;
     }
-    for (int64_t o = 0; o < rows; ++o) {
-      for (int64_t c = item.channel_begin; c < item.channel_end; ++c) {
-        const int64_t at = ((first + o) * g.channels + c) * g.inner;
-        const int64_t s = stat + c;
-        KERNELS_SIMD_CALL(
-            level, Normalize<T, U, true>(x + at, y + at, 1, g.inner, mean + s,
-                                         mul + s, bias + s, relu));
-      }
-    }
+    ForRuns(g, item, [&](int64_t c, int64_t at) {
+      const int64_t s = item.group * g.channels + c;
+      KERNELS_SIMD_CALL(
+          level, NormalizeRuns<T, U>(
+                     x + at, y + at, item.outer_end - item.outer_begin,
+                     g.channels * g.inner, g.inner, mean + s, mul + s, bias + s,
+                     relu));
+    });
   });
 }
 
@@ -278,51 +399,65 @@ void GradSums(const ParallelLoop& loop, SimdLevel level,
               typename T::Compute* sum_dyx) {
   using A = typename T::Compute;
   const Geometry g = Simplify(geometry);
-  const int64_t bytes =
+  const int64_t element_bytes =
       sizeof(typename T::Storage) + sizeof(typename U::Storage);
-  const Cut cut = CutWork(g, bytes);
-  const int64_t stride = cut.outer_parts * g.channels;
-  std::vector<A> parts(static_cast<size_t>(2 * g.groups * stride));
-  A* part_dy = parts.data();
-  A* part_dyx = parts.data() + g.groups * stride;
-  loop(cut.items(g), Bytes(g, bytes), [&](int64_t index) {
+  const Cut cut = CutWork(g, element_bytes, /*may_fold=*/true);
+  const Folded<A> means(mean, g, cut.fold);
+  const Folded<A> muls(mul, g, cut.fold);
+  const Folded<A> biases(bias, g, cut.fold);
+  // [groups, outer_parts, channels]
+  std::vector<double> part_dy(
+      static_cast<size_t>(g.groups * cut.outer_parts * g.channels));
+  std::vector<double> part_dyx(part_dy.size());
+  loop(cut.items(g), Bytes(g, element_bytes), [&](int64_t index) {
     const Item item = GetItem(g, cut, index);
-    const int64_t stat = item.group * g.channels;
-    const int64_t first = item.group * g.outer + item.outer_begin;
-    const int64_t rows = item.outer_end - item.outer_begin;
     const int64_t part =
         (item.group * cut.outer_parts + item.part) * g.channels;
+    double* own_dy = part_dy.data() + part;
+    double* own_dyx = part_dyx.data() + part;
     if (g.inner == 1) {
-      const int64_t at = first * g.channels;
-      KERNELS_SIMD_CALL(
-          level,
-          GradSumsRows<T, U>(x + at, dy + at, rows, g.channels, mean + stat,
-                             mul + stat, bias + stat, relu, part_dy + part,
-                             part_dyx + part));
+      const int64_t columns = g.channels * cut.fold;
+      std::vector<A> wide(static_cast<size_t>(2 * columns));
+      ForRows(g, cut, item, [&](const Rows& rows) {
+        std::fill(wide.begin(), wide.end(), A{0});
+        KERNELS_SIMD_CALL(
+            level,
+            GradSumsRows<T, U>(
+                x + rows.at, dy + rows.at, rows.rows, rows.columns,
+                means.Get(item.group, rows), muls.Get(item.group, rows),
+                biases.Get(item.group, rows), relu, wide.data(),
+                wide.data() + columns));
+        for (int64_t i = 0; i < rows.columns; ++i) {
+          own_dy[i % g.channels] += wide[static_cast<size_t>(i)];
+          own_dyx[i % g.channels] += wide[static_cast<size_t>(columns + i)];
+        }
+      });
       return;
     }
-    for (int64_t o = 0; o < rows; ++o) {
-      for (int64_t c = item.channel_begin; c < item.channel_end; ++c) {
-        const int64_t at = ((first + o) * g.channels + c) * g.inner;
-        const int64_t s = stat + c;
-        KERNELS_SIMD_CALL(
-            level, GradSumsRun<T, U>(x + at, dy + at, g.inner, mean[s], mul[s],
-                                     bias[s], relu, part_dy + part + c,
-                                     part_dyx + part + c));
+    ForRuns(g, item, [&](int64_t c, int64_t at) {
+      const int64_t s = item.group * g.channels + c;
+      KERNELS_SIMD_CALL(
+          level,
+          GradSumsRuns<T, U>(x + at, dy + at, item.outer_end - item.outer_begin,
+                             g.channels * g.inner, g.inner, mean[s], mul[s],
+                             bias[s], relu, own_dy + c, own_dyx + c));
+    });
+  });
+  std::vector<double> total(static_cast<size_t>(2 * g.channels));
+  for (int64_t group = 0; group < g.groups; ++group) {
+    std::fill(total.begin(), total.end(), 0.0);
+    for (int64_t part = 0; part < cut.outer_parts; ++part) {
+      const auto at = static_cast<size_t>(
+          (group * cut.outer_parts + part) * g.channels);
+      for (size_t c = 0; c < static_cast<size_t>(g.channels); ++c) {
+        total[2 * c] += part_dy[at + c];
+        total[2 * c + 1] += part_dyx[at + c];
       }
     }
-  });
-  for (int64_t group = 0; group < g.groups; ++group) {
     for (int64_t c = 0; c < g.channels; ++c) {
-      double total_dy = 0;
-      double total_dyx = 0;
-      for (int64_t part = 0; part < cut.outer_parts; ++part) {
-        const int64_t at = group * stride + part * g.channels + c;
-        total_dy += static_cast<double>(part_dy[at]);
-        total_dyx += static_cast<double>(part_dyx[at]);
-      }
-      sum_dy[group * g.channels + c] = static_cast<A>(total_dy);
-      sum_dyx[group * g.channels + c] = static_cast<A>(total_dyx);
+      const auto i = static_cast<size_t>(2 * c);
+      sum_dy[group * g.channels + c] = static_cast<A>(total[i]);
+      sum_dyx[group * g.channels + c] = static_cast<A>(total[i + 1]);
     }
   }
 }
@@ -338,84 +473,86 @@ void GradInputAll(const ParallelLoop& loop, SimdLevel level,
                   const Mask& mask, bool relu, typename T::Storage* dx) {
   using A = typename T::Compute;
   const Geometry g = Simplify(geometry);
-  const int64_t bytes =
+  const int64_t element_bytes =
       2 * sizeof(typename T::Storage) + sizeof(typename U::Storage);
-  const Cut cut = CutWork(g, bytes);
+  const Cut cut = CutWork(g, element_bytes, mask.data == nullptr);
+  const Folded<A> means(mean, g, cut.fold);
+  const Folded<A> muls(mul, g, cut.fold);
+  const Folded<A> biases(bias, g, cut.fold);
+  const Folded<A> c0s(c0, g, cut.fold);
+  const Folded<A> c1s(c1, g, cut.fold);
   const std::vector<A> zeros(static_cast<size_t>(g.channels));
-  loop(cut.items(g), Bytes(g, bytes), [&](int64_t index) {
+  const auto rows_kernel = [&](int64_t group, const Rows& rows,
+                               const uint8_t* kept, bool with_stats) {
+    KERNELS_SIMD_CALL(
+        level, GradInputRows<T, U>(
+                   x + rows.at, dy + rows.at, kept, dx + rows.at, rows.rows,
+                   rows.columns, means.Get(group, rows), muls.Get(group, rows),
+                   biases.Get(group, rows),
+                   with_stats ? c0s.Get(group, rows) : zeros.data(),
+                   with_stats ? c1s.Get(group, rows) : zeros.data(), relu));
+  };
+  loop(cut.items(g), Bytes(g, element_bytes), [&](int64_t index) {
     const Item item = GetItem(g, cut, index);
-    const int64_t stat = item.group * g.channels;
-    const int64_t first = item.group * g.outer + item.outer_begin;
-    const int64_t rows = item.outer_end - item.outer_begin;
-    if (g.inner == 1 && !mask.per_channel) {
-      // Neighbouring rows that are all kept, or all not.
-      for (int64_t r = 0; r < rows;) {
-        int64_t end = rows;
-        bool kept = true;
-        if (mask.data != nullptr) {
-          kept = mask.data[first + r] != 0;
-          for (end = r + 1; end < rows; ++end) {
-            if ((mask.data[first + end] != 0) != kept) break;
-          }
+    if (g.inner == 1) {
+      ForRows(g, cut, item, [&](const Rows& rows) {
+        if (mask.data == nullptr) {
+          rows_kernel(item.group, rows, nullptr, true);
+          return;
         }
-        const int64_t at = (first + r) * g.channels;
-        KERNELS_SIMD_CALL(
-            level, GradInput<T, U, false>(
-                       x + at, dy + at, dx + at, end - r, g.channels,
-                       mean + stat, mul + stat, bias + stat,
-                       kept ? c0 + stat : zeros.data(),
-                       kept ? c1 + stat : zeros.data(), relu));
-        r = end;
-      }
+        if (mask.per_channel) {
+          rows_kernel(item.group, rows, mask.data + rows.at, true);
+          return;
+        }
+        // Neighbouring rows that are all kept, or all not.
+        const uint8_t* kept = mask.data + rows.row;
+        for (int64_t r = 0; r < rows.rows;) {
+          int64_t end = r + 1;
+          while (end < rows.rows && (kept[end] != 0) == (kept[r] != 0)) ++end;
+          const Rows same{rows.at + r * g.channels, rows.row + r, end - r,
+                          g.channels, 1};
+          rows_kernel(item.group, same, nullptr, kept[r] != 0);
+          r = end;
+        }
+      });
       return;
     }
-    for (int64_t o = 0; o < rows; ++o) {
-      for (int64_t c = item.channel_begin; c < item.channel_end; ++c) {
-        const int64_t run = (first + o) * g.channels + c;
-        const int64_t s = stat + c;
-        const uint8_t* keep =
-            mask.data == nullptr
-                ? nullptr
-                : mask.data + (mask.per_channel ? run : first + o) * g.inner;
-        for (int64_t i = 0; i < g.inner;) {
-          int64_t end = g.inner;
-          bool kept = true;
-          if (keep != nullptr) {
-            kept = keep[i] != 0;
-            for (end = i + 1; end < g.inner; ++end) {
-              if ((keep[end] != 0) != kept) break;
-            }
-          }
-          const int64_t at = run * g.inner + i;
-          KERNELS_SIMD_CALL(
-              level, GradInput<T, U, true>(
-                         x + at, dy + at, dx + at, 1, end - i, mean + s,
-                         mul + s, bias + s, kept ? c0 + s : zeros.data(),
-                         kept ? c1 + s : zeros.data(), relu));
-          i = end;
-        }
+    const int64_t first = item.group * g.outer + item.outer_begin;
+    ForRuns(g, item, [&](int64_t c, int64_t at) {
+      const int64_t s = item.group * g.channels + c;
+      const uint8_t* kept = mask.data;
+      int64_t mask_stride = g.inner;
+      if (kept != nullptr) {
+        kept += mask.per_channel ? at : first * g.inner;
+        if (mask.per_channel) mask_stride *= g.channels;
       }
-    }
+      KERNELS_SIMD_CALL(
+          level, GradInputRuns<T, U>(
+                     x + at, dy + at, kept, dx + at,
+                     item.outer_end - item.outer_begin, g.channels * g.inner,
+                     mask_stride, g.inner, mean + s, mul + s, bias + s, c0 + s,
+                     c1 + s, relu));
+    });
   });
 }
 
-#define KERNELS_INSTANTIATE_ONE(T)                                           \
-  template void Moments<T>(const ParallelLoop&, SimdLevel, const Geometry&,  \
+#define KERNELS_INSTANTIATE_ONE(T)                                            \
+  template void Moments<T>(const ParallelLoop&, SimdLevel, const Geometry&,   \
                            const T::Storage*, const Mask&, bool, T::Compute*, \
                            T::Compute*, T::Compute*);
-#define KERNELS_INSTANTIATE_TWO(T, U)                                         \
-  template void NormalizeAll<T, U>(                                           \
-      const ParallelLoop&, SimdLevel, const Geometry&, const T::Storage*,     \
-      const T::Compute*, const T::Compute*, const T::Compute*, bool,          \
-      U::Storage*);                                                           \
-  template void GradSums<T, U>(                                               \
-      const ParallelLoop&, SimdLevel, const Geometry&, const T::Storage*,     \
-      const U::Storage*, const T::Compute*, const T::Compute*,                \
-      const T::Compute*, bool, T::Compute*, T::Compute*);                     \
-  template void GradInputAll<T, U>(                                           \
-      const ParallelLoop&, SimdLevel, const Geometry&, const T::Storage*,     \
-      const U::Storage*, const T::Compute*, const T::Compute*,                \
-      const T::Compute*, const T::Compute*, const T::Compute*, const Mask&,   \
+#define KERNELS_INSTANTIATE_TWO(T, U)                                       \
+  template void NormalizeAll<T, U>(                                         \
+      const ParallelLoop&, SimdLevel, const Geometry&, const T::Storage*,   \
+      const T::Compute*, const T::Compute*, const T::Compute*, bool,        \
+      U::Storage*);                                                         \
+  template void GradSums<T, U>(                                             \
+      const ParallelLoop&, SimdLevel, const Geometry&, const T::Storage*,   \
+      const U::Storage*, const T::Compute*, const T::Compute*,              \
+      const T::Compute*, bool, T::Compute*, T::Compute*);                   \
+  template void GradInputAll<T, U>(                                         \
+      const ParallelLoop&, SimdLevel, const Geometry&, const T::Storage*,   \
+      const U::Storage*, const T::Compute*, const T::Compute*,              \
+      const T::Compute*, const T::Compute*, const T::Compute*, const Mask&, \
       bool, T::Storage*);
 
 KERNELS_INSTANTIATE_ONE(F64)

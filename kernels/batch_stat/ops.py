@@ -188,6 +188,17 @@ def _unsupported(x_index: int, avals: Sequence[Any], **params: Any):
   return None
 
 
+def _slower(x_index: int, avals: Sequence[Any], **params: Any):
+  """Says where the kernel that computes moments is slower than XLA."""
+  x = avals[x_index]
+  feature_axis = params["feature_axis"]
+  if len(avals) > x_index + 1 and feature_axis == x.ndim - 1:
+    size = x.shape[feature_axis]
+    if size != 1 and avals[-1].shape[feature_axis] == size:
+      return "the mask depends on the features, which are the last axis"
+  return None
+
+
 def _grad_unsupported(avals: Sequence[Any], **params: Any):
   del params
   return _unsupported(0, avals[:1], dtype=avals[1].dtype)
@@ -372,6 +383,7 @@ UPDATE = dispatch.Op(
       fn=_update_cpu,
       library=CPU_LIBRARY,
       unsupported=functools.partial(_unsupported, 3),
+      slower=functools.partial(_slower, 3),
     ),
   ),
   batching=_batch_rule,
@@ -389,6 +401,7 @@ MOMENTS = dispatch.Op(
       fn=_moments_cpu,
       library=CPU_LIBRARY,
       unsupported=functools.partial(_unsupported, 0),
+      slower=functools.partial(_slower, 0),
     ),
   ),
   batching=_batch_rule,

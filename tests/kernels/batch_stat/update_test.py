@@ -446,6 +446,21 @@ class UpdateChoiceTest(absltest.TestCase):
     self.assertEqual(choice.implementation, "xla")
     self.assertIn("Nothing else is written for tpu", choice.reason)
 
+  def test_auto_knows_where_xla_is_faster(self):
+    x, stat = jnp.ones((64, 32)), jnp.ones(32)
+    for mask, want in (
+      (None, "cpu"),
+      (np.ones((64, 1), bool), "cpu"),
+      (np.ones((64, 32), bool), "xla"),
+    ):
+      (choice,) = kernels.explain(
+        lambda x, mask=mask: batch_stat.update(x, stat, stat, mask=mask),
+        x,
+        platform="cpu",
+      )
+      self.assertEqual(choice.implementation, want, choice.reason)
+    self.assertIn("the mask depends on the features", choice.reason)
+
   def test_unsupported_dtype_falls_back_and_says_so(self):
     x = jnp.ones((4, 3), jnp.float8_e4m3fn)
     (choice,) = kernels.explain(
