@@ -19,6 +19,7 @@ from jax import numpy as jnp
 import numpy as np
 
 from kernels import decode_attention
+from kernels.decode_attention import arg_specs
 from tools.bench import choice, compare, harness
 
 NAME = "decode"
@@ -31,47 +32,32 @@ _LAYERS = 16
 State = tuple[Any, ...]
 
 
-@dataclasses.dataclass(frozen=True)
-class _Shape:
-  """Caches `[batch, length, heads, head_dim]` and `groups` queries a head."""
-
-  batch: int
-  length: int
-  heads: int
-  head_dim: int
-  groups: int = 1
-
-  @property
-  def name(self) -> str:
-    groups = f"_gqa{self.groups}" if self.groups > 1 else ""
-    return (
-      f"B{self.batch}_S{self.length}_H{self.heads}_D{self.head_dim}{groups}"
-    )
-
-  def rows(self, length: int, heads: int) -> tuple[int, ...]:
-    return (self.batch, length, heads, self.head_dim)
-
-  def position(self, fill: str) -> int:
-    """Returns the position that the step writes: the last valid one."""
-    valid = {"first": 8, "half": self.length // 2, "full": self.length}[fill]
-    return valid - 1
+def _has_row(spec: arg_specs.ArgSpec) -> bool:
+  """Whether the baselines can do the step, and no other dtype's row is it."""
+  return (
+    spec.tokens == 1
+    and spec.layers is None
+    and not spec.name.endswith(("_bf16", "_int8", "_fp8"))
+  )
 
 
-# A decoder of about 1 billion parameters, its first tokens in a longer buffer,
-# and one long sequence on the heads of an 8-billion decoder.
-_ROWS = (
-  (_Shape(8, 2048, 16, 64), "first"),
-  (_Shape(8, 2048, 16, 64), "half"),
-  (_Shape(8, 2048, 16, 64), "full"),
-  (_Shape(8, 8192, 16, 64), "first"),
-  (_Shape(1, 32768, 8, 128, groups=4), "full"),
+_SPECS = tuple(spec for spec in arg_specs.ARG_SPECS if _has_row(spec))
+# The first tokens must cost the same in a longer buffer.
+_LONGER = dataclasses.replace(
+  _SPECS[0], name="B8_S8192_H16_D64_first", length=8192
 )
-_QUICK_ROWS = (
-  (_Shape(8, 256, 16, 64), "first"),
-  (_Shape(8, 256, 16, 64), "full"),
+_STACKED = next(spec for spec in arg_specs.ARG_SPECS if spec.layers == _LAYERS)
+_QUICK_LENGTH = 256
+_QUICK_SPECS = tuple(
+  dataclasses.replace(
+    _SPECS[0],
+    name=f"B8_S{_QUICK_LENGTH}_H16_D64_{fill}",
+    length=_QUICK_LENGTH,
+    filled=filled,
+  )
+  for fill, filled in (("first", 8), ("full", None))
 )
-_STACKED = _Shape(8, 2048, 16, 64)
-_QUICK_STACKED = _Shape(8, 128, 16, 64)
+_QUICK_STACKED = dataclasses.replace(_STACKED, length=128)
 
 
 def _integers(shape: tuple[int, ...], seed: int) -> np.ndarray:
@@ -162,17 +148,17 @@ class _Data:
   index: jax.Array
 
   @classmethod
-  def make(cls, shape: _Shape, fill: str) -> "_Data":
-    cache = shape.rows(shape.length, shape.heads)
-    new = shape.rows(1, shape.heads)
-    query = shape.rows(1, shape.heads * shape.groups)
+  def make(cls, spec: arg_specs.ArgSpec) -> "_Data":
+    """Returns the data of one layer."""
+    # A stacked spec's caches have one more axis in front.
+    cache = spec.cache_shape[-4:]
     return cls(
       cache_k=jnp.asarray(_integers(cache, seed=0)),
       cache_v=jnp.asarray(_integers(cache, seed=1)),
-      q=jnp.asarray(_integers(query, seed=2)),
-      new_k=jnp.asarray(_integers(new, seed=3)),
-      new_v=jnp.asarray(_integers(new, seed=4)),
-      index=jnp.int32(shape.position(fill)),
+      q=jnp.asarray(_integers(spec.query_shape, seed=2)),
+      new_k=jnp.asarray(_integers(spec.new_shape, seed=3)),
+      new_v=jnp.asarray(_integers(spec.new_shape, seed=4)),
+      index=jnp.int32(spec.index),
     )
 
   def as_dtype(self, dtype: str) -> State:
@@ -199,12 +185,12 @@ def _quantised(result: State) -> State:
   )
 
 
-def _torch_side(data: _Data, shape: _Shape, dtype: str) -> harness.Side:
+def _torch_side(data: _Data, spec: arg_specs.ArgSpec) -> harness.Side:
   """Makes a side that appends and attends with PyTorch on the valid slice."""
   import torch
 
-  valid = int(data.index) + 1
-  options = {"enable_gqa": True} if shape.groups > 1 else {}
+  dtype, valid = spec.dtype, spec.index + 1
+  options = {"enable_gqa": True} if spec.group > 1 else {}
 
   def to_torch(integers: jax.Array) -> Any:
     # [b, s, n, h] to PyTorch's own order, [b, n, s, h].
@@ -242,9 +228,9 @@ _TOLERANCES = {
 }
 
 
-def _build_step(shape: _Shape, fill: str, dtype: str) -> harness.Comparison:
-  """Builds the row of one shape, fill and dtype of the caches."""
-  data = _Data.make(shape, fill)
+def _build_step(spec: arg_specs.ArgSpec) -> harness.Comparison:
+  """Builds the row of one layer and dtype of the caches."""
+  data, dtype = _Data.make(spec), spec.dtype
   flax_step = _flax_int8_step if dtype == "int8" else _flax_step
   fresh = functools.partial(data.as_dtype, dtype)
   baselines = [_jax_side("flax.nnx attention core, jit", flax_step, fresh)]
@@ -258,15 +244,11 @@ def _build_step(shape: _Shape, fill: str, dtype: str) -> harness.Comparison:
       )
     )
   elif importlib.util.find_spec("torch") is not None:
-    baselines.append(_torch_side(data, shape, dtype))
-  row_bytes = 2 * shape.batch * shape.heads * shape.head_dim
-  row_bytes *= jnp.dtype(dtype).itemsize
+    baselines.append(_torch_side(data, spec))
   return harness.Comparison(
     ours=_jax_side("kernels.decode_attention", _ours_step, fresh),
     baselines=baselines,
-    floor_traffic=harness.Traffic(
-      read=row_bytes * shape.position(fill), written=row_bytes
-    ),
+    floor_traffic=harness.Traffic(read=spec.bytes_read, written=0),
     floor_name="one read of the valid K and V at memory bandwidth",
     tolerance=_TOLERANCES[_float_dtype(dtype)],
     details=choice.chosen(_ours_step, *fresh()),
@@ -311,9 +293,9 @@ def _flax_stacked(cache_k, cache_v, q, new_k, new_v, index):
   return result
 
 
-def _build_stacked(shape: _Shape, dtype: str) -> harness.Comparison:
+def _build_stacked(spec: arg_specs.ArgSpec) -> harness.Comparison:
   """Builds the row of a stack of layers, full."""
-  data = _Data.make(shape, "full")
+  data, dtype = _Data.make(spec), spec.dtype
 
   def fresh() -> State:
     cache_k, cache_v, q, new_k, new_v, index = data.as_dtype(dtype)
@@ -337,7 +319,6 @@ def _build_stacked(shape: _Shape, dtype: str) -> harness.Comparison:
   def stack_caches(result: State) -> State:
     return jnp.stack(result[0]), jnp.stack(result[1]), result[2]
 
-  valid_bytes = data.cache_k.size * jnp.dtype(dtype).itemsize * 2 * _LAYERS
   return harness.Comparison(
     ours=_jax_side("kernels.decode_attention in scan", _ours_stacked, fresh),
     baselines=[
@@ -349,34 +330,40 @@ def _build_stacked(shape: _Shape, dtype: str) -> harness.Comparison:
       ),
       _jax_side("flax.nnx attention core in scan", _flax_stacked, fresh),
     ],
-    floor_traffic=harness.Traffic(read=valid_bytes, written=0),
+    floor_traffic=harness.Traffic(read=spec.bytes_read * _LAYERS, written=0),
     floor_name="one read of the valid K and V at memory bandwidth",
     tolerance=_TOLERANCES[dtype],
     details=choice.chosen(_ours_stacked, *fresh()),
   )
 
 
-def cases(settings: harness.Settings) -> Sequence[harness.Case]:
-  """Returns the rows: every shape, fill and dtype, and a stack of layers."""
-  rows = [
-    harness.Case(
-      NAME,
-      "step",
-      f"{shape.name}_{fill}",
-      dtype,
-      functools.partial(_build_step, shape, fill, dtype),
+def _step_specs(quick: bool) -> list[arg_specs.ArgSpec]:
+  """Returns every layer, the ones named by their shape in every dtype."""
+  if quick:
+    named, others = _QUICK_SPECS, ()
+  else:
+    named = tuple(s for s in _SPECS if s.name.startswith("B")) + (_LONGER,)
+    # XLA has no float16 attention on the CPU: those layers are in bfloat16.
+    others = tuple(
+      dataclasses.replace(s, dtype="bfloat16")
+      for s in _SPECS
+      if not s.name.startswith("B")
     )
-    for shape, fill in (_QUICK_ROWS if settings.quick else _ROWS)
+  return [
+    dataclasses.replace(spec, dtype=dtype)
+    for spec in named
     for dtype in _DTYPES
-  ]
+  ] + list(others)
+
+
+def cases(settings: harness.Settings) -> Sequence[harness.Case]:
+  """Returns the rows: every layer and dtype, and a stack of layers."""
   stacked = _QUICK_STACKED if settings.quick else _STACKED
-  rows.append(
+  rows = [("step", spec, _build_step) for spec in _step_specs(settings.quick)]
+  rows.append(("stacked16", stacked, _build_stacked))
+  return [
     harness.Case(
-      NAME,
-      "stacked16",
-      f"{stacked.name}_full",
-      "bfloat16",
-      functools.partial(_build_stacked, stacked, "bfloat16"),
+      NAME, op, spec.name, spec.dtype, functools.partial(build, spec)
     )
-  )
-  return rows
+    for op, spec, build in rows
+  ]
