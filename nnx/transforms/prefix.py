@@ -208,8 +208,8 @@ class Walk:
     self.tops: list[Root] = []
     self.top_indices: list[int] = []
     self.position = 0
-    self._first: dict[int, tuple[int, Place]] = {}  # node -> position, place
-    self._checked: set[tuple[int, Any]] = set()
+    self._first: dict[int, int] = {}  # node -> position
+    self._checking: set[tuple[int, Any]] = set()
 
   def skip(self, count: int) -> None:
     """Passes some roots."""
@@ -229,7 +229,7 @@ class Walk:
     """Assigns, or compares if `again`; returns the end of the subtree."""
     kind, index, leaf, children, _, keys, _ = self.records[position][:7]
     if kind == "ref":
-      self._visit_again(index, entry, path)
+      self._visit_again(index, entry, path, place)
       return position + 1
     if index >= 0:
       if place.top < 0:
@@ -240,7 +240,7 @@ class Walk:
       if kind == "variable":
         place = place._replace(variable=index)
       if not again:
-        self._first[index] = (position, place._replace(text=self.text(path)))
+        self._first[index] = position
     whole = self.is_entry(entry) or isinstance(entry, FilterMap)
     if isinstance(entry, FilterMap) and (leaf >= 0 or kind == "variable"):
       entry = self._select(entry, path, place, leaf)
@@ -264,16 +264,19 @@ class Walk:
       )
     return next_position
 
-  def _visit_again(self, index: int, entry: Any, path: tuple) -> None:
+  def _visit_again(
+    self, index: int, entry: Any, path: tuple, place: Place
+  ) -> None:
     """Compares what is said of a shared node here and where it was first."""
     if index not in self._first:
       return  # of a root that was skipped
+    # A filter map may say another thing at each path; cycles must end.
     mark = (index, id(entry))
-    if mark in self._checked:
+    if mark in self._checking:
       return
-    self._checked.add(mark)
-    position, place = self._first[index]
-    self._visit(position, entry, path, place._replace(text=""), True)
+    self._checking.add(mark)
+    self._visit(self._first[index], entry, path, place, True)
+    self._checking.discard(mark)
 
   def _inner(self, entry, kind, keys, children, path, whole) -> list[Any]:
     """The entries of the children."""
