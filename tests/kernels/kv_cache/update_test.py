@@ -16,6 +16,8 @@ import pytest
 import kernels
 from kernels import kv_cache
 from kernels.kv_cache import api, arg_specs
+from tests.kernels.kv_cache import oracle as oracles
+from tests.testing import op_contract
 
 # On another platform its own default takes the place of the CPU's kernel.
 PLATFORM = op_contract.PLATFORM
