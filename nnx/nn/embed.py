@@ -1,0 +1,147 @@
+"""Tables of vectors that integers look up."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from nnx.module import Module
+from nnx.nn import dtypes, initializers
+from nnx.nn.initializers import NO_METADATA, Initializer, initialize
+from nnx.rngs import Rngs
+from nnx.variables import Param
+
+default_embed_init = initializers.variance_scaling(
+  1.0, "fan_in", "normal", out_axis=0
+)
+
+
+class Embed(Module):
+  """Looks up the learned vectors of integers.
+
+  Example:
+
+    >>> import jax
+    >>> import jax.numpy as jnp
+    >>> import nnx
+    >>> layer = nnx.Embed(5, 3, rngs=nnx.Rngs(0))
+    >>> layer(jnp.array([[0, 1], [4, -1]])).shape
+    (2, 2, 3)
+    >>> layer.attend(jnp.ones((2, 3))).shape
+    (2, 5)
+
+  Args:
+    num_embeddings: n, the number of vectors.
+    features: c, the size of a vector.
+    dtype: the dtype of the result; that of the table, if None.
+    param_dtype: the dtype of the table.
+    embedding_init: `(key, shape, dtype) -> table`.
+    promote_dtype: `((embedding,), dtype=dtype, inexact=False)`, or for `attend`
+      `((query, embedding), dtype=dtype)`, to those in the dtype to compute in.
+    rngs: the stream `params` gives the key of the table.
+    embedding_metadata: metadata of the table.
+
+  Attributes:
+    embedding: `Param`, `[n, c]`.
+  """
+
+  def __init__(
+    self,
+    num_embeddings: int,
+    features: int,
+    *,
+    dtype: dtypes.Dtype | None = None,
+    param_dtype: dtypes.Dtype = jnp.float32,
+    embedding_init: Initializer = default_embed_init,
+    promote_dtype: dtypes.PromoteDtypeFn = dtypes.promote_dtype,
+    rngs: Rngs,
+    embedding_metadata: Mapping[str, Any] = NO_METADATA,
+  ):
+    self.embedding = Param(
+      initialize(
+        embedding_init, rngs.params(), (num_embeddings, features), param_dtype
+      ),
+      **embedding_metadata,
+    )
+    self.num_embeddings = num_embeddings
+    self.features = features
+    self.dtype = dtype or self.embedding.dtype
+    self.param_dtype = param_dtype
+    self.promote_dtype = promote_dtype
+
+  def __call__(self, inputs: jax.Array, out_sharding: Any = None) -> jax.Array:
+    """Looks up vectors.
+
+    Args:
+      inputs: `[...]`, integers in [-n, n), negative ones from the end. Others
+        give NaN. With one vector, any integer gives that.
+      out_sharding: the sharding of the result, under a mesh with explicit axes.
+
+    Returns:
+      `[..., c]`.
+
+    Raises:
+      ValueError: if `inputs` are not integers.
+    """
+    if not jnp.issubdtype(inputs.dtype, jnp.integer):
+      raise ValueError(
+        f"`inputs` must be integers, but got `{inputs.dtype.name}`. Convert"
+        " them with `inputs.astype(int)`."
+      )
+    table = self.embedding.value
+    one = self.num_embeddings == 1
+    if self.promote_dtype is dtypes.promote_dtype and out_sharding is None:
+      return _look_up(table, inputs, one, self.dtype)
+    (table,) = self.promote_dtype((table,), dtype=self.dtype, inexact=False)
+    if out_sharding is None or one:
+      return _take(table, inputs, one)
+
+    def take(table, inputs):
+      return _take(table, inputs, False)
+
+    # `jnp.take` itself has no parameter for it.
+    return jax.sharding.auto_axes(take, out_sharding=out_sharding)(
+      table, inputs
+    )
+
+  def attend(self, query: jax.Array, out_sharding: Any = None) -> jax.Array:
+    """Multiplies vectors with all of the table, as for logits of tokens.
+
+    Args:
+      query: `[..., c]`.
+      out_sharding: the sharding of the result, under a mesh with explicit axes.
+
+    Returns:
+      `[..., n]`.
+    """
+    table = self.embedding.value
+    if self.promote_dtype is dtypes.promote_dtype:
+      return _attend(query, table, self.dtype, out_sharding)
+    query, table = self.promote_dtype((query, table), dtype=self.dtype)
+    return jnp.dot(query, table.T, out_sharding=out_sharding)
+
+
+def _take(table: jax.Array, inputs: jax.Array, one: bool) -> jax.Array:
+  if one:
+    return jnp.broadcast_to(table, (*inputs.shape, table.shape[-1]))
+  return jnp.take(table, inputs, axis=0)
+
+
+@functools.partial(jax.jit, static_argnums=(2, 3), inline=True)
+def _look_up(
+  table: jax.Array, inputs: jax.Array, one: bool, dtype: dtypes.Dtype
+) -> jax.Array:
+  (table,) = dtypes.promote_dtype((table,), dtype=dtype, inexact=False)
+  return _take(table, inputs, one)
+
+
+@functools.partial(jax.jit, static_argnums=(2, 3), inline=True)
+def _attend(
+  query: jax.Array, table: jax.Array, dtype: dtypes.Dtype, out_sharding: Any
+) -> jax.Array:
+  query, table = dtypes.promote_dtype((query, table), dtype=dtype)
+  return jnp.dot(query, table.T, out_sharding=out_sharding)

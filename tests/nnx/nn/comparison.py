@@ -1,0 +1,249 @@
+"""A layer of ours and the layer of flax.nnx, side by side."""
+
+from collections.abc import Callable
+import inspect
+from typing import Any
+
+from flax import nnx as flax_nnx
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import nnx
+
+# Things that are made anew by each library, and so never equal.
+_OWN = object()
+
+
+def rows(state: Any, library: Any) -> dict[tuple[Any, ...], Any]:
+  """Maps paths to Variables."""
+  return dict(library.to_flat_state(state))
+
+
+def layout(state: Any, library: Any) -> dict[str, list[Any]]:
+  """Maps paths to the type, shape and dtype of their Variables."""
+  return {
+    "/".join(map(str, path)): [
+      type(leaf).__name__,
+      list(jnp.shape(leaf[...])),
+      jnp.dtype(leaf[...].dtype).name
+      if not jnp.issubdtype(leaf[...].dtype, jax.dtypes.prng_key)
+      else "key",
+    ]
+    for path, leaf in rows(state, library).items()
+  }
+
+
+def numbers(x: Any) -> np.ndarray:
+  """Values as NumPy knows them."""
+  if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
+    x = jax.random.key_data(x)
+  x = np.asarray(x)
+  return x.astype(np.float64) if x.dtype.name == "bfloat16" else x
+
+
+def assert_same_state(ours: Any, theirs: Any, rtol: float | None = None):
+  """Checks paths, types, shapes, dtypes and values: to the bit without rtol."""
+  mine, other = nnx.state(ours), flax_nnx.state(theirs)
+  assert layout(mine, nnx) == layout(other, flax_nnx)
+  other = rows(other, flax_nnx)
+  for path, leaf in rows(mine, nnx).items():
+    got, want = numbers(leaf[...]), numbers(other[path][...])
+    if rtol is None or got.dtype.kind in "iub":
+      np.testing.assert_array_equal(got, want, err_msg=str(path))
+    else:
+      np.testing.assert_allclose(
+        got, want, rtol=rtol, atol=rtol, err_msg=str(path)
+      )
+
+
+def _arguments(library: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
+  """Takes what is a function `library -> argument` at its word."""
+  return {
+    name: value(library) if isinstance(value, Own) else value
+    for name, value in kwargs.items()
+  }
+
+
+class Own:
+  """An argument that each library makes for itself.
+
+  Attributes:
+    make: `library -> argument`.
+  """
+
+  def __init__(self, make: Callable[[Any], Any]):
+    self.make = make
+
+  def __call__(self, library: Any) -> Any:
+    return self.make(library)
+
+
+RNGS = Own(lambda library: library.Rngs(0, params=1, dropout=2))
+
+
+def pair(
+  name: str, *args: Any, rngs: Any = RNGS, randomize: bool = True, **kwargs: Any
+) -> tuple[Any, Any]:
+  """Makes both layers, checks that they start the same, and shakes both.
+
+  Args:
+    name: of the class, in both libraries.
+    *args: for both constructors; `Own` where each needs its own.
+    rngs: None for layers without.
+    randomize: whether to give the parameters other values, so that biases of
+      0 and scales of 1 do not hide errors.
+    **kwargs: for both constructors.
+
+  Returns:
+    Ours and theirs.
+  """
+  if rngs is not None:
+    kwargs["rngs"] = rngs
+  ours, theirs = (
+    getattr(library, name)(
+      *(arg(library) if isinstance(arg, Own) else arg for arg in args),
+      **_arguments(library, kwargs),
+    )
+    for library in (nnx, flax_nnx)
+  )
+  assert_same_state(ours, theirs)
+  if randomize:
+    shake(ours, theirs)
+  return ours, theirs
+
+
+def shake(ours: Any, theirs: Any) -> None:
+  """Adds the same noise to the floating parameters of both."""
+  rng = np.random.default_rng(0)
+  other = rows(flax_nnx.state(theirs, flax_nnx.Param), flax_nnx)
+  for path, leaf in rows(nnx.state(ours, nnx.Param), nnx).items():
+    noise = rng.normal(size=leaf.shape, scale=0.1).astype(np.float32)
+    value = leaf[...] + jnp.asarray(noise, leaf[...].dtype)
+    leaf[...] = value
+    other[path][...] = value
+
+
+def _differentiate(library, layer, inputs, call):
+  """Output, and gradients of parameters and floating inputs."""
+  graphdef, params, rest = library.split(layer, library.Param, ...)
+  moving = [
+    i
+    for i, x in enumerate(inputs)
+    if hasattr(x, "dtype") and jnp.issubdtype(x.dtype, jnp.inexact)
+  ]
+
+  def loss(params, xs):
+    full = list(inputs)
+    for i, x in zip(moving, xs):
+      full[i] = x
+    own = jax.tree.map(lambda x: x, rest)  # Variables of this trace
+    y = call(library.merge(graphdef, params, own), *full)
+    leaves = jax.tree.leaves(y)
+    return sum(
+      jnp.sum(
+        jnp.real(leaf).astype(jnp.float32)
+        * jnp.cos(jnp.arange(leaf.size, dtype=jnp.float32)).reshape(leaf.shape)
+      )
+      for leaf in leaves
+    )
+
+  return jax.grad(loss, argnums=(0, 1))(params, [inputs[i] for i in moving])
+
+
+def assert_same(
+  ours: Any,
+  theirs: Any,
+  *inputs: Any,
+  rtol: float = 2e-5,
+  grad_rtol: float | None = None,
+  grads: bool = True,
+  call: Callable[..., Any] | None = None,
+  **kwargs: Any,
+) -> None:
+  """Checks outputs, gradients and the state after the call.
+
+  Args:
+    ours: Our layer.
+    theirs: Its counterpart.
+    *inputs: of both calls.
+    rtol: Relative and absolute tolerance.
+    grad_rtol: That of the gradients; `rtol`, if None.
+    grads: Whether to compare gradients.
+    call: `(layer, *inputs) -> outputs`, in place of calling the layer.
+    **kwargs: of both calls; `Own` where each needs its own.
+  """
+  for library, layer in ((nnx, ours), (flax_nnx, theirs)):
+    del layer
+    _arguments(library, kwargs)
+
+  def calls(library):
+    if call is not None:
+      return call
+    return lambda layer, *xs: layer(*xs, **_arguments(library, kwargs))
+
+  if grads:
+    got = _differentiate(nnx, ours, inputs, calls(nnx))
+    want = _differentiate(flax_nnx, theirs, inputs, calls(flax_nnx))
+    other = rows(want[0], flax_nnx)
+    pairs = [
+      (str(path), leaf[...], other[path][...])
+      for path, leaf in rows(got[0], nnx).items()
+    ]
+    pairs += [
+      (f"input {i}", a, b) for i, (a, b) in enumerate(zip(got[1], want[1]))
+    ]
+    tolerance = rtol if grad_rtol is None else grad_rtol
+    for what, a, b in pairs:
+      assert a.dtype == b.dtype, (what, a.dtype, b.dtype)
+      a, b = numbers(a), numbers(b)
+      scale = max(1.0, float(np.max(np.abs(b), initial=0)))
+      np.testing.assert_allclose(
+        a, b, rtol=tolerance, atol=tolerance * scale, err_msg=what
+      )
+  got = calls(nnx)(ours, *inputs)
+  want = calls(flax_nnx)(theirs, *inputs)
+  assert jax.tree.structure(got) == jax.tree.structure(want)
+  for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want)):
+    assert a.shape == b.shape and a.dtype == b.dtype, (a, b)
+    np.testing.assert_allclose(numbers(a), numbers(b), rtol=rtol, atol=rtol)
+  assert_same_state(ours, theirs, rtol)
+
+
+def _simple(value: Any) -> Any:
+  """What can be compared of a default."""
+  if value is inspect.Parameter.empty or value is None:
+    return value
+  if isinstance(value, type) and not value.__module__.startswith("jax"):
+    return value.__name__
+  if isinstance(value, (bool, int, float, str, tuple, type)):
+    return value
+  if hasattr(value, "items"):
+    return dict(value)
+  if getattr(value, "__module__", "").startswith("jax"):
+    # Initializers with settings are made anew.
+    return getattr(value, "__qualname__", value)
+  return getattr(value, "__name__", _OWN)
+
+
+def assert_same_signature(ours: Any, theirs: Any) -> None:
+  """Checks names, order, kinds and defaults of parameters."""
+
+  def parameters(function):
+    return [
+      (p.name, p.kind.name, _simple(p.default))
+      for p in inspect.signature(function).parameters.values()
+    ]
+
+  assert parameters(ours) == parameters(theirs), function_name(ours)
+
+
+def function_name(function: Any) -> str:
+  """How messages call it."""
+  return getattr(function, "__qualname__", repr(function))
+
+
+def array(*shape: int, dtype: Any = jnp.float32, seed: int = 0) -> jax.Array:
+  """Normal random numbers."""
+  rng = np.random.default_rng((seed, *shape))
+  return jnp.asarray(rng.normal(size=shape), dtype)

@@ -1,0 +1,92 @@
+"""Every parameter of flax.nnx's signatures, in its order."""
+
+from flax import nnx as flax_nnx
+import pytest
+
+import nnx
+from tests.nnx.nn import comparison
+
+LAYERS = {
+  "BatchNorm": ("__init__", "__call__", "set_view"),
+  "Dropout": ("__init__", "__call__", "set_view"),
+  "Einsum": ("__init__", "__call__"),
+  "Embed": ("__init__", "__call__", "attend"),
+  "GroupNorm": ("__init__", "__call__"),
+  "InstanceNorm": ("__init__", "__call__"),
+  "LayerNorm": ("__init__", "__call__"),
+  "Linear": ("__init__", "__call__"),
+  "LinearGeneral": ("__init__", "__call__"),
+  "LoRA": ("__init__", "__call__"),
+  "LoRALinear": ("__init__", "__call__"),
+  "MultiHeadAttention": ("__init__", "__call__", "init_cache", "set_view"),
+  "PReLU": ("__init__", "__call__"),
+  "RMSNorm": ("__init__", "__call__"),
+}
+
+FUNCTIONS = (
+  "avg_pool",
+  "combine_masks",
+  "dot_product_attention",
+  "make_attention_mask",
+  "make_causal_mask",
+  "max_pool",
+  "min_pool",
+  "pool",
+)
+
+ACTIVATIONS = (
+  "celu",
+  "elu",
+  "gelu",
+  "glu",
+  "hard_sigmoid",
+  "hard_silu",
+  "hard_swish",
+  "hard_tanh",
+  "identity",
+  "leaky_relu",
+  "log_sigmoid",
+  "log_softmax",
+  "logsumexp",
+  "one_hot",
+  "relu",
+  "relu6",
+  "selu",
+  "sigmoid",
+  "silu",
+  "soft_sign",
+  "softmax",
+  "softplus",
+  "standardize",
+  "swish",
+  "tanh",
+)
+
+
+@pytest.mark.parametrize(
+  ("name", "method"),
+  [(name, method) for name, methods in LAYERS.items() for method in methods],
+)
+def test_layers_take_the_parameters_of_flax(name, method):
+  comparison.assert_same_signature(
+    getattr(getattr(nnx, name), method),
+    getattr(getattr(flax_nnx, name), method),
+  )
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_functions_take_the_parameters_of_flax(name):
+  comparison.assert_same_signature(getattr(nnx, name), getattr(flax_nnx, name))
+
+
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_activations_are_those_of_jax(name):
+  assert getattr(nnx, name) is getattr(flax_nnx, name)
+
+
+def test_initializers_are_those_of_jax():
+  for name, value in vars(flax_nnx.initializers).items():
+    if callable(value) and getattr(value, "__module__", "").startswith("jax."):
+      assert getattr(nnx.initializers, name) is value, name
+  assert nnx.initializers.zeros_init() is nnx.initializers.zeros
+  assert nnx.initializers.ones_init() is nnx.initializers.ones
