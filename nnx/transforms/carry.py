@@ -150,13 +150,18 @@ def check_type(old: Any, new: Any, transform: str, path: str) -> None:
       f" `{path}` became `{new!r}`."
     )
   old_type, new_type = jax.typeof(old), jax.typeof(new)
-  if old_type.shape == new_type.shape and (
-    old_type.dtype == new_type.dtype or old_type.weak_type or new_type.weak_type
-  ):
+  if same_type(old_type, new_type):
     return
   raise TypeError(
     f"The carry of `nnx.{transform}` must keep shapes and dtypes, but"
     f" `{path}` was {old_type.str_short()} and became {new_type.str_short()}."
+  )
+
+
+def same_type(one: Any, two: Any) -> bool:
+  """Whether two types of arrays are one, but for weak dtypes."""
+  return one.shape == two.shape and (
+    one.dtype == two.dtype or one.weak_type or two.weak_type
   )
 
 

@@ -61,9 +61,7 @@ def cond(
   """
   choice = functools.partial(jax.lax.cond, _unboxed(pred))
   names = ("true_fun", "false_fun")
-  return _select(
-    "cond", lambda branches: choice, (true_fun, false_fun), names, operands
-  )
+  return _select("cond", choice, (true_fun, false_fun), names, operands)
 
 
 def switch(
@@ -115,7 +113,7 @@ def switch(
     *functions, operand = functions_and_operand
     return jax.lax.switch(_unboxed(index), functions, operand)
 
-  return _select("switch", lambda _: choice, branches, names, operands)
+  return _select("switch", choice, branches, names, operands)
 
 
 def _select(transform, choice, branches, names, operands) -> Any:
@@ -148,8 +146,9 @@ def _select(transform, choice, branches, names, operands) -> Any:
     return run
 
   functions = [branch_function(plan, jaxpr) for plan, jaxpr in traced]
-  selected = choice(functions)(*functions, call.pick(inputs))
   plan = _engine.with_outputs(plans[0], wanted)
+  _check_same_types(transform, names, traced, wanted, plan, call)
+  selected = choice(*functions, call.pick(inputs))
   outputs: list[Any] = [None] * len(wanted)
   for leaf, value in zip(wanted, selected):
     outputs[plan.sources[leaf]] = value
@@ -170,6 +169,43 @@ def _trace(call: lift.Call, inputs: Sequence[int], branch: Callable[..., Any]):
   return plans[-1], jaxpr
 
 
+def _walk_operands(call: lift.Call) -> prefix.Walk:
+  """Walks over operands for the paths in errors."""
+  walk = prefix.Walk(
+    call.structure, call.leaves, call.objects, lambda entry: True
+  )
+  for i in range(call.num_args):
+    walk.visit_root(prefix.Root(None, "operands", f"operands[{i}]"))
+  return walk
+
+
+def _check_same_types(transform, names, traced, wanted, merged, call) -> None:
+  """Refuses branches whose outputs differ in shape or dtype."""
+
+  def type_of(leaf, plan, jaxpr):
+    source = plan.sources[leaf]
+    return (
+      jaxpr.out_avals[source]
+      if source >= 0
+      else jax.typeof(call.leaves[~source])
+    )
+
+  for leaf in wanted:
+    first = type_of(leaf, *traced[0])
+    for name, (plan, jaxpr) in zip(names[1:], traced[1:]):
+      other = type_of(leaf, plan, jaxpr)
+      if carry_lib.same_type(first, other):
+        continue
+      root = prefix.Root(None, "result", "result")
+      paths = mapped.output_paths(merged, _walk_operands(call), root)
+      raise TypeError(
+        f"The functions given to `nnx.{transform}` must give the same shapes"
+        f" and"
+        f" dtypes, but `{paths[merged.sources[leaf]]}` is {first.str_short()}"
+        f" after `{names[0]}` and {other.str_short()} after `{name}`."
+      )
+
+
 def _check_same_plan(transform, first_name, first, name, plan, call) -> None:
   if (
     first.structure == plan.structure
@@ -177,11 +213,7 @@ def _check_same_plan(transform, first_name, first, name, plan, call) -> None:
     and first.matches == plan.matches
   ):
     return
-  walk = prefix.Walk(
-    call.structure, call.leaves, call.objects, lambda entry: True
-  )
-  for i in range(call.num_args):
-    walk.visit_root(prefix.Root(None, "operands", f"operands[{i}]"))
+  walk = _walk_operands(call)
   names = [prefix.text(top.where, top.path) for top in walk.tops]
   path, one, two = carry_lib.difference(
     first.structure, plan.structure, [*names, "result"]

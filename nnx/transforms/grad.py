@@ -183,7 +183,8 @@ def _differentiate(
   if tree and any(isinstance(a, DiffState) for a in wanted_argnums):
     raise ValueError(
       "With `graph=False` or `graph_updates=False` the derivative of a Module"
-      f" is a whole Module, but got `argnums={argnums!r}`. Leave these options out"
+      f" is a whole Module, but got `argnums={argnums!r}`. Leave these options"
+      f" out"
       " to select a part of it by a `DiffState`."
     )
 

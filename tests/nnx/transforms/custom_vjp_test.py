@@ -242,9 +242,7 @@ class RuleTest(parameterized.TestCase):
       self.error(ValueError, nnx.grad(f), 1.0),
     )
     self.assertEqual(
-      self.error(
-        ValueError, nnx.custom_vjp, jnp.sin, nondiff_argnums=(0, 0)
-      ),
+      self.error(ValueError, nnx.custom_vjp, jnp.sin, nondiff_argnums=(0, 0)),
       "`nondiff_argnums` must name an argument once, but got 0 twice.",
     )
     self.assertStartsWith(

@@ -38,7 +38,10 @@ class SameAsFlaxTest(parameterized.TestCase):
   def test_grad_with_aux(self):
     def program(lib):
       model = both.models(lib).Dense()
-      loss = lambda model, x: (model(x).sum(), x)
+
+      def loss(model, x):
+        return (model(x).sum(), x)
+
       return lib.grad(loss, has_aux=True)(model, X), model
 
     both.same(program)
@@ -76,7 +79,10 @@ class SameAsFlaxTest(parameterized.TestCase):
     def program(lib):
       one, two = both.models(lib).Dense(), both.models(lib).Dense(seed=5)
       argnums = (0, lib.DiffState(2, lib.PathContains("bias")), 1)
-      loss = lambda one, x, two: (one(x) * two(x)).sum()
+
+      def loss(one, x, two):
+        return (one(x) * two(x)).sum()
+
       return lib.grad(loss, argnums=argnums)(one, X, two), one, two
 
     both.same(program)
@@ -98,7 +104,10 @@ class SameAsFlaxTest(parameterized.TestCase):
   def test_keyword_arguments(self):
     def program(lib):
       model = both.models(lib).Dense()
-      loss = lambda model, x, scale=1.0: (model(x) * scale).sum()
+
+      def loss(model, x, scale=1.0):
+        return (model(x) * scale).sum()
+
       return lib.grad(loss)(model, scale=3.0, x=X)
 
     both.same(program)
@@ -110,7 +119,10 @@ class SameAsFlaxTest(parameterized.TestCase):
           self.a, self.b = lib.Param(X), lib.Variable(X + 1)
 
       model = Line()
-      loss = lambda m: (m.a[...] * m.b[...]).sum()
+
+      def loss(m):
+        return (m.a[...] * m.b[...]).sum()
+
       grads = lib.grad(loss, graph=False)(model)
       again = lib.grad(loss, graph_updates=False)(model)
       assert isinstance(grads, Line) and isinstance(again, Line)
@@ -121,9 +133,7 @@ class SameAsFlaxTest(parameterized.TestCase):
   def test_holomorphic_and_allow_int(self):
     def program(lib):
       p = lib.Param(X.astype("complex64"))
-      holomorphic = lib.grad(
-        lambda p: (p[...] ** 2).sum(), holomorphic=True
-      )(p)
+      holomorphic = lib.grad(lambda p: (p[...] ** 2).sum(), holomorphic=True)(p)
       ints = lib.grad(
         lambda p, n: (p[...] * n).sum(), argnums=1, allow_int=True
       )(lib.Param(X), jnp.arange(3))
@@ -147,7 +157,10 @@ class SameAsFlaxTest(parameterized.TestCase):
     def program(lib):
       model = lib.clone(both.models(lib).Dense())
       del model.calls
-      f = lambda model, x: jnp.tanh(x @ model.kernel[...] + model.bias[...])
+
+      def f(model, x):
+        return jnp.tanh(x @ model.kernel[...] + model.bias[...])
+
       y, pull_back = lib.vjp(f, model, X, graph=False)
       return y, pull_back(jnp.ones_like(y))
 
@@ -171,7 +184,10 @@ class SameAsFlaxTest(parameterized.TestCase):
     def program(lib):
       model = both.models(lib).Dense()
       del model.calls
-      f = lambda model, x: jnp.tanh(x @ model.kernel[...] + model.bias[...])
+
+      def f(model, x):
+        return jnp.tanh(x @ model.kernel[...] + model.bias[...])
+
       tangent = jax.tree.map(jnp.ones_like, model)
       return lib.jvp(f, (model, X), (tangent, 2 * X), graph=False)
 
@@ -226,9 +242,9 @@ class SeenOutsideTest(parameterized.TestCase):
     model = both.models(nnx).Tied()
     y, pull_back = nnx.vjp(lambda model, x: model(x), model, X)
     model_grad, x_grad = pull_back(jnp.ones(3))
-    expected = nnx.grad(
-      lambda model, x: model(x).sum(), argnums=(0, 1)
-    )(both.models(nnx).Tied(), X)
+    expected = nnx.grad(lambda model, x: model(x).sum(), argnums=(0, 1))(
+      both.models(nnx).Tied(), X
+    )
     self.assertIs(model_grad.again, model_grad.first)
     both.assert_same(
       nnx.to_pure_dict(nnx.state(model_grad, nnx.Param)),
@@ -283,9 +299,9 @@ class SeenOutsideTest(parameterized.TestCase):
     model = both.models(nnx).Dense()
     text = str(
       jax.make_jaxpr(
-        lambda k: nnx.value_and_grad(
-          lambda model: (X @ model.kernel).sum()
-        )(model)[0]
+        lambda k: nnx.value_and_grad(lambda model: (X @ model.kernel).sum())(
+          model
+        )[0]
       )(0.0)
     )
     self.assertNotIn("copy", text)
@@ -318,7 +334,9 @@ class ErrorTest(parameterized.TestCase):
     )
 
   def test_argnums_out_of_range_or_twice_or_no_int(self):
-    f = lambda a, b: a * b
+    def f(a, b):
+      return a * b
+
     self.assertEqual(
       self.error(ValueError, nnx.grad(f, argnums=2), 1.0, 2.0),
       "`argnums` must name positional arguments, of which there are 2 in this"
@@ -358,7 +376,8 @@ class ErrorTest(parameterized.TestCase):
     )
     self.assertEqual(
       self.error(TypeError, transform, model),
-      f"`nnx.{name}` must be given a function, but got a `Model`, whose state it"
+      f"`nnx.{name}` must be given a function, but got a `Model`, whose state"
+      f" it"
       " would not see change. Use a function that takes it as an argument.",
     )
     self.assertEqual(
@@ -368,10 +387,18 @@ class ErrorTest(parameterized.TestCase):
 
   @parameterized.parameters("grad", "value_and_grad", "vjp")
   def test_reduce_axes(self, name):
-    text = self.error(
-      NotImplementedError, getattr(nnx, name), jnp.sin, 1.0, reduce_axes=("a",)
-    ) if name == "vjp" else self.error(
-      NotImplementedError, getattr(nnx, name), jnp.sin, reduce_axes=("a",)
+    text = (
+      self.error(
+        NotImplementedError,
+        getattr(nnx, name),
+        jnp.sin,
+        1.0,
+        reduce_axes=("a",),
+      )
+      if name == "vjp"
+      else self.error(
+        NotImplementedError, getattr(nnx, name), jnp.sin, reduce_axes=("a",)
+      )
     )
     self.assertEqual(
       text,
@@ -389,7 +416,8 @@ class ErrorTest(parameterized.TestCase):
     )
     self.assertStartsWith(
       text,
-      "With `graph=False` or `graph_updates=False` the derivative of a Module is"
+      "With `graph=False` or `graph_updates=False` the derivative of a Module"
+      " is"
       " a whole Module, but got",
     )
 
@@ -418,7 +446,9 @@ class ErrorTest(parameterized.TestCase):
       return model.second(x).sum()
 
     text = self.error(nnx.TraceContextError, nnx.grad(loss), X)
-    self.assertIn("Cannot change `BatchStat` from a different trace level", text)
+    self.assertIn(
+      "Cannot change `BatchStat` from a different trace level", text
+    )
     self.assertIn("`second.mean` of a `Tied`", text)
     self.assertIn("both.py", text)
     self.assertIn("as an argument", text)

@@ -308,21 +308,26 @@ class ErrorTest(parameterized.TestCase):
     )
     self.assertEqual(
       self.error(ValueError, nnx.scan, f, in_axes=(carry, 0, carry)),
-      "`in_axes` must have one `nnx.Carry`, but got it at positions [0, 2]. Carry"
+      "`in_axes` must have one `nnx.Carry`, but got it at positions [0, 2]."
+      " Carry"
       " a tuple.",
     )
     self.assertStartsWith(
       self.error(ValueError, nnx.scan, f, out_axes=((carry, 0), 0)),
-      "`nnx.Carry` must stand for a whole argument or result in `out_axes`, but",
+      "`nnx.Carry` must stand for a whole argument or result in `out_axes`,"
+      " but",
     )
     scanned = nnx.scan(f, in_axes=carry, out_axes=carry, length=2)
     self.assertEqual(
       self.error(ValueError, scanned, 1, 2),
-      "With `in_axes=nnx.Carry` the function must have one argument, but got 2.",
+      "With `in_axes=nnx.Carry` the function must have one argument, but got"
+      " 2.",
     )
 
   def test_out_axes_that_are_none(self):
-    f = lambda c, x: (c, x)
+    def f(c, x):
+      return (c, x)
+
     self.assertStartsWith(
       self.error(ValueError, nnx.scan, f, out_axes=(nnx.Carry, None)),
       "`out_axes` must have an axis for every result that is not the carry,",
@@ -339,7 +344,8 @@ class ErrorTest(parameterized.TestCase):
     )
     self.assertEqual(
       self.error(TypeError, nnx.scan, f, in_axes=("a", 0)),
-      "`in_axes` must hold ints, `None`, `nnx.StateAxes` and containers of them,"
+      "`in_axes` must hold ints, `None`, `nnx.StateAxes` and containers of"
+      " them,"
       " but got `'a'` of type `str`.",
     )
 
@@ -369,8 +375,10 @@ class ErrorTest(parameterized.TestCase):
       self.error(
         ValueError, nnx.scan(lambda c, x: (nnx.clone(c), x)), model, X
       ),
-      "The carry of `nnx.scan` must hold the same objects in all iterations, but"
-      " at `args[0]` there is another Dense. Change the object that came in, and"
+      "The carry of `nnx.scan` must hold the same objects in all iterations,"
+      " but"
+      " at `args[0]` there is another Dense. Change the object that came in,"
+      " and"
       " return it.",
     )
 
@@ -403,7 +411,8 @@ class ErrorTest(parameterized.TestCase):
     f = nnx.scan(grow, in_axes=(None, 0), out_axes=0)
     self.assertEqual(
       self.error(ValueError, f, model, X),
-      "State that a scanned function makes must be scanned, but `args[0].new` is"
+      "State that a scanned function makes must be scanned, but `args[0].new`"
+      " is"
       " made inside and has the axis None. Make it before the loop, or give it"
       " an axis with `nnx.StateAxes`.",
     )

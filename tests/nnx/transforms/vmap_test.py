@@ -153,7 +153,9 @@ class SameAsFlaxTest(parameterized.TestCase):
 
   def test_defaults_and_keywords_fill_positions(self):
     def program(lib):
-      f = lambda v, x, scale=2.0: v[...] * x * scale
+      def f(v, x, scale=2.0):
+        return v[...] * x * scale
+
       f = lib.vmap(f, in_axes=(None, 0, None))
       v = lib.Param(X[0])
       return f(v, X), f(v, x=X), f(v, scale=3.0, x=X)
@@ -198,7 +200,8 @@ class SameAsFlaxTest(parameterized.TestCase):
     self.assertEqual(out, ("layers", "embed"))
     self.assertEqual(inside, (("embed",),))
     self.assertEqual(
-      seen, (("add", 0, "layers"), ("remove", 0, "layers"), ("add", 0, "layers"))
+      seen,
+      (("add", 0, "layers"), ("remove", 0, "layers"), ("add", 0, "layers")),
     )
 
   def test_transform_metadata_decorator(self):
@@ -387,7 +390,8 @@ class ErrorTest(parameterized.TestCase):
     self.assertEqual(
       text,
       "What has the axis `None` must be the same for all elements of the mapped"
-      " axis, but one of `args[0].calls` got values that differ. Give it an axis"
+      " axis, but one of `args[0].calls` got values that differ. Give it an"
+      " axis"
       " in `in_axes` or `out_axes`, or do not write it.",
     )
     self.assertEqual(int(stack.calls.value), 0)
@@ -406,7 +410,9 @@ class ErrorTest(parameterized.TestCase):
     )
 
   def test_axes_that_do_not_fit(self):
-    f = lambda *args: args
+    def f(*args):
+      return args
+
     self.assertEqual(
       self.error(ValueError, nnx.vmap(f, in_axes=(0, 0)), X),
       "`in_axes` must have one entry for each positional argument, but it has 2"
@@ -419,7 +425,8 @@ class ErrorTest(parameterized.TestCase):
     )
     self.assertEqual(
       self.error(ValueError, nnx.vmap(f, in_axes=2), X),
-      "`in_axes` must name axes that arrays have, but `args[0]` has shape (4, 3)"
+      "`in_axes` must name axes that arrays have, but `args[0]` has shape (4,"
+      " 3)"
       " and no axis 2. Use `None` for what is not mapped.",
     )
     self.assertEqual(
@@ -442,7 +449,8 @@ class ErrorTest(parameterized.TestCase):
     self.assertEqual(
       self.error(ValueError, nnx.vmap(f, in_axes=(axes,)), stack),
       "The filters of `in_axes` must select every leaf, but none of"
-      " [<class 'nnx.variables.Param'>] selects `args[0].calls` of type Variable:"
+      " [<class 'nnx.variables.Param'>] selects `args[0].calls` of type"
+      " Variable:"
       " add `...` as the last filter.",
     )
     self.assertStartsWith(
