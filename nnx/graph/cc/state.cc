@@ -52,6 +52,20 @@ class Selector {
  public:
   explicit Selector(PyObject* filters) : filters_(filters) {}
   int size() const { return static_cast<int>(PyTuple_GET_SIZE(filters_)); }
+  // For a Variable, by the filters' types alone and without running Python
+  // code: the number as below, or -1 where that does not decide.
+  int SelectByType(PyObject* variable) const {
+    for (int i = 0; i < size(); ++i) {
+      PyObject* filter = PyTuple_GET_ITEM(filters_, i);
+      if (filter == Py_True) return i;
+      if (!PyType_Check(filter)) return -1;
+      if (PyObject_TypeCheck(variable,
+                             reinterpret_cast<PyTypeObject*>(filter))) {
+        return i;
+      }
+    }
+    return size();
+  }
   // Number of the filter; `size()` for none, -1 for an error.
   int Select(const std::vector<Ref>& path, PyObject* leaf) const {
     for (int i = 0; i < size(); ++i) {
@@ -315,6 +329,7 @@ PyObject* GraphdefFunction(PyObject*, PyObject* value) {
 // The dict inside a mapping: a dict itself, or the inside of a State.
 Ref AsMapping(PyObject* value) {
   if (PyDict_Check(value)) return Ref::Borrow(value);
+  if (IsVariable(value)) return Ref();
   const Runtime& rt = GetRuntime();
   if (rt.state && PyType_IsSubtype(Py_TYPE(value), rt.state)) {
     return Ref::Steal(PyObject_GetAttr(value, rt.s_mapping));
@@ -961,6 +976,12 @@ class MappingSplitter {
   bool Split(PyObject* mapping, Mappings* mappings) {
     RecursionGuard guard;
     if (!guard.entered()) return false;
+    // Most mappings are those of a layer: a few Variables of one kind.
+    const int number = OnlyNumber(mapping);
+    if (number >= 0 && number < selector_.size()) {
+      (*mappings)[number] = Ref::Steal(PyDict_Copy(mapping));
+      return static_cast<bool>((*mappings)[number]);
+    }
     PyObject *key, *value;
     Py_ssize_t position = 0;
     while (PyDict_Next(mapping, &position, &key, &value)) {
@@ -992,6 +1013,21 @@ class MappingSplitter {
   }
 
  private:
+  // The filter that selects all of a mapping's values, if they are Variables
+  // and types decide it; else -1.
+  int OnlyNumber(PyObject* mapping) const {
+    PyObject *key, *value;
+    Py_ssize_t position = 0;
+    int number = -1;
+    while (PyDict_Next(mapping, &position, &key, &value)) {
+      if (!IsVariable(value)) return -1;
+      const int selected = selector_.SelectByType(value);
+      if (selected < 0 || (number >= 0 && selected != number)) return -1;
+      number = selected;
+    }
+    return number;
+  }
+
   const Selector& selector_;
   const bool exhaustive_;
   std::vector<Ref> path_;
@@ -1024,6 +1060,16 @@ void RaiseThroughLeaf(const std::vector<Ref>& path) {
                tuple.get());
 }
 
+// Whether there is no mapping in a mapping, and something else.
+bool HoldsOnlyVariables(PyObject* mapping) {
+  PyObject *key, *value;
+  Py_ssize_t position = 0;
+  while (PyDict_Next(mapping, &position, &key, &value)) {
+    if (!IsVariable(value)) return false;
+  }
+  return PyDict_GET_SIZE(mapping) > 0;
+}
+
 // `path` is that of `target`.
 bool MergeInto(PyObject* target, PyObject* source, std::vector<Ref>* path) {
   RecursionGuard guard;
@@ -1044,6 +1090,9 @@ bool MergeInto(PyObject* target, PyObject* source, std::vector<Ref>* path) {
     }
     if (!inner) {
       if (PyDict_SetItem(target, key, value.get()) < 0) return false;
+    } else if (!existing && HoldsOnlyVariables(inner.get())) {
+      Ref copy = Ref::Steal(PyDict_Copy(inner.get()));
+      if (!copy || PyDict_SetItem(target, key, copy.get()) < 0) return false;
     } else if (existing || PyDict_GET_SIZE(inner.get()) > 0) {
       if (!existing) {
         existing = Ref::Steal(PyDict_New());
