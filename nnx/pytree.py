@@ -168,11 +168,20 @@ def dataclass(cls: Any = None, /, **options: Any) -> Any:
 
   Args:
     cls: the class; without it a decorator is returned.
-    **options: those of `dataclasses.dataclass`, without `repr`.
+    **options: those of `dataclasses.dataclass`, without `repr` and `frozen`.
 
   Returns:
     The class.
+
+  Raises:
+    TypeError: if `frozen` or `slots` is asked for.
   """
+  for option in ("frozen", "slots"):
+    if options.get(option):
+      raise TypeError(
+        "Objects of nnx keep attributes in their `__dict__` and can be changed,"
+        f" but `nnx.dataclass` got `{option}=True`. Leave it out."
+      )
   return dataclasses.dataclass(cls, repr=False, **options)
 
 

@@ -1,5 +1,6 @@
 """Attributes: what is data, what is static, and what is refused when strict."""
 
+import abc
 import copy
 import dataclasses
 import pickle
@@ -115,6 +116,13 @@ class StatusTest(parameterized.TestCase):
 
     self.assertNotEqual(Other(), Other())
     self.assertEqual(leaves(Other(a=4)), [4])
+
+  @parameterized.parameters("frozen", "slots")
+  def test_refused_dataclass_options(self, option):
+    with self.assertRaisesRegex(
+      TypeError, f"`nnx.dataclass` got `{option}=True`. Leave it out"
+    ):
+      nnx.dataclass(**{option: True})(type("Other", (nnx.Pytree,), {}))
 
   def test_declared_in_a_plain_class(self):
     class Plain(nnx.Pytree):
@@ -314,6 +322,20 @@ class ObjectTest(parameterized.TestCase):
       Base(1)
     with self.assertRaises(TypeError):
       Base(a=1)
+
+  def test_abstract_classes(self):
+    class Abstract(nnx.Pytree, abc.ABC):
+      @abc.abstractmethod
+      def f(self):
+        pass
+
+    class Concrete(Abstract):
+      def f(self):
+        return 3
+
+    with self.assertRaisesRegex(TypeError, "abstract method"):
+      Abstract()
+    self.assertEqual(Concrete().f(), 3)
 
   def test_mixins(self):
     class Mixin:

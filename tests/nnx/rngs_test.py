@@ -356,9 +356,9 @@ class RngsTest(parameterized.TestCase):
         times.append(time.thread_time() - start)
       return min(times)
 
-    # 30 times is what is seen; a third of it is asked of a busy machine.
+    # 14 to 40 times is what is seen; this is asked of a busy machine.
     ours, theirs = nnx.Rngs(params=0), flax_nnx.Rngs(params=0)
-    self.assertLess(10 * best(ours.params), best(theirs.params))
+    self.assertLess(5 * best(ours.params), best(theirs.params))
 
 
 if __name__ == "__main__":

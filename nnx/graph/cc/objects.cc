@@ -390,7 +390,11 @@ PyType_Spec variable_spec = {
 
 // --- ObjectBase
 
-PyObject* ObjectNew(PyTypeObject* type, PyObject*, PyObject*) {
+PyObject* ObjectNew(PyTypeObject* type, PyObject* args, PyObject* kwargs) {
+  if (type->tp_flags & Py_TPFLAGS_IS_ABSTRACT) {
+    // Refuses, naming the methods that are missing.
+    return PyBaseObject_Type.tp_new(type, args, kwargs);
+  }
   Ref self = NewObject(type, nullptr, nullptr);
   if (self) RecordOrigin(AsGraphObject(self.get()));
   return self.release();
