@@ -151,6 +151,21 @@ class CheckpointTest(absltest.TestCase):
       flax_nnx.to_pure_dict(theirs),
     )
 
+  def test_orbax_random_state(self):
+    rngs, other = nnx.Rngs(0, params=1), nnx.Rngs(5, params=6)
+    rngs.params()
+    path = self.directory()
+    with ocp.StandardCheckpointer() as checkpointer:
+      checkpointer.save(path, nnx.state(rngs))
+      checkpointer.wait_until_finished()
+      restored = checkpointer.restore(path, nnx.state(other))
+    nnx.update(other, restored)
+    assert_same(nnx.state(other), nnx.state(rngs))
+    self.assertEqual(
+      jax.random.key_data(other.params()).tolist(),
+      jax.random.key_data(rngs.params()).tolist(),
+    )
+
   def test_pickle(self):
     model = Model(0)
     params = pickle.loads(pickle.dumps(nnx.state(model, nnx.Param)))

@@ -3,8 +3,9 @@
 from absl.testing import absltest
 import jax
 import jax.numpy as jnp
-import nnx
 import numpy as np
+
+import nnx
 
 
 def _double(variable, value):

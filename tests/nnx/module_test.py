@@ -230,6 +230,14 @@ class SowTest(parameterized.TestCase):
     self.assertEqual(popped.y.value, (6.0, 8.0))
     self.assertFalse(hasattr(model, "y"))
 
+  def test_sow_under_jit(self):
+    model = Scale(2.0)
+    step = nnx.jit(lambda m, x: m(x))
+    step(model, 3.0)
+    step(model, 4.0)
+    self.assertEqual(model.y.value, (6.0, 8.0))
+    self.assertEqual(nnx.pop(model, nnx.Intermediate).y.value, (6.0, 8.0))
+
   def test_sow_as_flax_does(self):
     ours, theirs = Model(), FlaxModel()
     with warnings.catch_warnings():
@@ -355,6 +363,16 @@ class CaptureTest(parameterized.TestCase):
     self.assertEqual(set(ours["first"]), set(theirs["first"]))
     self.assertNotIn("wrapper", Scale.helper.__qualname__)
     self.assertFalse(hasattr(Scale.helper, "__wrapped__"))
+
+  def test_under_jit(self):
+    model = Scale(2.0)
+    inside = nnx.jit(lambda m, x: nnx.capture(m, nnx.Intermediate)(x))
+    outside = nnx.capture(nnx.jit(lambda m, x: m(x)), nnx.Intermediate)
+    for forward in (inside, outside, outside):
+      result, kept = forward(model, 3.0)
+      self.assertEqual(result, 6.0)
+      self.assertEqual(kept.y.value, (6.0,))
+      self.assertEqual(set(vars(model)), {"w", "noise"})
 
   def test_leaves_nothing_after_an_error(self):
     model = Scale(2.0)

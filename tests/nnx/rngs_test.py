@@ -276,6 +276,14 @@ class RngsTest(parameterized.TestCase):
     keys = jax.vmap(f)(stream.key.value, stream.count.value)
     self.assertEqual(keys.shape, (3,))
 
+  def test_under_nnx_transforms(self):
+    rngs, same = nnx.Rngs(0), nnx.Rngs(0)
+    self.assertEqual(data(nnx.jit(lambda r: r.params())(rngs)), data(same()))
+    self.assertEqual(rngs.default.count.value, 1)
+    values = nnx.split_rngs(splits=3)(nnx.vmap(lambda r: r.normal()))(rngs)
+    self.assertLen(set(values.tolist()), 3)
+    self.assertEqual(rngs.default.key.shape, ())
+
   def test_decorators(self):
     @nnx.split_rngs(splits=3, only="params")
     def shapes(rngs, *, other):
