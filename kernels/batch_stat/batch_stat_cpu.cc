@@ -65,20 +65,18 @@ Cut CutWork(const Geometry& g, int64_t element_bytes, bool may_fold) {
   const int64_t parts = std::clamp<int64_t>(bytes / kPartBytes, 1, kMaxParts);
   Cut cut;
   if (g.inner == 1) {
-    const int64_t fold =
-        kWidestVector / std::gcd(g.channels, kWidestVector);
+    const int64_t fold = kWidestVector / std::gcd(g.channels, kWidestVector);
     if (may_fold && g.outer >= 2 * fold &&
         g.channels * fold <= kMaxFoldedColumns) {
       cut.fold = fold;
     }
     // Each part has sums of its own for all channels: keep it worth them.
-    cut.outer_parts = std::clamp<int64_t>(
-        g.outer / cut.fold / kMinPartRows, 1, parts);
+    cut.outer_parts =
+        std::clamp<int64_t>(g.outer / cut.fold / kMinPartRows, 1, parts);
     return cut;
   }
   cut.channel_parts = std::clamp<int64_t>(parts, 1, g.channels);
-  cut.outer_parts =
-      std::clamp<int64_t>(parts / cut.channel_parts, 1, g.outer);
+  cut.outer_parts = std::clamp<int64_t>(parts / cut.channel_parts, 1, g.outer);
   return cut;
 }
 
@@ -166,7 +164,8 @@ int64_t Bytes(const Geometry& g, int64_t element_bytes) {
 // Double-precision moments of all channels, merged part by part.
 struct Total {
   explicit Total(int64_t channels)
-      : mean(static_cast<size_t>(channels)), m2(static_cast<size_t>(channels)) {}
+      : mean(static_cast<size_t>(channels)),
+        m2(static_cast<size_t>(channels)) {}
 
   template <typename A>
   void Add(SimdLevel level, const A* part_mean, const A* part_rest,
@@ -219,11 +218,10 @@ void RowItemMoments(SimdLevel level, const Geometry& g, const Cut& cut,
     int64_t kept = 0;
     KERNELS_SIMD_CALL(
         level,
-        RowMoments<T>(x + rows.at,
-                      mask.data == nullptr ? nullptr : mask.data + rows.row,
-                      rows.rows, rows.columns, given, wide_mean, wide_rest,
-                      wide_m2, wide_m2 + columns, wide_m2 + 2 * columns,
-                      &kept));
+        RowMoments<T>(
+            x + rows.at, mask.data == nullptr ? nullptr : mask.data + rows.row,
+            rows.rows, rows.columns, given, wide_mean, wide_rest, wide_m2,
+            wide_m2 + columns, wide_m2 + 2 * columns, &kept));
     for (int64_t i = 0; i < rows.fold; ++i) {
       const int64_t at = i * g.channels;
       total.Add(level, wide_mean + at, wide_rest + at, wide_m2 + at, kept);
@@ -382,10 +380,10 @@ void NormalizeAll(const ParallelLoop& loop, SimdLevel level,
     ForRuns(g, item, [&](int64_t c, int64_t at) {
       const int64_t s = item.group * g.channels + c;
       KERNELS_SIMD_CALL(
-          level, NormalizeRuns<T, U>(
-                     x + at, y + at, item.outer_end - item.outer_begin,
-                     g.channels * g.inner, g.inner, mean + s, mul + s, bias + s,
-                     relu));
+          level,
+          NormalizeRuns<T, U>(x + at, y + at, item.outer_end - item.outer_begin,
+                              g.channels * g.inner, g.inner, mean + s, mul + s,
+                              bias + s, relu));
     });
   });
 }
@@ -421,12 +419,11 @@ void GradSums(const ParallelLoop& loop, SimdLevel level,
       ForRows(g, cut, item, [&](const Rows& rows) {
         std::fill(wide.begin(), wide.end(), A{0});
         KERNELS_SIMD_CALL(
-            level,
-            GradSumsRows<T, U>(
-                x + rows.at, dy + rows.at, rows.rows, rows.columns,
-                means.Get(item.group, rows), muls.Get(item.group, rows),
-                biases.Get(item.group, rows), relu, wide.data(),
-                wide.data() + columns));
+            level, GradSumsRows<T, U>(x + rows.at, dy + rows.at, rows.rows,
+                                      rows.columns, means.Get(item.group, rows),
+                                      muls.Get(item.group, rows),
+                                      biases.Get(item.group, rows), relu,
+                                      wide.data(), wide.data() + columns));
         for (int64_t i = 0; i < rows.columns; ++i) {
           own_dy[i % g.channels] += wide[static_cast<size_t>(i)];
           own_dyx[i % g.channels] += wide[static_cast<size_t>(columns + i)];
@@ -447,8 +444,8 @@ void GradSums(const ParallelLoop& loop, SimdLevel level,
   for (int64_t group = 0; group < g.groups; ++group) {
     std::fill(total.begin(), total.end(), 0.0);
     for (int64_t part = 0; part < cut.outer_parts; ++part) {
-      const auto at = static_cast<size_t>(
-          (group * cut.outer_parts + part) * g.channels);
+      const auto at =
+          static_cast<size_t>((group * cut.outer_parts + part) * g.channels);
       for (size_t c = 0; c < static_cast<size_t>(g.channels); ++c) {
         total[2 * c] += part_dy[at + c];
         total[2 * c + 1] += part_dyx[at + c];
@@ -527,11 +524,11 @@ void GradInputAll(const ParallelLoop& loop, SimdLevel level,
         if (mask.per_channel) mask_stride *= g.channels;
       }
       KERNELS_SIMD_CALL(
-          level, GradInputRuns<T, U>(
-                     x + at, dy + at, kept, dx + at,
-                     item.outer_end - item.outer_begin, g.channels * g.inner,
-                     mask_stride, g.inner, mean + s, mul + s, bias + s, c0 + s,
-                     c1 + s, relu));
+          level, GradInputRuns<T, U>(x + at, dy + at, kept, dx + at,
+                                     item.outer_end - item.outer_begin,
+                                     g.channels * g.inner, mask_stride, g.inner,
+                                     mean + s, mul + s, bias + s, c0 + s,
+                                     c1 + s, relu));
     });
   });
 }
@@ -541,10 +538,10 @@ void GradInputAll(const ParallelLoop& loop, SimdLevel level,
                            const T::Storage*, const Mask&, bool, T::Compute*, \
                            T::Compute*, T::Compute*);
 #define KERNELS_INSTANTIATE_TWO(T, U)                                       \
-  template void NormalizeAll<T, U>(                                         \
-      const ParallelLoop&, SimdLevel, const Geometry&, const T::Storage*,   \
-      const T::Compute*, const T::Compute*, const T::Compute*, bool,        \
-      U::Storage*);                                                         \
+  template void NormalizeAll<T, U>(const ParallelLoop&, SimdLevel,          \
+                                   const Geometry&, const T::Storage*,      \
+                                   const T::Compute*, const T::Compute*,    \
+                                   const T::Compute*, bool, U::Storage*);   \
   template void GradSums<T, U>(                                             \
       const ParallelLoop&, SimdLevel, const Geometry&, const T::Storage*,   \
       const U::Storage*, const T::Compute*, const T::Compute*,              \

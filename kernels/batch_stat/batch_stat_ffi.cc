@@ -35,11 +35,10 @@ ffi::Error GetGeometry(const ffi::AnyBuffer& x, int64_t feature_axis,
                        int64_t batch_axes, Geometry* geometry) {
   const auto dims = x.dimensions();
   const auto rank = static_cast<int64_t>(dims.size());
-  KERNELS_REQUIRE(batch_axes >= 0 && batch_axes <= feature_axis &&
-                      feature_axis < rank,
-                  "`feature_axis` must lie in [", batch_axes, ", ", rank,
-                  ") for `x` of shape ", ShapeText(dims), ", but got ",
-                  feature_axis, ".");
+  KERNELS_REQUIRE(
+      batch_axes >= 0 && batch_axes <= feature_axis && feature_axis < rank,
+      "`feature_axis` must lie in [", batch_axes, ", ", rank,
+      ") for `x` of shape ", ShapeText(dims), ", but got ", feature_axis, ".");
   *geometry = {DimsProduct(dims, 0, batch_axes),
                DimsProduct(dims, batch_axes, feature_axis), dims[feature_axis],
                DimsProduct(dims, feature_axis + 1, rank)};
@@ -67,28 +66,29 @@ ffi::Error CheckSameShape(const ffi::AnyBuffer& other, std::string_view name,
 
 ffi::Error GetMask(ffi::RemainingArgs rest, const Geometry& g, Mask* mask) {
   if (rest.size() == 0) return ffi::Error::Success();
-  KERNELS_REQUIRE(rest.size() == 1, "At most one `mask` must be given, but got ",
-                  rest.size(), " more operands.");
+  KERNELS_REQUIRE(rest.size() == 1,
+                  "At most one `mask` must be given, but got ", rest.size(),
+                  " more operands.");
   const auto buffer = rest.get<ffi::AnyBuffer>(0);
   if (buffer.has_error()) return buffer.error();
   const auto count = static_cast<int64_t>(buffer->element_count());
   const int64_t positions = g.groups * g.outer * g.inner;
-  KERNELS_REQUIRE(
-      buffer->element_type() == ffi::DataType::PRED &&
-          (count == positions || count == positions * g.channels),
-      "`mask` must be bool with ", positions, " or ", positions * g.channels,
-      " elements, but got ", DtypeName(buffer->element_type()),
-      ShapeText(buffer->dimensions()), ".");
+  KERNELS_REQUIRE(buffer->element_type() == ffi::DataType::PRED &&
+                      (count == positions || count == positions * g.channels),
+                  "`mask` must be bool with ", positions, " or ",
+                  positions * g.channels, " elements, but got ",
+                  DtypeName(buffer->element_type()),
+                  ShapeText(buffer->dimensions()), ".");
   mask->data = static_cast<const uint8_t*>(buffer->untyped_data());
   mask->per_channel = count != positions;
   return ffi::Error::Success();
 }
 
 // Returns from the handler if `expression` is an error.
-#define KERNELS_RETURN_IF_ERROR(expression)                   \
-  do {                                                        \
-    const ffi::Error error = (expression);                    \
-    if (error.failure()) return error;                        \
+#define KERNELS_RETURN_IF_ERROR(expression) \
+  do {                                      \
+    const ffi::Error error = (expression);  \
+    if (error.failure()) return error;      \
   } while (false)
 
 // Calls body(T{}, U{}) for the dtypes of x and y that are instantiated.
@@ -129,8 +129,8 @@ ffi::Error BatchStatUpdateImpl(
     KERNELS_RETURN_IF_ERROR(CheckStat(momentum, "momentum", g, dtype));
     std::vector<A> count(static_cast<size_t>(g.groups * g.channels));
     Moments<T>(MakeParallelLoop(pool), CurrentSimdLevel(), g,
-               Data<typename T::Storage>(x), mask, accurate != 0,
-               Data<A>(mean), Data<A>(var), count.data());
+               Data<typename T::Storage>(x), mask, accurate != 0, Data<A>(mean),
+               Data<A>(var), count.data());
     for (int64_t i = 0; i < g.groups * g.channels; ++i) {
       // The old averages may lie where the new ones go.
       const A keep = Data<A>(momentum)[i];
@@ -161,8 +161,8 @@ ffi::Error BatchStatMomentsImpl(ffi::ThreadPool pool, int64_t feature_axis,
     KERNELS_RETURN_IF_ERROR(CheckStat(*var, "var", g, dtype));
     KERNELS_RETURN_IF_ERROR(CheckStat(*count, "count", g, dtype));
     Moments<T>(MakeParallelLoop(pool), CurrentSimdLevel(), g,
-               Data<typename T::Storage>(x), mask, accurate != 0,
-               Data<A>(mean), Data<A>(var), Data<A>(count));
+               Data<typename T::Storage>(x), mask, accurate != 0, Data<A>(mean),
+               Data<A>(var), Data<A>(count));
     return ffi::Error::Success();
   });
 }
@@ -216,18 +216,19 @@ ffi::Error BatchStatGradSumsImpl(ffi::ThreadPool pool, int64_t feature_axis,
         GradSums<T, U>(MakeParallelLoop(pool), CurrentSimdLevel(), g,
                        Data<typename T::Storage>(x),
                        Data<typename U::Storage>(dy), Data<A>(mean),
-                       Data<A>(mul), Data<A>(bias), relu != 0,
-                       Data<A>(sum_dy), Data<A>(sum_dyx));
+                       Data<A>(mul), Data<A>(bias), relu != 0, Data<A>(sum_dy),
+                       Data<A>(sum_dyx));
         return ffi::Error::Success();
       });
 }
 
-ffi::Error BatchStatGradInputImpl(
-    ffi::ThreadPool pool, int64_t feature_axis, int64_t batch_axes,
-    int64_t relu, ffi::AnyBuffer x, ffi::AnyBuffer dy, ffi::AnyBuffer mean,
-    ffi::AnyBuffer mul, ffi::AnyBuffer bias, ffi::AnyBuffer c0,
-    ffi::AnyBuffer c1, ffi::RemainingArgs rest,
-    ffi::Result<ffi::AnyBuffer> dx) {
+ffi::Error BatchStatGradInputImpl(ffi::ThreadPool pool, int64_t feature_axis,
+                                  int64_t batch_axes, int64_t relu,
+                                  ffi::AnyBuffer x, ffi::AnyBuffer dy,
+                                  ffi::AnyBuffer mean, ffi::AnyBuffer mul,
+                                  ffi::AnyBuffer bias, ffi::AnyBuffer c0,
+                                  ffi::AnyBuffer c1, ffi::RemainingArgs rest,
+                                  ffi::Result<ffi::AnyBuffer> dx) {
   Geometry g;
   Mask mask;
   KERNELS_RETURN_IF_ERROR(GetGeometry(x, feature_axis, batch_axes, &g));
@@ -266,41 +267,39 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(
         .Attr<int64_t>("feature_axis")
         .Attr<int64_t>("batch_axes")
         .Attr<int64_t>("accurate")
-        .Arg<ffi::AnyBuffer>()   // running mean
-        .Arg<ffi::AnyBuffer>()   // running var
-        .Arg<ffi::AnyBuffer>()   // momentum
-        .Arg<ffi::AnyBuffer>()   // x
-        .RemainingArgs()         // mask
-        .Ret<ffi::AnyBuffer>()   // running mean, aliased
-        .Ret<ffi::AnyBuffer>()   // running var, aliased
-        .Ret<ffi::AnyBuffer>()   // batch mean
+        .Arg<ffi::AnyBuffer>()    // running mean
+        .Arg<ffi::AnyBuffer>()    // running var
+        .Arg<ffi::AnyBuffer>()    // momentum
+        .Arg<ffi::AnyBuffer>()    // x
+        .RemainingArgs()          // mask
+        .Ret<ffi::AnyBuffer>()    // running mean, aliased
+        .Ret<ffi::AnyBuffer>()    // running var, aliased
+        .Ret<ffi::AnyBuffer>()    // batch mean
         .Ret<ffi::AnyBuffer>());  // batch var
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(
-    BatchStatMoments, BatchStatMomentsImpl,
-    ffi::Ffi::Bind()
-        .Ctx<ffi::ThreadPool>()
-        .Attr<int64_t>("feature_axis")
-        .Attr<int64_t>("batch_axes")
-        .Attr<int64_t>("accurate")
-        .Arg<ffi::AnyBuffer>()   // x
-        .RemainingArgs()         // mask
-        .Ret<ffi::AnyBuffer>()   // mean
-        .Ret<ffi::AnyBuffer>()   // var
-        .Ret<ffi::AnyBuffer>());  // count
+XLA_FFI_DEFINE_HANDLER_SYMBOL(BatchStatMoments, BatchStatMomentsImpl,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Attr<int64_t>("feature_axis")
+                                  .Attr<int64_t>("batch_axes")
+                                  .Attr<int64_t>("accurate")
+                                  .Arg<ffi::AnyBuffer>()    // x
+                                  .RemainingArgs()          // mask
+                                  .Ret<ffi::AnyBuffer>()    // mean
+                                  .Ret<ffi::AnyBuffer>()    // var
+                                  .Ret<ffi::AnyBuffer>());  // count
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(
-    BatchStatNormalize, BatchStatNormalizeImpl,
-    ffi::Ffi::Bind()
-        .Ctx<ffi::ThreadPool>()
-        .Attr<int64_t>("feature_axis")
-        .Attr<int64_t>("batch_axes")
-        .Attr<int64_t>("relu")
-        .Arg<ffi::AnyBuffer>()   // x
-        .Arg<ffi::AnyBuffer>()   // mean
-        .Arg<ffi::AnyBuffer>()   // mul
-        .Arg<ffi::AnyBuffer>()   // bias
-        .Ret<ffi::AnyBuffer>());  // y
+XLA_FFI_DEFINE_HANDLER_SYMBOL(BatchStatNormalize, BatchStatNormalizeImpl,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Attr<int64_t>("feature_axis")
+                                  .Attr<int64_t>("batch_axes")
+                                  .Attr<int64_t>("relu")
+                                  .Arg<ffi::AnyBuffer>()    // x
+                                  .Arg<ffi::AnyBuffer>()    // mean
+                                  .Arg<ffi::AnyBuffer>()    // mul
+                                  .Arg<ffi::AnyBuffer>()    // bias
+                                  .Ret<ffi::AnyBuffer>());  // y
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(
     BatchStatGradSums, BatchStatGradSumsImpl,
@@ -309,29 +308,28 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(
         .Attr<int64_t>("feature_axis")
         .Attr<int64_t>("batch_axes")
         .Attr<int64_t>("relu")
-        .Arg<ffi::AnyBuffer>()   // x
-        .Arg<ffi::AnyBuffer>()   // dy
-        .Arg<ffi::AnyBuffer>()   // mean
-        .Arg<ffi::AnyBuffer>()   // mul
-        .Arg<ffi::AnyBuffer>()   // bias
-        .Ret<ffi::AnyBuffer>()   // sum of dy
+        .Arg<ffi::AnyBuffer>()    // x
+        .Arg<ffi::AnyBuffer>()    // dy
+        .Arg<ffi::AnyBuffer>()    // mean
+        .Arg<ffi::AnyBuffer>()    // mul
+        .Arg<ffi::AnyBuffer>()    // bias
+        .Ret<ffi::AnyBuffer>()    // sum of dy
         .Ret<ffi::AnyBuffer>());  // sum of dy * (x - mean)
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(
-    BatchStatGradInput, BatchStatGradInputImpl,
-    ffi::Ffi::Bind()
-        .Ctx<ffi::ThreadPool>()
-        .Attr<int64_t>("feature_axis")
-        .Attr<int64_t>("batch_axes")
-        .Attr<int64_t>("relu")
-        .Arg<ffi::AnyBuffer>()   // x
-        .Arg<ffi::AnyBuffer>()   // dy
-        .Arg<ffi::AnyBuffer>()   // mean
-        .Arg<ffi::AnyBuffer>()   // mul
-        .Arg<ffi::AnyBuffer>()   // bias
-        .Arg<ffi::AnyBuffer>()   // c0
-        .Arg<ffi::AnyBuffer>()   // c1
-        .RemainingArgs()         // mask
-        .Ret<ffi::AnyBuffer>());  // dx
+XLA_FFI_DEFINE_HANDLER_SYMBOL(BatchStatGradInput, BatchStatGradInputImpl,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Attr<int64_t>("feature_axis")
+                                  .Attr<int64_t>("batch_axes")
+                                  .Attr<int64_t>("relu")
+                                  .Arg<ffi::AnyBuffer>()    // x
+                                  .Arg<ffi::AnyBuffer>()    // dy
+                                  .Arg<ffi::AnyBuffer>()    // mean
+                                  .Arg<ffi::AnyBuffer>()    // mul
+                                  .Arg<ffi::AnyBuffer>()    // bias
+                                  .Arg<ffi::AnyBuffer>()    // c0
+                                  .Arg<ffi::AnyBuffer>()    // c1
+                                  .RemainingArgs()          // mask
+                                  .Ret<ffi::AnyBuffer>());  // dx
 
 }  // namespace kernels::batch_stat

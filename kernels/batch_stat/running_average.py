@@ -116,12 +116,11 @@ def update(
   if axis_name is None:
     out = _update(static, old_mean, old_var, momentum, x, mask)
   else:
-    batch = ops.combine_moments(
-      *moments(static, x, mask),
-      axis_name,
-      groups,
+    own_mean, own_var, count = moments(static, x, mask)
+    batch_mean, batch_var, _ = ops.combine_moments(
+      own_mean, own_var, count, axis_name, groups
     )
-    out = blend(momentum, old_mean, old_var, *batch[:2])
+    out = blend(momentum, old_mean, old_var, batch_mean, batch_var)
   return Update(
     out[0].astype(mean.dtype), out[1].astype(var.dtype), out[2], out[3]
   )

@@ -152,7 +152,7 @@ class Partitioning:
 
 @dataclasses.dataclass(frozen=True)
 class Choice:
-  """What an op does, or would do, for some arguments on a platform.
+  """What an op does, or would do, for some arguments; `explain` returns it.
 
   Attributes:
     op: Name of the op.

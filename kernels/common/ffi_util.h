@@ -103,11 +103,11 @@ ffi::Error DispatchFloat(ffi::DataType dtype, std::string_view what,
 
 // Returns from the enclosing handler with InvalidArgument(...) unless
 // `condition` holds.
-#define KERNELS_REQUIRE(condition, ...)                     \
-  do {                                                      \
-    if (!(condition)) {                                     \
-      return ::kernels::InvalidArgument(__VA_ARGS__);       \
-    }                                                       \
+#define KERNELS_REQUIRE(condition, ...)               \
+  do {                                                \
+    if (!(condition)) {                               \
+      return ::kernels::InvalidArgument(__VA_ARGS__); \
+    }                                                 \
   } while (false)
 
 #endif  // KERNELS_COMMON_FFI_UTIL_H_

@@ -53,9 +53,9 @@ namespace simd_avx2 {
 #endif
 
 #if defined(__clang__)
-#pragma clang attribute push(                                    \
-    __attribute__((target(                                       \
-        "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl"))),   \
+#pragma clang attribute push(                                         \
+    __attribute__((                                                   \
+        target("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl"))), \
     apply_to = function)
 #else
 #pragma GCC push_options

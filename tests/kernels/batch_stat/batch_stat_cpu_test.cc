@@ -66,8 +66,8 @@ struct Results {
   std::vector<float> mean, var, count, y, sum_dy, sum_dyx, dx;
   bool operator==(const Results& other) const {
     return mean == other.mean && var == other.var && count == other.count &&
-           y == other.y && sum_dy == other.sum_dy &&
-           sum_dyx == other.sum_dyx && dx == other.dx;
+           y == other.y && sum_dy == other.sum_dy && sum_dyx == other.sum_dyx &&
+           dx == other.dx;
   }
 };
 
@@ -92,13 +92,12 @@ Results Run(const ParallelLoop& loop, SimdLevel level, const Geometry& g,
                out.var.data(), out.count.data());
   NormalizeAll<F32, F32>(loop, level, g, in.x.data(), out.mean.data(),
                          in.mul.data(), in.bias.data(), relu, out.y.data());
-  GradSums<F32, F32>(loop, level, g, in.x.data(), in.dy.data(),
-                     out.mean.data(), in.mul.data(), in.bias.data(), relu,
-                     out.sum_dy.data(), out.sum_dyx.data());
+  GradSums<F32, F32>(loop, level, g, in.x.data(), in.dy.data(), out.mean.data(),
+                     in.mul.data(), in.bias.data(), relu, out.sum_dy.data(),
+                     out.sum_dyx.data());
   GradInputAll<F32, F32>(loop, level, g, in.x.data(), in.dy.data(),
                          out.mean.data(), in.mul.data(), in.bias.data(),
-                         in.c0.data(), in.c1.data(), mask, relu,
-                         out.dx.data());
+                         in.c0.data(), in.c1.data(), mask, relu, out.dx.data());
   return out;
 }
 
@@ -155,8 +154,8 @@ void Check(const Geometry& g, const Inputs& in, const Mask& mask, bool relu,
         sum_dyx += g_at * d;
         size += 1;
         CHECK_THAT(Near(static_cast<double>(got.y[at]), open ? plain : 0, 1));
-        const double extra = static_cast<double>(in.c0[si]) +
-                             static_cast<double>(in.c1[si]) * d;
+        const double extra =
+            static_cast<double>(in.c0[si]) + static_cast<double>(in.c1[si]) * d;
         CHECK_THAT(Near(static_cast<double>(got.dx[at]),
                         mul * g_at + (kept ? extra : 0), 1));
       });
@@ -187,8 +186,7 @@ void TestGeometry(const Geometry& g) {
       for (const char* name : {"baseline", "avx2", "avx512"}) {
         if (!kernels::SetSimdLevel(name)) continue;
         const SimdLevel level = kernels::CurrentSimdLevel();
-        const Results serial =
-            Run(Serial, level, g, in, mask, accurate, relu);
+        const Results serial = Run(Serial, level, g, in, mask, accurate, relu);
         Check(g, in, mask, relu, serial);
         if (kind == 1) continue;  // NaN where a mask is empty
         const Results threaded =

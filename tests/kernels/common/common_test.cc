@@ -23,12 +23,12 @@ namespace kernels {
 
 namespace {
 
-#define CHECK_THAT(condition)                                             \
-  do {                                                                    \
-    if (!(condition)) {                                                   \
+#define CHECK_THAT(condition)                                              \
+  do {                                                                     \
+    if (!(condition)) {                                                    \
       std::fprintf(stderr, "%s:%d: %s\n", __FILE__, __LINE__, #condition); \
-      std::exit(1);                                                       \
-    }                                                                     \
+      std::exit(1);                                                        \
+    }                                                                      \
   } while (false)
 
 // Runs every task on a thread of its own.
@@ -154,9 +154,8 @@ void TestConversions(kernels::SimdLevel level) {
   }
   for (uint32_t h = 0; h < 0x7c00; ++h) {  // half-way between two halves
     const double low = F16Value(static_cast<uint16_t>(h));
-    const double high = h + 1 == 0x7c00
-                            ? 65536.0
-                            : F16Value(static_cast<uint16_t>(h + 1));
+    const double high =
+        h + 1 == 0x7c00 ? 65536.0 : F16Value(static_cast<uint16_t>(h + 1));
     values.push_back(static_cast<float>((low + high) / 2));
     values.push_back(std::nextafterf(values.back(), 0.0f));
   }
@@ -181,8 +180,7 @@ void TestConversions(kernels::SimdLevel level) {
       if (other < 0 || other >= 0x7c00) continue;
       const double other_error =
           std::fabs(F16Value(static_cast<uint16_t>(other)) - x);
-      CHECK_THAT(error < other_error ||
-                 (error == other_error && got % 2 == 0));
+      CHECK_THAT(error < other_error || (error == other_error && got % 2 == 0));
     }
   }
   KERNELS_SIMD_CALL(level, NarrowBF16(values.data(), half.data(),
