@@ -57,6 +57,8 @@ class Selection(prefix.FilterMap):
 
   __slots__ = ()
 
+  by_all_paths = False
+
   def __init__(self, filter_: Filter):
     super().__init__(((filter_, True), (..., False)))
 

@@ -34,6 +34,10 @@ class FilterMap:
 
   __slots__ = ("filters", "entries")
 
+  # Whether a Variable that has several paths in one graph node must have one
+  # entry by all of them; else the first path decides.
+  by_all_paths = True
+
   def __init__(self, entries: Mapping[Any, Any] | Sequence[tuple[Any, Any]], /):
     if isinstance(entries, State):
       pairs = [
@@ -208,7 +212,7 @@ class Walk:
     self.tops: list[Root] = []
     self.top_indices: list[int] = []
     self.position = 0
-    self._first: dict[int, int] = {}  # node -> position
+    self._first: dict[int, tuple[int, int]] = {}  # node -> position, top
     self._checking: set[tuple[int, Any]] = set()
 
   def skip(self, count: int) -> None:
@@ -240,7 +244,7 @@ class Walk:
       if kind == "variable":
         place = place._replace(variable=index)
       if not again:
-        self._first[index] = position
+        self._first[index] = position, place.top
     whole = self.is_entry(entry) or isinstance(entry, FilterMap)
     if isinstance(entry, FilterMap) and (leaf >= 0 or kind == "variable"):
       entry = self._select(entry, path, place, leaf)
@@ -270,12 +274,19 @@ class Walk:
     """Compares what is said of a shared node here and where it was first."""
     if index not in self._first:
       return  # of a root that was skipped
+    position, top = self._first[index]
+    if (
+      top == place.top
+      and isinstance(entry, FilterMap)
+      and not entry.by_all_paths
+    ):
+      return
     # A filter map may say another thing at each path; cycles must end.
     mark = (index, id(entry))
     if mark in self._checking:
       return
     self._checking.add(mark)
-    self._visit(self._first[index], entry, path, place, True)
+    self._visit(position, entry, path, place, True)
     self._checking.discard(mark)
 
   def _inner(self, entry, kind, keys, children, path, whole) -> list[Any]:

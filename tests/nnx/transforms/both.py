@@ -1,5 +1,12 @@
 """Runs one program with `nnx` and with `flax.nnx`, and compares the results."""
 
+import os
+
+# Before jax makes its backend, which the tests' first array does.
+os.environ["XLA_FLAGS"] = (
+  os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+)
+
 from collections.abc import Callable, Mapping
 import functools
 import types

@@ -9,7 +9,6 @@ import jax.numpy as jnp
 import nnx
 
 LAYERS, SIZE = 24, 32
-X = jnp.ones((16, SIZE))
 
 
 class Block(nnx.Module):
@@ -35,6 +34,10 @@ def arrays(model):
 
 
 class MemoryTest(parameterized.TestCase):
+  def setUp(self):
+    super().setUp()
+    self.x = jnp.ones((16, SIZE))
+
   def assert_same_memory(self, ours, plain):
     """Compares compiled programs, but for alignment of a few scalars."""
     one, two = ours.memory_analysis(), plain.memory_analysis()
@@ -84,10 +87,11 @@ class MemoryTest(parameterized.TestCase):
 
     model = nnx.List(layers)
     self.assert_same_memory(
-      step.lower(model, X).compile(), pure_step.lower(state, X).compile()
+      step.lower(model, self.x).compile(),
+      pure_step.lower(state, self.x).compile(),
     )
-    value = step(model, X)
-    expected, new = pure_step(state, X)
+    value = step(model, self.x)
+    expected, new = pure_step(state, self.x)
     self.assertAlmostEqual(float(value), float(expected), places=5)
     del new
 
@@ -122,7 +126,7 @@ class MemoryTest(parameterized.TestCase):
 
       return jax.value_and_grad(loss, has_aux=True)(params, x)
 
-    return step.lower(model, X), pure_step.lower(params, means, X)
+    return step.lower(model, self.x), pure_step.lower(params, means, self.x)
 
   @parameterized.parameters(False, True)
   def test_scan_over_stacked_layers(self, remat):
@@ -147,9 +151,11 @@ class MemoryTest(parameterized.TestCase):
   def test_state_that_is_not_written_keeps_its_buffer(self):
     model = Block()
     w, b = model.w.value, model.b.value
-    nnx.value_and_grad(lambda model, x: model(x).sum())(model, X)
-    nnx.vmap(lambda model, x: model.w.sum() * x, in_axes=(None, 0))(model, X)
-    nnx.remat(lambda model, x: model(x))(model, X)
+    nnx.value_and_grad(lambda model, x: model(x).sum())(model, self.x)
+    nnx.vmap(lambda model, x: model.w.sum() * x, in_axes=(None, 0))(
+      model, self.x
+    )
+    nnx.remat(lambda model, x: model(x))(model, self.x)
     self.assertIs(model.w.value, w)
     self.assertIs(model.b.value, b)
 

@@ -1,11 +1,5 @@
 """nnx.shard_map with PartitionSpec and StateSharding."""
 
-import os
-
-os.environ["XLA_FLAGS"] = (
-  os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
-)
-
 from absl.testing import absltest, parameterized
 import jax
 import jax.numpy as jnp

@@ -1,11 +1,5 @@
 """nnx.vmap, pmap, StateAxes and transform_metadata."""
 
-import os
-
-os.environ["XLA_FLAGS"] = (
-  os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
-)
-
 import functools
 
 from absl.testing import absltest, parameterized
