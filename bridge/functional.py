@@ -68,7 +68,23 @@ class Functional(Generic[M]):
 
 
 def functional(cls: type[M]) -> Callable[..., Functional[M]]:
-  """Makes a function of a class's arguments that gives its `Functional`."""
+  """Makes a function of a class's arguments that gives its `Functional`.
+
+  Example:
+
+    >>> import bridge, jax.numpy as jnp, nnx
+    >>> model = bridge.functional(nnx.Linear)(2, 3)
+    >>> state = model.init(rngs=nnx.Rngs(0))
+    >>> y, _ = model.apply(state)(jnp.ones((1, 2)))
+    >>> y.shape
+    (1, 3)
+
+  Args:
+    cls: the class of Modules.
+
+  Returns:
+    A function of the class's arguments, `rngs` left out.
+  """
 
   def make(*args: Any, **kwargs: Any) -> Functional[M]:
     return Functional(cls, None, args, kwargs)

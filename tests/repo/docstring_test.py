@@ -4,6 +4,7 @@ import ast
 import importlib
 import inspect
 import pathlib
+import re
 import types
 
 import pytest
@@ -40,9 +41,16 @@ def public_objects():
       yield pytest.param(getattr(module, name), id=f"{package}.{name}")
 
 
-def is_result(value) -> bool:
-  """Whether `value` is a named tuple, which its function's example shows."""
-  return inspect.isclass(value) and hasattr(value, "_fields")
+def shown_by_another(value, doc: str) -> bool:
+  """Whether the example is that of the function which makes or takes `value`.
+
+  That is so for named tuples, and for classes whose docstring names it.
+  """
+  if not inspect.isclass(value):
+    return False
+  named = set(re.findall(r"`(\w+)`", doc))
+  public = {name for package in PACKAGES for name in public_names(package)}
+  return hasattr(value, "_fields") or not named.isdisjoint(public)
 
 
 @pytest.mark.parametrize("value", list(public_objects()))
@@ -53,7 +61,9 @@ def test_public_symbol_has_a_docstring_with_an_example(value):
     return  # re-exported as it is: jax documents it
   doc = inspect.getdoc(value)
   assert doc, "there is no docstring"
-  assert ">>> " in doc or is_result(value), "the docstring has no example"
+  assert ">>> " in doc or shown_by_another(value, doc), (
+    "the docstring has no example"
+  )
 
 
 @pytest.mark.parametrize("package", PACKAGES)

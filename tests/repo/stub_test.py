@@ -31,21 +31,8 @@ def declared(body: list[ast.stmt]) -> dict[str, ast.stmt]:
       found[node.name] = node
     elif isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
       found[node.target.id] = node
-    elif isinstance(node, ast.Assign):
-      found |= {t.id: node for t in node.targets if isinstance(t, ast.Name)}
-  return {
-    name: node
-    for name, node in found.items()
-    if not name.startswith("__") and not is_type_variable(node)
-  }
-
-
-def is_type_variable(node: ast.stmt) -> bool:
-  return (
-    isinstance(node, ast.Assign)
-    and isinstance(node.value, ast.Call)
-    and getattr(node.value.func, "id", "").endswith("TypeVar")
-  )
+    # Plain assignments are names of types, for the stub's own use.
+  return {k: node for k, node in found.items() if not k.startswith("__")}
 
 
 def test_there_are_extensions():
