@@ -143,7 +143,7 @@ def split(
   """
   del graph
   graphdef, mappings = _engine.split(
-    node, engine_filters(filters) or _ALL, True
+    node, engine_filters(filters) if filters else _ALL, True
   )
   return (graphdef, *(_as_state(mapping) for mapping in mappings))
 
@@ -267,7 +267,7 @@ def state(node: Any, /, *filters: Filter, graph: bool | None = None) -> Any:
     ValueError: if `...` is not the last filter.
   """
   del graph
-  mappings = _engine.state(node, engine_filters(filters) or _ALL)
+  mappings = _engine.state(node, engine_filters(filters) if filters else _ALL)
   if len(mappings) == 1:
     return _as_state(mappings[0])
   return tuple(_as_state(mapping) for mapping in mappings)

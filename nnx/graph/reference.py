@@ -116,6 +116,8 @@ class Flattener:
         (self._variable if variable else self._object)(value)
     elif runtime.is_array_type(type(value)):
       self._leaf(value)
+    elif isinstance(value, _engine.StructureBase):
+      self._static(value)
     elif is_plain(value):
       if attributes or value is None:
         self._static(value)

@@ -59,6 +59,8 @@ bool Classify(PyTypeObject* type, TypeInfo* info) {
     info->kind = TypeKind::kState;
   } else if (IsNamedTupleType(type)) {
     info->kind = TypeKind::kNamedTuple;
+  } else if (rt.structure && PyType_IsSubtype(type, rt.structure)) {
+    info->kind = TypeKind::kStatic;
   } else if (type == rt.array_type) {
     info->kind = TypeKind::kArray;
   } else if (IsPlainType(type)) {

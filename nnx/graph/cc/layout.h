@@ -22,6 +22,7 @@ enum class TypeKind : uint8_t {
   kNamedTuple,
   kState,
   kCustom,   // registered with `register_node_type`
+  kStatic,   // a structure: never a leaf, also as an argument
   kPlain,    // numbers, strings, functions, classes: never a pytree node
   kUnknown,  // a registered pytree node or a static value: the instance tells
 };

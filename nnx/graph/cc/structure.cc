@@ -226,6 +226,7 @@ int OpenNode(PyObject* value, Ref* keys, std::vector<Ref>* children) {
   switch (info->kind) {
     case TypeKind::kVariable:
     case TypeKind::kArray:
+    case TypeKind::kStatic:
     case TypeKind::kPlain:
       return 0;
     case TypeKind::kNamedTuple:
@@ -345,6 +346,8 @@ bool Flattener::Visit(PyObject* value, Mode mode) {
     }
     case TypeKind::kCustom:
       return VisitCustom(value, info);
+    case TypeKind::kStatic:
+      return VisitStatic(value);
     case TypeKind::kPlain:
       return mode == Mode::kAttributes || value == Py_None
                  ? VisitStatic(value)
@@ -1090,6 +1093,7 @@ int HoldsData(PyObject* value) {
       }
       return 0;
     }
+    case TypeKind::kStatic:
     case TypeKind::kPlain:
       return 0;
     case TypeKind::kUnknown: {

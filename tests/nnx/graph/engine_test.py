@@ -241,3 +241,83 @@ def test_canonical_keys(keys):
   assert tuple(key for key, _ in _engine.items(given)) == (
     reference.canonical_keys(keys)
   )
+
+
+def test_graphdefs_are_static_as_arguments():
+  graphdef, state = nnx.split(nnx.Dict(a=nnx.Param(1)))
+  structure, leaves, _ = _engine.flatten((graphdef, state))
+  assert leaves == (1,)
+  # A walk in C++ alone: an equal one, not the same.
+  assert _engine.matches(structure, (nnx.graphdef(nnx.Dict(a=nnx.Param(2))), state))
+  assert not _engine.matches(structure, (nnx.graphdef(nnx.Dict()), state))
+
+
+def test_scalars_are_leaves_as_arguments_and_static_as_attributes():
+  for scalar in (1, 2.0, True, np.float32(3)):
+    structure, leaves, _ = _engine.flatten((scalar,))
+    assert leaves == (scalar,)
+    assert _engine.matches(structure, (np.ones(1),))
+    assert not _engine.matches(structure, ([scalar],))
+    node = graphs.Node()
+    node.a = scalar
+    structure, leaves, _ = _engine.flatten((node,))
+    assert leaves == ()
+    node.a = np.ones(1)
+    assert not _engine.matches(structure, (node,))
+
+
+def test_marked_scalars_are_leaves():
+  node = graphs.Node()
+  node.a = nnx.data(1)
+  structure, leaves, _ = _engine.flatten((node,))
+  assert leaves == (1,)
+  vars(node)["a"] = np.ones(1)
+  assert _engine.matches(structure, (node,))
+  assert _engine.flatten((node,))[0] == structure
+
+
+def test_equal_statics_of_other_types_do_not_match():
+  for a, b in [(1, True), (1, 1.0), ((1,), (True,)), (0.0, -0.0)]:
+    node = graphs.Node()
+    node.a = a
+    structure, _, _ = _engine.flatten((node,))
+    node.a = b
+    assert not _engine.matches(structure, (node,))
+  nan = float("nan")
+  node.a = nan
+  structure, _, _ = _engine.flatten((node,))
+  node.a = float("nan")
+  assert _engine.matches(structure, (node,))
+
+
+def test_a_static_that_is_changed_in_place_does_not_match():
+  class Options:
+    def __init__(self):
+      self.rate = 1
+
+    def __hash__(self):
+      return hash(self.rate)
+
+    def __eq__(self, other):
+      return self.rate == other.rate
+
+  node = graphs.Node()
+  node.a = Options()
+  structure, _, _ = _engine.flatten((node,))
+  assert _engine.matches(structure, (node,))
+  node.a.rate = 2
+  assert not _engine.matches(structure, (node,))
+
+
+def test_layouts_of_one_class_are_many():
+  structures = []
+  for i in range(40):  # more than the engine keeps
+    node = graphs.Node()
+    for j in range(i, -1, -1):
+      setattr(node, f"a{j}", nnx.Param(j))
+    structures.append((node, _engine.flatten((node,))[0]))
+  for node, structure in structures:
+    assert _engine.matches(structure, (node,))
+    assert [path[0] for path, _ in nnx.state(node).flat_state()] == sorted(
+      vars(node)
+    )
