@@ -179,8 +179,10 @@ def decode_attention(
     >>> import jax, jax.numpy as jnp
     >>> import kernels
     >>> cache = jnp.zeros((1, 16, 2, 4))
-    >>> q, k, v = jnp.ones((1, 1, 4, 4)), jnp.ones((1, 1, 2, 4)), jnp.ones(
-    ...   (1, 1, 2, 4)
+    >>> q, k, v = (
+    ...   jnp.ones((1, 1, 4, 4)),
+    ...   jnp.ones((1, 1, 2, 4)),
+    ...   jnp.ones((1, 1, 2, 4)),
     ... )
     >>> step = jax.jit(kernels.decode_attention, donate_argnums=(0, 1))
     >>> cache_k, cache_v, out = step(cache, cache + 0, q, k, v, 0)
@@ -377,9 +379,7 @@ def _heads(name, value, n, g, batch=None):
   if array.shape not in allowed or not jnp.issubdtype(
     array.dtype, jnp.floating
   ):
-    shapes = " or ".join(
-      f"[{', '.join(map(str, shape))}]" for shape in allowed
-    )
+    shapes = " or ".join(f"[{', '.join(map(str, shape))}]" for shape in allowed)
     raise ValueError(
       f"`{name}` must be floating of shape {shapes}, one for each query head,"
       f" but got `{layout_lib.text(array)}`."
@@ -533,8 +533,11 @@ def _call(
     raise ValueError(f"`chunk` must be at least 1, but got `{chunk}`.")
   if softcap is not None and not softcap > 0:
     raise ValueError(f"`softcap` must be positive, but got `{softcap}`.")
-  if ring and tokens != 1 and new is not None and not (
-    causal and 0 <= left <= cache.capacity - tokens
+  if (
+    ring
+    and tokens != 1
+    and new is not None
+    and not (causal and 0 <= left <= cache.capacity - tokens)
   ):
     raise ValueError(
       f"With `ring` and {tokens} new tokens, `causal` must hold and `window`"
@@ -546,9 +549,7 @@ def _call(
     "layout": layout,
     "ring": cache.ring,
     "aligned": cache.aligned,
-    "scale": float(
-      1.0 / math.sqrt(g.k_dim) if scale is None else scale
-    ),
+    "scale": float(1.0 / math.sqrt(g.k_dim) if scale is None else scale),
     "causal": bool(causal),
     "window_left": int(left),
     "window_right": int(right),
@@ -569,9 +570,7 @@ def _call(
     position,
   )  # fmt: skip
   if left_padding is not None:
-    x["left_padding"] = layout_lib.integers(
-      "left_padding", left_padding, batch
-    )
+    x["left_padding"] = layout_lib.integers("left_padding", left_padding, batch)
   if alibi_slopes is not None:
     slopes = _heads("alibi_slopes", alibi_slopes, g.heads, group, batch)
     x["alibi_slopes"] = slopes if slopes.ndim == 3 else slopes[None]
@@ -677,9 +676,7 @@ def _abstract(*avals, options):
 
 
 def _append_abstract(*avals, options):
-  caches = (
-    dispatch.out_aval(c.shape, c.dtype, *avals) for c in avals[:2]
-  )
+  caches = (dispatch.out_aval(c.shape, c.dtype, *avals) for c in avals[:2])
   return (*caches, *_abstract(*avals, options=options))
 
 
@@ -744,19 +741,18 @@ def _batching(op, args, dims, *, options):
   for name in ("alibi_slopes", "bias", "mask"):
     if name in values and values[name].shape[1] != batch:
       value = values[name]
-      values[name] = jnp.broadcast_to(
-        value, (size, batch, *value.shape[2:])
-      )
+      values[name] = jnp.broadcast_to(value, (size, batch, *value.shape[2:]))
   folded = layout_lib.fold_batch(values, size, options.layout)
   options = dataclasses.replace(options, aligned=False)
   results = op(
-    *(
-      folded[name] if name in folded else x[name] for name in options.fields
-    ),
+    *(folded[name] if name in folded else x[name] for name in options.fields),
     options=options,
   )
   *caches, out, lse = results
-  unfold = lambda a: a.reshape((size, batch, *a.shape[1:]))
+
+  def unfold(a):
+    return a.reshape((size, batch, *a.shape[1:]))
+
   return (*caches, unfold(out), unfold(lse)), (0,) * len(results)
 
 
@@ -873,9 +869,7 @@ def _partition(mesh, arg_infos, result_infos, call, *, options):
     if not partners:
       return call(*x.values(), options=options)
     sinks = x.pop("sinks", None)
-    part = dataclasses.replace(
-      options, fields=tuple(x), out_dtype="float32"
-    )
+    part = dataclasses.replace(options, fields=tuple(x), out_dtype="float32")
     *caches, out, lse = call(*x.values(), options=part)
     out, lse = _join(out, lse, sinks, x, options, partners)
     return (*caches, out.astype(options.out_dtype), lse)
@@ -913,9 +907,7 @@ def _join(out, lse, sinks, x, options, partners):
 def _make_jvp(op, function):
   def rule(primals, tangents, *, implementation, options):
     x = options.named(primals)
-    moving = [
-      i for i, t in enumerate(tangents) if not isinstance(t, ad.Zero)
-    ]
+    moving = [i for i, t in enumerate(tangents) if not isinstance(t, ad.Zero)]
     names = {options.fields[i] for i in moving}
     if layout_lib.is_quantized(x["cache_k"].dtype) and names & {
       "cache_k", "cache_v", "new_k", "new_v",

@@ -112,7 +112,9 @@ class ArgSpec:
 # Falcon 7B (1 x 64, 71).
 ARG_SPECS = (
   ArgSpec("B8_S2048_H16_D64_first", 8, 2048, 16, 64, dtype="float32", filled=8),
-  ArgSpec("B8_S2048_H16_D64_half", 8, 2048, 16, 64, dtype="float32", filled=1024),
+  ArgSpec(
+    "B8_S2048_H16_D64_half", 8, 2048, 16, 64, dtype="float32", filled=1024
+  ),
   ArgSpec("B8_S2048_H16_D64_full", 8, 2048, 16, 64, dtype="float32"),
   ArgSpec("B8_S2048_H16_D64_full_bf16", 8, 2048, 16, 64),
   ArgSpec("B8_S2048_H16_D64_full_int8", 8, 2048, 16, 64, dtype="int8"),

@@ -56,8 +56,8 @@ Slots NeededSlots(const DecodeArgs& args, const Sequence& sequence,
 
 float* Decode::Allocate(int64_t count) {
   const int64_t bytes = std::max<int64_t>(count, 1) * sizeof(float);
-  buffers_.emplace_back(static_cast<float*>(
-      ::operator new(bytes, std::align_val_t{kAlignment})));
+  buffers_.emplace_back(
+      static_cast<float*>(::operator new(bytes, std::align_val_t{kAlignment})));
   return buffers_.back().get();
 }
 
@@ -67,8 +67,7 @@ Decode::Decode(const DecodeArgs& args) : args_(args) {
   sequences_.resize(b);
   for (int64_t i = 0; i < b; ++i) {
     Sequence& s = sequences_[i];
-    const int64_t count =
-        std::clamp<int64_t>(args_.count[i], 0, args_.tokens);
+    const int64_t count = std::clamp<int64_t>(args_.count[i], 0, args_.tokens);
     const bool appends = args_.new_k != nullptr;
     s.first_query = int64_t{args_.index[i]} - (appends ? 0 : count);
     s.num_queries = count;
@@ -93,13 +92,13 @@ Decode::Decode(const DecodeArgs& args) : args_(args) {
     qv_ = Allocate(b * shape.heads * rows * PadToLanes(shape.v_dim));
   }
   const int64_t new_keys = b * args_.tokens * shape.heads * shape.k_dim;
-  rotate_new_keys_ = args_.rotary.cos != nullptr &&
-                     !args_.rotary.cached_keys && args_.new_k != nullptr;
+  rotate_new_keys_ = args_.rotary.cos != nullptr && !args_.rotary.cached_keys &&
+                     args_.new_k != nullptr;
   if (rotate_new_keys_) {
     rotated_ = Allocate(new_keys);
   }
-  append_bytes_ = new_keys * (4 + args_.group) * ElementSize(
-                                                     args_.query_element);
+  append_bytes_ =
+      new_keys * (4 + args_.group) * ElementSize(args_.query_element);
   PlanTasks();
 }
 
@@ -111,8 +110,7 @@ void Decode::PlanTasks() {
   const int64_t row_bytes =
       (shape.k_dim + shape.v_dim) * ElementSize(args_.element);
   // With the heads of a slot side by side, a task streams through all of them.
-  const int64_t heads_per_task =
-      narrow && !shape.heads_first ? shape.heads : 1;
+  const int64_t heads_per_task = narrow && !shape.heads_first ? shape.heads : 1;
   const int64_t row_blocks = narrow ? 1 : CeilDiv(rows, kRowBlock);
 
   std::vector<Slots> slots(b);
@@ -171,13 +169,14 @@ void Decode::PlanTasks() {
       const int64_t end = std::min(begin + chunk, slots[i].end);
       for (int64_t block = 0; block < row_blocks; ++block) {
         task.row_begin = narrow ? 0 : block * kRowBlock;
-        task.row_end = narrow ? rows : std::min(rows, task.row_begin + kRowBlock);
+        task.row_end =
+            narrow ? rows : std::min(rows, task.row_begin + kRowBlock);
         task.slot_begin = begin;
         task.slot_end = end;
         if (!narrow && args_.addressing.ring == 0) {
-          const Slots needed = NeededSlots(
-              args_, sequences_[i], task.row_begin / args_.group,
-              CeilDiv(task.row_end, args_.group));
+          const Slots needed =
+              NeededSlots(args_, sequences_[i], task.row_begin / args_.group,
+                          CeilDiv(task.row_end, args_.group));
           task.slot_begin = std::max(begin, needed.begin);
           task.slot_end = std::min(end, needed.end);
         }
@@ -196,8 +195,7 @@ int64_t Decode::QueryRow(int64_t sequence, int64_t head, int64_t row) const {
   const int64_t in_group = row % args_.group;
   const int64_t heads = args_.shape.heads;
   if (args_.shape.heads_first) {
-    return ((sequence * heads + head) * args_.group + in_group) *
-               args_.tokens +
+    return ((sequence * heads + head) * args_.group + in_group) * args_.tokens +
            token;
   }
   return ((sequence * args_.tokens + token) * heads + head) * args_.group +
@@ -264,14 +262,13 @@ void Decode::Append(int64_t sequence) {
   const int64_t bytes = ElementSize(args_.query_element);
   for (int64_t token = first; token < last; ++token) {
     for (int64_t n = 0; n < heads(); ++n) {
-      const int64_t row =
-          shape.heads_first
-              ? (sequence * heads() + n) * args_.tokens + token
-              : (sequence * args_.tokens + token) * heads() + n;
+      const int64_t row = shape.heads_first
+                              ? (sequence * heads() + n) * args_.tokens + token
+                              : (sequence * args_.tokens + token) * heads() + n;
       float* key = rotated_ + row * shape.k_dim;
       kv_cache::RowToFloat(args_.query_element,
-                           args_.new_k + row * shape.k_dim * bytes,
-                           shape.k_dim, key);
+                           args_.new_k + row * shape.k_dim * bytes, shape.k_dim,
+                           key);
       Rotate(sequence, token, key);
     }
   }
@@ -302,12 +299,12 @@ void Decode::Join(int64_t sequence, int64_t head) const {
     const bool counts = token < sequences_[sequence].num_queries;
     const float* sink =
         args_.sinks == nullptr || !counts ? nullptr : args_.sinks + q_head;
-    const float lse = JoinRow(first, parts, states, shape.v_dim, factor, sink,
-                              joined.data());
-    kv_cache::RowFromFloat(
-        args_.out_element, joined.data(), shape.v_dim, 1.0f,
-        args_.out + QueryRow(sequence, head, r) * shape.v_dim *
-                        ElementSize(args_.out_element));
+    const float lse =
+        JoinRow(first, parts, states, shape.v_dim, factor, sink, joined.data());
+    kv_cache::RowFromFloat(args_.out_element, joined.data(), shape.v_dim, 1.0f,
+                           args_.out + QueryRow(sequence, head, r) *
+                                           shape.v_dim *
+                                           ElementSize(args_.out_element));
     args_.lse[(sequence * problem_.q_heads + q_head) * args_.tokens + token] =
         lse;
   }

@@ -84,7 +84,7 @@ class Decode {
   float* qv_ = nullptr;       // [b, n, PaddedRows(t * g), padded v_dim]
   float* rotated_ = nullptr;  // the new keys, rotated; like new_k
   bool rotate_new_keys_ = false;
-  Partial partials_ = {};     // [parts, n * t * g]
+  Partial partials_ = {};  // [parts, n * t * g]
   int64_t append_bytes_ = 0;
   int64_t attend_bytes_ = 0;
   int64_t join_bytes_ = 0;

@@ -77,14 +77,15 @@ ffi::Error ReadPerLogit(std::string_view name, const Buffer& buffer,
   }
   KERNELS_REQUIRE(fits && (dims[1] * dims[2] == 1 ||
                            dims[1] * dims[2] == full[1] * full[2]),
-                  "`", name, "` must have shape [b, n, g, t, s], or 1 for any "
-                  "of them, but got ", ShapeText(dims), ".");
+                  "`", name,
+                  "` must have shape [b, n, g, t, s], or 1 for any "
+                  "of them, but got ",
+                  ShapeText(dims), ".");
   out->data = reinterpret_cast<const T*>(buffer.untyped_data());
   out->slot_stride = dims[4] == 1 ? 0 : 1;
   out->token_stride = dims[3] == 1 ? 0 : dims[4];
   out->head_stride = dims[1] * dims[2] == 1 ? 0 : dims[3] * dims[4];
-  out->batch_stride =
-      dims[0] == 1 ? 0 : dims[1] * dims[2] * dims[3] * dims[4];
+  out->batch_stride = dims[0] == 1 ? 0 : dims[1] * dims[2] * dims[3] * dims[4];
   return ffi::Error::Success();
 }
 
@@ -94,9 +95,8 @@ ffi::Error Run(ffi::ThreadPool& pool, const ffi::AnyBuffer& cache_k,
                const ffi::AnyBuffer* new_v, ffi::AnyBuffer* out_k,
                ffi::AnyBuffer* out_v, ffi::AnyBuffer& out, F32Buffer& lse) {
   DecodeArgs args = {};
-  KERNELS_RETURN_IF_ERROR(kv_cache::ReadCaches(cache_k, cache_v,
-                                               options.heads_first,
-                                               &args.element, &args.shape));
+  KERNELS_RETURN_IF_ERROR(kv_cache::ReadCaches(
+      cache_k, cache_v, options.heads_first, &args.element, &args.shape));
   KERNELS_RETURN_IF_ERROR(kv_cache::ReadAddressing(
       x.layer, x.table, x.first_slot, options.ring, &args.addressing));
   const kv_cache::CacheShape& shape = args.shape;
@@ -235,14 +235,13 @@ ffi::Error AppendAndAttendImpl(
     ffi::AnyBuffer new_k, ffi::AnyBuffer new_v, ffi::AnyBuffer q,
     I32Buffer index, I32Buffer count, I32Buffer layer, I32Buffer table,
     I32Buffer first_slot, F32Buffer k_scale, F32Buffer v_scale, F32Buffer cos,
-    F32Buffer sin, I32Buffer rope_positions, I32Buffer padding,
-    F32Buffer alibi, F32Buffer sinks, F32Buffer bias,
-    ffi::Buffer<ffi::PRED> mask, ffi::AnyBuffer qv,
-    ffi::Result<ffi::AnyBuffer> out_k, ffi::Result<ffi::AnyBuffer> out_v,
-    ffi::Result<ffi::AnyBuffer> out, ffi::Result<F32Buffer> lse, int64_t ring,
-    int64_t window_left, int64_t window_right, int64_t chunk, float scale,
-    float softcap, bool heads_first, bool causal, bool interleaved,
-    bool rotate_keys) {
+    F32Buffer sin, I32Buffer rope_positions, I32Buffer padding, F32Buffer alibi,
+    F32Buffer sinks, F32Buffer bias, ffi::Buffer<ffi::PRED> mask,
+    ffi::AnyBuffer qv, ffi::Result<ffi::AnyBuffer> out_k,
+    ffi::Result<ffi::AnyBuffer> out_v, ffi::Result<ffi::AnyBuffer> out,
+    ffi::Result<F32Buffer> lse, int64_t ring, int64_t window_left,
+    int64_t window_right, int64_t chunk, float scale, float softcap,
+    bool heads_first, bool causal, bool interleaved, bool rotate_keys) {
   return Run(pool, cache_k, cache_v,
              {q, index, count, layer, table, first_slot, k_scale, v_scale, cos,
               sin, rope_positions, padding, alibi, sinks, bias, mask, qv},
@@ -251,17 +250,19 @@ ffi::Error AppendAndAttendImpl(
              &new_k, &new_v, &*out_k, &*out_v, *out, *lse);
 }
 
-ffi::Error AttendImpl(
-    ffi::ThreadPool pool, ffi::AnyBuffer cache_k, ffi::AnyBuffer cache_v,
-    ffi::AnyBuffer q, I32Buffer index, I32Buffer count, I32Buffer layer,
-    I32Buffer table, I32Buffer first_slot, F32Buffer k_scale,
-    F32Buffer v_scale, F32Buffer cos, F32Buffer sin, I32Buffer rope_positions,
-    I32Buffer padding, F32Buffer alibi, F32Buffer sinks, F32Buffer bias,
-    ffi::Buffer<ffi::PRED> mask, ffi::AnyBuffer qv,
-    ffi::Result<ffi::AnyBuffer> out, ffi::Result<F32Buffer> lse, int64_t ring,
-    int64_t window_left, int64_t window_right, int64_t chunk, float scale,
-    float softcap, bool heads_first, bool causal, bool interleaved,
-    bool rotate_keys) {
+ffi::Error AttendImpl(ffi::ThreadPool pool, ffi::AnyBuffer cache_k,
+                      ffi::AnyBuffer cache_v, ffi::AnyBuffer q, I32Buffer index,
+                      I32Buffer count, I32Buffer layer, I32Buffer table,
+                      I32Buffer first_slot, F32Buffer k_scale,
+                      F32Buffer v_scale, F32Buffer cos, F32Buffer sin,
+                      I32Buffer rope_positions, I32Buffer padding,
+                      F32Buffer alibi, F32Buffer sinks, F32Buffer bias,
+                      ffi::Buffer<ffi::PRED> mask, ffi::AnyBuffer qv,
+                      ffi::Result<ffi::AnyBuffer> out,
+                      ffi::Result<F32Buffer> lse, int64_t ring,
+                      int64_t window_left, int64_t window_right, int64_t chunk,
+                      float scale, float softcap, bool heads_first, bool causal,
+                      bool interleaved, bool rotate_keys) {
   return Run(pool, cache_k, cache_v,
              {q, index, count, layer, table, first_slot, k_scale, v_scale, cos,
               sin, rope_positions, padding, alibi, sinks, bias, mask, qv},
@@ -274,23 +275,23 @@ ffi::Error AttendImpl(
 template <typename Binding>
 auto BindOperands(Binding binding) {
   return std::move(binding)
-      .template Arg<ffi::AnyBuffer>()            // q
-      .template Arg<I32Buffer>()                 // index
-      .template Arg<I32Buffer>()                 // count
-      .template Arg<I32Buffer>()                 // layer
-      .template Arg<I32Buffer>()                 // table
-      .template Arg<I32Buffer>()                 // first_slot
-      .template Arg<F32Buffer>()                 // k_scale
-      .template Arg<F32Buffer>()                 // v_scale
-      .template Arg<F32Buffer>()                 // rope_cos
-      .template Arg<F32Buffer>()                 // rope_sin
-      .template Arg<I32Buffer>()                 // rope_positions
-      .template Arg<I32Buffer>()                 // left_padding
-      .template Arg<F32Buffer>()                 // alibi_slopes
-      .template Arg<F32Buffer>()                 // sinks
-      .template Arg<F32Buffer>()                 // bias
-      .template Arg<ffi::Buffer<ffi::PRED>>()    // mask
-      .template Arg<ffi::AnyBuffer>();           // qv
+      .template Arg<ffi::AnyBuffer>()          // q
+      .template Arg<I32Buffer>()               // index
+      .template Arg<I32Buffer>()               // count
+      .template Arg<I32Buffer>()               // layer
+      .template Arg<I32Buffer>()               // table
+      .template Arg<I32Buffer>()               // first_slot
+      .template Arg<F32Buffer>()               // k_scale
+      .template Arg<F32Buffer>()               // v_scale
+      .template Arg<F32Buffer>()               // rope_cos
+      .template Arg<F32Buffer>()               // rope_sin
+      .template Arg<I32Buffer>()               // rope_positions
+      .template Arg<I32Buffer>()               // left_padding
+      .template Arg<F32Buffer>()               // alibi_slopes
+      .template Arg<F32Buffer>()               // sinks
+      .template Arg<F32Buffer>()               // bias
+      .template Arg<ffi::Buffer<ffi::PRED>>()  // mask
+      .template Arg<ffi::AnyBuffer>();         // qv
 }
 
 template <typename Binding>
@@ -309,17 +310,16 @@ auto BindOptions(Binding binding) {
 }
 
 auto AppendAndAttendBinding() {
-  return BindOptions(
-      BindOperands(ffi::Ffi::Bind()
-                       .Ctx<ffi::ThreadPool>()
-                       .Arg<ffi::AnyBuffer>()   // cache_k
-                       .Arg<ffi::AnyBuffer>()   // cache_v
-                       .Arg<ffi::AnyBuffer>()   // new_k
-                       .Arg<ffi::AnyBuffer>())  // new_v
-          .Ret<ffi::AnyBuffer>()                // cache_k
-          .Ret<ffi::AnyBuffer>()                // cache_v
-          .Ret<ffi::AnyBuffer>()                // out
-          .Ret<F32Buffer>());                   // lse
+  return BindOptions(BindOperands(ffi::Ffi::Bind()
+                                      .Ctx<ffi::ThreadPool>()
+                                      .Arg<ffi::AnyBuffer>()   // cache_k
+                                      .Arg<ffi::AnyBuffer>()   // cache_v
+                                      .Arg<ffi::AnyBuffer>()   // new_k
+                                      .Arg<ffi::AnyBuffer>())  // new_v
+                         .Ret<ffi::AnyBuffer>()                // cache_k
+                         .Ret<ffi::AnyBuffer>()                // cache_v
+                         .Ret<ffi::AnyBuffer>()                // out
+                         .Ret<F32Buffer>());                   // lse
 }
 
 auto AttendBinding() {

@@ -1,4 +1,4 @@
-"""Decode attention in plain JAX: correct on every platform, reads everything."""
+"""Decode attention in plain JAX: for every platform; reads the whole buffer."""
 
 import dataclasses
 from typing import Any
@@ -169,6 +169,7 @@ def attend(*operands: jax.Array, options: Options) -> tuple[jax.Array, ...]:
   keys, values = jnp.where(seen, keys, 0.0), jnp.where(seen, values, 0.0)
 
   if "rope_cos" in x:
+
     def angles(where):
       where = jnp.clip(where, 0, x["rope_cos"].shape[0] - 1)
       return x["rope_cos"][where], x["rope_sin"][where]
@@ -179,10 +180,12 @@ def attend(*operands: jax.Array, options: Options) -> tuple[jax.Array, ...]:
       cos, sin = (a[:, :, None] for a in angles(key_position))
       keys = rotate(keys, cos, sin, options.interleaved)
 
-  dot = lambda spec, a, b: jnp.einsum(
-    spec, a, b, precision=lax.Precision.HIGHEST,
-    preferred_element_type=jnp.float32,
-  )  # fmt: skip
+  def dot(spec, a, b):
+    return jnp.einsum(
+      spec, a, b, precision=lax.Precision.HIGHEST,
+      preferred_element_type=jnp.float32,
+    )  # fmt: skip
+
   logits = dot("bngth,bsnh->bngts", q, keys)
   if "qv" in x:
     qv = x["qv"].astype(jnp.float32)
@@ -259,4 +262,3 @@ def append_and_attend(
   )  # fmt: skip
   out, lse = attend(*(x[name] for name in options.fields), options=options)
   return x["cache_k"], x["cache_v"], out, lse
-

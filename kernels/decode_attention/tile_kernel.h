@@ -1,6 +1,6 @@
 // The inner loop of decode attention: one sequence, a range of key-value heads,
-// a range of cache slots, every query row of those heads. Compiled once for each
-// instruction set; plain C++, knows nothing of XLA.
+// a range of cache slots, every query row of those heads. Compiled once for
+// each instruction set; plain C++, knows nothing of XLA.
 #ifndef KERNELS_DECODE_ATTENTION_TILE_KERNEL_H_
 #define KERNELS_DECODE_ATTENTION_TILE_KERNEL_H_
 
@@ -19,7 +19,9 @@ constexpr int64_t kLanes = 16;
 // lines takes twice the time to load.
 constexpr int64_t kAlignment = 64;
 
-inline int64_t PadToLanes(int64_t n) { return (n + kLanes - 1) / kLanes * kLanes; }
+inline int64_t PadToLanes(int64_t n) {
+  return (n + kLanes - 1) / kLanes * kLanes;
+}
 
 // Rows are worked on in blocks of 8, 4, 2 or 1; where the last block is not
 // full, rows of zeros follow.
@@ -43,10 +45,10 @@ struct PerLogit {
 // What decides which keys a query sees and what is added to its logits.
 struct Masking {
   bool causal = true;
-  int64_t window_left = -1;   // keys before the query; -1: no limit
-  int64_t window_right = -1;  // keys after the query; -1: no limit
-  int64_t chunk = 0;          // chunked attention: keys of the query's chunk
-  float softcap = 0.0f;       // 0: none
+  int64_t window_left = -1;      // keys before the query; -1: no limit
+  int64_t window_right = -1;     // keys after the query; -1: no limit
+  int64_t chunk = 0;             // chunked attention: keys of the query's chunk
+  float softcap = 0.0f;          // 0: none
   const float* alibi = nullptr;  // [b, q_heads], or [1, q_heads]
   int64_t alibi_stride = 0;
   PerLogit<float> bias;
@@ -70,7 +72,7 @@ struct Rotary {
   int64_t pairs = 0;
   bool interleaved = false;        // pairs (2i, 2i+1), else (i, i + pairs)
   const int32_t* where = nullptr;  // [b, tokens] row of cos and sin
-  bool cached_keys = false;  // keys are turned when read, not when stored
+  bool cached_keys = false;        // keys are turned when read, not when stored
 
   // Turns one row by the angles of `position`.
   void Turn(int64_t position, float* row) const {

@@ -1,7 +1,6 @@
 """Writing this step's keys and values into a cache, in place."""
 
 from collections.abc import Iterator
-from typing import Any
 
 import jax
 from jax.interpreters import ad
@@ -9,9 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from kernels.common import dispatch
-from kernels.kv_cache import checks
+from kernels.kv_cache import checks, reference
 from kernels.kv_cache import layout as layout_lib
-from kernels.kv_cache import reference
 
 TARGET = "kv_cache_update"
 

@@ -46,16 +46,16 @@ ffi::Error RequireShape(std::string_view name, const AnyOrTypedBuffer& buffer,
   if (dims.size() != sizes.size() ||
       !std::equal(sizes.begin(), sizes.end(), dims.begin())) {
     return InvalidArgument("`", name, "` must have shape ",
-                           ShapeText(std::vector<int64_t>(sizes)),
-                           ", but got ", ShapeText(dims), ".");
+                           ShapeText(std::vector<int64_t>(sizes)), ", but got ",
+                           ShapeText(dims), ".");
   }
   return ffi::Error::Success();
 }
 
-#define KERNELS_RETURN_IF_ERROR(expression)            \
-  do {                                                 \
-    ::xla::ffi::Error error_ = (expression);           \
-    if (error_.failure()) return error_;               \
+#define KERNELS_RETURN_IF_ERROR(expression)  \
+  do {                                       \
+    ::xla::ffi::Error error_ = (expression); \
+    if (error_.failure()) return error_;     \
   } while (false)
 
 // Reads element type and sizes off the caches `[..., r, s, n, h]`.
@@ -99,8 +99,7 @@ inline ffi::Error ReadAddressing(const ffi::Buffer<ffi::S32>& layer,
   KERNELS_REQUIRE(dims.size() == 2 && layer.dimensions().size() == 1 &&
                       layer.dimensions()[0] == dims[0],
                   "`layer` must have shape [b] and `table` [b, m], but got ",
-                  ShapeText(layer.dimensions()), " and ", ShapeText(dims),
-                  ".");
+                  ShapeText(layer.dimensions()), " and ", ShapeText(dims), ".");
   KERNELS_REQUIRE(first_slot.element_count() == 1,
                   "`first_slot` must be a scalar, but got ",
                   ShapeText(first_slot.dimensions()), ".");

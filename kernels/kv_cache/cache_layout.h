@@ -68,8 +68,7 @@ struct Addressing {
   // Index of the row of head 0 at logical slot `slot`, or -1 where the slot is
   // not here: beyond the end, in another shard, or in a block that does not
   // exist.
-  int64_t RowOf(const CacheShape& shape, int64_t sequence,
-                int64_t slot) const {
+  int64_t RowOf(const CacheShape& shape, int64_t sequence, int64_t slot) const {
     const int64_t local = slot - first_slot;
     if (local < 0 || local >= table_width * shape.block_size) return -1;
     const int64_t entry = table_width == 1 ? 0 : local / shape.block_size;

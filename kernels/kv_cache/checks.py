@@ -93,7 +93,8 @@ def position_violations(
   yield (
     xp.any(outside),
     f"`index` must lie in [0, {length}) and leave room for the new tokens in a"
-    f" cache of length {length}, but got {{index}} with {{lengths}} new tokens.",
+    f" cache of length {length}, but got {{index}} with {{lengths}} new"
+    " tokens.",
     {"index": index, "lengths": count},
   )
   yield (

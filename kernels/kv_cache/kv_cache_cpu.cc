@@ -34,21 +34,20 @@ void WriteToken(const UpdateArgs& args, int64_t sequence, int64_t token,
   const int64_t to_bytes = dim * ElementSize(args.element);
   const bool quantize = args.element != args.new_element;
   if (!shape.heads_first && !quantize) {
-    std::memcpy(cache + row * to_bytes,
-                src + (sequence * args.tokens + token) * shape.heads *
-                          from_bytes,
-                shape.heads * to_bytes);
+    std::memcpy(
+        cache + row * to_bytes,
+        src + (sequence * args.tokens + token) * shape.heads * from_bytes,
+        shape.heads * to_bytes);
     return;
   }
   for (int64_t n = 0; n < shape.heads; ++n) {
     const int64_t from =
-        shape.heads_first
-            ? (sequence * shape.heads + n) * args.tokens + token
-            : (sequence * args.tokens + token) * shape.heads + n;
+        shape.heads_first ? (sequence * shape.heads + n) * args.tokens + token
+                          : (sequence * args.tokens + token) * shape.heads + n;
     uint8_t* dst = cache + (row + n * shape.head_stride()) * to_bytes;
     if (quantize) {
-      Convert(args.new_element, src + from * from_bytes, args.element, dst,
-              dim, scale == nullptr ? 1.0f : scale[sequence * shape.heads + n]);
+      Convert(args.new_element, src + from * from_bytes, args.element, dst, dim,
+              scale == nullptr ? 1.0f : scale[sequence * shape.heads + n]);
     } else {
       std::memcpy(dst, src + from * from_bytes, to_bytes);
     }

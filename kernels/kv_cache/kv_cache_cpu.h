@@ -49,10 +49,9 @@ void UpdateTokens(const UpdateArgs& args, int64_t sequence, int64_t first,
 template <typename Pool>
 void Update(const UpdateArgs& args, Pool& pool) {
   constexpr int64_t kItemBytes = int64_t{64} << 10;
-  const int64_t token_bytes =
-      std::max<int64_t>(1, args.shape.heads *
-                               (args.shape.k_dim + args.shape.v_dim) *
-                               ElementSize(args.new_element));
+  const int64_t token_bytes = std::max<int64_t>(
+      1, args.shape.heads * (args.shape.k_dim + args.shape.v_dim) *
+             ElementSize(args.new_element));
   const int64_t per_item = std::max<int64_t>(1, kItemBytes / token_bytes);
   const int64_t items = (args.tokens + per_item - 1) / per_item;
   const int64_t batch = args.addressing.batch;

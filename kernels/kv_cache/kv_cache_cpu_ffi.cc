@@ -14,18 +14,14 @@ namespace kernels {
 namespace kv_cache {
 namespace {
 
-ffi::Error UpdateImpl(ffi::ThreadPool pool, ffi::AnyBuffer cache_k,
-                      ffi::AnyBuffer cache_v, ffi::AnyBuffer new_k,
-                      ffi::AnyBuffer new_v, ffi::Buffer<ffi::S32> index,
-                      ffi::Buffer<ffi::S32> count,
-                      ffi::Buffer<ffi::S32> layer,
-                      ffi::Buffer<ffi::S32> table,
-                      ffi::Buffer<ffi::S32> first_slot,
-                      ffi::Buffer<ffi::F32> k_scale,
-                      ffi::Buffer<ffi::F32> v_scale,
-                      ffi::Result<ffi::AnyBuffer> out_k,
-                      ffi::Result<ffi::AnyBuffer> out_v, int64_t ring,
-                      bool heads_first) {
+ffi::Error UpdateImpl(
+    ffi::ThreadPool pool, ffi::AnyBuffer cache_k, ffi::AnyBuffer cache_v,
+    ffi::AnyBuffer new_k, ffi::AnyBuffer new_v, ffi::Buffer<ffi::S32> index,
+    ffi::Buffer<ffi::S32> count, ffi::Buffer<ffi::S32> layer,
+    ffi::Buffer<ffi::S32> table, ffi::Buffer<ffi::S32> first_slot,
+    ffi::Buffer<ffi::F32> k_scale, ffi::Buffer<ffi::F32> v_scale,
+    ffi::Result<ffi::AnyBuffer> out_k, ffi::Result<ffi::AnyBuffer> out_v,
+    int64_t ring, bool heads_first) {
   UpdateArgs args = {};
   KERNELS_RETURN_IF_ERROR(
       ReadCaches(cache_k, cache_v, heads_first, &args.element, &args.shape));
@@ -47,9 +43,8 @@ ffi::Error UpdateImpl(ffi::ThreadPool pool, ffi::AnyBuffer cache_k,
           new_k.element_type() == new_v.element_type(),
       "`new_k` and `new_v` must have the dtype of the cache, or be floating if "
       "that is quantised, but got ",
-      DtypeName(new_k.element_type()), " and ",
-      DtypeName(new_v.element_type()), " for a cache of ",
-      DtypeName(cache_k.element_type()), ".");
+      DtypeName(new_k.element_type()), " and ", DtypeName(new_v.element_type()),
+      " for a cache of ", DtypeName(cache_k.element_type()), ".");
   args.new_element = *new_element;
   const int64_t t = args.tokens;
   const int64_t n = shape.heads;

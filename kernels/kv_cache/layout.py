@@ -288,7 +288,7 @@ def canonicalize(
       )
     table = jnp.arange(batch, dtype=jnp.int32)[:, None]
 
-  scales = ()
+  scales: tuple[jax.Array, ...] = ()
   given = k_scale is not None or v_scale is not None
   if is_quantized(cache_k.dtype):
     if k_scale is None or v_scale is None:

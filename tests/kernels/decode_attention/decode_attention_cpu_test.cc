@@ -43,14 +43,14 @@ class ThreadPool {
   std::vector<std::thread> running_;
 };
 
-#define EXPECT(condition, ...)                                        \
-  do {                                                                \
-    if (!(condition)) {                                               \
+#define EXPECT(condition, ...)                                             \
+  do {                                                                     \
+    if (!(condition)) {                                                    \
       std::fprintf(stderr, "%s:%d: " #condition ": ", __FILE__, __LINE__); \
-      std::fprintf(stderr, __VA_ARGS__);                              \
-      std::fprintf(stderr, "\n");                                     \
-      std::exit(1);                                                   \
-    }                                                                 \
+      std::fprintf(stderr, __VA_ARGS__);                                   \
+      std::fprintf(stderr, "\n");                                          \
+      std::exit(1);                                                        \
+    }                                                                      \
   } while (false)
 
 // Exactly as large as needed, on the heap, so that a sanitizer sees a byte too
@@ -89,10 +89,9 @@ double ElementValue(Element element, const uint8_t* p) {
       const int exponent = code >> mantissa_bits;
       const int mantissa = code & ((1 << mantissa_bits) - 1);
       const double magnitude =
-          exponent == 0
-              ? std::ldexp(mantissa, 1 - bias - mantissa_bits)
-              : std::ldexp((1 << mantissa_bits) + mantissa,
-                           exponent - bias - mantissa_bits);
+          exponent == 0 ? std::ldexp(mantissa, 1 - bias - mantissa_bits)
+                        : std::ldexp((1 << mantissa_bits) + mantissa,
+                                     exponent - bias - mantissa_bits);
       return *p & 0x80 ? -magnitude : magnitude;
     }
     default: {
@@ -112,17 +111,14 @@ void Check(std::mt19937& rng, Element element, const Sizes& z) {
   args.element = element;
   args.query_element = kind;
   args.out_element = Element::kF32;
-  args.shape = {1,       blocks,  z.slots,      z.heads,
-                z.k_dim, z.v_dim, z.heads_first};
+  args.shape = {1, blocks, z.slots, z.heads, z.k_dim, z.v_dim, z.heads_first};
   const int64_t rows = blocks * z.slots * z.heads;
   const Bytes cache_k = Random(rng, rows * z.k_dim, element);
   const Bytes cache_v = Random(rng, rows * z.v_dim, element);
   const int64_t queries = z.batch * z.tokens * z.heads * z.group;
   const Bytes q = Random(rng, queries * z.k_dim, kind);
-  const Bytes new_k =
-      Random(rng, z.batch * z.tokens * z.heads * z.k_dim, kind);
-  const Bytes new_v =
-      Random(rng, z.batch * z.tokens * z.heads * z.v_dim, kind);
+  const Bytes new_k = Random(rng, z.batch * z.tokens * z.heads * z.k_dim, kind);
+  const Bytes new_v = Random(rng, z.batch * z.tokens * z.heads * z.v_dim, kind);
   std::vector<int32_t> table(blocks), layer(z.batch, 0), index(z.batch),
       count(z.batch);
   for (int64_t i = 0; i < blocks; ++i) {
@@ -192,9 +188,9 @@ void Check(std::mt19937& rng, Element element, const Sizes& z) {
   for (int64_t b = 0; b < z.batch; ++b) {
     for (int64_t i = 0; i < count[b]; ++i) {
       for (int64_t h = 0; h < z.heads * z.group; ++h) {
-        const int64_t row =
-            z.heads_first ? (b * z.heads * z.group + h) * z.tokens + i
-                          : (b * z.tokens + i) * z.heads * z.group + h;
+        const int64_t row = z.heads_first
+                                ? (b * z.heads * z.group + h) * z.tokens + i
+                                : (b * z.tokens + i) * z.heads * z.group + h;
         const int64_t p = index[b] + i;
         const int64_t first =
             z.ring ? std::max<int64_t>(0, p - (capacity - z.tokens)) : 0;

@@ -287,8 +287,9 @@ class DecodeAttentionTest(PlatformTest):
 
   def test_what_is_not_valid_is_never_read(self):
     k, v, q, new_k, new_v = arguments(t=2)
-    k, v = (jnp.where(jnp.arange(24)[:, None, None] < 5, x, jnp.nan)
-            for x in (k, v))
+    k, v = (
+      jnp.where(jnp.arange(24)[:, None, None] < 5, x, jnp.nan) for x in (k, v)
+    )
     for implementation in IMPLEMENTATIONS:
       got = jitted(implementation)(k, v, q, new_k, new_v, 5)
       assert np.isfinite(got[2]).all()
@@ -343,7 +344,9 @@ class DecodeAttentionTest(PlatformTest):
 
 class AttendTest(PlatformTest):
   @parameterized.product(
-    implementation=IMPLEMENTATIONS, layout=("bsnh", "bnsh"), causal=(True, False)
+    implementation=IMPLEMENTATIONS,
+    layout=("bsnh", "bnsh"),
+    causal=(True, False),
   )
   def test_attends_without_appending(self, implementation, layout, causal):
     k, v, q, _, _ = arguments(t=3, layout=layout)
@@ -419,15 +422,18 @@ class InPlaceTest(CpuOnlyTest):
 
     def loop(k, v):
       if kind == "scan":
+
         def body(carry, i):
           *carry, out = step(i, *carry)
           return tuple(carry), out
+
         return jax.lax.scan(body, (k, v), jnp.arange(5))
 
       def body(carry):
         i, k, v, total = carry
         k, v, out = step(i, k, v)
         return i + 1, k, v, total + out
+
       return jax.lax.while_loop(
         lambda c: c[0] < 5, body, (0, k, v, jnp.float32(0))
       )
@@ -444,6 +450,7 @@ class InPlaceTest(CpuOnlyTest):
         k, v, x = carry
         k, v, out = da.decode_attention(k, v, x, new_k, new_v, 2, layer=layer)
         return (k, v, x + out), None
+
       return jax.lax.scan(body, (k, v, q), jnp.arange(4))[0]
 
     want_q = q
@@ -491,14 +498,15 @@ class TransformTest(PlatformTest):
   def test_vmap_over_what_a_batch_shares(self):
     args = arguments()
     sinks = jnp.array([[0.0, 1.0, 2.0, 3.0], [1.0, 0.0, 0.0, 9.0]])
-    fn = lambda sinks: da.decode_attention(*args, 4, sinks=sinks)[2]
+
+    def fn(sinks):
+      return da.decode_attention(*args, 4, sinks=sinks)[2]
+
     got = jax.jit(jax.vmap(fn))(sinks)
     for i in range(2):
       tolerances.assert_close(got[i], fn(sinks[i]), "float32")
 
-  @parameterized.product(
-    implementation=IMPLEMENTATIONS, rope=(False, True)
-  )
+  @parameterized.product(implementation=IMPLEMENTATIONS, rope=(False, True))
   def test_gradients_match_finite_differences(self, implementation, rope):
     args = arguments(b=2, s=6, t=2, h=4)
     rng = np.random.default_rng(3)
@@ -523,9 +531,12 @@ class TransformTest(PlatformTest):
 
   def test_gradient_of_a_query_over_a_quantised_cache(self):
     k, v, q, new_k, new_v = arguments(dtype="int8")
-    fn = lambda q, new: da.decode_attention(
-      k, v, q, new, new_v, 3, k_scale=0.02, v_scale=0.02
-    )[2].sum()
+
+    def fn(q, new):
+      return da.decode_attention(
+        k, v, q, new, new_v, 3, k_scale=0.02, v_scale=0.02
+      )[2].sum()
+
     assert np.isfinite(jax.grad(fn)(q, new_k)).all()
     with pytest.raises(TypeError, match="cannot be differentiated"):
       jax.grad(fn, argnums=1)(q, new_k)
@@ -576,31 +587,68 @@ class WrongInputTest(PlatformTest):
       ValueError, "`q` must have 4 axes", k, v, q[0], new_k, new_v, 0
     )
     self.assert_raises(
-      ValueError, "heads a multiple of the cache's 2",
-      k, v, q[:, :, :3], new_k, new_v, 0,
-    )
-    self.assert_raises(
-      TypeError, "`q` must have the dtype of the cache, float32",
-      k, v, q.astype("bfloat16"), new_k, new_v, 0,
-    )
-    self.assert_raises(
-      ValueError, "`new_k` and `new_v` must have 4 axes",
-      k, v, q, new_k[0], new_v, 0,
-    )
-    self.assert_raises(
-      ValueError, "`q` must have as many tokens as `new_k`",
-      k, v, q, jnp.concatenate([new_k] * 2, 1), jnp.concatenate([new_v] * 2, 1),
+      ValueError,
+      "heads a multiple of the cache's 2",
+      k,
+      v,
+      q[:, :, :3],
+      new_k,
+      new_v,
       0,
     )
     self.assert_raises(
-      TypeError, "`new_k` must have the dtype of `q`",
-      k.astype("int8"), v.astype("int8"), q, new_k.astype("bfloat16"),
-      new_v.astype("bfloat16"), 0, k_scale=1.0, v_scale=1.0,
+      TypeError,
+      "`q` must have the dtype of the cache, float32",
+      k,
+      v,
+      q.astype("bfloat16"),
+      new_k,
+      new_v,
+      0,
     )
     self.assert_raises(
-      TypeError, "`q` must be one of float32",
-      k.astype("int8"), v.astype("int8"), q.astype("int32"), new_k, new_v, 0,
-      k_scale=1.0, v_scale=1.0,
+      ValueError,
+      "`new_k` and `new_v` must have 4 axes",
+      k,
+      v,
+      q,
+      new_k[0],
+      new_v,
+      0,
+    )
+    self.assert_raises(
+      ValueError,
+      "`q` must have as many tokens as `new_k`",
+      k,
+      v,
+      q,
+      jnp.concatenate([new_k] * 2, 1),
+      jnp.concatenate([new_v] * 2, 1),
+      0,
+    )
+    self.assert_raises(
+      TypeError,
+      "`new_k` must have the dtype of `q`",
+      k.astype("int8"),
+      v.astype("int8"),
+      q,
+      new_k.astype("bfloat16"),
+      new_v.astype("bfloat16"),
+      0,
+      k_scale=1.0,
+      v_scale=1.0,
+    )
+    self.assert_raises(
+      TypeError,
+      "`q` must be one of float32",
+      k.astype("int8"),
+      v.astype("int8"),
+      q.astype("int32"),
+      new_k,
+      new_v,
+      0,
+      k_scale=1.0,
+      v_scale=1.0,
     )
 
   @parameterized.parameters(

@@ -72,13 +72,9 @@ def attend(
 ) -> tuple[np.ndarray, np.ndarray]:
   """Attends over caches that hold everything already.
 
-  Args:
-    cache_k: As for `decode_attention`, after the update.
-    cache_v: Like `cache_k`.
-    q: As for `decode_attention`.
-    first: `[b]` position of query token 0.
-    counts: `[b]` query tokens that are not padding.
-    layer, layout, ...: As for `decode_attention`.
+  `cache_k` and `cache_v` are as after the update, `first` is the position `[b]`
+  of query token 0 and `counts` the number `[b]` of those that are not padding;
+  everything else is as for `decode_attention`.
 
   Returns:
     The result and the logarithms, in the layout of `decode_attention`.

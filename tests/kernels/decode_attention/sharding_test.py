@@ -1,11 +1,12 @@
-"""Decode attention on eight virtual devices: same numbers, no cache gathered."""
+"""Decode attention on eight devices: same numbers, no cache gathered."""
 
 import functools
 
 from absl.testing import parameterized
 import jax
-from jax.sharding import NamedSharding, PartitionSpec as P
 import jax.numpy as jnp
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 import numpy as np
 
 from kernels import decode_attention as da
@@ -39,7 +40,10 @@ class ShardingTest(parameterized.TestCase):
     self, mesh, cache_spec, new_spec, args, index, reduces=False, **kwargs
   ):
     """Compares a run on the mesh with the reference on one device."""
-    place = lambda x, spec: jax.device_put(x, NamedSharding(mesh, spec))
+
+    def place(x, spec):
+      return jax.device_put(x, NamedSharding(mesh, spec))
+
     caches = [place(x, cache_spec) for x in args[:2]]
     new = [place(x, new_spec) for x in args[2:]]
     index = np.asarray(index, np.int32)
@@ -143,9 +147,7 @@ class ShardingTest(parameterized.TestCase):
     spec = P("x", None, "y")
     step = jax.jit(
       jax.shard_map(
-        functools.partial(
-          da.decode_attention, implementation=implementation
-        ),
+        functools.partial(da.decode_attention, implementation=implementation),
         mesh=mesh,
         in_specs=(spec,) * 5 + (P("x"),),
         out_specs=(spec,) * 3,

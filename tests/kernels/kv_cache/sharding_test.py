@@ -4,8 +4,9 @@ import functools
 
 from absl.testing import parameterized
 import jax
-from jax.sharding import NamedSharding, PartitionSpec as P
 import jax.numpy as jnp
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 import numpy as np
 
 from kernels import kv_cache
@@ -38,7 +39,10 @@ class ShardingTest(parameterized.TestCase):
 
   def check(self, mesh, cache_spec, new_spec, args, index, **kwargs):
     """Runs the update under jit with these shardings."""
-    place = lambda x, spec: jax.device_put(x, NamedSharding(mesh, spec))
+
+    def place(x, spec):
+      return jax.device_put(x, NamedSharding(mesh, spec))
+
     caches = [place(x, cache_spec) for x in args[:2]]
     new = [place(x, new_spec) for x in args[2:]]
     index = np.asarray(index, np.int32)
@@ -110,9 +114,7 @@ class ShardingTest(parameterized.TestCase):
     mesh = devices.auto_mesh((8,), ("x",))
     args = arguments()
     spec = NamedSharding(mesh, P(None, None, None, "x"))
-    got = jax.jit(kv_cache.update)(
-      *(jax.device_put(x, spec) for x in args), 3
-    )
+    got = jax.jit(kv_cache.update)(*(jax.device_put(x, spec) for x in args), 3)
     for g, w in zip(got, oracles.update(*args, 3)):
       np.testing.assert_array_equal(g, w)
 
@@ -131,7 +133,10 @@ class ShardingTest(parameterized.TestCase):
       ),
       donate_argnums=(0, 1),
     )
-    place = lambda x, spec: jax.device_put(x, NamedSharding(mesh, spec))
+
+    def place(x, spec):
+      return jax.device_put(x, NamedSharding(mesh, spec))
+
     arrays = [place(x, cache) for x in args]
     text = step.lower(*arrays, index).compile().as_text()
     for name in COLLECTIVES:

@@ -1,4 +1,4 @@
-"""Contract of `kv_cache.update`: every implementation against a NumPy oracle."""
+"""Contract of `kv_cache.update`: implementations against a NumPy oracle."""
 
 import functools
 import threading
@@ -43,9 +43,7 @@ def arguments(seed=0, b=3, s=8, t=1, n=2, h=20, dtype="float32", layout="bsnh"):
 
 def jitted(implementation, **kwargs):
   return jax.jit(
-    functools.partial(
-      kv_cache.update, implementation=implementation, **kwargs
-    )
+    functools.partial(kv_cache.update, implementation=implementation, **kwargs)
   )
 
 
@@ -89,7 +87,8 @@ def problems(draw):
     caches.append(random(rng, lead + cache, dtype))
     new.append(
       random(
-        rng, row,
+        rng,
+        row,
         dtype if dtype in FLOATS else draw(st.sampled_from(FLOATS)),
       )
     )
@@ -184,8 +183,9 @@ class UpdateTest(PlatformTest):
     got, _ = jitted(implementation, k_scale=1.0, v_scale=1.0)(
       cache, cache, new, new, 1
     )
-    want = oracles.quantize(np.nan_to_num(special, nan=0.0, posinf=np.inf,
-                                         neginf=-np.inf), 1.0, dtype)
+    want = oracles.quantize(
+      np.nan_to_num(special, nan=0.0, posinf=np.inf, neginf=-np.inf), 1.0, dtype
+    )
     got = np.asarray(got)[0, 1, 0]
     nan = np.isnan(special)
     np.testing.assert_array_equal(
@@ -255,12 +255,16 @@ class InPlaceTest(CpuOnlyTest):
 
     def run(k, v):
       if kind == "scan":
+
         def body(carry, i):
           return kv_cache.update(*carry, new_k + i, new_v, i), None
+
         return jax.lax.scan(body, (k, v), jnp.arange(5))[0]
+
       def step(carry):
         i, k, v = carry
         return i + 1, *kv_cache.update(k, v, new_k + i, new_v, i)
+
       return jax.lax.while_loop(lambda c: c[0] < 5, step, (0, k, v))[1:]
 
     want = [np.array(k), np.array(v)]
@@ -277,6 +281,7 @@ class InPlaceTest(CpuOnlyTest):
     def run(k, v):
       def body(carry, layer):
         return kv_cache.update(*carry, new_k, new_v, 2, layer=layer), None
+
       return jax.lax.scan(body, (k, v), jnp.arange(4))[0]
 
     want = [np.array(k), np.array(v)]
@@ -301,9 +306,7 @@ class TransformTest(PlatformTest):
     layout=("bsnh", "bnsh"),
   )
   def test_vmap(self, implementation, layer, paged, layout):
-    args = [
-      jnp.stack([x, x * 2, x + 1]) for x in arguments(t=2, layout=layout)
-    ]
+    args = [jnp.stack([x, x * 2, x + 1]) for x in arguments(t=2, layout=layout)]
     if layer is not None:
       args[:2] = (jnp.stack([x] * 2, 1) for x in args[:2])
     index = jnp.array([[0, 1, 2], [3, 4, 5], [5, 3, 1]])
@@ -315,18 +318,14 @@ class TransformTest(PlatformTest):
     )
     got = jax.jit(jax.vmap(update))(*args, index)
     for i in range(3):
-      kwargs["block_table"] = (
-        np.array([[2], [0], [1]]) if paged else None
-      )
+      kwargs["block_table"] = np.array([[2], [0], [1]]) if paged else None
       want = oracle(*(x[i] for x in args), index[i], **kwargs)
       assert_same([g[i] for g in got], want)
 
   @parameterized.parameters(*IMPLEMENTATIONS)
   def test_nested_vmap_over_other_axes(self, implementation):
     k, v, new_k, new_v = arguments()
-    update = functools.partial(
-      kv_cache.update, implementation=implementation
-    )
+    update = functools.partial(kv_cache.update, implementation=implementation)
     inner = jax.vmap(update, (None, None, None, None, 0), (1, 2))
     got = jax.jit(jax.vmap(inner, (None, None, 0, None, None), 0))(
       k, v, jnp.stack([new_k, -new_k]), new_v, jnp.arange(4)
@@ -338,9 +337,9 @@ class TransformTest(PlatformTest):
 
   def test_vmap_is_one_call(self):
     args = [jnp.stack([x, x]) for x in arguments()]
-    text = jax.jit(jax.vmap(kv_cache.update)).lower(
-      *args, jnp.arange(2)
-    ).as_text()
+    text = (
+      jax.jit(jax.vmap(kv_cache.update)).lower(*args, jnp.arange(2)).as_text()
+    )
     assert text.count(f"@{api.TARGET}") == 1
     assert "while" not in text
 
@@ -359,7 +358,10 @@ class TransformTest(PlatformTest):
 
     def loss(*arrays):
       out = kv_cache.update(
-        *arrays, index, ring=ring, layer=layer,
+        *arrays,
+        index,
+        ring=ring,
+        layer=layer,
         implementation=implementation,
       )
       return sum(jnp.vdot(w, o**2) for w, o in zip(weight, out))
@@ -382,25 +384,34 @@ class TransformTest(PlatformTest):
       )
       want = np.zeros(ids[i].size + 1)
       want[where[i].ravel()] = upstream.ravel()
-      np.testing.assert_allclose(
-        grads[2 + i].ravel(), want[1:], rtol=1e-6
-      )
+      np.testing.assert_allclose(grads[2 + i].ravel(), want[1:], rtol=1e-6)
 
   def test_forward_mode_and_checkpoint(self):
     args = arguments()
-    update = lambda *a: kv_cache.update(*a, 1)
+
+    def update(*a):
+      return kv_cache.update(*a, 1)
+
     _, tangents = jax.jvp(update, args, args)
     assert_same(tangents, update(*args))
-    loss = lambda *a: sum(jnp.sum(x**2) for x in update(*a))
+
+    def loss(*a):
+      return sum(jnp.sum(x**2) for x in update(*a))
+
     plain = jax.grad(loss, argnums=(0, 1, 2, 3))(*args)
     saved = jax.grad(jax.checkpoint(loss), argnums=(0, 1, 2, 3))(*args)
     assert_same(saved, plain)
 
   def test_gradient_of_quantised_cache_raises(self):
     k, v, new_k, new_v = arguments(dtype="int8")
-    loss = lambda new: kv_cache.update(
-      k, v, new, new_v, 0, k_scale=1.0, v_scale=1.0
-    )[0].astype(jnp.float32).sum()
+
+    def loss(new):
+      return (
+        kv_cache.update(k, v, new, new_v, 0, k_scale=1.0, v_scale=1.0)[0]
+        .astype(jnp.float32)
+        .sum()
+      )
+
     with pytest.raises(TypeError, match="cannot be differentiated"):
       jax.grad(loss)(new_k)
 
@@ -461,65 +472,128 @@ class WrongInputTest(PlatformTest):
       ValueError, "`cache_k` must have 4 axes", k[0], v, new_k, new_v, 0
     )
     self.assert_raises(
-      ValueError, "Pass `layer` with a stacked cache",
-      k[None], v[None], new_k, new_v, 0,
+      ValueError,
+      "Pass `layer` with a stacked cache",
+      k[None],
+      v[None],
+      new_k,
+      new_v,
+      0,
     )
     self.assert_raises(
       ValueError, "must have 5 axes", k, v, new_k, new_v, 0, layer=0
     )
     self.assert_raises(
-      ValueError, "`new_k` and `new_v` must have 4 axes",
-      k, v, new_k[:, 0], new_v, 0,
+      ValueError,
+      "`new_k` and `new_v` must have 4 axes",
+      k,
+      v,
+      new_k[:, 0],
+      new_v,
+      0,
     )
 
   def test_dtype(self):
     k, v, new_k, new_v = arguments()
     self.assert_raises(
-      TypeError, "`new_k` must have the dtype of `cache_k`, float32",
-      k, v, new_k.astype("bfloat16"), new_v, 0,
+      TypeError,
+      "`new_k` must have the dtype of `cache_k`, float32",
+      k,
+      v,
+      new_k.astype("bfloat16"),
+      new_v,
+      0,
     )
     self.assert_raises(
-      ValueError, "`cache_k` and `cache_v` must have the same dtype",
-      k, v.astype("bfloat16"), new_k, new_v, 0,
+      ValueError,
+      "`cache_k` and `cache_v` must have the same dtype",
+      k,
+      v.astype("bfloat16"),
+      new_k,
+      new_v,
+      0,
     )
     self.assert_raises(
-      TypeError, "`cache_k` must be one of float32",
-      k.astype("int32"), v.astype("int32"), new_k, new_v, 0,
+      TypeError,
+      "`cache_k` must be one of float32",
+      k.astype("int32"),
+      v.astype("int32"),
+      new_k,
+      new_v,
+      0,
     )
     self.assert_raises(
       TypeError, "`index` must hold integers", k, v, new_k, new_v, 0.5
     )
     self.assert_raises(
-      TypeError, "to be quantised to int8",
-      k.astype("int8"), v.astype("int8"), new_k.astype("int32"),
-      new_v.astype("int32"), 0, k_scale=1.0, v_scale=1.0,
+      TypeError,
+      "to be quantised to int8",
+      k.astype("int8"),
+      v.astype("int8"),
+      new_k.astype("int32"),
+      new_v.astype("int32"),
+      0,
+      k_scale=1.0,
+      v_scale=1.0,
     )
 
   def test_shape(self):
     k, v, new_k, new_v = arguments()
     self.assert_raises(
-      ValueError, r"`new_v` must have the shape \[3, 1, 2, 20\]",
-      k, v, new_k, new_v[..., :3], 0,
+      ValueError,
+      r"`new_v` must have the shape \[3, 1, 2, 20\]",
+      k,
+      v,
+      new_k,
+      new_v[..., :3],
+      0,
     )
     self.assert_raises(
-      ValueError, "must have the same dtype and the same shape",
-      k, v[:, :4], new_k, new_v, 0,
+      ValueError,
+      "must have the same dtype and the same shape",
+      k,
+      v[:, :4],
+      new_k,
+      new_v,
+      0,
     )
     self.assert_raises(
-      ValueError, "must have the batch size of the new tokens, 2",
-      k, v, new_k[:2], new_v[:2], 0,
+      ValueError,
+      "must have the batch size of the new tokens, 2",
+      k,
+      v,
+      new_k[:2],
+      new_v[:2],
+      0,
     )
     self.assert_raises(
-      ValueError, r"`index` must be a scalar or of shape \[3\]",
-      k, v, new_k, new_v, jnp.zeros(2, jnp.int32),
+      ValueError,
+      r"`index` must be a scalar or of shape \[3\]",
+      k,
+      v,
+      new_k,
+      new_v,
+      jnp.zeros(2, jnp.int32),
     )
     self.assert_raises(
-      ValueError, "`block_table` must have 2 axes",
-      k, v, new_k, new_v, 0, block_table=jnp.zeros(3, jnp.int32),
+      ValueError,
+      "`block_table` must have 2 axes",
+      k,
+      v,
+      new_k,
+      new_v,
+      0,
+      block_table=jnp.zeros(3, jnp.int32),
     )
     self.assert_raises(
-      TypeError, "`layer` must be an integer scalar",
-      k[None], v[None], new_k, new_v, 0, layer=jnp.zeros(1, jnp.int32),
+      TypeError,
+      "`layer` must be an integer scalar",
+      k[None],
+      v[None],
+      new_k,
+      new_v,
+      0,
+      layer=jnp.zeros(1, jnp.int32),
     )
 
   def test_options(self):
@@ -528,25 +602,57 @@ class WrongInputTest(PlatformTest):
       ValueError, "`layout` must be", k, v, new_k, new_v, 0, layout="sbnh"
     )
     self.assert_raises(
-      ValueError, "`implementation` of kv_cache_update must be one of",
-      k, v, new_k, new_v, 0, implementation="gpu",
+      ValueError,
+      "`implementation` of kv_cache_update must be one of",
+      k,
+      v,
+      new_k,
+      new_v,
+      0,
+      implementation="gpu",
     )
     self.assert_raises(
-      ValueError, "must not be given with a cache of float32",
-      k, v, new_k, new_v, 0, k_scale=1.0, v_scale=1.0,
+      ValueError,
+      "must not be given with a cache of float32",
+      k,
+      v,
+      new_k,
+      new_v,
+      0,
+      k_scale=1.0,
+      v_scale=1.0,
     )
     self.assert_raises(
-      ValueError, "`k_scale` and `v_scale` must be given with a cache of int8",
-      k.astype("int8"), v.astype("int8"), new_k, new_v, 0, k_scale=1.0,
+      ValueError,
+      "`k_scale` and `v_scale` must be given with a cache of int8",
+      k.astype("int8"),
+      v.astype("int8"),
+      new_k,
+      new_v,
+      0,
+      k_scale=1.0,
     )
     self.assert_raises(
-      ValueError, r"`k_scale` must be a scalar, \[2\]",
-      k.astype("int8"), v.astype("int8"), new_k, new_v, 0,
-      k_scale=jnp.ones(3), v_scale=1.0,
+      ValueError,
+      r"`k_scale` must be a scalar, \[2\]",
+      k.astype("int8"),
+      v.astype("int8"),
+      new_k,
+      new_v,
+      0,
+      k_scale=jnp.ones(3),
+      v_scale=1.0,
     )
     self.assert_raises(
-      ValueError, "must not be given together", k, v, new_k, new_v, 0,
-      block_table=jnp.zeros((3, 1), jnp.int32), cache_batch_index=[0, 1, 2],
+      ValueError,
+      "must not be given together",
+      k,
+      v,
+      new_k,
+      new_v,
+      0,
+      block_table=jnp.zeros((3, 1), jnp.int32),
+      cache_batch_index=[0, 1, 2],
     )
 
   @parameterized.parameters(
@@ -561,9 +667,7 @@ class WrongInputTest(PlatformTest):
   )
   def test_position_outside_raises_where_known(self, index, kwargs, match):
     k, v, new_k, new_v = arguments(t=2)
-    kwargs = {
-      name: np.array(value, np.int32) for name, value in kwargs.items()
-    }
+    kwargs = {name: np.array(value, np.int32) for name, value in kwargs.items()}
     if "layer" in kwargs:
       k, v = jnp.stack([k, k]), jnp.stack([v, v])
     with pytest.raises(ValueError, match=match):
@@ -606,7 +710,9 @@ class WrongInputTest(PlatformTest):
       args = [changes.get(str(i), arg) for i, arg in enumerate(good)]
       out = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in args[:2]]
       return jax.ffi.ffi_call(api.TARGET, out)(
-        *args, ring=np.int64(changes.get("ring", 0)), heads_first=np.bool_(False)
+        *args,
+        ring=np.int64(changes.get("ring", 0)),
+        heads_first=np.bool_(False),
       )
 
     call()
