@@ -112,6 +112,8 @@ from nnx.nn.attention import combine_masks as combine_masks
 from nnx.nn.attention import dot_product_attention as dot_product_attention
 from nnx.nn.attention import make_attention_mask as make_attention_mask
 from nnx.nn.attention import make_causal_mask as make_causal_mask
+from nnx.nn.conv import Conv as Conv
+from nnx.nn.conv import ConvTranspose as ConvTranspose
 from nnx.nn.embed import Embed as Embed
 from nnx.nn.initializers import Initializer as Initializer
 from nnx.nn.linear import Einsum as Einsum
@@ -130,6 +132,8 @@ from nnx.nn.pooling import max_pool as max_pool
 from nnx.nn.pooling import min_pool as min_pool
 from nnx.nn.pooling import pool as pool
 from nnx.nn.stochastic import Dropout as Dropout
+from nnx.nn.weight_normalization import SpectralNorm as SpectralNorm
+from nnx.nn.weight_normalization import WeightNorm as WeightNorm
 from nnx.partitioning import logical_axis_rules as logical_axis_rules
 from nnx.pytree import Data as Data
 from nnx.pytree import Object as Object

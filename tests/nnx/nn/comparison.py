@@ -22,16 +22,16 @@ def rows(state: Any, library: Any) -> dict[tuple[Any, ...], Any]:
 
 def layout(state: Any, library: Any) -> dict[str, list[Any]]:
   """Maps paths to the type, shape and dtype of their Variables."""
-  return {
-    "/".join(map(str, path)): [
-      type(leaf).__name__,
-      list(jnp.shape(leaf[...])),
-      jnp.dtype(leaf[...].dtype).name
-      if not jnp.issubdtype(leaf[...].dtype, jax.dtypes.prng_key)
-      else "key",
+  result = {}
+  for path, leaf in rows(state, library).items():
+    value = leaf[...]
+    is_key = jnp.issubdtype(value.dtype, jax.dtypes.prng_key)
+    result["/".join(map(str, path))] = [
+      type(leaf).__name__ if isinstance(leaf, library.Variable) else "Array",
+      list(value.shape),
+      "key" if is_key else value.dtype.name,
     ]
-    for path, leaf in rows(state, library).items()
-  }
+  return result
 
 
 def numbers(x: Any) -> np.ndarray:

@@ -8,6 +8,8 @@ from tests.nnx.nn import comparison
 
 LAYERS = {
   "BatchNorm": ("__init__", "__call__", "set_view"),
+  "Conv": ("__init__", "__call__"),
+  "ConvTranspose": ("__init__", "__call__"),
   "Dropout": ("__init__", "__call__", "set_view"),
   "Einsum": ("__init__", "__call__"),
   "Embed": ("__init__", "__call__", "attend"),
@@ -21,6 +23,8 @@ LAYERS = {
   "MultiHeadAttention": ("__init__", "__call__", "init_cache", "set_view"),
   "PReLU": ("__init__", "__call__"),
   "RMSNorm": ("__init__", "__call__"),
+  "SpectralNorm": ("__init__", "__call__"),
+  "WeightNorm": ("__init__", "__call__"),
 }
 
 FUNCTIONS = (

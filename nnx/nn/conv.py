@@ -1,0 +1,469 @@
+"""Convolutions, channels last."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+import functools
+from typing import Any
+
+import jax
+from jax import lax
+import jax.numpy as jnp
+
+from nnx.module import Module
+from nnx.nn import dtypes
+from nnx.nn.initializers import (
+  NO_METADATA,
+  Initializer,
+  default_kernel_init,
+  initialize,
+)
+from nnx.nn.linear import default_bias_init
+from nnx.rngs import Rngs
+from nnx.variables import Param
+
+Padding = str | int | Sequence[int | tuple[int, int]]
+
+# Paddings that `jnp.pad` makes before the convolution, by its names for them.
+_PAD_MODES = {"CIRCULAR": "wrap", "REFLECT": "reflect"}
+
+
+def _as_tuple(value: int | Sequence[int] | None, rank: int) -> tuple[int, ...]:
+  """One number for each spatial axis; None is 1."""
+  if value is None:
+    value = 1
+  return (value,) * rank if isinstance(value, int) else tuple(value)
+
+
+def _canonical_padding(padding: Padding, rank: int) -> Any:
+  """A string, or a pair for each spatial axis."""
+  if isinstance(padding, str):
+    return padding
+  if isinstance(padding, int):
+    return ((padding, padding),) * rank
+  pairs = tuple((p, p) if isinstance(p, int) else p for p in padding)
+  if len(pairs) == rank and all(
+    isinstance(p, (tuple, list)) and len(p) == 2 for p in pairs
+  ):
+    return tuple((int(low), int(high)) for low, high in pairs)
+  raise ValueError(
+    f"`padding` must be a string, an int, or {rank} ints or pairs of ints, one"
+    f" for each spatial axis, but got `{padding}`."
+  )
+
+
+def _check_mask(mask: Any, kernel_shape: tuple[int, ...]) -> None:
+  if mask is not None and mask.shape != kernel_shape:
+    raise ValueError(
+      f"`mask` must have the shape of the kernel, {kernel_shape}, but got"
+      f" {mask.shape}."
+    )
+
+
+def _one_batch_axis(inputs: jax.Array, spatial: int) -> jax.Array:
+  batch = inputs.ndim - spatial - 1
+  if batch == 1:
+    return inputs
+  return jnp.reshape(inputs, (-1, *inputs.shape[batch:]))
+
+
+def _add_bias(y: jax.Array, bias: jax.Array | None) -> jax.Array:
+  return y if bias is None else y + bias.reshape((1,) * (y.ndim - 1) + (-1,))
+
+
+def _convolve(
+  inputs, kernel, bias, mask, strides, padding, input_dilation,
+  kernel_dilation, groups, dtype, precision, preferred_element_type,
+  out_sharding, promote_dtype=dtypes.promote_dtype,
+  conv_general_dilated=lax.conv_general_dilated,
+):  # fmt: skip
+  """What `Conv` computes of arrays."""
+  inputs = jnp.asarray(inputs)
+  sizes = kernel.shape[:-2]
+  spatial = len(sizes)
+  batch = inputs.shape[: inputs.ndim - spatial - 1]
+  inputs = _one_batch_axis(inputs, spatial)
+  if padding in _PAD_MODES:
+    reach = [(k - 1) * d for k, d in zip(sizes, kernel_dilation)]
+    pads = [(0, 0), *((r // 2, (r + 1) // 2) for r in reach), (0, 0)]
+    inputs = jnp.pad(inputs, pads, mode=_PAD_MODES[padding])
+    padding = "VALID"
+  elif padding == "CAUSAL":
+    before = kernel_dilation[0] * (sizes[0] - 1)
+    inputs = jnp.pad(inputs, [(0, 0), (before, 0), (0, 0)])
+    padding = "VALID"
+  if mask is not None:
+    kernel = kernel * mask
+  inputs, kernel, bias = promote_dtype((inputs, kernel, bias), dtype=dtype)
+  options: dict[str, Any] = {"out_sharding": out_sharding}
+  if preferred_element_type is not None:
+    options["preferred_element_type"] = preferred_element_type
+  last = spatial + 1
+  data_axes = (0, last, *range(1, last))
+  y = conv_general_dilated(
+    inputs,
+    kernel,
+    strides,
+    padding,
+    lhs_dilation=input_dilation,
+    rhs_dilation=kernel_dilation,
+    dimension_numbers=lax.ConvDimensionNumbers(
+      data_axes, (last, spatial, *range(spatial)), data_axes
+    ),
+    feature_group_count=groups,
+    precision=precision,
+    **options,
+  )
+  y = _add_bias(y, bias)
+  return y if len(batch) == 1 else y.reshape((*batch, *y.shape[1:]))
+
+
+_compiled_convolve = functools.partial(
+  jax.jit, static_argnums=tuple(range(4, 13)), inline=True
+)(_convolve)
+
+
+class Conv(Module):
+  """Convolves with a learned kernel and adds a learned bias.
+
+  Example:
+
+    >>> import jax.numpy as jnp
+    >>> import nnx
+    >>> layer = nnx.Conv(3, 4, kernel_size=(5, 5), strides=2, rngs=nnx.Rngs(0))
+    >>> layer.kernel.shape
+    (5, 5, 3, 4)
+    >>> layer(jnp.ones((2, 8, 8, 3))).shape
+    (2, 4, 4, 4)
+
+  Args:
+    in_features: k, the channels of the input.
+    out_features: c, the channels of the result.
+    kernel_size: the size of the kernel along each spatial axis; an int for one
+      axis.
+    strides: of the kernel's steps, one number or one for each spatial axis.
+    padding: "SAME", "VALID", "CIRCULAR" (the input repeats), "REFLECT" (it is
+      mirrored), "CAUSAL" (zeros in front, for one spatial axis), or how many
+      zeros: one number, or for each spatial axis a number or a pair (before,
+      after).
+    input_dilation: distance of the input's elements, likewise.
+    kernel_dilation: distance of the kernel's elements, likewise.
+    feature_group_count: how many groups of channels are convolved on their own.
+    use_bias: whether there is a bias.
+    mask: of the kernel's shape, multiplied to it; or None.
+    dtype: the dtype to compute in; of inputs and parameters, if None.
+    param_dtype: the dtype of the parameters.
+    precision: of the products, as in `jax.lax.conv_general_dilated`.
+    kernel_init: `(key, shape, dtype) -> kernel`.
+    bias_init: `(key, shape, dtype) -> bias`.
+    conv_general_dilated: called in place of `jax.lax.conv_general_dilated`.
+    promote_dtype: `((inputs, kernel, bias), dtype=dtype)` to those three in the
+      dtype to compute in.
+    preferred_element_type: the dtype of the result before the bias, as in
+      `jax.lax.conv_general_dilated`.
+    rngs: the stream `params` gives the keys of kernel and bias.
+    kernel_metadata: metadata of the kernel.
+    bias_metadata: metadata of the bias.
+
+  Attributes:
+    kernel: `Param`, `[*kernel_size, k // feature_group_count, c]`.
+    bias: `Param`, `[c]`, or None.
+
+  Raises:
+    ValueError: if `feature_group_count` does not divide the channels.
+  """
+
+  def __init__(
+    self,
+    in_features: int,
+    out_features: int,
+    kernel_size: int | Sequence[int],
+    strides: int | Sequence[int] | None = 1,
+    *,
+    padding: Padding = "SAME",
+    input_dilation: int | Sequence[int] | None = 1,
+    kernel_dilation: int | Sequence[int] | None = 1,
+    feature_group_count: int = 1,
+    use_bias: bool = True,
+    mask: jax.Array | None = None,
+    dtype: dtypes.Dtype | None = None,
+    param_dtype: dtypes.Dtype = jnp.float32,
+    precision: Any = None,
+    kernel_init: Initializer = default_kernel_init,
+    bias_init: Initializer = default_bias_init,
+    conv_general_dilated: Callable[..., jax.Array] = lax.conv_general_dilated,
+    promote_dtype: dtypes.PromoteDtypeFn = dtypes.promote_dtype,
+    preferred_element_type: dtypes.Dtype | None = None,
+    rngs: Rngs,
+    kernel_metadata: Mapping[str, Any] = NO_METADATA,
+    bias_metadata: Mapping[str, Any] = NO_METADATA,
+  ):
+    if in_features % feature_group_count or out_features % feature_group_count:
+      raise ValueError(
+        "`feature_group_count` must divide `in_features` and `out_features`,"
+        f" but got {feature_group_count} for {in_features} and {out_features}."
+      )
+    self.kernel_size = (
+      (kernel_size,) if isinstance(kernel_size, int) else tuple(kernel_size)
+    )
+    self.kernel_shape = (
+      *self.kernel_size,
+      in_features // feature_group_count,
+      out_features,
+    )
+    self.kernel = Param(
+      initialize(kernel_init, rngs.params(), self.kernel_shape, param_dtype),
+      **kernel_metadata,
+    )
+    self.bias = None
+    if use_bias:
+      self.bias = Param(
+        initialize(bias_init, rngs.params(), (out_features,), param_dtype),
+        **bias_metadata,
+      )
+    self.in_features = in_features
+    self.out_features = out_features
+    self.strides = strides
+    self.padding = padding
+    self.input_dilation = input_dilation
+    self.kernel_dilation = kernel_dilation
+    self.feature_group_count = feature_group_count
+    self.use_bias = use_bias
+    self.mask = mask
+    self.dtype = dtype
+    self.param_dtype = param_dtype
+    self.precision = precision
+    self.conv_general_dilated = conv_general_dilated
+    self.promote_dtype = promote_dtype
+    self.preferred_element_type = preferred_element_type
+
+  def __call__(self, inputs: jax.Array, out_sharding: Any = None) -> jax.Array:
+    """Applies the layer.
+
+    Args:
+      inputs: `[..., *spatial, k]`.
+      out_sharding: the sharding of the convolution, under a mesh with explicit
+        axes.
+
+    Returns:
+      `[..., *spatial, c]`, the sizes as strides and padding make them.
+
+    Raises:
+      ValueError: if `mask` or `padding` do not fit the kernel.
+    """
+    rank = len(self.kernel_size)
+    _check_mask(self.mask, self.kernel_shape)
+    padding = _canonical_padding(self.padding, rank)
+    if padding == "CAUSAL" and rank != 1:
+      raise ValueError(
+        "`padding='CAUSAL'` must come with one spatial axis, but got"
+        f" `kernel_size={self.kernel_size}`."
+      )
+    arguments = (
+      inputs,
+      self.kernel.value,
+      None if self.bias is None else self.bias.value,
+      self.mask,
+      _as_tuple(self.strides, rank),
+      padding,
+      _as_tuple(self.input_dilation, rank),
+      _as_tuple(self.kernel_dilation, rank),
+      self.feature_group_count,
+      self.dtype,
+      self.precision,
+      self.preferred_element_type,
+      out_sharding,
+    )
+    if (
+      self.promote_dtype is dtypes.promote_dtype
+      and self.conv_general_dilated is lax.conv_general_dilated
+    ):
+      return _compiled_convolve(*arguments)
+    return _convolve(*arguments, self.promote_dtype, self.conv_general_dilated)
+
+
+def _wrap_around(y: jax.Array, axis: int, period: int, before: int):
+  """Sums what lies a multiple of the period apart."""
+  after = -(before + y.shape[axis]) % period
+  pads = [(0, 0)] * y.ndim
+  pads[axis] = (before, after)
+  y = jnp.pad(y, pads)
+  return y.reshape((*y.shape[:axis], -1, period, *y.shape[axis + 1 :])).sum(
+    axis
+  )
+
+
+def _convolve_transposed(
+  inputs, kernel, bias, mask, strides, padding, kernel_dilation,
+  transpose_kernel, dtype, precision, preferred_element_type,
+  promote_dtype=dtypes.promote_dtype,
+):  # fmt: skip
+  """What `ConvTranspose` computes of arrays."""
+  inputs = jnp.asarray(inputs)
+  spatial = kernel.ndim - 2
+  batch = inputs.shape[: inputs.ndim - spatial - 1]
+  inputs = _one_batch_axis(inputs, spatial)
+  if mask is not None:
+    kernel = kernel * mask
+  inputs, kernel, bias = promote_dtype((inputs, kernel, bias), dtype=dtype)
+  circular = padding == "CIRCULAR"
+  y = lax.conv_transpose(
+    inputs,
+    kernel,
+    strides,
+    "VALID" if circular else padding,
+    rhs_dilation=kernel_dilation,
+    transpose_kernel=transpose_kernel,
+    precision=precision,
+    preferred_element_type=preferred_element_type,
+  )
+  if circular:
+    for axis, stride in enumerate(strides, 1):
+      period = inputs.shape[axis] * stride
+      # What is missing to an odd number of periods, of which the input's own
+      # shall be the middle one.
+      missing = -(y.shape[axis] - period) % (2 * period)
+      before = missing // 2 if transpose_kernel else (missing + 1) // 2
+      y = _wrap_around(y, axis, period, before)
+  y = _add_bias(y, bias)
+  return y if len(batch) == 1 else y.reshape((*batch, *y.shape[1:]))
+
+
+_compiled_convolve_transposed = functools.partial(
+  jax.jit, static_argnums=tuple(range(4, 11)), inline=True
+)(_convolve_transposed)
+
+
+class ConvTranspose(Module):
+  """Convolves with strides in the result instead of the input.
+
+  Example:
+
+    >>> import jax.numpy as jnp
+    >>> import nnx
+    >>> layer = nnx.ConvTranspose(3, 4, (5, 5), strides=2, rngs=nnx.Rngs(0))
+    >>> layer.kernel.shape
+    (5, 5, 3, 4)
+    >>> layer(jnp.ones((2, 8, 8, 3))).shape
+    (2, 16, 16, 4)
+
+  Args:
+    in_features: k, the channels of the input.
+    out_features: c, the channels of the result.
+    kernel_size: the size of the kernel along each spatial axis; an int for one
+      axis.
+    strides: from element to element in the result, one number or one for each
+      spatial axis; 1, if None.
+    padding: "SAME", "VALID", "CIRCULAR" (the result repeats), or how many zeros
+      around the input with its strides: one number, or for each spatial axis a
+      number or a pair (before, after). The `Conv` of `padding=p` is undone, in
+      shape, by `kernel_dilation * (kernel_size - 1) - p` here.
+    kernel_dilation: distance of the kernel's elements, like `strides`.
+    use_bias: whether there is a bias.
+    mask: of the kernel's shape, multiplied to it; or None.
+    dtype: the dtype to compute in; of inputs and parameters, if None.
+    param_dtype: the dtype of the parameters.
+    precision: of the products, as in `jax.lax.conv_transpose`.
+    kernel_init: `(key, shape, dtype) -> kernel`.
+    bias_init: `(key, shape, dtype) -> bias`.
+    transpose_kernel: whether to flip the kernel's spatial axes and swap its
+      channels, so that the layer is the transpose of the `Conv` with it.
+    promote_dtype: `((inputs, kernel, bias), dtype=dtype)` to those three in the
+      dtype to compute in.
+    preferred_element_type: the dtype of the result before the bias, as in
+      `jax.lax.conv_transpose`.
+    rngs: the stream `params` gives the keys of kernel and bias.
+    kernel_metadata: metadata of the kernel.
+    bias_metadata: metadata of the bias.
+
+  Attributes:
+    kernel: `Param`, `[*kernel_size, k, c]`, or `[*kernel_size, c, k]` with
+      `transpose_kernel`.
+    bias: `Param`, `[c]`, or None.
+  """
+
+  def __init__(
+    self,
+    in_features: int,
+    out_features: int,
+    kernel_size: int | Sequence[int],
+    strides: int | Sequence[int] | None = None,
+    *,
+    padding: Padding = "SAME",
+    kernel_dilation: int | Sequence[int] | None = None,
+    use_bias: bool = True,
+    mask: jax.Array | None = None,
+    dtype: dtypes.Dtype | None = None,
+    param_dtype: dtypes.Dtype = jnp.float32,
+    precision: Any = None,
+    kernel_init: Initializer = default_kernel_init,
+    bias_init: Initializer = default_bias_init,
+    transpose_kernel: bool = False,
+    promote_dtype: dtypes.PromoteDtypeFn = dtypes.promote_dtype,
+    preferred_element_type: dtypes.Dtype | None = None,
+    rngs: Rngs,
+    kernel_metadata: Mapping[str, Any] = NO_METADATA,
+    bias_metadata: Mapping[str, Any] = NO_METADATA,
+  ):
+    self.kernel_size = (
+      (kernel_size,) if isinstance(kernel_size, int) else tuple(kernel_size)
+    )
+    channels = (in_features, out_features)
+    self.kernel_shape = (
+      *self.kernel_size,
+      *(channels[::-1] if transpose_kernel else channels),
+    )
+    self.kernel = Param(
+      initialize(kernel_init, rngs.params(), self.kernel_shape, param_dtype),
+      **kernel_metadata,
+    )
+    self.bias = None
+    if use_bias:
+      self.bias = Param(
+        initialize(bias_init, rngs.params(), (out_features,), param_dtype),
+        **bias_metadata,
+      )
+    self.in_features = in_features
+    self.out_features = out_features
+    self.strides = strides
+    self.padding = padding
+    self.kernel_dilation = kernel_dilation
+    self.use_bias = use_bias
+    self.mask = mask
+    self.dtype = dtype
+    self.param_dtype = param_dtype
+    self.precision = precision
+    self.transpose_kernel = transpose_kernel
+    self.promote_dtype = promote_dtype
+    self.preferred_element_type = preferred_element_type
+
+  def __call__(self, inputs: jax.Array) -> jax.Array:
+    """Applies the layer.
+
+    Args:
+      inputs: `[..., *spatial, k]`.
+
+    Returns:
+      `[..., *spatial, c]`, the sizes as strides and padding make them.
+
+    Raises:
+      ValueError: if `mask` or `padding` do not fit the kernel.
+    """
+    rank = len(self.kernel_size)
+    _check_mask(self.mask, self.kernel_shape)
+    arguments = (
+      inputs,
+      self.kernel.value,
+      None if self.bias is None else self.bias.value,
+      self.mask,
+      _as_tuple(self.strides, rank),
+      _canonical_padding(self.padding, rank),
+      _as_tuple(self.kernel_dilation, rank),
+      self.transpose_kernel,
+      self.dtype,
+      self.precision,
+      self.preferred_element_type,
+    )
+    if self.promote_dtype is dtypes.promote_dtype:
+      return _compiled_convolve_transposed(*arguments)
+    return _convolve_transposed(*arguments, self.promote_dtype)
