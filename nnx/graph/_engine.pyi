@@ -1,6 +1,7 @@
 """The graph engine in C++; see README.md for how it works."""
 
-from typing import Any, Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 Key = int | str
 Nested = dict[Any, Any]
@@ -95,7 +96,9 @@ class Packed:
 class JitFunction:
   def __init__(
     self,
-    make_entry: Callable[..., tuple[Callable[..., Packed], Iterable[int] | None]],
+    make_entry: Callable[
+      ..., tuple[Callable[..., Packed], Iterable[int] | None]
+    ],
     copy_array: Callable[[Any], Any],
     statics: frozenset[int | str],
   ) -> None: ...

@@ -9,14 +9,14 @@ transforms do all of this by themselves.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Hashable, Iterator
 import contextlib
 import functools
 import threading
-from typing import Any, Callable, Hashable, Iterator
+from typing import Any
 
 from nnx import filters as filters_lib
-from nnx.graph import _engine
-from nnx.graph import functional
+from nnx.graph import _engine, functional
 
 
 class _Stacks(threading.local):
@@ -48,7 +48,9 @@ class SplitContext:
     # Inside of a transform, the copies that its merge has made.
     self._updated = update.inner if update is not None else None
 
-  def split(self, node: Any, /, *filters: filters_lib.Filter) -> tuple[Any, ...]:
+  def split(
+    self, node: Any, /, *filters: filters_lib.Filter
+  ) -> tuple[Any, ...]:
     """`nnx.split` where objects split before are references.
 
     Args:
@@ -87,9 +89,7 @@ class MergeContext:
   def __init__(self, update: UpdateContext | None, inner: bool | None):
     self._seen: list[Any] = []
     # Outside of a transform, the originals that are to be changed.
-    self._updated = (
-      update.outer if update is not None and not inner else None
-    )
+    self._updated = update.outer if update is not None and not inner else None
 
   def merge(self, graphdef: Any, state: Any, /, *states: Any) -> Any:
     """`nnx.merge` where references lead to objects merged before.

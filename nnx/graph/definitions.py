@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any, Callable, Generic, Iterator, MutableMapping, TypeVar
+from collections.abc import Callable, Iterator, MutableMapping
+import operator
+from typing import Any, Generic, TypeVar
 
 import jax
 
-from nnx import state as state_lib
 from nnx.graph import _engine
+from nnx.state import State
 
 Node = TypeVar("Node")
 
@@ -47,6 +49,7 @@ class GraphDef(_engine.StructureBase, Generic[Node]):
       >>> class Counter(nnx.Module):
       ...   def __init__(self):
       ...     self.count = nnx.Variable(0)
+      ...
       ...   def add(self, n):
       ...     self.count.value += n
       ...     return self.count.value
@@ -100,7 +103,7 @@ class GraphDef(_engine.StructureBase, Generic[Node]):
     return leaves
 
   def __repr__(self) -> str:
-    lines = []
+    lines: list[str] = []
     _describe(self._records, 0, "", 0, lines)
     shown = lines[:_MAX_SHOWN]
     if len(lines) > len(shown):
@@ -129,7 +132,7 @@ NodeDef.__module__ = "nnx.graph"
 GraphDef.__module__ = "nnx.graph"
 
 
-def _restore(cls: type, *contents: Any) -> GraphDef[Any]:
+def _restore(cls: type[_engine.StructureBase], *contents: Any) -> GraphDef[Any]:
   return cls._restore(*contents)
 
 
@@ -156,11 +159,10 @@ class Caller:
     self._steps = steps
 
   def __getattr__(self, name: str) -> Caller:
-    step = lambda value: getattr(value, name)
-    return Caller(self._call, (*self._steps, step))
+    return Caller(self._call, (*self._steps, operator.attrgetter(name)))
 
   def __getitem__(self, key: Any) -> Caller:
-    return Caller(self._call, (*self._steps, lambda value: value[key]))
+    return Caller(self._call, (*self._steps, operator.itemgetter(key)))
 
   def __call__(self, *args: Any, **kwargs: Any) -> Any:
     return self._call(self._steps, args, kwargs)
@@ -179,6 +181,7 @@ def call(graphdef_and_state: tuple[Any, ...], /) -> Caller:
     >>> class Counter(nnx.Module):
     ...   def __init__(self):
     ...     self.count = nnx.Variable(jnp.zeros((), jnp.int32))
+    ...
     ...   def __call__(self, x):
     ...     self.count.value += 1
     ...     return x * self.count.value
@@ -210,7 +213,7 @@ def call(graphdef_and_state: tuple[Any, ...], /) -> Caller:
       value = step(value)
     result = value(*args, **kwargs)
     graphdef, (mapping,) = _engine.split(node, (True,), True)
-    return result, (graphdef, state_lib.State._from_nested(mapping))
+    return result, (graphdef, State._from_nested(mapping))
 
   return Caller(run)
 
@@ -235,7 +238,7 @@ class GraphState(MutableMapping, Generic[Node]):
   __slots__ = ("_graphdef", "_state")
 
   def __init__(self, graphdef: GraphDef[Node], state: Any):
-    if not isinstance(state, state_lib.State):
+    if not isinstance(state, State):
       raise ValueError(
         f"`state` must be a `State`, but got a `{type(state).__name__}`."
       )
@@ -284,7 +287,7 @@ jax.tree_util.register_pytree_with_keys(
   lambda graphdef, children: _packed(graphdef, *children),
 )
 
-PureState = tuple[GraphDef[Node], state_lib.State]
+PureState = tuple[GraphDef[Node], State]
 
 
 def _packed(graphdef: GraphDef[Any], state: Any) -> GraphState[Any]:

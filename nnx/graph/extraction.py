@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any, Callable, Hashable
+from collections.abc import Callable, Hashable
+from typing import Any
 
 import jax
 
-from nnx.graph import _engine
-from nnx.graph import contexts
-from nnx.graph import traversal
+from nnx.graph import _engine, contexts, traversal
 
 
 class NodeStates:
@@ -69,7 +68,9 @@ class NodeStates:
     return cls(None, (state, *states))
 
   @classmethod
-  def from_prefixes(cls, prefixes: Any, /, *, metadata: Any = None) -> NodeStates:
+  def from_prefixes(
+    cls, prefixes: Any, /, *, metadata: Any = None
+  ) -> NodeStates:
     """Of what stands for the states in a prefix of a tree, such as axes."""
     return cls(None, tuple(prefixes), metadata)
 
@@ -83,7 +84,7 @@ jax.tree_util.register_pytree_with_keys(
     ),
     node.metadata,
   ),
-  lambda metadata, children: NodeStates(*children, metadata),
+  lambda metadata, children: NodeStates(*tuple(children), metadata=metadata),
 )
 
 
@@ -134,7 +135,9 @@ def _map(
     )
   return jax.tree.unflatten(
     treedef,
-    [function(path, part, leaf) for (path, leaf), part in zip(leaves, prefixes)],
+    [
+      function(path, part, leaf) for (path, leaf), part in zip(leaves, prefixes)
+    ],
   )
 
 

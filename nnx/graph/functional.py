@@ -10,7 +10,8 @@ effect: shared references are always handled.
 from __future__ import annotations
 
 import collections.abc
-from typing import Any, Callable, Mapping, MutableMapping, TypeVar
+from collections.abc import Callable, Mapping, MutableMapping
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -161,8 +162,9 @@ def merge(
 
     >>> import nnx
     >>> graphdef, state = nnx.split(nnx.Dict(a=nnx.Param(1.0)))
-    >>> shared, copied = nnx.merge(graphdef, state), nnx.merge(
-    ...   graphdef, state, copy=True
+    >>> shared, copied = (
+    ...   nnx.merge(graphdef, state),
+    ...   nnx.merge(graphdef, state, copy=True),
     ... )
     >>> state.a.value = 2.0
     >>> shared.a.value, copied.a.value
@@ -493,13 +495,14 @@ def flatten(
     The graphdef and the leaves, in canonical order.
   """
   del graph
-  seen = updated = None
+  seen: list[Any] | None = None
+  updated: list[Any] | None = None
   if ref_index is not None:
     seen = _by_number(IndexMap.from_refmap(ref_index))
   if ref_outer_index is not None:
     updated = _by_number(IndexMap.from_refmap(ref_outer_index))
   graphdef, (mapping,) = _engine.split(node, _ALL, True, seen, updated)
-  if ref_index is not None:
+  if ref_index is not None and seen is not None:
     for number in range(len(ref_index), len(seen)):
       ref_index[seen[number]] = number
   if type(mapping) is dict:
@@ -554,7 +557,8 @@ def unflatten(
   Raises:
     ValueError: if the leaves are not those of the graph.
   """
-  seen = updated = None
+  seen: list[Any] | None = None
+  updated: list[Any] | None = None
   if index_ref is not None:
     seen = _by_number(index_ref)
   if outer_index_outer_ref is not None:
@@ -563,7 +567,7 @@ def unflatten(
     0 if recreate_variables else _KEEP_ARRAYS
   )
   node = _engine.merge(graphdef, _from_state(state), flags, seen, updated)
-  if index_ref is not None:
+  if index_ref is not None and seen is not None:
     for number in range(len(index_ref), len(seen)):
       index_ref[number] = seen[number]
   return node
@@ -787,8 +791,8 @@ def cached_partial(
       )
     return result
 
-  call_with_cached.__wrapped__ = f
   for name in ("__name__", "__doc__", "__module__", "__qualname__"):
     if hasattr(f, name):
       setattr(call_with_cached, name, getattr(f, name))
+  vars(call_with_cached)["__wrapped__"] = f
   return call_with_cached

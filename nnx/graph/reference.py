@@ -18,15 +18,13 @@ Written to be read, and never made faster. `flatten` gives the records that
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 import types
-from typing import Any, Sequence
+from typing import Any
 
 import numpy as np
 
-from nnx.graph import _engine
-from nnx.graph import pytrees
-from nnx.graph import registry
-from nnx.graph import runtime
+from nnx.graph import _engine, pytrees, registry, runtime
 from nnx.state import State
 
 _SCALARS = (type(None), bool, int, float, complex, str, bytes, type(...))
@@ -128,8 +126,8 @@ class Flattener:
         self._container(value, attributes)
     elif type(value) in registry.node_types:
       if not self._refer(value):
-        items, metadata = registry.node_types[type(value)].flatten(value)
-        items = dict(items)
+        pairs, metadata = registry.node_types[type(value)].flatten(value)
+        items = dict(pairs)
         self._node(
           "custom", value, canonical_keys(list(items)), metadata, items, True
         )
@@ -233,9 +231,7 @@ class Flattener:
       type(value).__name__, value, keys, None, items, attributes, attributes
     )
 
-  def _node(
-    self, kind, value, keys, aux, items, attributes, reference=False
-  ):
+  def _node(self, kind, value, keys, aux, items, attributes, reference=False):
     self._record(
       kind,
       index=len(self.objects) - 1 if reference or kind == "custom" else -1,

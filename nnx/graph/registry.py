@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable, Sequence
 import dataclasses
-from typing import Any, Callable, Iterable, Sequence
+from typing import Any
 
 from nnx import filters as filters_lib
 from nnx.graph import _engine
@@ -19,7 +20,9 @@ class NodeType:
 
     >>> import nnx
     >>> from nnx.graph import registry
-    >>> all(isinstance(t, registry.NodeType) for t in registry.node_types.values())
+    >>> all(
+    ...   isinstance(t, registry.NodeType) for t in registry.node_types.values()
+    ... )
     True
   """
 

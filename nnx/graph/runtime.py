@@ -7,14 +7,8 @@ import os
 import jax
 import numpy as np
 
-from nnx import errors
-from nnx import pytree
-from nnx import state
-from nnx import variables
-from nnx.graph import _engine
-from nnx.graph import definitions
-from nnx.graph import pytrees
-from nnx.graph import tracing
+from nnx import errors, pytree, state, variables
+from nnx.graph import _engine, definitions, pytrees, tracing
 
 _ARRAY_TYPES = (
   jax.Array,

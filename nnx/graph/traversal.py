@@ -5,7 +5,8 @@ The engine opens the nodes, in the canonical order: ints, then strings.
 
 from __future__ import annotations
 
-from typing import Any, Callable, Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import jax
 
@@ -121,8 +122,7 @@ def iter_children(
   items = _engine.items(node)
   if items is None:
     raise ValueError(
-      "`node` must be an object of nnx, but got a"
-      f" `{type(node).__name__}`."
+      f"`node` must be an object of nnx, but got a `{type(node).__name__}`."
     )
   for key, child in items:
     if is_graph_node(child):
@@ -136,7 +136,8 @@ def _with_child(
   key = items[position][0]
   if isinstance(node, _engine.ObjectBase):
     node._check_can_update()
-    vars(node)[key] = child
+    attributes: dict[Any, Any] = vars(node)
+    attributes[key] = child
   elif isinstance(node, list):
     node[position] = child
   elif isinstance(node, dict):
@@ -199,7 +200,7 @@ def recursive_map(
         "The graph must have no cycle to be mapped, but there is one at"
         f" `{path}` through a `{type(value).__name__}`."
       )
-    items = _engine.items(value)
+    items = _engine.items(value) or []
     shared = isinstance(value, (list, dict, _engine.VariableBase)) or (
       is_graph_node(value)
     )
@@ -207,7 +208,7 @@ def recursive_map(
     if shared:
       pending.add(id(original))
       kept.append(original)
-    for position, (key, child) in enumerate(items or ()):
+    for position, (key, child) in enumerate(items):
       new_child = visit((*path, key), child)
       if new_child is not child:
         value = _with_child(value, items, position, new_child)

@@ -25,8 +25,7 @@ struct Entry {
 };
 
 struct JitFunction {
-  PyObject_HEAD
-  PyObject* dict;
+  PyObject_HEAD PyObject* dict;
   PyObject* weaklist;
   vectorcallfunc vectorcall;
   PyObject* make_entry;  // (structure, leaves, names) -> (compiled, donated)
@@ -57,8 +56,8 @@ struct Arguments {
   Ref names;
 };
 
-bool GatherArguments(PyObject* const* args, Py_ssize_t nargs,
-                     PyObject* kwnames, Arguments* out) {
+bool GatherArguments(PyObject* const* args, Py_ssize_t nargs, PyObject* kwnames,
+                     Arguments* out) {
   const Py_ssize_t nkeywords = kwnames ? PyTuple_GET_SIZE(kwnames) : 0;
   out->values.assign(args, args + nargs + nkeywords);
   if (nkeywords == 0) return true;
@@ -156,16 +155,15 @@ std::shared_ptr<Entry> SlowEntry(JitFunction* self, const Arguments& arguments,
     if (equal) return entry;
   }
 
-  Ref leaves = Ref::Steal(PyTuple_New(AsStructure(structure.get())->num_leaves));
+  Ref leaves =
+      Ref::Steal(PyTuple_New(AsStructure(structure.get())->num_leaves));
   if (!leaves) return nullptr;
   for (size_t i = 0; i < call->leaves.size(); ++i) {
     Py_INCREF(call->leaves[i]);
-    PyTuple_SET_ITEM(leaves.get(), static_cast<Py_ssize_t>(i),
-                     call->leaves[i]);
+    PyTuple_SET_ITEM(leaves.get(), static_cast<Py_ssize_t>(i), call->leaves[i]);
   }
   Ref no_names = Ref::Steal(PyTuple_New(0));
-  PyObject* names =
-      arguments.names ? arguments.names.get() : no_names.get();
+  PyObject* names = arguments.names ? arguments.names.get() : no_names.get();
   Ref made;
   {
     CallFrame frame(AsStructure(structure.get()), call->objects.data());
@@ -242,16 +240,16 @@ PyObject* RunEntry(JitFunction* self, const Entry& entry, const Call& call) {
   {
     CallFrame frame(AsStructure(entry.structure.get()), call.objects.data());
     if (entry.donated.empty()) {
-      Ref leaves = Ref::Steal(
-          PyTuple_New(static_cast<Py_ssize_t>(call.leaves.size())));
+      Ref leaves =
+          Ref::Steal(PyTuple_New(static_cast<Py_ssize_t>(call.leaves.size())));
       if (!leaves) return nullptr;
       for (size_t i = 0; i < call.leaves.size(); ++i) {
         Py_INCREF(call.leaves[i]);
         PyTuple_SET_ITEM(leaves.get(), static_cast<Py_ssize_t>(i),
                          call.leaves[i]);
       }
-      packed = Ref::Steal(
-          PyObject_CallOneArg(entry.compiled.get(), leaves.get()));
+      packed =
+          Ref::Steal(PyObject_CallOneArg(entry.compiled.get(), leaves.get()));
     } else {
       Ref donated = PickDonated(self, call, entry);
       Ref kept = Pick(call, entry.kept);
@@ -396,8 +394,8 @@ PyObject* JitPrepare(PyObject* callable, PyObject* const* args,
   Ref kept = Pick(call, donates ? entry->kept : all);
   Ref donated = Pick(call, entry->donated);
   if (!kept || !donated) return nullptr;
-  Ref numbers = Ref::Steal(
-      PyTuple_New(static_cast<Py_ssize_t>(entry->donated.size())));
+  Ref numbers =
+      Ref::Steal(PyTuple_New(static_cast<Py_ssize_t>(entry->donated.size())));
   if (!numbers) return nullptr;
   for (size_t i = 0; i < entry->donated.size(); ++i) {
     PyObject* number = PyLong_FromLong(entry->donated[i]);
@@ -461,8 +459,7 @@ PyType_Spec jit_spec = {"nnx.graph._engine.JitFunction", sizeof(JitFunction), 0,
 
 bool InitJit(PyObject* module) {
   Ref type = Ref::Steal(PyType_FromSpec(&jit_spec));
-  return type &&
-         PyModule_AddObject(module, "JitFunction", type.release()) == 0;
+  return type && PyModule_AddObject(module, "JitFunction", type.release()) == 0;
 }
 
 }  // namespace nnx::graph

@@ -149,7 +149,8 @@ std::vector<int32_t> CanonicalOrder(const std::vector<Ref>& keys) {
   return all;
 }
 
-Ref PickTuple(const std::vector<Ref>& items, const std::vector<int32_t>& order) {
+Ref PickTuple(const std::vector<Ref>& items,
+              const std::vector<int32_t>& order) {
   Ref tuple = Ref::Steal(PyTuple_New(static_cast<Py_ssize_t>(order.size())));
   if (!tuple) return Ref();
   for (size_t i = 0; i < order.size(); ++i) {
@@ -176,8 +177,8 @@ TypeInfo* GetTypeInfo(PyTypeObject* type) {
   if (!key) return nullptr;
   Ref callback = Ref::Steal(PyCFunction_New(&drop_type_def, key.get()));
   if (!callback) return nullptr;
-  info.weakref = Ref::Steal(PyWeakref_NewRef(
-      reinterpret_cast<PyObject*>(type), callback.get()));
+  info.weakref = Ref::Steal(
+      PyWeakref_NewRef(reinterpret_cast<PyObject*>(type), callback.get()));
   if (!info.weakref) return nullptr;
   return &Types().emplace(type, std::move(info)).first->second;
 }

@@ -28,9 +28,9 @@ enum class TypeKind : uint8_t {
 };
 
 // The attribute names of an instance dictionary (strings; ints in containers):
-// as they were inserted, and in canonical order. Objects of one class nearly always share one
-// layout, so finding it costs a pointer comparison an attribute and gives the
-// canonical order without sorting.
+// as they were inserted, and in canonical order. Objects of one class nearly
+// always share one layout, so finding it costs a pointer comparison an
+// attribute and gives the canonical order without sorting.
 struct Layout {
   std::vector<Ref> inserted;
   std::vector<int32_t> order;  // canonical position -> insertion position

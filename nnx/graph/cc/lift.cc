@@ -51,8 +51,8 @@ int FindWrites(const Structure* before, const std::vector<int32_t>& tops,
     }
   }
   for (size_t i = 0; i < tops.size(); ++i) {
-    const int equal = SubtreesEqual(*before->nodes, tops[i], after.nodes(),
-                                    after.roots()[i]);
+    const int equal =
+        SubtreesEqual(*before->nodes, tops[i], after.nodes(), after.roots()[i]);
     if (equal != 1) return equal;
   }
   for (size_t i = 0; i < tops.size(); ++i) {
@@ -80,8 +80,7 @@ int FindWrites(const Structure* before, const std::vector<int32_t>& tops,
 // in its parent.
 class LeafMatcher {
  public:
-  LeafMatcher(const Structure* before, const Flattener& after,
-              Plan::Data* data)
+  LeafMatcher(const Structure* before, const Flattener& after, Plan::Data* data)
       : before_(*before->nodes),
         after_(after.nodes()),
         data_(data),
@@ -179,8 +178,7 @@ Ref Pack(const Structure* before, const std::vector<int32_t>& tops,
   }
   for (const Ref& object : after.objects()) {
     auto original = originals.find(object.get());
-    data->origin.push_back(original == originals.end() ? -1
-                                                       : original->second);
+    data->origin.push_back(original == originals.end() ? -1 : original->second);
   }
 
   const int values_only =
@@ -199,10 +197,9 @@ Ref Pack(const Structure* before, const std::vector<int32_t>& tops,
     // transformation: there it may be mapped or carried in another way.
     for (int32_t i = 0; i < argument_leaves; ++i) {
       const int32_t input = data->matches[i];
-      data->sources[i] =
-          input >= 0 && leaves[input] == after.leaves()[i].get()
-              ? ~input
-              : data->num_outputs++;
+      data->sources[i] = input >= 0 && leaves[input] == after.leaves()[i].get()
+                             ? ~input
+                             : data->num_outputs++;
     }
   }
   // The result always goes through the transformation, which may treat results
@@ -281,8 +278,7 @@ Ref Apply(PyObject* plan, PyObject* const* objects, PyObject* const* leaves,
   for (int32_t i = 0; i < structure->num_indices; ++i) {
     reuse[i] = data.origin[i] < 0 ? nullptr : objects[data.origin[i]];
   }
-  Unflattener build(nodes, filled.data(), reuse.data(),
-                    structure->num_indices);
+  Unflattener build(nodes, filled.data(), reuse.data(), structure->num_indices);
   Ref result;
   for (int32_t i = 0; i < structure->num_roots; ++i) {
     result = build.Build();
@@ -318,8 +314,8 @@ PyObject* PlanWrites(PyObject* self, void*) {
       Ref::Steal(PyTuple_New(static_cast<Py_ssize_t>(data.writes.size())));
   if (!writes) return nullptr;
   for (size_t i = 0; i < data.writes.size(); ++i) {
-    PyObject* write = Py_BuildValue("(ii)", data.writes[i].first,
-                                    data.writes[i].second);
+    PyObject* write =
+        Py_BuildValue("(ii)", data.writes[i].first, data.writes[i].second);
     if (!write) return nullptr;
     PyTuple_SET_ITEM(writes.get(), static_cast<Py_ssize_t>(i), write);
   }
@@ -395,10 +391,10 @@ PyType_Slot plan_slots[] = {
     {0, nullptr},
 };
 
-PyType_Spec plan_spec = {"nnx.graph._engine.Plan", sizeof(Plan), 0,
-                         Py_TPFLAGS_DEFAULT | Py_TPFLAGS_HAVE_GC |
-                             Py_TPFLAGS_DISALLOW_INSTANTIATION,
-                         plan_slots};
+PyType_Spec plan_spec = {
+    "nnx.graph._engine.Plan", sizeof(Plan), 0,
+    Py_TPFLAGS_DEFAULT | Py_TPFLAGS_HAVE_GC | Py_TPFLAGS_DISALLOW_INSTANTIATION,
+    plan_slots};
 
 void PackedDealloc(PyObject* self) {
   PyTypeObject* type = Py_TYPE(self);
@@ -438,10 +434,10 @@ PyType_Slot packed_slots[] = {
     {0, nullptr},
 };
 
-PyType_Spec packed_spec = {"nnx.graph._engine.Packed", sizeof(Packed), 0,
-                           Py_TPFLAGS_DEFAULT | Py_TPFLAGS_HAVE_GC |
-                               Py_TPFLAGS_DISALLOW_INSTANTIATION,
-                           packed_slots};
+PyType_Spec packed_spec = {
+    "nnx.graph._engine.Packed", sizeof(Packed), 0,
+    Py_TPFLAGS_DEFAULT | Py_TPFLAGS_HAVE_GC | Py_TPFLAGS_DISALLOW_INSTANTIATION,
+    packed_slots};
 
 PyObject* PackedFlatten(PyObject*, PyObject* self) {
   if (!PyObject_TypeCheck(self, g_packed_type)) {
@@ -462,8 +458,7 @@ PyObject* PackedUnflatten(PyObject*, PyObject* const* args, Py_ssize_t nargs) {
   Ref outputs = Ref::Steal(PySequence_Tuple(args[1]));
   if (!self || !outputs) return nullptr;
   if (PyTuple_GET_SIZE(outputs.get()) != PlanData(args[0]).num_outputs) {
-    PyErr_Format(PyExc_ValueError,
-                 "`outputs` must have %d items, but got %zd.",
+    PyErr_Format(PyExc_ValueError, "`outputs` must have %d items, but got %zd.",
                  PlanData(args[0]).num_outputs,
                  PyTuple_GET_SIZE(outputs.get()));
     return nullptr;
@@ -492,9 +487,7 @@ bool CheckStructure(PyObject* value) {
   return false;
 }
 
-PyObject* const* Items(PyObject* tuple) {
-  return PySequence_Fast_ITEMS(tuple);
-}
+PyObject* const* Items(PyObject* tuple) { return PySequence_Fast_ITEMS(tuple); }
 
 Ref ToTuple(std::vector<Ref>& values) {
   Ref tuple = Ref::Steal(PyTuple_New(static_cast<Py_ssize_t>(values.size())));
@@ -518,9 +511,8 @@ PyObject* FlattenFunction(PyObject*, PyObject* args, PyObject* kwargs) {
   Flattener flattener(/*hash_statics=*/true);
   for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(values); ++i) {
     PyObject* value = PyTuple_GET_ITEM(values, i);
-    const bool is_static =
-        statics && i < PyTuple_GET_SIZE(statics) &&
-        PyObject_IsTrue(PyTuple_GET_ITEM(statics, i)) == 1;
+    const bool is_static = statics && i < PyTuple_GET_SIZE(statics) &&
+                           PyObject_IsTrue(PyTuple_GET_ITEM(statics, i)) == 1;
     if (is_static ? !flattener.AddStatic(value)
                   : !flattener.Add(value, Mode::kPytree)) {
       return nullptr;
@@ -539,8 +531,9 @@ PyObject* FlattenFunction(PyObject*, PyObject* args, PyObject* kwargs) {
 PyObject* UnflattenFunction(PyObject*, PyObject* const* args,
                             Py_ssize_t nargs) {
   if (nargs != 2) {
-    PyErr_SetString(PyExc_TypeError, "`unflatten` takes a structure and a "
-                                     "tuple of leaves.");
+    PyErr_SetString(PyExc_TypeError,
+                    "`unflatten` takes a structure and a "
+                    "tuple of leaves.");
     return nullptr;
   }
   if (!CheckStructure(args[0])) return nullptr;
@@ -686,7 +679,8 @@ PyObject* MatchesFunction(PyObject*, PyObject* const* args, Py_ssize_t nargs) {
     if (equal < 0) return nullptr;
     if (equal) Py_RETURN_TRUE;
   }
-  // What the fast walk does not decide, such as custom nodes, the slow one does.
+  // What the fast walk does not decide, such as custom nodes, the slow one
+  // does.
   Flattener flattener(/*hash_statics=*/true);
   for (int32_t i = 0; i < structure->num_roots; ++i) {
     if (!flattener.Add(PyTuple_GET_ITEM(args[1], i), Mode::kPytree)) {

@@ -16,8 +16,7 @@ namespace nnx::graph {
 // outputs go where. Immutable; it travels as the static part of a `Packed`
 // through JAX's transformations.
 struct Plan {
-  PyObject_HEAD
-  struct Data {
+  PyObject_HEAD struct Data {
     Ref structure;  // of the nodes reached from the arguments, then the result
     // By leaf of `structure`: an output, or ~(input leaf) where unchanged.
     std::vector<int32_t> sources;
@@ -45,8 +44,7 @@ inline Plan::Data& PlanData(PyObject* plan) {
 
 // A plan and its outputs: what a flat function returns; a pytree node.
 struct Packed {
-  PyObject_HEAD
-  PyObject* plan;
+  PyObject_HEAD PyObject* plan;
   PyObject* outputs;  // tuple
 };
 extern PyTypeObject* g_packed_type;

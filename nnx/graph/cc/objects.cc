@@ -130,7 +130,8 @@ PyObject* VariableNew(PyTypeObject* type, PyObject*, PyObject*) {
 
 int VariableInit(PyObject* self, PyObject* args, PyObject* kwargs) {
   const Runtime& rt = GetRuntime();
-  if (PyTuple_GET_SIZE(args) == 1 && (!kwargs || PyDict_GET_SIZE(kwargs) == 0)) {
+  if (PyTuple_GET_SIZE(args) == 1 &&
+      (!kwargs || PyDict_GET_SIZE(kwargs) == 0)) {
     PyObject* value = PyTuple_GET_ITEM(args, 0);
     const bool special =
         IsVariable(value) ||
@@ -196,8 +197,9 @@ bool RefuseDelete(PyObject* value, const char* name) {
 int VariableSetValue(PyObject* self, PyObject* value, void*) {
   if (RefuseDelete(value, "value")) return -1;
   VariableObject* variable = AsVariable(self);
-  Ref unwrapped = IsVariable(value) ? Ref::Steal(VariableGetValue(value, nullptr))
-                                    : Ref::Borrow(value);
+  Ref unwrapped = IsVariable(value)
+                      ? Ref::Steal(VariableGetValue(value, nullptr))
+                      : Ref::Borrow(value);
   if (!unwrapped) return -1;
   value = unwrapped.get();
   if (variable->hook_flags & kSetHooks) {
@@ -236,8 +238,8 @@ PyObject* VariableSetHookFlags(PyObject* self, PyObject* flags) {
   const long bits = PyLong_AsLong(flags);
   if (bits == -1 && PyErr_Occurred()) return nullptr;
   if (bits & ~static_cast<long>(kGetHooks | kSetHooks)) {
-    PyErr_Format(PyExc_ValueError,
-                 "`bits` must be 0, 1, 2 or 3, but got %ld.", bits);
+    PyErr_Format(PyExc_ValueError, "`bits` must be 0, 1, 2 or 3, but got %ld.",
+                 bits);
     return nullptr;
   }
   AsVariable(self)->hook_flags = static_cast<uint8_t>(bits);
@@ -252,9 +254,8 @@ PyObject* VariableNewRaw(PyObject* cls, PyObject* const* args,
     return nullptr;
   }
   auto* type = reinterpret_cast<PyTypeObject*>(cls);
-  Ref self = NewVariable(
-      type, args[0], args[1],
-      static_cast<uint8_t>(ClassHookFlags(type)), nullptr);
+  Ref self = NewVariable(type, args[0], args[1],
+                         static_cast<uint8_t>(ClassHookFlags(type)), nullptr);
   if (self) RecordOrigin(AsGraphObject(self.get()));
   return self.release();
 }
@@ -448,7 +449,8 @@ int ObjectSetAttr(PyObject* self, PyObject* name, PyObject* value) {
 PyObject* ObjectSetAttrRaw(PyObject* self, PyObject* const* args,
                            Py_ssize_t nargs) {
   if (nargs != 2) {
-    PyErr_SetString(PyExc_TypeError, "`_setattr_raw` takes a name and a value.");
+    PyErr_SetString(PyExc_TypeError,
+                    "`_setattr_raw` takes a name and a value.");
     return nullptr;
   }
   if (PyObject_GenericSetAttr(self, args[0], args[1]) < 0) return nullptr;

@@ -18,8 +18,8 @@ inline constexpr uint8_t kSetHooks = 2;
 // `index`-th. A walk never runs Python code between its first and last mark,
 // and holds the GIL, so one pair of fields serves all walks.
 struct GraphObject {
-  PyObject_HEAD
-  PyObject* trace_ref;    // weakref to the trace it was made in; null: none
+  PyObject_HEAD PyObject*
+      trace_ref;  // weakref to the trace it was made in; null: none
   PyObject* weaklist;
   PyObject* origin_code;  // code object of the user's frame that made it
   int origin_lasti;

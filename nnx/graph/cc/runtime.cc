@@ -42,12 +42,10 @@ bool InitRuntime() {
 
 PyObject* Configure(PyObject*, PyObject* args, PyObject* kwargs) {
   Runtime& rt = GetRuntime();
-  const char* keywords[] = {"trace_context",     "eval_trace",
-                            "trace_error",       "is_array_type",
-                            "flatten_pytree",    "array_type",
-                            "variable_metadata", "attribute_marker",
-                            "state",             "structure",
-                            "library_prefix",    nullptr};
+  const char* keywords[] = {
+      "trace_context",  "eval_trace", "trace_error",       "is_array_type",
+      "flatten_pytree", "array_type", "variable_metadata", "attribute_marker",
+      "state",          "structure",  "library_prefix",    nullptr};
   PyObject *trace_context = nullptr, *eval_trace = nullptr,
            *trace_error = nullptr, *is_array_type = nullptr,
            *flatten_pytree = nullptr, *array_type = nullptr,

@@ -72,11 +72,11 @@ class Selector {
       PyObject* filter = PyTuple_GET_ITEM(filters_, i);
       if (filter == Py_True) return i;
       if (PyType_Check(filter)) {
-        const int is = PyObject_TypeCheck(
-            leaf, reinterpret_cast<PyTypeObject*>(filter))
-                           ? 1
-                       : IsVariable(leaf) ? 0
-                                          : PyObject_IsInstance(leaf, filter);
+        const int is =
+            PyObject_TypeCheck(leaf, reinterpret_cast<PyTypeObject*>(filter))
+                ? 1
+            : IsVariable(leaf) ? 0
+                               : PyObject_IsInstance(leaf, filter);
         if (is < 0) return -1;
         if (is) return i;
         continue;
@@ -109,8 +109,8 @@ bool Insert(Mappings* mappings, int number, PyObject* key, PyObject* value) {
 bool InsertChildren(Mappings* mappings, PyObject* key,
                     const Mappings& children) {
   for (size_t i = 0; i < children.size(); ++i) {
-    if (children[i] && !Insert(mappings, static_cast<int>(i), key,
-                               children[i].get())) {
+    if (children[i] &&
+        !Insert(mappings, static_cast<int>(i), key, children[i].get())) {
       return false;
     }
   }
@@ -124,8 +124,7 @@ Ref ToList(Mappings* mappings) {
     Ref& mapping = (*mappings)[i];
     if (!mapping) mapping = Ref::Steal(PyDict_New());
     if (!mapping) return Ref();
-    PyList_SET_ITEM(list.get(), static_cast<Py_ssize_t>(i),
-                    mapping.release());
+    PyList_SET_ITEM(list.get(), static_cast<Py_ssize_t>(i), mapping.release());
   }
   return list;
 }
@@ -168,9 +167,8 @@ class MappingBuilder {
 
  private:
   PyObject* LeafOf(const Node& node) {
-    return node.kind == NodeKind::kVariable
-               ? walk_.objects()[node.index].get()
-               : walk_.leaves()[node.leaf].get();
+    return node.kind == NodeKind::kVariable ? walk_.objects()[node.index].get()
+                                            : walk_.leaves()[node.leaf].get();
   }
 
   bool Build(int32_t position, Mappings* mappings) {
@@ -201,8 +199,7 @@ class MappingBuilder {
         if (exhaustive_) RaiseUnselected(path_, leaf);
         ok = !exhaustive_;
       } else {
-        ok = number >= 0 &&
-             Insert(mappings, number, path_.back().get(), leaf);
+        ok = number >= 0 && Insert(mappings, number, path_.back().get(), leaf);
       }
     } else if (child_node.children > 0) {
       Mappings children(mappings->size());
@@ -262,8 +259,7 @@ Ref UpdateNumbers(const std::vector<Ref>& objects,
   for (size_t i = 0; i < updated.size(); ++i) {
     numbers.emplace(updated[i].get(), static_cast<long>(i));
   }
-  Ref tuple =
-      Ref::Steal(PyTuple_New(static_cast<Py_ssize_t>(objects.size())));
+  Ref tuple = Ref::Steal(PyTuple_New(static_cast<Py_ssize_t>(objects.size())));
   if (!tuple) return Ref();
   for (size_t i = 0; i < objects.size(); ++i) {
     const auto number = numbers.find(objects[i].get());
@@ -347,8 +343,8 @@ bool HasLeaves(const std::vector<Node>& nodes, int32_t position) {
 // Finds the leaf of each node of a structure in a nested mapping.
 class Provider {
  public:
-  // `copy`: Variables are copied. `keep_arrays`: an array in place of a Variable
-  // stays one.
+  // `copy`: Variables are copied. `keep_arrays`: an array in place of a
+  // Variable stays one.
   Provider(const Structure* structure, bool copy, bool keep_arrays)
       : nodes_(*structure->nodes),
         copy_(copy),
@@ -426,8 +422,8 @@ class Provider {
     if (!IsVariable(value) && keep_arrays_) {
       provided_[position] = Ref::Borrow(value);
     } else if (!IsVariable(value)) {
-      provided_[position] = NewVariable(type, value, node.aux.get(),
-                                        node.hook_flags, nullptr);
+      provided_[position] =
+          NewVariable(type, value, node.aux.get(), node.hook_flags, nullptr);
     } else if (copy_) {
       VariableObject* source = AsVariable(value);
       provided_[position] =
@@ -517,15 +513,16 @@ bool CheckReuse(const Structure& structure,
   for (const Node& node : *structure.nodes) {
     if (node.kind == NodeKind::kRef || node.index < 0) continue;
     PyObject* object = reuse[node.index];
-    if (!object || reinterpret_cast<PyObject*>(Py_TYPE(object)) ==
-                       node.type.get()) {
+    if (!object ||
+        reinterpret_cast<PyObject*>(Py_TYPE(object)) == node.type.get()) {
       continue;
     }
-    PyErr_Format(PyExc_ValueError,
-                 "`graphdef` updates a %s where the context has a %s: it is not "
-                 "of this `nnx.update_context`.",
-                 reinterpret_cast<PyTypeObject*>(node.type.get())->tp_name,
-                 Py_TYPE(object)->tp_name);
+    PyErr_Format(
+        PyExc_ValueError,
+        "`graphdef` updates a %s where the context has a %s: it is not "
+        "of this `nnx.update_context`.",
+        reinterpret_cast<PyTypeObject*>(node.type.get())->tp_name,
+        Py_TYPE(object)->tp_name);
     return false;
   }
   return true;
@@ -557,11 +554,12 @@ PyObject* MergeFunction(PyObject*, PyObject* const* args, Py_ssize_t nargs) {
     return nullptr;
   }
   if (static_cast<size_t>(structure->num_outer) > seen.size()) {
-    PyErr_Format(PyExc_ValueError,
-                 "`graphdef` refers to %d objects of earlier splits of its "
-                 "context, but %zu were merged: merge all of them, in order, in "
-                 "one `nnx.merge_context`.",
-                 structure->num_outer, seen.size());
+    PyErr_Format(
+        PyExc_ValueError,
+        "`graphdef` refers to %d objects of earlier splits of its "
+        "context, but %zu were merged: merge all of them, in order, in "
+        "one `nnx.merge_context`.",
+        structure->num_outer, seen.size());
     return nullptr;
   }
   const long flags = PyLong_AsLong(args[2]);
@@ -793,19 +791,20 @@ class Updater {
       case TypeKind::kCustom:
         return true;
       default:
-        PyErr_Format(PyExc_ValueError,
-                     "Arrays that `update` replaces must be attributes or items "
-                     "of lists and dicts, but `%s` is in a %s, which cannot "
-                     "change: make it a Variable.",
-                     PathText(path_).c_str(), Py_TYPE(owner)->tp_name);
+        PyErr_Format(
+            PyExc_ValueError,
+            "Arrays that `update` replaces must be attributes or items "
+            "of lists and dicts, but `%s` is in a %s, which cannot "
+            "change: make it a Variable.",
+            PathText(path_).c_str(), Py_TYPE(owner)->tp_name);
         return false;
     }
   }
 
   // A leaf that the graph does not have yet becomes an attribute or item.
   bool PlanNew(PyObject* owner, PyObject* key, PyObject* value) {
-    const bool can_hold = (IsObject(owner) && PyUnicode_Check(key)) ||
-                          PyDict_CheckExact(owner);
+    const bool can_hold =
+        (IsObject(owner) && PyUnicode_Check(key)) || PyDict_CheckExact(owner);
     if (!can_hold || PyDict_Check(value)) {
       PyErr_Format(PyExc_ValueError,
                    "The graph must have every node of the state, but `%s` is "
@@ -913,15 +912,14 @@ class Popper {
       if (!info) return false;
       if (info->kind == TypeKind::kCustom) {
         Ref pop_key = info->custom->pop_key;
-        if (!Ref::Steal(PyObject_CallFunctionObjArgs(
-                pop_key.get(), owner.get(), key.get(), nullptr))) {
+        if (!Ref::Steal(PyObject_CallFunctionObjArgs(pop_key.get(), owner.get(),
+                                                     key.get(), nullptr))) {
           return false;
         }
         continue;
       }
-      PyObject* dict = IsObject(owner.get())
-                           ? ObjectDict(AsObject(owner.get()))
-                           : owner.get();
+      PyObject* dict = IsObject(owner.get()) ? ObjectDict(AsObject(owner.get()))
+                                             : owner.get();
       if (!dict || PyDict_DelItem(dict, key.get()) < 0) return false;
     }
     return true;
@@ -929,9 +927,9 @@ class Popper {
 
  private:
   bool Remove(const Node& owner, const Ref& key) {
-    if (owner.index >= 0 && (owner.kind == NodeKind::kObject ||
-                             owner.kind == NodeKind::kDict ||
-                             owner.kind == NodeKind::kCustom)) {
+    if (owner.index >= 0 &&
+        (owner.kind == NodeKind::kObject || owner.kind == NodeKind::kDict ||
+         owner.kind == NodeKind::kCustom)) {
       removals_.emplace_back(walk_.objects()[owner.index], key);
       return true;
     }
@@ -1084,7 +1082,8 @@ bool MergeInto(PyObject* target, PyObject* source, std::vector<Ref>* path) {
     if (!inner && PyErr_Occurred()) return false;
     Ref existing = Ref::Borrow(PyDict_GetItemWithError(target, key));
     if (!existing && PyErr_Occurred()) return false;
-    if (existing && PyDict_CheckExact(existing.get()) != static_cast<bool>(inner)) {
+    if (existing &&
+        PyDict_CheckExact(existing.get()) != static_cast<bool>(inner)) {
       RaiseThroughLeaf(*path);
       return false;
     }
@@ -1136,8 +1135,8 @@ bool FlattenInto(PyObject* mapping, std::vector<Ref>* path, PyObject* paths,
   std::vector<Ref> values;
   if (!OpenMapping(mapping, &keys, &values)) return false;
   for (size_t i = 0; i < values.size(); ++i) {
-    path->push_back(Ref::Borrow(
-        PyTuple_GET_ITEM(keys.get(), static_cast<Py_ssize_t>(i))));
+    path->push_back(
+        Ref::Borrow(PyTuple_GET_ITEM(keys.get(), static_cast<Py_ssize_t>(i))));
     Ref inner = AsMapping(values[i].get());
     if (inner) {
       if (!FlattenInto(inner.get(), path, paths, leaves)) return false;
@@ -1204,8 +1203,9 @@ PyObject* SetItemFunction(PyObject*, PyObject* const* args, Py_ssize_t nargs) {
   TypeInfo* info = GetTypeInfo(Py_TYPE(args[0]));
   if (!info) return nullptr;
   if (info->kind != TypeKind::kCustom) {
-    PyErr_Format(PyExc_TypeError, "`node` must be of a registered type, but got "
-                                  "%s.",
+    PyErr_Format(PyExc_TypeError,
+                 "`node` must be of a registered type, but got "
+                 "%s.",
                  Py_TYPE(args[0])->tp_name);
     return nullptr;
   }
@@ -1260,8 +1260,7 @@ PyObject* VariableUnflatten(PyObject* cls, PyObject* const* args,
   Ref metadata;
   if (PyTuple_GET_SIZE(args[0]) > 0) {
     metadata = Ref::Steal(PyDict_New());
-    if (!metadata ||
-        PyDict_MergeFromSeq2(metadata.get(), args[0], 1) < 0) {
+    if (!metadata || PyDict_MergeFromSeq2(metadata.get(), args[0], 1) < 0) {
       return nullptr;
     }
   }
@@ -1323,9 +1322,8 @@ PyObject* ObjectFlatten(PyObject*, PyObject* self) {
   }
   for (size_t i = 0; i < values.size(); ++i) {
     PyObject* key = PyTuple_GET_ITEM(keys.get(), static_cast<Py_ssize_t>(i));
-    PyObject* marked = object->status
-                           ? PyDict_GetItemWithError(object->status, key)
-                           : nullptr;
+    PyObject* marked =
+        object->status ? PyDict_GetItemWithError(object->status, key) : nullptr;
     const int data = marked ? marked == Py_True : HoldsData(values[i].get());
     if (data < 0) return nullptr;
     if (PyList_Append(data ? names.get() : statics.get(), key) < 0 ||
@@ -1358,8 +1356,9 @@ PyObject* ObjectUnflatten(PyObject* cls, PyObject* const* args,
   Ref children = Ref::Steal(PySequence_Tuple(args[1]));
   if (!children) return nullptr;
   if (PyTuple_GET_SIZE(children.get()) != PyTuple_GET_SIZE(names)) {
-    PyErr_Format(PyExc_ValueError, "`children` must have %zd items, but got "
-                                   "%zd.",
+    PyErr_Format(PyExc_ValueError,
+                 "`children` must have %zd items, but got "
+                 "%zd.",
                  PyTuple_GET_SIZE(names), PyTuple_GET_SIZE(children.get()));
     return nullptr;
   }
@@ -1413,8 +1412,8 @@ PyObject* StateFlatten(PyObject*, PyObject* state) {
   Ref values = Ref::Steal(PyTuple_New(size));
   if (!values) return nullptr;
   for (Py_ssize_t i = 0; i < size; ++i) {
-    PyObject* value = PyDict_GetItemWithError(
-        mapping.get(), PyTuple_GET_ITEM(keys.get(), i));
+    PyObject* value =
+        PyDict_GetItemWithError(mapping.get(), PyTuple_GET_ITEM(keys.get(), i));
     if (!value) return nullptr;
     Py_INCREF(value);
     PyTuple_SET_ITEM(values.get(), i, value);
@@ -1459,8 +1458,7 @@ PyObject* RegisterNodeTypeFunction(PyObject*, PyObject* const* args,
 
 template <typename F>
 PyCFunction Fast(F function) {
-  return reinterpret_cast<PyCFunction>(
-      reinterpret_cast<void (*)()>(function));
+  return reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(function));
 }
 
 PyMethodDef* Functions() {
@@ -1502,7 +1500,8 @@ PyMethodDef* Functions() {
        "register_node_type(type, flatten, set_key, pop_key, create_empty, "
        "clear, init)."},
       {"items", ItemsFunction, METH_O,
-       "items(value): [(key, child), ...] in canonical order, None for a leaf."},
+       "items(value): [(key, child), ...] in canonical order, None for a "
+       "leaf."},
       {"set_item", Fast(SetItemFunction), METH_FASTCALL,
        "set_item(node, key, child): of a node whose type was registered."},
       {"is_custom_node", IsCustomNodeFunction, METH_O,

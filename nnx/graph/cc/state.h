@@ -6,7 +6,8 @@
 namespace nnx::graph {
 
 // Adds the functions between object graphs and nested mappings (the inside of
-// State): split, state, merge, update, pop, filtering, and the pytree functions.
+// State): split, state, merge, update, pop, filtering, and the pytree
+// functions.
 bool InitState(PyObject* module);
 
 }  // namespace nnx::graph

@@ -93,8 +93,7 @@ std::string PathText(const std::vector<PyObject*>& path) {
 }
 
 Ref StateMapping(PyObject* state) {
-  Ref mapping =
-      Ref::Steal(PyObject_GetAttr(state, GetRuntime().s_mapping));
+  Ref mapping = Ref::Steal(PyObject_GetAttr(state, GetRuntime().s_mapping));
   if (mapping && !PyDict_CheckExact(mapping.get())) {
     PyErr_Format(PyExc_TypeError,
                  "`_mapping` of a State must be a dict, but got %s.",
@@ -174,15 +173,16 @@ bool OpenCustom(PyObject* value, TypeInfo* info, Ref* keys,
   *keys = CanonicalKeys(dict.get());
   if (!*keys) return false;
   if (PyTuple_GET_SIZE(keys->get()) != size) {
-    PyErr_Format(PyExc_ValueError,
-                 "`flatten` of the node type %s must return every key once, but "
-                 "got %R.",
-                 Py_TYPE(value)->tp_name, items.get());
+    PyErr_Format(
+        PyExc_ValueError,
+        "`flatten` of the node type %s must return every key once, but "
+        "got %R.",
+        Py_TYPE(value)->tp_name, items.get());
     return false;
   }
   for (Py_ssize_t i = 0; i < size; ++i) {
-    children->push_back(Ref::Borrow(PyDict_GetItemWithError(
-        dict.get(), PyTuple_GET_ITEM(keys->get(), i))));
+    children->push_back(Ref::Borrow(
+        PyDict_GetItemWithError(dict.get(), PyTuple_GET_ITEM(keys->get(), i))));
     if (!children->back()) return false;
   }
   *metadata = Ref::Borrow(PyTuple_GET_ITEM(flattened.get(), 1));
@@ -208,8 +208,8 @@ bool OpenMapping(PyObject* mapping, Ref* keys, std::vector<Ref>* children) {
   if (!*keys) return false;
   const Py_ssize_t size = PyTuple_GET_SIZE(keys->get());
   for (Py_ssize_t i = 0; i < size; ++i) {
-    children->push_back(Ref::Borrow(PyDict_GetItemWithError(
-        mapping, PyTuple_GET_ITEM(keys->get(), i))));
+    children->push_back(Ref::Borrow(
+        PyDict_GetItemWithError(mapping, PyTuple_GET_ITEM(keys->get(), i))));
     if (children->back()) continue;
     if (!PyErr_Occurred()) {
       PyErr_SetString(PyExc_RuntimeError,
@@ -283,8 +283,7 @@ void Flattener::Close(int32_t position, int32_t children) {
 
 // Pushes a node with an identity. `position` is -1 when it was met before and a
 // reference has been pushed instead.
-bool Flattener::PushIndexed(PyObject* value, NodeKind kind,
-                            int32_t* position) {
+bool Flattener::PushIndexed(PyObject* value, NodeKind kind, int32_t* position) {
   const auto index = static_cast<int32_t>(objects_.size());
   auto [entry, fresh] = seen_.try_emplace(value, index);
   if (!fresh) {
@@ -498,8 +497,7 @@ bool Flattener::VisitObject(PyObject* value, TypeInfo* info) {
 
 bool Flattener::VisitSequence(PyObject* value, NodeKind kind, Mode mode) {
   int32_t position = -1;
-  const bool reference =
-      kind == NodeKind::kList && mode == Mode::kAttributes;
+  const bool reference = kind == NodeKind::kList && mode == Mode::kAttributes;
   if (reference) {
     if (!PushIndexed(value, kind, &position)) return false;
     if (position < 0) return true;
@@ -525,8 +523,7 @@ bool Flattener::VisitSequence(PyObject* value, NodeKind kind, Mode mode) {
 bool Flattener::VisitMapping(PyObject* value, PyObject* mapping, NodeKind kind,
                              Mode mode) {
   int32_t position = -1;
-  const bool reference =
-      kind == NodeKind::kDict && mode == Mode::kAttributes;
+  const bool reference = kind == NodeKind::kDict && mode == Mode::kAttributes;
   if (reference) {
     if (!PushIndexed(value, kind, &position)) return false;
     if (position < 0) return true;
@@ -724,8 +721,8 @@ bool Matcher::Visit(PyObject* value) {
       Layout* layout = MatchLayout(node.info, object->dict, &arena_);
       if (!layout) return false;
       if (layout->keys.get() != node.keys.get()) {
-        const int equal = PyObject_RichCompareBool(
-            layout->keys.get(), node.keys.get(), Py_EQ);
+        const int equal = PyObject_RichCompareBool(layout->keys.get(),
+                                                   node.keys.get(), Py_EQ);
         if (equal != 1) {
           PyErr_Clear();
           return false;
@@ -853,8 +850,9 @@ Ref Unflattener::BuildVariable(const Node& node) {
   PyObject* existing = reuse_ ? reuse_[node.index] : nullptr;
   Ref self = Ref::Borrow(existing);
   if (!self) {
-    self = NewVariable(type, Py_None, node.aux.get(), node.hook_flags,
-                       origins_ ? AsGraphObject(origins_[node.index]) : nullptr);
+    self =
+        NewVariable(type, Py_None, node.aux.get(), node.hook_flags,
+                    origins_ ? AsGraphObject(origins_[node.index]) : nullptr);
     if (!self) return Ref();
   }
   made_[node.index] = self;
@@ -965,9 +963,9 @@ Ref Unflattener::BuildMapping(const Node& node) {
   if (!fresh) return Ref();
   for (int32_t i = 0; i < node.children; ++i) {
     Ref child = Build();
-    if (!child || PyDict_SetItem(fresh.get(),
-                                 PyTuple_GET_ITEM(node.keys.get(), i),
-                                 child.get()) < 0) {
+    if (!child ||
+        PyDict_SetItem(fresh.get(), PyTuple_GET_ITEM(node.keys.get(), i),
+                       child.get()) < 0) {
       return Ref();
     }
   }
@@ -977,8 +975,8 @@ Ref Unflattener::BuildMapping(const Node& node) {
   }
   if (node.kind == NodeKind::kState) {
     static PyObject* from_nested = PyUnicode_InternFromString("_from_nested");
-    return Ref::Steal(PyObject_CallMethodOneArg(node.type.get(), from_nested,
-                                                self.get()));
+    return Ref::Steal(
+        PyObject_CallMethodOneArg(node.type.get(), from_nested, self.get()));
   }
   return self;
 }
@@ -1015,8 +1013,8 @@ Ref Unflattener::BuildCustom(const Node& node) {
     if (!item) return Ref();
     PyTuple_SET_ITEM(items.get(), i, item);
   }
-  if (!Ref::Steal(PyObject_CallFunctionObjArgs(
-          custom.init.get(), self.get(), items.get(), nullptr))) {
+  if (!Ref::Steal(PyObject_CallFunctionObjArgs(custom.init.get(), self.get(),
+                                               items.get(), nullptr))) {
     return Ref();
   }
   return self;
@@ -1173,8 +1171,7 @@ Py_hash_t StructureHash(PyObject* self) {
       hash = Mix(hash, static_cast<size_t>(part));
     }
     if (!node.aux) continue;
-    if (PyDict_CheckExact(node.aux.get()) &&
-        node.kind != NodeKind::kStatic) {
+    if (PyDict_CheckExact(node.aux.get()) && node.kind != NodeKind::kStatic) {
       if (!MixMapping(node.aux.get(), &hash)) return -1;
     } else {
       const Py_hash_t part = PyObject_Hash(node.aux.get());
@@ -1247,11 +1244,11 @@ PyObject* StructureRecords(PyObject* self, void*) {
   if (!records) return nullptr;
   Py_ssize_t count = 0;
   for (const Node& node : *structure->nodes) {
-    PyObject* record = Py_BuildValue(
-        "(siiiOOOOOi)", KindName(node), node.index, node.leaf, node.children,
-        OrNone(node.type), OrNone(node.keys), OrNone(node.aux),
-        node.reference ? Py_True : Py_False,
-        node.atomic ? Py_True : Py_False, node.hook_flags);
+    PyObject* record =
+        Py_BuildValue("(siiiOOOOOi)", KindName(node), node.index, node.leaf,
+                      node.children, OrNone(node.type), OrNone(node.keys),
+                      OrNone(node.aux), node.reference ? Py_True : Py_False,
+                      node.atomic ? Py_True : Py_False, node.hook_flags);
     if (!record) return nullptr;
     PyTuple_SET_ITEM(records.get(), count++, record);
   }
@@ -1349,8 +1346,8 @@ bool IsValid(Structure* structure) {
       return false;
     }
   }
-  return !structure->updates || PyTuple_GET_SIZE(structure->updates) ==
-                                    structure->num_indices;
+  return !structure->updates ||
+         PyTuple_GET_SIZE(structure->updates) == structure->num_indices;
 }
 
 bool RestoreNode(PyObject* record, Node* node) {
@@ -1416,9 +1413,10 @@ PyObject* StructureRestore(PyObject* cls, PyObject* args) {
   }
   if (!IsValid(structure)) {
     if (!PyErr_Occurred()) {
-      PyErr_SetString(PyExc_ValueError,
-                      "`records` must be those of a graph structure whose node "
-                      "types are registered in this process, but they are not.");
+      PyErr_SetString(
+          PyExc_ValueError,
+          "`records` must be those of a graph structure whose node "
+          "types are registered in this process, but they are not.");
     }
     return nullptr;
   }

@@ -14,18 +14,18 @@
 namespace nnx::graph {
 
 enum class NodeKind : uint8_t {
-  kStatic,      // part of the structure, compared by value
-  kLeaf,        // an array, or any leaf of a function's argument
-  kVariable,    // one leaf, or one child: its value when that is a pytree
-  kObject,      // Pytree, Object, Module
+  kStatic,    // part of the structure, compared by value
+  kLeaf,      // an array, or any leaf of a function's argument
+  kVariable,  // one leaf, or one child: its value when that is a pytree
+  kObject,    // Pytree, Object, Module
   kList,
   kDict,
   kTuple,
   kNamedTuple,
   kState,
-  kPytree,      // registered with JAX; `aux` is its treedef
-  kCustom,      // registered with us; `aux` is its metadata
-  kRef,         // a node met before, by `index`
+  kPytree,  // registered with JAX; `aux` is its treedef
+  kCustom,  // registered with us; `aux` is its metadata
+  kRef,     // a node met before, by `index`
 };
 
 // One entry of a structure, in preorder.
@@ -37,10 +37,10 @@ struct Node {
   bool atomic = false;   // kStatic: compared without running Python code
   bool scalars = false;  // kLeaf: a scalar in its place would be a leaf too
   uint8_t hook_flags = 0;
-  int32_t index = -1;     // among the nodes that have an identity
-  int32_t leaf = -1;      // among the leaves
+  int32_t index = -1;  // among the nodes that have an identity
+  int32_t leaf = -1;   // among the leaves
   int32_t children = 0;
-  int32_t end = 0;        // one past the subtree
+  int32_t end = 0;           // one past the subtree
   TypeInfo* info = nullptr;  // of `type`, for kObject and kVariable
   Py_hash_t hash = 0;        // kStatic that is not atomic
   Ref type;
@@ -52,8 +52,7 @@ struct Node {
 // A structure: the immutable description of an object graph. Seen from Python
 // as NodeDef.
 struct Structure {
-  PyObject_HEAD
-  std::vector<Node>* nodes;
+  PyObject_HEAD std::vector<Node>* nodes;
   int32_t num_leaves;
   int32_t num_indices;
   int32_t num_roots;

@@ -3,15 +3,13 @@
 import copy
 import pickle
 
-from hypothesis import given
-from hypothesis import settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 import numpy as np
 import pytest
 
 import nnx
-from nnx.graph import _engine
-from nnx.graph import reference
+from nnx.graph import _engine, reference
 from tests.nnx.graph import graphs
 
 PROPERTY = settings(derandomize=True, deadline=None, max_examples=120)
@@ -209,16 +207,19 @@ def test_what_is_done_to_the_copies_is_done_to_the_originals(graph, data):
 
 
 def _nodes(graph):
-  return sorted(
-    (
-      (path, node)
-      for path, node in nnx.iter_graph(graph)
-      if isinstance(node, nnx.Pytree)
-    ),
-    key=lambda item: str(item[0]),
-  ) and [
-    node for _, node in nnx.iter_graph(graph) if isinstance(node, nnx.Pytree)
-  ][::-1]
+  return (
+    sorted(
+      (
+        (path, node)
+        for path, node in nnx.iter_graph(graph)
+        if isinstance(node, nnx.Pytree)
+      ),
+      key=lambda item: str(item[0]),
+    )
+    and [
+      node for _, node in nnx.iter_graph(graph) if isinstance(node, nnx.Pytree)
+    ][::-1]
+  )
 
 
 @PROPERTY
@@ -248,7 +249,9 @@ def test_graphdefs_are_static_as_arguments():
   structure, leaves, _ = _engine.flatten((graphdef, state))
   assert leaves == (1,)
   # A walk in C++ alone: an equal one, not the same.
-  assert _engine.matches(structure, (nnx.graphdef(nnx.Dict(a=nnx.Param(2))), state))
+  assert _engine.matches(
+    structure, (nnx.graphdef(nnx.Dict(a=nnx.Param(2))), state)
+  )
   assert not _engine.matches(structure, (nnx.graphdef(nnx.Dict()), state))
 
 

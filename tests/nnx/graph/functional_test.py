@@ -1,8 +1,9 @@
 """The graph functions against those of flax.nnx, and their own promises."""
 
+import functools
+
 import flax.nnx as flax_nnx
-from hypothesis import given
-from hypothesis import settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 import jax
 import jax.numpy as jnp
@@ -64,7 +65,10 @@ SPECS = st.recursive(
 ROOTS = st.tuples(
   st.just("dict"),
   st.lists(
-    st.tuples(graphs.NAMES, SPECS), min_size=1, max_size=5, unique_by=lambda x: x[0]
+    st.tuples(graphs.NAMES, SPECS),
+    min_size=1,
+    max_size=5,
+    unique_by=lambda x: x[0],
   ),
 )
 
@@ -75,10 +79,19 @@ def flat(lib, state):
     (
       path,
       type(leaf).__name__ if isinstance(leaf, lib.Variable) else None,
-      np.asarray(leaf[...] if isinstance(leaf, lib.Variable) else leaf).tolist(),
+      np.asarray(
+        leaf[...] if isinstance(leaf, lib.Variable) else leaf
+      ).tolist(),
     )
     for path, leaf in lib.to_flat_state(state)
   ]
+
+
+def _filters(names, lib):
+  """The filters of one library that have these names."""
+  if names is ... or isinstance(names, str):
+    return names if names is ... else getattr(lib, names)
+  return type(names)(_filters(name, lib) for name in names)
 
 
 @PROPERTY
@@ -86,21 +99,8 @@ def flat(lib, state):
 def test_state_and_split_are_those_of_flax(spec):
   ours, theirs = build(nnx, spec, []), build(flax_nnx, spec, [])
   assert flat(nnx, nnx.state(ours)) == flat(flax_nnx, flax_nnx.state(theirs))
-  for filters in (
-    ("Param", ...),
-    (("Param", "BatchStat"), "Variable", ...),
-  ):
-
-    def of(lib):
-      return [
-        f
-        if f is ...
-        else getattr(lib, f)
-        if isinstance(f, str)
-        else tuple(getattr(lib, name) for name in f)
-        for f in filters
-      ]
-
+  for names in (["Param", ...], [("Param", "BatchStat"), "Variable", ...]):
+    of = functools.partial(_filters, names)
     graphdef, *parts = nnx.split(ours, *of(nnx))
     _, *flax_parts = flax_nnx.split(theirs, *of(flax_nnx))
     for part, flax_part in zip(parts, flax_parts, strict=True):
@@ -128,7 +128,12 @@ def test_walks_are_those_of_flax(spec):
     return  # both refuse cycles, and Flax maps shared lists twice
   visited = {nnx: [], flax_nnx: []}
   for lib, node in ((nnx, ours), (flax_nnx, theirs)):
-    lib.recursive_map(lambda path, x: visited[lib].append(path) or x, node)
+
+    def visit(path, x, paths=visited[lib]):
+      paths.append(path)
+      return x
+
+    lib.recursive_map(visit, node)
   assert visited[nnx] == [
     path for path in visited[flax_nnx] if not _is_internal(path)
   ]
@@ -153,7 +158,11 @@ def test_update_is_that_of_flax(spec, n):
 @given(ROOTS)
 def test_pop_is_that_of_flax(spec):
   ours, theirs = build(nnx, spec, []), build(flax_nnx, spec, [])
-  if any(isinstance(key, int) for path, _ in nnx.state(ours).flat_state() for key in path):
+  if any(
+    isinstance(key, int)
+    for path, _ in nnx.state(ours).flat_state()
+    for key in path
+  ):
     return
   popped = nnx.pop(ours, nnx.Param)
   flax_popped = flax_nnx.pop(theirs, flax_nnx.Param)
@@ -176,7 +185,7 @@ def test_pop_is_that_of_flax(spec):
     lambda: jnp.ones(2),
     lambda: 3,
     lambda: None,
-    lambda: [],
+    list,
   ],
 )
 def test_any_root_is_split_and_merged(make):
@@ -230,7 +239,9 @@ def test_update_takes_states_in_every_form():
   def fresh():
     return nnx.Dict(a=nnx.Param(0.0), b=nnx.Dict(c=nnx.BatchStat(0.0)))
 
-  source = nnx.state(nnx.Dict(a=nnx.Param(1.0), b=nnx.Dict(c=nnx.BatchStat(2.0))))
+  source = nnx.state(
+    nnx.Dict(a=nnx.Param(1.0), b=nnx.Dict(c=nnx.BatchStat(2.0)))
+  )
   for form in (
     (source,),
     (nnx.to_pure_dict(source),),

@@ -216,7 +216,9 @@ def test_a_custom_node_with_a_key_twice_is_refused():
     nnx.register_graph_node_type(list, lambda x: ([], None), *[None] * 4)
 
 
-@pytest.mark.parametrize("result", [None, (1,), ([1], None), ([(1, 2, 3)], None)])
+@pytest.mark.parametrize(
+  "result", [None, (1,), ([1], None), ([(1, 2, 3)], None)]
+)
 def test_a_custom_node_that_flattens_to_nonsense_is_refused(result):
   class Nonsense:
     pass
@@ -250,8 +252,10 @@ def _deep(depth, make):
 )
 def test_deep_graphs_raise_recursion_errors(make):
   node = graphs.Node()
-  node.a = _deep(100_000, make) if make(1).__class__ is not nnx.State else (
-    _deep(3_000, make)
+  node.a = (
+    _deep(100_000, make)
+    if make(1).__class__ is not nnx.State
+    else (_deep(3_000, make))
   )
   for function in (nnx.split, nnx.state, nnx.clone, nnx.graphdef):
     with pytest.raises(RecursionError):
@@ -341,7 +345,13 @@ def _evil_model(n=50):
 
 @pytest.mark.parametrize(
   "function",
-  [nnx.split, nnx.graphdef, nnx.state, nnx.clone, lambda n: _engine.flatten((n,))],
+  [
+    nnx.split,
+    nnx.graphdef,
+    nnx.state,
+    nnx.clone,
+    lambda n: _engine.flatten((n,)),
+  ],
 )
 def test_a_hash_that_empties_the_graph(function):
   node, act = _evil_model()
@@ -445,7 +455,7 @@ def test_a_hash_that_raises():
 
 def test_deleting_variables_while_iterating():
   model = Model(10)
-  for path, value in nnx.iter_graph(model):
+  for path, _ in nnx.iter_graph(model):
     if path and path[0] == "layers":
       model.layers.clear()
       gc.collect()
@@ -635,7 +645,7 @@ def test_threads_walk_different_models():
         assert graphs.isomorphic(nnx.merge(graphdef, state), model, True)
         add(model)
       assert model.count.value == 200
-    except BaseException as e:  # noqa: BLE001
+    except BaseException as e:
       errors.append(e)
 
   interval = sys.getswitchinterval()
@@ -663,7 +673,7 @@ def test_threads_share_one_jitted_function():
     try:
       for i in range(100):
         np.testing.assert_allclose(jitted(model, float(i)), [i, i])
-    except BaseException as e:  # noqa: BLE001
+    except BaseException as e:
       errors.append(e)
 
   threads = [threading.Thread(target=work, args=(m,)) for m in models]
