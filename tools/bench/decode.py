@@ -339,9 +339,9 @@ def _build_stacked(spec: arg_specs.ArgSpec) -> harness.Comparison:
 
 def _step_specs(quick: bool) -> list[arg_specs.ArgSpec]:
   """Returns every layer, the ones named by their shape in every dtype."""
-  if quick:
-    named, others = _QUICK_SPECS, ()
-  else:
+  named: tuple[arg_specs.ArgSpec, ...] = _QUICK_SPECS
+  others: tuple[arg_specs.ArgSpec, ...] = ()
+  if not quick:
     named = tuple(s for s in _SPECS if s.name.startswith("B")) + (_LONGER,)
     # XLA has no float16 attention on the CPU: those layers are in bfloat16.
     others = tuple(

@@ -423,9 +423,11 @@ def _import_seconds(module: str) -> float:
     [sys.executable, "-c", _IMPORT.format(module=module)],
     env=environment,
     capture_output=True,
-    check=True,
+    check=False,
     text=True,
   )
+  if done.returncode != 0:
+    raise RuntimeError(f"`import {module}` must succeed, but: {done.stderr}")
   return float(done.stdout)
 
 
