@@ -75,6 +75,11 @@ class NodeStates:
     return cls(None, tuple(prefixes), metadata)
 
 
+def _restore(metadata: Any, children: Any) -> NodeStates:
+  graphdef, states = children
+  return NodeStates(graphdef, states, metadata)
+
+
 jax.tree_util.register_pytree_with_keys(
   NodeStates,
   lambda node: (
@@ -84,7 +89,7 @@ jax.tree_util.register_pytree_with_keys(
     ),
     node.metadata,
   ),
-  lambda metadata, children: NodeStates(*tuple(children), metadata=metadata),
+  _restore,
 )
 
 
