@@ -24,6 +24,20 @@ namespace kernels {
 // than it saves.
 inline constexpr int64_t kInlineBytes = int64_t{256} << 10;
 
+inline constexpr int kSpins = 400;
+
+namespace internal {
+
+inline void Pause() {
+#if defined(__x86_64__)
+  __builtin_ia32_pause();
+#elif defined(__aarch64__)
+  asm volatile("yield");
+#endif
+}
+
+}  // namespace internal
+
 // Calls `body(i)` once for every i in [0, n), in no particular order and
 // possibly at the same time, and returns when all calls have returned.
 // `total_bytes` is the memory traffic of the whole loop, which decides whether
@@ -68,6 +82,12 @@ void ParallelFor(Pool& pool, int64_t n, int64_t total_bytes, Body&& body) {
     pool.Schedule(std::move(task));
   }
   work();
+  // Helpers are mostly at their last item by now: look a few microseconds
+  // before going to sleep, because waking up costs more than that.
+  for (int spin = 0; spin < kSpins; ++spin) {
+    if (state->done.load(std::memory_order_acquire) == n) return;
+    internal::Pause();
+  }
   std::unique_lock<std::mutex> lock(state->mutex);
   state->all_done.wait(lock, [&] { return state->done.load() == n; });
 }
