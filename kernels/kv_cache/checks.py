@@ -41,14 +41,17 @@ def add_checkify_rule(
   """
   primitive = op.primitive
 
-  def rule(error, enabled_errors, *operands, **params):
+  def rule(*args, **params):
+    # jax 0.12 passes a context in front, which `assert_func` wants as well.
+    context = () if isinstance(args[0], _checkify.Error) else args[:1]
+    error, enabled_errors, *operands = args[len(context) :]
     if _checkify.FailedCheckError in enabled_errors:
       static = {k: v for k, v in params.items() if k != "implementation"}
       for wrong, message, values in violations(*operands, **static):
         failure = _checkify.FailedCheckError(
           _checkify.get_traceback(), message, **values
         )
-        error = _checkify.assert_func(error, wrong, failure)
+        error = _checkify.assert_func(*context, error, wrong, failure)
     return error, primitive.bind(*operands, **params)
 
   _checkify.error_checks[primitive] = rule
