@@ -168,7 +168,8 @@ def same_type(one: Any, two: Any) -> bool:
 def next_values(
   carried: Sequence[int],
   leaves: Sequence[Any],
-  packed: Any,
+  plan: Any,
+  outputs: Sequence[Any],
   plain: Sequence[int],
   first: int,
 ) -> list[Any]:
@@ -177,11 +178,11 @@ def next_values(
   Args:
     carried: the leaves that are carried.
     leaves: all leaves as they were before.
-    packed: what the function did.
+    plan: what the function did.
+    outputs: the values of its outputs.
     plain: the leaves of the carry that are in no graph node.
     first: the leaf of the plan that is the first of these in the result.
   """
-  plan, outputs = packed.plan, packed.outputs
   new = {
     match: outputs[source]
     for match, source in zip(plan.matches, plan.sources)

@@ -380,9 +380,14 @@ class _Loop:
       before, carry_lib.Opened(result), self.transform, "init_val"
     )
     packed = _engine.pack(call.structure, objects, leaves, result)
-    self.plan = packed.plan
+    plan = self.plan = packed.plan
     new = carry_lib.next_values(
-      self.carried, leaves, packed, self.plain, len(packed.plan.matches)
+      self.carried,
+      leaves,
+      plan,
+      packed.outputs,
+      self.plain,
+      len(plan.matches),
     )
     for leaf, old, value in zip(self.carried, carry_leaves, new):
       path = self.walk.places[leaf].text

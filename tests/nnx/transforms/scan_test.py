@@ -224,6 +224,7 @@ class SeenOutsideTest(parameterized.TestCase):
     forward(X[0], stack, outside)
     self.assertEqual(int(stack.calls.value), 4)
     self.assertEqual(float(outside.value), 15.0)
+    self.assertLen(traces, 1)
 
   @parameterized.parameters(1, 2, True)
   def test_unroll_and_split_transpose(self, unroll):

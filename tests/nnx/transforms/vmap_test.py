@@ -338,9 +338,46 @@ class SeenOutsideTest(parameterized.TestCase):
       np.testing.assert_array_equal(y, X + 1)
     self.assertLen(traces, 1)
 
+  def test_pmap_sizes_and_backend(self):
+    v = nnx.Param(X)
+    f = nnx.pmap(
+      lambda v, x: v + x + jax.lax.axis_index("i"),
+      in_axes=(0, None),
+      out_axes=0,
+      axis_name="i",
+      axis_size=4,
+      backend="cpu",
+    )
+    np.testing.assert_array_equal(f(v, 1.0), X + 1 + np.arange(4.0)[:, None])
+
   def test_spmd_axis_name(self):
     f = nnx.vmap(lambda v, x: v * x, in_axes=(None, 0), spmd_axis_name="data")
     np.testing.assert_array_equal(f(nnx.Param(X[1]), X), X[1] * X)
+
+
+class LeakTest(parameterized.TestCase):
+  def test_no_tracer_outlives_its_transform(self):
+    stack = both.models(nnx).Stack()
+    axes = nnx.StateAxes({(nnx.Param, nnx.BatchStat): 0, ...: None})
+
+    @nnx.jit
+    def f(stack, x):
+      @nnx.grad
+      def loss(stack, x):
+        run = nnx.scan(
+          nnx.remat(lambda x, stack: stack(x)),
+          in_axes=(nnx.Carry, axes),
+          out_axes=nnx.Carry,
+        )
+        y = run(x, stack)
+        many = nnx.vmap(lambda stack, x: stack(x), in_axes=(axes, None))
+        z = nnx.cond(y.sum() > 0, many, lambda s, y: s.mean * y, stack, y)
+        return nnx.fori_loop(0, 2, lambda i, z: z * 2, z).sum()
+
+      return loss(stack, x)
+
+    with jax.checking_leaks():
+      f(stack, X[0])
 
 
 class ErrorTest(parameterized.TestCase):
