@@ -131,6 +131,13 @@ from nnx.nn.pooling import avg_pool as avg_pool
 from nnx.nn.pooling import max_pool as max_pool
 from nnx.nn.pooling import min_pool as min_pool
 from nnx.nn.pooling import pool as pool
+from nnx.nn.recurrent import RNN as RNN
+from nnx.nn.recurrent import Bidirectional as Bidirectional
+from nnx.nn.recurrent import GRUCell as GRUCell
+from nnx.nn.recurrent import LSTMCell as LSTMCell
+from nnx.nn.recurrent import OptimizedLSTMCell as OptimizedLSTMCell
+from nnx.nn.recurrent import RNNCellBase as RNNCellBase
+from nnx.nn.recurrent import SimpleCell as SimpleCell
 from nnx.nn.stochastic import Dropout as Dropout
 from nnx.nn.weight_normalization import SpectralNorm as SpectralNorm
 from nnx.nn.weight_normalization import WeightNorm as WeightNorm

@@ -52,7 +52,9 @@ LAYERS = {
   ),
   "Embed": lambda lib: lib.Embed(5, 3, rngs=lib.Rngs(0)),
   "GroupNorm": lambda lib: lib.GroupNorm(6, 2, rngs=lib.Rngs(0)),
+  "GRUCell": lambda lib: lib.GRUCell(3, 4, rngs=lib.Rngs(0)),
   "InstanceNorm": lambda lib: lib.InstanceNorm(3, rngs=lib.Rngs(0)),
+  "LSTMCell": lambda lib: lib.LSTMCell(3, 4, rngs=lib.Rngs(0)),
   "LayerNorm": lambda lib: lib.LayerNorm(3, rngs=lib.Rngs(0)),
   "Linear": linear,
   "LinearGeneral": lambda lib: lib.LinearGeneral(
@@ -63,7 +65,11 @@ LAYERS = {
   ),
   "LoRALinear": lambda lib: lib.LoRALinear(3, 4, lora_rank=2, rngs=lib.Rngs(0)),
   "MultiHeadAttention": decoder,
+  "OptimizedLSTMCell": lambda lib: lib.OptimizedLSTMCell(
+    3, 4, rngs=lib.Rngs(0)
+  ),
   "PReLU": lambda lib: lib.PReLU(),
+  "RNN": lambda lib: lib.RNN(lib.SimpleCell(3, 4, rngs=lib.Rngs(0))),
   "RMSNorm": lambda lib: lib.RMSNorm(3, rngs=lib.Rngs(0)),
   "Sequential": lambda lib: lib.Sequential(linear(lib), lib.relu, linear(lib)),
   "SpectralNorm": lambda lib: lib.SpectralNorm(linear(lib), rngs=lib.Rngs(0)),

@@ -1,0 +1,260 @@
+"""Recurrent cells and layers, against flax.nnx."""
+
+from flax import nnx as flax_nnx
+from flax.nnx.nn import recurrent as flax_recurrent
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import nnx
+from nnx.nn import recurrent
+from tests.nnx.nn import comparison
+from tests.nnx.nn.comparison import Own, array
+
+HALF = jnp.bfloat16
+CELLS = ("LSTMCell", "OptimizedLSTMCell", "SimpleCell", "GRUCell")
+
+
+def in_float32(args, /, *, dtype=None, inexact=True):
+  del dtype, inexact
+  return tuple(x if x is None else jnp.asarray(x, jnp.float32) for x in args)
+
+
+OPTIONS = {
+  "plain": {},
+  "activation": {"activation_fn": jax.nn.relu},
+  "gate": {"gate_fn": jax.nn.hard_sigmoid},
+  "residual": {"residual": True},
+  "initializers": {
+    "kernel_init": jax.nn.initializers.normal(),
+    "recurrent_kernel_init": jax.nn.initializers.he_normal(),
+    "bias_init": jax.nn.initializers.ones,
+  },
+  "dtype": {"dtype": HALF},
+  "promote_dtype": {"dtype": HALF, "promote_dtype": in_float32},
+}
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+@pytest.mark.parametrize("name", CELLS)
+def test_cells(name, options):
+  if ("gate_fn" in options and name == "SimpleCell") or (
+    "residual" in options and name != "SimpleCell"
+  ):
+    pytest.skip(f"{name} has no such option")
+  pair = comparison.pair(name, 3, 4, **options)
+  carry = (array(2, 4, seed=1), array(2, 4, seed=2))
+  rtol = 2e-2 if HALF in list(options.values()) else 5e-5
+
+  def call(layer, x, c, h):
+    return layer((c, h) if "LSTM" in name else c + h, x)
+
+  comparison.assert_same(*pair, array(2, 3), *carry, rtol=rtol, call=call)
+
+
+@pytest.mark.parametrize("name", CELLS)
+def test_carries(name):
+  ours, theirs = comparison.pair(name, 3, 4)
+  for init in (None, jax.nn.initializers.normal()):
+    got, want = (
+      layer.initialize_carry((2, 5, 3), library.Rngs(7), init)
+      for library, layer in ((nnx, ours), (flax_nnx, theirs))
+    )
+    got, want = jax.tree.leaves(got), jax.tree.leaves(want)
+    assert len(got) == len(want)
+    for a, b in zip(got, want):
+      np.testing.assert_array_equal(a, b)
+  assert ours.num_feature_axes == theirs.num_feature_axes == 1
+  with pytest.raises(ValueError, match="`initialize_carry` must have `rngs`"):
+    ours.initialize_carry((2, 3))
+
+
+@pytest.mark.parametrize("name", CELLS)
+def test_cells_may_keep_streams_and_initializers(name):
+  # flax.nnx warns of both, and does the same.
+  cell = getattr(nnx, name)(
+    3,
+    4,
+    keep_rngs=True,
+    carry_init=jax.nn.initializers.ones,
+    rngs=nnx.Rngs(0),
+  )
+  for carry in jax.tree.leaves(cell.initialize_carry((2, 3))):
+    np.testing.assert_array_equal(carry, jnp.ones((2, 4)))
+  assert "rngs" in nnx.state(cell, nnx.RngState)
+
+
+@pytest.mark.parametrize("name", CELLS)
+def test_metadata_reaches_the_parameters(name):
+  cell = getattr(nnx, name)(
+    3,
+    4,
+    kernel_metadata={"tag": "in"},
+    recurrent_kernel_metadata={"tag": "hidden"},
+    bias_metadata={"tag": "bias"},
+    rngs=nnx.Rngs(0),
+  )
+  for path, leaf in nnx.to_flat_state(nnx.state(cell)):
+    want = "hidden" if path[0] in ("dense_h", "hi", "hf", "hg", "ho") else "in"
+    assert leaf.tag == ("bias" if path[1] == "bias" else want), path
+
+
+def test_the_lstm_may_have_half_precision_parameters():
+  pair = comparison.pair("LSTMCell", 3, 4, param_dtype=HALF)
+  assert pair[0].hi.kernel.dtype == HALF
+
+
+def rnn_pair(cell="GRUCell", **options):
+  return comparison.pair(
+    "RNN",
+    Own(lambda library: getattr(library, cell)(3, 4, rngs=library.Rngs(5))),
+    rngs=Own(lambda library: library.Rngs(6)),
+    **options,
+  )
+
+
+LENGTHS = jnp.array([2, 5])
+RNN = {
+  "plain": ({}, {}),
+  "unrolled": ({"unroll": 2}, {}),
+  "carry": ({"return_carry": True}, {}),
+  "reversed": ({"reverse": True}, {}),
+  "in order": ({"reverse": True, "keep_order": True}, {}),
+  "lengths": ({"return_carry": True}, {"seq_lengths": LENGTHS}),
+  "all": (
+    {},
+    {
+      "seq_lengths": LENGTHS,
+      "return_carry": True,
+      "reverse": True,
+      "keep_order": True,
+    },
+  ),
+}
+
+
+@pytest.mark.parametrize(("options", "kwargs"), RNN.values(), ids=RNN)
+@pytest.mark.parametrize("time_major", [False, True])
+def test_rnn(options, kwargs, time_major):
+  pair = rnn_pair(time_major=time_major, **options)
+  x = array(5, 2, 3) if time_major else array(2, 5, 3)
+  comparison.assert_same(*pair, x, rtol=5e-5, **kwargs)
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_rnn_of_each_cell(cell):
+  comparison.assert_same(*rnn_pair(cell), array(2, 5, 3), rtol=5e-5)
+
+
+def test_rnn_takes_carries_and_streams_of_the_call():
+  pair = rnn_pair()
+  comparison.assert_same(
+    *pair, array(2, 5, 3), rtol=5e-5, initial_carry=array(2, 4)
+  )
+  comparison.assert_same(
+    *pair, array(2, 5, 3), rtol=5e-5, rngs=Own(lambda lib: lib.Rngs(1))
+  )
+
+
+def test_rnn_makes_streams():
+  for rngs in (True, False):
+    make = Own(lambda lib: lib.GRUCell(3, 4, rngs=lib.Rngs(5)))
+    ours, theirs = comparison.pair("RNN", make, rngs=rngs)
+    comparison.assert_same(
+      ours, theirs, array(2, 5, 3), rtol=5e-5, initial_carry=array(2, 4)
+    )
+  with pytest.raises(TypeError, match="or a bool, but got a `int`"):
+    nnx.RNN(ours.cell, rngs=3)
+
+
+def noisy_cell(library):
+  class Noisy(library.RNNCellBase):
+    num_feature_axes = 1
+
+    def __init__(self):
+      self.dropout = library.Dropout(0.5, rngs=library.Rngs(dropout=3))
+
+    def initialize_carry(self, input_shape, rngs=None, carry_init=None):
+      return jnp.zeros(input_shape)
+
+    def __call__(self, carry, x):
+      return carry, self.dropout(x)
+
+  return Noisy()
+
+
+@pytest.mark.parametrize("broadcast", [False, True])
+def test_random_cells(broadcast):
+  options = {"broadcast_rngs": "dropout"} if broadcast else {}
+  pair = comparison.pair("RNN", Own(noisy_cell), rngs=True, **options)
+  for _ in range(2):
+    comparison.assert_same(*pair, jnp.ones((2, 5, 3)))
+  y = pair[0](jnp.ones((2, 5, 3)))
+  assert bool((y == y[:, :1]).all()) == broadcast
+
+
+def test_flip_sequences():
+  for lengths in (None, LENGTHS):
+    for time_major in (False, True):
+      x = array(5, 2, 3) if time_major else array(2, 5, 3)
+      np.testing.assert_array_equal(
+        recurrent.flip_sequences(x, lengths, 1, time_major),
+        flax_recurrent.flip_sequences(x, lengths, 1, time_major),
+      )
+
+
+def test_carries_at_the_end_of_any_batch():
+  layer = nnx.RNN(nnx.GRUCell(3, 4, rngs=nnx.Rngs(0)), return_carry=True)
+  x, lengths = array(2, 3, 5, 3), jnp.array([[1, 2, 3], [4, 5, 1]])
+  carry, y = layer(x, seq_lengths=lengths)
+  np.testing.assert_allclose(carry[1, 0], y[1, 0, 3], rtol=1e-5)
+  np.testing.assert_allclose(carry[0, 2], y[0, 2, 2], rtol=1e-5)
+
+
+def bidirectional(**options):
+  def make(seed):
+    return Own(
+      lambda library: library.RNN(
+        library.GRUCell(3, 4, rngs=library.Rngs(seed))
+      )
+    )
+
+  return comparison.pair(
+    "Bidirectional",
+    make(1),
+    make(2),
+    rngs=Own(lambda library: library.Rngs(6)),
+    **options,
+  )
+
+
+@pytest.mark.parametrize(
+  ("options", "kwargs"),
+  [
+    ({}, {}),
+    ({"return_carry": True}, {"seq_lengths": LENGTHS}),
+    ({"merge_fn": jnp.add}, {"rngs": Own(lambda lib: lib.Rngs(1))}),
+    ({}, {"initial_carry": (array(2, 4), array(2, 4, seed=1))}),
+  ],
+)
+def test_bidirectional(options, kwargs):
+  comparison.assert_same(
+    *bidirectional(**options), array(2, 5, 3), rtol=5e-5, **kwargs
+  )
+
+
+def test_bidirectional_with_time_first():
+  comparison.assert_same(
+    *bidirectional(time_major=True), array(5, 2, 3), rtol=5e-5
+  )
+
+
+def test_cells_must_define_their_parts():
+  cell = nnx.RNNCellBase()
+  with pytest.raises(NotImplementedError, match="must define `initialize_ca"):
+    cell.initialize_carry((2,))
+  with pytest.raises(NotImplementedError, match="must define `__call__"):
+    cell(1, 2)
+  with pytest.raises(NotImplementedError, match="must define `num_feature_a"):
+    _ = cell.num_feature_axes
