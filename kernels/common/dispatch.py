@@ -171,17 +171,15 @@ def out_aval(shape: Sequence[Any], dtype: Any, *inputs: Any) -> Any:
   """Returns the abstract value of a result computed from `inputs`.
 
   Inside `shard_map`, a result varies over every mesh axis that one of its
-  inputs varies over.
+  inputs varies over. On a mesh with explicit axes, it is sharded like the first
+  input if it has that one's shape, and not sharded otherwise.
 
   Args:
     shape: Of the result.
     dtype: Of the result.
     *inputs: Abstract values it depends on.
   """
-  varying = frozenset().union(*map(jax_private.varying_axes, inputs))
-  if varying:
-    return jax_private.varying_aval(shape, dtype, varying, inputs)
-  return jax.core.ShapedArray(tuple(shape), dtype)
+  return jax_private.result_aval(tuple(shape), dtype, inputs)
 
 
 def static_size(shape: Sequence[Any]) -> int | None:
@@ -446,7 +444,7 @@ def _call_partitioned(op: Op, name, params, fn, *args):
     named = functools.partial(jax.sharding.NamedSharding, mesh)
     return (
       mesh,
-      lambda *xs: tuple(local(*xs)),
+      jax_private.without_mesh(lambda *xs: tuple(local(*xs))),
       tuple(map(named, result_specs)),
       tuple(map(named, arg_specs)),
     )

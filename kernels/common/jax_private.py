@@ -3,7 +3,7 @@
 Tried with jax 0.10.2 and 0.12.0.1.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -33,25 +33,45 @@ def varying_axes(aval: Any) -> frozenset[str]:
   return frozenset(getattr(manual, "varying", ()))
 
 
-def varying_aval(
-  shape: Sequence[Any],
-  dtype: Any,
-  varying: frozenset[str],
-  inputs: Sequence[Any],
+def result_aval(
+  shape: tuple[Any, ...], dtype: Any, inputs: Sequence[Any]
 ) -> Any:
-  """Returns an abstract value that varies over mesh axes.
+  """Returns the abstract value of a result; see `dispatch.out_aval`.
 
   Args:
-    shape: Of the value.
-    dtype: Of the value.
-    varying: The mesh axes.
-    inputs: Abstract values, of which one at least varies.
+    shape: Of the result.
+    dtype: Of the result.
+    inputs: Abstract values that it depends on.
   """
-  like = next(aval for aval in inputs if varying_axes(aval))
+  varying = frozenset().union(*map(varying_axes, inputs))
+  like = next((aval for aval in inputs if varying_axes(aval)), inputs[0])
+  mesh = like.sharding.mesh
+  if mesh.empty:
+    return jax.core.ShapedArray(shape, dtype)
   spec = jax.sharding.PartitionSpec(*(None for _ in shape))
+  if inputs[0].shape == shape and not inputs[0].sharding.mesh.empty:
+    spec = inputs[0].sharding.spec
   return jax.core.ShapedArray(
-    tuple(shape),
+    shape,
     dtype,
-    sharding=jax.sharding.NamedSharding(like.sharding.mesh, spec),
+    sharding=jax.sharding.NamedSharding(mesh, spec),
     manual_axis_type=like.manual_axis_type.update(varying=varying),
   )
+
+
+def without_mesh(fn: Callable[..., Any]) -> Callable[..., Any]:
+  """Makes a function forget the mesh that `jax.set_mesh` has set.
+
+  Under a mesh with explicit axes, jax 0.12 annotates every value that is
+  traced with its sharding. A device's part of a partitioned program has none,
+  and cannot be compiled with such annotations.
+
+  Args:
+    fn: Any function.
+  """
+
+  def wrapped(*args: Any) -> Any:
+    with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), ())):
+      return fn(*args)
+
+  return wrapped

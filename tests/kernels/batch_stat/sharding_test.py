@@ -1,5 +1,7 @@
 """batch_stat on several devices: same numbers, and no gathered batch."""
 
+import contextlib
+
 from absl.testing import absltest, parameterized
 import jax
 from jax import lax
@@ -311,6 +313,26 @@ class BatchNormShardingTest(parameterized.TestCase):
     self.check(grads(x, dy, scale, bias, mask), want)
     text = grads.lower(x, dy, scale, bias, mask).compile().as_text()
     self.assertEmpty(hlo.instructions(text, "all-gather"))
+
+  @parameterized.product(implementation=("cpu", "xla"), set_mesh=(False, True))
+  def test_explicit_mesh(self, implementation, set_mesh):
+    mesh = jax.make_mesh(
+      (8,), ("a",), axis_types=(jax.sharding.AxisType.Explicit,)
+    )
+    x, dy, scale, bias, _ = _train_case()
+    want = _grads(x, dy, scale, bias, None, "xla")
+    x, dy = jax.device_put((x, dy), NamedSharding(mesh, P("a")))
+
+    @jax.jit
+    def run(x, dy, scale, bias):
+      out = _grads(x, dy, scale, bias, None, implementation)
+      self.assertEqual(jax.typeof(out[0]).sharding.spec[0], "a")
+      return out
+
+    with jax.set_mesh(mesh) if set_mesh else contextlib.nullcontext():
+      compiled = run.lower(x, dy, scale, bias).compile()
+      self.check(compiled(x, dy, scale, bias), want)
+    self.assertEmpty(hlo.instructions(compiled.as_text(), "all-gather"))
 
   @parameterized.parameters("cpu", "xla")
   def test_groups_are_apart(self, implementation):
