@@ -24,7 +24,7 @@ A = TypeVar("A")
 F = TypeVar("F", bound=Callable[..., Any])
 
 Filter = filters_lib.Filter
-Shape = "int | tuple[int, ...]"
+Shape = int | tuple[int, ...]
 
 _MISSING = object()
 

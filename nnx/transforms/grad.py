@@ -440,7 +440,11 @@ def vjp(
     ValueError: if a cotangent has another form than the output.
   """
   _check_reduce_axes(reduce_axes)
-  options = {"has_aux": has_aux, "graph": graph, "graph_updates": graph_updates}
+  options: dict[str, Any] = {
+    "has_aux": has_aux,
+    "graph": graph,
+    "graph_updates": graph_updates,
+  }
   if f is None:
     return functools.partial(vjp, **options)
   lift.check_function(f, "vjp")
@@ -515,7 +519,11 @@ def jvp(
     TypeError: if `primals` or `tangents` is no tuple or list.
     ValueError: if `tangents` has another form than `primals`.
   """
-  options = {"has_aux": has_aux, "graph": graph, "graph_updates": graph_updates}
+  options: dict[str, Any] = {
+    "has_aux": has_aux,
+    "graph": graph,
+    "graph_updates": graph_updates,
+  }
   if f is None:
     return functools.partial(jvp, **options)
   lift.check_function(f, "jvp")
