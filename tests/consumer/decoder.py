@@ -1,11 +1,11 @@
 """A decoder's cache, as a workspace that uses ours would write it."""
 
+import _scale
 import jax
 import jax.numpy as jnp
+
 from kernels import kv_cache
 import nnx
-
-import _scale
 
 
 class Keys(nnx.Module):

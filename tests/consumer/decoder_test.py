@@ -1,11 +1,11 @@
-import bridge
+import decoder
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import nnx
 import numpy as np
 
-import decoder
+import bridge
+import nnx
 
 
 def test_append_writes_in_order():

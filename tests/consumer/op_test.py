@@ -1,7 +1,8 @@
 import jax
 import jax.numpy as jnp
-from kernels import batch_stat
 import numpy as np
+
+from kernels import batch_stat
 
 
 def test_running_averages():

@@ -1,5 +1,6 @@
 from absl.testing import absltest
 import jax.numpy as jnp
+
 import nnx
 
 

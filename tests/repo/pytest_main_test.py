@@ -43,11 +43,15 @@ def run(tmp_path):
   report = tmp_path / "report.xml"
 
   def run(**env):
-    env = {
-      key: value
-      for key, value in os.environ.items()
-      if not key.startswith(("TEST", "XML_", "REQUIRE_"))
-    } | {"JAX_PLATFORMS": "cpu", "XML_OUTPUT_FILE": str(report)} | env
+    env = (
+      {
+        key: value
+        for key, value in os.environ.items()
+        if not key.startswith(("TEST", "XML_", "REQUIRE_"))
+      }
+      | {"JAX_PLATFORMS": "cpu", "XML_OUTPUT_FILE": str(report)}
+      | env
+    )
     done = subprocess.run(
       [sys.executable, pytest_main.__file__, "cases.py"],
       cwd=tmp_path,

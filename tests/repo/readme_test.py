@@ -3,7 +3,9 @@
 import pathlib
 
 README = pathlib.Path("README.md").read_text(encoding="utf-8")
-EXAMPLE = README.split("## An example")[1].split("```python\n")[1].split("```")[0]
+EXAMPLE = (
+  README.split("## An example")[1].split("```python\n")[1].split("```")[0]
+)
 
 
 def test_the_example_runs_and_is_short(capsys):

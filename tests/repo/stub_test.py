@@ -17,9 +17,7 @@ EXTENSIONS = sorted(
 
 def members(value) -> set[str]:
   return {
-    name
-    for name in vars(value)
-    if not (name.startswith("__") or name.startswith("pybind11"))
+    name for name in vars(value) if not name.startswith(("__", "pybind11"))
   }
 
 

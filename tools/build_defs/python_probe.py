@@ -49,7 +49,7 @@ def refusal(executable, implementation, version, gil_disabled, include):
 
 
 def main():
-  """Prints the interpreter's `executable`, `version` and `include`, or `refusal`."""
+  """Prints `executable`, `version` and `include`, and `refusal` or null."""
   include = sysconfig.get_path("include")
   found = {
     # The interpreter itself, not a shim that leads to it.
