@@ -31,7 +31,6 @@ from typing import Any
 
 import jax
 from jax.experimental import custom_partitioning as custom_partitioning_lib
-from jax.extend import core as extend_core
 from jax.interpreters import ad, batching, mlir
 
 from kernels.common import jax_private
@@ -274,7 +273,7 @@ class Op:
     self.reference = reference
     self.implementations = {impl.name: impl for impl in implementations}
     self.partitioning = partitioning
-    self.primitive = extend_core.Primitive(name)
+    self.primitive = jax_private.Primitive(name)
     self.primitive.multiple_results = True
     self._define(abstract_eval, batching, not_differentiable)
     _OPS[name] = self
@@ -564,6 +563,8 @@ def _visit(jaxpr, platform, choices):
 
 
 def _inner_jaxprs(values):
+  from jax.extend import core as extend_core  # here, as it imports Pallas
+
   for value in values:
     if isinstance(value, extend_core.ClosedJaxpr):
       yield value.jaxpr

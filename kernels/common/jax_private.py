@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+from jax._src import core as _core
 from jax._src import dispatch as _dispatch
 
 
@@ -75,3 +76,8 @@ def without_mesh(fn: Callable[..., Any]) -> Callable[..., Any]:
       return fn(*args)
 
   return wrapped
+
+
+# `jax.extend.core` has this class too, but its package imports Pallas, which
+# takes a tenth of the time that importing jax takes.
+Primitive = _core.Primitive

@@ -16,7 +16,6 @@ import jax
 from jax import random
 import jax.numpy as jnp
 
-from kernels import decode_attention, kv_cache
 from nnx.module import Module
 from nnx.nn import dtypes, initializers
 from nnx.nn.initializers import NO_METADATA, Initializer, default_kernel_init
@@ -394,6 +393,9 @@ def _in_one_batch_axis(x: jax.Array, batch: tuple[int, ...]) -> jax.Array:
 @functools.partial(jax.jit, inline=True)
 def _append(cached_key, cached_value, key, value, index):
   """Writes new keys and values into the caches."""
+  # While tracing: programs that never decode import no kernels.
+  from kernels import kv_cache
+
   batch = cached_key.shape[:-3]
   if index.ndim:
     index = index.reshape(-1)
@@ -417,6 +419,8 @@ def _append_and_attend(
   cached_key, cached_value, query, key, value, index, mask
 ):
   """One call for the new caches and the result."""
+  from kernels import decode_attention
+
   batch = cached_key.shape[:-3]
   if mask is not None:
     mask = jnp.asarray(mask).astype(bool)
