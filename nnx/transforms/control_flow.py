@@ -139,7 +139,7 @@ def _select(transform, choice, branches, names, operands) -> Any:
   def branch_function(plan, jaxpr):
     def run(values):
       leaves = call.with_leaves(inputs, values)
-      outputs = jax.extend.core.jaxpr_as_fun(jaxpr)(*values)
+      outputs = lift.run_jaxpr(jaxpr, *values)
       sources = [plan.sources[leaf] for leaf in wanted]
       return tuple(outputs[s] if s >= 0 else leaves[~s] for s in sources)
 

@@ -320,10 +320,7 @@ class Flat(lift.Lifted):
       if traced is not None:
         jaxpr, plan = traced
         if list(jaxpr.in_avals) == [jax.typeof(leaf) for leaf in leaves]:
-          # Here, because the package imports Pallas.
-          from jax.extend import core as extend_core
-
-          outputs = extend_core.jaxpr_as_fun(jaxpr)(*leaves)
+          outputs = lift.run_jaxpr(jaxpr, *leaves)
           return _engine.packed_unflatten(plan, tuple(outputs))
       return self(tuple(leaves), frozenset(donated))
 

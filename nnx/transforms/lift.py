@@ -283,3 +283,19 @@ def positions(
       )
     result.append(position)
   return tuple(result)
+
+
+def run_jaxpr(jaxpr: Any, *values: Any) -> list[Any]:
+  """Evaluates a closed jaxpr, under whatever trace is current.
+
+  Args:
+    jaxpr: the closed jaxpr.
+    *values: its arguments.
+
+  Returns:
+    Its outputs.
+  """
+  # Here, because the package imports Pallas, which programs rarely need.
+  from jax.extend import core as extend_core
+
+  return extend_core.jaxpr_as_fun(jaxpr)(*values)

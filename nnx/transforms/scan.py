@@ -295,7 +295,7 @@ class _Loop:
     """Runs the function once; what it did is in `traced`."""
     if self.jaxpr is not None:
       jaxpr, inputs = self.jaxpr
-      return jax.extend.core.jaxpr_as_fun(jaxpr)(*(leaves[i] for i in inputs))
+      return lift.run_jaxpr(jaxpr, *(leaves[i] for i in inputs))
     call, walk = self.call, self.walk
     values, objects = _engine.unflatten(call.structure, leaves)
     before = None
