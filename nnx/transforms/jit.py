@@ -221,13 +221,13 @@ class Options:
     asked, plain, position = [], set(), 0
     records = structure._records
     for key in self.root_keys(structure, names):
-      end = _end(records, position)
+      end = lift.subtree_end(records, position)
       if key in self.donated:
         depth_end = position
         for i in range(position, end):
           kind, index, leaf = records[i][:3]
           if index >= 0 and kind != "ref" and i >= depth_end:
-            depth_end = _end(records, i)
+            depth_end = lift.subtree_end(records, i)
           if leaf >= 0:
             asked.append(leaf)
             if i >= depth_end:
@@ -253,7 +253,7 @@ def _leaf_path(structure: Any, number: int, roots: Sequence[Any]) -> str:
       found = find(child, (*path, keys[i] if keys is not None else i))
       if found is not None:
         return (*found, "value") if kind == "variable" else found
-      child = _end(records, child)
+      child = lift.subtree_end(records, child)
     return None
 
   position = 0
@@ -261,16 +261,8 @@ def _leaf_path(structure: Any, number: int, roots: Sequence[Any]) -> str:
     found = find(position, (root,))
     if found is not None:
       return prefix.text("", found)
-    position = _end(records, position)
+    position = lift.subtree_end(records, position)
   raise AssertionError(number)
-
-
-def _end(records: tuple, position: int) -> int:
-  children = records[position][3]
-  position += 1
-  for _ in range(children):
-    position = _end(records, position)
-  return position
 
 
 class Flat(lift.Lifted):
