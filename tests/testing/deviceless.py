@@ -1,0 +1,147 @@
+"""Programs compiled for devices that are not here, and what they must show.
+
+A compiler needs no device: `jax.jit(f).lower(...).compile()` for the devices of
+a topology gives the program that the device would run. What is read off it here
+is the same for every accelerator: is the cache updated in place, is anything of
+its size copied or gathered, are temporaries small, is the kernel called at all.
+A compiled program is never a run: numbers want the device.
+"""
+
+from collections.abc import Callable, Sequence
+import functools
+import math
+import os
+import re
+from typing import Any
+
+import jax
+from jax.experimental import topologies
+
+from tests.testing import hlo
+
+# Name of a chip: the topology to ask libtpu for, four chips each.
+TPU_TOPOLOGIES = {
+  "v5e": "v5e:2x2",
+  "v6e": "v6e:2x2",
+  "tpu7x": "tpu7x:2x2x1",
+}
+
+# What libtpu must find to compile where there is no TPU.
+_TPU_ENVIRONMENT = {
+  "ALLOW_MULTIPLE_LIBTPU_LOAD": "true",  # or parallel tests want one lock
+  "TPU_ACCELERATOR_TYPE": "v5litepod-4",
+  "TPU_LOG_DIR": "disabled",
+  "TPU_SKIP_MDS_QUERY": "1",
+  "TPU_WORKER_HOSTNAMES": "localhost",
+}
+
+# Results of these opcodes own no memory, or are the operand's.
+_WITHOUT_MEMORY = frozenset(
+  (
+    "parameter", "tuple", "get-tuple-element", "bitcast", "while", "call",
+    "conditional", "custom-call", "opt-barrier", "copy-done", "async-done",
+    "async-start",
+  )
+)  # fmt: skip
+
+
+@functools.cache
+def tpu_devices(chip: str) -> tuple[Any, ...]:
+  """Returns devices to compile for, as libtpu describes them.
+
+  Args:
+    chip: A key of `TPU_TOPOLOGIES`.
+  """
+  for name, value in _TPU_ENVIRONMENT.items():
+    os.environ.setdefault(name, value)
+  topology = topologies.get_topology_desc(
+    platform="tpu", topology_name=TPU_TOPOLOGIES[chip]
+  )
+  return tuple(topology.devices)
+
+
+def compile_for(
+  placement: Any,
+  fn: Callable[..., Any],
+  *args: Any,
+  donate: Sequence[int] = (),
+) -> Any:
+  """Compiles `fn` for devices that are not here.
+
+  Args:
+    placement: A device of a topology, for a program of one device; or a
+      sharding for every array in `args` that has none of its own.
+    fn: What to compile.
+    *args: Trees with `jax.ShapeDtypeStruct`s in place of arrays.
+    donate: Which arguments are donated.
+
+  Returns:
+    The compiled program.
+  """
+  if not isinstance(placement, jax.sharding.Sharding):
+    placement = jax.sharding.SingleDeviceSharding(placement)
+
+  def place(struct):
+    sharding = struct.sharding or placement
+    return jax.ShapeDtypeStruct(struct.shape, struct.dtype, sharding=sharding)
+
+  placed = jax.tree.map(place, args)
+  return jax.jit(fn, donate_argnums=tuple(donate)).lower(*placed).compile()
+
+
+def large_results(text: str, elements: int) -> list[str]:
+  """Lists HLO instructions that write `elements` numbers or more.
+
+  Whatever its opcode is: a copy, its asynchronous form, a transposition, a
+  conversion, or a fusion of them.
+
+  Args:
+    text: `compiled.as_text()`.
+    elements: For example those of a cache, or of a device's part of it.
+  """
+  found = []
+  for line in text.splitlines():
+    match = re.match(r"\s*(?:ROOT )?%?[\w.\-]+ = (.*?) ([a-z][\w\-]*)\(", line)
+    if match is None or match[2] in _WITHOUT_MEMORY:
+      continue
+    sizes = [
+      math.prod(map(int, dims.split(",")))
+      for dims in re.findall(r"\b[a-z]\w*\[([\d,]+)\]", match[1])
+    ]
+    if sizes and max(sizes) >= elements:
+      found.append(line.strip())
+  return found
+
+
+def assert_calls(compiled: Any, target: str) -> None:
+  """Fails unless the program calls `target`: the kernel, not a fallback."""
+  if not hlo.custom_calls(compiled.as_text(), target):
+    raise AssertionError(f"the program does not call {target}")
+
+
+def assert_in_place(compiled: Any, num_bytes: int) -> None:
+  """Fails unless the program reuses that many bytes of its arguments."""
+  got = hlo.aliased_bytes(compiled)
+  if got != num_bytes:
+    raise AssertionError(
+      f"{got} bytes of the arguments are reused, not {num_bytes}"
+    )
+
+
+def assert_small_temporaries(compiled: Any, num_bytes: int) -> None:
+  """Fails if the program wants more than `num_bytes` of scratch memory."""
+  got = compiled.memory_analysis().temp_size_in_bytes
+  if got > num_bytes:
+    raise AssertionError(f"{got} bytes of temporaries, more than {num_bytes}")
+
+
+def assert_nothing_moves(compiled: Any, elements: int) -> None:
+  """Fails if something as large as `elements` is copied or gathered."""
+  text = compiled.as_text()
+  gathers = [
+    line
+    for opcode in ("all-gather", "all-to-all", "collective-permute")
+    for line in hlo.instructions(text, opcode)
+  ]
+  if moved := gathers + large_results(text, elements):
+    raise AssertionError("the program moves data:\n" + "\n".join(moved[:8]))
