@@ -14,6 +14,7 @@
 #endif
 
 #include "kernels/common/cpu_features.h"
+#include "kernels/common/element_types.h"
 
 // Vectors are only passed between functions that are inlined into one another,
 // so the calling convention that this warning is about is never used.
@@ -44,28 +45,5 @@
     simd_baseline::__VA_ARGS__;       \
   } while (false)
 #endif
-
-namespace kernels {
-
-// Tags for element types as they lie in memory, and what arithmetic on them is
-// done in.
-struct F64 {
-  using Storage = double;
-  using Compute = double;
-};
-struct F32 {
-  using Storage = float;
-  using Compute = float;
-};
-struct BF16 {
-  using Storage = uint16_t;
-  using Compute = float;
-};
-struct F16 {
-  using Storage = uint16_t;
-  using Compute = float;
-};
-
-}  // namespace kernels
 
 #endif  // KERNELS_COMMON_SIMD_PRELUDE_H_

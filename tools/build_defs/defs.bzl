@@ -6,6 +6,7 @@ workspace that depends on this one.
 
 load("@rules_cc//cc:defs.bzl", _cc_binary = "cc_binary", _cc_library = "cc_library", _cc_test = "cc_test")
 load("@rules_python//python:defs.bzl", _py_binary = "py_binary", _py_library = "py_library", _py_test = "py_test")
+load("//tools/build_defs:cuda.bzl", "cuda_objects")
 
 # Headers of others come in through `includes`, which makes them system headers,
 # and so these hold for our own sources only.
@@ -123,6 +124,58 @@ def nnx_pybind_extension(
         pyi = pyi,
         tags = tags,
         testonly = testonly,
+        visibility = visibility,
+    )
+
+def cuda_extension(name, kernels, srcs, deps = [], pyi = None, visibility = None):
+    """A pybind11 extension module with CUDA kernels.
+
+    Under --config=gpu it is what nnx_pybind_extension makes; without, a
+    py_library of the same name that carries the stub alone, so that importing
+    the module fails, and nothing of CUDA is fetched or built.
+
+    Args:
+      name: the module's name, as in `PYBIND11_MODULE(name, m)`.
+      kernels: `.cu.cc` files, compiled by nvcc; they include neither XLA nor
+        Python.
+      srcs: `.cc` files that bind them, compiled by the host's compiler.
+      deps: C++ libraries of both.
+      pyi: an optional stub that travels with it.
+      visibility: of the py_library.
+    """
+    only_gpu = {
+        # Not among `//...`, and only analysed where it can be built.
+        "tags": ["gpu", "manual"],
+        "target_compatible_with": select({
+            Label("//tools/build_defs:gpu"): [],
+            "//conditions:default": ["@platforms//:incompatible"],
+        }),
+        "visibility": ["//visibility:private"],
+    }
+    cuda_objects(
+        name = name + "_kernels",
+        srcs = kernels,
+        deps = deps,
+        **only_gpu
+    )
+    _cc_binary(
+        name = name + ".so",
+        srcs = srcs + [":%s_kernels" % name],
+        copts = _COPTS,
+        linkshared = True,
+        deps = deps + [
+            Label("//tools/build_defs:extension_headers"),
+            Label("@nnx_cuda//:runtime"),
+        ],
+        **only_gpu
+    )
+    nnx_py_library(
+        name = name,
+        data = select({
+            Label("//tools/build_defs:gpu"): [":%s.so" % name],
+            "//conditions:default": [],
+        }),
+        pyi = pyi,
         visibility = visibility,
     )
 

@@ -88,7 +88,10 @@ def _pypi_packages_impl(rctx):
 
     # The newest lock file whose version is not newer than the interpreter.
     lock, best = None, []
-    for label, oldest in rctx.attr.locks.items():
+    locks = rctx.attr.locks
+    if rctx.attr.device_variable and rctx.getenv(rctx.attr.device_variable) == "1":
+        locks = rctx.attr.device_locks
+    for label, oldest in locks.items():
         oldest = [int(v) for v in oldest.split(".")]
         if best < oldest and oldest <= version:
             lock, best = rctx.path(label), oldest
@@ -147,6 +150,13 @@ a hub made by rules_python can take the place of this one.""",
             mandatory = True,
             allow_files = True,
             doc = "Hash-pinned requirements file: oldest Python it serves.",
+        ),
+        "device_locks": attr.label_keyed_string_dict(
+            allow_files = True,
+            doc = "Taken in place of `locks` where `device_variable` is 1.",
+        ),
+        "device_variable": attr.string(
+            doc = "A variable for --repo_env.",
         ),
         "_build": attr.label(
             default = Label("//tools/build_defs:pypi_build.py"),

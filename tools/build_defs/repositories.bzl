@@ -1,9 +1,10 @@
-"""External repositories: the host's Python and the locked PyPI packages.
+"""External repositories: the host's Python, the locked PyPI packages, CUDA.
 
 `nnx_repositories()` serves WORKSPACE files, the extension `nnx_deps` bzlmod.
 """
 
 load("@bazel_tools//tools/build_defs/repo:http.bzl", "http_archive")
+load("//tools/build_defs:cuda.bzl", "nnx_cuda")
 load("//tools/build_defs:pypi.bzl", "nnx_python", "pypi_packages")
 
 def _locks(stem):
@@ -19,6 +20,21 @@ _HUBS = {
     "pypi_gpu": "requirements_gpu_lock",
     "pypi_tpu": "requirements_tpu_lock",
 }
+
+# To compile for a GPU takes a fraction of the packages that running on it does:
+# --repo_env=NNX_GPU_DEVICE=1 (part of --config=gpu_device) fetches them all.
+_DEVICE_HUBS = {
+    "pypi_gpu": ("NNX_GPU_DEVICE", "requirements_gpu_device_lock"),
+}
+
+def _packages(hub, stem):
+    variable, device_stem = _DEVICE_HUBS.get(hub, ("", ""))
+    pypi_packages(
+        name = hub,
+        locks = _locks(stem),
+        device_locks = _locks(device_stem) if device_stem else {},
+        device_variable = variable,
+    )
 
 # buildifier: disable=unnamed-macro
 def nnx_repositories():
@@ -39,12 +55,15 @@ def nnx_repositories():
         native.register_toolchains("@nnx_python//:toolchain")
     for hub, stem in _HUBS.items():
         if not native.existing_rule(hub):
-            pypi_packages(name = hub, locks = _locks(stem))
+            _packages(hub, stem)
+    if not native.existing_rule("nnx_cuda"):
+        nnx_cuda(name = "nnx_cuda")
 
 def _nnx_deps_impl(_module_ctx):
     nnx_python(name = "nnx_python")
     for hub, stem in _HUBS.items():
-        pypi_packages(name = hub, locks = _locks(stem))
+        _packages(hub, stem)
+    nnx_cuda(name = "nnx_cuda")
 
 nnx_deps = module_extension(
     doc = """The same repositories for bzlmod.

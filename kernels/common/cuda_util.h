@@ -1,0 +1,291 @@
+// What CUDA kernels share: launches, vectors of 16 bytes, element types, sums
+// over a warp.
+//
+// A kernel's source, `<op>_cuda.cu.cc`, is compiled by nvcc, knows nothing of
+// XLA, and offers `Launch...` functions that return cudaError_t. It can also be
+// compiled by the host's compiler, behind tests/testing/cuda_emulation.h, which
+// runs its logic without a GPU; so it launches with `Launch` below, declares
+// dynamic shared memory with KERNELS_DYNAMIC_SHARED, and keeps to what that
+// header knows of CUDA.
+
+#ifndef KERNELS_COMMON_CUDA_UTIL_H_
+#define KERNELS_COMMON_CUDA_UTIL_H_
+
+#include <cstdint>
+#include <cstring>
+
+#include "kernels/common/element_types.h"
+
+#if !defined(KERNELS_CUDA_EMULATION)
+#include <cuda_fp16.h>
+#include <cuda_fp8.h>
+#include <cuda_runtime.h>
+
+// Declares `name`, bytes of dynamic shared memory.
+#define KERNELS_DYNAMIC_SHARED(name) \
+  extern __shared__ __align__(16) unsigned char name[]
+#endif
+
+// Unrolls the loop that follows; the host's compiler would warn of nvcc's form.
+#if defined(__CUDACC__)
+#define KERNELS_UNROLL _Pragma("unroll")
+#else
+#define KERNELS_UNROLL
+#endif
+
+namespace kernels::cuda {
+
+constexpr int kWarp = 32;
+constexpr unsigned kAllLanes = 0xffffffffu;
+// The widest access of one thread.
+constexpr int kVectorBytes = 16;
+
+// ---- On the host.
+
+// Starts `kernel` and returns what starting it gave.
+template <typename... Params, typename... Args>
+cudaError_t Launch(void (*kernel)(Params...), dim3 grid, dim3 block,
+                   int shared_bytes, cudaStream_t stream, const Args&... args) {
+#if defined(KERNELS_CUDA_EMULATION)
+  return emulation::Launch(kernel, grid, block, shared_bytes, stream,
+                           static_cast<Params>(args)...);
+#else
+  kernel<<<grid, block, static_cast<size_t>(shared_bytes), stream>>>(
+      static_cast<Params>(args)...);
+  return cudaGetLastError();
+#endif
+}
+
+// How many multiprocessors the current device has, for grids that stay.
+inline cudaError_t MultiprocessorCount(int* count) {
+  int device = 0;
+  const cudaError_t error = cudaGetDevice(&device);
+  if (error != cudaSuccess) return error;
+  return cudaDeviceGetAttribute(count, cudaDevAttrMultiProcessorCount, device);
+}
+
+template <typename T>
+constexpr __host__ __device__ T CeilDiv(T a, T b) {
+  return (a + b - 1) / b;
+}
+
+// ---- Element types: the tags of element_types.h.
+
+// A number in the type that arithmetic on T is done in.
+template <typename T>
+__device__ __forceinline__ typename T::Compute ToCompute(
+    typename T::Storage value);
+// The nearest number of T, ties to even; out of range as jax's `astype` does,
+// except int8, which saturates.
+template <typename T>
+__device__ __forceinline__ typename T::Storage FromCompute(
+    typename T::Compute value);
+
+template <>
+__device__ __forceinline__ double ToCompute<F64>(double value) {
+  return value;
+}
+template <>
+__device__ __forceinline__ double FromCompute<F64>(double value) {
+  return value;
+}
+template <>
+__device__ __forceinline__ float ToCompute<F32>(float value) {
+  return value;
+}
+template <>
+__device__ __forceinline__ float FromCompute<F32>(float value) {
+  return value;
+}
+template <>
+__device__ __forceinline__ float ToCompute<BF16>(uint16_t value) {
+  const uint32_t bits = static_cast<uint32_t>(value) << 16;
+  float out;
+  std::memcpy(&out, &bits, sizeof(out));
+  return out;
+}
+template <>
+__device__ __forceinline__ float ToCompute<Int8>(int8_t value) {
+  return value;
+}
+template <>
+__device__ __forceinline__ int8_t FromCompute<Int8>(float value) {
+  return static_cast<int8_t>(rintf(fminf(fmaxf(value, -128.0f), 127.0f)));
+}
+
+#if defined(KERNELS_CUDA_EMULATION)
+
+template <>
+inline uint16_t FromCompute<BF16>(float value) {
+  return static_cast<uint16_t>(emulation::BFloat16::Encode(value));
+}
+template <>
+inline float ToCompute<F16>(uint16_t value) {
+  return emulation::Float16::Decode(value);
+}
+template <>
+inline uint16_t FromCompute<F16>(float value) {
+  return static_cast<uint16_t>(emulation::Float16::Encode(value));
+}
+template <>
+inline float ToCompute<E4M3>(uint8_t value) {
+  return emulation::Float8E4M3::Decode(value);
+}
+template <>
+inline uint8_t FromCompute<E4M3>(float value) {
+  return static_cast<uint8_t>(emulation::Float8E4M3::Encode(value));
+}
+template <>
+inline float ToCompute<E5M2>(uint8_t value) {
+  return emulation::Float8E5M2::Decode(value);
+}
+template <>
+inline uint8_t FromCompute<E5M2>(float value) {
+  return static_cast<uint8_t>(emulation::Float8E5M2::Encode(value));
+}
+
+#else
+
+template <>
+__device__ __forceinline__ uint16_t FromCompute<BF16>(float value) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+  uint16_t out;
+  asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(out) : "f"(value));
+  return out;
+#else
+  const uint32_t bits = __float_as_uint(value);
+  if (value != value) return static_cast<uint16_t>(bits >> 16 | 0x40);
+  return static_cast<uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+#endif
+}
+template <>
+__device__ __forceinline__ float ToCompute<F16>(uint16_t value) {
+  return __half2float(__ushort_as_half(value));
+}
+template <>
+__device__ __forceinline__ uint16_t FromCompute<F16>(float value) {
+  return __half_as_ushort(__float2half_rn(value));
+}
+
+// fp8 numbers are float16 numbers of fewer bits.
+template <>
+__device__ __forceinline__ float ToCompute<E4M3>(uint8_t value) {
+  return __half2float(__half(__nv_cvt_fp8_to_halfraw(value, __NV_E4M3)));
+}
+template <>
+__device__ __forceinline__ float ToCompute<E5M2>(uint8_t value) {
+  return ToCompute<F16>(static_cast<uint16_t>(value << 8));
+}
+template <>
+__device__ __forceinline__ uint8_t FromCompute<E4M3>(float value) {
+  return __nv_cvt_float_to_fp8(value, __NV_NOSAT, __NV_E4M3);
+}
+template <>
+__device__ __forceinline__ uint8_t FromCompute<E5M2>(float value) {
+  return __nv_cvt_float_to_fp8(value, __NV_NOSAT, __NV_E5M2);
+}
+
+#endif  // KERNELS_CUDA_EMULATION
+
+// ---- Vectors.
+
+// N elements as they lie in memory, N * sizeof(Storage) a power of two.
+template <typename T, int N>
+struct alignas(N * sizeof(typename T::Storage) < kVectorBytes
+                   ? N * sizeof(typename T::Storage)
+                   : kVectorBytes) Vector {
+  typename T::Storage data[N];
+};
+
+namespace internal {
+
+template <int kBytes>
+struct Word;
+template <>
+struct Word<1> {
+  using Type = uint8_t;
+};
+template <>
+struct Word<2> {
+  using Type = uint16_t;
+};
+template <>
+struct Word<4> {
+  using Type = uint32_t;
+};
+template <>
+struct Word<8> {
+  using Type = uint2;
+};
+template <>
+struct Word<16> {
+  using Type = uint4;
+};
+
+template <int kBytes>
+struct Words {
+  static constexpr int kEach = kBytes < kVectorBytes ? kBytes : kVectorBytes;
+  using Type = typename Word<kEach>::Type;
+  static constexpr int kCount = kBytes / kEach;
+};
+
+}  // namespace internal
+
+// How many elements of T one access of 16 bytes holds.
+template <typename T>
+constexpr int kVectorSize =
+    kVectorBytes / static_cast<int>(sizeof(typename T::Storage));
+
+// Reads N elements from global memory that the kernel does not write; `from`
+// is aligned to them, or to 16 bytes where they are more.
+template <typename T, int N>
+__device__ __forceinline__ Vector<T, N> LoadVector(
+    const typename T::Storage* from) {
+  using Words = internal::Words<sizeof(Vector<T, N>)>;
+  typename Words::Type words[Words::kCount];
+  KERNELS_UNROLL
+  for (int i = 0; i < Words::kCount; ++i) {
+    words[i] = __ldg(reinterpret_cast<const typename Words::Type*>(from) + i);
+  }
+  Vector<T, N> out;
+  std::memcpy(&out, words, sizeof(out));
+  return out;
+}
+
+// Writes what LoadVector reads.
+template <typename T, int N>
+__device__ __forceinline__ void StoreVector(typename T::Storage* to,
+                                            const Vector<T, N>& value) {
+  using Words = internal::Words<sizeof(Vector<T, N>)>;
+  typename Words::Type words[Words::kCount];
+  std::memcpy(words, &value, sizeof(value));
+  KERNELS_UNROLL
+  for (int i = 0; i < Words::kCount; ++i) {
+    reinterpret_cast<typename Words::Type*>(to)[i] = words[i];
+  }
+}
+
+// ---- Warps. Every lane of a warp of 32 takes part, and gets the result.
+
+template <typename A>
+__device__ __forceinline__ A WarpSum(A value) {
+  KERNELS_UNROLL
+  for (int lanes = kWarp / 2; lanes > 0; lanes /= 2) {
+    value += __shfl_xor_sync(kAllLanes, value, lanes);
+  }
+  return value;
+}
+
+template <typename A>
+__device__ __forceinline__ A WarpMax(A value) {
+  KERNELS_UNROLL
+  for (int lanes = kWarp / 2; lanes > 0; lanes /= 2) {
+    const A other = __shfl_xor_sync(kAllLanes, value, lanes);
+    value = other > value ? other : value;
+  }
+  return value;
+}
+
+}  // namespace kernels::cuda
+
+#endif  // KERNELS_COMMON_CUDA_UTIL_H_
