@@ -184,6 +184,17 @@ from nnx.state import restore_int_paths as restore_int_paths
 from nnx.state import split_state as split_state
 from nnx.state import to_flat_state as to_flat_state
 from nnx.state import to_pure_dict as to_pure_dict
+from nnx.training import metrics as metrics
+from nnx.training import optimizer as optimizer
+from nnx.training.ema import EMA as EMA
+from nnx.training.metrics import Metric as Metric
+from nnx.training.metrics import MultiMetric as MultiMetric
+from nnx.training.optimizer import ModelAndOptimizer as ModelAndOptimizer
+from nnx.training.optimizer import OptArray as OptArray
+from nnx.training.optimizer import Optimizer as Optimizer
+from nnx.training.optimizer import OptState as OptState
+from nnx.training.optimizer import OptVariable as OptVariable
+from nnx.training.train_state import TrainState as TrainState
 from nnx.transforms.control_flow import cond as cond
 from nnx.transforms.control_flow import fori_loop as fori_loop
 from nnx.transforms.control_flow import switch as switch

@@ -1,0 +1,1 @@
+"""What trains a model: optimizers, metrics, averaged parameters."""

@@ -1,0 +1,429 @@
+"""Metrics: running statistics of what a model puts out, kept in Variables."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from nnx.filters import Filter
+from nnx.graph import functional
+from nnx.pytree import Pytree
+from nnx.variables import Variable
+
+
+class MetricState(Variable):
+  """What a metric has seen so far.
+
+  Example:
+
+    >>> import nnx
+    >>> nnx.state(nnx.metrics.Average(), nnx.metrics.MetricState).count.value
+    Array(0, dtype=int32)
+  """
+
+  __slots__ = ()
+
+
+class Metric(Pytree):
+  """The base of metrics, which define the constructor and three methods.
+
+  A metric is an object of Variables, as a Module is: it goes through `nnx.jit`
+  and the other transforms, and what is done to it there is seen outside.
+
+  Example:
+
+    >>> import jax.numpy as jnp
+    >>> import nnx
+    >>> class Largest(nnx.Metric):
+    ...   def __init__(self):
+    ...     self.largest = nnx.metrics.MetricState(jnp.float32(-jnp.inf))
+    ...
+    ...   def reset(self):
+    ...     self.largest[...] = -jnp.inf
+    ...
+    ...   def update(self, *, values, **_):
+    ...     self.largest[...] = jnp.maximum(self.largest, values.max())
+    ...
+    ...   def compute(self):
+    ...     return self.largest[...]
+    >>> largest = Largest()
+    >>> nnx.jit(lambda m, x: m.update(values=x))(largest, jnp.arange(3.0))
+    >>> largest.compute()
+    Array(2., dtype=float32)
+  """
+
+  def __init__(self):
+    raise _must_define(self, "__init__")
+
+  def reset(self) -> None:
+    """Forgets what was seen."""
+    raise _must_define(self, "reset")
+
+  def update(self, **kwargs: Any) -> None:
+    """Takes in new values."""
+    raise _must_define(self, "update")
+
+  def compute(self) -> Any:
+    """The value of the metric."""
+    raise _must_define(self, "compute")
+
+  def split(self, *filters: Filter) -> tuple[Any, ...]:
+    """As `nnx.split(self, *filters)`.
+
+    Example:
+
+      >>> import nnx
+      >>> graphdef, state = nnx.metrics.Average().split()
+      >>> list(state)
+      ['count', 'total']
+    """
+    return functional.split(self, *filters)
+
+
+def _must_define(metric: Metric, method: str) -> NotImplementedError:
+  return NotImplementedError(
+    f"A class derived from `Metric` must define `{method}`, but"
+    f" `{type(metric).__name__}` does not."
+  )
+
+
+def _taken(kwargs: dict[str, Any], name: str, metric: Metric) -> Any:
+  if name not in kwargs:
+    raise TypeError(
+      f"`update` of this `{type(metric).__name__}` must be given `{name}=...`,"
+      f" but got {sorted(kwargs)}."
+    )
+  value = kwargs[name]
+  if isinstance(value, (Variable, list, tuple)):
+    return jnp.asarray(value)
+  return value
+
+
+def _is_number(value: Any) -> bool:
+  return isinstance(value, (int, float))
+
+
+class Average(Metric):
+  """The mean of all values seen.
+
+  Example:
+
+    >>> import jax.numpy as jnp
+    >>> import nnx
+    >>> mean = nnx.metrics.Average("loss")
+    >>> mean.update(loss=jnp.array([1, 2, 3, 4]))
+    >>> mean.update(loss=6.0)
+    >>> mean.compute()
+    Array(3.2, dtype=float32)
+    >>> mean.update(loss=jnp.array([7, 8]), mask=jnp.array([False, True]))
+    >>> mean.compute()
+    Array(4., dtype=float32)
+    >>> mean.reset()
+    >>> mean.compute()
+    Array(nan, dtype=float32)
+
+  Args:
+    argname: the keyword by which `update` takes the values.
+
+  Attributes:
+    total: the sum of the values, a scalar float32.
+    count: their number, a scalar int32.
+  """
+
+  def __init__(self, argname: str = "values"):
+    self.argname = argname
+    self.total = MetricState(jnp.array(0, dtype=jnp.float32))
+    self.count = MetricState(jnp.array(0, dtype=jnp.int32))
+
+  def reset(self) -> None:
+    """Forgets all values."""
+    self.total[...] = jnp.array(0, dtype=jnp.float32)
+    self.count[...] = jnp.array(0, dtype=jnp.int32)
+
+  def update(self, mask: jax.Array | None = None, **kwargs: Any) -> None:
+    """Takes in values.
+
+    Args:
+      mask: weights of the values, or which of them count: broadcast to them.
+      **kwargs: the values under the metric's name for them, an array `[...]`
+        or a number; other keywords are left to other metrics.
+
+    Raises:
+      TypeError: if the values are missing.
+      ValueError: if a mask comes with a number.
+    """
+    values = _taken(kwargs, self.argname, self)
+    if _is_number(values):
+      if mask is not None:
+        raise ValueError(
+          f"With a `mask`, `{self.argname}` must be an array, but got"
+          f" {values!r}."
+        )
+      self.total[...] += values
+      self.count[...] += 1
+    elif mask is None:
+      self.total[...] += values.sum()
+      self.count[...] += values.size
+    else:
+      mask = jnp.broadcast_to(jnp.asarray(mask), jnp.shape(values))
+      self.total[...] += (values * mask.astype(values.dtype)).sum()
+      self.count[...] += mask.sum().astype(self.count.dtype)
+
+  def compute(self) -> jax.Array:
+    """The mean, a scalar float32; NaN if there were no values."""
+    return self.total / self.count
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Statistics:
+  """What `Welford.compute` returns.
+
+  Example:
+
+    >>> import nnx
+    >>> welford = nnx.metrics.Welford()
+    >>> welford.update(values=2.0)
+    >>> type(welford.compute()).__name__
+    'Statistics'
+
+  Attributes:
+    mean: of the values.
+    standard_error_of_mean: the standard deviation over the root of the number.
+    standard_deviation: of the values, that of the whole population.
+  """
+
+  mean: jax.Array
+  standard_error_of_mean: jax.Array
+  standard_deviation: jax.Array
+
+  def replace(self, **changes: Any) -> Statistics:
+    """A copy with some fields changed.
+
+    Example:
+
+      >>> from nnx import metrics
+      >>> metrics.Statistics(1, 2, 3).replace(mean=4).mean
+      4
+    """
+    return dataclasses.replace(self, **changes)
+
+
+class Welford(Metric):
+  """Mean and standard deviation of all values seen, by Welford's algorithm.
+
+  Batches are joined without keeping the values: with the count `n` and mean `m`
+  so far, those of the batch `k` and `b`, and `d = b - m`,
+
+      mean = m + d * k / (n + k)
+      m2 = m2 + k * var(batch) + d ** 2 * k * n / (n + k)
+
+  Example:
+
+    >>> import jax.numpy as jnp
+    >>> import nnx
+    >>> welford = nnx.metrics.Welford()
+    >>> welford.update(values=jnp.array([1, 2, 3, 4]))
+    >>> welford.update(values=jnp.array([3, 2, 1, 0]))
+    >>> statistics = welford.compute()
+    >>> float(statistics.mean), round(float(statistics.standard_deviation), 5)
+    (2.0, 1.22474)
+
+  Args:
+    argname: the keyword by which `update` takes the values.
+
+  Attributes:
+    count: the number of values, a scalar int32.
+    mean: their mean, a scalar float32.
+    m2: the sum of their squared distances from the mean, a scalar float32.
+
+  Source: T. Chan, G. Golub, R. LeVeque, Updating Formulae and a Pairwise
+  Algorithm for Computing Sample Variances, 1979.
+  """
+
+  def __init__(self, argname: str = "values"):
+    self.argname = argname
+    self.count = MetricState(jnp.array(0, dtype=jnp.int32))
+    self.mean = MetricState(jnp.array(0, dtype=jnp.float32))
+    self.m2 = MetricState(jnp.array(0, dtype=jnp.float32))
+
+  def reset(self) -> None:
+    """Forgets all values."""
+    self.count[...] = jnp.array(0, dtype=jnp.int32)
+    self.mean[...] = jnp.array(0, dtype=jnp.float32)
+    self.m2[...] = jnp.array(0, dtype=jnp.float32)
+
+  def update(self, **kwargs: Any) -> None:
+    """Takes in values.
+
+    Args:
+      **kwargs: the values under the metric's name for them, an array `[...]`
+        or a number; other keywords are left to other metrics.
+
+    Raises:
+      TypeError: if the values are missing.
+    """
+    values = _taken(kwargs, self.argname, self)
+    if _is_number(values):
+      count, mean, m2 = 1, values, 0.0
+    else:
+      count, mean = values.size, values.mean()
+      m2 = values.var() * count
+    before = self.count[...]
+    self.count[...] += count
+    delta = mean - self.mean
+    self.mean[...] += delta * count / self.count
+    self.m2[...] += m2 + delta * delta * count * before / self.count
+
+  def compute(self) -> Statistics:
+    """The `Statistics` of the values; scalars, float32."""
+    variance = self.m2 / self.count
+    deviation = variance**0.5
+    return Statistics(
+      mean=self.mean[...],
+      standard_error_of_mean=deviation / self.count**0.5,
+      standard_deviation=deviation,
+    )
+
+
+class Accuracy(Average):
+  """The share of predictions that are right.
+
+  Example:
+
+    >>> import jax.numpy as jnp
+    >>> import nnx
+    >>> accuracy = nnx.metrics.Accuracy()
+    >>> logits = jnp.array([[0.1, 0.9], [0.8, 0.2], [0.3, 0.7], [0.6, 0.4]])
+    >>> accuracy.update(logits=logits, labels=jnp.array([1, 0, 1, 1]))
+    >>> accuracy.compute()
+    Array(0.75, dtype=float32)
+    >>> binary = nnx.metrics.Accuracy(threshold=0.5)
+    >>> binary.update(logits=jnp.array([0.7, 0.2]), labels=jnp.array([1, 1]))
+    >>> binary.compute()
+    Array(0.5, dtype=float32)
+
+  Args:
+    threshold: for two classes told apart by one logit: from here on it says
+      class 1. `None` if there is a logit for each class.
+    *args: those of `Average`.
+    **kwargs: the same.
+
+  Raises:
+    TypeError: if `threshold` is not a float.
+  """
+
+  def __init__(self, threshold: float | None = None, *args: Any, **kwargs: Any):
+    if threshold is not None and not isinstance(threshold, float):
+      raise TypeError(
+        f"`threshold` must be a float or None, but got {threshold!r} of type"
+        f" `{type(threshold).__name__}`."
+      )
+    self.threshold = threshold
+    super().__init__(*args, **kwargs)
+
+  def update(  # type: ignore[override]
+    self,
+    *,
+    logits: jax.Array,
+    labels: jax.Array,
+    mask: jax.Array | None = None,
+    **_: Any,
+  ) -> None:
+    """Takes in predictions.
+
+    Args:
+      logits: `[..., c]` for `c` classes, `[...]` with a threshold.
+      labels: `[...]`, integers: the right classes.
+      mask: weights of the predictions, or which of them count: broadcast to
+        the labels.
+
+    Raises:
+      ValueError: if the labels are no integers, or have not the number of axes
+        that goes with the logits.
+    """
+    logits, labels = jnp.asarray(logits), jnp.asarray(labels)
+    if self.threshold is not None:
+      kind, expected = "With a `threshold`", "`logits.ndim == labels.ndim`"
+      fits = logits.ndim == labels.ndim
+    else:
+      kind, expected = "Without", "`logits.ndim == labels.ndim + 1`"
+      kind += " a `threshold`"
+      fits = logits.ndim == labels.ndim + 1
+    if not fits:
+      raise ValueError(
+        f"{kind} it must hold that {expected}, but got {logits.ndim} and"
+        f" {labels.ndim} axes."
+      )
+    if not jnp.issubdtype(labels.dtype, jnp.integer):
+      raise ValueError(
+        f"`labels` must be integers, but got `{labels.dtype}`. Convert them:"
+        " `labels.astype(int)`."
+      )
+    if self.threshold is not None:
+      right = (logits >= self.threshold) == (labels > 0)
+    else:
+      right = logits.argmax(axis=-1) == labels
+    super().update(mask=mask, **{self.argname: right})
+
+
+class MultiMetric(Metric):
+  """Several metrics that are updated by one call.
+
+  Example:
+
+    >>> import jax.numpy as jnp
+    >>> import nnx
+    >>> metrics = nnx.MultiMetric(
+    ...   accuracy=nnx.metrics.Accuracy(), loss=nnx.metrics.Average("loss")
+    ... )
+    >>> logits = jnp.array([[0.1, 0.9], [0.8, 0.2]])
+    >>> metrics.update(logits=logits, labels=jnp.array([1, 1]), loss=0.25)
+    >>> metrics.compute()
+    {'accuracy': Array(0.5, dtype=float32), 'loss': Array(0.25, dtype=float32)}
+    >>> metrics.reset()
+    >>> metrics.loss.compute()
+    Array(nan, dtype=float32)
+
+  Args:
+    **metrics: the metrics; each becomes an attribute of its name.
+
+  Raises:
+    ValueError: if a name is that of a method.
+  """
+
+  def __init__(self, **metrics: Metric):
+    for name in metrics:
+      if hasattr(type(self), name):
+        raise ValueError(
+          f"A metric must not have the name of a method, but got `{name}`."
+          " Give it another one."
+        )
+    self._metric_names = tuple(metrics)
+    for name, metric in metrics.items():
+      setattr(self, name, metric)
+
+  def reset(self) -> None:
+    """Resets each metric."""
+    for name in self._metric_names:
+      getattr(self, name).reset()
+
+  def update(self, **updates: Any) -> None:
+    """Updates each metric, with everything given.
+
+    Args:
+      **updates: what the metrics take. A `mask` that is a dict has one for each
+        metric named in it, and none for the others.
+    """
+    mask = updates.pop("mask", None)
+    for name in self._metric_names:
+      own = mask.get(name) if isinstance(mask, dict) else mask
+      extra = {} if own is None else {"mask": own}
+      getattr(self, name).update(**updates, **extra)
+
+  def compute(self) -> dict[str, Any]:
+    """The value of each metric, by name."""
+    return {name: getattr(self, name).compute() for name in self._metric_names}

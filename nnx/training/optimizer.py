@@ -1,0 +1,400 @@
+"""Optimizers: the state of an optax transformation kept in Variables.
+
+Nothing here imports optax: a transformation is anything with `init` and
+`update`, as those of optax are.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Generic, TypeVar
+
+import jax
+import jax.numpy as jnp
+
+from nnx import partitioning
+from nnx.filters import Filter
+from nnx.graph import functional
+from nnx.pytree import Pytree, data
+from nnx.state import State, from_flat_state, map_state, to_flat_state
+from nnx.variables import Param, Variable, is_ref
+
+M = TypeVar("M")
+
+
+class _Missing:
+  def __repr__(self) -> str:
+    return "<missing>"
+
+
+_MISSING = _Missing()
+
+# A parameter's hooks on its values are about the parameter: its momentum must
+# not pass through them.
+_VALUE_HOOKS = frozenset(["on_create_value", "on_get_value", "on_set_value"])
+
+
+class OptState(Variable):
+  """State of an optimizer.
+
+  Example:
+
+    >>> import jax.numpy as jnp
+    >>> import nnx
+    >>> nnx.OptState(jnp.uint32(0)).dtype
+    dtype('uint32')
+  """
+
+  __slots__ = ()
+
+
+class OptArray(OptState):
+  """State of an optimizer that belongs to no single Variable: a step count.
+
+  Example:
+
+    >>> import nnx, optax
+    >>> model = nnx.Linear(2, 3, rngs=nnx.Rngs(0))
+    >>> optimizer = nnx.Optimizer(model, optax.adam(0.1), wrt=nnx.Param)
+    >>> type(optimizer.opt_state[0].count).__name__
+    'OptArray'
+  """
+
+  __slots__ = ()
+
+
+class OptVariable(OptState):
+  """State of an optimizer that belongs to a Variable: its momentum.
+
+  It has the metadata of the Variable, apart from hooks on values. A sharding
+  under the name `optimizer_sharding` is taken in place of the Variable's own.
+
+  Example:
+
+    >>> import nnx, optax
+    >>> model = nnx.Linear(2, 3, rngs=nnx.Rngs(0))
+    >>> model.kernel.set_metadata(sharding=("model", None))
+    >>> optimizer = nnx.Optimizer(model, optax.adam(0.1), wrt=nnx.Param)
+    >>> mean = optimizer.opt_state[0].mu.kernel
+    >>> type(mean).__name__, mean.shape, mean.sharding_names
+    ('OptVariable', (2, 3), ('model', None))
+  """
+
+  __slots__ = ()
+
+
+def _is_variable(value: Any) -> bool:
+  return isinstance(value, Variable)
+
+
+def _without_hooks(path: Any, leaf: Any) -> Any:
+  """A Variable as `tx.init` may see it: of its kind, with a plain array."""
+  del path
+  if not _is_variable(leaf):
+    return leaf
+  value = leaf.raw_value
+  metadata = {
+    name: value
+    for name, value in leaf.get_metadata().items()
+    if name not in _VALUE_HOOKS
+  }
+  return leaf.from_metadata(value[...] if is_ref(value) else value, metadata)
+
+
+def _opt_state_of(leaf: Any) -> OptState:
+  """The Variable that holds a leaf of what `tx.init` returned."""
+  if not _is_variable(leaf):
+    return OptArray(leaf)
+  metadata = leaf.get_metadata()
+  own = metadata.pop("optimizer_sharding", None)
+  key = partitioning.sharding_key(metadata)
+  if own is not None:
+    if key is not None:
+      del metadata[key]
+    key, metadata["out_sharding"] = "out_sharding", own
+  if key is not None and isinstance(metadata[key], (tuple, list)):
+    # What a transformation keeps may have fewer axes than the parameter, as the
+    # factors of Adafactor have; which ones is not known here.
+    if jnp.ndim(leaf.raw_value) != len(metadata[key]):
+      del metadata[key]
+  return OptVariable(leaf.raw_value, **metadata)
+
+
+def apply_updates(params: Any, updates: Any) -> Any:
+  """Parameters with updates added to them, each in the parameter's dtype.
+
+  Example:
+
+    >>> import jax.numpy as jnp
+    >>> from nnx.training import optimizer
+    >>> optimizer.apply_updates({"w": jnp.bfloat16(1)}, {"w": 0.5})
+    {'w': Array(1.5, dtype=bfloat16)}
+
+  Args:
+    params: a pytree of arrays.
+    updates: one of the same structure.
+
+  Returns:
+    A pytree of that structure.
+  """
+  return jax.tree.map(
+    lambda p, u: jnp.asarray(p + u).astype(jnp.asarray(p).dtype),
+    params,
+    updates,
+  )
+
+
+def _gradients_of(params: Any, grads: Any, wrt: Filter) -> Any:
+  """The arrays of the gradients, in the structure of the parameters."""
+  if not isinstance(params, State):  # of a model that is one Variable
+    return functional.as_pure(grads)
+  given = dict(to_flat_state(functional.state(grads)))
+  wanted = dict(to_flat_state(params))
+  selected = to_flat_state(functional.state(grads, wrt)).paths
+  missing = [path for path in wanted if path not in given]
+  foreign = [path for path in selected if path not in wanted]
+  if missing or foreign:
+    raise ValueError(
+      "`grads` must be those of the Variables that `wrt` selects of the model,"
+      f" but {_listed(missing)} lack one and {_listed(foreign)} are not among"
+      " them. Give `nnx.grad` the filter of the optimizer, by an"
+      f" `nnx.DiffState`, here `{wrt!r}`."
+    )
+  pure = {path: functional.as_pure(given[path]) for path in wanted}
+  for path, grad in pure.items():
+    shapes = [jax.tree.map(jnp.shape, x) for x in (grad, wanted[path])]
+    if shapes[0] != shapes[1]:
+      raise ValueError(
+        "Gradients must have the shapes of their parameters, but at"
+        f" `{_text(path)}` the gradient has `{shapes[0]}` and the parameter"
+        f" `{shapes[1]}`."
+      )
+  return from_flat_state(pure)
+
+
+def _text(path: tuple[Any, ...]) -> str:
+  return "/".join(map(str, path))
+
+
+def _listed(paths: list[tuple[Any, ...]]) -> str:
+  if not paths:
+    return "none"
+  dots = ", ..." if len(paths) > 5 else ""
+  return ", ".join(f"`{_text(path)}`" for path in paths[:5]) + dots
+
+
+class Optimizer(Pytree, Generic[M]):
+  """Updates the parameters of a model by an optax transformation.
+
+  It keeps the transformation's state in Variables, so it goes through
+  `nnx.jit` and the other transforms, `split`, and checkpoints like a Module.
+
+  Made with `wrt`, it does not keep the model, and `update` takes the model and
+  the gradients, as in Flax 0.11 and later. Made without, it keeps the model as
+  its attribute `model`, and `update` takes the gradients alone, as before.
+
+  Example:
+
+    >>> import jax, nnx, optax
+    >>> import jax.numpy as jnp
+    >>> x, y = jnp.ones((4, 2)), jnp.ones((4, 3))
+    >>> def loss_fn(model):
+    ...   return ((model(x) - y) ** 2).mean()
+    >>> model = nnx.Linear(2, 3, rngs=nnx.Rngs(0))
+    >>> optimizer = nnx.Optimizer(model, optax.adam(0.1), wrt=nnx.Param)
+    >>> @nnx.jit
+    ... def train_step(model, optimizer):
+    ...   loss, grads = nnx.value_and_grad(loss_fn)(model)
+    ...   optimizer.update(model, grads)
+    ...   return loss
+    >>> bool(train_step(model, optimizer) > train_step(model, optimizer))
+    True
+    >>> int(optimizer.step.value)
+    2
+
+    The same as it was written for Flax 0.10:
+
+    >>> optimizer = nnx.Optimizer(model, optax.sgd(0.1))
+    >>> _ = optimizer.update(nnx.grad(loss_fn)(optimizer.model))
+
+  Args:
+    model: the model.
+    tx: the transformation.
+    wrt: a filter of the Variables to update, which should be the one that
+      `nnx.grad` is given; `nnx.Param` if the optimizer keeps the model.
+    graph: accepted for programs of Flax 0.12; references are always followed.
+
+  Attributes:
+    step: an `OptState`, the number of updates.
+    tx: the transformation.
+    opt_state: its state: what `tx.init` returns, with an `OptVariable` in the
+      place of each Variable and an `OptArray` in that of each other leaf.
+    wrt: the filter.
+
+  Raises:
+    TypeError: if `tx` has no `init` and `update`.
+    ValueError: if `wrt` selects nothing of the model.
+  """
+
+  model: M
+
+  def __init__(
+    self,
+    model: M,
+    tx: Any,
+    wrt: Filter = _MISSING,  # type: ignore[assignment]
+    *,
+    graph: bool | None = None,
+  ):
+    del graph
+    if not (hasattr(tx, "init") and hasattr(tx, "update")):
+      raise TypeError(
+        "`tx` must be a transformation of optax, with `init` and `update`, but"
+        f" got `{tx!r}`. Pass one such as `optax.adam(1e-3)`."
+      )
+    keeps_model = wrt is _MISSING
+    if keeps_model:
+      wrt = Param
+    elif isinstance(wrt, list):
+      wrt = tuple(wrt)  # a static attribute must be hashable
+    params = functional.state(model, wrt)
+    if isinstance(params, State) and not params and functional.state(model):
+      raise ValueError(
+        f"`wrt` must select Variables of the model, but `{wrt!r}` selects none"
+        f" of the `{type(model).__name__}`. Pass a filter such as `nnx.Param`."
+      )
+    self.step = OptState(jnp.array(0, dtype=jnp.uint32))
+    if keeps_model:
+      self.model = model
+    self.tx = tx
+    if isinstance(params, State):
+      params = map_state(_without_hooks, params)
+    else:  # the model is one Variable
+      params = _without_hooks((), params)
+    self.opt_state = data(
+      jax.tree.map(_opt_state_of, tx.init(params), is_leaf=_is_variable)
+    )
+    self.wrt = wrt
+
+  def __getattr__(self, name: str) -> Any:
+    if name == "model":
+      raise AttributeError(
+        f"A `{type(self).__name__}` made with `wrt` does not keep its model."
+        " Make it without `wrt`, or make an `nnx.ModelAndOptimizer`.",
+        name=name,
+        obj=self,
+      )
+    raise AttributeError(
+      f"`{type(self).__name__}` has no attribute `{name}`.", name=name, obj=self
+    )
+
+  def update(
+    self, model: Any = _MISSING, grads: Any = _MISSING, **kwargs: Any
+  ) -> Any:
+    """Takes one step: updates the parameters and the optimizer's own state.
+
+    Called as `update(model, grads)`; as `update(grads)` if the optimizer keeps
+    the model.
+
+    Example:
+
+      >>> import jax, nnx, optax
+      >>> w = nnx.Dict(w=nnx.Param(1.0))
+      >>> optimizer = nnx.Optimizer(w, optax.sgd(0.5), wrt=nnx.Param)
+      >>> updates = optimizer.update(w, nnx.grad(lambda m: m.w**2)(w))
+      >>> float(updates.w), float(w.w.value)
+      (-1.0, 0.0)
+
+    Args:
+      model: the model that the optimizer was made for, or one like it.
+      grads: the gradients, with those of the Variables that `wrt` selects: a
+        `State` as `nnx.grad` returns it, a Module, or nested dicts.
+      **kwargs: passed to `tx.update`, for the transformations that take more,
+        such as `value` for those that look at the loss. Variables in them are
+        replaced by their values.
+
+    Returns:
+      The updates that were added to the parameters: of their structure, with
+      arrays in place of the Variables.
+
+    Raises:
+      TypeError: if the gradients are missing, or the model, and the optimizer
+        does not keep one.
+      ValueError: if the gradients are not those of the Variables that `wrt`
+        selects of the model, or if the model is not like the one that the
+        optimizer was made for.
+    """
+    if grads is _MISSING:
+      model, grads = _MISSING, model
+    if grads is _MISSING:
+      raise TypeError(
+        f"`{type(self).__name__}.update` must be given the gradients, but got"
+        " none. Call `update(model, grads)`, or `update(grads)` if the"
+        " optimizer keeps the model."
+      )
+    if model is _MISSING:
+      if "model" not in vars(self):
+        raise TypeError(
+          f"`update` of a `{type(self).__name__}` made with `wrt`, which keeps"
+          " no model, must be given the model and the gradients, but got one"
+          " argument. Call `update(model, grads)`, or make an"
+          " `nnx.ModelAndOptimizer`."
+        )
+      model = self.model
+    params = functional.as_pure(functional.state(model, self.wrt))
+    grads = _gradients_of(params, grads, self.wrt)
+    variables, treedef = jax.tree.flatten(self.opt_state, is_leaf=_is_variable)
+    old = treedef.unflatten(map(functional.as_pure, variables))
+    updates, new = self.tx.update(
+      grads, old, params, **functional.as_pure(kwargs)
+    )
+    functional.update(model, apply_updates(params, updates))
+    for variable, value in zip(variables, treedef.flatten_up_to(new)):
+      variable.value = value
+    self.step.value = self.step.value + 1
+    return updates
+
+
+class ModelAndOptimizer(Optimizer[M]):
+  """An optimizer that keeps its model: `update` takes the gradients alone.
+
+  Example:
+
+    >>> import jax.numpy as jnp
+    >>> import nnx, optax
+    >>> model = nnx.Linear(2, 3, rngs=nnx.Rngs(0))
+    >>> state = nnx.ModelAndOptimizer(model, optax.sgd(0.1))
+    >>> grads = nnx.grad(lambda m: m(jnp.ones((1, 2))).sum())(state.model)
+    >>> _ = state.update(grads)
+    >>> state.model is model, int(state.step.value)
+    (True, 1)
+
+  Args:
+    model: the model, kept as the attribute `model`.
+    tx: the transformation.
+    wrt: a filter of the Variables to update.
+  """
+
+  def __init__(self, model: M, tx: Any, *, wrt: Filter = Param):
+    super().__init__(model, tx, wrt=wrt)
+    self.model = model
+
+  def update(self, grads: Any, /, **kwargs: Any) -> Any:  # type: ignore[override]
+    """Takes one step; see `Optimizer.update`.
+
+    Example:
+
+      >>> import nnx, optax
+      >>> model = nnx.Dict(w=nnx.Param(1.0))
+      >>> state = nnx.ModelAndOptimizer(model, optax.sgd(0.5))
+      >>> _ = state.update(nnx.grad(lambda m: m.w**2)(state.model))
+      >>> float(model.w.value)
+      0.0
+
+    Args:
+      grads: the gradients.
+      **kwargs: passed to `tx.update`.
+
+    Returns:
+      The updates that were added to the parameters.
+    """
+    return super().update(self.model, grads, **kwargs)
