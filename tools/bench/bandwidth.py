@@ -1,14 +1,16 @@
-"""Memory bandwidth of the machine, measured in the run that uses it.
+"""The time that bytes take to move, measured where and when a row runs.
 
-A floor is only honest if it is measured where the row ran and at the row's own
-size: what fits into a cache moves several times faster than what does not.
+A floor is only honest if it is measured on the machine and at the size of its
+row: what fits into a cache moves several times faster than what does not. And
+on a shared machine it must be measured at the same time: memory bandwidth there
+changes by a factor of two within a minute. So moving a row's bytes is a side of
+its own, which takes its turn among the others.
 """
 
-import bisect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from concurrent import futures
 import dataclasses
-import math
+import functools
 import mmap
 import os
 import time
@@ -17,128 +19,129 @@ import jax
 from jax import numpy as jnp
 import numpy as np
 
-_MIB = 2**20
-FULL_SIZES = tuple(size * _MIB for size in (1, 4, 16, 64, 256, 512))
-QUICK_SIZES = tuple(size * _MIB for size in (1, 16, 128))
+# A sample goes through its buffers until it has moved about this much, or
+# starting the threads would show; but not for ever where they are tiny.
+_SAMPLE_BYTES = 64 * 2**20
+_MAX_PASSES = 2**10
 
 
-def _best_seconds(work: Callable[[], object], repeats: int) -> float:
-  work()
-  best = math.inf
-  for _ in range(repeats):
-    start = time.perf_counter()
-    work()
-    best = min(best, time.perf_counter() - start)
-  return best
+@dataclasses.dataclass(frozen=True)
+class Traffic:
+  """Bytes that must move between memory and the cores.
+
+  Attributes:
+    read: bytes read.
+    written: bytes written.
+  """
+
+  read: int
+  written: int
+
+  @property
+  def total(self) -> int:
+    """Bytes moved in both directions.
+
+    >>> Traffic(read=3, written=1).total
+    4
+    """
+    return self.read + self.written
 
 
-def _page_backed(count: int) -> np.ndarray:
-  """Returns float32 ones in memory such as XLA gets for its buffers.
+def _page_backed(size: int) -> np.ndarray:
+  """Returns `size` bytes of memory such as XLA gets for its buffers.
 
   NumPy asks the kernel for huge pages, XLA does not: on a machine that gives
   them on request only, NumPy's arrays move a fifth faster than any JAX program
   could.
   """
+  count = max(1, size // 4)
   memory = mmap.mmap(-1, 4 * count, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
   array = np.frombuffer(memory, np.float32)
   array[:] = 1
   return array
 
 
-def _host_rates(size: int, repeats: int) -> tuple[float, float]:
-  """Returns read and copy bytes per second over `size` bytes, all cores.
+def _host_pass(traffic: Traffic) -> Callable[[int], None]:
+  """Returns `passes -> None`, which moves the bytes so often, with all cores.
 
-  NumPy releases the interpreter lock in both operations, so that one Python
-  thread a core is enough.
+  Every byte written is paired with one byte read, as in a copy; what is left
+  is only read, or only written. NumPy releases the interpreter lock in all
+  three, so that one Python thread a core is enough.
   """
   cores = len(os.sched_getaffinity(0))
-  part = max(size // cores // 4, 1)
-  # Small buffers are gone through several times, or starting the threads shows.
-  passes = max(1, (64 * _MIB) // size)
-  # The copy has half of its bytes on each side, so that its working set is
-  # `size` too.
-  sources = [_page_backed(part) for _ in range(cores)]
-  targets = [_page_backed(part // 2 or 1) for _ in range(cores)]
+  copied = min(traffic.read, traffic.written) // cores
+  read = (traffic.read // cores) - copied
+  written = (traffic.written // cores) - copied
 
-  def read(core: int) -> None:
+  works: list[list[Callable[[], object]]] = []
+  for _ in range(cores):
+    work: list[Callable[[], object]] = []
+    if copied:
+      source, target = _page_backed(copied), _page_backed(copied)
+      work.append(functools.partial(np.copyto, target, source))
+    if read > 0:
+      work.append(_page_backed(read).max)
+    if written > 0:
+      work.append(functools.partial(_page_backed(written).fill, 1))
+    works.append(work)
+  pool = futures.ThreadPoolExecutor(cores)
+
+  def repeat(work: list[Callable[[], object]], passes: int) -> None:
     for _ in range(passes):
-      sources[core].max()
+      for part in work:
+        part()
 
-  def copy(core: int) -> None:
-    source, target = sources[core][: targets[core].size], targets[core]
-    for _ in range(passes):
-      np.copyto(target, source)
+  def go(passes: int) -> None:
+    for _ in pool.map(repeat, works, [passes] * cores):
+      pass
 
-  with futures.ThreadPoolExecutor(cores) as pool:
-    read_s = _best_seconds(lambda: list(pool.map(read, range(cores))), repeats)
-    copy_s = _best_seconds(lambda: list(pool.map(copy, range(cores))), repeats)
-  read_bytes = cores * passes * sources[0].nbytes
-  copy_bytes = cores * passes * 2 * targets[0].nbytes
-  return read_bytes / read_s, copy_bytes / copy_s
+  return go
 
 
-def _device_rates(size: int, repeats: int) -> tuple[float, float]:
+def _device_pass(traffic: Traffic) -> Callable[[int], None]:
   """The same on an accelerator, through XLA."""
-  x = jnp.ones(max(size // 4, 1), jnp.float32)
-  total = jax.jit(jnp.max)
-  half = x[: max(x.size // 2, 1)]
-  negate = jax.jit(jnp.negative)
-  read_s = _best_seconds(lambda: total(x).block_until_ready(), repeats)
-  copy_s = _best_seconds(lambda: negate(half).block_until_ready(), repeats)
-  return x.nbytes / read_s, 2 * half.nbytes / copy_s
+  copied = min(traffic.read, traffic.written)
+  works = []
+  if copied:
+    copy = jax.jit(jnp.negative)
+    works.append((copy, jnp.ones(max(1, copied // 4), jnp.float32)))
+  if traffic.read > copied:
+    surplus = max(1, (traffic.read - copied) // 4)
+    works.append((jax.jit(jnp.max), jnp.ones(surplus, jnp.float32)))
+  if traffic.written > copied:
+    surplus = max(1, (traffic.written - copied) // 4)
+    fill = jax.jit(lambda x: jnp.full((surplus,), x))
+    works.append((fill, jnp.ones((), jnp.float32)))
+
+  def go(passes: int) -> None:
+    for _ in range(passes):
+      results = [work(x) for work, x in works]
+    jax.block_until_ready(results)
+
+  return go
 
 
-@dataclasses.dataclass(frozen=True)
-class Bandwidth:
-  """Bytes per second by working-set size.
+class Mover:
+  """Moves some bytes between memory and the cores, and says how long it took.
 
-  Attributes:
-    read: bytes read per second, by the bytes gone through.
-    copy: bytes read plus bytes written per second, by their sum.
+  Args:
+    traffic: how many bytes; buffers of that size are held.
 
   Example:
-    >>> table = Bandwidth(read={1000: 1e6, 4000: 5e5}, copy={1000: 1e6})
-    >>> table.seconds(read=4000, written=0)
-    0.008
-    >>> table.seconds(read=500, written=500)
-    0.001
+    >>> mover = Mover(Traffic(read=2**20, written=2**19))
+    >>> mover.seconds() > 0
+    True
   """
 
-  read: Mapping[int, float]
-  copy: Mapping[int, float]
+  def __init__(self, traffic: Traffic):
+    on_host = jax.default_backend() == "cpu"
+    self._move = (_host_pass if on_host else _device_pass)(traffic)
+    passes = _SAMPLE_BYTES // max(1, traffic.total)
+    self._passes = min(max(1, passes), _MAX_PASSES)
+    self._move(1)
 
-  @classmethod
-  def measure(cls, *, quick: bool = False) -> "Bandwidth":
-    """Measures this machine: 1 to 2 s, or a fraction of it if `quick`."""
-    rates = _host_rates if jax.default_backend() == "cpu" else _device_rates
-    sizes: Sequence[int] = QUICK_SIZES if quick else FULL_SIZES
-    measured = {size: rates(size, 3 if quick else 7) for size in sizes}
-    return cls(
-      read={size: pair[0] for size, pair in measured.items()},
-      copy={size: pair[1] for size, pair in measured.items()},
-    )
-
-  def seconds(self, *, read: int, written: int) -> float:
-    """Returns the time that reading and writing so many bytes must take.
-
-    Every byte written is paired with one byte read, at the rate of a copy; the
-    rest is read, or written, at the rate of a read.
-    """
-    total = read + written
-    paired = 2 * min(read, written)
-    return paired / _rate(self.copy, total) + (total - paired) / _rate(
-      self.read, total
-    )
-
-
-def _rate(table: Mapping[int, float], size: int) -> float:
-  """Interpolates between the measured sizes on a logarithmic scale."""
-  sizes = sorted(table)
-  right = bisect.bisect_left(sizes, size)
-  if right == 0:
-    return table[sizes[0]]
-  if right == len(sizes):
-    return table[sizes[-1]]
-  low, high = sizes[right - 1], sizes[right]
-  weight = math.log(size / low) / math.log(high / low)
-  return table[low] ** (1 - weight) * table[high] ** weight
+  def seconds(self) -> float:
+    """Returns the seconds of one pass over the bytes, measured now."""
+    start = time.perf_counter()
+    self._move(self._passes)
+    return (time.perf_counter() - start) / self._passes

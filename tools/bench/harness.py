@@ -16,7 +16,9 @@ from typing import Any
 
 import jax
 
-from tools.bench import compare
+from tools.bench import bandwidth, compare
+
+Traffic = bandwidth.Traffic
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,21 +79,14 @@ class Side:
 
 
 @dataclasses.dataclass(frozen=True)
-class Traffic:
-  """Bytes that must move between memory and the cores."""
-
-  read: int
-  written: int
-
-
-@dataclasses.dataclass(frozen=True)
 class Comparison:
   """Everything that a row needs; holds the arrays while the row runs.
 
   Attributes:
     ours: the side that this repository offers.
     baselines: what a user would otherwise run; one record is made for each.
-    floor_traffic: bytes that must move between memory and the cores.
+    floor_traffic: bytes that must move between memory and the cores; moving
+      them is timed along with the sides.
     floor_side: what cannot be avoided either, such as the dispatch of a call;
       timed along with the others. Where both are given the floor is their sum.
     floor_name: what the floor is, in words.
@@ -329,11 +324,24 @@ def check(comparison: Comparison, label: str) -> None:
     )
 
 
+def _floor_sides(comparison: Comparison) -> Iterator[Side]:
+  """Yields the sides whose times add up to the floor."""
+  if comparison.floor_side is not None:
+    yield comparison.floor_side
+  if comparison.floor_traffic is not None:
+    mover = bandwidth.Mover(comparison.floor_traffic)
+    yield Side(
+      name="memory traffic",
+      fresh=lambda: None,
+      call=lambda state: state,
+      stopwatch=lambda state: mover.seconds(),
+    )
+
+
 def run_case(
   case: Case,
   settings: Settings,
   *,
-  floor_seconds: Callable[[Traffic], float],
   device: str,
   versions: dict[str, str],
 ) -> list[dict[str, Any]]:
@@ -342,7 +350,6 @@ def run_case(
   Args:
     case: the row.
     settings: how long to measure.
-    floor_seconds: the time that some bytes take at the bandwidth of this run.
     device: description of the device, for the records.
     versions: library versions, for the records.
 
@@ -355,20 +362,15 @@ def run_case(
   comparison = case.build()
   check(comparison, case.label)
   sides = [comparison.ours, *comparison.baselines]
-  if comparison.floor_side is not None:
-    sides.append(comparison.floor_side)
-  summaries = measure(sides, settings, comparison.clock)
-  ours = summaries[0]
-  floor_parts_ms = []
-  if comparison.floor_side is not None:
-    floor_parts_ms.append(summaries[-1].median_ms)
-  if comparison.floor_traffic is not None:
-    floor_parts_ms.append(floor_seconds(comparison.floor_traffic) * 1e3)
-  floor_ms = sum(floor_parts_ms) if floor_parts_ms else None
+  floors = list(_floor_sides(comparison))
+  summaries = measure([*sides, *floors], settings, comparison.clock)
+  ours, floor_summaries = summaries[0], summaries[len(sides) :]
+  floor_ms = (
+    sum(summary.median_ms for summary in floor_summaries) if floors else None
+  )
   records = []
-  # The floor's summary, if any, comes last and has no baseline.
   for baseline, theirs in zip(
-    comparison.baselines, summaries[1:], strict=False
+    comparison.baselines, summaries[1 : len(sides)], strict=True
   ):
     records.append(
       {

@@ -17,7 +17,6 @@ from typing import Any
 import tqdm
 
 from tools.bench import (
-  bandwidth,
   compare,
   environment,
   harness,
@@ -96,20 +95,14 @@ def run_cases(
   records: list[dict[str, Any]] = []
   failures: list[str] = []
   device, versions = environment.device_description(), environment.versions()
-  bar = tqdm.tqdm(total=len(cases) + 1, unit="row", file=sys.stderr)
+  bar = tqdm.tqdm(total=len(cases), unit="row", file=sys.stderr)
   with bar:
-    bar.set_description("memory bandwidth")
-    rates = bandwidth.Bandwidth.measure(quick=settings.quick)
-    bar.update()
     for case in cases:
       bar.set_description(case.label)
       try:
         records += harness.run_case(
           case,
           settings,
-          floor_seconds=lambda traffic: rates.seconds(
-            read=traffic.read, written=traffic.written
-          ),
           device=device,
           versions=versions,
         )

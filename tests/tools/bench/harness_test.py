@@ -2,12 +2,13 @@
 
 import itertools
 import json
+from unittest import mock
 
 from absl.testing import absltest
 import jax
 from jax import numpy as jnp
 
-from tools.bench import compare, harness, schema
+from tools.bench import bandwidth, compare, harness, schema
 
 _VERSIONS = {"python": "3", "jax": "0", "jaxlib": "0", "commit": "c"}
 
@@ -34,7 +35,6 @@ def _run(comparison, **changes):
   return harness.run_case(
     case,
     _settings(**changes),
-    floor_seconds=lambda traffic: traffic.read * 1e-3 + traffic.written * 1e-2,
     device="cpu: test",
     versions=_VERSIONS,
   )
@@ -220,6 +220,13 @@ class RecordTest(absltest.TestCase):
 
 
 class FloorTest(absltest.TestCase):
+  def _moving_takes_ms(self, milliseconds):
+    patch = mock.patch.object(bandwidth, "Mover", autospec=True)
+    mover = patch.start()
+    self.addCleanup(patch.stop)
+    mover.return_value.seconds.return_value = milliseconds / 1e3
+    return mover
+
   def _record(self, **floor):
     fake = FakeClock()
 
@@ -238,8 +245,11 @@ class FloorTest(absltest.TestCase):
       )
     )[0]
 
-  def test_bytes_at_the_bandwidth(self):
+  def test_bytes_take_their_turn_among_the_sides(self):
+    mover = self._moving_takes_ms(20)
     record = self._record(floor_traffic=harness.Traffic(read=10, written=1))
+    mover.assert_called_once_with(harness.Traffic(read=10, written=1))
+    self.assertEqual(mover.return_value.seconds.call_count, 5)
     self.assertAlmostEqual(record["floor_ms"], 20.0)
     self.assertAlmostEqual(record["fraction_of_floor"], 0.5)
 
@@ -249,6 +259,7 @@ class FloorTest(absltest.TestCase):
     self.assertAlmostEqual(record["fraction_of_floor"], 0.75)
 
   def test_bytes_and_timed_side_add_up(self):
+    self._moving_takes_ms(10)
     record = self._record(
       floor_traffic=harness.Traffic(read=10, written=0), floor_side=30
     )
