@@ -21,8 +21,10 @@
 namespace kernels {
 
 // Below this many bytes of memory traffic, waking another thread costs more
-// than it saves.
+// than it saves: for a loop that computes something with each byte, and for one
+// that only copies.
 inline constexpr int64_t kInlineBytes = int64_t{256} << 10;
+inline constexpr int64_t kInlineCopyBytes = int64_t{1} << 20;
 
 inline constexpr int kSpins = 400;
 
@@ -41,14 +43,15 @@ inline void Pause() {
 // Calls `body(i)` once for every i in [0, n), in no particular order and
 // possibly at the same time, and returns when all calls have returned.
 // `total_bytes` is the memory traffic of the whole loop, which decides whether
-// helpers are worth it. `Pool` needs `int64_t num_threads()` and
+// helpers are worth it: one for every `inline_bytes`. `Pool` needs `int64_t num_threads()` and
 // `Schedule(task&&)`. `body` must not throw.
 //
 // The split into items is the caller's, so results do not depend on the number
 // of threads as long as items are independent.
 template <typename Pool, typename Body>
-void ParallelFor(Pool& pool, int64_t n, int64_t total_bytes, Body&& body) {
-  const int64_t by_size = 1 + total_bytes / kInlineBytes;
+void ParallelFor(Pool& pool, int64_t n, int64_t total_bytes, Body&& body,
+                 int64_t inline_bytes = kInlineBytes) {
+  const int64_t by_size = 1 + total_bytes / inline_bytes;
   const int64_t helpers =
       n <= 1 || by_size <= 1
           ? 0

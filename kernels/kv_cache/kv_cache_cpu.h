@@ -7,38 +7,10 @@
 #include <cstdint>
 
 #include "kernels/common/parallel_for.h"
-#include "kernels/kv_cache/cache_layout.h"
+#include "kernels/kv_cache/update_args.h"
 
 namespace kernels {
 namespace kv_cache {
-
-struct UpdateArgs {
-  Element element;      // of the caches
-  Element new_element;  // of the new rows, which are converted if it differs
-  CacheShape shape;
-  Addressing addressing;
-  uint8_t* cache_k;
-  uint8_t* cache_v;
-  const uint8_t* new_k;  // [b, tokens, heads, k_dim], or with heads_first
-  const uint8_t* new_v;  // [b, heads, tokens, v_dim]; null: left alone
-  int64_t tokens;
-  const int32_t* index;  // [b] position of the first new token
-  const int32_t* count;  // [b] new tokens that are not padding
-  const float* k_scale;  // [b, heads], or null where nothing is quantised
-  const float* v_scale;
-};
-
-// New tokens of `sequence` that must be written: [first, last). A ring keeps
-// the newest tokens, so those that would be overwritten in this call are left
-// out and every slot is written at most once.
-inline void TokensToWrite(const UpdateArgs& args, int64_t sequence,
-                          int64_t* first, int64_t* last) {
-  *last = std::clamp<int64_t>(args.count[sequence], 0, args.tokens);
-  *first = 0;
-  if (args.addressing.ring > 0) {
-    *first = std::max<int64_t>(*first, *last - args.addressing.ring);
-  }
-}
 
 // Writes tokens [first, last) of one sequence. Positions that the cache does
 // not hold are left out.
@@ -55,15 +27,18 @@ void Update(const UpdateArgs& args, Pool& pool) {
   const int64_t per_item = std::max<int64_t>(1, kItemBytes / token_bytes);
   const int64_t items = (args.tokens + per_item - 1) / per_item;
   const int64_t batch = args.addressing.batch;
-  ParallelFor(pool, batch * items, 2 * batch * args.tokens * token_bytes,
-              [&](int64_t i) {
-                const int64_t sequence = i / items;
-                int64_t first, last;
-                TokensToWrite(args, sequence, &first, &last);
-                const int64_t begin = i % items * per_item;
-                UpdateTokens(args, sequence, std::max(first, begin),
-                             std::min(last, begin + per_item));
-              });
+  const bool copies = args.element == args.new_element;
+  ParallelFor(
+      pool, batch * items, 2 * batch * args.tokens * token_bytes,
+      [&](int64_t i) {
+        const int64_t sequence = i / items;
+        int64_t first, last;
+        TokensToWrite(args, sequence, &first, &last);
+        const int64_t begin = i % items * per_item;
+        UpdateTokens(args, sequence, std::max(first, begin),
+                     std::min(last, begin + per_item));
+      },
+      copies ? kInlineCopyBytes : kInlineBytes);
 }
 
 }  // namespace kv_cache
