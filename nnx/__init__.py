@@ -184,6 +184,7 @@ from nnx.state import restore_int_paths as restore_int_paths
 from nnx.state import split_state as split_state
 from nnx.state import to_flat_state as to_flat_state
 from nnx.state import to_pure_dict as to_pure_dict
+from nnx.summary import tabulate as tabulate
 from nnx.training import metrics as metrics
 from nnx.training import optimizer as optimizer
 from nnx.training.ema import EMA as EMA

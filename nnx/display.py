@@ -2,16 +2,9 @@
 
 from __future__ import annotations
 
-import sys
 from typing import Any
 
 from nnx import reprs
-
-
-def _in_notebook() -> bool:
-  """Whether IPython runs; without importing it, which is slow."""
-  ipython = sys.modules.get("IPython")
-  return ipython is not None and ipython.get_ipython() is not None
 
 
 def display(*targets: Any) -> None:
@@ -29,7 +22,7 @@ def display(*targets: Any) -> None:
     *targets: anything.
   """
   treescope = None
-  if _in_notebook():
+  if reprs.in_notebook():
     try:
       import treescope
     except ImportError:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 import contextlib
 import dataclasses
+import sys
 import threading
 from typing import Any
 
@@ -111,6 +112,19 @@ def memo() -> dict[Any, Any]:
     {}
   """
   return _context.memo if _context.active else {}
+
+
+def in_notebook() -> bool:
+  """Whether IPython runs; without importing it, which is slow.
+
+  Example:
+
+    >>> from nnx import reprs
+    >>> reprs.in_notebook()
+    False
+  """
+  ipython = sys.modules.get("IPython")
+  return ipython is not None and ipython.get_ipython() is not None
 
 
 # The functions that render for notebooks: `nnx.display` adds the one it has.

@@ -1,0 +1,239 @@
+"""Metrics compute what those of flax.nnx compute, in and out of jit."""
+
+from absl.testing import absltest, parameterized
+from flax import nnx as flax_nnx
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import nnx
+
+RANDOM = np.random.RandomState(0)
+VALUES = [RANDOM.normal(size=(3, 4)).astype(np.float32) for _ in range(3)]
+LOGITS = [RANDOM.normal(size=(6, 3)).astype(np.float32) for _ in range(3)]
+LABELS = [RANDOM.randint(0, 3, size=6).astype(np.int32) for _ in range(3)]
+MASK = np.array([1, 0, 1, 1, 0, 1], bool)
+
+
+def leaves(value):
+  return [np.asarray(leaf) for leaf in jax.tree.leaves(value)]
+
+
+def follow(library, metric, updates, jitted):
+  """What a metric computes after each of some updates and after a reset."""
+
+  def update(metric, kwargs):
+    metric.update(**kwargs)
+
+  if jitted:
+    update = library.jit(update)
+  results = []
+  for kwargs in updates:
+    update(metric, kwargs)
+    results.append(leaves(metric.compute()))
+  metric.reset()
+  return [*results, leaves(metric.compute())]
+
+
+CASES = {
+  "average": (
+    lambda library: library.metrics.Average(),
+    [{"values": jnp.asarray(v)} for v in VALUES],
+  ),
+  "average_named": (
+    lambda library: library.metrics.Average("loss"),
+    [{"loss": jnp.arange(3), "other": jnp.ones(2)}],
+  ),
+  "average_masked": (
+    lambda library: library.metrics.Average(),
+    [{"values": jnp.asarray(v), "mask": jnp.asarray(v > 0)} for v in VALUES],
+  ),
+  "welford": (
+    lambda library: library.metrics.Welford(),
+    [{"values": jnp.asarray(v)} for v in VALUES],
+  ),
+  "accuracy": (
+    lambda library: library.metrics.Accuracy(),
+    [
+      {"logits": jnp.asarray(x), "labels": jnp.asarray(y)}
+      for x, y in zip(LOGITS, LABELS)
+    ],
+  ),
+  "accuracy_masked": (
+    lambda library: library.metrics.Accuracy(),
+    [
+      {
+        "logits": jnp.asarray(x),
+        "labels": jnp.asarray(y),
+        "mask": jnp.asarray(MASK),
+      }
+      for x, y in zip(LOGITS, LABELS)
+    ],
+  ),
+  "accuracy_binary": (
+    lambda library: library.metrics.Accuracy(threshold=0.5),
+    [
+      {"logits": jnp.asarray(x[:, 0]), "labels": jnp.asarray(y % 2)}
+      for x, y in zip(LOGITS, LABELS)
+    ],
+  ),
+  "multi": (
+    lambda library: library.MultiMetric(
+      accuracy=library.metrics.Accuracy(),
+      loss=library.metrics.Average("loss"),
+    ),
+    [
+      {
+        "logits": jnp.asarray(x),
+        "labels": jnp.asarray(y),
+        "loss": jnp.asarray(v),
+        "mask": {"accuracy": jnp.asarray(MASK)},
+      }
+      for x, y, v in zip(LOGITS, LABELS, VALUES)
+    ],
+  ),
+}
+
+
+class OracleTest(parameterized.TestCase):
+  @parameterized.product(name=list(CASES), jitted=(False, True))
+  def test_values_are_those_of_flax(self, name, jitted):
+    make, updates = CASES[name]
+    ours = follow(nnx, make(nnx), updates, jitted)
+    theirs = follow(flax_nnx, make(flax_nnx), updates, jitted)
+    for step, (a, b) in enumerate(zip(ours, theirs, strict=True)):
+      for x, y in zip(a, b, strict=True):
+        np.testing.assert_allclose(x, y, rtol=1e-5, err_msg=str(step))
+        self.assertEqual(x.dtype, y.dtype)
+
+  @parameterized.parameters("Average", "Welford")
+  def test_numbers(self, name):
+    results = []
+    for library in (nnx, flax_nnx):
+      metric = getattr(library.metrics, name)()
+      for value in (1, 2.5, 4):
+        metric.update(values=value)
+      results.append(leaves(metric.compute()))
+    np.testing.assert_allclose(*results, rtol=1e-6)
+
+  def test_states_have_the_paths_and_types_of_flax(self):
+    layouts = []
+    for library in (nnx, flax_nnx):
+      state = library.state(CASES["multi"][0](library))
+      layouts.append(
+        {
+          path: (type(leaf).__name__, leaf.dtype)
+          for path, leaf in library.to_flat_state(state)
+        }
+      )
+    self.assertEqual(*layouts)
+
+
+class MetricsTest(absltest.TestCase):
+  def test_welford_is_the_deviation_of_all_values(self):
+    metric = nnx.metrics.Welford()
+    for value in VALUES:
+      metric.update(values=jnp.asarray(value))
+    found = metric.compute()
+    everything = np.stack(VALUES)
+    np.testing.assert_allclose(found.mean, everything.mean(), rtol=1e-5)
+    np.testing.assert_allclose(
+      found.standard_deviation, everything.std(), rtol=1e-5
+    )
+    np.testing.assert_allclose(
+      found.standard_error_of_mean,
+      everything.std() / everything.size**0.5,
+      rtol=1e-5,
+    )
+
+  def test_a_mask_is_broadcast_to_the_values(self):
+    metric = nnx.metrics.Average()
+    values = jnp.arange(6.0).reshape(2, 3)
+    metric.update(values=values, mask=jnp.array([[True], [False]]))
+    self.assertEqual(float(metric.compute()), 1.0)
+
+  def test_values_may_be_variables_and_lists(self):
+    metric = nnx.metrics.Average()
+    metric.update(values=nnx.Variable(jnp.array([1.0, 3.0])))
+    metric.update(values=[5.0])
+    self.assertEqual(float(metric.compute()), 3.0)
+
+  def test_labels_may_be_small_integers(self):
+    metric = nnx.metrics.Accuracy()
+    metric.update(logits=LOGITS[0], labels=LABELS[0].astype(np.uint8))
+    expected = (LOGITS[0].argmax(-1) == LABELS[0]).mean()
+    self.assertAlmostEqual(float(metric.compute()), expected, places=6)
+
+  def test_accuracy_under_another_name(self):
+    metric = nnx.metrics.Accuracy(None, "hits")
+    metric.update(logits=LOGITS[0], labels=LABELS[0])
+    self.assertEqual(int(metric.count.value), 6)
+
+  def test_display(self):
+    text = str(nnx.MultiMetric(loss=nnx.metrics.Average()))
+    self.assertIn("MultiMetric( # MetricState: 2 (8 B)", text)
+    self.assertIn("argname='values'", text)
+
+
+class ErrorsTest(absltest.TestCase):
+  def test_base(self):
+    class Empty(nnx.Metric):
+      pass
+
+    class Started(nnx.Metric):
+      def __init__(self):
+        pass
+
+    with self.assertRaisesRegex(
+      NotImplementedError, "must define `__init__`, but `Empty` does not"
+    ):
+      Empty()
+    for method in ("reset", "update", "compute"):
+      with self.assertRaisesRegex(NotImplementedError, f"`{method}`"):
+        getattr(Started(), method)()
+
+  def test_missing_values(self):
+    for metric in (nnx.metrics.Average("loss"), nnx.metrics.Welford("loss")):
+      with self.assertRaisesRegex(
+        TypeError, r"must be given `loss=...`, but got \['values'\]"
+      ):
+        metric.update(values=1.0)
+
+  def test_mask_with_a_number(self):
+    with self.assertRaisesRegex(
+      ValueError, "With a `mask`, `values` must be an array, but got 1.0"
+    ):
+      nnx.metrics.Average().update(values=1.0, mask=jnp.ones(1))
+
+  def test_threshold(self):
+    with self.assertRaisesRegex(
+      TypeError, "`threshold` must be a float or None, but got 1 of type `int`"
+    ):
+      nnx.metrics.Accuracy(threshold=1)
+
+  def test_numbers_of_axes(self):
+    with self.assertRaisesRegex(
+      ValueError, r"`logits.ndim == labels.ndim \+ 1`, but got 1 and 1 axes"
+    ):
+      nnx.metrics.Accuracy().update(logits=LABELS[0], labels=LABELS[0])
+    with self.assertRaisesRegex(
+      ValueError, "`logits.ndim == labels.ndim`, but got 2 and 1 axes"
+    ):
+      metric = nnx.metrics.Accuracy(threshold=0.5)
+      metric.update(logits=LOGITS[0], labels=LABELS[0])
+
+  def test_labels_that_are_no_integers(self):
+    with self.assertRaisesRegex(
+      ValueError, "`labels` must be integers, but got `float32`"
+    ):
+      nnx.metrics.Accuracy().update(logits=LOGITS[0], labels=LOGITS[0][:, 0])
+
+  def test_names_of_methods(self):
+    with self.assertRaisesRegex(
+      ValueError, "must not have the name of a method, but got `update`"
+    ):
+      nnx.MultiMetric(update=nnx.metrics.Average())
+
+
+if __name__ == "__main__":
+  absltest.main()
