@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 import functools
 import math
 import os
+import pathlib
 import re
 from typing import Any
 
@@ -25,6 +26,9 @@ TPU_TOPOLOGIES = {
   "v6e": "v6e:2x2",
   "tpu7x": "tpu7x:2x2x1",
 }
+
+# XLA's description of the GPU to compile for.
+_GPU = pathlib.Path(__file__).with_name("h100.txtpb")
 
 # What libtpu must find to compile where there is no TPU.
 _TPU_ENVIRONMENT = {
@@ -56,6 +60,22 @@ def tpu_devices(chip: str) -> tuple[Any, ...]:
     os.environ.setdefault(name, value)
   topology = topologies.get_topology_desc(
     platform="tpu", topology_name=TPU_TOPOLOGIES[chip]
+  )
+  return tuple(topology.devices)
+
+
+@functools.cache
+def gpu_devices(count: int = 1) -> tuple[Any, ...]:
+  """Returns H100s of one host to compile for; needs JAX's CUDA plugin.
+
+  Args:
+    count: How many.
+  """
+  topology = topologies.get_topology_desc(
+    platform="cuda",
+    topology_name="",
+    target_config=_GPU.read_text(),
+    topology=f"1x1x{count}",
   )
   return tuple(topology.devices)
 
