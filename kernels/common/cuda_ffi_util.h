@@ -3,7 +3,9 @@
 #ifndef KERNELS_COMMON_CUDA_FFI_UTIL_H_
 #define KERNELS_COMMON_CUDA_FFI_UTIL_H_
 
+#if !defined(KERNELS_CUDA_EMULATION)
 #include <cuda_runtime_api.h>
+#endif
 
 #include <string_view>
 
@@ -13,7 +15,11 @@
 namespace kernels {
 
 // The context argument of a handler, `.Ctx<Stream>()`.
+#if defined(KERNELS_CUDA_EMULATION)
+using Stream = emulation::Stream;
+#else
 using Stream = ffi::PlatformStream<cudaStream_t>;
+#endif
 
 // Kernels that allocate nothing and wait for nothing may be part of a CUDA
 // graph: the last argument of XLA_FFI_DEFINE_HANDLER_SYMBOL.

@@ -8,7 +8,7 @@
 #include <string>
 #include <string_view>
 
-#include "kernels/common/simd_prelude.h"
+#include "kernels/common/element_types.h"
 #include "xla/ffi/api/ffi.h"
 
 namespace kernels {
@@ -77,7 +77,7 @@ int64_t DimsProduct(const Dims& dims, int64_t begin, int64_t end) {
   return product;
 }
 
-// Calls `body(tag)` with the tag of kernels/common/simd_prelude.h for `dtype`
+// Calls `body(tag)` with the tag of element_types.h for `dtype`
 // and returns its ffi::Error; for another dtype, an error that names `what`.
 template <typename Body>
 ffi::Error DispatchFloat(ffi::DataType dtype, std::string_view what,
@@ -108,6 +108,13 @@ ffi::Error DispatchFloat(ffi::DataType dtype, std::string_view what,
     if (!(condition)) {                               \
       return ::kernels::InvalidArgument(__VA_ARGS__); \
     }                                                 \
+  } while (false)
+
+// Returns from the enclosing handler if `expression` is an error.
+#define KERNELS_RETURN_IF_ERROR(expression)        \
+  do {                                             \
+    const ::xla::ffi::Error error_ = (expression); \
+    if (error_.failure()) return error_;           \
   } while (false)
 
 #endif  // KERNELS_COMMON_FFI_UTIL_H_

@@ -99,6 +99,7 @@ ffi::Error Run(ffi::ThreadPool& pool, const ffi::AnyBuffer& cache_k,
       cache_k, cache_v, options.heads_first, &args.element, &args.shape));
   KERNELS_RETURN_IF_ERROR(kv_cache::ReadAddressing(
       x.layer, x.table, x.first_slot, options.ring, &args.addressing));
+  args.addressing.first_slot = x.first_slot.typed_data()[0];
   const kv_cache::CacheShape& shape = args.shape;
   const int64_t b = args.addressing.batch;
   const int64_t n = shape.heads;

@@ -52,12 +52,6 @@ ffi::Error RequireShape(std::string_view name, const AnyOrTypedBuffer& buffer,
   return ffi::Error::Success();
 }
 
-#define KERNELS_RETURN_IF_ERROR(expression)  \
-  do {                                       \
-    ::xla::ffi::Error error_ = (expression); \
-    if (error_.failure()) return error_;     \
-  } while (false)
-
 // Reads element type and sizes off the caches `[..., r, s, n, h]`.
 inline ffi::Error ReadCaches(const ffi::AnyBuffer& cache_k,
                              const ffi::AnyBuffer& cache_v, bool heads_first,
@@ -90,7 +84,8 @@ inline ffi::Error ReadCaches(const ffi::AnyBuffer& cache_k,
   return ffi::Error::Success();
 }
 
-// Reads what addresses the caches; the batch size comes from `layer`.
+// Reads what addresses the caches; the batch size comes from `table`. Leaves out
+// the value of `first_slot`, which may lie in a device's memory.
 inline ffi::Error ReadAddressing(const ffi::Buffer<ffi::S32>& layer,
                                  const ffi::Buffer<ffi::S32>& table,
                                  const ffi::Buffer<ffi::S32>& first_slot,
@@ -109,7 +104,6 @@ inline ffi::Error ReadAddressing(const ffi::Buffer<ffi::S32>& layer,
   addressing->table_width = dims[1];
   addressing->layer = layer.typed_data();
   addressing->batch = dims[0];
-  addressing->first_slot = first_slot.typed_data()[0];
   addressing->ring = ring;
   return ffi::Error::Success();
 }

@@ -3,15 +3,16 @@
 #ifndef KERNELS_KV_CACHE_CACHE_LAYOUT_H_
 #define KERNELS_KV_CACHE_CACHE_LAYOUT_H_
 
-#include <algorithm>
 #include <cstdint>
+
+#include "kernels/common/host_device.h"
 
 namespace kernels {
 namespace kv_cache {
 
 enum class Element { kF32, kBf16, kF16, kInt8, kE4m3, kE5m2 };
 
-inline int64_t ElementSize(Element e) {
+KERNELS_HOST_DEVICE inline int64_t ElementSize(Element e) {
   switch (e) {
     case Element::kF32:
       return 4;
@@ -23,7 +24,7 @@ inline int64_t ElementSize(Element e) {
   }
 }
 
-inline bool IsQuantized(Element e) {
+KERNELS_HOST_DEVICE inline bool IsQuantized(Element e) {
   return e == Element::kInt8 || e == Element::kE4m3 || e == Element::kE5m2;
 }
 
@@ -40,8 +41,12 @@ struct CacheShape {
   bool heads_first = false;
 
   // Rows of `dim` elements between neighbouring slots, and neighbouring heads.
-  int64_t slot_stride() const { return heads_first ? 1 : heads; }
-  int64_t head_stride() const { return heads_first ? block_size : 1; }
+  KERNELS_HOST_DEVICE int64_t slot_stride() const {
+    return heads_first ? 1 : heads;
+  }
+  KERNELS_HOST_DEVICE int64_t head_stride() const {
+    return heads_first ? block_size : 1;
+  }
 };
 
 // Which slot a position of a sequence goes to.
@@ -56,19 +61,20 @@ struct Addressing {
   int64_t ring = 0;  // ring length, or 0 for a cache that does not wrap
 
   // Logical slots [begin, end) that are held here.
-  int64_t slot_begin() const { return first_slot; }
-  int64_t slot_end(const CacheShape& shape) const {
+  KERNELS_HOST_DEVICE int64_t slot_begin() const { return first_slot; }
+  KERNELS_HOST_DEVICE int64_t slot_end(const CacheShape& shape) const {
     return first_slot + table_width * shape.block_size;
   }
 
-  int64_t SlotOf(int64_t position) const {
+  KERNELS_HOST_DEVICE int64_t SlotOf(int64_t position) const {
     return ring > 0 && position >= 0 ? position % ring : position;
   }
 
   // Index of the row of head 0 at logical slot `slot`, or -1 where the slot is
   // not here: beyond the end, in another shard, or in a block that does not
   // exist.
-  int64_t RowOf(const CacheShape& shape, int64_t sequence, int64_t slot) const {
+  KERNELS_HOST_DEVICE int64_t RowOf(const CacheShape& shape, int64_t sequence,
+                                    int64_t slot) const {
     const int64_t local = slot - first_slot;
     if (local < 0 || local >= table_width * shape.block_size) return -1;
     const int64_t entry = table_width == 1 ? 0 : local / shape.block_size;

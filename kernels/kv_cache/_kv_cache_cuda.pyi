@@ -1,0 +1,3 @@
+from typing import Any
+
+def kv_cache_update() -> Any: ...

@@ -1,0 +1,76 @@
+"""Arguments of `kv_cache.update` for tests of its implementations."""
+
+from typing import Any
+
+from hypothesis import strategies as st
+import numpy as np
+
+from tests.kernels.kv_cache import oracle
+
+FLOATS, QUANTIZED, random = oracle.FLOATS, oracle.QUANTIZED, oracle.random
+
+
+def bits(x):
+  return np.asarray(x).view(np.uint8)
+
+
+def arguments(seed=0, b=3, s=8, t=1, n=2, h=20, dtype="float32", layout="bsnh"):
+  rng = np.random.default_rng(seed)
+  cache = (b, s, n, h) if layout == "bsnh" else (b, n, s, h)
+  new = (b, t, n, h) if layout == "bsnh" else (b, n, t, h)
+  new_dtype = "float32" if dtype in QUANTIZED else dtype
+  return tuple(
+    random(rng, shape, kind)
+    for shape, kind in ((cache, dtype),) * 2 + ((new, new_dtype),) * 2
+  )
+
+
+def assert_same(got, want):
+  for g, w in zip(got, want, strict=True):
+    assert g.dtype == w.dtype and g.shape == w.shape
+    np.testing.assert_array_equal(bits(g), bits(w))
+
+
+@st.composite
+def problems(draw):
+  """Any combination of features that makes sense."""
+  layout = draw(st.sampled_from(("bsnh", "bnsh")))
+  dtype = draw(st.sampled_from(FLOATS + QUANTIZED))
+  b = draw(st.integers(0, 4))
+  s, t, n, h = (draw(st.integers(1, top)) for top in (9, 6, 3, 37))
+  h_v = draw(st.sampled_from((h, 5)))
+  addressing = draw(st.sampled_from(("aligned", "rows", "paged")))
+  layers = draw(st.sampled_from((None, 1, 3)))
+  rng = np.random.default_rng(draw(st.integers(0, 2**31)))
+  rows = b if addressing == "aligned" else b * 3 + 1
+  kwargs = {"layout": layout, "ring": draw(st.booleans())}
+  if addressing == "rows":
+    kwargs["cache_batch_index"] = rng.permutation(rows)[:b].astype(np.int32)
+  elif addressing == "paged":
+    table = rng.permutation(rows)[: b * 3].reshape(b, 3).astype(np.int32)
+    kwargs["block_table"] = np.where(rng.random((b, 3)) < 0.2, -1, table)
+  if layers is not None:
+    kwargs["layer"] = draw(st.integers(0, layers - 1))
+  if draw(st.booleans()):
+    kwargs["lengths"] = rng.integers(0, t + 1, b).astype(np.int32)
+  if dtype in QUANTIZED:
+    shape = draw(st.sampled_from(((), (n,), (b, n))))
+    for name in ("k_scale", "v_scale"):
+      kwargs[name] = np.exp(rng.normal(size=shape) - 4).astype(np.float32)
+  lead = () if layers is None else (layers,)
+  caches, new = [], []
+  for dim in (h, h_v):
+    cache = (rows, s, n, dim) if layout == "bsnh" else (rows, n, s, dim)
+    row = (b, t, n, dim) if layout == "bsnh" else (b, n, t, dim)
+    caches.append(random(rng, lead + cache, dtype))
+    new.append(
+      random(
+        rng,
+        row,
+        dtype if dtype in FLOATS else draw(st.sampled_from(FLOATS)),
+      )
+    )
+  new[1] = new[1].astype(new[0].dtype)
+  # Some positions lie outside: they must write nothing.
+  index = rng.integers(0 if kwargs["ring"] else -3, 3 * s + 3, b)
+  return (*caches, *new, index.astype(np.int32)), kwargs

@@ -1,0 +1,107 @@
+"""The CUDA kernel of the cache update and its binding, run on the CPU.
+
+The kernel's source under tests/testing/cuda_emulation.h: its logic, not a run on
+a GPU.
+"""
+
+import functools
+
+from absl.testing import parameterized
+import hypothesis
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from kernels import kv_cache
+from kernels.common import dispatch
+from kernels.kv_cache import api
+from tests.kernels.kv_cache import cases, oracle
+
+TARGET = "kv_cache_update_emulated"
+LIBRARY = dispatch.Library(
+  "tests.kernels.kv_cache._kv_cache_cuda", {TARGET: "kv_cache_update"}
+)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def emulated():
+  """Adds the emulated handler to the op's implementations."""
+  impl = dispatch.Implementation(
+    name="emulated",
+    platforms=("cpu",),
+    fn=functools.partial(api.ffi_update, target=TARGET),
+    library=LIBRARY,
+  )
+  api.UPDATE.implementations["emulated"] = impl
+  yield
+  del api.UPDATE.implementations["emulated"]
+
+
+def check(args, **kwargs):
+  update = functools.partial(
+    kv_cache.update, implementation="emulated", **kwargs
+  )
+  cases.assert_same(jax.jit(update)(*args), oracle.update(*args, **kwargs))
+
+
+class EmulatedUpdateTest(parameterized.TestCase):
+  def test_every_feature_on_random_shapes(self):
+    @hypothesis.given(cases.problems())
+    @hypothesis.settings(max_examples=40, deadline=None, derandomize=True)
+    def each(problem):
+      args, kwargs = problem
+      check(args, **kwargs)
+
+    each()
+
+  @parameterized.product(
+    dtype=oracle.FLOATS + oracle.QUANTIZED,
+    layout=("bsnh", "bnsh"),
+    h=(64, 6, 5),
+  )
+  def test_widths_of_access(self, dtype, layout, h):
+    args = cases.arguments(t=3, h=h, dtype=dtype, layout=layout)
+    scales = {}
+    if dtype in oracle.QUANTIZED:
+      scales = {"k_scale": np.float32(0.01), "v_scale": np.float32([0.003, 1])}
+    check((*args, np.array([0, 7, -2])), layout=layout, **scales)
+
+  def test_several_items_for_each_thread(self):
+    args = cases.arguments(b=2, s=700, t=600, n=4, h=64)
+    check((*args, np.array([3, 650])))
+
+  @parameterized.parameters(*oracle.QUANTIZED)
+  def test_quantises_special_values(self, dtype):
+    special = np.float32(
+      [0.0, -0.0, np.inf, -np.inf, 1e30, -1e30, 1e-30, 0.5, 1.5, 2.5, 2.0**-9,
+       2.0**-10, 3 * 2.0**-10, 2.0**-16, 2.0**-17, 464.0, 465.0, 61439.0,
+       61441.0, 0.99 * 2.0**-6, 127.5, -128.5]
+    )  # fmt: skip
+    for count in (16, special.size):
+      new = jnp.asarray(special[None, None, None, :count])
+      cache = jnp.ones((1, 2, 1, count), dtype)
+      check(
+        (cache, cache, new, new, np.array([1])), k_scale=1.0, v_scale=1.0
+      )
+    nan = jnp.full((1, 1, 1, 16), np.nan)
+    cache = jnp.ones((1, 2, 1, 16), dtype)
+    got, _ = kv_cache.update(
+      cache, cache, nan, nan, 1, k_scale=1.0, v_scale=1.0,
+      implementation="emulated",
+    )  # fmt: skip
+    row = np.asarray(got)[0, 1, 0].astype(np.float32)
+    assert (row == 0).all() if dtype == "int8" else np.isnan(row).all()
+
+  def test_wrong_shapes_are_refused(self):
+    cache = jnp.zeros((2, 4, 1, 8))
+    rows = (jnp.zeros((2, 1, 1, 8)),) * 2
+    one = jnp.zeros((2,), jnp.int32)
+    short = jnp.zeros((1,), jnp.int32)
+    with pytest.raises(Exception, match="`index` must have shape"):
+      jax.block_until_ready(
+        api.ffi_update(
+          cache, cache, *rows, short, one, one, one[:, None], jnp.int32(0),
+          layout="bsnh", ring=0, aligned=True, target=TARGET,
+        )
+      )  # fmt: skip
