@@ -1,8 +1,7 @@
 // Batch-norm loops on the CPU, on plain pointers.
 //
-// Arrays of x's kind are [groups, outer, channels, inner], dense; those of the
-// statistics' kind are [groups, channels] in T::Compute. T is the element type
-// of x and dx, U that of y and dy (tags of kernels/common/simd_prelude.h).
+// T is the element type of x and dx, U that of y and dy. Arrays are as
+// geometry.h says.
 //
 // Results do not depend on the number of threads: the work is cut by shape
 // alone, and partial results are combined in a fixed order.
@@ -12,25 +11,12 @@
 
 #include <cstdint>
 
+#include "kernels/batch_stat/geometry.h"
 #include "kernels/common/cpu_features.h"
+#include "kernels/common/element_types.h"
 #include "kernels/common/parallel_for.h"
-#include "kernels/common/simd_prelude.h"
 
 namespace kernels::batch_stat {
-
-struct Geometry {
-  int64_t groups;
-  int64_t outer;
-  int64_t channels;
-  int64_t inner;
-
-  int64_t elements() const { return groups * outer * channels * inner; }
-};
-
-struct Mask {
-  const uint8_t* data = nullptr;  // [groups, outer, channels or 1, inner]
-  bool per_channel = false;
-};
 
 // Mean, biased variance and number of values of each channel; a channel
 // without values gets NaN, NaN and 0. With `accurate`, the variance comes from

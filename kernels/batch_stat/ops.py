@@ -25,15 +25,20 @@ TARGET_NORMALIZE = "fused_nnx_batch_stat_normalize"
 TARGET_GRAD_SUMS = "fused_nnx_batch_stat_grad_sums"
 TARGET_GRAD_INPUT = "fused_nnx_batch_stat_grad_input"
 
-CPU_LIBRARY = dispatch.Library(
-  "kernels.batch_stat._batch_stat_cpu",
-  {
-    TARGET_UPDATE: "update",
-    TARGET_MOMENTS: "moments",
-    TARGET_NORMALIZE: "normalize",
-    TARGET_GRAD_SUMS: "grad_sums",
-    TARGET_GRAD_INPUT: "grad_input",
-  },
+# What the extensions call their handlers.
+_HANDLERS = {
+  TARGET_UPDATE: "update",
+  TARGET_MOMENTS: "moments",
+  TARGET_NORMALIZE: "normalize",
+  TARGET_GRAD_SUMS: "grad_sums",
+  TARGET_GRAD_INPUT: "grad_input",
+}
+
+CPU_LIBRARY = dispatch.Library("kernels.batch_stat._batch_stat_cpu", _HANDLERS)
+
+
+CUDA_LIBRARY = dispatch.Library(
+  "kernels.batch_stat._batch_stat_cuda", _HANDLERS, platform="CUDA"
 )
 
 _KERNEL_DTYPES = ("float64", "float32", "bfloat16", "float16")
@@ -92,7 +97,8 @@ def _grad_input_avals(*avals, feature_axis, batch_axes, relu):
   return (dispatch.out_aval(avals[0].shape, avals[0].dtype, *avals),)
 
 
-# ---- The CPU implementations.
+# ---- The implementations. The CUDA handlers that sum want a workspace, which
+# they give as a last result.
 
 
 def _like(array):
@@ -105,13 +111,72 @@ def _stats_like(x, count, feature_axis, batch_axes):
   return (jax.ShapeDtypeStruct(shape, dtype),) * count
 
 
-def _update_cpu(
-  mean, var, momentum, x, *mask, feature_axis, batch_axes, accurate
+# Numbers for each channel and part in the workspaces, as batch_stat_cuda.h has
+# them; the moments' has a part more.
+_MOMENTS_PARTS = 3
+_GRAD_SUMS_PARTS = 2
+
+# Bytes of x that a block of threads should at least have, and where there are
+# blocks enough for any device; and how many blocks that is, and are useful.
+_LEAST_BYTES, _ENOUGH_BYTES = 2**14, 2**17
+_ENOUGH_BLOCKS, _MOST_BLOCKS = 528, 2048
+
+
+def splits(x: Any, feature_axis: int, batch_axes: int) -> int:
+  """Returns into how many parts the CUDA kernels cut the sums of a channel.
+
+  The shape alone decides, so that sums are the same to the bit on every device.
+
+  Args:
+    x: The batch.
+    feature_axis: Its axis of c.
+    batch_axes: Number of leading axes that are independent batches.
+  """
+  size = dispatch.static_size(x.shape)
+  if size is None:
+    return 64  # any number is right
+  itemsize = np.dtype(x.dtype).itemsize
+  columns = dispatch.static_size(x.shape[:batch_axes])
+  channels = x.shape[feature_axis]
+  if dispatch.static_size(x.shape[feature_axis + 1 :]) == 1:
+    columns *= -(-channels * itemsize // 512)  # a warp's vectors of channels
+  else:
+    columns *= channels
+  column_bytes = size * itemsize // columns
+  parts = column_bytes // _LEAST_BYTES
+  if parts * columns > _ENOUGH_BLOCKS:
+    parts = max(
+      -(-_ENOUGH_BLOCKS // columns),
+      min(column_bytes // _ENOUGH_BYTES, _MOST_BLOCKS // columns),
+    )
+  return max(parts, 1)
+
+
+def _workspace(x, count, extra, feature_axis, batch_axes):
+  shape = (
+    splits(x, feature_axis, batch_axes) + extra,
+    count,
+    dispatch.static_size(_stat_shape(x, feature_axis, batch_axes)),
+  )
+  dtype = reference.compute_dtype(x.dtype)
+  return (jax.ShapeDtypeStruct(shape, dtype),)
+
+
+def _moments_workspace(cuda, x, feature_axis, batch_axes):
+  if not cuda:
+    return ()
+  return _workspace(x, _MOMENTS_PARTS, 1, feature_axis, batch_axes)
+
+
+def _update(
+  cuda, mean, var, momentum, x, *mask, feature_axis, batch_axes, accurate
 ):
   out = _stats_like(x, 4, feature_axis, batch_axes)
-  return jax.ffi.ffi_call(
-    TARGET_UPDATE, out, input_output_aliases={0: 0, 1: 1}
-  )(
+  workspace = _moments_workspace(cuda, x, feature_axis, batch_axes)
+  call = jax.ffi.ffi_call(
+    TARGET_UPDATE, out + workspace, input_output_aliases={0: 0, 1: 1}
+  )
+  return call(
     mean,
     var,
     momentum,
@@ -120,23 +185,22 @@ def _update_cpu(
     **_ints(
       feature_axis=feature_axis, batch_axes=batch_axes, accurate=accurate
     ),
-  )
+  )[: len(out)]
 
 
-def _moments_cpu(x, *mask, feature_axis, batch_axes, accurate):
+def _moments(cuda, x, *mask, feature_axis, batch_axes, accurate):
   out = _stats_like(x, 3, feature_axis, batch_axes)
-  return jax.ffi.ffi_call(TARGET_MOMENTS, out)(
+  workspace = _moments_workspace(cuda, x, feature_axis, batch_axes)
+  return jax.ffi.ffi_call(TARGET_MOMENTS, out + workspace)(
     x,
     *mask,
     **_ints(
       feature_axis=feature_axis, batch_axes=batch_axes, accurate=accurate
     ),
-  )
+  )[: len(out)]
 
 
-def _normalize_cpu(
-  x, mean, mul, bias, *, feature_axis, batch_axes, relu, dtype
-):
+def _normalize(x, mean, mul, bias, *, feature_axis, batch_axes, relu, dtype):
   out = (jax.ShapeDtypeStruct(x.shape, dtype),)
   return jax.ffi.ffi_call(TARGET_NORMALIZE, out)(
     x,
@@ -147,19 +211,22 @@ def _normalize_cpu(
   )
 
 
-def _grad_sums_cpu(x, dy, mean, mul, bias, *, feature_axis, batch_axes, relu):
+def _grad_sums(cuda, x, dy, mean, mul, bias, *, feature_axis, batch_axes, relu):
   out = _stats_like(x, 2, feature_axis, batch_axes)
-  return jax.ffi.ffi_call(TARGET_GRAD_SUMS, out)(
+  workspace = ()
+  if cuda:
+    workspace = _workspace(x, _GRAD_SUMS_PARTS, 0, feature_axis, batch_axes)
+  return jax.ffi.ffi_call(TARGET_GRAD_SUMS, out + workspace)(
     x,
     dy,
     mean,
     mul,
     bias,
     **_ints(feature_axis=feature_axis, batch_axes=batch_axes, relu=relu),
-  )
+  )[: len(out)]
 
 
-def _grad_input_cpu(
+def _grad_input(
   x, dy, mean, mul, bias, c0, c1, *mask, feature_axis, batch_axes, relu
 ):
   return jax.ffi.ffi_call(TARGET_GRAD_INPUT, (_like(x),))(
@@ -343,11 +410,11 @@ def combine_moments(
 
 
 def _combine_update(call, args, axes, **params):
-  del call
   mean, var, momentum, x, *mask = args
-  batch_mean, batch_var, _ = combine_moments(
-    *MOMENTS(x, *mask, implementation="cpu", **params), axes
+  own = MOMENTS(
+    x, *mask, implementation=call.keywords["implementation"], **params
   )
+  batch_mean, batch_var, _ = combine_moments(*own, axes)
   return (
     momentum * mean + (1 - momentum) * batch_mean,
     momentum * var + (1 - momentum) * batch_var,
@@ -372,17 +439,47 @@ def _partitioning(x_index, mask_index, kinds, results, combine=None):
   )
 
 
+def _implementations(fn, unsupported, *, workspace=False, slower=None):
+  """Returns the CPU's and CUDA's implementations, which share a function.
+
+  Args:
+    fn: Calls the handler; if `workspace`, its first argument says whether to
+      ask for one.
+    unsupported: As in `dispatch.Implementation`.
+    workspace: Whether the CUDA handler wants one.
+    slower: As in `dispatch.Implementation`, on the CPU.
+  """
+  on_cpu, on_cuda = fn, fn
+  if workspace:
+    on_cpu, on_cuda = (functools.partial(fn, cuda) for cuda in (False, True))
+  return (
+    dispatch.Implementation(
+      name="cpu",
+      platforms=("cpu",),
+      fn=on_cpu,
+      library=CPU_LIBRARY,
+      unsupported=unsupported,
+      slower=slower,
+    ),
+    dispatch.Implementation(
+      name="cuda",
+      platforms=("cuda",),
+      fn=on_cuda,
+      library=CUDA_LIBRARY,
+      unsupported=unsupported,
+    ),
+  )
+
+
 UPDATE = dispatch.Op(
   "batch_stat_update",
   abstract_eval=_update_avals,
   reference=reference.update,
   implementations=(
-    dispatch.Implementation(
-      name="cpu",
-      platforms=("cpu",),
-      fn=_update_cpu,
-      library=CPU_LIBRARY,
-      unsupported=functools.partial(_unsupported, 3),
+    *_implementations(
+      _update,
+      functools.partial(_unsupported, 3),
+      workspace=True,
       slower=functools.partial(_slower, 3),
     ),
   ),
@@ -395,12 +492,10 @@ MOMENTS = dispatch.Op(
   abstract_eval=_moments_avals,
   reference=reference.moments,
   implementations=(
-    dispatch.Implementation(
-      name="cpu",
-      platforms=("cpu",),
-      fn=_moments_cpu,
-      library=CPU_LIBRARY,
-      unsupported=functools.partial(_unsupported, 0),
+    *_implementations(
+      _moments,
+      functools.partial(_unsupported, 0),
+      workspace=True,
       slower=functools.partial(_slower, 0),
     ),
   ),
@@ -412,14 +507,8 @@ NORMALIZE = dispatch.Op(
   "batch_stat_normalize",
   abstract_eval=_normalize_avals,
   reference=reference.normalize,
-  implementations=(
-    dispatch.Implementation(
-      name="cpu",
-      platforms=("cpu",),
-      fn=_normalize_cpu,
-      library=CPU_LIBRARY,
-      unsupported=functools.partial(_unsupported, 0),
-    ),
+  implementations=_implementations(
+    _normalize, functools.partial(_unsupported, 0)
   ),
   batching=_batch_rule,
   partitioning=_partitioning(0, 4, "xsss", "x"),
@@ -429,14 +518,10 @@ GRAD_SUMS = dispatch.Op(
   "batch_stat_grad_sums",
   abstract_eval=_grad_sums_avals,
   reference=reference.grad_sums,
-  implementations=(
-    dispatch.Implementation(
-      name="cpu",
-      platforms=("cpu",),
-      fn=_grad_sums_cpu,
-      library=CPU_LIBRARY,
-      unsupported=_grad_unsupported,
-    ),
+  implementations=_implementations(
+    _grad_sums,
+    _grad_unsupported,
+    workspace=True,
   ),
   batching=_batch_rule,
   partitioning=_partitioning(0, 5, "xxsss", "ss", _combine_sums),
@@ -446,15 +531,7 @@ GRAD_INPUT = dispatch.Op(
   "batch_stat_grad_input",
   abstract_eval=_grad_input_avals,
   reference=reference.grad_input,
-  implementations=(
-    dispatch.Implementation(
-      name="cpu",
-      platforms=("cpu",),
-      fn=_grad_input_cpu,
-      library=CPU_LIBRARY,
-      unsupported=_grad_unsupported,
-    ),
-  ),
+  implementations=_implementations(_grad_input, _grad_unsupported),
   batching=_batch_rule,
   partitioning=_partitioning(0, 7, "xxsssss", "x"),
 )

@@ -38,6 +38,11 @@ struct Int8 {
   using Storage = int8_t;
   using Compute = float;
 };
+// bool, as bytes that are 0 or 1.
+struct Bool {
+  using Storage = uint8_t;
+  using Compute = float;
+};
 
 }  // namespace kernels
 

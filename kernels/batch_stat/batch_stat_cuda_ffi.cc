@@ -1,0 +1,247 @@
+// XLA FFI handlers of batch_stat for the platform "CUDA": those of
+// batch_stat_ffi.h, of which the ones that sum give their workspace as one more
+// result. Its first dimension says into how many parts the sums are cut.
+
+#include <pybind11/pybind11.h>
+
+#include <cstdint>
+
+#include "kernels/batch_stat/batch_stat_cuda.h"
+#include "kernels/batch_stat/batch_stat_spec.h"
+#include "kernels/batch_stat/geometry.h"
+#include "kernels/common/cuda_ffi_util.h"
+#include "kernels/common/ffi_util.h"
+#include "kernels/common/pybind_util.h"
+#include "xla/ffi/api/ffi.h"
+
+namespace kernels::batch_stat {
+namespace {
+
+// Reads how many parts, of `parts` numbers for each channel, `workspace` has.
+ffi::Error GetSplits(const ffi::AnyBuffer& workspace, const Geometry& g,
+                     int64_t parts, ffi::DataType dtype, int64_t* splits) {
+  const auto dims = workspace.dimensions();
+  KERNELS_REQUIRE(workspace.element_type() == dtype && dims.size() == 3 &&
+                      dims[0] >= 1 && dims[1] == parts &&
+                      dims[2] == g.groups * g.channels,
+                  "`workspace` must be ", DtypeName(dtype), " of shape [n, ",
+                  parts, ", ", g.groups * g.channels, "], but got ",
+                  DtypeName(workspace.element_type()), ShapeText(dims), ".");
+  *splits = dims[0];
+  return ffi::Error::Success();
+}
+
+// As GetSplits for the workspace of the moments, which has one part more.
+ffi::Error GetMomentsSplits(const ffi::AnyBuffer& workspace, const Geometry& g,
+                            ffi::DataType dtype, int64_t* splits) {
+  KERNELS_RETURN_IF_ERROR(
+      GetSplits(workspace, g, kMomentsParts, dtype, splits));
+  KERNELS_REQUIRE(*splits >= 2,
+                  "`workspace` must have 2 parts or more, but got ", *splits,
+                  ".");
+  --*splits;
+  return ffi::Error::Success();
+}
+
+ffi::Error UpdateImpl(
+    cudaStream_t stream, int64_t feature_axis, int64_t batch_axes,
+    int64_t accurate, ffi::AnyBuffer old_mean, ffi::AnyBuffer old_var,
+    ffi::AnyBuffer momentum, ffi::AnyBuffer x, ffi::RemainingArgs rest,
+    ffi::Result<ffi::AnyBuffer> new_mean, ffi::Result<ffi::AnyBuffer> new_var,
+    ffi::Result<ffi::AnyBuffer> mean, ffi::Result<ffi::AnyBuffer> var,
+    ffi::Result<ffi::AnyBuffer> workspace) {
+  Geometry g;
+  Mask mask;
+  KERNELS_RETURN_IF_ERROR(GetGeometry(x, feature_axis, batch_axes, &g));
+  KERNELS_RETURN_IF_ERROR(GetMask(rest, g, &mask));
+  return DispatchFloat(x.element_type(), "x", [&](auto t) -> ffi::Error {
+    using T = decltype(t);
+    using A = typename T::Compute;
+    constexpr ffi::DataType dtype = ComputeDtype<T>();
+    int64_t splits = 0;
+    KERNELS_RETURN_IF_ERROR(CheckStat(old_mean, "mean", g, dtype));
+    KERNELS_RETURN_IF_ERROR(CheckStat(old_var, "var", g, dtype));
+    KERNELS_RETURN_IF_ERROR(CheckStat(*new_mean, "the new mean", g, dtype));
+    KERNELS_RETURN_IF_ERROR(CheckStat(*new_var, "the new var", g, dtype));
+    KERNELS_RETURN_IF_ERROR(CheckStat(*mean, "the batch mean", g, dtype));
+    KERNELS_RETURN_IF_ERROR(CheckStat(*var, "the batch var", g, dtype));
+    KERNELS_RETURN_IF_ERROR(CheckStat(momentum, "momentum", g, dtype));
+    KERNELS_RETURN_IF_ERROR(GetMomentsSplits(*workspace, g, dtype, &splits));
+    const MomentsResults<A> results = {Data<A>(mean),     Data<A>(var),
+                                       /*count=*/nullptr, Data<A>(momentum),
+                                       Data<A>(old_mean), Data<A>(old_var),
+                                       Data<A>(new_mean), Data<A>(new_var)};
+    return LaunchStatus(
+        LaunchMoments<T>(stream, g, Data<typename T::Storage>(x), mask,
+                         accurate != 0, results, Data<A>(workspace), splits),
+        "batch_stat.update");
+  });
+}
+
+ffi::Error MomentsImpl(cudaStream_t stream, int64_t feature_axis,
+                       int64_t batch_axes, int64_t accurate, ffi::AnyBuffer x,
+                       ffi::RemainingArgs rest,
+                       ffi::Result<ffi::AnyBuffer> mean,
+                       ffi::Result<ffi::AnyBuffer> var,
+                       ffi::Result<ffi::AnyBuffer> count,
+                       ffi::Result<ffi::AnyBuffer> workspace) {
+  Geometry g;
+  Mask mask;
+  KERNELS_RETURN_IF_ERROR(GetGeometry(x, feature_axis, batch_axes, &g));
+  KERNELS_RETURN_IF_ERROR(GetMask(rest, g, &mask));
+  return DispatchFloat(x.element_type(), "x", [&](auto t) -> ffi::Error {
+    using T = decltype(t);
+    using A = typename T::Compute;
+    constexpr ffi::DataType dtype = ComputeDtype<T>();
+    int64_t splits = 0;
+    KERNELS_RETURN_IF_ERROR(CheckStat(*mean, "mean", g, dtype));
+    KERNELS_RETURN_IF_ERROR(CheckStat(*var, "var", g, dtype));
+    KERNELS_RETURN_IF_ERROR(CheckStat(*count, "count", g, dtype));
+    KERNELS_RETURN_IF_ERROR(GetMomentsSplits(*workspace, g, dtype, &splits));
+    MomentsResults<A> results = {};
+    results.mean = Data<A>(mean);
+    results.var = Data<A>(var);
+    results.count = Data<A>(count);
+    return LaunchStatus(
+        LaunchMoments<T>(stream, g, Data<typename T::Storage>(x), mask,
+                         accurate != 0, results, Data<A>(workspace), splits),
+        "the moments of batch_stat");
+  });
+}
+
+ffi::Error NormalizeImpl(cudaStream_t stream, int64_t feature_axis,
+                         int64_t batch_axes, int64_t relu, ffi::AnyBuffer x,
+                         ffi::AnyBuffer mean, ffi::AnyBuffer mul,
+                         ffi::AnyBuffer bias, ffi::Result<ffi::AnyBuffer> y) {
+  Geometry g;
+  KERNELS_RETURN_IF_ERROR(GetGeometry(x, feature_axis, batch_axes, &g));
+  KERNELS_RETURN_IF_ERROR(CheckSameShape(*y, "y", x));
+  return DispatchPair(
+      x.element_type(), y->element_type(), [&](auto t, auto u) -> ffi::Error {
+        using T = decltype(t);
+        using U = decltype(u);
+        using A = typename T::Compute;
+        constexpr ffi::DataType dtype = ComputeDtype<T>();
+        KERNELS_RETURN_IF_ERROR(CheckStat(mean, "mean", g, dtype));
+        KERNELS_RETURN_IF_ERROR(CheckStat(mul, "mul", g, dtype));
+        KERNELS_RETURN_IF_ERROR(CheckStat(bias, "bias", g, dtype));
+        return LaunchStatus(
+            LaunchNormalize<T, U>(stream, g, Data<typename T::Storage>(x),
+                                  Data<A>(mean), Data<A>(mul), Data<A>(bias),
+                                  relu != 0, Data<typename U::Storage>(y)),
+            "batch_stat's normalisation");
+      });
+}
+
+ffi::Error GradSumsImpl(cudaStream_t stream, int64_t feature_axis,
+                        int64_t batch_axes, int64_t relu, ffi::AnyBuffer x,
+                        ffi::AnyBuffer dy, ffi::AnyBuffer mean,
+                        ffi::AnyBuffer mul, ffi::AnyBuffer bias,
+                        ffi::Result<ffi::AnyBuffer> sum_dy,
+                        ffi::Result<ffi::AnyBuffer> sum_dyx,
+                        ffi::Result<ffi::AnyBuffer> workspace) {
+  Geometry g;
+  KERNELS_RETURN_IF_ERROR(GetGeometry(x, feature_axis, batch_axes, &g));
+  KERNELS_RETURN_IF_ERROR(CheckSameShape(dy, "dy", x));
+  return DispatchPair(
+      x.element_type(), dy.element_type(), [&](auto t, auto u) -> ffi::Error {
+        using T = decltype(t);
+        using U = decltype(u);
+        using A = typename T::Compute;
+        constexpr ffi::DataType dtype = ComputeDtype<T>();
+        int64_t splits = 0;
+        KERNELS_RETURN_IF_ERROR(CheckStat(mean, "mean", g, dtype));
+        KERNELS_RETURN_IF_ERROR(CheckStat(mul, "mul", g, dtype));
+        KERNELS_RETURN_IF_ERROR(CheckStat(bias, "bias", g, dtype));
+        KERNELS_RETURN_IF_ERROR(CheckStat(*sum_dy, "sum_dy", g, dtype));
+        KERNELS_RETURN_IF_ERROR(CheckStat(*sum_dyx, "sum_dyx", g, dtype));
+        KERNELS_RETURN_IF_ERROR(
+            GetSplits(*workspace, g, kGradSumsParts, dtype, &splits));
+        return LaunchStatus(
+            LaunchGradSums<T, U>(stream, g, Data<typename T::Storage>(x),
+                                 Data<typename U::Storage>(dy), Data<A>(mean),
+                                 Data<A>(mul), Data<A>(bias), relu != 0,
+                                 Data<A>(sum_dy), Data<A>(sum_dyx),
+                                 Data<A>(workspace), splits),
+            "the sums of batch_stat's gradient");
+      });
+}
+
+ffi::Error GradInputImpl(cudaStream_t stream, int64_t feature_axis,
+                         int64_t batch_axes, int64_t relu, ffi::AnyBuffer x,
+                         ffi::AnyBuffer dy, ffi::AnyBuffer mean,
+                         ffi::AnyBuffer mul, ffi::AnyBuffer bias,
+                         ffi::AnyBuffer c0, ffi::AnyBuffer c1,
+                         ffi::RemainingArgs rest,
+                         ffi::Result<ffi::AnyBuffer> dx) {
+  Geometry g;
+  Mask mask;
+  KERNELS_RETURN_IF_ERROR(GetGeometry(x, feature_axis, batch_axes, &g));
+  KERNELS_RETURN_IF_ERROR(GetMask(rest, g, &mask));
+  KERNELS_RETURN_IF_ERROR(CheckSameShape(dy, "dy", x));
+  KERNELS_RETURN_IF_ERROR(CheckSameShape(*dx, "dx", x));
+  KERNELS_REQUIRE(dx->element_type() == x.element_type(), "`dx` must be ",
+                  DtypeName(x.element_type()), " like `x`, but got ",
+                  DtypeName(dx->element_type()), ".");
+  return DispatchPair(
+      x.element_type(), dy.element_type(), [&](auto t, auto u) -> ffi::Error {
+        using T = decltype(t);
+        using U = decltype(u);
+        using A = typename T::Compute;
+        constexpr ffi::DataType dtype = ComputeDtype<T>();
+        KERNELS_RETURN_IF_ERROR(CheckStat(mean, "mean", g, dtype));
+        KERNELS_RETURN_IF_ERROR(CheckStat(mul, "mul", g, dtype));
+        KERNELS_RETURN_IF_ERROR(CheckStat(bias, "bias", g, dtype));
+        KERNELS_RETURN_IF_ERROR(CheckStat(c0, "c0", g, dtype));
+        KERNELS_RETURN_IF_ERROR(CheckStat(c1, "c1", g, dtype));
+        return LaunchStatus(
+            LaunchGradInput<T, U>(stream, g, Data<typename T::Storage>(x),
+                                  Data<typename U::Storage>(dy), Data<A>(mean),
+                                  Data<A>(mul), Data<A>(bias), Data<A>(c0),
+                                  Data<A>(c1), mask, relu != 0,
+                                  Data<typename T::Storage>(dx)),
+            "batch_stat's gradient");
+      });
+}
+
+}  // namespace
+
+XLA_FFI_DEFINE_HANDLER(kUpdate, UpdateImpl,
+                       UpdateSpec(ffi::Ffi::Bind().Ctx<Stream>())
+                           .Ret<ffi::AnyBuffer>(),  // workspace
+                       {kGraphCompatible});
+XLA_FFI_DEFINE_HANDLER(kMoments, MomentsImpl,
+                       MomentsSpec(ffi::Ffi::Bind().Ctx<Stream>())
+                           .Ret<ffi::AnyBuffer>(),  // workspace
+                       {kGraphCompatible});
+XLA_FFI_DEFINE_HANDLER(kNormalize, NormalizeImpl,
+                       NormalizeSpec(ffi::Ffi::Bind().Ctx<Stream>()),
+                       {kGraphCompatible});
+XLA_FFI_DEFINE_HANDLER(kGradSums, GradSumsImpl,
+                       GradSumsSpec(ffi::Ffi::Bind().Ctx<Stream>())
+                           .Ret<ffi::AnyBuffer>(),  // workspace
+                       {kGraphCompatible});
+XLA_FFI_DEFINE_HANDLER(kGradInput, GradInputImpl,
+                       GradInputSpec(ffi::Ffi::Bind().Ctx<Stream>()),
+                       {kGraphCompatible});
+
+PYBIND11_MODULE(_batch_stat_cuda, module) {
+  module.doc() = "XLA FFI handlers of kernels.batch_stat for CUDA.";
+  module.def(
+      "update", [] { return HandlerCapsule(kUpdate); },
+      "Handler of the running-average update.");
+  module.def(
+      "moments", [] { return HandlerCapsule(kMoments); },
+      "Handler of mean, variance and count.");
+  module.def(
+      "normalize", [] { return HandlerCapsule(kNormalize); },
+      "Handler of the normalisation.");
+  module.def(
+      "grad_sums", [] { return HandlerCapsule(kGradSums); },
+      "Handler of the sums that the gradient needs.");
+  module.def(
+      "grad_input", [] { return HandlerCapsule(kGradInput); },
+      "Handler of the gradient for x.");
+}
+
+}  // namespace kernels::batch_stat
