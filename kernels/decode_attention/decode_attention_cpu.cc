@@ -24,34 +24,6 @@ constexpr int64_t kRowBlock = 64;
 
 int64_t CeilDiv(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// Logical slots [begin, end).
-struct Slots {
-  int64_t begin;
-  int64_t end;
-  int64_t size() const { return end - begin; }
-};
-
-// The slots that the queries of tokens [first, last) need and that are here.
-Slots NeededSlots(const DecodeArgs& args, const Sequence& sequence,
-                  int64_t first, int64_t last) {
-  int64_t begin = INT64_MAX, end = 0;
-  for (int64_t token = first; token < last; ++token) {
-    const KeyRange keys = VisibleKeys(args.masking, sequence, token);
-    if (keys.begin == keys.end) continue;
-    begin = std::min(begin, keys.begin);
-    end = std::max(end, keys.end);
-  }
-  if (begin >= end) return {0, 0};
-  const int64_t ring = args.addressing.ring;
-  if (ring > 0) {
-    begin = 0;
-    end = std::min(ring, sequence.num_keys);
-  }
-  begin = std::max(begin, args.addressing.slot_begin());
-  end = std::min(end, args.addressing.slot_end(args.shape));
-  return begin < end ? Slots{begin, end} : Slots{0, 0};
-}
-
 }  // namespace
 
 float* Decode::Allocate(int64_t count) {
@@ -65,15 +37,7 @@ Decode::Decode(const DecodeArgs& args) : args_(args) {
   const kv_cache::CacheShape& shape = args_.shape;
   const int64_t b = batch();
   sequences_.resize(b);
-  for (int64_t i = 0; i < b; ++i) {
-    Sequence& s = sequences_[i];
-    const int64_t count = std::clamp<int64_t>(args_.count[i], 0, args_.tokens);
-    const bool appends = args_.new_k != nullptr;
-    s.first_query = int64_t{args_.index[i]} - (appends ? 0 : count);
-    s.num_queries = count;
-    s.num_keys = s.first_query + count;
-    s.padding = args_.padding == nullptr ? 0 : args_.padding[i];
-  }
+  for (int64_t i = 0; i < b; ++i) sequences_[i] = SequenceOf(args_, i);
   problem_.element = args_.element;
   problem_.cache_k = args_.cache_k;
   problem_.cache_v = args_.cache_v;

@@ -10,38 +10,12 @@
 #include <vector>
 
 #include "kernels/common/parallel_for.h"
+#include "kernels/decode_attention/decode_args.h"
 #include "kernels/decode_attention/tile_kernel.h"
 #include "kernels/kv_cache/cache_layout.h"
 
 namespace kernels {
 namespace decode_attention {
-
-struct DecodeArgs {
-  kv_cache::Element element;        // of the caches
-  kv_cache::Element query_element;  // of q, qv, new_k and new_v
-  kv_cache::Element out_element;
-  kv_cache::CacheShape shape;
-  kv_cache::Addressing addressing;
-  uint8_t* cache_k;
-  uint8_t* cache_v;
-  const uint8_t* q;      // [b, t, n, g, k_dim], or heads first [b, n, g, t, ..]
-  const uint8_t* qv;     // like q over v_dim, or null
-  const uint8_t* new_k;  // [b, t, n, k_dim] or [b, n, t, k_dim]; null: none
-  const uint8_t* new_v;
-  int64_t tokens;
-  int64_t group;           // query heads that share a key-value head
-  const int32_t* index;    // [b]
-  const int32_t* count;    // [b] query tokens that are not padding
-  const int32_t* padding;  // [b] positions on the left to leave out, or null
-  const float* k_scale;    // [b, n], or null
-  const float* v_scale;
-  float scale;         // of the logits
-  const float* sinks;  // [n, g], or null
-  Rotary rotary;
-  Masking masking;
-  uint8_t* out;  // like q over v_dim
-  float* lse;    // [b, n, g, t]
-};
 
 // One call in pieces that can run in parallel: `Append` for every sequence,
 // then `Attend` for every task, then `Join` for every sequence and head.

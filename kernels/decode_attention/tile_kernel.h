@@ -6,6 +6,7 @@
 
 #include <cstdint>
 
+#include "kernels/decode_attention/decode_args.h"
 #include "kernels/kv_cache/cache_layout.h"
 
 namespace kernels {
@@ -30,66 +31,6 @@ inline int64_t PaddedRows(int64_t rows) {
   const int64_t block = rest > 4 ? 8 : rest == 3 ? 4 : rest;
   return rows - rest + block;
 }
-
-// An operand over [b, q_heads, q_tokens, slots]; a stride is 0 where the
-// operand has size 1 on that axis, so nothing is ever broadcast in memory.
-template <typename T>
-struct PerLogit {
-  const T* data = nullptr;
-  int64_t batch_stride = 0;
-  int64_t head_stride = 0;
-  int64_t token_stride = 0;
-  int64_t slot_stride = 0;
-};
-
-// What decides which keys a query sees and what is added to its logits.
-struct Masking {
-  bool causal = true;
-  int64_t window_left = -1;      // keys before the query; -1: no limit
-  int64_t window_right = -1;     // keys after the query; -1: no limit
-  int64_t chunk = 0;             // chunked attention: keys of the query's chunk
-  float softcap = 0.0f;          // 0: none
-  const float* alibi = nullptr;  // [b, q_heads], or [1, q_heads]
-  int64_t alibi_stride = 0;
-  PerLogit<float> bias;
-  PerLogit<uint8_t> mask;
-};
-
-// Positions of one sequence.
-struct Sequence {
-  int64_t first_query = 0;  // position of query token 0
-  int64_t num_queries = 0;  // query tokens that are not padding
-  int64_t num_keys = 0;     // positions below this one hold keys
-  int64_t padding = 0;      // positions below this one are never seen
-};
-
-// Rotary embedding: element pairs of q and of the new keys are turned by the
-// angle of their position.
-struct Rotary {
-  const float* cos = nullptr;  // [positions, pairs]; null: no rotation
-  const float* sin = nullptr;
-  int64_t positions = 0;
-  int64_t pairs = 0;
-  bool interleaved = false;        // pairs (2i, 2i+1), else (i, i + pairs)
-  const int32_t* where = nullptr;  // [b, tokens] row of cos and sin
-  bool cached_keys = false;        // keys are turned when read, not when stored
-
-  // Turns one row by the angles of `position`.
-  void Turn(int64_t position, float* row) const {
-    if (position < 0) position = 0;
-    if (position >= positions) position = positions - 1;
-    const float* c = cos + position * pairs;
-    const float* s = sin + position * pairs;
-    const int64_t step = interleaved ? 2 : 1;
-    const int64_t other = interleaved ? 1 : pairs;
-    for (int64_t i = 0; i < pairs; ++i) {
-      const float x = row[i * step];
-      const float y = row[i * step + other];
-      row[i * step] = x * c[i] - y * s[i];
-      row[i * step + other] = y * c[i] + x * s[i];
-    }
-  }
-};
 
 struct Problem {
   kv_cache::Element element;
@@ -126,33 +67,6 @@ struct Task {
   const float* qv;  // the same over v_dim, or null
   Partial out;      // written, not accumulated into
 };
-
-// The keys a query at `token` sees: positions in [begin, end).
-struct KeyRange {
-  int64_t begin;
-  int64_t end;
-};
-
-inline KeyRange VisibleKeys(const Masking& m, const Sequence& s,
-                            int64_t token) {
-  if (token >= s.num_queries) return {0, 0};
-  const int64_t position = s.first_query + token;
-  KeyRange range = {s.padding, s.num_keys};
-  if (m.causal && range.end > position + 1) range.end = position + 1;
-  if (m.window_right >= 0 && range.end > position + 1 + m.window_right) {
-    range.end = position + 1 + m.window_right;
-  }
-  if (m.window_left >= 0 && range.begin < position - m.window_left) {
-    range.begin = position - m.window_left;
-  }
-  if (m.chunk > 0 && position > 0) {
-    const int64_t first = position - position % m.chunk;
-    if (range.begin < first) range.begin = first;
-  }
-  if (range.begin < 0) range.begin = 0;
-  if (range.end < range.begin) range.end = range.begin;
-  return range;
-}
 
 // What the elements of a cache are multiplied by when they are read, on top of
 // the scales: the kernel reads e4m3 divided by 256.
