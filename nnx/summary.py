@@ -22,8 +22,19 @@ from nnx.rngs import RngState, RngStream
 from nnx.state import State, to_flat_state
 from nnx.variables import Variable, is_ref
 
-# The attribute under which an object that is watched keeps its path.
-_PATH = "_tabulate_path"
+# The attribute under which an object that is watched keeps its `_Place`.
+_PLACE = "_tabulate_place"
+
+
+class _Place:
+  """Where an object is. A static attribute, equal to itself alone.
+
+  So what a method compiles for one table is not found again for another, whose
+  calls would go unseen.
+  """
+
+  def __init__(self, path: tuple[Any, ...]):
+    self.path = path
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,15 +119,17 @@ class _Recorder:
     kwargs: Mapping[str, Any],
   ) -> Any:
     order, self._calls = self._calls, self._calls + 1
-    path = getattr(node, _PATH)
+    path = getattr(node, _PLACE).path
     inputs = _arguments_text(args, kwargs)
     identity = path, name, inputs
     if identity in self._seen:
       return method(node, *args, **kwargs)
     self._seen.add(identity)
+    counted = self.flops or self.vjp_flops
     # Before the call, which may change the object.
-    flops, vjp_flops = self._costs(node, method, args, kwargs)
+    flat = _flat(node, method, args, kwargs) if counted else None
     outputs = method(node, *args, **kwargs)
+    flops, vjp_flops = self._costs(flat)
     self.rows.append(
       CallInfo(
         call_order=order,
@@ -131,12 +144,12 @@ class _Recorder:
     )
     return outputs
 
-  def _costs(self, node, method, args, kwargs) -> tuple[Any, Any]:
-    if not (self.flops or self.vjp_flops):
+  def _costs(self, flat: _Flat | None) -> tuple[int | None, int | None]:
+    if flat is None:
       return None, None
-    _watch.recorder = None
+    function, operands = flat
+    _watch.recorder = None  # what is lowered calls the same methods again
     try:
-      function, operands = _flat(node, method, args, kwargs)
       flops = _flops(function, operands) if self.flops else None
       if not self.vjp_flops:
         return flops, None
@@ -155,12 +168,16 @@ def _is_array(value: Any) -> bool:
   return isinstance(value, (jax.Array, np.ndarray, jax.ShapeDtypeStruct))
 
 
+# A function of arrays, and abstract ones to call it with.
+_Flat = tuple[Callable[..., Any], tuple[Any, ...]]
+
+
 def _flat(
   node: Any,
   method: Callable[..., Any],
   args: tuple[Any, ...],
   kwargs: Mapping[str, Any],
-) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+) -> _Flat:
   """A call as a function of abstract arrays, and those of this call.
 
   The function works on a copy of the node, and returns the arrays of the
@@ -267,7 +284,7 @@ def _record(
   obj = functional.clone(obj)
   for path, node in list(functional.iter_graph(obj)):
     if isinstance(node, Pytree):
-      setattr(node, _PATH, path)
+      setattr(node, _PLACE, _Place(path))
       node.__class__ = _watched_class(type(node))
   if not callable(getattr(type(obj), method, None)):
     raise ValueError(
@@ -314,6 +331,8 @@ def _children(value: Any) -> dict[Any, Any] | list[Any] | None:
   if isinstance(value, (Pytree, Variable)) or _is_array(value):
     return None
   if isinstance(value, Mapping):
+    if all(isinstance(key, str) for key in value):
+      return dict(sorted(value.items()))
     return dict(value)
   if isinstance(value, (list, tuple)) and not hasattr(value, "_fields"):
     return list(value)

@@ -86,18 +86,24 @@ def _is_variable(value: Any) -> bool:
   return isinstance(value, Variable)
 
 
-def _without_hooks(path: Any, leaf: Any) -> Any:
+# Metadata that says, while `tx.init` runs, of what shape a parameter is.
+_SHAPE = "_shape_of_parameter"
+
+
+def _for_init(path: Any, leaf: Any) -> Any:
   """A Variable as `tx.init` may see it: of its kind, with a plain array."""
   del path
   if not _is_variable(leaf):
     return leaf
   value = leaf.raw_value
   metadata = {
-    name: value
-    for name, value in leaf.get_metadata().items()
+    name: entry
+    for name, entry in leaf.get_metadata().items()
     if name not in _VALUE_HOOKS
   }
-  return leaf.from_metadata(value[...] if is_ref(value) else value, metadata)
+  value = value[...] if is_ref(value) else value
+  metadata[_SHAPE] = getattr(value, "shape", None)
+  return leaf.from_metadata(value, metadata)
 
 
 def _opt_state_of(leaf: Any) -> OptState:
@@ -105,17 +111,17 @@ def _opt_state_of(leaf: Any) -> OptState:
   if not _is_variable(leaf):
     return OptArray(leaf)
   metadata = leaf.get_metadata()
+  shape = metadata.pop(_SHAPE, None)
   own = metadata.pop("optimizer_sharding", None)
   key = partitioning.sharding_key(metadata)
   if own is not None:
     if key is not None:
       del metadata[key]
     key, metadata["out_sharding"] = "out_sharding", own
-  if key is not None and isinstance(metadata[key], (tuple, list)):
-    # What a transformation keeps may have fewer axes than the parameter, as the
+  if key is not None and getattr(leaf.raw_value, "shape", None) != shape:
+    # What a transformation keeps may have other axes than the parameter, as the
     # factors of Adafactor have; which ones is not known here.
-    if jnp.ndim(leaf.raw_value) != len(metadata[key]):
-      del metadata[key]
+    del metadata[key]
   return OptVariable(leaf.raw_value, **metadata)
 
 
@@ -267,9 +273,9 @@ class Optimizer(Pytree, Generic[M]):
       self.model = model
     self.tx = tx
     if isinstance(params, State):
-      params = map_state(_without_hooks, params)
+      params = map_state(_for_init, params)
     else:  # the model is one Variable
-      params = _without_hooks((), params)
+      params = _for_init((), params)
     self.opt_state = data(
       jax.tree.map(_opt_state_of, tx.init(params), is_leaf=_is_variable)
     )

@@ -32,7 +32,7 @@ def make_model(library):
 
     def features(self, x, *, scale, options=None):
       y = self.block1(x) * scale
-      return {"y": y, "parts": [y.sum(), (x, None)]}
+      return {"y": y, "parts": [y.sum(), (x, x)]}
 
     def through(self, pair, name="a"):
       x, _ = pair
@@ -83,7 +83,7 @@ class OracleTest(parameterized.TestCase):
       jnp.ones((1, 32), jnp.bfloat16),
       method="features",
       scale=2.0,
-      options={"a": (1, "b"), "c": [jnp.ones(2), None]},
+      options={"a": (1, "b"), "c": [None, jnp.ones(2)]},
     )
 
   def test_containers_and_nested_arguments(self):
@@ -108,7 +108,7 @@ class OracleTest(parameterized.TestCase):
   def test_metadata(self):
     self.compare(
       lambda library: library.Linear(
-        2, 3, kernel_metadata={"note": ("a", None)}, rngs=library.Rngs(0)
+        2, 3, kernel_metadata={"note": (None, "a")}, rngs=library.Rngs(0)
       ),
       jnp.ones((1, 2)),
     )
