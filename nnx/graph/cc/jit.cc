@@ -8,8 +8,11 @@
 #include <unordered_set>
 #include <vector>
 
+#include "nnx/graph/cc/flatten.h"
 #include "nnx/graph/cc/lift.h"
-#include "nnx/graph/cc/runtime.h"
+#include "nnx/graph/cc/match.h"
+#include "nnx/graph/cc/plan.h"
+#include "nnx/graph/cc/structure.h"
 
 namespace nnx::graph {
 namespace {

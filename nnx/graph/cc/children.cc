@@ -1,0 +1,231 @@
+#include "nnx/graph/cc/children.h"
+
+#include "nnx/graph/cc/objects.h"
+#include "nnx/graph/cc/recursion_guard.h"
+#include "nnx/graph/cc/runtime.h"
+
+namespace nnx::graph {
+
+Ref StateMapping(PyObject* state) {
+  Ref mapping = Ref::Steal(PyObject_GetAttr(state, GetRuntime().s_mapping));
+  if (mapping && !PyDict_CheckExact(mapping.get())) {
+    PyErr_Format(PyExc_TypeError,
+                 "`_mapping` of a State must be a dict, but got %s.",
+                 Py_TYPE(mapping.get())->tp_name);
+    return Ref();
+  }
+  return mapping;
+}
+
+Ref StoredMapping(PyObject* state) {
+  PyObject* name = GetRuntime().s_mapping;
+  if (_PyType_Lookup(Py_TYPE(state), name)) return Ref();
+  Ref mapping = Ref::Steal(PyObject_GenericGetAttr(state, name));
+  if (!mapping) PyErr_Clear();
+  if (mapping && !PyDict_CheckExact(mapping.get())) return Ref();
+  return mapping;
+}
+
+Ref AsMapping(PyObject* value) {
+  if (PyDict_Check(value)) return Ref::Borrow(value);
+  if (IsVariable(value)) return Ref();
+  const Runtime& rt = GetRuntime();
+  if (rt.state && PyType_IsSubtype(Py_TYPE(value), rt.state)) {
+    return Ref::Steal(PyObject_GetAttr(value, rt.s_mapping));
+  }
+  return Ref();
+}
+
+bool OpenPytree(PyObject* value, Ref* children, Ref* treedef, Ref* keys) {
+  const Runtime& rt = GetRuntime();
+  if (!rt.flatten_pytree) return false;
+  Ref opened = Ref::Steal(PyObject_CallOneArg(rt.flatten_pytree, value));
+  if (!opened || opened.get() == Py_None) return false;
+  PyObject *child_items, *def, *key_items;
+  if (!PyArg_ParseTuple(opened.get(), "O!OO!:flatten_pytree", &PyTuple_Type,
+                        &child_items, &def, &PyTuple_Type, &key_items)) {
+    return false;
+  }
+  if (PyTuple_GET_SIZE(child_items) != PyTuple_GET_SIZE(key_items)) {
+    PyErr_SetString(PyExc_ValueError,
+                    "`flatten_pytree` must return a key for each child.");
+    return false;
+  }
+  *children = Ref::Borrow(child_items);
+  *treedef = Ref::Borrow(def);
+  if (keys) *keys = Ref::Borrow(key_items);
+  return true;
+}
+
+bool OpenCustom(PyObject* value, TypeInfo* info, Ref* keys,
+                std::vector<Ref>* children, Ref* metadata) {
+  Ref flattened =
+      Ref::Steal(PyObject_CallOneArg(info->custom->flatten.get(), value));
+  if (!flattened) return false;
+  if (!PyTuple_Check(flattened.get()) ||
+      PyTuple_GET_SIZE(flattened.get()) != 2) {
+    PyErr_Format(PyExc_TypeError,
+                 "`flatten` of the node type %s must return "
+                 "(items, metadata), but got %R.",
+                 Py_TYPE(value)->tp_name, flattened.get());
+    return false;
+  }
+  Ref items =
+      Ref::Steal(PySequence_Tuple(PyTuple_GET_ITEM(flattened.get(), 0)));
+  Ref dict = Ref::Steal(PyDict_New());
+  if (!items || !dict) return false;
+  const Py_ssize_t size = PyTuple_GET_SIZE(items.get());
+  for (Py_ssize_t i = 0; i < size; ++i) {
+    PyObject* item = PyTuple_GET_ITEM(items.get(), i);
+    if (!PyTuple_Check(item) || PyTuple_GET_SIZE(item) != 2) {
+      PyErr_Format(PyExc_TypeError,
+                   "`flatten` of the node type %s must return pairs "
+                   "(key, value), but got %R.",
+                   Py_TYPE(value)->tp_name, item);
+      return false;
+    }
+    if (PyDict_SetItem(dict.get(), PyTuple_GET_ITEM(item, 0),
+                       PyTuple_GET_ITEM(item, 1)) < 0) {
+      return false;
+    }
+  }
+  *keys = CanonicalKeys(dict.get());
+  if (!*keys) return false;
+  if (PyTuple_GET_SIZE(keys->get()) != size) {
+    PyErr_Format(
+        PyExc_ValueError,
+        "`flatten` of the node type %s must return every key once, but "
+        "got %R.",
+        Py_TYPE(value)->tp_name, items.get());
+    return false;
+  }
+  for (Py_ssize_t i = 0; i < size; ++i) {
+    children->push_back(Ref::Borrow(
+        PyDict_GetItemWithError(dict.get(), PyTuple_GET_ITEM(keys->get(), i))));
+    if (!children->back()) return false;
+  }
+  *metadata = Ref::Borrow(PyTuple_GET_ITEM(flattened.get(), 1));
+  return true;
+}
+
+bool FieldNames(PyObject* value, Ref* names) {
+  Ref fields = Ref::Steal(PyObject_GetAttr(value, GetRuntime().s_fields));
+  if (!fields) return false;
+  if (PyTuple_CheckExact(fields.get()) &&
+      PyTuple_GET_SIZE(fields.get()) == PyTuple_GET_SIZE(value)) {
+    *names = fields;
+  }
+  return true;
+}
+
+bool OpenMapping(PyObject* mapping, Ref* keys, std::vector<Ref>* children) {
+  *keys = CanonicalKeys(mapping);
+  if (!*keys) return false;
+  const Py_ssize_t size = PyTuple_GET_SIZE(keys->get());
+  for (Py_ssize_t i = 0; i < size; ++i) {
+    children->push_back(Ref::Borrow(
+        PyDict_GetItemWithError(mapping, PyTuple_GET_ITEM(keys->get(), i))));
+    if (children->back()) continue;
+    if (!PyErr_Occurred()) {
+      PyErr_SetString(PyExc_RuntimeError,
+                      "A dict changed while it was walked.");
+    }
+    return false;
+  }
+  return true;
+}
+
+int OpenNode(PyObject* value, Ref* keys, std::vector<Ref>* children) {
+  TypeInfo* info = GetTypeInfo(Py_TYPE(value));
+  if (!info) return -1;
+  switch (info->kind) {
+    case TypeKind::kVariable:
+    case TypeKind::kArray:
+    case TypeKind::kStatic:
+    case TypeKind::kPlain:
+      return 0;
+    case TypeKind::kNamedTuple:
+      if (!FieldNames(value, keys)) return -1;
+      [[fallthrough]];
+    case TypeKind::kList:
+    case TypeKind::kTuple:
+      for (Py_ssize_t i = 0; i < PySequence_Fast_GET_SIZE(value); ++i) {
+        children->push_back(Ref::Borrow(PySequence_Fast_GET_ITEM(value, i)));
+      }
+      return 1;
+    case TypeKind::kObject: {
+      PyObject* dict = ObjectDict(AsObject(value));
+      return dict && OpenMapping(dict, keys, children) ? 1 : -1;
+    }
+    case TypeKind::kDict:
+      return OpenMapping(value, keys, children) ? 1 : -1;
+    case TypeKind::kState: {
+      Ref mapping = StateMapping(value);
+      return mapping && OpenMapping(mapping.get(), keys, children) ? 1 : -1;
+    }
+    case TypeKind::kCustom: {
+      Ref metadata;
+      return OpenCustom(value, info, keys, children, &metadata) ? 1 : -1;
+    }
+    case TypeKind::kUnknown: {
+      Ref opened, treedef;
+      if (!OpenPytree(value, &opened, &treedef, keys)) {
+        return PyErr_Occurred() ? -1 : 0;
+      }
+      for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(opened.get()); ++i) {
+        children->push_back(Ref::Borrow(PyTuple_GET_ITEM(opened.get(), i)));
+      }
+      return 1;
+    }
+  }
+  return 0;
+}
+
+int HoldsData(PyObject* value) {
+  RecursionGuard guard;
+  if (!guard.entered()) return -1;
+  TypeInfo* info = GetTypeInfo(Py_TYPE(value));
+  if (!info) return -1;
+  auto any_of = [](PyObject* sequence) {
+    const Py_ssize_t size = PySequence_Fast_GET_SIZE(sequence);
+    for (Py_ssize_t i = 0; i < size; ++i) {
+      const int holds = HoldsData(PySequence_Fast_GET_ITEM(sequence, i));
+      if (holds != 0) return holds;
+    }
+    return 0;
+  };
+  switch (info->kind) {
+    case TypeKind::kVariable:
+    case TypeKind::kObject:
+    case TypeKind::kArray:
+    case TypeKind::kState:
+    case TypeKind::kCustom:
+      return 1;
+    case TypeKind::kList:
+    case TypeKind::kTuple:
+    case TypeKind::kNamedTuple:
+      return any_of(value);
+    case TypeKind::kDict: {
+      PyObject *key, *item;
+      Py_ssize_t position = 0;
+      while (PyDict_Next(value, &position, &key, &item)) {
+        const int holds = HoldsData(item);
+        if (holds != 0) return holds;
+      }
+      return 0;
+    }
+    case TypeKind::kStatic:
+    case TypeKind::kPlain:
+      return 0;
+    case TypeKind::kUnknown: {
+      Ref children, treedef;
+      if (!OpenPytree(value, &children, &treedef, nullptr)) {
+        return PyErr_Occurred() ? -1 : 0;
+      }
+      return any_of(children.get());
+    }
+  }
+  return 0;
+}
+
+}  // namespace nnx::graph

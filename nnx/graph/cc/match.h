@@ -1,0 +1,54 @@
+#ifndef NNX_GRAPH_CC_MATCH_H_
+#define NNX_GRAPH_CC_MATCH_H_
+
+#include <Python.h>
+
+#include <cstddef>
+#include <cstdint>
+#include <unordered_map>
+#include <vector>
+
+#include "nnx/graph/cc/py_ref.h"
+#include "nnx/graph/cc/structure.h"
+
+namespace nnx::graph {
+
+// Checks whether objects have a known structure, and collects their leaves and
+// objects on the way. Runs no Python code, allocates no Python object and so
+// never lets the garbage collector run: what it has borrowed stays alive until
+// the walk is over.
+class Matcher {
+ public:
+  Matcher(const Structure* structure, PyObject** leaves, PyObject** objects)
+      : nodes_(*structure->nodes), leaves_(leaves), objects_(objects) {}
+  // Matches the next root. Leaves and objects are stored as borrowed
+  // references.
+  bool Match(PyObject* value);
+  // The comparisons put off until the walk is over. 1: equal, 0: not, -1:
+  // error.
+  int FinishDeferred();
+
+ private:
+  bool Visit(PyObject* value);
+  bool VisitStatic(const Node& node, PyObject* value);
+  bool VisitMetadata(PyObject* recorded, PyObject* given);
+  bool Index(const Node& node, PyObject* value);
+
+  const std::vector<Node>& nodes_;
+  PyObject** leaves_;
+  PyObject** objects_;
+  size_t position_ = 0;
+  const uint64_t epoch_ = NextEpoch();
+  std::vector<PyObject*> arena_;
+  struct Deferred {
+    PyObject* recorded;
+    Py_hash_t hash;
+    Ref given;
+  };
+  std::vector<Deferred> deferred_;
+  std::unordered_map<PyObject*, int32_t> containers_;
+};
+
+}  // namespace nnx::graph
+
+#endif  // NNX_GRAPH_CC_MATCH_H_
