@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, MutableMapping
+import itertools
 import operator
 from typing import Any, Generic, TypeVar
 
 import jax
 
-from nnx.graph import _engine
+from nnx.graph import _engine, preorder
 from nnx.state import State
 
 Node = TypeVar("Node")
@@ -99,15 +100,24 @@ class GraphDef(_engine.StructureBase, Generic[Node]):
       path.
     """
     leaves: list[tuple[tuple[Any, ...], type | None, dict]] = []
-    _collect_leaves(self._records, 0, (), leaves)
+    records, inside = self._records, 0
+    for position, path in preorder.walk(records):
+      kind, _, leaf, _, type_, _, aux = records[position][:7]
+      if position < inside:
+        continue  # a Variable's value is not looked into
+      if kind == "variable":
+        leaves.append((path, type_, dict(aux or {})))
+        inside = preorder.subtree_end(records, position)
+      elif leaf >= 0:
+        leaves.append((path, None, {}))
     return leaves
 
   def __repr__(self) -> str:
-    lines: list[str] = []
-    _describe(self._records, 0, "", 0, lines)
-    shown = lines[:_MAX_SHOWN]
-    if len(lines) > len(shown):
-      shown.append(f"... {len(lines) - len(shown)} more lines")
+    records = self._records
+    nodes = itertools.islice(preorder.walk(records), _MAX_SHOWN)
+    shown = [_describe(records[position], path) for position, path in nodes]
+    if len(records) > len(shown):
+      shown.append(f"... {len(records) - len(shown)} more lines")
     body = "\n".join("  " + line for line in shown)
     return (
       f"{type(self).__name__}(num_nodes={self.num_nodes},"
@@ -298,44 +308,18 @@ def _packed(graphdef: GraphDef[Any], state: Any) -> GraphState[Any]:
   return packed
 
 
-def _describe(
-  records: tuple, position: int, label: str, depth: int, lines: list[str]
-) -> int:
-  """Adds the lines of one subtree; returns the position after it."""
-  kind, index, _, children, type_, keys, aux = records[position][:7]
-  name = type_.__name__ if type_ is not None else kind
-  indent = "  " * depth
-  prefix = f"{indent}{label}: " if label else indent
+def _describe(record: tuple[Any, ...], path: tuple[Any, ...]) -> str:
+  """The line of one node."""
+  kind, index, _, _, type_, _, aux = record[:7]
+  indent = "  " * len(path)
+  prefix = f"{indent}{path[-1]}: " if path else indent
   if kind == "static":
-    lines.append(f"{prefix}{aux!r}")
-  elif kind == "leaf":
-    lines.append(f"{prefix}<array>")
-  elif kind == "ref":
-    lines.append(f"{prefix}<shared #{index}>")
-  else:
-    number = f" #{index}" if index >= 0 else ""
-    metadata = f" {aux}" if kind == "variable" and aux else ""
-    lines.append(f"{prefix}{name}{number}{metadata}")
-  position += 1
-  for i in range(children):
-    key = keys[i] if keys is not None else i
-    position = _describe(records, position, str(key), depth + 1, lines)
-  return position
-
-
-def _collect_leaves(
-  records: tuple, position: int, path: tuple[Any, ...], leaves: list
-) -> int:
-  """Adds the leaves of one subtree; returns the position after it."""
-  kind, _, leaf, children, type_, keys, aux = records[position][:7]
-  is_variable = kind == "variable"
-  if is_variable:
-    leaves.append((path, type_, dict(aux or {})))
-  elif leaf >= 0:
-    leaves.append((path, None, {}))
-  inner = [] if is_variable else leaves  # a Variable's value is not looked into
-  position += 1
-  for i in range(children):
-    key = keys[i] if keys is not None else i
-    position = _collect_leaves(records, position, (*path, key), inner)
-  return position
+    return f"{prefix}{aux!r}"
+  if kind == "leaf":
+    return f"{prefix}<array>"
+  if kind == "ref":
+    return f"{prefix}<shared #{index}>"
+  name = type_.__name__ if type_ is not None else kind
+  number = f" #{index}" if index >= 0 else ""
+  metadata = f" {aux}" if kind == "variable" and aux else ""
+  return f"{prefix}{name}{number}{metadata}"

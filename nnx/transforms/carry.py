@@ -7,7 +7,7 @@ from typing import Any
 
 import jax
 
-from nnx.graph import _engine
+from nnx.graph import _engine, preorder
 from nnx.transforms import lift, prefix
 
 
@@ -24,7 +24,7 @@ class Opened:
     while position < len(self.records):
       kind, index, leaf = self.records[position][:3]
       if index >= 0 and kind != "ref":
-        position = lift.subtree_end(self.records, position)
+        position = preorder.subtree_end(self.records, position)
         continue
       if leaf >= 0:
         result.append(leaf)
@@ -46,36 +46,18 @@ def difference(before: Any, after: Any, names: Sequence[str]) -> Difference:
   Returns:
     The path, and what is there in each. The path is "" if they are equal.
   """
-  a, b, i, j = before._records, after._records, 0, 0
-  for name in names:
-    found = _difference(a, i, b, j, name, [])
-    if found[0]:
-      return found
-    i, j = lift.subtree_end(a, i), lift.subtree_end(b, j)
-  return _EQUAL
-
-
-_EQUAL: Difference = ("", "", "")
-
-
-def _difference(a, i, b, j, where, path) -> Difference:
-  one, two = a[i], b[j]
-  text = prefix.text(where, path)
-  if _described(one) != _described(two) or one[5] != two[5] or one[3] != two[3]:
-    return text, _describe(one), _describe(two)
-  keys = one[5] if one[5] is not None else range(one[3])
-  i, j = i + 1, j + 1
-  for key in keys:
-    found = _difference(a, i, b, j, where, [*path, key])
-    if found[0]:
-      return found
-    i, j = lift.subtree_end(a, i), lift.subtree_end(b, j)
-  return _EQUAL
+  # As far as they are equal, both have the same positions.
+  a, b = before._records, after._records
+  for position, path in preorder.walk_roots(before, names):
+    one, two = a[position], b[position]
+    if _described(one) != _described(two):
+      return prefix.text("", path), _describe(one), _describe(two)
+  return "", "", ""
 
 
 def _described(record: tuple) -> tuple:
-  kind, index, leaf, _, type_, _, aux = record[:7]
-  return kind, index, leaf >= 0, type_, type(aux), aux
+  kind, index, leaf, children, type_, keys, aux = record[:7]
+  return kind, index, leaf >= 0, children, type_, keys, type(aux), aux
 
 
 def _describe(record: tuple) -> str:
@@ -119,23 +101,12 @@ def check_same(
       )
 
 
-def node_path(records: tuple, index: int) -> list[Any]:
+def node_path(records: preorder.Records, index: int) -> preorder.Path:
   """The path to a node of the only root."""
-
-  def visit(position, path):
-    record = records[position]
-    if record[1] == index and record[0] != "ref":
+  for position, path in preorder.walk(records):
+    if records[position][1] == index and records[position][0] != "ref":
       return path
-    keys = record[5] if record[5] is not None else range(record[3])
-    position += 1
-    for key in keys:
-      found = visit(position, [*path, key])
-      if found is not None:
-        return found
-      position = lift.subtree_end(records, position)
-    return None
-
-  return visit(0, []) or []
+  raise AssertionError(index)
 
 
 def check_type(old: Any, new: Any, transform: str, path: str) -> None:

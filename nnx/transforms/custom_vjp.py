@@ -323,12 +323,7 @@ class _Application:
 
   def read(self, position: int, cotangent: Any, found: dict[int, Any]) -> None:
     """Reads one cotangent along the structure of its argument."""
-    records = self.call.structure._records
-    start = 0
-    for _ in range(position):
-      start = lift.subtree_end(records, start)
-    end = lift.subtree_end(records, start)
-    leaves = [r[2] for r in records[start:end] if r[2] >= 0]
+    leaves = lift.leaves_of_roots(self.call.structure, (position,))
     if cotangent is None:
       return
     by_top: dict[int, list[int]] = {}

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from nnx.graph import _engine
+from nnx.graph import _engine, preorder
 from nnx.transforms import lift, prefix
 
 
@@ -218,21 +218,21 @@ class Options:
     """
     if not self.donated:
       return []
-    asked, plain, position = [], set(), 0
+    asked, plain = [], set()
     records = structure._records
-    for key in self.root_keys(structure, names):
-      end = lift.subtree_end(records, position)
-      if key in self.donated:
-        depth_end = position
-        for i in range(position, end):
-          kind, index, leaf = records[i][:3]
-          if index >= 0 and kind != "ref" and i >= depth_end:
-            depth_end = lift.subtree_end(records, i)
-          if leaf >= 0:
-            asked.append(leaf)
-            if i >= depth_end:
-              plain.add(leaf)
-      position = end
+    keys = self.root_keys(structure, names)
+    for key, (start, end) in zip(keys, preorder.roots(structure)):
+      if key not in self.donated:
+        continue
+      node_end = start  # of the outermost graph node around, or before it
+      for i in range(start, end):
+        kind, index, leaf = records[i][:3]
+        if index >= 0 and kind != "ref" and i >= node_end:
+          node_end = preorder.subtree_end(records, i)
+        if leaf >= 0:
+          asked.append(leaf)
+          if i >= node_end:
+            plain.add(leaf)
     if not asked:
       return []
     traced = flat.trace(leaves)
@@ -243,25 +243,10 @@ class Options:
 def _leaf_path(structure: Any, number: int, roots: Sequence[Any]) -> str:
   """The path to a leaf, as a user would type it."""
   records = structure._records
-
-  def find(position: int, path: tuple) -> tuple | None:
-    kind, _, leaf, children, _, keys, _ = records[position][:7]
+  for position, path in preorder.walk_roots(structure, roots):
+    kind, _, leaf = records[position][:3]
     if leaf == number:
-      return (*path, "value") if kind == "variable" else path
-    child = position + 1
-    for i in range(children):
-      found = find(child, (*path, keys[i] if keys is not None else i))
-      if found is not None:
-        return (*found, "value") if kind == "variable" else found
-      child = lift.subtree_end(records, child)
-    return None
-
-  position = 0
-  for root in roots:
-    found = find(position, (root,))
-    if found is not None:
-      return prefix.text("", found)
-    position = lift.subtree_end(records, position)
+      return prefix.text("", (*path, "value") if kind == "variable" else path)
   raise AssertionError(number)
 
 

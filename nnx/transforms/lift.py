@@ -21,7 +21,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from nnx.graph import _engine
+from nnx.graph import _engine, preorder
 
 _SCALARS = (bool, int, float, complex, np.generic)
 
@@ -142,24 +142,7 @@ def result_leaves(plan: Any) -> range:
 
 def result_position(plan: Any) -> int:
   """The position of the result in the records of the plan's structure."""
-  records, position = plan.structure._records, 0
-  for _ in range(plan.structure._num_roots - 1):
-    position = subtree_end(records, position)
-  return position
-
-
-def subtree_end(records: tuple, position: int) -> int:
-  """The position after a subtree of a structure's records."""
-  left = 1
-  while left:
-    left += records[position][3] - 1
-    position += 1
-  return position
-
-
-def num_leaves(records: tuple, start: int, end: int) -> int:
-  """How many leaves there are between two positions."""
-  return sum(records[i][2] >= 0 for i in range(start, end))
+  return preorder.roots(plan.structure)[-1][0]
 
 
 def is_array(value: Any) -> bool:
@@ -177,13 +160,12 @@ def as_tuple(value: int | Iterable[int]) -> tuple[int, ...]:
 def leaves_of_roots(structure: Any, roots: Iterable[int]) -> tuple[int, ...]:
   """The leaves that are reached first from some of the roots."""
   wanted, records = frozenset(roots), structure._records
-  position, result = 0, []
-  for root in range(structure._num_roots):
-    end = subtree_end(records, position)
-    if root in wanted:
-      result += [r[2] for r in records[position:end] if r[2] >= 0]
-    position = end
-  return tuple(result)
+  return tuple(
+    leaf
+    for root, (start, end) in enumerate(preorder.roots(structure))
+    if root in wanted
+    for leaf in preorder.leaves(records, start, end)
+  )
 
 
 def name_of(fun: Callable[..., Any]) -> str:

@@ -13,9 +13,8 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from nnx import filters as filters_lib
-from nnx.graph import _engine
+from nnx.graph import _engine, preorder
 from nnx.state import State, to_flat_state
-from nnx.transforms import lift
 
 
 class FilterMap:
@@ -218,7 +217,7 @@ class Walk:
   def skip(self, count: int) -> None:
     """Passes some roots."""
     for _ in range(count):
-      self.position = lift.subtree_end(self.records, self.position)
+      self.position = preorder.subtree_end(self.records, self.position)
 
   def visit_root(self, root: Root) -> None:
     """Assigns entries to the leaves of the next root."""
@@ -231,7 +230,8 @@ class Walk:
     self, position: int, entry: Any, path: tuple, place: Place, again: bool
   ) -> int:
     """Assigns, or compares if `again`; returns the end of the subtree."""
-    kind, index, leaf, children, _, keys, _ = self.records[position][:7]
+    record = self.records[position]
+    kind, index, leaf, children, _, keys = record[:6]
     if kind == "ref":
       self._visit_again(index, entry, path, place)
       return position + 1
@@ -258,13 +258,12 @@ class Walk:
         self.places[leaf] = place._replace(text=self.text(path))
     inner = self._inner(entry, kind, keys, children, path, whole)
     next_position = position + 1
-    for i in range(children):
-      key = keys[i] if keys is not None else i
+    for key, below_entry in zip(preorder.child_keys(record), inner):
       below = place
       if place.top >= 0 and place.variable < 0:
         below = place._replace(path=(*place.path, key))
       next_position = self._visit(
-        next_position, inner[i], (*path, key), below, again
+        next_position, below_entry, (*path, key), below, again
       )
     return next_position
 

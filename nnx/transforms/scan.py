@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from nnx import spmd
-from nnx.graph import _engine
+from nnx.graph import _engine, preorder
 from nnx.transforms import carry as carry_lib
 from nnx.transforms import lift, mapped, prefix
 from nnx.transforms import vmap as vmap_lib
@@ -269,8 +269,8 @@ class _Loop:
     if self.out_root.entry is not Carry:
       position += 1
       for _ in range(self.carry_out or 0):
-        end = lift.subtree_end(records, position)
-        first += lift.num_leaves(records, position, end)
+        end = preorder.subtree_end(records, position)
+        first += len(preorder.leaves(records, position, end))
         position = end
     return first
 
