@@ -326,6 +326,50 @@ def filters_to_predicates(
     ValueError: if a filter after `...` or `True` could never get a leaf.
     TypeError: if one of them is not a filter.
   """
+  _check_order(filters)
+  return tuple(map(to_predicate, filters))
+
+
+def engine_filters(
+  filters: collections.abc.Sequence[Filter],
+) -> tuple[AnyValue, ...]:
+  """Turns filters that are tried in order into the form the engine takes.
+
+  Types, and what is always true, it tests without calling Python.
+
+  Example:
+
+    >>> import nnx
+    >>> nnx.filters.engine_filters([nnx.Param, "frozen", ...])
+    (<class 'nnx.variables.Param'>, WithTag('frozen'), True)
+
+  Args:
+    filters: filters, of which the first that selects a leaf gets it.
+
+  Returns:
+    For each filter a class, `True`, or a predicate.
+
+  Raises:
+    ValueError: if a filter after `...` or `True` could never get a leaf.
+    TypeError: if one of them is not a filter.
+  """
+  _check_order(filters)
+  # Types first and without a call: they are the most common by far.
+  return tuple(
+    [f if isinstance(f, type) else _engine_filter(f) for f in filters]
+  )
+
+
+def _engine_filter(filter: Filter) -> AnyValue:
+  if filter is ... or filter is True:
+    return True
+  predicate = to_predicate(filter)
+  if type(predicate) is OfType and isinstance(predicate.type, type):
+    return predicate.type
+  return True if type(predicate) is Everything else predicate
+
+
+def _check_order(filters: collections.abc.Sequence[Filter]) -> None:
   for i, filter in enumerate(filters):
     if filter is ... or filter is True:
       for later in filters[i + 1 :]:
@@ -335,27 +379,3 @@ def filters_to_predicates(
             f" last, but filter {i} is `{filter}` and `{later!r}` follows it."
             " Move it to the end."
           )
-  return tuple(map(to_predicate, filters))
-
-
-def engine_form(predicate: Predicate) -> AnyValue:
-  """The form in which the engine takes a predicate.
-
-  Types, and what is always true, it tests without calling Python.
-
-  Example:
-
-    >>> import nnx
-    >>> from nnx.filters import engine_form
-    >>> engine_form(nnx.Everything()), engine_form(nnx.OfType(int))
-    (True, <class 'int'>)
-
-  Args:
-    predicate: a predicate.
-
-  Returns:
-    `True`, a class, or the predicate itself.
-  """
-  if type(predicate) is OfType and isinstance(predicate.type, type):
-    return predicate.type
-  return True if type(predicate) is Everything else predicate

@@ -168,7 +168,11 @@ class FlatState(reprs.Displayable, Sequence[tuple[PathParts, V]]):
     """
     *parts, rest = _split_pairs(self, (first, *filters))
     if rest:
-      raise _remainder_error(path for path, _ in rest)
+      raise ValueError(
+        "Filters must cover every leaf, but none of them selects those at"
+        f" {[path for path, _ in rest]}: add `...` as the last filter, or use"
+        " the non-exhaustive `filter`."
+      )
     return _one_or_tuple([FlatState(part, sort=False) for part in parts])
 
   def filter(self, first: Filter, /, *filters: Filter):
@@ -567,8 +571,7 @@ def filter_state(state: Mapping[Any, Any], first: Filter, /, *filters: Filter):
   Raises:
     ValueError: if `...` is not the last of the filters.
   """
-  *parts, _ = split_nested(raw_mapping(state), (first, *filters))
-  return _one_or_tuple([_wrap(state, part) for part in parts])
+  return _split(state, (first, *filters), exhaustive=False)
 
 
 def split_state(state: Mapping[Any, Any], first: Filter, /, *filters: Filter):
@@ -593,10 +596,7 @@ def split_state(state: Mapping[Any, Any], first: Filter, /, *filters: Filter):
   Raises:
     ValueError: if a leaf is left, or if `...` is not the last of the filters.
   """
-  *parts, rest = split_nested(raw_mapping(state), (first, *filters))
-  if rest:
-    raise _remainder_error(to_flat_state(rest).paths)
-  return _one_or_tuple([_wrap(state, part) for part in parts])
+  return _split(state, (first, *filters), exhaustive=True)
 
 
 def merge_state(
@@ -859,33 +859,6 @@ def _split_pairs(
   return parts
 
 
-def split_nested(
-  mapping: dict[Any, Any], filters: Sequence[Filter]
-) -> list[dict[Any, Any]]:
-  """Splits nested dicts by filters, of which the first to select a leaf wins.
-
-  Example:
-
-    >>> from nnx.state import split_nested
-    >>> split_nested({"a": {"b": 1, "c": 2.0}}, [int])
-    [{'a': {'b': 1}}, {'a': {'c': 2.0}}]
-
-  Args:
-    mapping: nested dicts.
-    filters: filters.
-
-  Returns:
-    One nested dict for each filter, and one of what is left. None of the dicts
-    in them is empty.
-
-  Raises:
-    ValueError: if `...` is not the last of the filters.
-  """
-  predicates = filters_lib.filters_to_predicates(filters)
-  engine_filters = (*map(filters_lib.engine_form, predicates), True)
-  return _engine.split_mapping(mapping, engine_filters, False)
-
-
 def _replace_in(
   mapping: dict[Any, Any],
   pure_dict: Mapping[Any, Any],
@@ -932,9 +905,14 @@ def _leaf_with_value(leaf: Any, value: Any) -> Any:
   return value
 
 
-def _wrap(state: Mapping[Any, Any], mapping: dict[Any, Any]) -> State:
+def _split(
+  state: Mapping[Any, Any], filters: Sequence[Filter], *, exhaustive: bool
+) -> Any:
+  parts = _engine.split_mapping(
+    raw_mapping(state), filters_lib.engine_filters(filters), exhaustive
+  )
   cls = type(state) if isinstance(state, State) else State
-  return cls._from_nested(mapping)
+  return _one_or_tuple([cls._from_nested(part) for part in parts])
 
 
 def _one_or_tuple(parts: list[Any]) -> Any:
@@ -951,14 +929,6 @@ def _nested_items(mapping: Mapping[Any, Any]) -> list[tuple[Any, Any]]:
     )
     for key, value in mapping.items()
   ]
-
-
-def _remainder_error(paths: Iterable[PathParts]) -> ValueError:
-  return ValueError(
-    "The filters must be exhaustive, but no filter selects the leaves at"
-    f" {list(paths)}. Use `...` as the last filter to select all that is left,"
-    " or `filter` to leave it out."
-  )
 
 
 def _through_leaf_error(path: PathParts) -> ValueError:

@@ -62,7 +62,7 @@ class SplitContext:
     """
     graphdef, mappings = _engine.split(
       node,
-      functional.engine_filters(filters) or (True,),
+      filters_lib.engine_filters(filters) or (True,),
       True,
       self._seen,
       self._updated,

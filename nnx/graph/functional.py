@@ -42,29 +42,6 @@ _COPY, _KEEP_ARRAYS = 1, 2
 _ALL = (True,)
 
 
-def engine_filters(filters: tuple[Any, ...]) -> tuple[Any, ...]:
-  """Filters as the engine takes them: `True`, a class, or a predicate.
-
-  Example:
-
-    >>> import nnx
-    >>> from nnx.graph.functional import engine_filters
-    >>> engine_filters((nnx.Param, ...))
-    (<class 'nnx.variables.Param'>, True)
-
-  Args:
-    filters: filters as users give them.
-
-  Returns:
-    The same, one by one.
-
-  Raises:
-    ValueError: if `...` or `True` is not the last of them.
-  """
-  predicates = filters_lib.filters_to_predicates(filters)
-  return tuple(filters_lib.engine_form(p) for p in predicates)
-
-
 def _as_state(mapping: Any) -> Any:
   """A mapping of the engine as a State; the leaf that a Variable's state is."""
   if type(mapping) is dict:
@@ -144,7 +121,7 @@ def split(
   """
   del graph
   graphdef, mappings = _engine.split(
-    node, engine_filters(filters) if filters else _ALL, True
+    node, filters_lib.engine_filters(filters) if filters else _ALL, True
   )
   return (graphdef, *(_as_state(mapping) for mapping in mappings))
 
@@ -269,7 +246,9 @@ def state(node: Any, /, *filters: Filter, graph: bool | None = None) -> Any:
     ValueError: if `...` is not the last filter.
   """
   del graph
-  mappings = _engine.state(node, engine_filters(filters) if filters else _ALL)
+  mappings = _engine.state(
+    node, filters_lib.engine_filters(filters) if filters else _ALL
+  )
   if len(mappings) == 1:
     return _as_state(mappings[0])
   return tuple(_as_state(mapping) for mapping in mappings)
@@ -305,7 +284,7 @@ def pop(node: Any, /, *filters: Filter) -> Any:
       "`pop` must be given at least one filter, such as `nnx.Intermediate`, but"
       " got none."
     )
-  mappings = _engine.pop(node, engine_filters(filters))
+  mappings = _engine.pop(node, filters_lib.engine_filters(filters))
   if len(mappings) == 1:
     return _as_state(mappings[0])
   return tuple(_as_state(mapping) for mapping in mappings)
@@ -730,7 +709,7 @@ def set_metadata(
     only: a filter of the Variables meant.
     **metadata: the metadata.
   """
-  (mapping,) = _engine.state(node, engine_filters((only,)))
+  (mapping,) = _engine.state(node, filters_lib.engine_filters((only,)))
   leaves = (
     _engine.flatten_mapping(mapping)[1] if type(mapping) is dict else [mapping]
   )

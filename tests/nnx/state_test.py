@@ -101,9 +101,9 @@ class OracleTest(parameterized.TestCase):
     try:
       b = flax_nnx.split_state(theirs, *filters(flax_nnx))
     except ValueError:
-      with self.assertRaisesRegex(ValueError, "filters must be exhaustive"):
+      with self.assertRaisesRegex(ValueError, "Filters must cover every"):
         ours.split(*filters(nnx))
-      with self.assertRaisesRegex(ValueError, "filters must be exhaustive"):
+      with self.assertRaisesRegex(ValueError, "Filters must cover every"):
         ours.flat_state().split(*filters(nnx))
       return
     a = ours.split(*filters(nnx))
@@ -305,11 +305,18 @@ class StateTest(parameterized.TestCase):
     with self.assertRaisesRegex(ValueError, "must come last"):
       self.state.split(..., nnx.Param)
 
-  def test_remainder_names_paths(self):
+  def test_leaves_that_no_filter_selects(self):
     with self.assertRaisesRegex(
-      ValueError, r"no filter selects the leaves at \[\('a', 'b'\), \('c',\)\]"
+      ValueError,
+      "Filters must cover every leaf, but none of them selects `a.b` of type"
+      " BatchStat: add `...` as the last filter, or use the non-exhaustive"
+      " `filter`.",
     ):
       self.state.split(nnx.Param)
+    with self.assertRaisesRegex(
+      ValueError, r"none of them selects those at \[\('a', 'b'\), \('c',\)\]:"
+    ):
+      self.state.flat_state().split(nnx.Param)
 
   def test_subclass_is_kept(self):
     class MyState(nnx.State):
