@@ -7,7 +7,6 @@ import functools
 from typing import Any
 
 import jax
-from jax.experimental import checkify as checkify_lib
 
 from nnx import partitioning, spmd
 from nnx.transforms import lift
@@ -129,7 +128,7 @@ def make_jaxpr(
 
 def checkify(
   f: Callable[..., Any],
-  errors: Any = checkify_lib.user_checks,
+  errors: Any = None,
   graph: bool | None = None,
   graph_updates: bool | None = None,
 ) -> Callable[..., Any]:
@@ -151,7 +150,8 @@ def checkify(
 
   Args:
     f: the function.
-    errors: the kinds of errors to check for.
+    errors: the kinds of errors to check for; by default those of
+      `checkify.check`, as in jax.
     graph: accepted for programs that set it; graphs and trees are one here.
     graph_updates: accepted likewise; changes of structure are always passed on.
 
@@ -159,7 +159,12 @@ def checkify(
     A function of the same arguments that returns a pair of an error and the
     result.
   """
+  # Here, because few programs need it, and all would wait for it.
+  from jax.experimental import checkify as checkify_lib
+
   lift.check_function(f, "checkify")
+  if errors is None:
+    errors = checkify_lib.user_checks
 
   @functools.wraps(f)
   def wrapper(*args: Any, **kwargs: Any) -> Any:
