@@ -1,9 +1,10 @@
 """Trains a small convolutional classifier on scikit-learn's handwritten digits.
 
-Plain JAX: parameters and running averages are dictionaries of arrays, and
-`kernels.batch_stat` keeps the running averages of the batch norms. The 1,797
-images come with scikit-learn; nothing is downloaded. Takes some seconds on two
-cores and reaches over 95% on images it has not seen.
+A model of `nnx` layers whose batch norms keep running averages, an optimizer of
+optax, metrics, and an exponential moving average of the parameters, which is
+what the test images are classified by. The 1,797 images come with scikit-learn;
+nothing is downloaded. Takes some seconds on two cores and reaches over 95% on
+images it has not seen.
 
     bazel run //examples:digits -- --plot digits.png
 """
@@ -11,27 +12,21 @@ cores and reaches over 95% on images it has not seen.
 import argparse
 from collections.abc import Sequence
 import dataclasses
-import functools
 import itertools
 import os
 import pathlib
 import time
-from typing import Any
 
 import jax
-from jax import lax
-from jax import numpy as jnp
 import numpy as np
+import optax
 from sklearn import datasets, model_selection
 import tqdm
 
-from kernels import batch_stat
+import nnx
 
-Params = dict[str, Any]
 _CHANNELS = (1, 16, 32, 64)
 _CLASSES = 10
-_MOMENTUM = 0.9
-_EPSILON = 1e-5
 _BATCH = 64
 _LEARNING_RATE = 0.08
 _WEIGHT_DECAY = 1e-4
@@ -49,9 +44,10 @@ class Data:
 
 @dataclasses.dataclass(frozen=True)
 class History:
-  """What was measured after each epoch."""
+  """What was measured in and after each epoch."""
 
   loss: list[float]
+  train_accuracy: list[float]
   accuracy: list[float]
   seconds: float
 
@@ -70,130 +66,111 @@ def load() -> Data:
   return Data(parts[0], parts[2], parts[1], parts[3])
 
 
-def init(seed: int) -> tuple[Params, Params]:
-  """Returns parameters and running averages of a new classifier."""
-  keys = jax.random.split(jax.random.key(seed), len(_CHANNELS))
-  params, averages = {}, {}
-  for layer, (inputs, outputs) in enumerate(itertools.pairwise(_CHANNELS)):
-    deviation = (2 / (9 * inputs)) ** 0.5
-    params[f"conv_{layer}"] = {
-      "kernel": deviation
-      * jax.random.normal(keys[layer], (3, 3, inputs, outputs)),
-      "scale": jnp.ones(outputs),
-      "bias": jnp.zeros(outputs),
-    }
-    averages[f"conv_{layer}"] = {
-      "mean": jnp.zeros(outputs),
-      "var": jnp.ones(outputs),
-    }
-  params["head"] = {
-    "kernel": jax.random.normal(keys[-1], (_CHANNELS[-1], _CLASSES))
-    / _CHANNELS[-1] ** 0.5,
-    "bias": jnp.zeros(_CLASSES),
-  }
-  return params, averages
-
-
-def _convolve(x: jax.Array, kernel: jax.Array, stride: int) -> jax.Array:
-  return lax.conv_general_dilated(
-    x,
-    kernel,
-    (stride, stride),
-    "SAME",
-    dimension_numbers=("NHWC", "HWIO", "NHWC"),
-  )
-
-
-def apply(
-  params: Params, averages: Params, images: jax.Array, *, train: bool
-) -> tuple[jax.Array, Params]:
-  """Runs the classifier.
+class ConvBlock(nnx.Module):
+  """A convolution, a batch norm and a relu.
 
   Args:
-    params: from `init`.
-    averages: running averages, from `init`.
-    images: `[b, 8, 8, 1]`, float32.
-    train: normalise with the batch's statistics and move the running averages,
-      instead of normalising with the running averages.
-
-  Returns:
-    Logits `[b, 10]`, and the running averages, moved if `train`.
+    inputs: channels of the input.
+    outputs: channels of the output.
+    stride: of the convolution; 2 halves the image.
+    rngs: random streams.
   """
-  x = images
-  new_averages = {}
-  for layer in range(len(_CHANNELS) - 1):
-    name = f"conv_{layer}"
-    weights, running = params[name], averages[name]
-    # Halves the image in the later layers: 8x8, 4x4, 2x2.
-    x = _convolve(x, weights["kernel"], stride=1 if layer == 0 else 2)
-    if train:
-      mean, var = x.mean((0, 1, 2)), x.var((0, 1, 2))
-      # The averages take no part in the gradient.
-      moved = batch_stat.update(
-        lax.stop_gradient(x),
-        running["mean"],
-        running["var"],
-        momentum=_MOMENTUM,
-      )
-      new_averages[name] = {"mean": moved[0], "var": moved[1]}
-    else:
-      mean, var = running["mean"], running["var"]
-      new_averages[name] = running
-    x = (x - mean) * lax.rsqrt(var + _EPSILON)
-    x = jax.nn.relu(x * weights["scale"] + weights["bias"])
-  x = x.mean((1, 2))
-  head = params["head"]
-  return x @ head["kernel"] + head["bias"], new_averages
+
+  def __init__(self, inputs: int, outputs: int, stride: int, rngs: nnx.Rngs):
+    self.conv = nnx.Conv(
+      inputs,
+      outputs,
+      (3, 3),
+      strides=stride,
+      use_bias=False,  # the norm has one
+      kernel_init=nnx.initializers.he_normal(),
+      rngs=rngs,
+    )
+    self.norm = nnx.BatchNorm(outputs, momentum=0.9, rngs=rngs)
+
+  def __call__(self, x: jax.Array) -> jax.Array:
+    """Maps `[b, h, w, inputs]` to `[b, h / stride, w / stride, outputs]`."""
+    return nnx.relu(self.norm(self.conv(x)))
 
 
-def _loss(params, averages, images, labels):
-  logits, averages = apply(params, averages, images, train=True)
-  likelihood = jnp.take_along_axis(
-    jax.nn.log_softmax(logits), labels[:, None], axis=1
+class Classifier(nnx.Module):
+  """Three blocks, the mean over the image, and a dense layer."""
+
+  def __init__(self, rngs: nnx.Rngs):
+    self.blocks = [
+      ConvBlock(inputs, outputs, 1 if i == 0 else 2, rngs)
+      for i, (inputs, outputs) in enumerate(itertools.pairwise(_CHANNELS))
+    ]
+    self.head = nnx.Linear(_CHANNELS[-1], _CLASSES, rngs=rngs)
+
+  def __call__(self, images: jax.Array) -> jax.Array:
+    """Maps images `[b, 8, 8, 1]` to logits `[b, 10]`."""
+    x = images
+    for block in self.blocks:
+      x = block(x)
+    return self.head(x.mean((1, 2)))
+
+
+def make_optimizer(model: Classifier, steps: int) -> nnx.Optimizer:
+  """Returns gradient descent with Nesterov momentum and weight decay.
+
+  Args:
+    model: whose parameters are trained.
+    steps: after so many the rate has fallen to zero, along half a cosine.
+  """
+  tx = optax.chain(
+    optax.add_decayed_weights(_WEIGHT_DECAY),
+    optax.sgd(
+      optax.cosine_decay_schedule(_LEARNING_RATE, steps),
+      momentum=0.9,
+      nesterov=True,
+    ),
   )
-  return -likelihood.mean(), averages
+  return nnx.Optimizer(model, tx, wrt=nnx.Param)
 
 
-@functools.partial(jax.jit, donate_argnums=(0, 1, 2))
+@nnx.jit(donate_argnums=(0, 1, 2, 3))
 def train_step(
-  params: Params,
-  averages: Params,
-  velocity: Params,
+  model: Classifier,
+  optimizer: nnx.Optimizer,
+  average: nnx.EMA,
+  metrics: nnx.MultiMetric,
   images: jax.Array,
   labels: jax.Array,
-  rate: jax.Array,
-) -> tuple[Params, Params, Params, jax.Array]:
-  """Takes one step of gradient descent with Nesterov momentum.
+) -> None:
+  """Takes one step, and what was seen into the metrics.
 
   Args:
-    params: from `init`; donated.
-    averages: running averages; donated.
-    velocity: same structure as `params`; donated.
+    model: in training mode; its parameters and running averages move.
+    optimizer: of the model.
+    average: of the model.
+    metrics: of `loss` and `accuracy`.
     images: `[b, 8, 8, 1]`, float32.
     labels: `[b]`, int32.
-    rate: learning rate of this step, scalar float32.
-
-  Returns:
-    New parameters, averages and velocity, and the loss of this batch.
   """
-  (loss, averages), gradient = jax.value_and_grad(_loss, has_aux=True)(
-    params, averages, images, labels
+
+  def loss_of(model):
+    logits = model(images)
+    losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+    return losses.mean(), (losses, logits)
+
+  (_, (losses, logits)), grads = nnx.value_and_grad(loss_of, has_aux=True)(
+    model
   )
-  gradient = jax.tree.map(lambda g, p: g + _WEIGHT_DECAY * p, gradient, params)
-  velocity = jax.tree.map(lambda v, g: 0.9 * v + g, velocity, gradient)
-  params = jax.tree.map(
-    lambda p, v, g: p - rate * (g + 0.9 * v), params, velocity, gradient
-  )
-  return params, averages, velocity, loss
+  optimizer.update(model, grads)
+  average.update(model)
+  metrics.update(loss=losses, logits=logits, labels=labels)
 
 
-@jax.jit
-def accuracy(
-  params: Params, averages: Params, images: jax.Array, labels: jax.Array
-) -> jax.Array:
-  """Returns the share of images that are classified correctly."""
-  logits, _ = apply(params, averages, images, train=False)
-  return (logits.argmax(1) == labels).mean()
+@nnx.jit
+def evaluate(
+  model: Classifier,
+  metrics: nnx.MultiMetric,
+  images: jax.Array,
+  labels: jax.Array,
+) -> None:
+  """Takes what a model in evaluation mode says of images into metrics."""
+  metrics.update(logits=model(images), labels=labels)
 
 
 def train(data: Data, *, epochs: int, seed: int = 0) -> History:
@@ -205,7 +182,7 @@ def train(data: Data, *, epochs: int, seed: int = 0) -> History:
     seed: of the initial weights and of the order of the images.
 
   Returns:
-    Mean loss and test accuracy of every epoch.
+    Mean loss and training accuracy, and test accuracy, of every epoch.
 
   Raises:
     ValueError: if `epochs` is less than 1.
@@ -213,35 +190,39 @@ def train(data: Data, *, epochs: int, seed: int = 0) -> History:
   if epochs < 1:
     raise ValueError(f"`epochs` must be at least 1, but got {epochs}.")
   start = time.perf_counter()
-  params, averages = init(seed)
-  velocity = jax.tree.map(jnp.zeros_like, params)
-  order = np.random.default_rng(seed)
   steps_per_epoch = len(data.train_labels) // _BATCH
-  history = History([], [], 0.0)
+  model = Classifier(nnx.Rngs(seed))
+  optimizer = make_optimizer(model, epochs * steps_per_epoch)
+  average = nnx.EMA(model, decay=0.9)
+  # The same Variables, seen through a model in evaluation mode.
+  averaged = nnx.view(average.apply_to(model), use_running_average=True)
+  metrics = nnx.MultiMetric(
+    loss=nnx.metrics.Average("loss"), accuracy=nnx.metrics.Accuracy()
+  )
+  test_metrics = nnx.MultiMetric(accuracy=nnx.metrics.Accuracy())
+  order = np.random.default_rng(seed)
+  history = History([], [], [], 0.0)
   with tqdm.tqdm(total=epochs * steps_per_epoch, unit="step") as bar:
-    for epoch in range(epochs):
-      # The rate falls to zero along half a cosine.
-      rate = jnp.float32(
-        _LEARNING_RATE * (1 + np.cos(np.pi * epoch / epochs)) / 2
-      )
+    for _ in range(epochs):
       shuffled = order.permutation(len(data.train_labels))
-      losses = []
+      metrics.reset()
       for step in range(steps_per_epoch):
         batch = shuffled[step * _BATCH : (step + 1) * _BATCH]
-        params, averages, velocity, loss = train_step(
-          params,
-          averages,
-          velocity,
+        train_step(
+          model,
+          optimizer,
+          average,
+          metrics,
           data.train_images[batch],
           data.train_labels[batch],
-          rate,
         )
-        losses.append(loss)
         bar.update()
-      history.loss.append(float(np.mean(jax.device_get(losses))))
-      history.accuracy.append(
-        float(accuracy(params, averages, data.test_images, data.test_labels))
-      )
+      test_metrics.reset()
+      evaluate(averaged, test_metrics, data.test_images, data.test_labels)
+      seen = jax.device_get(metrics.compute())
+      history.loss.append(float(seen["loss"]))
+      history.train_accuracy.append(float(seen["accuracy"]))
+      history.accuracy.append(float(test_metrics.compute()["accuracy"]))
       bar.set_postfix(
         loss=f"{history.loss[-1]:.4f}",
         test_accuracy=f"{history.accuracy[-1]:.1%}",
@@ -250,7 +231,7 @@ def train(data: Data, *, epochs: int, seed: int = 0) -> History:
 
 
 def write_plot(history: History, path: pathlib.Path) -> None:
-  """Draws loss and test accuracy by epoch into a PNG file."""
+  """Draws loss and accuracy by epoch into a PNG file."""
   # Imported here: a run without --plot does not pay for it.
   from matplotlib import figure as figure_lib
 
@@ -259,14 +240,15 @@ def write_plot(history: History, path: pathlib.Path) -> None:
   left, right = figure.subplots(1, 2)
   left.semilogy(epochs, history.loss, color="#b5482a", marker=".")
   left.set_title("training loss")
-  right.plot(
-    epochs,
-    [100 * value for value in history.accuracy],
-    color="#2a7f62",
-    marker=".",
-  )
-  right.set_title("test accuracy, %")
+  for name, shares, colour in (
+    ("training", history.train_accuracy, "#b5482a"),
+    ("test", history.accuracy, "#2a7f62"),
+  ):
+    percents = [100 * share for share in shares]
+    right.plot(epochs, percents, color=colour, marker=".", label=name)
+  right.set_title("accuracy, %")
   right.axhline(95, color="black", linewidth=0.8, linestyle=":")
+  right.legend(loc="lower right")
   for panel in (left, right):
     panel.set_xlabel("epoch")
     panel.grid(alpha=0.3)

@@ -7,6 +7,7 @@ import jax
 import numpy as np
 
 from examples import digits
+import nnx
 
 
 class DigitsTest(absltest.TestCase):
@@ -22,28 +23,33 @@ class DigitsTest(absltest.TestCase):
     self.assertLen(history.loss, 5)
     self.assertLess(history.loss[-1], history.loss[0])
     self.assertGreater(history.accuracy[-1], 0.95)
+    self.assertGreater(history.train_accuracy[-1], 0.95)
 
   def test_running_averages_move_towards_the_batch(self):
-    params, averages = digits.init(seed=0)
+    model = digits.Classifier(nnx.Rngs(0))
     images = digits.load().train_images[:64]
-    moved = averages
+    forward = nnx.jit(lambda model: model(images))
     for _ in range(100):
-      _, moved = digits.apply(params, moved, images, train=True)
-    x = digits._convolve(images, params["conv_0"]["kernel"], stride=1)
-    x = np.asarray(x, np.float64)
+      forward(model)
+    block = model.blocks[0]
+    x = np.asarray(block.conv(images), np.float64)
     np.testing.assert_allclose(
-      moved["conv_0"]["mean"], x.mean((0, 1, 2)), rtol=1e-3, atol=1e-4
+      block.norm.mean.value, x.mean((0, 1, 2)), rtol=1e-3, atol=1e-4
     )
     np.testing.assert_allclose(
-      moved["conv_0"]["var"], x.var((0, 1, 2)), rtol=1e-3, atol=1e-4
+      block.norm.var.value, x.var((0, 1, 2)), rtol=1e-3, atol=1e-4
     )
 
-  def test_evaluation_leaves_the_averages_alone(self):
-    params, averages = digits.init(seed=0)
-    images = digits.load().test_images[:8]
-    logits, kept = digits.apply(params, averages, images, train=False)
-    self.assertEqual(logits.shape, (8, 10))
-    jax.tree.map(np.testing.assert_array_equal, kept, averages)
+  def test_evaluation_leaves_the_model_alone(self):
+    model = digits.Classifier(nnx.Rngs(0))
+    model.eval()
+    before = nnx.to_pure_dict(nnx.state(model))
+    metrics = nnx.MultiMetric(accuracy=nnx.metrics.Accuracy())
+    data = digits.load()
+    digits.evaluate(model, metrics, data.test_images, data.test_labels)
+    self.assertEqual(int(metrics.accuracy.count.value), 360)
+    after = nnx.to_pure_dict(nnx.state(model))
+    jax.tree.map(np.testing.assert_array_equal, before, after)
 
   def test_program_writes_a_plot(self):
     path = pathlib.Path(self.create_tempdir().full_path, "digits.png")
