@@ -1,8 +1,17 @@
 """Linen modules as nnx Modules, and nnx Modules as Linen modules."""
 
 from bridge import variables as variables
+from bridge.from_flax import from_flax_nnx as from_flax_nnx
 from bridge.functional import Functional as Functional
 from bridge.functional import functional as functional
+from bridge.module import AttrPriority as AttrPriority
+from bridge.module import Module as Module
+from bridge.module import Scope as Scope
+from bridge.module import compact as compact
+from bridge.module import current_context as current_context
+from bridge.module import current_module as current_module
+from bridge.module import linen_in_bridge_mdl as linen_in_bridge_mdl
+from bridge.module import nnx_in_bridge_mdl as nnx_in_bridge_mdl
 from bridge.to_linen import ToLinen as ToLinen
 from bridge.to_linen import to_linen as to_linen
 from bridge.to_linen import to_linen_class as to_linen_class
@@ -14,3 +23,4 @@ from bridge.variables import nnx_attrs_to_linen_vars as nnx_attrs_to_linen_vars
 from bridge.variables import to_linen_var as to_linen_var
 from bridge.variables import to_nnx_var as to_nnx_var
 from bridge.variables import with_partitioning as with_partitioning
+from nnx import initializers as initializers

@@ -11,6 +11,7 @@ from typing import Any
 from flax import linen
 import jax
 
+from bridge import replay
 from bridge import variables as variables_lib
 import nnx
 
@@ -214,8 +215,8 @@ class ToNNX(nnx.Module):
     variables = variables_lib.nnx_attrs_to_linen_vars(_attributes(self))
     if mutable is None:
       mutable = _default_mutable(variables)
-    result = module.apply(
-      variables, *args, rngs=keys, method=method, mutable=mutable, **kwargs
+    result = replay.apply(
+      module, variables, args, kwargs, keys, method, mutable
     )
     if mutable is not False:
       result, updates = result
@@ -287,10 +288,10 @@ def _write(model: ToNNX, updates: Mapping[str, Any]) -> None:
   """Puts updated Linen variables into the Variables of the module."""
   for name, value in variables_lib.linen_vars_to_nnx_attrs(updates).items():
     current = vars(model).get(name)
-    if current is None:
-      setattr(model, name, value)
-    else:
-      setattr(model, name, _merged(current, value, name))
+    if current is not None:
+      value = _merged(current, value, name)
+    # Not by `setattr`, which would change a field of the same name.
+    nnx.Module.__setattr__(model, name, value)
 
 
 def _merged(current: Any, new: Any, path: str) -> Any:

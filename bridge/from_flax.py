@@ -1,0 +1,298 @@
+"""Objects of `flax.nnx` as objects of `nnx`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+import functools
+import inspect
+from typing import Any
+
+from flax import core
+from flax import nnx as flax_nnx
+import jax
+
+from bridge import to_nnx
+import nnx
+
+# Attributes that only our layers have: by class, with the value that makes them
+# do what the layers of Flax do.
+_OURS_ALONE = {
+  "MultiHeadAttention": ("window", "softcap", "rope_base", "rope_scale"),
+}
+_CACHE_SCALES = ("cached_key_scale", "cached_value_scale")
+# Attributes of Flax's objects that say nothing here.
+_THEIRS_ALONE = {"Optimizer": ("graph",), "ModelAndOptimizer": ("graph",)}
+# Metadata that says how Flax keeps a Variable.
+_THEIR_METADATA = frozenset(
+  "is_hijax has_ref is_mutable hijax ref mutable eager_sharding".split()
+)
+
+
+def from_flax_nnx(module: Any, known: Mapping[Any, Any] | None = None) -> Any:
+  """A Module of `flax.nnx` as one of ours, with the same layers and weights.
+
+  Layers, containers, random streams, optimizers and metrics of `flax.nnx` are
+  known, those of exactly these classes. What is shared stays shared. Arrays are
+  copied, so that either model may be trained and its buffers donated.
+
+  For classes of one's own, `known` says what they become: a class of ours,
+  whose objects get the same attributes, converted; or a function of the object
+  and of a function that converts its parts. Kinds of Variables may be given in
+  it as well; those that are not become a kind of the same collection.
+
+  Example:
+
+    >>> import bridge, nnx
+    >>> from flax import nnx as flax_nnx
+    >>> theirs = flax_nnx.Linear(2, 3, rngs=flax_nnx.Rngs(0))
+    >>> ours = bridge.from_flax_nnx(theirs)
+    >>> type(ours) is nnx.Linear
+    True
+    >>> bool((ours.kernel[...] == theirs.kernel[...]).all())
+    True
+
+    >>> class Theirs(flax_nnx.Module):
+    ...   def __init__(self, rngs):
+    ...     self.layer = flax_nnx.Linear(2, 3, rngs=rngs)
+    >>> class Ours(nnx.Module):
+    ...   def __call__(self, x):
+    ...     return self.layer(x)
+    >>> model = bridge.from_flax_nnx(Theirs(flax_nnx.Rngs(0)), {Theirs: Ours})
+    >>> type(model.layer) is nnx.Linear
+    True
+
+  Args:
+    module: an object of `flax.nnx`, or a list, tuple or dict of such.
+    known: classes of Flax to classes of ours, or to functions.
+
+  Returns:
+    The object of ours.
+
+  Raises:
+    ValueError: if there are objects of classes that are not known; it lists
+      them all, with their paths.
+  """
+  converter = _Converter(known or {})
+  result = converter.convert(module, ())
+  if converter.unknown:
+    listed = "; ".join(
+      f"`{'/'.join(map(str, path)) or '.'}` is a"
+      f" `{cls.__module__}.{cls.__qualname__}`"
+      for path, cls in converter.unknown
+    )
+    name = converter.unknown[0][1].__name__
+    raise ValueError(
+      "Every object must be of a class of `flax.nnx` itself or of one in"
+      f" `known`, but {listed}. Pass `known={{{name}: ...}}` with a class of"
+      " ours for each: its objects get the same attributes."
+    )
+  return result
+
+
+class _Converter:
+  """Converts a graph of objects, each once."""
+
+  def __init__(self, known: Mapping[Any, Any]):
+    self.known = {**_classes(), **known}
+    self.unknown: list[tuple[tuple[Any, ...], type]] = []
+    self._done: dict[int, Any] = {}
+    self._kept: list[Any] = []  # so that ids stay those of one object
+
+  def convert(self, value: Any, path: tuple[Any, ...]) -> Any:
+    if id(value) in self._done:
+      return self._done[id(value)]
+    cls = type(value)
+    if isinstance(value, flax_nnx.Variable):
+      return self._keep(value, self._variable(value, path))
+    if cls in self.known or isinstance(value, flax_nnx.Pytree):
+      return self._object(value, path)
+    if isinstance(value, flax_nnx.State):
+      items = {k: self.convert(v, (*path, k)) for k, v in value.items()}
+      return self._keep(value, nnx.State(items))
+    if isinstance(value, jax.Array):
+      return self._keep(value, _copied(value))
+    if cls is dict:
+      result: Any = self._keep(value, {})
+      for key, item in value.items():
+        result[key] = self.convert(item, (*path, key))
+      return result
+    if cls is list:
+      result = self._keep(value, [])
+      result.extend(self.convert(x, (*path, i)) for i, x in enumerate(value))
+      return result
+    if isinstance(value, tuple):
+      items = [self.convert(x, (*path, i)) for i, x in enumerate(value)]
+      return cls(*items) if hasattr(cls, "_fields") else cls(items)
+    return self.static(value)
+
+  def _keep(self, value: Any, result: Any) -> Any:
+    self._kept.append(value)
+    self._done[id(value)] = result
+    return result
+
+  def _object(self, value: Any, path: tuple[Any, ...]) -> Any:
+    cls = type(value)
+    if cls is flax_nnx.List:
+      result = self._keep(value, nnx.List())
+      for index, item in enumerate(value):
+        result.append(self.convert(item, (*path, index)))
+      return result
+    target = self.known.get(cls)
+    if target is None:
+      self.unknown.append((path, cls))
+      self._keep(value, None)
+      for name, item in _attributes(value).items():
+        self.convert(item, (*path, name))  # to list what is unknown below it
+      return None
+    if not isinstance(target, type):
+      return self._keep(
+        value, target(value, functools.partial(self.convert, path=path))
+      )
+    # Past the constructor, which would make other weights.
+    result = self._keep(value, target.__new__(target))
+    defaults = _defaults(cls, target)
+    for name, item in _attributes(value).items():
+      if id(item) in defaults and item is defaults[id(item)][0]:
+        converted = defaults[id(item)][1]
+      else:
+        converted = self.convert(item, (*path, name))
+      if name == "batch_axis" and isinstance(item, core.FrozenDict):
+        converted = nnx.nn.linear.AxisSizes(item)
+      if isinstance(converted, (dict, list, tuple)) and nnx.has_data(converted):
+        converted = nnx.data(converted)
+      setattr(result, name, converted)
+    for name in _OURS_ALONE.get(target.__name__, ()):
+      parameter = inspect.signature(target).parameters[name]
+      setattr(result, name, parameter.default)
+    if isinstance(result, nnx.MultiHeadAttention):
+      for name in _CACHE_SCALES:
+        setattr(result, name, None)
+    return result
+
+  def _variable(self, variable: Any, path: tuple[Any, ...]) -> Any:
+    metadata = {
+      name: self.static(item)
+      for name, item in variable.get_metadata().items()
+      if name not in _THEIR_METADATA and item not in ((), None)
+    }
+    value = variable.get_raw_value()
+    if isinstance(value, jax.Ref):
+      value = value[...]
+    value = jax.tree.map(
+      lambda x: self.convert(x, path),
+      value,
+      is_leaf=lambda x: isinstance(x, flax_nnx.Variable),
+    )
+    return self._kind(type(variable)).from_metadata(value, metadata)
+
+  def _kind(self, cls: type) -> Any:
+    if cls in self.known:
+      return self.known[cls]
+    name = flax_nnx.variable_name_from_type(cls, allow_register=True)
+    return nnx.variable_type_from_name(name, allow_register=True)
+
+  def static(self, value: Any) -> Any:
+    """A value that is no data: Flax's functions, types and filters as ours."""
+    if isinstance(value, type):
+      if issubclass(value, flax_nnx.Variable):
+        return self._kind(value)
+      return self.known.get(value, value)
+    if isinstance(value, flax_nnx.StateAxes):
+      return nnx.StateAxes(
+        [
+          (self.static(filter_), self.static(axis))
+          for filter_, axis in zip(value.filters, value.axes)
+        ]
+      )
+    if isinstance(value, tuple) and type(value) is tuple:
+      return tuple(self.static(x) for x in value)
+    if type(value) in _filters():
+      ours = _filters()[type(value)]
+      fields = {k: self.static(v) for k, v in vars(value).items()}
+      if "predicates" in fields:
+        return ours(*fields["predicates"])
+      return ours(**fields)
+    return _functions().get(_identity(value), value)
+
+
+def _copied(array: jax.Array) -> jax.Array:
+  if isinstance(array, jax.core.Tracer):
+    return array
+  if jax.dtypes.issubdtype(array.dtype, jax.dtypes.prng_key):
+    return jax.random.clone(array)
+  return jax.numpy.copy(array)
+
+
+def _attributes(value: Any) -> dict[str, Any]:
+  skipped = _THEIRS_ALONE.get(type(value).__name__, ())
+  return {
+    name: item
+    for name, item in vars(value).items()
+    if not name.startswith("_pytree__") and name not in skipped
+  }
+
+
+def _identity(value: Any) -> int | None:
+  return id(value) if callable(value) else None
+
+
+@functools.cache
+def _classes() -> dict[type, type]:
+  """The classes of `flax.nnx` to those of the same names here."""
+  pairs: dict[type, Any] = {flax_nnx.bridge.ToNNX: to_nnx.ToNNX}
+  for theirs, ours in (
+    (flax_nnx, nnx),
+    (flax_nnx.metrics, getattr(nnx, "metrics", None)),
+    (flax_nnx.optimizer, nnx),
+  ):
+    for name in dir(theirs):
+      cls, target = getattr(theirs, name), getattr(ours, name, None)
+      if (
+        isinstance(cls, type)
+        and isinstance(target, type)
+        and issubclass(cls, (flax_nnx.Pytree, flax_nnx.Variable))
+      ):
+        pairs[cls] = target
+  pairs[flax_nnx.Carry] = nnx.Carry
+  return pairs
+
+
+@functools.cache
+def _filters() -> dict[type, Any]:
+  theirs = flax_nnx.filterlib
+  names = "OfType WithTag PathContains PathIn Any All Not Everything Nothing"
+  return {
+    getattr(theirs, name): getattr(nnx.filters, name)
+    for name in names.split()
+    if hasattr(theirs, name)
+  }
+
+
+@functools.cache
+def _functions() -> dict[int, Callable[..., Any]]:
+  """Functions of `flax.nnx`, by identity, to those of the same names here."""
+  return {
+    id(getattr(flax_nnx, name)): getattr(nnx, name)
+    for name in dir(flax_nnx)
+    if inspect.isfunction(getattr(flax_nnx, name))
+    and callable(getattr(nnx, name, None))
+  }
+
+
+@functools.cache
+def _defaults(cls: type, target: type) -> dict[int, tuple[Any, Any]]:
+  """Functions that are defaults of Flax's layer, to the defaults of ours."""
+  try:
+    theirs = inspect.signature(cls.__init__).parameters
+    ours = inspect.signature(target.__init__).parameters
+  except ValueError:
+    return {}
+  return {
+    id(parameter.default): (parameter.default, ours[name].default)
+    for name, parameter in theirs.items()
+    if callable(parameter.default)
+    and parameter.default is not inspect.Parameter.empty
+    and name in ours
+    and callable(ours[name].default)
+    and ours[name].default is not inspect.Parameter.empty
+  }
