@@ -95,6 +95,23 @@ class Library:
     return None
 
 
+def lazily(module: str, name: str) -> Callable[..., Any]:
+  """Returns a function of a module that is imported when it is first called.
+
+  For what is slow to import, as Pallas is, and only used by programs that are
+  lowered for its platform.
+
+  Args:
+    module: Dotted name of the module.
+    name: Of the function in it.
+  """
+
+  def call(*args: Any, **kwargs: Any) -> Any:
+    return getattr(importlib.import_module(module), name)(*args, **kwargs)
+
+  return call
+
+
 @dataclasses.dataclass(frozen=True)
 class Implementation:
   """One way to run an op on some platforms.

@@ -1,0 +1,558 @@
+"""Decode attention for TPUs in Pallas: reads the valid prefix, once.
+
+One grid step is a sequence. It walks over the tiles of the cache that hold keys
+which a query of the sequence sees, two of them in flight, the first of the next
+sequence included, and keeps the running maximum and sum of an online softmax.
+
+The cache comes with its axes in the order in which XLA keeps it, see
+`kv_cache.pallas_tpu`. In the orders "bnsh" and "bnhs" each head's keys are a
+matrix. In "bsnh" the keys of all heads are one matrix `[slots * n, h]`, which
+is multiplied as it lies; products of a query with other heads' keys are masked
+away. A decode step has few query rows, so that this costs less than the cache's
+bytes do.
+
+Everything that depends on positions is reduced, in plain JAX, to an interval of
+key positions for each query row.
+"""
+
+from collections.abc import Sequence
+import functools
+import math
+from typing import Any, NamedTuple
+
+import jax
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+import jax.numpy as jnp
+
+from kernels.common import dispatch
+from kernels.decode_attention import reference
+from kernels.kv_cache import layout as layout_lib
+from kernels.kv_cache import pallas_tpu as cache_tpu
+
+# Of one tile of keys or values; two of each are in flight.
+_TILE_BYTES = 512 << 10
+
+# Of the logits of one tile, in float32; some five such arrays live at once.
+_LOGIT_BYTES = 1 << 20
+
+# Operands that the kernel has no place for.
+_NOT_SERVED = {
+  "bias": "`bias` is given",
+  "mask": "`mask` is given",
+  "qv": "`qv` is given",
+}
+
+
+class _Tiling(NamedTuple):
+  """How the work of one call is cut.
+
+  Attributes:
+    order: Of the cache's axes: "bsnh", "bnsh" or "bnhs".
+    groups: Matrices of keys that a tile holds: 1 for "bsnh", else n.
+    rows: Query rows of each, padded to whole tiles of registers.
+    slots: Of the cache in one tile.
+    keys: Columns of logits: slots, or slots * n.
+    per_block: Tiles in a row or block of the cache.
+    parts: bfloat16 numbers that one query element is split into.
+  """
+
+  order: str
+  groups: int
+  rows: int
+  slots: int
+  keys: int
+  per_block: int
+  parts: int
+
+
+def _tiling(cache_k, cache_v, q, options) -> _Tiling | str:
+  """Cuts the work, or says why it cannot be cut."""
+  geometry = layout_lib.Geometry.of(cache_k, cache_v, options.layout)
+  heads_first = options.layout == "bnsh"
+  rows = math.prod(q.shape[2:4] if heads_first else q.shape[1:4])
+  rows = -(-rows // 16) * 16
+  order = cache_tpu.order(cache_k, options.layout)
+  width = geometry.heads if order == "bsnh" else 1
+  itemsize = jnp.dtype(cache_k.dtype).itemsize
+  slot_bytes = geometry.heads * max(geometry.k_dim, geometry.v_dim) * itemsize
+  parts = 1
+  if cache_k.dtype != jnp.float32 and (
+    q.dtype != jnp.bfloat16 or "rope_cos" in options.fields
+  ):
+    parts = 3
+  slots = min(
+    _TILE_BYTES // slot_bytes, _LOGIT_BYTES // (4 * rows * parts * width)
+  )
+  slots = min(1 << max(slots, 1).bit_length() - 1, 1024)
+  if slots * width < cache_tpu.LANES:
+    return (
+      f"there are {rows} query rows for each key, or {slot_bytes} bytes a slot:"
+      " a tile of 128 keys would not fit into the registers' memory"
+    )
+  slots = min(slots, geometry.block_size)
+  return _Tiling(
+    order=order,
+    groups=1 if order == "bsnh" else geometry.heads,
+    rows=rows,
+    slots=slots,
+    keys=slots * width,
+    per_block=-(-geometry.block_size // slots),
+    parts=parts,
+  )
+
+
+def unsupported(
+  avals: Sequence[Any], *, options: reference.Options
+) -> str | None:
+  """Returns why the kernel cannot handle these operands, or None."""
+  x = options.named(avals)
+  for name, clause in _NOT_SERVED.items():
+    if name in x:
+      return clause
+  if "rope_cos" in x and options.rotate_keys:
+    return "`rope_cached_keys` is set"
+  cache_k, cache_v, q = x["cache_k"], x["cache_v"], x["q"]
+  if dispatch.static_size((*q.shape, *x["table"].shape)) is None:
+    return "the queries have symbolic sizes"
+  if 0 in q.shape:
+    return "there are no queries"
+  if options.appends:
+    update = [
+      x[name]
+      for name in ("cache_k", "cache_v", "new_k", "new_v", "index", "count")
+    ]
+    why = cache_tpu.unsupported(
+      update, layout=options.layout, ring=options.ring, aligned=options.aligned
+    )
+  else:
+    why = cache_tpu.cache_problem(cache_k, cache_v, options.layout)
+  if why is not None:
+    return why
+  tiling = _tiling(cache_k, cache_v, q, options)
+  return tiling if isinstance(tiling, str) else None
+
+
+def append_and_attend(
+  *operands: jax.Array, options: reference.Options, interpret: Any = False
+) -> tuple[jax.Array, ...]:
+  """Writes the new rows, then attends; as `reference.append_and_attend`."""
+  x = options.named(operands)
+  new_k, new_v = x["new_k"], x["new_v"]
+  if "rope_cos" in x:
+    axis = 2 if options.layout == "bsnh" else 1
+    cos, sin = (jnp.expand_dims(a, axis) for a in _angles(x))
+    new_k = reference.rotate(new_k, cos, sin, options.interleaved)
+  scales = (x["k_scale"], x["v_scale"]) if "k_scale" in x else ()
+  if not scales:
+    new_k = new_k.astype(x["cache_k"].dtype)
+  x["cache_k"], x["cache_v"] = cache_tpu.update(
+    x["cache_k"], x["cache_v"], new_k, new_v, x["index"], x["count"],
+    x["layer"], x["table"], x["first_slot"], *scales,
+    layout=options.layout, ring=options.ring, aligned=options.aligned,
+    interpret=interpret,
+  )  # fmt: skip
+  out, lse = attend(
+    *(x[name] for name in options.fields), options=options, interpret=interpret
+  )
+  return x["cache_k"], x["cache_v"], out, lse
+
+
+def attend(
+  *operands: jax.Array, options: reference.Options, interpret: Any = False
+) -> tuple[jax.Array, jax.Array]:
+  """Attends over the valid keys of a cache; as `reference.attend`."""
+  x = options.named(operands)
+  cache_k, cache_v, q = x["cache_k"], x["cache_v"], x["q"]
+  tiling = _tiling(cache_k, cache_v, q, options)
+  assert isinstance(tiling, _Tiling)
+  q = q.astype(jnp.float32)
+  if options.layout == "bsnh":
+    q = q.transpose(0, 2, 3, 1, 4)
+  if "rope_cos" in x:
+    cos, sin = (a[:, None, None] for a in _angles(x))
+    q = reference.rotate(q, cos, sin, options.interleaved)
+  b, n, g, t, _ = q.shape
+  rows = _Rows(b, n, g, t, tiling)
+  places, whole, per_row = _places(x, options, tiling, t)
+  factor = jnp.full((b, n), options.scale, jnp.float32)
+  if "k_scale" in x:
+    factor *= x["k_scale"]
+  slopes = jnp.zeros((1, 1, 1), jnp.float32)
+  if "alibi_slopes" in x:
+    slopes = x["alibi_slopes"]
+  floats = rows.columns(factor[:, :, None, None], slopes[..., None])
+  head = jnp.arange(n, dtype=jnp.int32)[None, :, None, None]
+  ints = rows.columns(*(a[:, None, None] for a in per_row), head)
+
+  out, lse = _flash(
+    places, whole, ints, floats, rows.fold(q), cache_k, cache_v,
+    options=options, tiling=tiling, interpret=interpret,
+  )  # fmt: skip
+  out, lse = rows.unfold(out), rows.unfold(lse)[..., 0]
+  if "v_scale" in x:
+    out *= x["v_scale"][:, :, None, None, None]
+  if "sinks" in x:
+    real = jnp.arange(t) < x["count"][:, None, None, None]
+    with_sinks = jnp.logaddexp(lse, x["sinks"][..., None])
+    with_sinks = jnp.where(real, with_sinks, lse)
+    out *= jnp.where(jnp.isneginf(lse), 0.0, jnp.exp(lse - with_sinks))[
+      ..., None
+    ]
+    lse = with_sinks
+  if options.layout == "bsnh":
+    out = out.transpose(0, 3, 1, 2, 4)
+  return out.astype(options.out_dtype), lse
+
+
+class _Rows(NamedTuple):
+  """Folds `[b, n, g, t, ...]` into the rows that the kernel works on."""
+
+  b: int
+  n: int
+  g: int
+  t: int
+  tiling: _Tiling
+
+  def fold(self, a: jax.Array) -> jax.Array:
+    """Returns `[b, groups, rows, ...]`."""
+    used = self.n * self.g * self.t // self.tiling.groups
+    a = a.reshape(self.b, self.tiling.groups, used, *a.shape[4:])
+    pad = [(0, 0)] * a.ndim
+    pad[2] = (0, self.tiling.rows - used)
+    return jnp.pad(a, pad)
+
+  def unfold(self, a: jax.Array) -> jax.Array:
+    """Undoes `fold`."""
+    used = self.n * self.g * self.t // self.tiling.groups
+    return a[:, :, :used].reshape(self.b, self.n, self.g, self.t, *a.shape[3:])
+
+  def columns(self, *values: jax.Array) -> jax.Array:
+    """Puts numbers of each row side by side: `[b, groups, rows, columns]`."""
+    full = (self.b, self.n, self.g, self.t)
+    stacked = [jnp.broadcast_to(value, full) for value in values]
+    return self.fold(jnp.stack(stacked, axis=-1))
+
+
+def _angles(x):
+  where = jnp.clip(x["rope_positions"], 0, x["rope_cos"].shape[0] - 1)
+  return x["rope_cos"][where], x["rope_sin"][where]
+
+
+def _places(x, options, tiling, tokens):
+  """Turns positions into what the kernel needs of each sequence and row.
+
+  Returns:
+    Scalars for each sequence, one after the other: layer, first and last tile,
+    what to add to a slot for the position of its key, the last slot before the
+    ring's seam, and the interval of positions that some query sees. Then the
+    table, flat. Then for each token the interval that it sees, `[b, t]` each,
+    and its position.
+  """
+  geometry = layout_lib.Geometry.of(x["cache_k"], x["cache_v"], options.layout)
+  count = jnp.clip(x["count"], 0, tokens)
+  first = reference.first_query(x, options, count)
+  token = jnp.arange(tokens, dtype=jnp.int32)
+  p = first[:, None] + token
+  num_keys = first + count
+  low = jnp.zeros_like(p)
+  if "left_padding" in x:
+    low = jnp.maximum(low, x["left_padding"][:, None])
+  if options.window_left >= 0:
+    low = jnp.maximum(low, p - options.window_left)
+  if options.chunk:
+    low = jnp.maximum(low, p - p % options.chunk)
+  high = jnp.broadcast_to(num_keys[:, None], p.shape)
+  if options.causal:
+    high = jnp.minimum(high, p + 1)
+  if options.window_right >= 0:
+    high = jnp.minimum(high, p + options.window_right + 1)
+  layer = x["layer"]
+  real = (token < count[:, None]) & (
+    (layer >= 0) & (layer < geometry.layers) & (num_keys > 0)
+  )[:, None]
+  none = ~real | (high <= low)
+  low, high = jnp.where(none, 0, low), jnp.where(none, 0, high)
+  some = jnp.any(~none, axis=1)
+  largest = jnp.iinfo(jnp.int32).max
+  all_low = jnp.where(some, jnp.min(jnp.where(none, largest, low), 1), 0)
+  all_high = jnp.max(high, axis=1)
+
+  first_slot = x["first_slot"]
+  capacity = x["table"].shape[1] * geometry.block_size
+  if options.ring:
+    last = jnp.maximum(num_keys - 1, 0)
+    turn = last // options.ring * options.ring
+    seam = last - turn - first_slot
+    from_slot, to_slot = (
+      jnp.zeros_like(last), jnp.minimum(num_keys, options.ring)
+    )  # fmt: skip
+  else:
+    turn = jnp.zeros_like(num_keys)
+    seam = jnp.full_like(num_keys, largest)
+    from_slot, to_slot = all_low, all_high
+
+  def tile_of(slot):
+    slot = jnp.clip(slot - first_slot, 0, capacity - 1)
+    inside = slot % geometry.block_size
+    block = slot // geometry.block_size
+    return block * tiling.per_block + inside // tiling.slots
+
+  first_tile = tile_of(from_slot)
+  last_tile = jnp.maximum(tile_of(to_slot - 1), first_tile)
+  scalars = (
+    jnp.clip(layer, 0, geometry.layers - 1), first_tile, last_tile,
+    turn + first_slot, seam, all_low, all_high,
+  )  # fmt: skip
+  return scalars, x["table"].reshape(-1), (low, high, p)
+
+
+def _flash(
+  places, table, ints, floats, q, cache_k, cache_v, *, options, tiling,
+  interpret,
+):  # fmt: skip
+  """Calls the kernel; returns out `[b, groups, rows, h]`, lse `[..., 128]`."""
+  batch = q.shape[0]
+  if cache_k.dtype == jnp.float32:
+    terms = [q]
+  else:
+    terms = []
+    for _ in range(tiling.parts):
+      # Not by conversions, which XLA may take away as excess precision.
+      rounded = lax.reduce_precision(q, exponent_bits=8, mantissa_bits=7)
+      terms.append(rounded.astype(jnp.bfloat16))
+      q -= rounded
+  q = jnp.concatenate(terms, axis=2)
+  column = jnp.arange(tiling.keys, dtype=jnp.int32)
+  heads = tiling.keys // tiling.slots
+  columns = jnp.stack([column // heads, column % heads])
+  caches = [
+    cache_tpu.reorder(cache, options.layout, tiling.order)
+    for cache in (cache_k, cache_v)
+  ]
+
+  def each(*shape):
+    return pl.BlockSpec((None, *shape), lambda b, *_: (b,) + (0,) * len(shape))
+
+  in_place = pl.BlockSpec(memory_space=pltpu.HBM)
+  groups, rows = tiling.groups, tiling.rows
+  v_dim = cache_v.shape[-1]
+
+  def tiles(cache):
+    shape = list(cache.shape[-3:])
+    shape[tiling.order.index("s") - 1] = tiling.slots
+    return pltpu.VMEM((2, *shape), cache.dtype)
+
+  return pl.pallas_call(
+    functools.partial(
+      _flash_kernel,
+      options=options,
+      tiling=tiling,
+      block_size=caches[0].shape[tiling.order.index("s") - 4],
+      width=table.shape[0] // batch,
+      alibi="alibi_slopes" in options.fields,
+    ),
+    grid_spec=pltpu.PrefetchScalarGridSpec(
+      num_scalar_prefetch=len(places) + 1,
+      grid=(batch,),
+      in_specs=[
+        each(*ints.shape[1:]),
+        each(*floats.shape[1:]),
+        each(*q.shape[1:]),
+        pl.BlockSpec(columns.shape, lambda b, *_: (0, 0)),
+        in_place,
+        in_place,
+      ],
+      out_specs=[
+        each(groups, rows, v_dim), each(groups, rows, cache_tpu.LANES)
+      ],
+      scratch_shapes=[
+        *map(tiles, caches),
+        pltpu.VMEM((groups, rows, cache_tpu.LANES), jnp.float32),
+        pltpu.VMEM((groups, rows, cache_tpu.LANES), jnp.float32),
+        pltpu.VMEM((groups, rows, v_dim), jnp.float32),
+        pltpu.SMEM((1,), jnp.int32),
+        pltpu.SemaphoreType.DMA((2, 2)),
+      ],
+    ),
+    out_shape=[
+      jax.ShapeDtypeStruct((batch, groups, rows, v_dim), jnp.float32),
+      jax.ShapeDtypeStruct((batch, groups, rows, cache_tpu.LANES), jnp.float32),
+    ],
+    compiler_params=pltpu.CompilerParams(
+      dimension_semantics=("arbitrary",)
+    ),
+    interpret=interpret,
+    name="decode_attention_flash",
+  )(*places, table, ints, floats, q, columns, *caches)  # fmt: skip
+
+
+def _flash_kernel(
+  layer, first, last, turn, seam, all_low, all_high, table,
+  ints, floats, q, columns, cache_k, cache_v, out, lse,
+  tile_k, tile_v, largest, total, weighted, steps, sems,
+  *, options, tiling, block_size, width, alibi,
+):  # fmt: skip
+  b = pl.program_id(0)
+  *lead, blocks, _, _, _ = cache_k.shape
+  slots_axis = tiling.order.index("s") - 1
+
+  def locate(b, i):
+    """Returns block, whether it is there, slot in it, and slots seen before."""
+    page = lax.div(i, jnp.int32(tiling.per_block))
+    block = table[b * width + page]
+    wanted = (i - page * tiling.per_block) * tiling.slots
+    start = jnp.minimum(wanted, block_size - tiling.slots)
+    there = (block >= 0) & (block < blocks)
+    return jnp.clip(block, 0, blocks - 1), there, page, start, wanted - start
+
+  def copies(b, i, buffer):
+    block, _, _, start, _ = locate(b, i)
+    if tiling.order != "bsnh":  # slots are an axis of tiles
+      unit = (cache_tpu.sublanes(cache_k.dtype), cache_tpu.LANES)
+      start = pl.multiple_of(start, unit[tiling.order == "bnhs"])
+    at = (
+      *cache_tpu.lead_index(layer[b], lead),
+      block,
+      *[slice(None)] * slots_axis,
+      pl.ds(start, tiling.slots),
+    )
+    return [
+      pltpu.make_async_copy(
+        cache.at[at], tile.at[buffer], sems.at[kind, buffer]
+      )
+      for kind, (cache, tile) in enumerate(
+        ((cache_k, tile_k), (cache_v, tile_v))
+      )
+    ]
+
+  @pl.when(b == 0)
+  def _():
+    steps[0] = 0
+    for copy in copies(0, first[0], 0):
+      copy.start()
+
+  largest[...] = jnp.full_like(largest, -jnp.inf)
+  total[...] = jnp.zeros_like(total)
+  weighted[...] = jnp.zeros_like(weighted)
+
+  @pl.loop(first[b], last[b] + 1)
+  def _(i):
+    buffer = lax.rem(steps[0], jnp.int32(2))
+    steps[0] = steps[0] + 1
+    ends = i == last[b]
+
+    @pl.when(jnp.logical_not(ends) | (b + 1 < pl.num_programs(0)))
+    def _():
+      following = jnp.minimum(b + 1, pl.num_programs(0) - 1)
+      next_b = jnp.where(ends, following, b)
+      next_i = jnp.where(ends, first[following], i + 1)
+      for copy in copies(next_b, next_i, 1 - buffer):
+        copy.start()
+
+    for copy in copies(b, i, buffer):
+      copy.wait()
+    _, there, page, start, repeated = locate(b, i)
+    slot0 = page * block_size + start
+
+    def position(offset):
+      slot = slot0 + offset
+      out = slot + turn[b]
+      if options.ring:
+        out -= jnp.where(slot > seam[b], options.ring, 0)
+      return out
+
+    # Nothing that no query sees may reach a product: it may be NaN.
+    @pl.when(
+      (i == first[b]) | ends | jnp.logical_not(there) | bool(options.ring)
+    )
+    def _():
+      shape = tile_v.shape[1:]
+      at = position(lax.broadcasted_iota(jnp.int32, shape, slots_axis))
+      keep = (at >= all_low[b]) & (at < all_high[b]) & there
+      values = tile_v[buffer].astype(jnp.float32)
+      tile_v[buffer] = jnp.where(keep, values, 0.0).astype(tile_v.dtype)
+
+    column = columns[0:1, :]
+    keys_at = position(column)
+    fresh = (column >= repeated) & there
+    for group in range(tiling.groups):
+      if tiling.order == "bsnh":
+        keys = tile_k[buffer].reshape(tiling.keys, tile_k.shape[-1])
+        values = tile_v[buffer].reshape(tiling.keys, tile_v.shape[-1])
+      else:
+        keys, values = tile_k[buffer, group], tile_v[buffer, group]
+      _step(
+        ints[group], floats[group], q[group], keys, values, keys_at, fresh,
+        columns[1:2, :] if tiling.order == "bsnh" else None,
+        largest.at[group], total.at[group], weighted.at[group],
+        options=options, tiling=tiling, alibi=alibi,
+      )  # fmt: skip
+
+  some = total[:, :, 0:1] > 0
+  safe = jnp.where(some, total[:, :, 0:1], 1.0)
+  out[...] = weighted[...] / safe
+  lse[...] = jnp.where(
+    some, largest[:, :, 0:1] + jnp.log(safe), -jnp.inf
+  ) + jnp.zeros_like(lse)
+
+
+def _step(
+  ints, floats, q, keys, values, keys_at, fresh, key_head, largest, total,
+  weighted, *, options, tiling, alibi,
+):  # fmt: skip
+  """Adds one tile of keys to the running softmax."""
+  low, high, own, head = (ints[:, i : i + 1] for i in range(4))
+  visible = (keys_at >= low) & (keys_at < high) & fresh
+  if key_head is not None:
+    visible &= key_head == head
+  by_columns = tiling.order == "bnhs"
+  logits = _sum_of(_dot(q, keys, 0 if by_columns else 1), tiling.parts)
+  logits *= floats[:, 0:1]
+  if options.softcap:
+    logits = options.softcap * jnp.tanh(logits / options.softcap)
+  if alibi:
+    distance = jnp.abs(own - keys_at).astype(jnp.float32)
+    logits -= floats[:, 1:2] * distance
+  logits = jnp.where(visible, logits, -jnp.inf)
+
+  before = largest[:, 0:1]
+  now = jnp.maximum(before, jnp.max(logits, axis=1, keepdims=True))
+  base = jnp.where(now == -jnp.inf, 0.0, now)
+  shrink = jnp.exp(before - base)
+  weights = jnp.exp(logits - base)
+  largest[...] = jnp.broadcast_to(now, largest.shape)
+  total[...] = total[...] * shrink + jnp.sum(weights, axis=1, keepdims=True)
+  axis = 1 if by_columns else 0
+  if values.dtype == jnp.float32:
+    added = _dot(weights, values, axis)
+  else:
+    # In several terms, so that bfloat16 products lose nothing that counts.
+    terms = []
+    for _ in range(3 if options.out_dtype == "float32" else 2):
+      terms.append(weights.astype(jnp.bfloat16))
+      weights -= terms[-1].astype(jnp.float32)
+    added = _sum_of(_dot(jnp.concatenate(terms), values, axis), len(terms))
+  weighted[...] = weighted[...] * shrink + added
+
+
+def _sum_of(terms, count):
+  """Adds up `count` matrices that lie one below the other."""
+  rows = terms.shape[0] // count
+  out = terms[:rows]
+  for i in range(1, count):
+    out += terms[i * rows : (i + 1) * rows]
+  return out
+
+
+def _dot(a, b, axis):
+  """Contracts the last axis of a with one of b, in products that are exact."""
+  exact = b.dtype == jnp.float32
+  return lax.dot_general(
+    a,
+    b if exact else b.astype(jnp.bfloat16),
+    (((1,), (axis,)), ((), ())),
+    precision=lax.Precision.HIGHEST if exact else None,
+    preferred_element_type=jnp.float32,
+  )
