@@ -241,7 +241,7 @@ class DecodeAttentionTest(PlatformTest):
       kwargs["layer"] = 1
     run(implementation, args, index, **kwargs)
 
-  @parameterized.parameters(("cpu", 40), ("xla", 15))
+  @parameterized.parameters(("cpu", 24), ("xla", 8))
   def test_every_feature_on_random_shapes(self, implementation, examples):
     @hypothesis.given(problems())
     @hypothesis.settings(

@@ -78,7 +78,7 @@ class UpdateTest(PlatformTest):
   @parameterized.parameters(*IMPLEMENTATIONS)
   def test_every_feature_on_random_shapes(self, implementation):
     @hypothesis.given(problems())
-    @hypothesis.settings(max_examples=40, deadline=None, derandomize=True)
+    @hypothesis.settings(max_examples=24, deadline=None, derandomize=True)
     def check(problem):
       args, kwargs = problem
       got = jitted(implementation, **kwargs)(*args)
