@@ -164,6 +164,8 @@ class _Converter:
     for name in _OURS_ALONE.get(target.__name__, ()):
       parameter = inspect.signature(target).parameters[name]
       setattr(result, name, parameter.default)
+    if isinstance(result, nnx.GroupNorm):
+      result.num_features = result.num_groups * result.group_size
     if isinstance(result, nnx.MultiHeadAttention):
       for name in _CACHE_SCALES:
         setattr(result, name, None)

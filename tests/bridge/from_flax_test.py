@@ -1,0 +1,264 @@
+"""from_flax_nnx: every layer of flax.nnx, with the same weights and results."""
+
+from absl.testing import absltest, parameterized
+from flax import nnx as fnnx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+import bridge
+import nnx
+
+X = jax.random.normal(jax.random.key(0), (2, 5, 4))
+
+# Name, how to make it with either library, arguments of a call, and whether the
+# two agree bit for bit.
+LAYERS = {
+  "Linear": (lambda n, r: n.Linear(4, 3, rngs=r), (X,)),
+  "LinearNoBias": (lambda n, r: n.Linear(4, 3, use_bias=False, rngs=r), (X,)),
+  "LinearGeneral": (
+    lambda n, r: n.LinearGeneral(
+      4, (2, 3), batch_axis={0: 2}, rngs=r, dtype=jnp.bfloat16
+    ),
+    (X,),
+  ),
+  "Einsum": (
+    lambda n, r: n.Einsum("nta,ab->ntb", (4, 3), (3,), rngs=r),
+    (X,),
+  ),
+  "Conv": (lambda n, r: n.Conv(4, 3, kernel_size=(3,), rngs=r), (X,)),
+  "ConvTranspose": (
+    lambda n, r: n.ConvTranspose(4, 3, kernel_size=(3,), rngs=r),
+    (X,),
+  ),
+  "Embed": (lambda n, r: n.Embed(7, 3, rngs=r), (jnp.arange(4),)),
+  "BatchNorm": (lambda n, r: n.BatchNorm(4, rngs=r), (X,)),
+  "LayerNorm": (lambda n, r: n.LayerNorm(4, rngs=r), (X,)),
+  "RMSNorm": (lambda n, r: n.RMSNorm(4, rngs=r), (X,)),
+  "GroupNorm": (lambda n, r: n.GroupNorm(4, num_groups=2, rngs=r), (X,)),
+  "InstanceNorm": (lambda n, r: n.InstanceNorm(4, rngs=r), (X,)),
+  "WeightNorm": (
+    lambda n, r: n.WeightNorm(n.Linear(4, 3, rngs=r), rngs=r),
+    (X,),
+  ),
+  "SpectralNorm": (
+    lambda n, r: n.SpectralNorm(n.Linear(4, 3, rngs=r), rngs=r),
+    (X,),
+  ),
+  "Dropout": (lambda n, r: n.Dropout(0.5, rngs=r), (X,)),
+  "MultiHeadAttention": (
+    lambda n, r: n.MultiHeadAttention(
+      2, 4, 16, normalize_qk=True, decode=False, rngs=r
+    ),
+    (X,),
+  ),
+  "LoRA": (lambda n, r: n.LoRA(4, 2, 3, rngs=r), (X,)),
+  "LoRALinear": (lambda n, r: n.LoRALinear(4, 3, lora_rank=2, rngs=r), (X,)),
+  "PReLU": (lambda n, r: n.PReLU(), (X,)),
+  "RNN": (lambda n, r: n.RNN(n.LSTMCell(4, 3, rngs=r)), (X,)),
+  "RNNSimple": (lambda n, r: n.RNN(n.SimpleCell(4, 3, rngs=r)), (X,)),
+  "RNNGRU": (lambda n, r: n.RNN(n.GRUCell(4, 3, rngs=r), rngs=r), (X,)),
+  "Bidirectional": (
+    lambda n, r: n.Bidirectional(
+      n.RNN(n.OptimizedLSTMCell(4, 3, rngs=r)),
+      n.RNN(n.GRUCell(4, 3, rngs=r)),
+    ),
+    (X,),
+  ),
+  "Sequential": (
+    lambda n, r: n.Sequential(
+      n.Linear(4, 4, rngs=r),
+      n.relu,
+      n.Dict(a=n.Linear(4, 4, rngs=r)).a,
+      n.List([n.LayerNorm(4, rngs=r)])[0],
+    ),
+    (X,),
+  ),
+}
+
+
+def pure(library, node):
+  state = library.state(node)
+  return {
+    "/".join(map(str, path)): (
+      (type(v).__name__, v.get_value())
+      if isinstance(v, library.Variable)
+      else ("array", v)
+    )
+    for path, v in library.to_flat_state(state)
+  }
+
+
+def check_same_state(test, ours, theirs):
+  mine, expected = pure(nnx, ours), pure(fnnx, theirs)
+  test.assertEqual(sorted(mine), sorted(expected))
+  for path, (kind, value) in mine.items():
+    test.assertEqual(kind, expected[path][0])
+    if jnp.issubdtype(value.dtype, jax.dtypes.prng_key):
+      value, other = map(jax.random.key_data, (value, expected[path][1]))
+    else:
+      other = expected[path][1]
+    np.testing.assert_array_equal(value, other)
+
+
+class LayersTest(parameterized.TestCase):
+  @parameterized.parameters(*LAYERS)
+  def test_layer(self, name):
+    make, args = LAYERS[name]
+    theirs = make(fnnx, fnnx.Rngs(0, dropout=1))
+    ours = bridge.from_flax_nnx(theirs)
+    native = make(nnx, nnx.Rngs(0, dropout=1))
+    self.assertEqual(nnx.graphdef(ours), nnx.graphdef(native))
+    check_same_state(self, ours, theirs)
+    np.testing.assert_allclose(
+      np.asarray(ours(*args), np.float32),
+      np.asarray(theirs(*args), np.float32),
+      rtol=2e-5,
+      atol=2e-6,
+    )
+    after, expected = pure(nnx, ours), pure(fnnx, theirs)
+    for path, (_, value) in after.items():
+      if jnp.issubdtype(value.dtype, jnp.floating):
+        np.testing.assert_allclose(value, expected[path][1], rtol=1e-5)
+
+  def test_every_layer_of_flax_is_in_the_table(self):
+    names = {
+      name
+      for name in dir(fnnx)
+      if isinstance(getattr(fnnx, name), type)
+      and issubclass(getattr(fnnx, name), fnnx.Module)
+    }
+    names -= {"Module", "List", "Dict", "RNNCellBase"}
+    names -= {c for c in names if c.endswith("Cell")}  # inside of an RNN
+    self.assertEmpty(names - set(LAYERS))
+
+  def test_caches(self):
+    def make(n, r):
+      return n.MultiHeadAttention(2, 4, decode=True, rngs=r)
+
+    theirs = make(fnnx, fnnx.Rngs(0))
+    theirs.init_cache((2, 5, 4))
+    theirs(X[:, :1])
+    ours = bridge.from_flax_nnx(theirs)
+    check_same_state(self, ours, theirs)
+    for i in range(1, 4):
+      np.testing.assert_allclose(
+        ours(X[:, i : i + 1]), theirs(X[:, i : i + 1]), rtol=1e-5, atol=1e-6
+      )
+
+
+class TheirBlock(fnnx.Module):
+  def __init__(self, rngs):
+    self.embed = fnnx.Embed(7, 4, rngs=rngs)
+    self.head = self.embed
+    self.layers = fnnx.List([fnnx.Linear(4, 4, rngs=rngs) for _ in range(2)])
+    self.table = fnnx.data({"norm": fnnx.LayerNorm(4, rngs=rngs)})
+    self.rngs = rngs
+    self.width = 4
+
+
+class OurBlock(nnx.Module):
+  def __call__(self, tokens):
+    x = self.embed(tokens)
+    for layer in self.layers:
+      x = self.table["norm"](nnx.relu(layer(x)))
+    return self.head.attend(x)
+
+
+class TheirStat(fnnx.Variable):
+  pass
+
+
+class OurStat(nnx.Variable):
+  pass
+
+
+class ModelsTest(absltest.TestCase):
+  def test_own_classes(self):
+    theirs = TheirBlock(fnnx.Rngs(0))
+    ours = bridge.from_flax_nnx(theirs, {TheirBlock: OurBlock})
+    self.assertIs(ours.head, ours.embed)
+    self.assertIs(type(ours.layers), nnx.List)
+    self.assertEqual(ours.width, 4)
+    check_same_state(self, ours, theirs)
+    self.assertEqual(ours(jnp.arange(3)).shape, (3, 7))
+    np.testing.assert_array_equal(
+      jax.random.key_data(ours.rngs()), jax.random.key_data(theirs.rngs())
+    )
+
+  def test_a_function_for_a_class(self):
+    def convert(theirs, inner):
+      return nnx.Sequential(*inner(theirs.layers))
+
+    ours = bridge.from_flax_nnx(
+      {"model": TheirBlock(fnnx.Rngs(0))}, {TheirBlock: convert}
+    )
+    self.assertEqual(ours["model"](X).shape, X.shape)
+
+  def test_kinds_of_variables(self):
+    theirs = fnnx.Dict(a=TheirStat(jnp.ones(2), unit="m"))
+    ours = bridge.from_flax_nnx(theirs, {TheirStat: OurStat})
+    self.assertIs(type(ours.a), OurStat)
+    self.assertEqual(ours.a.unit, "m")
+    self.assertEqual(type(bridge.from_flax_nnx(theirs).a).__name__, "TheirStat")
+
+  def test_arrays_are_copied(self):
+    theirs = fnnx.Linear(2, 3, rngs=fnnx.Rngs(0))
+    ours = bridge.from_flax_nnx(theirs)
+
+    @nnx.jit
+    def write(model):
+      model.kernel[...] += 1
+
+    write(ours)
+    np.testing.assert_allclose(
+      ours.kernel[...], theirs.kernel[...] + 1, rtol=1e-6
+    )
+
+  def test_optimizer(self):
+    theirs = fnnx.Linear(4, 3, rngs=fnnx.Rngs(0))
+    optimizer = fnnx.Optimizer(theirs, optax.adam(0.1), wrt=fnnx.Param)
+    grads = fnnx.grad(lambda m: (m(X) ** 2).sum())(theirs)
+    optimizer.update(theirs, grads)
+    model, ours = bridge.from_flax_nnx((theirs, optimizer))
+    self.assertIs(type(ours), nnx.Optimizer)
+    self.assertIs(ours.wrt, nnx.Param)
+    check_same_state(self, ours, optimizer)
+    for library, m, o in ((nnx, model, ours), (fnnx, theirs, optimizer)):
+      grads = library.grad(lambda m: (m(X) ** 2).sum())(m)
+      o.update(m, grads)
+    check_same_state(self, ours, optimizer)
+    np.testing.assert_allclose(model.kernel[...], theirs.kernel[...], rtol=1e-6)
+
+  def test_metrics(self):
+    theirs = fnnx.MultiMetric(
+      accuracy=fnnx.metrics.Accuracy(), loss=fnnx.metrics.Average("loss")
+    )
+    logits, labels = jnp.eye(3), jnp.array([0, 1, 1])
+    theirs.update(logits=logits, labels=labels, loss=jnp.float32(2))
+    ours = bridge.from_flax_nnx(theirs)
+    ours.update(logits=logits, labels=labels, loss=jnp.float32(3))
+    theirs.update(logits=logits, labels=labels, loss=jnp.float32(3))
+    self.assertEqual(ours.compute(), theirs.compute())
+
+
+class ErrorsTest(absltest.TestCase):
+  def test_all_that_is_unknown_is_listed(self):
+    class Custom(fnnx.Linear):
+      pass
+
+    model = {
+      "a": TheirBlock(fnnx.Rngs(0)),
+      "b": [Custom(2, 3, rngs=fnnx.Rngs(0))],
+    }
+    with self.assertRaisesRegex(
+      ValueError,
+      r"in `known`, but `a` is a `.*TheirBlock`; `b/0` is a `.*Custom`. Pass"
+      r" `known=\{TheirBlock: ...\}`",
+    ):
+      bridge.from_flax_nnx(model)
+
+
+if __name__ == "__main__":
+  absltest.main()
