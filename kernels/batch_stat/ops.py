@@ -26,7 +26,7 @@ TARGET_GRAD_SUMS = "fused_nnx_batch_stat_grad_sums"
 TARGET_GRAD_INPUT = "fused_nnx_batch_stat_grad_input"
 
 # What the extensions call their handlers.
-_HANDLERS = {
+HANDLERS = {
   TARGET_UPDATE: "update",
   TARGET_MOMENTS: "moments",
   TARGET_NORMALIZE: "normalize",
@@ -34,11 +34,12 @@ _HANDLERS = {
   TARGET_GRAD_INPUT: "grad_input",
 }
 
-CPU_LIBRARY = dispatch.Library("kernels.batch_stat._batch_stat_cpu", _HANDLERS)
+CPU_LIBRARY = dispatch.Library("kernels.batch_stat._batch_stat_cpu", HANDLERS)
 
+PALLAS = "kernels.batch_stat.pallas_tpu"
 
 CUDA_LIBRARY = dispatch.Library(
-  "kernels.batch_stat._batch_stat_cuda", _HANDLERS, platform="CUDA"
+  "kernels.batch_stat._batch_stat_cuda", HANDLERS, platform="CUDA"
 )
 
 _KERNEL_DTYPES = ("float64", "float32", "bfloat16", "float16")
@@ -439,6 +440,19 @@ def _partitioning(x_index, mask_index, kinds, results, combine=None):
   )
 
 
+def _pallas(function: str, x_index: int) -> dispatch.Implementation:
+  """Returns the TPU's implementation of an op that computes moments."""
+  return dispatch.Implementation(
+    name="pallas",
+    platforms=("tpu",),
+    fn=dispatch.lazily(PALLAS, function),
+    unsupported=functools.partial(
+      dispatch.lazily(PALLAS, "unsupported"), x_index
+    ),
+    slower=functools.partial(dispatch.lazily(PALLAS, "slower"), x_index),
+  )
+
+
 def _implementations(fn, unsupported, *, workspace=False, slower=None):
   """Returns the CPU's and CUDA's implementations, which share a function.
 
@@ -482,6 +496,7 @@ UPDATE = dispatch.Op(
       workspace=True,
       slower=functools.partial(_slower, 3),
     ),
+    _pallas("update", 3),
   ),
   batching=_batch_rule,
   partitioning=_partitioning(3, 4, "sssx", "ssss", _combine_update),
@@ -498,6 +513,7 @@ MOMENTS = dispatch.Op(
       workspace=True,
       slower=functools.partial(_slower, 0),
     ),
+    _pallas("moments", 0),
   ),
   batching=_batch_rule,
   partitioning=_partitioning(0, 1, "x", "sss", _combine_moments),

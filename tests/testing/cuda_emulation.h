@@ -79,6 +79,8 @@ inline float4 make_float4(float x, float y, float z, float w) {
 
 enum cudaError_t {
   cudaSuccess = 0,
+  cudaErrorInvalidConfiguration = 9,
+  cudaErrorInvalidConfiguration = 9,
   cudaErrorNoKernelImageForDevice = 209,
   cudaErrorUnsupportedPtxVersion = 222,
   cudaErrorLaunchFailure = 719
@@ -269,11 +271,12 @@ inline void RunBlock(bool backward) {
   }
 }
 
+inline std::mutex mutex;  // of everything above
+inline int launches = 0;
+
 template <typename... Params>
 cudaError_t Launch(void (*kernel)(Params...), dim3 grid, dim3 block,
                    int shared_bytes, cudaStream_t, Params... args) {
-  static std::mutex mutex;  // of everything above
-  static int launches = 0;
   std::lock_guard<std::mutex> lock(mutex);
   const std::function<void()> call = [&] { kernel(args...); };
   // On the heap and of this size exactly, for sanitizers to guard.

@@ -47,6 +47,19 @@ def need_device(kind: str) -> None:
   raise unittest.SkipTest(message)
 
 
+def only_on(kind: str) -> None:
+  """Skips a test of an implementation that other platforms do not have.
+
+  Args:
+    kind: "cpu", "gpu" or "tpu".
+
+  Raises:
+    unittest.SkipTest: If this run is about another platform.
+  """
+  if kind != PLATFORM:
+    raise unittest.SkipTest(f"for the {kind} alone")
+
+
 def bits(tree: Any) -> list[bytes]:
   """Returns the exact contents of a tree's arrays."""
   return [np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(tree)]

@@ -359,8 +359,8 @@ class UpdateCpuTest(UpdateContract):
   target = ops.TARGET_UPDATE
 
   def setUp(self):
+    op_contract.only_on("cpu")
     super().setUp()
-    op_contract.need_device("cpu")
 
   def test_every_instruction_set(self):
     module = ops.CPU_LIBRARY.load()
@@ -434,6 +434,15 @@ class UpdateCpuTest(UpdateContract):
     ):
       with self.assertRaisesRegex(Exception, message):
         run(*args, **changes)
+
+
+class UpdateCudaTest(UpdateContract):
+  implementation = "cuda"
+  target = ops.TARGET_UPDATE
+
+  def setUp(self):
+    op_contract.only_on("gpu")
+    super().setUp()
 
 
 class UpdateChoiceTest(absltest.TestCase):
