@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-import dataclasses
 import functools
 import io
 import threading
 from types import MappingProxyType
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -37,8 +36,7 @@ class _Place:
     self.path = path
 
 
-@dataclasses.dataclass(frozen=True)
-class CallInfo:
+class CallInfo(NamedTuple):
   """One call of a method of an object: a row of `tabulate`.
 
   Example:
@@ -394,11 +392,15 @@ def _size_text(size: reprs.Size) -> str:
 # The table
 
 
-@dataclasses.dataclass(frozen=True)
 class _Contents:
   """The Variables of a model, each at the first path that leads to it."""
 
-  variables: list[tuple[tuple[Any, ...], Variable[Any]]]
+  def __init__(self, obj: Pytree):
+    state = functional.state(obj)
+    leaves = to_flat_state(state) if isinstance(state, State) else ()
+    self.variables = [
+      (path, leaf) for path, leaf in leaves if isinstance(leaf, Variable)
+    ]
 
   @staticmethod
   def type_of(variable: Variable[Any]) -> type:
@@ -511,16 +513,7 @@ def tabulate(
       f"`obj` must be a Module or another `nnx.Pytree`, but got a"
       f" `{type(obj).__name__}`."
     )
-  state = functional.state(obj)
-  contents = _Contents(
-    [
-      (path, leaf)
-      for path, leaf in to_flat_state(state)
-      if isinstance(leaf, Variable)
-    ]
-    if isinstance(state, State)
-    else []
-  )
+  contents = _Contents(obj)
   recorder = _Recorder(compute_flops, compute_vjp_flops)
   _record(obj, method, input_args, input_kwargs, recorder)
   rows = sorted(recorder.rows, key=lambda row: row.call_order)

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -177,9 +176,7 @@ class Average(Metric):
     return self.total / self.count
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Statistics:
+class Statistics(NamedTuple):
   """What `Welford.compute` returns.
 
   Example:
@@ -209,7 +206,7 @@ class Statistics:
       >>> metrics.Statistics(1, 2, 3).replace(mean=4).mean
       4
     """
-    return dataclasses.replace(self, **changes)
+    return self._replace(**changes)
 
 
 class Welford(Metric):
