@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 from collections.abc import Callable, Mapping, Sequence
 import dataclasses
 import functools
@@ -144,8 +145,8 @@ class ToLinen(linen.Module):
     Also returns, by name, the counters of the random streams for which there
     was no key.
     """
-    collections = dict(self.scope.variables())
-    stored = collections.pop(COLLECTION, {})
+    given = dict(self.scope.variables())
+    stored = given.pop(COLLECTION, {})
     graphdef = stored.get(_GRAPHDEF)
     arrays = stored.get(_ARRAYS, {})
     if graphdef is None:
@@ -156,11 +157,11 @@ class ToLinen(linen.Module):
       source = (
         arrays
         if slot.collection is None
-        else collections.get(slot.collection, {})
+        else given.get(slot.collection, {})
       )
       value = _lookup(source, slot.path)
       if value is _MISSING:
-        raise ValueError(_missing_text(self, slot, collections))
+        raise ValueError(_missing_text(self, slot, given))
       if isinstance(value, meta.AxisMetadata):
         value = variables_lib.to_nnx_var(slot.collection, value)
       elif isinstance(value, np.ndarray):  # of a checkpoint, perhaps read-only
@@ -168,7 +169,9 @@ class ToLinen(linen.Module):
       _put(state, slot.path, value)
     defaulted = self._seed(layout, state)
     module = nnx.merge(graphdef, state)
-    for collection, tree in collections.items():
+    for collection, tree in given.items():
+      if _size(tree) == layout.sizes.get(collection, 0):
+        continue  # all of them found their slots
       for path, value in _leaves(tree):
         if (collection, *map(str, path)) not in layout.known:
           _add(module, path, variables_lib.to_nnx_var(collection, value))
@@ -242,6 +245,7 @@ class Layout:
   slots: tuple[Slot, ...]
   streams: Mapping[str, list[tuple[Any, ...]]]
   known: frozenset[tuple[str, ...]]  # collections and paths, as strings
+  sizes: Mapping[str, int]  # how many slots a collection has
 
 
 @functools.lru_cache(maxsize=1024)
@@ -259,7 +263,8 @@ def _layout(graphdef: nnx.GraphDef) -> Layout:
   known = frozenset(
     (slot.collection, *map(str, slot.path)) for slot in slots if slot.collection
   )
-  return Layout(tuple(slots), streams, known)
+  sizes = collections.Counter(slot.collection for slot in slots)
+  return Layout(tuple(slots), streams, known, sizes)
 
 
 def _structure(module: nnx.Module) -> tuple[nnx.GraphDef, dict[Any, Any]]:
@@ -365,6 +370,14 @@ def _put(tree: dict[Any, Any], path: tuple[Any, ...], value: Any) -> None:
   for key in path[:-1]:
     tree = tree.setdefault(key, {})
   tree[path[-1]] = value
+
+
+def _size(tree: Any) -> int:
+  """The number of leaves of nested mappings."""
+  return sum(
+    _size(value) if isinstance(value, (dict, Mapping)) else 1
+    for value in tree.values()
+  )
 
 
 def _leaves(tree: Any, path: tuple[Any, ...] = ()):

@@ -5,7 +5,7 @@ import importlib
 
 from tools.bench import harness
 
-NAMES = ("batch_stat", "kv_cache", "decode", "graph", "train_step")
+NAMES = ("batch_stat", "kv_cache", "decode", "graph", "train_step", "bridge")
 
 
 def cases(name: str, settings: harness.Settings) -> Sequence[harness.Case]:
