@@ -283,7 +283,8 @@ def _record(
   for path, node in list(functional.iter_graph(obj)):
     if isinstance(node, Pytree):
       setattr(node, _PLACE, _Place(path))
-      node.__class__ = _watched_class(type(node))
+      cls: Any = type(node)
+      node.__class__ = _watched_class(cls)
   if not callable(getattr(type(obj), method, None)):
     raise ValueError(
       f"`method` must be that of the object, but a `{type(obj).__name__}` has"

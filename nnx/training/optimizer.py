@@ -247,7 +247,7 @@ class Optimizer(Pytree, Generic[M]):
     self,
     model: M,
     tx: Any,
-    wrt: Filter = _MISSING,  # type: ignore[assignment]
+    wrt: Filter = _MISSING,
     *,
     graph: bool | None = None,
   ):
@@ -348,14 +348,19 @@ class Optimizer(Pytree, Generic[M]):
       model = self.model
     params = functional.as_pure(functional.state(model, self.wrt))
     grads = _gradients_of(params, grads, self.wrt)
-    variables, treedef = jax.tree.flatten(self.opt_state, is_leaf=_is_variable)
-    old = treedef.unflatten(map(functional.as_pure, variables))
-    updates, new = self.tx.update(
-      grads, old, params, **functional.as_pure(kwargs)
+    updates, opt_state = self.tx.update(
+      grads,
+      functional.as_pure(self.opt_state),
+      params,
+      **functional.as_pure(kwargs),
     )
-    functional.update(model, apply_updates(params, updates))
-    for variable, value in zip(variables, treedef.flatten_up_to(new)):
+    new_params = apply_updates(params, updates)
+
+    def store(variable, value):
       variable.value = value
+
+    jax.tree.map(store, self.opt_state, opt_state, is_leaf=_is_variable)
+    functional.update(model, new_params)
     self.step.value = self.step.value + 1
     return updates
 

@@ -113,7 +113,8 @@ class TrainState(Generic[M]):
     Returns:
       The train state.
     """
-    return cls(
+    make: Any = cls
+    return make(
       graphdef=graphdef,
       params=params,
       opt_state=tx.init(params),
@@ -208,7 +209,7 @@ class TrainState(Generic[M]):
       >>> state.replace(step=3).step
       3
     """
-    return dataclasses.replace(self, **changes)
+    return dataclasses.replace(self, **changes)  # type: ignore[type-var]
 
 
 _register(TrainState)

@@ -335,7 +335,7 @@ def _build_compile_scan(layers: int) -> harness.Comparison:
 
 def cases(settings: harness.Settings) -> Sequence[harness.Case]:
   """Returns the rows."""
-  rows = [
+  rows: list[tuple[str, str, Callable[[int], harness.Comparison], int]] = [
     ("step", f"{blocks}_blocks", _build_step, blocks)
     for blocks in (_QUICK_BLOCKS if settings.quick else _BLOCKS)
   ]
