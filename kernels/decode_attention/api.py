@@ -23,6 +23,23 @@ LIBRARY = dispatch.Library(
   "kernels.decode_attention._decode_attention_cpu",
   {APPEND_TARGET: "append_and_attend", ATTEND_TARGET: "attend"},
 )
+CUDA_LIBRARY = dispatch.Library(
+  "kernels.decode_attention._decode_attention_cuda",
+  {APPEND_TARGET: "append_and_attend", ATTEND_TARGET: "attend"},
+  platform="CUDA",
+)
+
+# Of the CUDA kernels; see decode_attention_cuda.h. Rows of a head are read 16
+# bytes at a time where they are multiples of that, else element by element.
+_MAX_ROW_BYTES = 2048
+_MAX_ODD_DIM = 512
+_HEADER_FLOATS = 8
+_LEAST_PART = 128
+# Blocks that fill a large GPU a few times over, so that what is left over at the
+# end of a launch is small.
+_BLOCKS = 1024
+
+PALLAS = "kernels.decode_attention.pallas_tpu"
 
 # Every operand after the caches and the new rows, in the handlers' order, with
 # the rank and dtype of the empty array that stands for one that is not given.
@@ -151,7 +168,7 @@ def decode_attention(
     rope_cached_keys: Whether keys are stored as they are and rotated when read.
     out_dtype: Of the result; that of `q`, if None.
     return_lse: Whether to return the logarithms of the softmax's sums as well.
-    implementation: "auto", "xla" or "cpu".
+    implementation: "auto", "xla", "cpu" or "cuda".
 
   Returns:
     The updated `cache_k` and `cache_v`, then the result, `[b, t, n * g, h]` or
@@ -665,10 +682,7 @@ def _violations(
 def _abstract(*avals, options):
   x = options.named(avals)
   q, v = x["q"], x["cache_v"]
-  if options.layout == "bsnh":
-    b, t, n, g, _ = q.shape
-  else:
-    b, n, g, t, _ = q.shape
+  b, n, g, t = _sizes(x, options)
   return (
     dispatch.out_aval((*q.shape[:-1], v.shape[-1]), options.out_dtype, *avals),
     dispatch.out_aval((b, n, g, t), jnp.float32, *avals),
@@ -680,7 +694,8 @@ def _append_abstract(*avals, options):
   return (*caches, *_abstract(*avals, options=options))
 
 
-def _ffi(*operands, options):
+def _ffi_call(operands, options, targets, workspace):
+  """Calls a handler; `workspace` are the types of results that it also wants."""
   x = options.named(operands)
   caches = [x["cache_k"], x["cache_v"]]
   new = [x["new_k"], x["new_v"]] if options.appends else []
@@ -690,12 +705,13 @@ def _ffi(*operands, options):
   ]
   abstract = _append_abstract if options.appends else _abstract
   avals = abstract(*map(jax.typeof, operands), options=options)
+  results = [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in avals]
   call = jax.ffi.ffi_call(
-    APPEND_TARGET if options.appends else ATTEND_TARGET,
-    tuple(jax.ShapeDtypeStruct(a.shape, a.dtype) for a in avals),
+    targets[0] if options.appends else targets[1],
+    (*results, *workspace),
     input_output_aliases={0: 0, 1: 1} if options.appends else {},
   )
-  return call(
+  out = call(
     *caches,
     *new,
     *rest,
@@ -710,6 +726,88 @@ def _ffi(*operands, options):
     interleaved=np.bool_(options.interleaved),
     rotate_keys=np.bool_(options.rotate_keys),
   )
+  return out[: len(results)]
+
+
+def _cpu(*operands, options):
+  return _ffi_call(operands, options, (APPEND_TARGET, ATTEND_TARGET), ())
+
+
+def cuda(
+  *operands: jax.Array,
+  options: reference.Options,
+  targets: tuple[str, str] = (APPEND_TARGET, ATTEND_TARGET),
+) -> list[jax.Array]:
+  """Calls the handlers for CUDA, which need room for the results of parts.
+
+  Args:
+    *operands: As of the reference.
+    options: As of the reference.
+    targets: Names that the handlers are registered under: the one that appends
+      and the one that only attends.
+
+  Returns:
+    What the reference returns.
+  """
+  return _ffi_call(
+    operands, options, targets, (_cuda_workspace(operands, options),)
+  )
+
+
+def _cuda_workspace(operands, options):
+  """Returns the type of the CUDA workspace: parts, and what each has."""
+  x = options.named(operands)
+  b, n, g, t = _sizes(x, options)
+  s = x["cache_k"].shape[-3 if options.layout == "bsnh" else -2]
+  rows, v_dim = t * g, x["cache_v"].shape[-1]
+  shared = _shared_parts(b, n, rows, x["table"].shape[1] * s)
+  floats = _HEADER_FLOATS + (n * rows * (v_dim + 2) if shared else 0)
+  return jax.ShapeDtypeStruct((b + shared, (floats + 3) // 4 * 4), jnp.float32)
+
+
+def _shared_parts(b, n, rows, capacity):
+  """Returns into how many parts the keys of all sequences are divided, or 0."""
+  if dispatch.static_size((n, rows)) is None:
+    return 64
+  # A block takes up to 64 rows; more rows, more blocks without any splitting.
+  blocks = n * -(-rows // 64)
+  shared = max(1, -(-_BLOCKS // max(1, blocks)))
+  if dispatch.static_size((b, capacity)) is not None:
+    if capacity <= _LEAST_PART or (rows > 16 and b * blocks >= _BLOCKS):
+      return 0
+    shared = min(shared, -(-b * capacity // _LEAST_PART))
+  return shared
+
+
+def _cuda_unsupported(avals, *, options):
+  x = options.named(avals)
+  dims = (x["cache_k"].shape[-1], x["cache_v"].shape[-1])
+  if dispatch.static_size(dims) is None:
+    return "`head_dim` is not known"
+  if max(dims) <= _MAX_ODD_DIM:
+    return None
+  sizes = [dim * x["cache_k"].dtype.itemsize for dim in dims]
+  if options.rotate_keys:
+    return (
+      f"`rope_cached_keys` is written for `head_dim` up to {_MAX_ODD_DIM}, and"
+      f" here it is {max(dims)}"
+    )
+  if any(size % 16 or size > _MAX_ROW_BYTES for size in sizes):
+    return (
+      f"a head's row must be a multiple of 16 bytes and at most"
+      f" {_MAX_ROW_BYTES}, or have at most {_MAX_ODD_DIM} elements, and here"
+      f" `head_dim` is {max(dims)}"
+    )
+  return None
+
+
+def _sizes(x, options):
+  """Returns b, n, g and t."""
+  if options.layout == "bsnh":
+    b, t, n, g, _ = x["q"].shape
+  else:
+    b, n, g, t, _ = x["q"].shape
+  return b, n, g, t
 
 
 # Operands that a batch does not have an axis of.
@@ -943,7 +1041,21 @@ def _make_op(name, abstract_eval, function):
     reference=function,
     implementations=(
       dispatch.Implementation(
-        name="cpu", platforms=("cpu",), fn=_ffi, library=LIBRARY
+        name="cpu", platforms=("cpu",), fn=_cpu, library=LIBRARY
+      ),
+      dispatch.Implementation(
+        name="cuda",
+        platforms=("cuda",),
+        fn=cuda,
+        library=CUDA_LIBRARY,
+        unsupported=_cuda_unsupported,
+      ),
+      dispatch.Implementation(
+        name="pallas",
+        platforms=("tpu",),
+        partitionable=False,
+        fn=dispatch.lazily(PALLAS, function.__name__),
+        unsupported=dispatch.lazily(PALLAS, "unsupported"),
       ),
     ),
     batching=_batching,

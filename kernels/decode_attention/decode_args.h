@@ -139,6 +139,30 @@ KERNELS_HOST_DEVICE inline Sequence SequenceOf(const DecodeArgs& args,
   return s;
 }
 
+// The newest position that lies in `slot`, of a sequence whose last key is at
+// `last`; negative, or beyond `last`, where the slot holds no key.
+KERNELS_HOST_DEVICE inline int64_t PositionIn(int64_t slot, int64_t last,
+                                              int64_t ring) {
+  if (ring == 0) return slot;
+  const int64_t behind = (last - slot) % ring;
+  return last - (behind < 0 ? behind + ring : behind);
+}
+
+// Index of query row `row` of a key-value head among the rows of q and out.
+KERNELS_HOST_DEVICE inline int64_t QueryRow(const DecodeArgs& args,
+                                            int64_t sequence, int64_t head,
+                                            int64_t row) {
+  const int64_t token = row / args.group;
+  const int64_t in_group = row % args.group;
+  const int64_t heads = args.shape.heads;
+  if (args.shape.heads_first) {
+    return ((sequence * heads + head) * args.group + in_group) * args.tokens +
+           token;
+  }
+  return ((sequence * args.tokens + token) * heads + head) * args.group +
+         in_group;
+}
+
 // Logical slots [begin, end).
 struct Slots {
   int64_t begin;
@@ -147,24 +171,25 @@ struct Slots {
 };
 
 // The slots that the queries of tokens [first, last) need and that are here.
-KERNELS_HOST_DEVICE inline Slots NeededSlots(const DecodeArgs& args,
-                                             const Sequence& sequence,
-                                             int64_t first, int64_t last) {
+KERNELS_HOST_DEVICE inline Slots NeededSlots(
+    const Masking& masking, const kv_cache::CacheShape& shape,
+    const kv_cache::Addressing& addressing, const Sequence& sequence,
+    int64_t first, int64_t last) {
   int64_t begin = INT64_MAX, end = 0;
   for (int64_t token = first; token < last; ++token) {
-    const KeyRange keys = VisibleKeys(args.masking, sequence, token);
+    const KeyRange keys = VisibleKeys(masking, sequence, token);
     if (keys.begin == keys.end) continue;
     if (keys.begin < begin) begin = keys.begin;
     if (keys.end > end) end = keys.end;
   }
   if (begin >= end) return {0, 0};
-  const int64_t ring = args.addressing.ring;
+  const int64_t ring = addressing.ring;
   if (ring > 0) {
     begin = 0;
     end = ring < sequence.num_keys ? ring : sequence.num_keys;
   }
-  const int64_t first_here = args.addressing.slot_begin();
-  const int64_t end_here = args.addressing.slot_end(args.shape);
+  const int64_t first_here = addressing.slot_begin();
+  const int64_t end_here = addressing.slot_end(shape);
   if (begin < first_here) begin = first_here;
   if (end > end_here) end = end_here;
   return begin < end ? Slots{begin, end} : Slots{0, 0};

@@ -80,7 +80,8 @@ void Decode::PlanTasks() {
   std::vector<Slots> slots(b);
   int64_t total = 0;
   for (int64_t i = 0; i < b; ++i) {
-    slots[i] = NeededSlots(args_, sequences_[i], 0, args_.tokens);
+    slots[i] = NeededSlots(args_.masking, shape, args_.addressing,
+                           sequences_[i], 0, args_.tokens);
     total += slots[i].size();
   }
   const int64_t blocks = narrow ? 1 : CeilDiv(rows, kNarrowRows);
@@ -139,7 +140,8 @@ void Decode::PlanTasks() {
         task.slot_end = end;
         if (!narrow && args_.addressing.ring == 0) {
           const Slots needed =
-              NeededSlots(args_, sequences_[i], task.row_begin / args_.group,
+              NeededSlots(args_.masking, shape, args_.addressing, sequences_[i],
+                          task.row_begin / args_.group,
                           CeilDiv(task.row_end, args_.group));
           task.slot_begin = std::max(begin, needed.begin);
           task.slot_end = std::min(end, needed.end);
@@ -152,18 +154,6 @@ void Decode::PlanTasks() {
       }
     }
   }
-}
-
-int64_t Decode::QueryRow(int64_t sequence, int64_t head, int64_t row) const {
-  const int64_t token = row / args_.group;
-  const int64_t in_group = row % args_.group;
-  const int64_t heads = args_.shape.heads;
-  if (args_.shape.heads_first) {
-    return ((sequence * heads + head) * args_.group + in_group) * args_.tokens +
-           token;
-  }
-  return ((sequence * args_.tokens + token) * heads + head) * args_.group +
-         in_group;
 }
 
 void Decode::Rotate(int64_t sequence, int64_t token, float* row) const {
@@ -184,8 +174,8 @@ void Decode::PrepareQueries(int64_t sequence, const uint8_t* from, int64_t dim,
     for (int64_t r = 0; r < rows; ++r) {
       float* row = head + r * pad;
       kv_cache::RowToFloat(args_.query_element,
-                           from + QueryRow(sequence, n, r) * dim * bytes, dim,
-                           row);
+                           from + QueryRow(args_, sequence, n, r) * dim * bytes,
+                           dim, row);
       if (rotate) Rotate(sequence, r / args_.group, row);
       for (int64_t i = 0; i < dim; ++i) row[i] *= factor;
       std::fill(row + dim, row + pad, 0.0f);
@@ -266,7 +256,7 @@ void Decode::Join(int64_t sequence, int64_t head) const {
     const float lse =
         JoinRow(first, parts, states, shape.v_dim, factor, sink, joined.data());
     kv_cache::RowFromFloat(args_.out_element, joined.data(), shape.v_dim, 1.0f,
-                           args_.out + QueryRow(sequence, head, r) *
+                           args_.out + QueryRow(args_, sequence, head, r) *
                                            shape.v_dim *
                                            ElementSize(args_.out_element));
     args_.lse[(sequence * problem_.q_heads + q_head) * args_.tokens + token] =

@@ -45,7 +45,6 @@ class Decode {
   void Rotate(int64_t sequence, int64_t token, float* row) const;
   void PrepareQueries(int64_t sequence, const uint8_t* from, int64_t dim,
                       bool rotate, const float* scale, float* to) const;
-  int64_t QueryRow(int64_t sequence, int64_t head, int64_t row) const;
   float* Allocate(int64_t count);
 
   DecodeArgs args_;

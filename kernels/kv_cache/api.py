@@ -16,6 +16,11 @@ TARGET = "kv_cache_update"
 LIBRARY = dispatch.Library(
   "kernels.kv_cache._kv_cache_cpu", {TARGET: "kv_cache_update"}
 )
+CUDA_LIBRARY = dispatch.Library(
+  "kernels.kv_cache._kv_cache_cuda",
+  {TARGET: "kv_cache_update"},
+  platform="CUDA",
+)
 
 
 def update(
@@ -69,7 +74,7 @@ def update(
       Entries that are not needed may be negative.
     cache_batch_index: `[b]` integers: the row of the cache that each sequence
       has, where that is not its own number. No row may be named twice.
-    implementation: "auto", "xla" or "cpu".
+    implementation: "auto", "xla", "cpu" or "cuda".
 
   Returns:
     The updated caches, with the shapes and dtypes of `cache_k` and `cache_v`.
@@ -152,11 +157,20 @@ def _abstract_eval(cache_k, cache_v, *rest, layout, ring, aligned):
   )
 
 
-def _ffi_update(cache_k, cache_v, *rest, layout, ring, aligned):
+def ffi_update(
+  cache_k: jax.Array,
+  cache_v: jax.Array,
+  *rest: jax.Array,
+  layout: str,
+  ring: int,
+  aligned: bool,
+  target: str = TARGET,
+) -> list[jax.Array]:
+  """Calls the handler that is registered as `target`; see the reference."""
   del aligned
   scales = rest[7:] or (jnp.zeros((0, 0), jnp.float32),) * 2
   call = jax.ffi.ffi_call(
-    TARGET,
+    target,
     tuple(jax.ShapeDtypeStruct(c.shape, c.dtype) for c in (cache_k, cache_v)),
     input_output_aliases={0: 0, 1: 1},
   )
@@ -266,7 +280,17 @@ UPDATE = dispatch.Op(
   reference=reference.update,
   implementations=(
     dispatch.Implementation(
-      name="cpu", platforms=("cpu",), fn=_ffi_update, library=LIBRARY
+      name="cpu", platforms=("cpu",), fn=ffi_update, library=LIBRARY
+    ),
+    dispatch.Implementation(
+      name="cuda", platforms=("cuda",), fn=ffi_update, library=CUDA_LIBRARY
+    ),
+    dispatch.Implementation(
+      name="pallas",
+      platforms=("tpu",),
+      partitionable=False,
+      fn=dispatch.lazily("kernels.kv_cache.pallas_tpu", "update"),
+      unsupported=dispatch.lazily("kernels.kv_cache.pallas_tpu", "unsupported"),
     ),
   ),
   batching=_batching,

@@ -21,8 +21,7 @@ constexpr int kBlocksPerMultiprocessor = 4;
 __global__ void __launch_bounds__(kThreads)
     UpdateKernel(const DeviceUpdate update) {
   UpdateRows(update, update.rows[blockIdx.y],
-             blockIdx.x * kThreads + threadIdx.x, gridDim.x * kThreads,
-             NoTurn());
+             blockIdx.x * kThreads + threadIdx.x, gridDim.x * kThreads);
 }
 
 }  // namespace

@@ -107,26 +107,37 @@ __device__ __forceinline__ void QuantizeRows(const DeviceUpdate& update,
   }
 }
 
-// Leaves new rows as they are; see `UpdateRows`.
-struct NoTurn {
-  __device__ float operator()(const Item&, const uint8_t* row, Element element,
-                              int64_t i) const {
-    return LoadElement(element, row, i);
+// Converts elements one by one; `load(item, new row, element type, i)` gives
+// element i of a row.
+template <typename Load>
+__device__ __forceinline__ void ConvertRows(const DeviceUpdate& update,
+                                            const NewRows& rows,
+                                            uint32_t thread, uint32_t threads,
+                                            const Load& load) {
+  const UpdateArgs& args = update.args;
+  for (uint32_t index = thread; index < rows.items; index += threads) {
+    const Item item = FindItem(update, rows, index);
+    if (item.row == nullptr) continue;
+    const uint8_t* row =
+        rows.from + (int64_t{index} - item.part) * ElementSize(args.new_element);
+    const float x = load(item, row, args.new_element, item.part);
+    const float scale =
+        rows.scale == nullptr
+            ? 1.0f
+            : rows.scale[item.sequence * args.shape.heads + item.head];
+    StoreElement(args.element, item.row, item.part, x, scale);
   }
-};
+}
 
-// Writes the rows of K or V, thread `thread` of `threads`. Where elements are
-// converted one by one, `turn(item, new row, element type, i)` gives element i.
-template <typename Turn>
+// Writes the rows of K or V, thread `thread` of `threads`.
 __device__ __forceinline__ void UpdateRows(const DeviceUpdate& update,
                                            const NewRows& rows, uint32_t thread,
-                                           uint32_t threads, const Turn& turn) {
-  const UpdateArgs& args = update.args;
+                                           uint32_t threads) {
   if (rows.word == 16) return CopyRows<uint4>(update, rows, thread, threads);
   if (rows.word == 4) return CopyRows<uint32_t>(update, rows, thread, threads);
   if (rows.word == 2) return CopyRows<uint16_t>(update, rows, thread, threads);
   if (rows.elements == 16) {
-    switch (args.new_element) {
+    switch (update.args.new_element) {
       case Element::kF32:
         return QuantizeRows<F32>(update, rows, thread, threads);
       case Element::kBf16:
@@ -135,18 +146,10 @@ __device__ __forceinline__ void UpdateRows(const DeviceUpdate& update,
         return QuantizeRows<F16>(update, rows, thread, threads);
     }
   }
-  for (uint32_t index = thread; index < rows.items; index += threads) {
-    const Item item = FindItem(update, rows, index);
-    if (item.row == nullptr) continue;
-    const uint8_t* row =
-        rows.from + (int64_t{index} - item.part) * ElementSize(args.new_element);
-    const float x = turn(item, row, args.new_element, item.part);
-    const float scale =
-        rows.scale == nullptr
-            ? 1.0f
-            : rows.scale[item.sequence * args.shape.heads + item.head];
-    StoreElement(args.element, item.row, item.part, x, scale);
-  }
+  ConvertRows(update, rows, thread, threads,
+              [](const Item&, const uint8_t* row, Element element, int64_t i) {
+                return LoadElement(element, row, i);
+              });
 }
 
 }  // namespace kv_cache

@@ -80,7 +80,6 @@ inline float4 make_float4(float x, float y, float z, float w) {
 enum cudaError_t {
   cudaSuccess = 0,
   cudaErrorInvalidConfiguration = 9,
-  cudaErrorInvalidConfiguration = 9,
   cudaErrorNoKernelImageForDevice = 209,
   cudaErrorUnsupportedPtxVersion = 222,
   cudaErrorLaunchFailure = 719

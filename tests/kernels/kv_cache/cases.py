@@ -1,7 +1,5 @@
 """Arguments of `kv_cache.update` for tests of its implementations."""
 
-from typing import Any
-
 from hypothesis import strategies as st
 import numpy as np
 

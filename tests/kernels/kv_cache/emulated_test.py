@@ -81,9 +81,7 @@ class EmulatedUpdateTest(parameterized.TestCase):
     for count in (16, special.size):
       new = jnp.asarray(special[None, None, None, :count])
       cache = jnp.ones((1, 2, 1, count), dtype)
-      check(
-        (cache, cache, new, new, np.array([1])), k_scale=1.0, v_scale=1.0
-      )
+      check((cache, cache, new, new, np.array([1])), k_scale=1.0, v_scale=1.0)
     nan = jnp.full((1, 1, 1, 16), np.nan)
     cache = jnp.ones((1, 2, 1, 16), dtype)
     got, _ = kv_cache.update(

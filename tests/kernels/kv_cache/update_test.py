@@ -5,7 +5,6 @@ import threading
 
 from absl.testing import parameterized
 import hypothesis
-from hypothesis import strategies as st
 import jax
 from jax import export
 from jax.experimental import checkify
