@@ -7,6 +7,7 @@ workspace that depends on this one.
 load("@rules_cc//cc:defs.bzl", _cc_binary = "cc_binary", _cc_library = "cc_library", _cc_test = "cc_test")
 load("@rules_python//python:defs.bzl", _py_binary = "py_binary", _py_library = "py_library", _py_test = "py_test")
 load("//tools/build_defs:cuda.bzl", "cuda_objects")
+load(":byte_code.bzl", "py_byte_code")
 
 # Headers of others come in through `includes`, which makes them system headers,
 # and so these hold for our own sources only.
@@ -59,20 +60,34 @@ def py_test(name, size, **kwargs):
     """A Python test that is its own main program (absltest)."""
     _py_test(name = name, size = size, **kwargs)
 
-def nnx_py_library(name, srcs = [], pyi = None, data = [], **kwargs):
-    """A Python library, with the type stub of an extension where it has one.
+def nnx_py_library(name, srcs = [], pyi = None, data = [], testonly = None, tags = [], **kwargs):
+    """A Python library with its byte code, and an extension's type stub.
 
     Args:
       name: the stem of the module's file.
       srcs: its sources.
       pyi: an optional stub that travels with it.
       data: what it reads at run time.
+      testonly: whether only tests may use it.
+      tags: of the library and its byte code.
       **kwargs: passed on to py_library.
     """
+    byte_code = []
+    if srcs:
+        byte_code = [":%s.byte_code" % name]
+        py_byte_code(
+            name = name + ".byte_code",
+            srcs = srcs,
+            tags = tags,
+            testonly = testonly,
+            visibility = ["//visibility:private"],
+        )
     _py_library(
         name = name,
         srcs = srcs,
-        data = data + ([pyi] if pyi else []),
+        data = data + byte_code + ([pyi] if pyi else []),
+        tags = tags,
+        testonly = testonly,
         **kwargs
     )
 
@@ -235,7 +250,7 @@ def doctest_test(name, modules, size, deps = [], **kwargs):
         **kwargs
     )
 
-def op_test(name, srcs, size, deps = [], env = {}, tags = [], **kwargs):
+def op_test(name, srcs, size, deps = [], env = {}, tags = [], platforms = None, **kwargs):
     """One test file for each platform: `<name>_cpu`, `<name>_gpu`, `<name>_tpu`.
 
     Each carries its platform as a tag and in TEST_PLATFORM.  Without the device
@@ -253,9 +268,12 @@ def op_test(name, srcs, size, deps = [], env = {}, tags = [], **kwargs):
       deps: what they import; the packages of the accelerator are added.
       env: further environment.
       tags: further tags.
+      platforms: some of cpu, gpu and tpu; all, if None.
       **kwargs: passed on to nnx_py_test.
     """
     for platform, platform_deps in _PLATFORM_DEPS.items():
+        if platforms != None and platform not in platforms:
+            continue
         nnx_py_test(
             name = "%s_%s" % (name, platform),
             srcs = srcs,

@@ -62,6 +62,10 @@ def _nnx_python_impl(rctx):
         "executable": found["executable"],
         "version": found["version"],
     }))
+    rctx.file("python.bzl", "PYTHON = %s\nPYTHON_TAG = %s\n" % (
+        repr(str(found["executable"])),
+        repr("cpython-%d%d" % tuple(found["version"])),
+    ))
     rctx.file("BUILD.bazel", _PYTHON_BUILD.format(python = found["executable"]))
 
 nnx_python = repository_rule(
