@@ -1,0 +1,42 @@
+"""What `import nnx` brings in: little more than jax."""
+
+import subprocess
+import sys
+
+from absl.testing import absltest
+
+# What takes long to import and few programs need, and what nnx replaces.
+HEAVY = (
+  "bridge",
+  "flax",
+  "jax._src.checkify",
+  "jax._src.pallas",
+  "kernels",
+  "optax",
+  "orbax",
+  "rich",
+  "treescope",
+)
+
+PROGRAM = f"""
+import jax
+before = set(sys.modules)
+import nnx
+print(*(m for m in {HEAVY} if m in sys.modules and m not in before))
+"""
+
+
+class ImportTest(absltest.TestCase):
+  def test_nothing_heavy(self):
+    path = f"import sys; sys.path[:] = {sys.path!r}"
+    done = subprocess.run(
+      [sys.executable, "-c", path + PROGRAM],
+      capture_output=True,
+      check=True,
+      text=True,
+    )
+    self.assertEqual(done.stdout.split(), [])
+
+
+if __name__ == "__main__":
+  absltest.main()
