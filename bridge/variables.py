@@ -65,7 +65,7 @@ class NNXMeta(struct.PyTreeNode, meta.AxisMetadata[Any]):
 
   def _with_axes(self, change, index: int, params: dict[Any, Any]) -> "NNXMeta":
     variable = self.to_nnx_variable()
-    if not variable.get_metadata("out_sharding", None):
+    if variable.get_metadata("out_sharding", None) is None:
       # Without an annotation no name is needed; the hooks run all the same.
       params = {meta.PARTITION_NAME: None, **params}
     change(variable, index, params)

@@ -165,11 +165,11 @@ def _change_axis(
     if isinstance(names, NamedSharding):
       spec = change(names.spec, index, axis_name)
       variable.set_metadata(out_sharding=NamedSharding(names.mesh, spec))
-    elif names:
+    elif names is not None:  # that of a scalar is empty
       variable.set_metadata(out_sharding=change(names, index, axis_name))
     for key, value in others.items():
       fields = variable.get_metadata(key, None)
-      if fields and isinstance(fields, tuple):
+      if isinstance(fields, tuple):
         variable.set_metadata(key, change(fields, index, value))
     notify(variable, index, axis_name)
     return variable

@@ -4,6 +4,8 @@ from flax.core import meta
 import flax.linen as nn
 import flax.nnx as fnnx
 from flax.nnx.bridge import variables as oracle
+import hypothesis
+from hypothesis import strategies as st
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -108,6 +110,39 @@ def test_axes_are_added_and_removed():
   assert added.metadata["out_sharding"] == ("layers", "a", None)
   removed = added.remove_axis(0, params)
   assert removed.metadata["out_sharding"] == ("a", None)
+
+
+_NAMES = st.one_of(st.none(), st.sampled_from(["data", "model", "layers"]))
+
+
+@hypothesis.settings(derandomize=True, max_examples=200, deadline=None)
+@hypothesis.given(data=st.data())
+def test_adding_and_removing_an_axis_are_inverse(data):
+  shape = data.draw(st.lists(st.integers(1, 3), min_size=1, max_size=4))
+  names = data.draw(
+    st.lists(_NAMES, min_size=len(shape), max_size=len(shape)).map(tuple)
+  )
+  key = data.draw(
+    st.sampled_from(["sharding", "sharding_names", "out_sharding"])
+  )
+  metadata = {key: names, "unit": "m"}
+  calls = []
+  if data.draw(st.booleans()):
+    metadata["on_add_axis"] = (lambda v, i, name: calls.append((i, name)),)
+    metadata["on_remove_axis"] = (lambda v, i, name: calls.append((i, name)),)
+  box = bridge.NNXMeta(nnx.Param, np.zeros(shape), metadata)
+  params = {nn.PARTITION_NAME: data.draw(_NAMES)}
+  index = data.draw(st.integers(-len(shape) - 1, len(shape)))
+  added = box.add_axis(index, params)
+  assert len(added.metadata[key]) == len(shape) + 1
+  assert added.metadata[key][index] == params[nn.PARTITION_NAME]
+  assert added.remove_axis(index, params) == box
+  index = data.draw(st.integers(-len(shape), len(shape) - 1))
+  params = {nn.PARTITION_NAME: names[index]}
+  removed = box.remove_axis(index, params)
+  assert len(removed.metadata[key]) == len(shape) - 1
+  assert removed.add_axis(index, params) == box
+  assert len(calls) in (0, 4)
 
 
 def test_a_new_collection_makes_a_kind():
