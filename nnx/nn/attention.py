@@ -1,452 +1,48 @@
-"""Attention: the function, masks, and the layer with its cache for decoding.
+"""Attention: the layer, with its cache for decoding.
 
-Arrays are `[..., t, n, h]`: tokens, heads, features of a head. Keys and values
-may have fewer heads than queries (grouped-query attention): of `n` query heads,
-each `n // key heads` in a row share one.
+The functions that it is made of are in `dot_product` (attention and masks),
+`rotary` and `decoding`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-import functools
-import math
 from typing import Any
 
 import jax
-from jax import random
 import jax.numpy as jnp
+import numpy as np
 
 from nnx.module import Module
-from nnx.nn import dtypes, initializers
+from nnx.nn import decoding, dot_product, dtypes, initializers, rotary
+from nnx.nn.dot_product import combine_masks as combine_masks
+from nnx.nn.dot_product import dot_product_attention as dot_product_attention
+from nnx.nn.dot_product import (
+  dot_product_attention_weights as dot_product_attention_weights,
+)
+from nnx.nn.dot_product import make_attention_mask as make_attention_mask
+from nnx.nn.dot_product import make_causal_mask as make_causal_mask
 from nnx.nn.initializers import NO_METADATA, Initializer, default_kernel_init
 from nnx.nn.linear import DotGeneral, LinearGeneral
 from nnx.nn.normalization import LayerNorm
 from nnx.rngs import Rngs, RngStream
-from nnx.variables import Cache, Intermediate
+from nnx.variables import Cache
 
 
-def _check_shapes(names: str, *arrays: jax.Array) -> None:
-  if len({array.ndim for array in arrays}) > 1:
-    raise ValueError(
-      f"{names} must have the same rank, but got"
-      f" {', '.join(str(array.ndim) for array in arrays)}."
-    )
-  if len({array.shape[:-3] for array in arrays}) > 1:
-    raise ValueError(
-      f"{names} must have the same batch axes, but got the shapes"
-      f" {', '.join(str(array.shape) for array in arrays)}."
-    )
+def _real(lengths: jax.Array, x: jax.Array) -> jax.Array:
+  """Which tokens of `[..., t, n, h]` are no padding: `[*lengths axes, t]`."""
+  steps = jnp.arange(x.shape[-3]).reshape((1,) * lengths.ndim + (-1,))
+  return steps < jnp.expand_dims(lengths, -1)
 
 
-def _check_groups(heads: int, name: str, shared: int) -> int:
-  """How many query heads share a head of the keys or values."""
-  if heads % shared:
-    raise ValueError(
-      f"The heads of `query` must be a multiple of those of `{name}`, but got"
-      f" {heads} and {shared}."
-    )
-  return heads // shared
-
-
-def dot_product_attention_weights(
-  query: jax.Array,
-  key: jax.Array,
-  bias: jax.Array | None = None,
-  mask: jax.Array | None = None,
-  broadcast_dropout: bool = True,
-  dropout_rng: jax.Array | None = None,
-  dropout_rate: float = 0.0,
-  deterministic: bool = False,
-  dtype: dtypes.Dtype | None = None,
-  precision: Any = None,
-  module: Module | None = None,
-  promote_dtype: dtypes.PromoteDtypeFn = dtypes.promote_dtype,
-  is_causal: bool = False,
-) -> jax.Array:
-  """Computes how much each query attends to each key.
-
-      softmax(query @ key / sqrt(h) + bias, where mask)
-
-  Example:
-
-    >>> import jax.numpy as jnp
-    >>> from nnx.nn import attention
-    >>> x = jnp.ones((4, 1, 8))
-    >>> attention.dot_product_attention_weights(x, x)[0, 0]
-    Array([0.25, 0.25, 0.25, 0.25], dtype=float32)
-
-  Args:
-    query: `[..., t, n, h]`.
-    key: `[..., s, n // groups, h]`.
-    bias: broadcasts to `[..., n, t, s]`, added to the logits.
-    mask: broadcasts to `[..., n, t, s]`; False where a key is not seen.
-    broadcast_dropout: whether all of a batch and all heads drop the same
-      weights.
-    dropout_rng: `[]`, the key of the dropout.
-    dropout_rate: in [0, 1), the probability with which a weight is dropped.
-    deterministic: whether to drop none.
-    dtype: the dtype to compute in; of query and key, if None.
-    precision: of the product, as in `jnp.einsum`.
-    module: sows the weights, before dropout, as `Intermediate`
-      `attention_weights`.
-    promote_dtype: `((query, key), dtype=dtype)` to those two in the dtype to
-      compute in.
-    is_causal: whether query i sees no key after key i.
-
-  Returns:
-    `[..., n, t, s]`, in the dtype to compute in.
-
-  Raises:
-    ValueError: if ranks, batch axes, features or heads do not fit.
-  """
-  query, key = promote_dtype((query, key), dtype=dtype)
-  dtype = query.dtype
-  _check_shapes("`query` and `key`", query, key)
-  if query.shape[-1] != key.shape[-1]:
-    raise ValueError(
-      "`query` and `key` must have the same last axis, but got the shapes"
-      f" {query.shape} and {key.shape}."
-    )
-  heads, shared = query.shape[-2], key.shape[-2]
-  groups = _check_groups(heads, "key", shared)
-  query = query / jnp.sqrt(query.shape[-1]).astype(dtype)
-  if groups == 1:
-    logits = jnp.einsum(
-      "...tnh,...snh->...nts", query, key, precision=precision
-    )
-  else:
-    split = query.reshape((*query.shape[:-2], shared, groups, query.shape[-1]))
-    logits = jnp.einsum(
-      "...tngh,...snh->...ngts", split, key, precision=precision
-    )
-    logits = logits.reshape((*logits.shape[:-4], heads, *logits.shape[-2:]))
-  if bias is not None:
-    logits = logits + bias
-  seen = None if mask is None else jnp.asarray(mask).astype(bool)
-  if is_causal:
-    causal = jnp.tril(jnp.ones(logits.shape[-2:], bool))
-    seen = causal if seen is None else jnp.logical_and(seen, causal)
-  if seen is not None:
-    seen = jnp.broadcast_to(seen, logits.shape)
-    logits = jnp.where(seen, logits, jnp.finfo(dtype).min)
-  weights = jax.nn.softmax(logits).astype(dtype)
-  if module is not None:
-    module.sow(Intermediate, "attention_weights", weights)
-  if deterministic or dropout_rate == 0.0:
-    return weights
-  shape = weights.shape
-  if broadcast_dropout:
-    shape = (1,) * (len(shape) - 2) + shape[-2:]
-  keep_prob = 1.0 - dropout_rate
-  keep = random.bernoulli(dropout_rng, keep_prob, shape)
-  return weights * (keep.astype(dtype) / jnp.asarray(keep_prob, dtype))
-
-
-def _plain_attention(
-  query, key, value, bias, mask, is_causal, dtype,
-  promote_dtype=dtypes.promote_dtype,
-):  # fmt: skip
-  """Attention of which nothing but the result is wanted."""
-  query, key, value = promote_dtype((query, key, value), dtype=dtype)
-  _check_qkv(query, key, value)
-  if mask is not None:
-    mask = jnp.asarray(mask).astype(bool)
-  batch = query.shape[:-3]
-  if len(batch) > 1:  # jax takes one batch axis
-    flat = (math.prod(batch),)
-
-    def flatten(x):
-      if x is None:
-        return None
-      x = jnp.broadcast_to(x, (*batch, *x.shape[-3:]))
-      return x.reshape((*flat, *x.shape[-3:]))
-
-    query, key, value, bias, mask = map(
-      flatten, (query, key, value, bias, mask)
-    )
-  out = jax.nn.dot_product_attention(
-    query, key, value, bias, mask, is_causal=is_causal
-  )
-  return out.reshape((*batch, *out.shape[-3:])) if len(batch) > 1 else out
-
-
-_compiled_attention = functools.partial(
-  jax.jit, static_argnums=(5, 6), inline=True
-)(_plain_attention)
-
-
-def _check_qkv(query, key, value):
-  _check_shapes("`query`, `key` and `value`", query, key, value)
-  if key.shape[-3] != value.shape[-3]:
-    raise ValueError(
-      "`key` and `value` must have as many tokens, but got the shapes"
-      f" {key.shape} and {value.shape}."
-    )
-
-
-def dot_product_attention(
-  query: jax.Array,
-  key: jax.Array,
-  value: jax.Array,
-  bias: jax.Array | None = None,
-  mask: jax.Array | None = None,
-  broadcast_dropout: bool = True,
-  dropout_rng: jax.Array | None = None,
-  dropout_rate: float = 0.0,
-  deterministic: bool = False,
-  dtype: dtypes.Dtype | None = None,
-  precision: Any = None,
-  module: Module | None = None,
-  promote_dtype: dtypes.PromoteDtypeFn = dtypes.promote_dtype,
-  is_causal: bool = False,
-) -> jax.Array:
-  """Averages values, weighted by how well their keys match each query.
-
-      softmax(query @ key / sqrt(h) + bias, where mask) @ value
-
-  Source: Vaswani et al. 2017, "Attention is all you need".
-
-  Example:
-
-    >>> import jax.numpy as jnp
-    >>> import nnx
-    >>> x = jnp.ones((4, 1, 1))
-    >>> v = jnp.arange(4.0).reshape(4, 1, 1)
-    >>> nnx.dot_product_attention(x, x, v, is_causal=True)[:, 0, 0]
-    Array([0. , 0.5, 1. , 1.5], dtype=float32)
-
-  Args:
-    query: `[..., t, n, h]`.
-    key: `[..., s, n // groups, h]`.
-    value: `[..., s, n // groups, v]`.
-    bias: broadcasts to `[..., n, t, s]`, added to the logits.
-    mask: broadcasts to `[..., n, t, s]`; False where a key is not seen.
-    broadcast_dropout: whether all of a batch and all heads drop the same
-      weights.
-    dropout_rng: `[]`, the key of the dropout.
-    dropout_rate: in [0, 1), the probability with which a weight is dropped.
-    deterministic: whether to drop none.
-    dtype: the dtype to compute in; of the three arrays, if None.
-    precision: of the products, as in `jnp.einsum`.
-    module: sows the weights, before dropout, as `Intermediate`
-      `attention_weights`.
-    promote_dtype: `((query, key, value), dtype=dtype)` to those three in the
-      dtype to compute in.
-    is_causal: whether query i sees no key after key i.
-
-  Returns:
-    `[..., t, n, v]`, in the dtype to compute in.
-
-  Raises:
-    ValueError: if ranks, batch axes, lengths, features or heads do not fit.
-
-  Numerics: without dropout, `precision` and `module`,
-    `jax.nn.dot_product_attention`, with softmax in float32; otherwise all in
-    the dtype to compute in.
-  """
-  if dropout_rate == 0.0 and module is None and precision is None:
-    arguments = (query, key, value, bias, mask, bool(is_causal), dtype)
-    if promote_dtype is dtypes.promote_dtype:
-      return _compiled_attention(*arguments)
-    return _plain_attention(*arguments, promote_dtype)
-  query, key, value = promote_dtype((query, key, value), dtype=dtype)
-  _check_qkv(query, key, value)
-  weights = dot_product_attention_weights(
-    query,
-    key,
-    bias,
-    mask,
-    broadcast_dropout,
-    dropout_rng,
-    dropout_rate,
-    deterministic,
-    query.dtype,
-    precision,
-    module,
-    promote_dtype,
-    is_causal,
-  )
-  heads, shared = weights.shape[-3], value.shape[-2]
-  groups = _check_groups(heads, "value", shared)
-  if groups == 1:
-    return jnp.einsum(
-      "...nts,...snh->...tnh", weights, value, precision=precision
-    )
-  split = weights.reshape(
-    (*weights.shape[:-3], shared, groups, *weights.shape[-2:])
-  )
-  out = jnp.einsum("...ngts,...snh->...tngh", split, value, precision=precision)
-  return out.reshape((*out.shape[:-3], heads, out.shape[-1]))
-
-
-# Masks.
-
-
-def make_attention_mask(
-  query_input: jax.Array,
-  key_input: jax.Array,
-  pairwise_fn: Callable[..., Any] = jnp.multiply,
-  extra_batch_dims: int = 0,
-  dtype: dtypes.Dtype = jnp.float32,
-) -> jax.Array:
-  """Compares each query token with each key token.
-
-  Example:
-
-    >>> import jax.numpy as jnp
-    >>> import nnx
-    >>> tokens = jnp.array([1, 1, 0])
-    >>> nnx.make_attention_mask(tokens, tokens)[0].tolist()
-    [[1.0, 1.0, 0.0], [1.0, 1.0, 0.0], [0.0, 0.0, 0.0]]
-
-  Args:
-    query_input: `[..., t]`.
-    key_input: `[..., s]`.
-    pairwise_fn: the comparison, of arrays that broadcast.
-    extra_batch_dims: how many axes of 1 to put in front.
-    dtype: of the mask.
-
-  Returns:
-    `[1, ..., 1, t, s]`, an axis of 1 for the heads.
-  """
-  mask = pairwise_fn(
-    jnp.expand_dims(query_input, -1), jnp.expand_dims(key_input, -2)
-  )
-  mask = jnp.expand_dims(mask, -3)
-  return mask.reshape((1,) * extra_batch_dims + mask.shape).astype(dtype)
-
-
-def make_causal_mask(
-  x: jax.Array, extra_batch_dims: int = 0, dtype: dtypes.Dtype = jnp.float32
-) -> jax.Array:
-  """Returns the mask by which each token sees itself and those before.
-
-  Example:
-
-    >>> import jax.numpy as jnp
-    >>> import nnx
-    >>> nnx.make_causal_mask(jnp.ones(3))[0].tolist()
-    [[1.0, 0.0, 0.0], [1.0, 1.0, 0.0], [1.0, 1.0, 1.0]]
-
-  Args:
-    x: `[..., t]`, of which only the shape matters.
-    extra_batch_dims: how many axes of 1 to put in front.
-    dtype: of the mask.
-
-  Returns:
-    `[1, ..., 1, t, t]`, an axis of 1 for the heads.
-  """
-  positions = jnp.broadcast_to(jnp.arange(x.shape[-1]), x.shape)
-  return make_attention_mask(
-    positions, positions, jnp.greater_equal, extra_batch_dims, dtype
-  )
-
-
-def combine_masks(
-  *masks: jax.Array | None, dtype: dtypes.Dtype = jnp.float32
-) -> jax.Array | None:
-  """Returns the mask that lets through what all of some masks do.
-
-  Example:
-
-    >>> import jax.numpy as jnp
-    >>> import nnx
-    >>> nnx.combine_masks(jnp.array([1, 1, 0]), None, jnp.array([1, 0, 1]))
-    Array([1., 0., 0.], dtype=float32)
-
-  Args:
-    *masks: arrays of one rank that broadcast; None is passed over.
-    dtype: of the mask.
-
-  Returns:
-    The mask, or None if there are none.
-
-  Raises:
-    ValueError: if the ranks differ.
-  """
-  given = [mask for mask in masks if mask is not None]
-  if not given:
-    return None
-  ranks = [jnp.ndim(mask) for mask in given]
-  if len(set(ranks)) > 1:
-    raise ValueError(
-      f"`masks` must have the same rank, but got the ranks {ranks}."
-    )
-  return functools.reduce(jnp.logical_and, given).astype(dtype)
-
-
-# The layer.
-
-
-def _cached_positions(tokens: int, length: int, index: jax.Array) -> jax.Array:
-  """Which slots new tokens see: `[*index axes, 1, t, s]`."""
-  positions = jnp.expand_dims(index, (-3, -2, -1)) + jnp.expand_dims(
-    jnp.arange(tokens), -1
-  )
-  return jnp.arange(length) <= positions
-
-
-def _in_one_batch_axis(x: jax.Array, batch: tuple[int, ...]) -> jax.Array:
-  return x if len(batch) == 1 else x.reshape((-1, *x.shape[len(batch) :]))
-
-
-@functools.partial(jax.jit, inline=True)
-def _append(cached_key, cached_value, key, value, index):
-  """Writes new keys and values into the caches."""
-  # While tracing: programs that never decode import no kernels.
-  from kernels import kv_cache
-
-  batch = cached_key.shape[:-3]
-  if index.ndim:
-    index = index.reshape(-1)
-  new = kv_cache.update(
-    *(
-      _in_one_batch_axis(x, batch)
-      for x in (
-        cached_key,
-        cached_value,
-        key.astype(cached_key.dtype),
-        value.astype(cached_value.dtype),
-      )
-    ),
-    index,
-  )
-  return tuple(x.reshape(cached_key.shape[:-1] + x.shape[-1:]) for x in new)
-
-
-@functools.partial(jax.jit, inline=True)
-def _append_and_attend(
-  cached_key, cached_value, query, key, value, index, mask
-):
-  """One call for the new caches and the result."""
-  from kernels import decode_attention
-
-  batch = cached_key.shape[:-3]
-  if mask is not None:
-    mask = jnp.asarray(mask).astype(bool)
-    mask = jnp.broadcast_to(mask, (*batch, *mask.shape[-3:]))
-    mask = _in_one_batch_axis(mask, batch)
-  if index.ndim:
-    index = index.reshape(-1)
-  cache_k, cache_v, out = decode_attention.decode_attention(
-    *(
-      _in_one_batch_axis(x, batch)
-      for x in (
-        cached_key,
-        cached_value,
-        query.astype(cached_key.dtype),
-        key.astype(cached_key.dtype),
-        value.astype(cached_value.dtype),
-      )
-    ),
-    index,
-    mask=mask,
-    out_dtype=query.dtype,
-  )
-  return (
-    cache_k.reshape(cached_key.shape),
-    cache_v.reshape(cached_value.shape),
-    out.reshape(query.shape),
+def _both(mask: jax.Array | None, seen: jax.Array, rank: int) -> jax.Array:
+  """A mask and what else decides which keys are seen: `[..., n, t, s]`."""
+  seen = seen.reshape((1,) * (rank - seen.ndim) + seen.shape)
+  if mask is None:
+    return seen
+  mask = jnp.asarray(mask).astype(bool)
+  return jnp.logical_and(
+    mask.reshape((1,) * (rank - mask.ndim) + mask.shape), seen
   )
 
 
@@ -461,7 +57,11 @@ class MultiHeadAttention(Module):
   layer with any number of tokens, usually a prompt and then one by one. Each
   token sees itself and those before. The call that appends and attends is one
   kernel, `kernels.decode_attention`, which updates the cache in place where the
-  caller donates it.
+  caller donates it. A call with more tokens than the cache has room for raises;
+  under `jit`, where their number is not known, nothing is overwritten.
+
+  `window`, `softcap` and rotary embedding do the same with a cache and without,
+  so that what was trained is what decodes.
 
   Example:
 
@@ -521,7 +121,7 @@ class MultiHeadAttention(Module):
     out_bias_init: the same for the last projection; `bias_init`, if None.
     use_bias: whether the projections have biases.
     attention_fn: called in place of `dot_product_attention`, with its
-      arguments.
+      arguments; with `window` and `softcap` only if they are set.
     decode: whether to use the cache. None, if each call says it.
     normalize_qk: whether to apply a `LayerNorm` to each head's queries and keys
       (Dehghani et al. 2023, "Scaling vision transformers to 22 billion
@@ -544,6 +144,15 @@ class MultiHeadAttention(Module):
       empty.
     query_ln_scale_metadata: metadata of the scale of the queries' norm.
     key_ln_scale_metadata: metadata of the scale of the keys' norm.
+    window: how many keys a token sees, its own the last of them; or a pair of
+      how many before and how many after its own, -1 for all. With a cache,
+      none after.
+    softcap: logits become `softcap * tanh(logits / softcap)`.
+    rope_base: base of the wavelengths of rotary embedding, usually 10000.0:
+      queries and keys are rotated by their positions (`nnx.nn.rotary`). None
+      are, if None.
+    rope_scale: positions are divided by it, to reach past the lengths that a
+      model was trained on.
 
   Attributes:
     query: `LinearGeneral` to `[..., n, h]`; `key` and `value` likewise.
@@ -551,11 +160,17 @@ class MultiHeadAttention(Module):
     query_ln: `LayerNorm` or None; `key_ln` likewise.
     cached_key: `Cache`, `[..., max_length, kv heads, h]`, or None before
       `init_cache`; `cached_value` likewise.
-    cache_index: `Cache`, `[]` int32, the number of tokens in the cache; or, as
-      a user may set it, one number for each sequence.
+    cache_index: `Cache`, int32, the number of tokens in the cache, `[]`; or one
+      for each sequence.
+    cached_key_scale: `Cache`, `[..., kv heads]` float32, for a cache of int8 or
+      float8: the factors of what is stored. 0 until the first call, which
+      chooses them by its tokens, unless they are set before. None for other
+      caches. `cached_value_scale` likewise.
 
   Raises:
-    ValueError: if `qkv_features` or `num_heads` cannot be divided.
+    ValueError: if `qkv_features`, `num_heads` or the features of a head cannot
+      be divided, or if `window`, `softcap` or a number of `rope_*` is not
+      possible.
   """
 
   def __init__(
@@ -596,6 +211,10 @@ class MultiHeadAttention(Module):
     out_bias_metadata: Mapping[str, Any] = NO_METADATA,
     query_ln_scale_metadata: Mapping[str, Any] = NO_METADATA,
     key_ln_scale_metadata: Mapping[str, Any] = NO_METADATA,
+    window: dot_product.Window | None = None,
+    softcap: float | None = None,
+    rope_base: float | None = None,
+    rope_scale: float = 1.0,
   ):
     self.num_heads = num_heads
     self.in_features = in_features
@@ -616,6 +235,20 @@ class MultiHeadAttention(Module):
         f" `qkv_features={self.qkv_features}` and `num_heads={num_heads}`."
       )
     self.head_dim = self.qkv_features // num_heads
+    dot_product.check_window(window)
+    dot_product.check_softcap(softcap)
+    if rope_base is not None:
+      if self.head_dim % 2:
+        raise ValueError(
+          "`rope_base` needs heads of an even number of features, but"
+          f" `qkv_features={self.qkv_features}` and `num_heads={num_heads}`"
+          f" make {self.head_dim}."
+        )
+      if not (rope_base > 0 and rope_scale > 0):
+        raise ValueError(
+          "`rope_base` and `rope_scale` must be positive, but got"
+          f" `rope_base={rope_base}` and `rope_scale={rope_scale}`."
+        )
     self.dtype = dtype
     self.param_dtype = param_dtype
     self.broadcast_dropout = broadcast_dropout
@@ -633,6 +266,10 @@ class MultiHeadAttention(Module):
     self.out_dot_general = out_dot_general
     self.qkv_dot_general_cls = qkv_dot_general_cls
     self.out_dot_general_cls = out_dot_general_cls
+    self.window = window
+    self.softcap = softcap
+    self.rope_base = rope_base
+    self.rope_scale = rope_scale
 
     def projection(in_features, heads):
       return LinearGeneral(
@@ -693,6 +330,8 @@ class MultiHeadAttention(Module):
     self.cached_key = None
     self.cached_value = None
     self.cache_index = None
+    self.cached_key_scale = None
+    self.cached_value_scale = None
 
   def __call__(
     self,
@@ -708,6 +347,7 @@ class MultiHeadAttention(Module):
     is_causal: bool = False,
     out_sharding: Any = None,
     qkv_sharding: Any = None,
+    lengths: jax.Array | None = None,
   ) -> jax.Array:
     """Applies the layer.
 
@@ -728,14 +368,20 @@ class MultiHeadAttention(Module):
       out_sharding: the sharding of the last projection's product, under a mesh
         with explicit axes.
       qkv_sharding: the same for the first three.
+      lengths: `[]` or `[...]` integers in [0, t]: how many of a sequence's
+        tokens are real. The rest is padding, which no token sees, whose own
+        result is that of attending to nothing, and which takes no room in the
+        cache. All, if None. For each sequence with a cache, it needs an index
+        of each: `init_cache(..., per_sequence=True)`.
 
     Returns:
       `[..., t, out_features]`.
 
     Raises:
-      ValueError: if shapes do not fit, the cache is missing or, where its index
-        is known (outside of `jit`), full; or if neither the call nor the layer
-        says what is needed.
+      ValueError: if shapes do not fit; if the cache is missing, has no index
+        for each of the `lengths` or, where the index is known (outside of
+        `jit`), no room; or if neither the call nor the layer says what is
+        needed.
     """
     if inputs_k is None:
       if inputs_v is not None:
@@ -766,11 +412,13 @@ class MultiHeadAttention(Module):
           " whole model by `nnx.view(model, decode=...)`."
         )
     deterministic, dropout_rng = self._dropout(deterministic, rngs)
+    if lengths is not None:
+      lengths = self._as_lengths(lengths, query, key)
+    options: dict[str, Any] = {}
+    if self.softcap is not None:
+      options["softcap"] = self.softcap
     if decode:
-      self._check_cache(query, key)
-      is_causal = False
-      index = self.cache_index.value
-      tokens = key.shape[-3]
+      buffers = self._buffers(query, key, lengths)
       if (
         deterministic
         and not sow_weights
@@ -778,26 +426,26 @@ class MultiHeadAttention(Module):
         and self.attention_fn is dot_product_attention
         and query.dtype in (jnp.float32, jnp.bfloat16, jnp.float16)
       ):
-        self.cached_key.value, self.cached_value.value, x = _append_and_attend(
-          self.cached_key.value,
-          self.cached_value.value,
-          query,
-          key,
-          value,
-          index,
-          mask,
+        buffers, x = decoding.append_and_attend(
+          buffers, query, key, value, lengths, mask, options=self._options()
         )
-        self.cache_index.value = index + tokens
+        self._keep(buffers)
         return self.out(x, out_sharding=out_sharding)
-      key, value = _append(
-        self.cached_key.value, self.cached_value.value, key, value, index
+      buffers, query, key, value, seen = decoding.append(
+        buffers, query, key, value, lengths, options=self._options()
       )
-      self.cached_key.value, self.cached_value.value = key, value
-      self.cache_index.value = index + tokens
-      seen = _cached_positions(tokens, key.shape[-3], index)
-      if seen.ndim < query.ndim:
-        seen = jnp.broadcast_to(seen, (*query.shape[:-3], *seen.shape[-3:]))
-      mask = combine_masks(mask, seen)
+      self._keep(buffers)
+      mask = _both(mask, seen, query.ndim)
+      is_causal = False
+    else:
+      if self.rope_base is not None:
+        query, key = rotary.rotate_from_start(
+          query, key, self.rope_base, self.rope_scale
+        )
+      if self.window is not None:
+        options["window"] = self.window
+      if lengths is not None:
+        mask = _both(mask, _real(lengths, key)[..., None, None, :], query.ndim)
     x = self.attention_fn(
       query,
       key,
@@ -811,8 +459,31 @@ class MultiHeadAttention(Module):
       precision=self.precision,
       module=self if sow_weights else None,
       is_causal=is_causal,
+      **options,
     )
+    if lengths is not None:
+      real = _both(None, _real(lengths, query)[..., None, None], x.ndim)
+      x = jnp.where(real, x, 0)
     return self.out(x, out_sharding=out_sharding)
+
+  def _options(self) -> decoding.Options:
+    return decoding.Options(
+      self.window, self.softcap, self.rope_base, self.rope_scale
+    )
+
+  def _as_lengths(
+    self, lengths: jax.Array, query: jax.Array, key: jax.Array
+  ) -> jax.Array:
+    lengths = jnp.asarray(lengths, jnp.int32)
+    batch = query.shape[:-3]
+    if lengths.shape not in ((), batch) or query.shape[-3] != key.shape[-3]:
+      raise ValueError(
+        f"`lengths` must be one integer or have the shape {batch}, and the"
+        " queries and keys must be of the same tokens, but got `lengths` of the"
+        f" shape {lengths.shape} for {query.shape[-3]} queries and"
+        f" {key.shape[-3]} keys of each sequence. Use `mask` for others."
+      )
+    return lengths
 
   def _dropout(
     self, deterministic: bool | None, rngs: Rngs | RngStream | None
@@ -842,7 +513,10 @@ class MultiHeadAttention(Module):
       rngs = rngs.dropout
     return False, rngs()
 
-  def _check_cache(self, query: jax.Array, key: jax.Array) -> None:
+  def _buffers(
+    self, query: jax.Array, key: jax.Array, lengths: jax.Array | None
+  ) -> decoding.Buffers:
+    """The arrays of the cache, into which the new tokens fit."""
     if (
       self.cached_key is None
       or self.cached_value is None
@@ -852,29 +526,59 @@ class MultiHeadAttention(Module):
         "`MultiHeadAttention` must have a cache to decode, but has none. Call"
         " `init_cache((*batch, max_length, in_features))` first."
       )
-    *batch, length, heads, features = self.cached_key.value.shape
+    scales = ()
+    if self.cached_key_scale is not None:
+      scales = self.cached_key_scale.value, self.cached_value_scale.value
+    buffers = decoding.Buffers(
+      self.cache_index.value,
+      self.cached_key.value,
+      self.cached_value.value,
+      *scales,
+    )
+    *batch, length, heads, features = buffers.key.shape
     tokens = key.shape[-3]
     expected = (*batch, tokens, heads, features)
     if key.shape != expected or query.shape[:-2] != expected[:-2]:
       raise ValueError(
         "The inputs must fit the cache, whose shape"
-        f" {self.cached_key.value.shape} expects keys of the shape {expected},"
+        f" {buffers.key.shape} expects keys of the shape {expected},"
         f" but got keys of the shape {key.shape} and queries of the shape"
         f" {query.shape}. Call `init_cache` with this batch."
       )
-    index = self.cache_index.value
-    if isinstance(index, jax.core.Tracer):
-      return
-    last = int(jnp.max(index)) if index.ndim else int(index)
-    if last + tokens > length:
+    index = buffers.index
+    if lengths is not None and lengths.ndim > index.ndim:
+      raise ValueError(
+        "`lengths` of each sequence need a `cache_index` of each, but its shape"
+        f" is {index.shape} and that of `lengths` is {lengths.shape}. Call"
+        " `init_cache(..., per_sequence=True)`."
+      )
+    new = tokens if lengths is None else lengths
+    if isinstance(index, jax.core.Tracer) or isinstance(new, jax.core.Tracer):
+      return buffers
+    room = np.max(np.asarray(index) + np.asarray(new), initial=0)
+    if room > length:
       raise ValueError(
         f"The cache must have room for all tokens, but its `max_length` is"
-        f" {length}, `cache_index` is {last}, and {tokens} more came. Call"
-        " `init_cache` with more room, or again to start anew."
+        f" {length}, `cache_index` is {np.max(index)}, and {np.max(new)} more"
+        " came. Call `init_cache` with more room, or again to start anew."
       )
+    return buffers
+
+  def _keep(self, buffers: decoding.Buffers) -> None:
+    """Writes what a step made of the cache."""
+    self.cache_index.value = buffers.index
+    self.cached_key.value = buffers.key
+    self.cached_value.value = buffers.value
+    if buffers.key_scale is not None:
+      self.cached_key_scale.value = buffers.key_scale
+      self.cached_value_scale.value = buffers.value_scale
 
   def init_cache(
-    self, input_shape: Sequence[int], dtype: dtypes.Dtype = jnp.float32
+    self,
+    input_shape: Sequence[int],
+    dtype: dtypes.Dtype = jnp.float32,
+    *,
+    per_sequence: bool = False,
   ) -> None:
     """Makes an empty cache, which decoding needs.
 
@@ -889,15 +593,35 @@ class MultiHeadAttention(Module):
       >>> layer.cached_key.shape, int(layer.cache_index.value)
       ((5, 16, 2, 2), 4)
 
+      Prompts of different lengths, in a cache of a quarter of the size:
+
+      >>> layer.init_cache((2, 16, 4), jnp.int8, per_sequence=True)
+      >>> y = layer(jnp.ones((2, 3, 4)), lengths=jnp.array([3, 1]))
+      >>> layer.cached_key.dtype, layer.cache_index.value.tolist()
+      (dtype('int8'), [3, 1])
+
     Args:
       input_shape: `(*batch, max_length, features)` of the inputs of a whole
         sequence; the last is not used.
-      dtype: of the cache, float32, bfloat16 or float16.
+      dtype: of the cache: float32, bfloat16 or float16; or int8,
+        float8_e4m3fn or float8_e5m2, with a scale for each sequence and head
+        that the first tokens decide.
+      per_sequence: whether each sequence has its own position, `cache_index`
+        `[*batch]`: for prompts of different `lengths`, or to start one anew by
+        setting its index (and its scales) to 0.
     """
-    shape = (*input_shape[:-1], self.num_kv_heads, self.head_dim)
+    *batch, length, _ = input_shape
+    heads = self.num_kv_heads
+    shape = (*batch, length, heads, self.head_dim)
+    index_shape = tuple(batch) if per_sequence else ()
     self.cached_key = Cache(jnp.zeros(shape, dtype))
     self.cached_value = Cache(jnp.zeros(shape, dtype))
-    self.cache_index = Cache(jnp.array(0, jnp.int32))
+    self.cache_index = Cache(jnp.zeros(index_shape, jnp.int32))
+    self.cached_key_scale = None
+    self.cached_value_scale = None
+    if decoding.is_quantized(dtype):
+      self.cached_key_scale = Cache(jnp.zeros((*batch, heads), jnp.float32))
+      self.cached_value_scale = Cache(jnp.zeros((*batch, heads), jnp.float32))
 
   def set_view(
     self,

@@ -38,6 +38,21 @@ def linear(library):
   return library.Linear(3, 4, rngs=library.Rngs(0))
 
 
+def own_decoder(library):
+  layer = library.MultiHeadAttention(
+    4,
+    8,
+    num_kv_heads=2,
+    window=3,
+    softcap=50.0,
+    rope_base=10000.0,
+    decode=True,
+    rngs=library.Rngs(0),
+  )
+  layer.init_cache((2, 5, 8), jnp.int8, per_sequence=True)
+  return layer
+
+
 LAYERS = {
   "BatchNorm": lambda lib: lib.BatchNorm(3, rngs=lib.Rngs(0)),
   "Conv": lambda lib: lib.Conv(
@@ -77,20 +92,25 @@ LAYERS = {
 }
 
 
+# With options that Flax does not have.
+OWN = {"MultiHeadAttention, own options": own_decoder}
+
+
 def layout_of(name):
-  return comparison.layout(nnx.state(LAYERS[name](nnx)), nnx)
+  make = (LAYERS | OWN)[name]
+  return comparison.layout(nnx.state(make(nnx)), nnx)
 
 
 @pytest.fixture(scope="module")
 def golden():
   if os.environ.get("NNX_REGENERATE"):
-    layouts = {name: layout_of(name) for name in sorted(LAYERS)}
+    layouts = {name: layout_of(name) for name in sorted(LAYERS | OWN)}
     lines = json.dumps(layouts, indent=2, sort_keys=True)
     GOLDEN.write_text(lines + "\n", encoding="utf-8")
   return json.loads(GOLDEN.read_text(encoding="utf-8"))
 
 
-@pytest.mark.parametrize("name", LAYERS)
+@pytest.mark.parametrize("name", LAYERS | OWN)
 def test_state_is_as_it_was(name, golden):
   assert layout_of(name) == golden.get(name), (
     f"The State of `{name}` is not what tests/golden/layers.json holds, so that"
@@ -106,4 +126,4 @@ def test_state_is_that_of_flax(name, golden):
 
 
 def test_all_of_the_file_is_tested(golden):
-  assert sorted(golden) == sorted(LAYERS)
+  assert sorted(golden) == sorted(LAYERS | OWN)

@@ -1,0 +1,337 @@
+"""A step of attention with a cache: append keys and values, and attend.
+
+Functions of arrays. Without `jit` each is one compiled call; inside a trace
+they are inlined.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+
+from nnx.nn import dot_product, rotary
+
+# By how much later keys and values may exceed those that the scales were made
+# from. An integer loses a bit for each factor of 2, a float nothing.
+_INTEGER_HEADROOM = 2
+_FLOAT_HEADROOM = 16
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+  """What attention does besides averaging by products.
+
+  Example:
+
+    >>> from nnx.nn import decoding
+    >>> decoding.Options(window=128)
+    Options(window=128, softcap=None, rope_base=None, rope_scale=1.0)
+
+  Attributes:
+    window: how many keys a query sees, as for
+      `nnx.nn.dot_product.check_window`.
+    softcap: logits become `softcap * tanh(logits / softcap)`.
+    rope_base: of the wavelengths of rotary embedding; none, if None.
+    rope_scale: positions are divided by it.
+  """
+
+  window: dot_product.Window | None = None
+  softcap: float | None = None
+  rope_base: float | None = None
+  rope_scale: float = 1.0
+
+  def rope_rows(
+    self, positions: jax.Array, max_length: int, features: int
+  ) -> tuple[jax.Array, jax.Array]:
+    """Returns the cosines and sines of `nnx.nn.rotary.rows`.
+
+    Example:
+
+      >>> import jax.numpy as jnp
+      >>> from nnx.nn import decoding
+      >>> options = decoding.Options(rope_base=10000.0)
+      >>> options.rope_rows(jnp.arange(3), 8, 4)[0].shape
+      (3, 2)
+
+    Args:
+      positions: `[...]` integers.
+      max_length: how many positions there may be.
+      features: those of a head.
+    """
+    return rotary.rows(
+      positions, max_length, features, self.rope_base, self.rope_scale
+    )
+
+
+@functools.partial(
+  jax.tree_util.register_dataclass,
+  data_fields=["index", "key", "value", "key_scale", "value_scale"],
+  meta_fields=[],
+)
+@dataclasses.dataclass(frozen=True)
+class Buffers:
+  """The arrays of a cache.
+
+  Attributes:
+    index: `[]` or `[*batch]` int32, how many tokens it has.
+    key: `[*batch, max_length, kv heads, h]`.
+    value: the same.
+    key_scale: `[*batch, kv heads]` float32 for a quantised cache, the factors
+      of what is stored, 0 where there are no tokens yet; otherwise None.
+    value_scale: the same.
+  """
+
+  index: jax.Array
+  key: jax.Array
+  value: jax.Array
+  key_scale: jax.Array | None = None
+  value_scale: jax.Array | None = None
+
+
+def is_quantized(dtype: jnp.dtype) -> bool:
+  """Returns whether a cache of `dtype` has scales.
+
+  Example:
+
+    >>> import jax.numpy as jnp
+    >>> from nnx.nn import decoding
+    >>> decoding.is_quantized(jnp.int8), decoding.is_quantized(jnp.bfloat16)
+    (True, False)
+  """
+  return jnp.dtype(dtype).itemsize == 1
+
+
+def _positions(first: jax.Array, tokens: int) -> jax.Array:
+  """Positions of some tokens in a row: `[*first, t]`."""
+  steps = jnp.arange(tokens, dtype=jnp.int32)
+  return jnp.expand_dims(first, -1) + steps.reshape((1,) * first.ndim + (-1,))
+
+
+def _scale(
+  scale: jax.Array, size: jax.Array, lengths: jax.Array, dtype: jnp.dtype
+) -> jax.Array:
+  """Keeps a scale, or makes it from the first tokens where there is none.
+
+  Args:
+    scale: `[*batch, kv heads]`, 0 where there is none.
+    size: `[*batch, t, kv heads, ...]`, bounds of what the cache stores.
+    lengths: `[*batch]`, how many tokens count.
+    dtype: of the cache.
+  """
+  axis = lengths.ndim
+  steps = jnp.expand_dims(jnp.arange(size.shape[axis]), tuple(range(axis)))
+  real = steps < jnp.expand_dims(lengths, -1)
+  real = jnp.expand_dims(real, (-2, -1))
+  largest = jnp.max(jnp.where(real, size, 0), (axis, -1)).astype(jnp.float32)
+  if jnp.issubdtype(dtype, jnp.integer):
+    top = jnp.iinfo(dtype).max / _INTEGER_HEADROOM
+  else:
+    top = float(jnp.finfo(dtype).max) / _FLOAT_HEADROOM
+  return jnp.where(scale > 0, scale, largest / top)
+
+
+def _with_scales(
+  buffers: Buffers,
+  key: jax.Array,
+  value: jax.Array,
+  lengths: jax.Array,
+  rotates: bool,
+) -> tuple[Buffers, dict[str, jax.Array]]:
+  """Scales that suit the new tokens, and the kernel's operands."""
+  if buffers.key_scale is None or buffers.value_scale is None:
+    return buffers, {}
+  lengths = jnp.broadcast_to(lengths, buffers.key.shape[:-3])
+  size = jnp.abs(key)
+  if rotates:  # by whatever angle: it leaves a pair's length alone
+    size = jnp.hypot(*jnp.split(key, 2, -1))
+  buffers = dataclasses.replace(
+    buffers,
+    key_scale=_scale(buffers.key_scale, size, lengths, buffers.key.dtype),
+    value_scale=_scale(
+      buffers.value_scale, jnp.abs(value), lengths, buffers.value.dtype
+    ),
+  )
+  # Without a scale there were only zeros, for which any will do.
+  scales = {
+    "k_scale": jnp.where(buffers.key_scale > 0, buffers.key_scale, 1.0),
+    "v_scale": jnp.where(buffers.value_scale > 0, buffers.value_scale, 1.0),
+  }
+  return buffers, {
+    name: scale.reshape(-1, scale.shape[-1]) for name, scale in scales.items()
+  }
+
+
+def _filled(
+  buffers: Buffers, new: tuple[jax.Array, ...], lengths: jax.Array
+) -> Buffers:
+  """The cache with what a kernel wrote, and the index after it."""
+  key, value = (x.reshape(buffers.key.shape) for x in new)
+  return dataclasses.replace(
+    buffers, index=buffers.index + lengths, key=key, value=value
+  )
+
+
+def _in_one_batch_axis(x: jax.Array, batch: tuple[int, ...]) -> jax.Array:
+  return x if len(batch) == 1 else x.reshape((-1, *x.shape[len(batch) :]))
+
+
+def _each(number: jax.Array) -> jax.Array:
+  """One number, or one for each sequence in one axis."""
+  return number.reshape(-1) if number.ndim else number
+
+
+@functools.partial(jax.jit, static_argnames="options", inline=True)
+def append(
+  buffers: Buffers,
+  query: jax.Array,
+  key: jax.Array,
+  value: jax.Array,
+  lengths: jax.Array | None = None,
+  options: Options = Options(),
+) -> tuple[Buffers, jax.Array, jax.Array, jax.Array, jax.Array]:
+  """Appends keys and values, for attention that something else computes.
+
+  Example:
+
+    >>> import jax.numpy as jnp
+    >>> from nnx.nn import decoding
+    >>> cache = jnp.zeros((1, 4, 1, 2))
+    >>> buffers = decoding.Buffers(jnp.array(1), cache, cache)
+    >>> x = jnp.ones((1, 2, 1, 2))
+    >>> buffers, _, key, _, seen = decoding.append(buffers, x, x, x)
+    >>> key[0, :, 0, 0].tolist(), seen[0].astype(int).tolist()
+    ([0.0, 1.0, 1.0, 0.0], [[1, 1, 0, 0], [1, 1, 1, 0]])
+
+  Args:
+    buffers: the cache.
+    query: `[*batch, t, n, h]`.
+    key: `[*batch, t, kv heads, h]`.
+    value: like `key`.
+    lengths: `[]` or `[*batch]` int32, how many of the tokens are no padding;
+      all, if None.
+    options: of the attention.
+
+  Returns:
+    The new cache; the query, rotated; all keys and values of the cache, in the
+    dtypes of the new ones; and which of them each query sees, `[*index axes, 1,
+    t, max_length]`.
+  """
+  # While tracing: programs that never decode import no kernels.
+  from kernels import kv_cache
+
+  batch, (length, _, features) = buffers.key.shape[:-3], buffers.key.shape[-3:]
+  tokens = key.shape[-3]
+  lengths = jnp.int32(tokens) if lengths is None else lengths
+  positions = _positions(buffers.index, tokens)
+  if options.rope_base is not None:
+    table = options.rope_rows(positions, length, features)
+    query, key = rotary.rotate(query, *table), rotary.rotate(key, *table)
+  buffers, scales = _with_scales(buffers, key, value, lengths, rotates=False)
+  new = key, value
+  if not scales:
+    new = key.astype(buffers.key.dtype), value.astype(buffers.value.dtype)
+  new = kv_cache.update(
+    *(_in_one_batch_axis(x, batch) for x in (buffers.key, buffers.value, *new)),
+    _each(buffers.index),
+    lengths=_each(lengths),
+    **scales,
+  )
+  buffers = _filled(buffers, new, lengths)
+
+  def read(cache, scale, dtype):
+    cache = cache.astype(dtype)
+    if scale is None:
+      return cache
+    return cache * jnp.expand_dims(scale, (-3, -1)).astype(dtype)
+
+  seen = dot_product.positions_mask(
+    positions, jnp.arange(length), True, options.window
+  )
+  return (
+    buffers,
+    query,
+    read(buffers.key, buffers.key_scale, key.dtype),
+    read(buffers.value, buffers.value_scale, value.dtype),
+    jnp.expand_dims(seen, -3),
+  )
+
+
+@functools.partial(jax.jit, static_argnames="options", inline=True)
+def append_and_attend(
+  buffers: Buffers,
+  query: jax.Array,
+  key: jax.Array,
+  value: jax.Array,
+  lengths: jax.Array | None = None,
+  mask: jax.Array | None = None,
+  options: Options = Options(),
+) -> tuple[Buffers, jax.Array]:
+  """Appends keys and values and attends, in one kernel.
+
+  Example:
+
+    >>> import jax.numpy as jnp
+    >>> from nnx.nn import decoding
+    >>> cache = jnp.zeros((1, 4, 1, 2))
+    >>> buffers = decoding.Buffers(jnp.array(0), cache, cache)
+    >>> x = jnp.ones((1, 2, 1, 2))
+    >>> buffers, y = decoding.append_and_attend(buffers, x, x, x)
+    >>> y.shape, buffers.key[0, :, 0, 0].tolist(), int(buffers.index)
+    ((1, 2, 1, 2), [1.0, 1.0, 0.0, 0.0], 2)
+
+  Args:
+    buffers: the cache.
+    query: `[*batch, t, n, h]`, float32, bfloat16 or float16.
+    key: `[*batch, t, kv heads, h]`.
+    value: like `key`.
+    lengths: `[]` or `[*batch]` int32, how many of the tokens are no padding;
+      all, if None.
+    mask: broadcasts to `[*batch, n, t, max_length]`; False where a key is not
+      seen.
+    options: of the attention.
+
+  Returns:
+    The new cache, and `[*batch, t, n, h]` of the query's dtype, 0 for padding.
+  """
+  from kernels import decode_attention
+
+  batch, (length, _, features) = buffers.key.shape[:-3], buffers.key.shape[-3:]
+  tokens = key.shape[-3]
+  lengths = jnp.int32(tokens) if lengths is None else lengths
+  index = _each(buffers.index)
+  if mask is not None:
+    mask = jnp.asarray(mask).astype(bool)
+    mask = mask.reshape((1,) * (3 - mask.ndim) + mask.shape)
+    mask = jnp.broadcast_to(mask, (*batch, *mask.shape[-3:]))
+    mask = _in_one_batch_axis(mask, batch)
+  rotates = options.rope_base is not None
+  rope = {}
+  if rotates:
+    # Tables of the rows in use alone, which the kernel picks in their order.
+    positions = _positions(index, tokens)
+    table = options.rope_rows(positions.reshape(-1), length, features)
+    row = jnp.arange(positions.size, dtype=jnp.int32).reshape(-1, tokens)
+    rope = {
+      "rope_cos": table[0],
+      "rope_sin": table[1],
+      "rope_positions": jnp.broadcast_to(row, (math.prod(batch), tokens)),
+    }
+  buffers, scales = _with_scales(buffers, key, value, lengths, rotates)
+  dtype = query.dtype if scales else buffers.key.dtype
+  new = (x.astype(dtype) for x in (query, key, value))
+  *new, out = decode_attention.decode_attention(
+    *(_in_one_batch_axis(x, batch) for x in (buffers.key, buffers.value, *new)),
+    index,
+    lengths=_each(lengths),
+    mask=mask,
+    window=options.window,
+    softcap=options.softcap,
+    out_dtype=query.dtype,
+    **rope,
+    **scales,
+  )
+  return _filled(buffers, tuple(new), lengths), out.reshape(query.shape)
