@@ -153,25 +153,80 @@ def normalize(
   return jnp.asarray(y, dtype)
 
 
-def _vector(
-  used: bool,
-  init: Initializer,
-  rngs: Rngs,
-  size: int,
-  dtype: dtypes.Dtype,
-  metadata: Mapping[str, Any],
-) -> Param | None:
-  """A scale or bias, or None."""
-  if not used:
-    return None
-  return Param(initialize(init, rngs.params(), (size,), dtype), **metadata)
+class _Norm(Module):
+  """What the layers of this file share: settings, a scale and a bias."""
+
+  scale: Param | None
+  bias: Param | None
+
+  def _set_up(self, settings: Mapping[str, Any]) -> None:
+    """Keeps the constructor's settings and makes the parameters.
+
+    Args:
+      settings: the constructor's local variables.
+    """
+    for name in (
+      "num_features",
+      "use_running_average",
+      "axis",
+      "momentum",
+      "epsilon",
+      "dtype",
+      "param_dtype",
+      "use_bias",
+      "use_scale",
+      "reduction_axes",
+      "feature_axes",
+      "axis_name",
+      "axis_index_groups",
+      "use_fast_variance",
+      "promote_dtype",
+    ):
+      if name in settings:
+        setattr(self, name, settings[name])
+    # In this order: the keys come from one stream.
+    for name in ("scale", "bias"):
+      if f"use_{name}" in settings:
+        setattr(self, name, self._vector(name, settings))
+
+  def _vector(self, name: str, settings: Mapping[str, Any]) -> Param | None:
+    """The scale or bias, or None."""
+    if not settings[f"use_{name}"]:
+      return None
+    value = initialize(
+      settings[f"{name}_init"],
+      settings["rngs"].params(),
+      (settings["num_features"],),
+      settings["param_dtype"],
+    )
+    return Param(value, **settings[f"{name}_metadata"])
+
+  def _apply(self, x, mask, reduction_axes, feature_axes, use_mean=True):
+    rank = jnp.ndim(x)
+    arguments = (
+      x,
+      _value(self.scale),
+      _value(self.bias) if use_mean else None,
+      mask,
+      _canonical_axes(rank, reduction_axes),
+      _canonical_axes(rank, feature_axes),
+      self.dtype,
+      self.epsilon,
+      self.axis_name,
+      _as_groups(self.axis_index_groups),
+      use_mean,
+      self.use_fast_variance,
+    )
+    if self.promote_dtype is dtypes.promote_dtype:
+      return _compiled_norm(*arguments)
+    return _norm(*arguments, self.promote_dtype)
 
 
 def _value(variable: Param | None) -> Any:
   return None if variable is None else variable.value
 
 
-class BatchNorm(Module):
+class BatchNorm(_Norm):
   """Normalises each feature over the batch, and keeps running averages.
 
       mean, var = x.mean(batch_axes), x.var(batch_axes)
@@ -264,25 +319,7 @@ class BatchNorm(Module):
   ):
     self.mean = BatchStat(jnp.zeros((num_features,), jnp.float32))
     self.var = BatchStat(jnp.ones((num_features,), jnp.float32))
-    self.scale = _vector(
-      use_scale, scale_init, rngs, num_features, param_dtype, scale_metadata
-    )
-    self.bias = _vector(
-      use_bias, bias_init, rngs, num_features, param_dtype, bias_metadata
-    )
-    self.num_features = num_features
-    self.use_running_average = use_running_average
-    self.axis = axis
-    self.momentum = momentum
-    self.epsilon = epsilon
-    self.dtype = dtype
-    self.param_dtype = param_dtype
-    self.use_bias = use_bias
-    self.use_scale = use_scale
-    self.axis_name = axis_name
-    self.axis_index_groups = axis_index_groups
-    self.use_fast_variance = use_fast_variance
-    self.promote_dtype = promote_dtype
+    self._set_up(locals())
 
   def __call__(
     self,
@@ -473,7 +510,7 @@ _compiled_group_norm = functools.partial(
 )(_group_norm)
 
 
-class LayerNorm(Module):
+class LayerNorm(_Norm):
   """Normalises each example over its features.
 
       mean, var = x.mean(axes, keepdims=True), x.var(axes, keepdims=True)
@@ -536,24 +573,7 @@ class LayerNorm(Module):
     bias_metadata: Mapping[str, Any] = NO_METADATA,
     scale_metadata: Mapping[str, Any] = NO_METADATA,
   ):
-    self.scale = _vector(
-      use_scale, scale_init, rngs, num_features, param_dtype, scale_metadata
-    )
-    self.bias = _vector(
-      use_bias, bias_init, rngs, num_features, param_dtype, bias_metadata
-    )
-    self.num_features = num_features
-    self.epsilon = epsilon
-    self.dtype = dtype
-    self.param_dtype = param_dtype
-    self.use_bias = use_bias
-    self.use_scale = use_scale
-    self.reduction_axes = reduction_axes
-    self.feature_axes = feature_axes
-    self.axis_name = axis_name
-    self.axis_index_groups = axis_index_groups
-    self.use_fast_variance = use_fast_variance
-    self.promote_dtype = promote_dtype
+    self._set_up(locals())
 
   def __call__(
     self, x: jax.Array, *, mask: jax.Array | None = None
@@ -567,36 +587,10 @@ class LayerNorm(Module):
     Returns:
       An array of x's shape.
     """
-    return _apply_norm(
-      self, x, _value(self.scale), _value(self.bias), mask,
-      self.reduction_axes, self.feature_axes,
-    )  # fmt: skip
+    return self._apply(x, mask, self.reduction_axes, self.feature_axes)
 
 
-def _apply_norm(
-  layer, x, scale, bias, mask, reduction_axes, feature_axes, use_mean=True
-):
-  rank = jnp.ndim(x)
-  arguments = (
-    x,
-    scale,
-    bias,
-    mask,
-    _canonical_axes(rank, reduction_axes),
-    _canonical_axes(rank, feature_axes),
-    layer.dtype,
-    layer.epsilon,
-    layer.axis_name,
-    _as_groups(layer.axis_index_groups),
-    use_mean,
-    layer.use_fast_variance,
-  )
-  if layer.promote_dtype is dtypes.promote_dtype:
-    return _compiled_norm(*arguments)
-  return _norm(*arguments, layer.promote_dtype)
-
-
-class RMSNorm(Module):
+class RMSNorm(_Norm):
   """Divides each example by the root of the mean square of its features.
 
       y = x / jnp.sqrt((x**2).mean(axes, keepdims=True) + epsilon) * scale
@@ -652,20 +646,7 @@ class RMSNorm(Module):
     rngs: Rngs,
     scale_metadata: Mapping[str, Any] = NO_METADATA,
   ):
-    self.scale = _vector(
-      use_scale, scale_init, rngs, num_features, param_dtype, scale_metadata
-    )
-    self.num_features = num_features
-    self.epsilon = epsilon
-    self.dtype = dtype
-    self.param_dtype = param_dtype
-    self.use_scale = use_scale
-    self.reduction_axes = reduction_axes
-    self.feature_axes = feature_axes
-    self.axis_name = axis_name
-    self.axis_index_groups = axis_index_groups
-    self.use_fast_variance = use_fast_variance
-    self.promote_dtype = promote_dtype
+    self._set_up(locals())
 
   def __call__(self, x: jax.Array, mask: jax.Array | None = None) -> jax.Array:
     """Applies the layer.
@@ -677,13 +658,12 @@ class RMSNorm(Module):
     Returns:
       An array of x's shape.
     """
-    return _apply_norm(
-      self, x, _value(self.scale), None, mask, self.reduction_axes,
-      self.feature_axes, use_mean=False,
-    )  # fmt: skip
+    return self._apply(
+      x, mask, self.reduction_axes, self.feature_axes, use_mean=False
+    )
 
 
-class GroupNorm(Module):
+class GroupNorm(_Norm):
   """Normalises groups of features of each example.
 
   Equivalent to `LayerNorm` over each group of consecutive features and all axes
@@ -774,22 +754,7 @@ class GroupNorm(Module):
       (number, other) if group_size is None else (other, number)
     )
     self.feature_axis = -1
-    self.scale = _vector(
-      use_scale, scale_init, rngs, num_features, param_dtype, scale_metadata
-    )
-    self.bias = _vector(
-      use_bias, bias_init, rngs, num_features, param_dtype, bias_metadata
-    )
-    self.epsilon = epsilon
-    self.dtype = dtype
-    self.param_dtype = param_dtype
-    self.use_bias = use_bias
-    self.use_scale = use_scale
-    self.reduction_axes = reduction_axes
-    self.axis_name = axis_name
-    self.axis_index_groups = axis_index_groups
-    self.use_fast_variance = use_fast_variance
-    self.promote_dtype = promote_dtype
+    self._set_up(locals())
 
   def __call__(
     self, x: jax.Array, *, mask: jax.Array | None = None
@@ -835,7 +800,7 @@ class GroupNorm(Module):
     return _group_norm(*arguments, self.promote_dtype)
 
 
-class InstanceNorm(Module):
+class InstanceNorm(_Norm):
   """Normalises each feature of each example over the axes between them.
 
   Source: Ulyanov et al. 2016, "Instance normalization".
@@ -894,23 +859,7 @@ class InstanceNorm(Module):
     bias_metadata: Mapping[str, Any] = NO_METADATA,
     scale_metadata: Mapping[str, Any] = NO_METADATA,
   ):
-    self.scale = _vector(
-      use_scale, scale_init, rngs, num_features, param_dtype, scale_metadata
-    )
-    self.bias = _vector(
-      use_bias, bias_init, rngs, num_features, param_dtype, bias_metadata
-    )
-    self.num_features = num_features
-    self.epsilon = epsilon
-    self.dtype = dtype
-    self.param_dtype = param_dtype
-    self.use_bias = use_bias
-    self.use_scale = use_scale
-    self.feature_axes = feature_axes
-    self.axis_name = axis_name
-    self.axis_index_groups = axis_index_groups
-    self.use_fast_variance = use_fast_variance
-    self.promote_dtype = promote_dtype
+    self._set_up(locals())
 
   def __call__(
     self, x: jax.Array, *, mask: jax.Array | None = None
@@ -934,7 +883,5 @@ class InstanceNorm(Module):
         "`feature_axes` must not contain the first axis, which is the batch,"
         f" but got `{self.feature_axes}` for an input of rank {rank}."
       )
-    return _apply_norm(
-      self, x, _value(self.scale), _value(self.bias), mask,
-      [i for i in range(1, rank) if i not in feature_axes], feature_axes,
-    )  # fmt: skip
+    others = [i for i in range(1, rank) if i not in feature_axes]
+    return self._apply(x, mask, others, feature_axes)
