@@ -194,9 +194,10 @@ class Optimizer(Pytree, Generic[M]):
   It keeps the transformation's state in Variables, so it goes through
   `nnx.jit` and the other transforms, `split`, and checkpoints like a Module.
 
-  Made with `wrt`, it does not keep the model, and `update` takes the model and
+  Made with `wrt=`, it does not keep the model, and `update` takes the model and
   the gradients, as in Flax 0.11 and later. Made without, it keeps the model as
-  its attribute `model`, and `update` takes the gradients alone, as before.
+  its attribute `model`, and `update` takes the gradients alone, as before; a
+  filter by position, which only Flax 0.10 took, means that too.
 
   Example:
 
@@ -225,8 +226,10 @@ class Optimizer(Pytree, Generic[M]):
   Args:
     model: the model.
     tx: the transformation.
+    *old_wrt: at most one filter: that of an optimizer that keeps the model,
+      in place of `nnx.Param`.
     wrt: a filter of the Variables to update, which should be the one that
-      `nnx.grad` is given; `nnx.Param` if the optimizer keeps the model.
+      `nnx.grad` is given.
     graph: accepted for programs of Flax 0.12; references are always followed.
 
   Attributes:
@@ -237,7 +240,7 @@ class Optimizer(Pytree, Generic[M]):
     wrt: the filter.
 
   Raises:
-    TypeError: if `tx` has no `init` and `update`.
+    TypeError: if `tx` has no `init` and `update`, or if two filters are given.
     ValueError: if `wrt` selects nothing of the model.
   """
 
@@ -247,8 +250,8 @@ class Optimizer(Pytree, Generic[M]):
     self,
     model: M,
     tx: Any,
+    *old_wrt: Filter,
     wrt: Filter = _MISSING,
-    *,
     graph: bool | None = None,
   ):
     del graph
@@ -258,9 +261,14 @@ class Optimizer(Pytree, Generic[M]):
         f" got `{tx!r}`. Pass one such as `optax.adam(1e-3)`."
       )
     keeps_model = wrt is _MISSING
+    if old_wrt and (len(old_wrt) > 1 or not keeps_model):
+      raise TypeError(
+        "`Optimizer` must be given a model, a transformation and at most one"
+        f" filter, but got {2 + len(old_wrt)} arguments and `wrt={wrt!r}`."
+      )
     if keeps_model:
-      wrt = Param
-    elif isinstance(wrt, list):
+      wrt = old_wrt[0] if old_wrt else Param
+    if isinstance(wrt, list):
       wrt = tuple(wrt)  # a static attribute must be hashable
     params = functional.state(model, wrt)
     if isinstance(params, State) and not params and functional.state(model):

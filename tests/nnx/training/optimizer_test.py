@@ -227,8 +227,12 @@ class ErasTest(absltest.TestCase):
 
   def test_wrt_by_position(self):
     model = make_model(nnx)
-    optimizer = nnx.Optimizer(model, optax.sgd(0.1), nnx.BatchStat)
-    self.assertFalse(hasattr(optimizer, "model"))
+    optimizer = nnx.Optimizer(model, optax.adam(0.1), nnx.BatchStat)
+    self.assertIs(optimizer.model, model)
+    self.assertEqual(list(optimizer.opt_state[0].mu), ["offset"])
+    of = nnx.DiffState(0, nnx.BatchStat)
+    optimizer.update(nnx.grad(loss_of, argnums=of)(model))
+    self.assertNotEqual(model.offset.value[0], 0)
 
   def test_derived_class(self):
     class TrainState(nnx.Optimizer):
@@ -372,6 +376,12 @@ class ErrorsTest(absltest.TestCase):
       TypeError, "`tx` must be a transformation of optax.* but got `0.1`"
     ):
       nnx.Optimizer(self.model, 0.1, wrt=nnx.Param)
+
+  def test_two_filters(self):
+    with self.assertRaisesRegex(
+      TypeError, "at most one filter, but got 3 arguments and `wrt=.*Param"
+    ):
+      nnx.Optimizer(self.model, optax.sgd(1), nnx.Param, wrt=nnx.Param)
 
   def test_wrt_that_selects_nothing(self):
     with self.assertRaisesRegex(
