@@ -17,6 +17,8 @@ from bridge.to_linen import to_linen as to_linen
 from bridge.to_linen import to_linen_class as to_linen_class
 from bridge.to_nnx import ToNNX as ToNNX
 from bridge.to_nnx import lazy_init as lazy_init
+from bridge.to_nnx import linen_variables as linen_variables
+from bridge.to_nnx import load_linen_variables as load_linen_variables
 from bridge.variables import NNXMeta as NNXMeta
 from bridge.variables import linen_vars_to_nnx_attrs as linen_vars_to_nnx_attrs
 from bridge.variables import nnx_attrs_to_linen_vars as nnx_attrs_to_linen_vars

@@ -155,9 +155,7 @@ class ToLinen(linen.Module):
     state: dict[Any, Any] = {}
     for slot in layout.slots:
       source = (
-        arrays
-        if slot.collection is None
-        else given.get(slot.collection, {})
+        arrays if slot.collection is None else given.get(slot.collection, {})
       )
       value = _lookup(source, slot.path)
       if value is _MISSING:

@@ -9,6 +9,7 @@ import threading
 from typing import Any
 
 from flax import linen
+from flax.core import meta
 import jax
 
 from bridge import replay
@@ -212,7 +213,7 @@ class ToNNX(nnx.Module):
         " `lazy_init` with samples of its arguments, or `bridge.lazy_init` on"
         " the Module that it is part of."
       )
-    variables = variables_lib.nnx_attrs_to_linen_vars(_attributes(self))
+    variables = linen_variables(self)
     if mutable is None:
       mutable = _default_mutable(variables)
     result = replay.apply(
@@ -222,6 +223,117 @@ class ToNNX(nnx.Module):
       result, updates = result
       _write(self, updates)
     return result
+
+
+def linen_variables(model: ToNNX) -> dict[str, Any]:
+  """The variables of a bridged Linen module, as Linen has them.
+
+  Example:
+
+    >>> import bridge, jax, nnx
+    >>> from flax import linen as nn
+    >>> x = jax.numpy.ones((1, 2))
+    >>> model = bridge.ToNNX(nn.Dense(3), rngs=nnx.Rngs(0)).lazy_init(x)
+    >>> jax.tree.map(jax.numpy.shape, bridge.linen_variables(model))
+    {'params': {'bias': (3,), 'kernel': (2, 3)}}
+
+  Args:
+    model: the module.
+
+  Returns:
+    Collection to nested dicts of arrays or metadata boxes; the arrays are those
+    of the module.
+  """
+  return variables_lib.nnx_attrs_to_linen_vars(_attributes(model))
+
+
+def load_linen_variables(
+  model: ToNNX, variables: Mapping[str, Mapping[str, Any]]
+) -> None:
+  """Gives a bridged Linen module variables, such as those of a checkpoint.
+
+  A module that has not been initialised needs not be: it takes all of them.
+
+  Example:
+
+    >>> import bridge, jax
+    >>> from flax import linen as nn
+    >>> x = jax.numpy.ones((1, 2))
+    >>> variables = nn.Dense(3).init(jax.random.key(0), x)
+    >>> model = bridge.ToNNX(nn.Dense(3))
+    >>> bridge.load_linen_variables(model, variables)
+    >>> model(x).shape
+    (1, 3)
+
+  Args:
+    model: the module.
+    variables: collection to nested dicts of arrays or metadata boxes. Values
+      without a box keep the metadata that the module has for them.
+
+  Raises:
+    ValueError: if the module has been initialised, and has other variables or
+      variables of other shapes.
+  """
+  if _is_initialised(model):
+    _check_loaded(model, variables)
+  for collection, tree in variables.items():
+    _write(model, {collection: _with_boxes(model, collection, tree, ())})
+
+
+def _check_loaded(model: ToNNX, variables: Mapping[str, Any]) -> None:
+  has = dict(_shapes(linen_variables(model)))
+  given = dict(_shapes(variables))
+  if has.keys() != given.keys():
+
+    def listed(paths: Any) -> str:
+      return (
+        ", ".join(f"`{'/'.join(path)}`" for path in sorted(paths)) or "none"
+      )
+
+    raise ValueError(
+      f"`variables` must be those of {_describe(model)}, but"
+      f" {listed(has.keys() - given.keys())} are missing and"
+      f" {listed(given.keys() - has.keys())} are not its own. Collections come"
+      " first in a path."
+    )
+  for path, shape in has.items():
+    if shape != given[path]:
+      raise ValueError(
+        f"`{'/'.join(path)}` of {_describe(model)} must have the shape {shape},"
+        f" but got {given[path]}. Initialise the module with the arguments that"
+        " the variables were made with, or load into one that is not."
+      )
+
+
+def _shapes(
+  tree: Any, path: tuple[str, ...] = ()
+) -> Iterator[tuple[tuple[str, ...], Any]]:
+  for key, value in tree.items():
+    if isinstance(value, Mapping):
+      yield from _shapes(value, (*path, str(key)))
+    else:
+      shapes = jax.tree.map(jax.numpy.shape, meta.unbox(value))
+      yield (*path, str(key)), shapes
+
+
+def _with_boxes(
+  model: ToNNX, collection: str, tree: Any, path: tuple[Any, ...]
+) -> Any:
+  """Values in the metadata boxes that the module has for them."""
+  if isinstance(tree, Mapping):
+    return {
+      key: _with_boxes(model, collection, value, (*path, key))
+      for key, value in tree.items()
+    }
+  if isinstance(tree, meta.AxisMetadata):
+    return tree
+  current: Any = vars(model)
+  for key in path:
+    if not isinstance(current, Mapping) or key not in current:
+      return tree
+    current = current[key]
+  box = variables_lib.to_linen_var(current)
+  return box.replace_boxed(tree) if isinstance(box, meta.AxisMetadata) else tree
 
 
 def _fields(module: linen.Module | None) -> frozenset[str]:
