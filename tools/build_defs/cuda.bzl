@@ -108,7 +108,7 @@ def _cuda_objects_impl(ctx):
             ),
             outputs = [out],
             mnemonic = "CudaCompile",
-            progress_message = "Compiling CUDA %{input}",
+            progress_message = "Compiling CUDA %s" % src.short_path,
             use_default_shell_env = True,
         )
     return [DefaultInfo(files = depset(objects))]

@@ -1,0 +1,392 @@
+"""The ops on a GPU: how close to memory's speed, and beside what else there is.
+
+The suites of this package wait for every call, which at a GPU's speed measures
+the waiting. Here calls are queued, as a training or decoding loop queues them,
+and only the last is waited for. Every row says how many bytes must move, and
+what part of the bandwidth of a plain copy, measured next to it, that comes to.
+
+Run by tools/gpu_check.py.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+import dataclasses
+import functools
+import importlib.util
+import statistics
+import time
+import traceback
+from typing import Any
+
+import jax
+from jax import numpy as jnp
+import numpy as np
+
+from kernels import batch_stat, decode_attention, kv_cache
+
+_SAMPLES = 7
+_SAMPLE_SECONDS = 0.04
+_COPY_BYTES = 2**30
+
+Arrays = tuple[Any, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+  """What to measure.
+
+  Attributes:
+    name: `op/case/dtype`.
+    moved: Bytes that must be read or written.
+    arguments: Makes the arrays.
+    call: `call(implementation, *arrays) -> arrays`, the donated ones first.
+    donated: Which arrays it donates.
+    baselines: Further things to compare with, as `call` without its first
+      argument.
+  """
+
+  name: str
+  moved: int
+  arguments: Callable[[], Arrays]
+  call: Callable[..., Arrays]
+  donated: tuple[int, ...] = ()
+  baselines: dict[str, Callable[..., Arrays]] = dataclasses.field(
+    default_factory=dict
+  )
+  torch: Callable[[], Callable[[], Any]] | None = None
+
+
+def device() -> str:
+  """Returns what the first device calls itself."""
+  return jax.devices()[0].device_kind
+
+
+def _queue(step: Callable[[Arrays], Arrays], state: Arrays, count: int):
+  """Returns the seconds of each of `count` calls, and the last state."""
+  start = time.perf_counter()
+  for _ in range(count):
+    state, out = step(state)
+  jax.block_until_ready(out)
+  return (time.perf_counter() - start) / count, state
+
+
+def _time(step: Callable[[Arrays], Arrays], state: Arrays) -> list[float]:
+  """Returns some measurements of the seconds of one call."""
+  _, state = _queue(step, state, 2)  # compiles
+  seconds, state = _queue(step, state, 5)
+  count = max(3, min(2000, round(_SAMPLE_SECONDS / seconds)))
+  samples = []
+  for _ in range(_SAMPLES):
+    seconds, state = _queue(step, state, count)
+    samples.append(seconds)
+  return samples
+
+
+def _stepping(call: Callable[..., Arrays], donated: tuple[int, ...]):
+  """Returns `state -> (state, results)`; donated arrays are replaced."""
+  jitted = jax.jit(call, donate_argnums=donated)
+
+  def step(state):
+    out = jitted(*state)
+    state = list(state)
+    for place, new in zip(donated, out):
+      state[place] = new
+    return tuple(state), out
+
+  return step
+
+
+def _difference(got: Arrays, want: Arrays) -> float:
+  """Returns the largest difference beside the largest number of each array."""
+  worst = 0.0
+  for a, b in zip(got, want, strict=True):
+    a, b = (jnp.asarray(leaf, jnp.float32) for leaf in (a, b))
+    size = float(jnp.max(jnp.abs(b))) or 1.0
+    worst = max(worst, float(jnp.max(jnp.abs(a - b))) / size)
+  return worst
+
+
+@functools.cache
+def _copy_bandwidth() -> float:
+  """Returns the bytes a second that a copy reads and writes."""
+  x = jnp.ones(_COPY_BYTES // 4, jnp.float32)
+  step = _stepping(jnp.negative, ())
+  return 2 * _COPY_BYTES / statistics.median(_time(step, (x,)))
+
+
+def measure(row: Row) -> dict[str, Any]:
+  """Measures one row.
+
+  Args:
+    row: What.
+
+  Returns:
+    Milliseconds of every side, the difference between ours and XLA's results,
+    and what part of a copy's bandwidth ours has.
+  """
+  record: dict[str, Any] = {"row": row.name, "bytes": row.moved, "ms": {}}
+  calls = {
+    "ours": functools.partial(row.call, "cuda"),
+    "xla": functools.partial(row.call, "xla"),
+    **row.baselines,
+  }
+  results = {}
+  for name in ("ours", "xla"):
+    results[name] = jax.jit(calls[name])(*row.arguments())
+  record["difference"] = _difference(results["ours"], results["xla"])
+  del results
+  spread = {}
+  for name, call in calls.items():
+    try:
+      samples = _time(_stepping(call, row.donated), row.arguments())
+    except Exception as error:
+      if name in ("ours", "xla"):
+        raise
+      record.setdefault("without", {})[name] = str(error)[:300]
+      continue
+    record["ms"][name] = statistics.median(samples) * 1e3
+    spread[name] = [min(samples) * 1e3, max(samples) * 1e3]
+  if row.torch is not None and importlib.util.find_spec("torch") is not None:
+    try:
+      record["ms"]["torch"] = _time_torch(row.torch())
+    except Exception as error:
+      record.setdefault("without", {})["torch"] = str(error)[:300]
+  record["spread_ms"] = spread
+  bandwidth = row.moved / record["ms"]["ours"] * 1e3
+  record["gigabytes_per_second"] = bandwidth / 1e9
+  record["copy_gigabytes_per_second"] = _copy_bandwidth() / 1e9
+  record["fraction_of_copy"] = bandwidth / _copy_bandwidth()
+  return record
+
+
+def _time_torch(run: Callable[[], Any]) -> float:
+  """Returns the milliseconds of a call, by CUDA's events."""
+  import torch
+
+  for _ in range(3):
+    run()
+  samples = []
+  for _ in range(_SAMPLES):
+    first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    first.record()
+    for _ in range(20):
+      run()
+    last.record()
+    torch.cuda.synchronize()
+    samples.append(first.elapsed_time(last) / 20)
+  return statistics.median(samples)
+
+
+def text(record: dict[str, Any]) -> str:
+  """Says a record in a line."""
+  if "error" in record:
+    return f"FAILED {record['row']}\n{record['error']}"
+  times = ", ".join(f"{name} {ms:.4f}" for name, ms in record["ms"].items())
+  return (
+    f"{record['row']}: {times} ms; {record['fraction_of_copy']:.2f} of a copy,"
+    f" differs by {record['difference']:.1e}"
+  )
+
+
+def run(pattern: str) -> Iterator[dict[str, Any]]:
+  """Measures the rows whose names contain `pattern`; yields their records."""
+  for row in rows():
+    if pattern in row.name:
+      try:
+        yield measure(row)
+      except Exception:
+        # One broken row must not cost the others.
+        yield {"row": row.name, "error": traceback.format_exc()[-3000:]}
+
+
+def _normal(shape: Sequence[int], dtype: str, seed: int) -> jax.Array:
+  return jax.random.normal(jax.random.key(seed), tuple(shape), dtype)
+
+
+# ---- batch_stat.
+
+_BATCHES = (
+  # Shape, dtype, feature axis.
+  ((256, 56, 56, 256), "bfloat16", -1),
+  ((128, 112, 112, 64), "float32", -1),
+  ((64, 56, 56, 256), "float16", -1),
+  ((128, 256, 56, 56), "float32", 1),
+  ((128, 256, 56, 56), "bfloat16", 1),
+  ((65536, 1024), "float32", -1),
+  ((32, 28, 28, 512), "float32", -1),
+  ((32, 7, 7, 2048), "bfloat16", -1),
+)
+
+
+def _update(axis, implementation, mean, var, x):
+  return batch_stat.update(
+    x, mean, var, 0.9, feature_axis=axis, implementation=implementation
+  )
+
+
+def _forward(axis, implementation, mean, var, x, scale, bias):
+  return batch_stat.batch_norm(
+    x, scale, bias, mean, var, 0.9,
+    feature_axis=axis, activation="relu", implementation=implementation,
+  )[:3]  # fmt: skip
+
+
+def _both(axis, implementation, mean, var, x, scale, bias, dy):
+  def run(x, scale, bias):
+    *stats, y = _forward(axis, implementation, mean, var, x, scale, bias)
+    return y, stats
+
+  y, pull, stats = jax.vjp(run, x, scale, bias, has_aux=True)
+  return *stats, y, *pull(dy)
+
+
+def _batch_rows() -> Iterator[Row]:
+  for shape, dtype, axis in _BATCHES:
+    channels = shape[axis]
+    size = int(np.prod(shape)) * np.dtype(jnp.dtype(dtype)).itemsize
+    name = (
+      f"{'x'.join(map(str, shape))}{'' if axis == -1 else '_first'}/{dtype}"
+    )
+
+    def arguments(count, shape=shape, dtype=dtype, channels=channels):
+      stat = jnp.zeros(channels), jnp.ones(channels)
+      affine = jnp.linspace(0.5, 1.5, channels), jnp.linspace(-1, 1, channels)
+      x, dy = (_normal(shape, dtype, seed) for seed in (0, 1))
+      return (*stat, x, *affine, dy)[:count]
+
+    for op, call, passes, count in (
+      ("update", _update, 1, 3),
+      # x for the statistics, x again and y.
+      ("batch_norm", _forward, 3, 5),
+      # And x and dy for the sums, x, dy and dx.
+      ("batch_norm_grad", _both, 8, 6),
+    ):
+      yield Row(
+        f"{op}/{name}",
+        passes * size,
+        functools.partial(arguments, count),
+        functools.partial(call, axis),
+        donated=(0, 1),
+      )
+
+
+# ---- kv_cache.
+
+
+def _cache_rows() -> Iterator[Row]:
+  for name, batch, length, tokens, dtype, new_dtype in (
+    ("prefill_B8_S32768_N8_H128", 8, 32768, 32768, "bfloat16", "bfloat16"),
+    ("prefill_B8_S16384_N8_H128", 8, 16384, 16384, "float32", "float32"),
+    ("prefill_B8_S32768_N8_H128", 8, 32768, 32768, "int8", "bfloat16"),
+    ("token_B64_S4096_N8_H128", 64, 4096, 1, "bfloat16", "bfloat16"),
+    ("token_B8_S32768_N8_H128", 8, 32768, 1, "bfloat16", "bfloat16"),
+  ):
+    cache, new = (batch, length, 8, 128), (batch, tokens, 8, 128)
+
+    def arguments(
+      cache=cache, new=new, dtype=dtype, new_dtype=new_dtype, batch=batch
+    ):
+      index = jnp.zeros(batch, jnp.int32)
+      rows = (_normal(new, new_dtype, seed) for seed in (0, 1))
+      return jnp.zeros(cache, dtype), jnp.zeros(cache, dtype), *rows, index
+
+    def call(implementation, *args, dtype=dtype):
+      scale = jnp.float32(1 / 32) if dtype == "int8" else None
+      return kv_cache.update(
+        *args, k_scale=scale, v_scale=scale, implementation=implementation
+      )
+
+    each = jnp.dtype(dtype).itemsize + jnp.dtype(new_dtype).itemsize
+    yield Row(
+      f"kv_cache.update/{name}/{dtype}",
+      2 * int(np.prod(new)) * each,
+      arguments,
+      call,
+      donated=(0, 1),
+    )
+
+
+# ---- decode_attention.
+
+
+def _torch_attention(batch, length, heads, group, dtype):
+  """Returns what runs PyTorch's attention, on the valid slice alone."""
+  import torch
+
+  kind = getattr(torch, dtype)
+  q = torch.randn(batch, heads * group, 1, 128, dtype=kind, device="cuda")
+  k, v = (
+    torch.randn(batch, heads, length, 128, dtype=kind, device="cuda")
+    for _ in range(2)
+  )
+
+  def run():
+    with torch.inference_mode():
+      torch.nn.functional.scaled_dot_product_attention(q, k, v, enable_gqa=True)
+
+  return run
+
+
+def _cudnn(cache_k, cache_v, q, new_k, new_v, index):
+  """Attends with cuDNN, as jax offers it, after an update in place."""
+  cache_k, cache_v = kv_cache.update(cache_k, cache_v, new_k, new_v, index)
+  out = jax.nn.dot_product_attention(
+    q, cache_k, cache_v,
+    key_value_seq_lengths=index + 1, implementation="cudnn",
+  )  # fmt: skip
+  return cache_k, cache_v, out
+
+
+def _decode_rows() -> Iterator[Row]:
+  for batch, length, heads, group, dtype in (
+    (8, 32768, 8, 4, "bfloat16"),
+    (8, 32768, 8, 4, "float16"),
+    (4, 32768, 8, 4, "float32"),
+    (8, 32768, 8, 4, "int8"),
+    (8, 32768, 8, 4, "float8_e4m3fn"),
+    (1, 32768, 8, 4, "bfloat16"),
+    (8, 32768, 8, 1, "bfloat16"),
+    (64, 2048, 8, 4, "bfloat16"),
+    (128, 256, 8, 8, "bfloat16"),
+  ):
+    quantised = dtype in ("int8", "float8_e4m3fn")
+    small = "bfloat16" if quantised else dtype
+    cache = (batch, length, heads, 128)
+
+    def arguments(
+      cache=cache, dtype=dtype, small=small, heads=heads, group=group
+    ):
+      batch, length = cache[:2]
+      keys = (
+        jnp.round(_normal(cache, "float32", seed) * 8).astype(dtype)
+        if dtype == "int8"
+        else _normal(cache, "bfloat16", seed).astype(dtype)
+        for seed in (0, 1)
+      )
+      q = _normal((batch, 1, heads * group, 128), small, 2)
+      new = (_normal((batch, 1, heads, 128), small, seed) for seed in (3, 4))
+      return *keys, q, *new, jnp.full(batch, length - 1, jnp.int32)
+
+    def call(implementation, *args, quantised=quantised):
+      scale = jnp.float32(1 / 8) if quantised else None
+      return decode_attention(
+        *args, k_scale=scale, v_scale=scale, implementation=implementation
+      )
+
+    spec = (batch, length, heads, group, dtype)
+    half = dtype in ("bfloat16", "float16")
+    yield Row(
+      f"decode/B{batch}_S{length}_N{heads}_G{group}_H128/{dtype}",
+      2 * int(np.prod(cache)) * jnp.dtype(dtype).itemsize,
+      arguments,
+      call,
+      donated=(0, 1),
+      baselines={"cudnn": _cudnn} if half else {},
+      torch=None if quantised else functools.partial(_torch_attention, *spec),
+    )
+
+
+def rows() -> Iterator[Row]:
+  """Yields everything that there is to measure."""
+  yield from _cache_rows()
+  yield from _decode_rows()
+  yield from _batch_rows()
