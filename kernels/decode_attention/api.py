@@ -35,9 +35,11 @@ _MAX_ROW_BYTES = 2048
 _MAX_ODD_DIM = 512
 _HEADER_FLOATS = 8
 _LEAST_PART = 128
-# Blocks that fill a large GPU a few times over, so that what is left over at the
-# end of a launch is small.
+# Blocks that fill a large GPU a few times over, so that what is left over at
+# the end of a launch is small; and those that occupy it at all.
 _BLOCKS = 1024
+_BUSY_BLOCKS = 96
+_PARTS_OF_UNKNOWN = 64  # where sizes are symbolic
 
 PALLAS = "kernels.decode_attention.pallas_tpu"
 
@@ -695,7 +697,7 @@ def _append_abstract(*avals, options):
 
 
 def _ffi_call(operands, options, targets, workspace):
-  """Calls a handler; `workspace` are the types of results that it also wants."""
+  """Calls a handler; `workspace` are types of results that it also wants."""
   x = options.named(operands)
   caches = [x["cache_k"], x["cache_v"]]
   new = [x["new_k"], x["new_v"]] if options.appends else []
@@ -768,15 +770,24 @@ def _cuda_workspace(operands, options):
 def _shared_parts(b, n, rows, capacity):
   """Returns into how many parts the keys of all sequences are divided, or 0."""
   if dispatch.static_size((n, rows)) is None:
-    return 64
+    return _PARTS_OF_UNKNOWN
   # A block takes up to 64 rows; more rows, more blocks without any splitting.
-  blocks = n * -(-rows // 64)
-  shared = max(1, -(-_BLOCKS // max(1, blocks)))
+  blocks = max(1, n * -(-rows // 64))
+  shared = -(-_BLOCKS // blocks)
   if dispatch.static_size((b, capacity)) is not None:
-    if capacity <= _LEAST_PART or (rows > 16 and b * blocks >= _BLOCKS):
+    if rows > 64 and b * blocks >= _BUSY_BLOCKS:
       return 0
-    shared = min(shared, -(-b * capacity // _LEAST_PART))
-  return shared
+    keys = b * capacity
+    # What parts write should be little beside the keys that they read, unless
+    # the device would be idle.
+    shared = min(
+      shared,
+      -(-keys // _LEAST_PART),
+      max(-(-keys // max(1, 16 * rows)), -(-2 * _BUSY_BLOCKS // blocks)),
+    )
+    if capacity <= _LEAST_PART:
+      return 0
+  return shared if shared > 1 else 0
 
 
 def _cuda_unsupported(avals, *, options):

@@ -1,7 +1,7 @@
 """The CUDA kernels of decode attention and their binding, run on the CPU.
 
-The kernels' sources under tests/testing/cuda_emulation.h: their logic, not a run
-on a GPU.
+The kernels' sources under tests/testing/cuda_emulation.h: their logic, not a
+run on a GPU.
 """
 
 import functools
@@ -15,7 +15,7 @@ import pytest
 
 from kernels import decode_attention as da
 from kernels.common import dispatch
-from kernels.decode_attention import api, arg_specs
+from kernels.decode_attention import api, arg_specs, reference
 from tests.kernels.decode_attention import cases, oracle
 from tests.testing import tolerances
 
@@ -102,12 +102,12 @@ class EmulatedTest(parameterized.TestCase):
     for first in (0, 100):
       fields = ("cache_k", "cache_v", "q", "index", "count", "layer", "table",
                 "first_slot")  # fmt: skip
-      options = jax.tree.map(lambda x: x, api.reference.Options(
+      options = reference.Options(
         fields=fields, layout="bsnh", ring=0, aligned=True,
         scale=1 / np.sqrt(16), causal=True, window_left=-1, window_right=-1,
         chunk=0, softcap=0.0, interleaved=False, rotate_keys=False,
         out_dtype="float32",
-      ))  # fmt: skip
+      )  # fmt: skip
       ones = jnp.ones((2,), jnp.int32)
       part = slice(first, first + 100)
       parts += api.ATTEND(
@@ -179,16 +179,16 @@ class EmulatedTest(parameterized.TestCase):
 
 class UnsupportedTest(parameterized.TestCase):
   @parameterized.parameters(
-    (dict(h=640, dtype="float32"), {}, "multiple of 16 bytes"),
-    (dict(h=514, dtype="bfloat16"), {}, "multiple of 16 bytes"),
-    (dict(h=576, dtype="bfloat16"), dict(rope_cached_keys=True),
-     "`rope_cached_keys` is written for"),
-  )  # fmt: skip
-  def test_what_has_no_kernel_is_said(self, sizes, options, message):
-    *args, new_k, new_v = cases.arguments(b=1, s=8, g=1, **sizes)
-    if options:
+    ("float32", 640, False, "multiple of 16 bytes"),
+    ("bfloat16", 514, False, "multiple of 16 bytes"),
+    ("bfloat16", 576, True, "`rope_cached_keys` is written for"),
+  )
+  def test_what_has_no_kernel_is_said(self, dtype, h, rotate_keys, message):
+    *args, new_k, new_v = cases.arguments(b=1, s=8, g=1, h=h, dtype=dtype)
+    options = {}
+    if rotate_keys:
       cos, sin = da.rope_tables(8, 64)
-      options = options | {"rope_cos": cos, "rope_sin": sin}
+      options = {"rope_cos": cos, "rope_sin": sin, "rope_cached_keys": True}
     call = functools.partial(da.decode_attention, **options)
     jaxpr = jax.make_jaxpr(call)(*args, new_k, new_v, 0)
     [eqn] = [e for e in jaxpr.jaxpr.eqns if e.primitive is api.APPEND.primitive]

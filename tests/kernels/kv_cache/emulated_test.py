@@ -1,7 +1,7 @@
 """The CUDA kernel of the cache update and its binding, run on the CPU.
 
-The kernel's source under tests/testing/cuda_emulation.h: its logic, not a run on
-a GPU.
+The kernel's source under tests/testing/cuda_emulation.h: its logic, not a run
+on a GPU.
 """
 
 import functools
