@@ -156,6 +156,28 @@ class OracleTest(parameterized.TestCase):
     for ours, theirs in zip(*results):
       assert_same(ours, theirs)
 
+  def test_line_search(self):
+    results = []
+    for library in (nnx, flax_nnx):
+      model = make_model(library)
+      tx = optax.chain(
+        optax.sgd(1.0), optax.scale_by_backtracking_linesearch(5)
+      )
+      optimizer = library.Optimizer(model, tx, wrt=library.Param)
+      graphdef, _, rest = library.split(model, library.Param, ...)
+
+      def loss_of_params(params, library=library, graphdef=graphdef, rest=rest):
+        return loss_of(library.merge(graphdef, params, rest))
+
+      for _ in range(2):
+        loss, grads = library.value_and_grad(loss_of)(model)
+        optimizer.update(
+          model, grads, grad=grads, value=loss, value_fn=loss_of_params
+        )
+      results.append((values(library, model), values(library, optimizer)))
+    for ours, theirs in zip(*results):
+      assert_same(ours, theirs)
+
   def test_kinds_and_metadata_of_the_state(self):
     kinds = []
     for library in (nnx, flax_nnx):
