@@ -112,7 +112,7 @@ def batch_norm(
       anyway.
     use_running_average: Whether to normalise with `mean` and `var`, and leave
       them as they are (inference).
-    implementation: "auto", "xla" or "cpu".
+    implementation: "auto", or by name: "xla", "cpu", "cuda" or "pallas".
 
   Returns:
     The new averages, in their own dtypes, y, and the statistics that made it.

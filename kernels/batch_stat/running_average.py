@@ -69,7 +69,7 @@ def update(
     axis_index_groups: As in `jax.lax.psum`: only members of a group share.
     use_fast_variance: Whether one pass over x may do for the variance. False
       takes it in a second pass, about the mean.
-    implementation: "auto", "xla" or "cpu".
+    implementation: "auto", or by name: "xla", "cpu", "cuda" or "pallas".
 
   Returns:
     The new averages, in their own dtypes, and the batch's statistics, in
