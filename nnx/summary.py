@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from nnx import reprs
+from nnx.containers import Dict, List
 from nnx.graph import functional, pytrees
 from nnx.module import Module
 from nnx.pytree import Pytree
@@ -235,19 +236,23 @@ def _flops(function: Callable[..., Any], operands: tuple[Any, ...]) -> int:
   return int((cost or {}).get("flops", 0))
 
 
+# What models call of these is no part of what they compute.
+_COMMON = (Module, Pytree, Dict, List)
+
+
 def _watched_methods(cls: type) -> Iterator[tuple[str, Any]]:
   """The methods of a class that are rows: not those that all Modules have."""
-  names = dict.fromkeys(name for base in cls.__mro__ for name in vars(base))
-  for name in names:
-    if name != "__call__" and (name.startswith("_") or hasattr(Module, name)):
-      continue
-    for base in cls.__mro__:
-      if name in vars(base):
-        method = vars(base)[name]
-        break
-    if callable(method) and hasattr(type(method), "__get__"):
-      if not isinstance(method, (type, staticmethod, classmethod)):
-        yield name, method
+  found: set[str] = set()
+  for base in cls.__mro__:
+    for name, method in vars(base).items():
+      if name in found:
+        continue
+      found.add(name)
+      if name != "__call__" and (name.startswith("_") or base in _COMMON):
+        continue
+      if callable(method) and hasattr(type(method), "__get__"):
+        if not isinstance(method, (type, staticmethod, classmethod)):
+          yield name, method
 
 
 @functools.cache
@@ -261,7 +266,8 @@ def _watched_class(cls: type) -> type:
         return method.__get__(node, cls)(*args, **kwargs)
 
       recorder = _watch.recorder
-      if recorder is None:
+      # An object that the model makes of one of its own has no place.
+      if recorder is None or not hasattr(self, _PLACE):
         return original(self, *args, **kwargs)
       return recorder.call(self, cls, name, original, args, kwargs)
 
@@ -282,9 +288,13 @@ def _record(
   obj = functional.clone(obj)
   for path, node in list(functional.iter_graph(obj)):
     if isinstance(node, Pytree):
-      setattr(node, _PLACE, _Place(path))
       cls: Any = type(node)
-      node.__class__ = _watched_class(cls)
+      cls = _watched_class(cls)
+      if isinstance(node, Dict):  # whose attributes are its items
+        cls = type(cls.__name__, (cls,), {_PLACE: _Place(path)})
+      else:
+        setattr(node, _PLACE, _Place(path))
+      node.__class__ = cls
   if not callable(getattr(type(obj), method, None)):
     raise ValueError(
       f"`method` must be that of the object, but a `{type(obj).__name__}` has"

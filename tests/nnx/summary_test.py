@@ -195,6 +195,43 @@ class TabulateTest(absltest.TestCase):
     self.assertIn("kernel: float32[4,3,3]", text)
     self.assertIn("48 (192 B)", text)
 
+  def test_containers_show_none_of_it(self):
+    class Model(nnx.Module):
+      def __init__(self):
+        self.named = nnx.Dict(a=make(), b=make())
+        self.listed = nnx.List([make()])
+        self.plain = {"x": make()}
+
+      def __call__(self, x):
+        for name in self.named:
+          x = self.named[name](x)
+        self.listed.append(nnx.clone(self.listed[0]))
+        for layer in self.listed:
+          x = layer(x)
+        return self.plain["x"](x), len(self.named), len(self.listed)
+
+    def make():
+      return nnx.Linear(2, 2, rngs=nnx.Rngs(0))
+
+    rows = []
+    nnx.tabulate(
+      Model(), jnp.ones((1, 2)), row_filter=lambda row: not rows.append(row)
+    )
+    self.assertEqual(rows[0].outputs[1:], (2, 2))
+    self.assertEqual(
+      [row.path for row in rows[1:]],
+      [("named", "a"), ("named", "b"), ("listed", 0), ("plain", "x")],
+    )
+
+  def test_a_dict_that_is_called(self):
+    class Both(nnx.Dict):
+      def __call__(self, x):
+        return {name: layer(x) for name, layer in self.items()}
+
+    model = Both(a=nnx.Linear(2, 3, rngs=nnx.Rngs(0)))
+    text = nnx.tabulate(model, jnp.ones((1, 2)), console_kwargs=PLAIN)
+    self.assertIn("a: float32[1,3]", text)
+
   def test_shared_variables_count_once(self):
     class Tied(nnx.Module):
       def __init__(self):
