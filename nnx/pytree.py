@@ -603,7 +603,7 @@ def _sizes(
     return {id(node): (_size_kind(type(node)), size)} if size else {}
   if isinstance(node, _engine.ObjectBase):
     children = vars(node).values()
-  elif isinstance(node, dict):
+  elif isinstance(node, Mapping):  # a State too
     children = node.values()
   elif isinstance(node, (list, tuple)):
     children = node

@@ -201,6 +201,15 @@ class OracleTest(parameterized.TestCase):
       )
     self.assertEqual(kinds[0], kinds[1])
 
+  def test_display_counts_all_of_the_state(self):
+    found = []
+    for library in (nnx, flax_nnx):
+      model = library.Linear(2, 3, rngs=library.Rngs(0))
+      optimizer = library.Optimizer(model, optax.adam(1), wrt=library.Param)
+      found.append(sorted(str(optimizer).split("\n")[0][13:].split(", ")))
+    self.assertEqual(*found)
+    self.assertIn("OptVariable: 18 (72 B)", found[0])
+
   def test_shardings_of_the_state(self):
     model = nnx.Linear(
       2,
