@@ -376,6 +376,27 @@ class StateTest(parameterized.TestCase):
     train(nnx, nnx.Optimizer(other, optax.sgd(0.1), wrt=nnx.Param), other, 1)
     assert_same(values(nnx, model), values(nnx, other))
 
+  def test_steps_in_a_scan(self):
+    model = make_model(nnx)
+    optimizer = nnx.Optimizer(model, optax.adam(0.1), wrt=nnx.Param)
+    metrics = nnx.metrics.Average()
+
+    @nnx.jit
+    @nnx.scan(in_axes=(nnx.Carry, 0), out_axes=(nnx.Carry, 0))
+    def steps(carry, scale):
+      model, optimizer, metrics = carry
+      loss, grads = nnx.value_and_grad(lambda m: scale * loss_of(m))(model)
+      optimizer.update(model, grads)
+      metrics.update(values=loss)
+      return carry, loss
+
+    _, losses = steps((model, optimizer, metrics), jnp.ones(3))
+    other = make_model(nnx)
+    train(nnx, nnx.Optimizer(other, optax.adam(0.1), wrt=nnx.Param), other, 3)
+    assert_same(values(nnx, model), values(nnx, other))
+    self.assertEqual(int(optimizer.step.value), 3)
+    np.testing.assert_allclose(metrics.compute(), losses.mean(), rtol=1e-6)
+
   def test_many_models_by_vmap(self):
     @nnx.vmap(in_axes=0, out_axes=0)
     def make(key):
