@@ -172,14 +172,24 @@ class ToLinen(linen.Module):
         continue  # all of them found their slots
       for path, value in _leaves(tree):
         if (collection, *map(str, path)) not in layout.known:
-          _add(module, path, variables_lib.to_nnx_var(collection, value))
+          variable = variables_lib.to_nnx_var(collection, value)
+          if not _add(module, path, variable):
+            raise ValueError(
+              f"The variables given to {_describe(self)} must be its own, but"
+              f" `{'/'.join(map(str, path))}` in the collection `{collection}`"
+              " has no place in it. Leave it out, or pass the variables that"
+              " `init` returned."
+            )
     return module, defaulted
 
   def _seed(self, layout: Layout, state: dict[Any, Any]) -> dict[str, list]:
     """Puts fresh random streams into `state`."""
     defaulted: dict[str, list] = {}
     for tag, paths in layout.streams.items():
-      name = next((n for n in (tag, "params") if self.has_rng(n)), None)
+      # A Module made of one key has one stream, `default`, for everything.
+      others = ("dropout", *sorted(self.scope.rngs)) if tag == "default" else ()
+      names = (tag, "params", *others)
+      name = next((n for n in names if self.has_rng(n)), None)
       if name is None:
         keys = [jax.random.key(0)] * len(paths)
       else:
@@ -387,12 +397,24 @@ def _leaves(tree: Any, path: tuple[Any, ...] = ()):
       yield (*path, key), value
 
 
-def _add(module: nnx.Module, path: tuple[Any, ...], value: Any) -> None:
-  """Adds a Variable that the graphdef does not have, such as a sown one."""
+def _add(module: nnx.Module, path: tuple[Any, ...], value: Any) -> bool:
+  """Adds a Variable that the graphdef does not have, such as a sown one.
+
+  Returns:
+    Whether there is a module for it, with the name free.
+  """
   owner: Any = module
   for key in path[:-1]:
-    owner = owner[key] if not isinstance(key, str) else getattr(owner, key)
+    if isinstance(owner, (list, tuple, nnx.List)) and str(key).isdigit():
+      owner = owner[int(key)] if int(key) < len(owner) else None
+    elif isinstance(owner, Mapping):
+      owner = owner.get(key)
+    else:
+      owner = getattr(owner, str(key), None)
+  if not isinstance(owner, nnx.Module) or path[-1] in vars(owner):
+    return False
   setattr(owner, path[-1], value)
+  return True
 
 
 def to_linen(

@@ -8,15 +8,16 @@ import functools
 import threading
 from typing import Any
 
-from flax import linen
+from flax import errors, linen
 from flax.core import meta
 import jax
 
-from bridge import replay
+from bridge import linen_errors, replay
 from bridge import variables as variables_lib
 import nnx
 
 _PREFIX = "to_nnx__"
+_RESERVED = frozenset(["module", "rngs", "lazy_init"])
 
 # Metadata of the key of a random stream for which nobody gave a key: a Linen
 # module must not get it, so that it complains if it needs one.
@@ -191,9 +192,26 @@ class ToNNX(nnx.Module):
       the Variables.
 
     Raises:
-      ValueError: if the module has not been initialised, or two variables
-        clash.
+      ValueError: if the module has not been initialised; if two variables
+        clash; for want of a key or variable; if it writes what is not in
+        `mutable`. Errors of Linen are instances of its classes as well.
     """
+    try:
+      return self._call(args, kwargs, rngs, method, mutable)
+    except (errors.FlaxError, ValueError) as error:
+      explained = linen_errors.explained(error, _describe(self))
+      if explained is error:
+        raise
+      raise explained from error
+
+  def _call(
+    self,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    rngs: Any,
+    method: Any,
+    mutable: Any,
+  ) -> Any:
     module = self.to_nnx__module
     keys = _linen_keys(self.to_nnx__rngs if rngs is None else rngs)
     if _context.initializing:
@@ -276,8 +294,10 @@ def load_linen_variables(
   """
   if _is_initialised(model):
     _check_loaded(model, variables)
-  for collection, tree in variables.items():
-    _write(model, {collection: _with_boxes(model, collection, tree, ())})
+  _write(
+    model,
+    {name: _with_boxes(model, tree, ()) for name, tree in variables.items()},
+  )
 
 
 def _check_loaded(model: ToNNX, variables: Mapping[str, Any]) -> None:
@@ -316,22 +336,20 @@ def _shapes(
       yield (*path, str(key)), shapes
 
 
-def _with_boxes(
-  model: ToNNX, collection: str, tree: Any, path: tuple[Any, ...]
-) -> Any:
+def _with_boxes(model: ToNNX, tree: Any, path: tuple[Any, ...]) -> Any:
   """Values in the metadata boxes that the module has for them."""
   if isinstance(tree, Mapping):
     return {
-      key: _with_boxes(model, collection, value, (*path, key))
+      key: _with_boxes(model, value, (*path, key))
       for key, value in tree.items()
     }
-  if isinstance(tree, meta.AxisMetadata):
-    return tree
   current: Any = vars(model)
   for key in path:
-    if not isinstance(current, Mapping) or key not in current:
-      return tree
-    current = current[key]
+    current = current.get(key) if isinstance(current, Mapping) else None
+  if isinstance(tree, meta.AxisMetadata) or not isinstance(
+    current, nnx.Variable
+  ):
+    return tree
   box = variables_lib.to_linen_var(current)
   return box.replace_boxed(tree) if isinstance(box, meta.AxisMetadata) else tree
 
@@ -398,29 +416,44 @@ def _linen_keys(rngs: Any) -> dict[str, jax.Array]:
 
 def _write(model: ToNNX, updates: Mapping[str, Any]) -> None:
   """Puts updated Linen variables into the Variables of the module."""
-  for name, value in variables_lib.linen_vars_to_nnx_attrs(updates).items():
+  try:
+    attributes = variables_lib.linen_vars_to_nnx_attrs(updates)
+  except ValueError as error:
+    raise ValueError(f"{_describe(model)}: {error}") from error
+  for name, value in attributes.items():
+    if name in _RESERVED or name.startswith(_PREFIX):
+      raise ValueError(
+        f"Variables and submodules of {_describe(model)} must not be called"
+        f" `{name}`, which is an attribute of `ToNNX` itself. Rename it in the"
+        " Linen module."
+      )
     current = vars(model).get(name)
     if current is not None:
-      value = _merged(current, value, name)
+      value = _merged(model, current, value, name)
     # Not by `setattr`, which would change a field of the same name.
     nnx.Module.__setattr__(model, name, value)
 
 
-def _merged(current: Any, new: Any, path: str) -> Any:
+def _merged(model: ToNNX, current: Any, new: Any, path: str) -> Any:
   """`current` with the values of `new`: existing Variables stay themselves."""
-  if isinstance(new, nnx.Variable):
-    if isinstance(current, nnx.Variable) and type(current) is type(new):
-      current.update_from_state(new)
-      return current
-    if isinstance(current, nnx.Variable):
-      raise ValueError(
-        "Variables of a bridged module must have different paths, but"
-        f" `{path}` is both a `{type(current).__name__}` and a"
-        f" `{type(new).__name__}`. Rename one of them in the Linen module."
-      )
-    return new
+  if isinstance(new, nnx.Variable) and type(current) is type(new):
+    current.update_from_state(new)
+    return current
+  if isinstance(new, nnx.Variable) or isinstance(current, nnx.Variable):
+
+    def name(x: Any) -> str:
+      is_variable = isinstance(x, nnx.Variable)
+      return f"a `{type(x).__name__}`" if is_variable else "a submodule"
+
+    raise ValueError(
+      f"Variables of {_describe(model)} must have different paths, but `{path}`"
+      f" is both {name(current)} and {name(new)}. Rename one of them in the"
+      " Linen module."
+    )
   for key, value in new.items():
     current[key] = (
-      _merged(current[key], value, f"{path}/{key}") if key in current else value
+      _merged(model, current[key], value, f"{path}/{key}")
+      if key in current
+      else value
     )
   return current

@@ -192,17 +192,21 @@ def linen_vars_to_nnx_attrs(variables: Mapping[str, Any]) -> dict[str, Any]:
     ValueError: if two collections hold the same path.
   """
   owners: dict[tuple[str, ...], str] = {}
+  above: dict[tuple[str, ...], str] = {}  # what has variables below it
   attributes: dict[str, Any] = {}
   for collection, tree in variables.items():
     for path, value in _flatten(tree):
-      if path in owners:
-        raise ValueError(
-          "A path must be in one collection, since it names one attribute, but"
-          f" `{'/'.join(map(str, path))}` is in `{owners[path]}` and in"
-          f" `{collection}`."
-          " Rename one of the two."
-        )
+      prefixes = [path[:i] for i in range(1, len(path))]
+      for taken in (*prefixes, path):
+        other = owners.get(taken) or (above.get(taken) if taken == path else "")
+        if other:
+          raise ValueError(
+            "A path must be in one collection, since it names one attribute,"
+            f" but `{'/'.join(map(str, taken))}` is in `{other}` and in"
+            f" `{collection}`. Rename one of the two."
+          )
       owners[path] = collection
+      above.update(dict.fromkeys(prefixes, collection))
       _insert(attributes, path, to_nnx_var(collection, value))
   return attributes
 
