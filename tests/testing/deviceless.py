@@ -17,6 +17,7 @@ from typing import Any
 
 import jax
 from jax.experimental import topologies
+import numpy as np
 
 from tests.testing import hlo
 
@@ -78,6 +79,37 @@ def gpu_devices(count: int = 1) -> tuple[Any, ...]:
     topology=f"1x1x{count}",
   )
   return tuple(topology.devices)
+
+
+def tpu_mesh(
+  chip: str, kind: jax.sharding.AxisType = jax.sharding.AxisType.Auto
+) -> jax.sharding.Mesh:
+  """Returns a mesh of four devices with the axis "x".
+
+  Args:
+    chip: A key of `TPU_TOPOLOGIES`.
+    kind: Of the axis.
+  """
+  devices = np.array(tpu_devices(chip)[:4])
+  return jax.sharding.Mesh(devices, ("x",), axis_types=(kind,))
+
+
+def sharded(
+  mesh: jax.sharding.Mesh, structs: Sequence[Any], specs: Sequence[Any]
+) -> list[jax.ShapeDtypeStruct]:
+  """Returns types of arrays with shardings.
+
+  Args:
+    mesh: To shard over.
+    structs: The types.
+    specs: A PartitionSpec for each.
+  """
+  return [
+    jax.ShapeDtypeStruct(
+      a.shape, a.dtype, sharding=jax.sharding.NamedSharding(mesh, spec)
+    )
+    for a, spec in zip(structs, specs, strict=True)
+  ]
 
 
 def compile_for(

@@ -1,0 +1,226 @@
+"""The TPU's batch statistics: their numbers, and their compiled programs.
+
+Numbers come from the interpreter on the CPU, and from the device where there is
+one; programs from libtpu, which wants no device.
+"""
+
+import functools
+
+from absl.testing import parameterized
+import jax
+from jax import export, lax
+import jax.numpy as jnp
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+import numpy as np
+import pytest
+
+import kernels
+from kernels import batch_stat
+from kernels.batch_stat import ops
+from tests.testing import (
+  deviceless,
+  interpreted,
+  op_contract,
+  oracles,
+  tolerances,
+)
+
+PLATFORM = op_contract.PLATFORM
+interpreted.allow(ops, "UPDATE", "MOMENTS")
+IMPLEMENTATION = interpreted.NAME if PLATFORM == "cpu" else "pallas"
+KERNEL = "tpu_custom_call"
+
+
+def check(got, x, mean, var, momentum):
+  want = oracles.batch_norm(x)
+  spread = np.abs(np.asarray(x, np.float64)).max()
+  close = functools.partial(
+    tolerances.assert_close, dtype="float32", reduced=x.size // x.shape[-1]
+  )
+  close(got.batch_mean, want.mean, scale=spread, what="batch_mean")
+  close(got.batch_var, want.var, what="batch_var")
+  blend = momentum * mean + (1 - momentum) * want.mean
+  close(got.mean, blend, scale=spread, what="mean")
+  close(got.var, momentum * var + (1 - momentum) * want.var, what="var")
+  assert not interpreted.races_found()
+
+
+class NumbersTest(parameterized.TestCase):
+  def setUp(self):
+    super().setUp()
+    if PLATFORM != "cpu":
+      op_contract.need_device(PLATFORM)
+    interpreted.reset()
+
+  @parameterized.product(
+    dtype=("float32", "bfloat16"),
+    # One block; several, the last one short; merged axes; one value.
+    shape=((7, 16), (1100, 640), (5, 16, 130), (1, 8)),
+  )
+  def test_matches_the_oracle(self, dtype, shape):
+    rng = np.random.default_rng(0)
+    x = op_contract.array(rng, shape, dtype)
+    mean, var = rng.random((2, shape[-1])).astype(np.float32)
+    got = batch_stat.update(x, mean, var, 0.75, implementation=IMPLEMENTATION)
+    check(got, x, mean, var, 0.75)
+
+  def test_one_pass_loses_nothing_to_a_large_mean(self):
+    rng = np.random.default_rng(1)
+    x = (rng.normal(size=(1300, 128)) + 3e3).astype(np.float32)
+    got = batch_stat.update(
+      x, np.zeros(128), np.ones(128), implementation=IMPLEMENTATION
+    )
+    np.testing.assert_allclose(
+      got.batch_var, x.astype(np.float64).var(0), rtol=1e-4
+    )
+
+  def test_what_vmap_makes_of_it(self):
+    rng = np.random.default_rng(2)
+    x = op_contract.array(rng, (2, 3, 24, 128), "float32") + 3
+    mean, var = rng.random((2, 2, 3, 128)).astype(np.float32)
+    got = ops.UPDATE(
+      mean, var, np.full_like(mean, 0.75), x, feature_axis=3, batch_axes=2,
+      accurate=False, implementation=IMPLEMENTATION,
+    )  # fmt: skip
+    for i in np.ndindex(2, 3):
+      out = batch_stat.Update(*(a[i] for a in got))
+      check(out, x[i], mean[i], var[i], 0.75)
+
+
+class ChoiceTest(parameterized.TestCase):
+  """What the rule says; nothing is compiled."""
+
+  def setUp(self):
+    super().setUp()
+    if PLATFORM != "cpu":
+      self.skipTest("the same on every platform")
+
+  @parameterized.parameters(
+    ((4, 3), "float16", {}, "`x` is float16"),
+    ((4, 3), "float32", {"mask": np.ones((4, 1), bool)}, "there is a mask"),
+    ((4, 3), "float32", {"feature_axis": 0}, "features are axis 0 of 2 axes"),
+    ((4, 9001), "float32", {}, "`x` has 9001 features, which are no multiple"),
+    ((4, 3, 8), "float32", {}, "is no matrix as it lies: 3 is no multiple"),
+    ((4, 8, 8, 8), "float32", {}, "the axes of an image"),
+  )
+  def test_what_is_left_to_xla(self, shape, dtype, kwargs, reason):
+    x = jax.ShapeDtypeStruct(shape, dtype)
+    stat = jax.ShapeDtypeStruct((shape[kwargs.get("feature_axis", -1)],), "f4")
+    update = functools.partial(batch_stat.update, **kwargs)
+    [choice] = kernels.explain(update, x, stat, stat, platform="tpu")
+    self.assertEqual(choice.implementation, "xla")
+    self.assertIn(reason, choice.reason)
+
+  def test_batch_norm_takes_its_moments_from_the_kernel(self):
+    x = jax.ShapeDtypeStruct((64, 128), "float32")
+    stat = jax.ShapeDtypeStruct((128,), "float32")
+    choices = kernels.explain(
+      batch_stat.batch_norm, x, stat, stat, stat, stat, platform="tpu"
+    )
+    self.assertEqual(
+      {choice.op: choice.implementation for choice in choices},
+      {"batch_stat_moments": "pallas", "batch_stat_normalize": "xla"},
+    )
+
+  def test_one_artifact_serves_every_platform(self):
+    rng = np.random.default_rng(3)
+    x = op_contract.array(rng, (64, 128), "float32")
+    mean, var = rng.random((2, 128)).astype(np.float32)
+    exported = export.export(
+      jax.jit(batch_stat.update),
+      platforms=("cpu", "cuda", "tpu"),
+      disabled_checks=[
+        export.DisabledSafetyCheck.custom_call(name)
+        for name in (ops.TARGET_UPDATE, KERNEL)
+      ],
+    )(x, mean, var, 0.75)
+    text = exported.mlir_module()
+    self.assertIn(KERNEL, text)
+    self.assertIn(ops.TARGET_UPDATE, text)
+    loaded = export.deserialize(exported.serialize())
+    check(loaded.call(x, mean, var, 0.75), x, mean, var, 0.75)
+
+
+CHIPS = tuple(deviceless.TPU_TOPOLOGIES)
+
+
+@pytest.mark.deviceless
+class CompiledTest(parameterized.TestCase):
+  def setUp(self):
+    super().setUp()
+    if PLATFORM != "tpu":
+      self.skipTest("needs libtpu, which --config=tpu brings")
+
+  def check(self, compiled, x, stat):
+    num_bytes = stat.size * stat.dtype.itemsize
+    deviceless.assert_calls(compiled, KERNEL)
+    deviceless.assert_in_place(compiled, 2 * num_bytes)
+    deviceless.assert_small_temporaries(compiled, 64 * num_bytes)
+    deviceless.assert_nothing_moves(compiled, x.size)
+
+  @parameterized.product(
+    chip=CHIPS,
+    dtype=("float32", "bfloat16"),
+    shape=((65536, 512), (100000, 256), (16, 4096, 1024)),
+  )
+  def test_update(self, chip, dtype, shape):
+    x = jax.ShapeDtypeStruct(shape, dtype)
+    stat = jax.ShapeDtypeStruct((shape[-1],), "float32")
+    compiled = deviceless.compile_for(
+      deviceless.tpu_devices(chip)[0], batch_stat.update, x, stat, stat,
+      donate=(1, 2),
+    )  # fmt: skip
+    self.check(compiled, x, stat)
+
+  @parameterized.parameters(*CHIPS)
+  def test_update_in_a_scan(self, chip):
+    xs = jax.ShapeDtypeStruct((4, 1024, 512), "float32")
+    stat = jax.ShapeDtypeStruct((512,), "float32")
+
+    def run(xs, mean, var):
+      def step(stats, x):
+        return batch_stat.update(x, *stats)[:2], None
+
+      return lax.scan(step, (mean, var), xs)[0]
+
+    compiled = deviceless.compile_for(
+      deviceless.tpu_devices(chip)[0], run, xs, stat, stat, donate=(1, 2)
+    )
+    deviceless.assert_calls(compiled, KERNEL)
+    deviceless.assert_in_place(compiled, 2 * 4 * 512)
+
+  @parameterized.parameters(*CHIPS)
+  def test_training_step(self, chip):
+    x = jax.ShapeDtypeStruct((4096, 512), "bfloat16")
+    stat = jax.ShapeDtypeStruct((512,), "float32")
+
+    def step(mean, var, x, scale, bias):
+      def loss(x, scale, bias):
+        out = batch_stat.batch_norm(x, scale, bias, mean, var)
+        return jnp.sum(out.y.astype(jnp.float32) ** 3), (out.mean, out.var)
+
+      grads, stats = jax.grad(loss, argnums=(0, 1, 2), has_aux=True)(
+        x, scale, bias
+      )
+      return *stats, grads
+
+    compiled = deviceless.compile_for(
+      deviceless.tpu_devices(chip)[0], step, stat, stat, x, stat, stat,
+      donate=(0, 1),
+    )  # fmt: skip
+    deviceless.assert_calls(compiled, KERNEL)
+    deviceless.assert_in_place(compiled, 2 * 4 * 512)
+
+  @parameterized.parameters(*CHIPS)
+  def test_four_chips_of_an_explicit_mesh(self, chip):
+    mesh = deviceless.tpu_mesh(chip, jax.sharding.AxisType.Explicit)
+    x = jax.ShapeDtypeStruct((1 << 18, 512), "float32")
+    stat = jax.ShapeDtypeStruct((512,), "float32")
+    args = deviceless.sharded(mesh, (x, stat, stat), (P("x"), P(), P()))
+    with jax.set_mesh(mesh):
+      compiled = deviceless.compile_for(
+        NamedSharding(mesh, P()), batch_stat.update, *args, donate=(1, 2)
+      )
+    deviceless.assert_calls(compiled, KERNEL)
+    deviceless.assert_nothing_moves(compiled, x.size // 4)

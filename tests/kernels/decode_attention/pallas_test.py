@@ -1,0 +1,384 @@
+"""The TPU's `decode_attention`: its numbers, and its compiled programs.
+
+Numbers come from the interpreter on the CPU, and from the device where there is
+one; programs from libtpu, which wants no device.
+"""
+
+import functools
+
+from absl.testing import parameterized
+import jax
+from jax import export
+import jax.numpy as jnp
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+import numpy as np
+import pytest
+
+import kernels
+from kernels import decode_attention as da
+from kernels.decode_attention import api, arg_specs
+from tests.kernels.decode_attention import oracle
+from tests.kernels.kv_cache import oracle as cache_oracle
+from tests.testing import deviceless, interpreted, op_contract, tolerances
+
+PLATFORM = op_contract.PLATFORM
+interpreted.allow(api, "APPEND", "ATTEND")
+IMPLEMENTATION = interpreted.NAME if PLATFORM == "cpu" else "pallas"
+DTYPES = ("float32", "bfloat16", *cache_oracle.QUANTIZED)
+KERNEL = "tpu_custom_call"
+
+# One for each order in which XLA keeps a cache: see `kv_cache.pallas_tpu`.
+SIZES = {
+  "rows": {},
+  "tiles": {"layout": "bnsh"},
+  "columns": {"h": 64, "s": 256},
+}
+CASES = tuple(SIZES)
+LAYOUTS = {name: case.get("layout", "bsnh") for name, case in SIZES.items()}
+
+
+def arguments(
+  seed=0, b=3, s=64, t=1, n=4, g=2, h=128, h_v=None, dtype="float32",
+  layout="bsnh", rows=None, lead=(), kind=None,
+):  # fmt: skip
+  rng = np.random.default_rng(seed)
+  order = (lambda x, y: (x, y)) if layout == "bsnh" else (lambda x, y: (y, x))
+  kind = kind or ("float32" if dtype in cache_oracle.QUANTIZED else dtype)
+  h_v = h_v or h
+  return [
+    cache_oracle.random(rng, (*front, count, *order(length, heads), dim), of)
+    for front, count, length, heads, dim, of in (
+      (lead, rows or b, s, n, h, dtype), (lead, rows or b, s, n, h_v, dtype),
+      ((), b, t, n * g, h, kind), ((), b, t, n, h, kind),
+      ((), b, t, n, h_v, kind),
+    )
+  ]  # fmt: skip
+
+
+def spoil(args, used, layout="bsnh"):
+  """Fills what lies after `used[i]` slots of row i with NaN."""
+  out = []
+  for cache in args[:2]:
+    cache = np.array(cache)
+    for row, first in enumerate(used):
+      if layout == "bsnh":
+        cache[row, first:] = np.nan
+      else:
+        cache[row, :, first:] = np.nan
+    out.append(jnp.asarray(cache))
+  return out + list(args[2:])
+
+
+def run(args, index, **kwargs):
+  index = np.asarray(index, np.int32)
+  decode = functools.partial(
+    da.decode_attention, implementation=IMPLEMENTATION, return_lse=True,
+    **kwargs,
+  )  # fmt: skip
+  got = jax.jit(decode)(*args, index)
+  assert not interpreted.races_found()
+  cache_k, cache_v, q, new_k, new_v = args
+  layout = kwargs.get("layout", "bsnh")
+  tokens = q.shape[1 if layout == "bsnh" else 2]
+  counts = np.broadcast_to(kwargs.pop("lengths", tokens), q.shape[:1])
+  update_options = {
+    name: kwargs[name]
+    for name in (
+      "layer", "layout", "ring", "k_scale", "v_scale", "block_table",
+      "cache_batch_index",
+    )
+    if name in kwargs
+  }  # fmt: skip
+  tolerance = 0.0
+  if "rope_cos" in kwargs:
+    tolerance = tolerances.eps(cache_k.dtype)
+    where = index[:, None] + np.arange(tokens)
+    new_k = oracle.rotate_tokens(
+      new_k, where, rope_cos=kwargs["rope_cos"], rope_sin=kwargs["rope_sin"],
+      layout=layout,
+    ).astype(cache_k.dtype)  # fmt: skip
+  elif "k_scale" in kwargs:
+    tolerance = 1.0  # XLA divides by multiplying: the last bit may differ
+  want = cache_oracle.update(
+    cache_k, cache_v, new_k, new_v, index, lengths=counts, **update_options
+  )
+  for cache, expected in zip(got[:2], want):
+    assert cache.dtype == expected.dtype
+    np.testing.assert_allclose(
+      np.asarray(cache, np.float32), expected.astype(np.float32),
+      rtol=tolerance, atol=tolerance,
+    )  # fmt: skip
+  out, lse = oracle.attend(
+    *(np.asarray(c).astype(np.float32) for c in got[:2]), q, index, counts,
+    **kwargs,
+  )  # fmt: skip
+  assert got[2].dtype == q.dtype
+  tolerances.assert_close(got[2], out, q.dtype, reduced=4, what="out")
+  finite = np.isfinite(lse)
+  np.testing.assert_array_equal(np.isfinite(got[3]), finite)
+  tolerances.assert_close(
+    np.asarray(got[3])[finite], lse[finite], "float32", reduced=64,
+    scale=10.0, what="lse",
+  )  # fmt: skip
+  return got
+
+
+class NumbersTest(parameterized.TestCase):
+  def setUp(self):
+    super().setUp()
+    if PLATFORM != "cpu":
+      op_contract.need_device(PLATFORM)
+    interpreted.reset()
+
+  @parameterized.product(case=CASES, dtype=DTYPES)
+  def test_each_sequence_at_its_index(self, case, dtype):
+    layout = LAYOUTS[case]
+    scales = {}
+    if dtype in cache_oracle.QUANTIZED:
+      scales = {
+        "k_scale": np.float32(0.02),
+        "v_scale": np.float32([[0.1, 0.2, 0.3, 0.4]] * 3),
+      }
+    args = arguments(dtype=dtype, **SIZES[case])
+    if not scales:
+      args = spoil(args, [0, 13, 63], layout)
+    run(args, [0, 13, 63], layout=layout, **scales)
+
+  @parameterized.parameters(*CASES)
+  def test_several_tiles_and_tokens(self, case):
+    # More slots than one tile has, and not a whole number of tiles.
+    sizes = SIZES[case] | {"s": 600, "h": 1024, "n": 1}
+    if case == "columns":
+      sizes |= {"s": 640, "n": 4, "h": 192}
+    args = arguments(t=3, g=3, b=2, **sizes)
+    run(args, [sizes["s"] - 3, 300], layout=LAYOUTS[case])
+
+  @parameterized.parameters(*CASES)
+  def test_what_a_query_sees(self, case):
+    args = arguments(t=4, **SIZES[case])
+    options = {
+      "layout": LAYOUTS[case],
+      "lengths": np.int32([4, 2, 3]),
+      "left_padding": np.int32([0, 18, 2]),
+    }
+    slopes = np.linspace(0.1, 0.5, 8, dtype=np.float32)
+    run(
+      args, [0, 20, 60], window=7, softcap=3.0, alibi_slopes=slopes,
+      sinks=1 - 5 * slopes, **options,
+    )  # fmt: skip
+    run(args, [0, 20, 60], causal=False, chunk=9, **options)
+
+  @parameterized.parameters(*CASES)
+  def test_ring(self, case):
+    sizes = SIZES[case]
+    args = arguments(t=2, **sizes)
+    last = sizes.get("s", 64)
+    run(
+      args, [0, last - 1, 3 * last + 5], layout=LAYOUTS[case], ring=True,
+      window=20,
+    )  # fmt: skip
+
+  @parameterized.parameters(*CASES)
+  def test_pages_of_a_stack(self, case):
+    sizes = {"s": 16} | SIZES[case] | {"t": 3, "rows": 7, "lead": (2,)}
+    if case == "columns":
+      sizes["s"] = 128
+    args = arguments(**sizes)
+    table = np.int32([[5, 0, 2], [3, -1, -1], [1, 6, 4]])
+    size = sizes["s"]
+    run(
+      args, [2 * size - 2, 2, 3 * size - 5], layout=LAYOUTS[case], layer=1,
+      block_table=table,
+    )  # fmt: skip
+
+  def test_rotation(self):
+    cos, sin = (np.asarray(a) for a in da.rope_tables(64, 128))
+    for dtype in ("float32", "bfloat16"):
+      args = arguments(t=2, dtype=dtype)
+      run(args, [3, 0, 50], rope_cos=cos, rope_sin=sin)
+
+  @parameterized.parameters(*CASES)
+  def test_attend_alone(self, case):
+    k, v, q, *_ = arguments(t=2, **SIZES[case])
+    index = np.int32([2, 40, 64])
+    attend = functools.partial(
+      da.attend, layout=LAYOUTS[case], implementation=IMPLEMENTATION,
+      return_lse=True,
+    )  # fmt: skip
+    out, lse = jax.jit(attend)(k, v, q, index)
+    want, want_lse = oracle.attend(
+      k, v, q, index - 2, [2] * 3, layout=LAYOUTS[case]
+    )
+    tolerances.assert_close(out, want, "float32", reduced=4)
+    tolerances.assert_close(lse, want_lse, "float32", reduced=64)
+
+
+class ChoiceTest(parameterized.TestCase):
+  """What the rule says; nothing is compiled."""
+
+  def setUp(self):
+    super().setUp()
+    if PLATFORM != "cpu":
+      self.skipTest("the same on every platform")
+
+  @parameterized.parameters(
+    ({"h": 64}, {}, "does not fill tiles"),
+    ({"dtype": "float16"}, {}, "float16, which Mosaic does not take"),
+    ({"t": 0}, {}, "there are no queries"),
+    ({"t": 40, "g": 40}, {}, "6400 query rows"),
+    ({}, {"bias": np.zeros((1, 1, 1, 64), np.float32)}, "`bias` is given"),
+    ({}, {"mask": np.ones((1, 1, 1, 64), bool)}, "`mask` is given"),
+    ({}, {"qv": np.zeros((3, 1, 8, 128), np.float32)}, "`qv` is given"),
+    (
+      {},
+      {
+        "rope_cos": np.zeros((99, 8), np.float32),
+        "rope_sin": np.zeros((99, 8), np.float32),
+        "rope_cached_keys": True,
+      },
+      "`rope_cached_keys` is set",
+    ),
+  )
+  def test_what_mosaic_cannot_serve_goes_to_xla(self, sizes, kwargs, reason):
+    args = arguments(**sizes)
+    decode = functools.partial(da.decode_attention, **kwargs)
+    [choice] = kernels.explain(decode, *args, 0, platform="tpu")
+    self.assertEqual(choice.implementation, "xla")
+    self.assertIn(reason, choice.reason)
+
+  def test_every_real_model_is_explained(self):
+    for spec in arg_specs.ARG_SPECS:
+      layer = None if spec.layers is None else 0
+      decode = functools.partial(
+        da.decode_attention, layer=layer, **spec.scales()
+      )
+      [choice] = kernels.explain(decode, *spec.shapes(), platform="tpu")
+      served = spec.dtype != "float16" and spec.tokens < 256
+      self.assertEqual(
+        choice.implementation, "pallas" if served else "xla", spec.name
+      )
+
+  def test_one_artifact_serves_every_platform(self):
+    args = arguments()
+    exported = export.export(
+      jax.jit(da.decode_attention),
+      platforms=("cpu", "cuda", "tpu"),
+      disabled_checks=[
+        export.DisabledSafetyCheck.custom_call(name)
+        for name in (api.APPEND_TARGET, KERNEL)
+      ],
+    )(*args, 5)
+    text = exported.mlir_module()
+    self.assertIn(KERNEL, text)
+    self.assertIn(api.APPEND_TARGET, text)
+    loaded = export.deserialize(exported.serialize())
+    got = loaded.call(*args, 5)
+    out, _ = oracle.attend(*got[:2], args[2], [5] * 3, [1] * 3)
+    tolerances.assert_close(got[2], out, "float32", reduced=4)
+
+
+CHIPS = tuple(deviceless.TPU_TOPOLOGIES)
+
+
+def structs(case="rows", dtype="bfloat16", tokens=1, layers=None, group=4):
+  """Returns the arguments of a layer whose cache no fast memory holds."""
+  h = SIZES[case].get("h", 128)
+
+  def shaped(length, heads):
+    by_token = LAYOUTS[case] == "bsnh"
+    axes = (length, heads) if by_token else (heads, length)
+    return (8, *axes, h)
+
+  cache = shaped(16384, 8)
+  if layers is not None:
+    cache = (layers, *cache)
+  kind = "bfloat16" if dtype in cache_oracle.QUANTIZED else dtype
+  return (
+    *(jax.ShapeDtypeStruct(cache, dtype),) * 2,
+    jax.ShapeDtypeStruct(shaped(tokens, 8 * group), kind),
+    *(jax.ShapeDtypeStruct(shaped(tokens, 8), kind),) * 2,
+    jax.ShapeDtypeStruct((8,), jnp.int32),
+  )
+
+
+def check(compiled, cache, parts=1):
+  """Holds a compiled program to an update in place and nothing else."""
+  num_bytes = cache.size * cache.dtype.itemsize // parts
+  deviceless.assert_calls(compiled, KERNEL)
+  deviceless.assert_in_place(compiled, 2 * num_bytes)
+  deviceless.assert_small_temporaries(compiled, num_bytes // 8)
+  deviceless.assert_nothing_moves(compiled, cache.size // parts // 8)
+
+
+@pytest.mark.deviceless
+class CompiledTest(parameterized.TestCase):
+  def setUp(self):
+    super().setUp()
+    if PLATFORM != "tpu":
+      self.skipTest("needs libtpu, which --config=tpu brings")
+
+  def check(self, chip, fn, *args):
+    device = deviceless.tpu_devices(chip)[0]
+    compiled = deviceless.compile_for(device, fn, *args, donate=(0, 1))
+    check(compiled, args[0])
+
+  @parameterized.product(chip=CHIPS, case=CASES, dtype=DTYPES)
+  def test_dtypes(self, chip, case, dtype):
+    scales = {}
+    if dtype in cache_oracle.QUANTIZED:
+      scales = {"k_scale": 0.05, "v_scale": 0.05}
+    step = functools.partial(
+      da.decode_attention, layout=LAYOUTS[case], **scales
+    )
+    self.check(chip, step, *structs(case, dtype))
+
+  @parameterized.product(chip=CHIPS, case=CASES)
+  def test_options(self, chip, case):
+    cos, sin = da.rope_tables(4096, 64)
+    step = functools.partial(
+      da.decode_attention, layout=LAYOUTS[case], ring=True, window=512,
+      softcap=30.0, alibi_slopes=np.linspace(0.1, 0.5, 32, dtype=np.float32),
+      sinks=np.zeros(32, np.float32), rope_cos=cos, rope_sin=sin,
+    )  # fmt: skip
+    self.check(chip, step, *structs(case, tokens=5))
+
+  @parameterized.product(chip=CHIPS, case=CASES)
+  def test_pages_of_a_stack_in_a_scan(self, chip, case):
+    table = jax.ShapeDtypeStruct((8, 1), jnp.int32)
+
+    def step(k, v, q, new_k, new_v, index, table):
+      def body(carry, layer):
+        k, v, x = carry
+        k, v, out = da.decode_attention(
+          k, v, x, new_k, new_v, index,
+          layer=layer, layout=LAYOUTS[case], block_table=table,
+        )  # fmt: skip
+        return (k, v, x + out), None
+
+      return jax.lax.scan(body, (k, v, q), jnp.arange(4))[0]
+
+    self.check(chip, step, *structs(case, layers=4), table)
+
+  @parameterized.product(chip=CHIPS, case=("rows", "columns"))
+  def test_length_over_four_chips_of_an_explicit_mesh(self, chip, case):
+    mesh = deviceless.tpu_mesh(chip, jax.sharding.AxisType.Explicit)
+    cache = P(None, "x")
+    args = deviceless.sharded(mesh, structs(case), (cache, cache, *(P(),) * 4))
+    with jax.set_mesh(mesh):
+      compiled = deviceless.compile_for(
+        NamedSharding(mesh, P()), da.decode_attention, *args, donate=(0, 1)
+      )
+    check(compiled, args[0], parts=4)
+
+  @parameterized.product(chip=CHIPS, case=("rows", "columns"))
+  def test_batch_over_four_chips_in_shard_map(self, chip, case):
+    mesh = deviceless.tpu_mesh(chip)
+    args = deviceless.sharded(mesh, structs(case), (P("x"),) * 6)
+    step = jax.shard_map(
+      da.decode_attention, mesh=mesh, in_specs=(P("x"),) * 6, out_specs=P("x")
+    )
+    compiled = deviceless.compile_for(
+      NamedSharding(mesh, P()), step, *args, donate=(0, 1)
+    )
+    check(compiled, args[0], parts=4)

@@ -1,0 +1,335 @@
+"""The TPU's `kv_cache.update`: its numbers, and its compiled programs.
+
+Numbers come from the interpreter on the CPU, and from the device where there is
+one; programs from libtpu, which wants no device.
+"""
+
+import functools
+
+from absl.testing import parameterized
+import jax
+from jax import export
+import jax.numpy as jnp
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+import numpy as np
+import pytest
+
+import kernels
+from kernels import kv_cache
+from kernels.kv_cache import api, arg_specs
+from tests.kernels.kv_cache import oracle as oracles
+from tests.testing import deviceless, hlo, interpreted, op_contract
+
+PLATFORM = op_contract.PLATFORM
+interpreted.allow(api, "UPDATE")
+IMPLEMENTATION = interpreted.NAME if PLATFORM == "cpu" else "pallas"
+DTYPES = ("float32", "bfloat16", *oracles.QUANTIZED)
+KERNEL = "tpu_custom_call"
+
+# One for each order in which XLA keeps a cache: see `pallas_tpu`.
+SIZES = {
+  "rows": {},
+  "tiles": {"layout": "bnsh"},
+  "columns": {"h": 64, "s": 256},
+}
+CASES = tuple(SIZES)
+LAYOUTS = {name: case.get("layout", "bsnh") for name, case in SIZES.items()}
+
+
+def arguments(
+  seed=0, b=3, s=32, t=1, n=4, h=128, h_v=None, dtype="float32", layout="bsnh",
+  rows=None, lead=(),
+):  # fmt: skip
+  rng = np.random.default_rng(seed)
+  order = (lambda x, y: (x, y)) if layout == "bsnh" else (lambda x, y: (y, x))
+  kind = "float32" if dtype in oracles.QUANTIZED else dtype
+  return tuple(
+    oracles.random(rng, (*front, count, *order(length, n), dim), of)
+    for front, count, length, of in (
+      (lead, rows or b, s, dtype), ((), b, t, kind)
+    )
+    for dim in (h, h_v or h)
+  )  # fmt: skip
+
+
+def run(args, index, implementation=IMPLEMENTATION, **kwargs):
+  update = functools.partial(
+    kv_cache.update, implementation=implementation, **kwargs
+  )
+  index = np.asarray(index, np.int32)
+  got = jax.jit(update)(*args, index)
+  want = oracles.update(*args, index, **kwargs)
+  for g, w in zip(got, want, strict=True):
+    assert g.dtype == w.dtype and g.shape == w.shape
+    np.testing.assert_array_equal(
+      np.asarray(g).view(np.uint8), np.asarray(w).view(np.uint8)
+    )
+  assert not interpreted.races_found()
+
+
+class NumbersTest(parameterized.TestCase):
+  def setUp(self):
+    super().setUp()
+    if PLATFORM != "cpu":
+      op_contract.need_device(PLATFORM)
+    interpreted.reset()
+
+  @parameterized.product(case=CASES, dtype=DTYPES)
+  def test_each_sequence_at_its_index(self, case, dtype):
+    sizes = SIZES[case]
+    scales = {}
+    if dtype in oracles.QUANTIZED:
+      scales = {
+        "k_scale": np.float32(0.05),
+        "v_scale": np.float32([[0.1, 0.2, 0.3, 0.4]] * 3),
+      }
+    args = arguments(t=3, dtype=dtype, **sizes)
+    layout = sizes.get("layout", "bsnh")
+    last = sizes.get("s", 32) - 1
+    run(args, [0, 13, last], layout=layout, **scales)
+
+  @parameterized.parameters(*CASES)
+  def test_runs_and_padding(self, case):
+    args = arguments(**SIZES[case] | {"s": 256, "n": 4, "t": 67})
+    lengths = np.int32([67, 0, 40])
+    run(args, [0, 90, 226], lengths=lengths, layout=LAYOUTS[case])
+
+  @parameterized.product(case=CASES, more=(0, 9))
+  def test_ring(self, case, more):
+    sizes = SIZES[case]
+    tokens = 5 if not more else sizes.get("s", 32) + more
+    args = arguments(t=tokens, **sizes)
+    run(args, [0, 30, 777], layout=LAYOUTS[case], ring=True)
+
+  @parameterized.parameters(*CASES)
+  def test_pages_of_a_stack(self, case):
+    sizes = {"s": 16} | SIZES[case] | {"t": 9, "rows": 7, "lead": (2,)}
+    args = arguments(**sizes)
+    table = np.int32([[5, 0], [3, -1], [1, 6]])
+    run(
+      args, [sizes["s"] - 6, 2, sizes["s"] - 4], layout=LAYOUTS[case], layer=1,
+      block_table=table,
+    )  # fmt: skip
+
+  @parameterized.parameters(*CASES)
+  def test_rows_by_index(self, case):
+    args = arguments(rows=5, dtype="bfloat16", **SIZES[case])
+    rows = np.int32([4, 0, 2])
+    run(args, [3, 31, 400], layout=LAYOUTS[case], cache_batch_index=rows)
+
+  @parameterized.parameters(*CASES)
+  def test_what_vmap_makes_of_it(self, case):
+    layout = LAYOUTS[case]
+    args = arguments(lead=(2, 3), **SIZES[case])
+    layer, first_slot = np.int32([5, 1, -1]), np.int32(0)
+    index = count = np.ones(3, np.int32)
+    table = np.arange(3, dtype=np.int32)[:, None]
+    got = api.UPDATE(
+      *args, index, count, layer, table, first_slot,
+      layout=layout, ring=0, aligned=False, implementation=IMPLEMENTATION,
+    )  # fmt: skip
+    for cache, old, new in zip(got, args[:2], args[2:], strict=True):
+      want = np.array(old)
+      for sequence, place in enumerate(((1, 2), (0, 1))):
+        slots = want[(*place, sequence)]
+        if layout == "bsnh":
+          slots[1] = new[sequence, 0]
+        else:
+          slots[:, 1] = new[sequence, :, 0]
+      np.testing.assert_array_equal(cache, want)
+
+
+class ChoiceTest(parameterized.TestCase):
+  """What the rule says; nothing is compiled."""
+
+  def setUp(self):
+    super().setUp()
+    if PLATFORM != "cpu":
+      self.skipTest("the same on every platform")
+
+  @parameterized.parameters(
+    (
+      {"h": 64},
+      "`cache_k` is float32[3, 32, 4, 64], which does not fill tiles",
+    ),
+    ({"h": 20, "s": 128}, "does not fill tiles"),
+    ({"s": 20, "layout": "bnsh"}, "does not fill tiles"),
+    ({"s": 128, "h_v": 80}, "keys and values do not lie in the same order"),
+    ({"t": 0}, "there are no new tokens"),
+    ({"b": 2, "s": 8, "t": 1 << 15}, "65536 new tokens, more than 32768"),
+  )
+  def test_what_mosaic_cannot_serve_goes_to_xla(self, sizes, reason):
+    layout = sizes.get("layout", "bsnh")
+    b, s, t, n, h = (
+      sizes.get(name, default)
+      for name, default in (("b", 3), ("s", 32), ("t", 1), ("n", 4), ("h", 128))
+    )
+    shapes = [(b, s, n, h), (b, s, n, sizes.get("h_v", h))]
+    shapes += [(b, t, *shape[2:]) for shape in shapes]
+    if layout == "bnsh":
+      shapes = [(x, z, y, w) for x, y, z, w in shapes]
+    structs = [jax.ShapeDtypeStruct(shape, "float32") for shape in shapes]
+    update = functools.partial(kv_cache.update, layout=layout, ring=t > s)
+    index = jax.ShapeDtypeStruct((), "int32")
+    [choice] = kernels.explain(update, *structs, index, platform="tpu")
+    self.assertEqual(choice.implementation, "xla")
+    self.assertIn(reason, choice.reason)
+
+  def test_a_kernel_that_is_asked_for_must_fit(self):
+    args = arguments(h=64)
+    update = functools.partial(kv_cache.update, implementation="pallas")
+    with self.assertRaisesRegex(ValueError, "does not fill tiles"):
+      kernels.explain(update, *args, 0, platform="tpu")
+
+  def test_every_real_model_is_explained(self):
+    for spec in arg_specs.ARG_SPECS:
+      layer = None if spec.layers is None else 0
+      update = functools.partial(kv_cache.update, layer=layer)
+      [choice] = kernels.explain(update, *spec.shapes(), platform="tpu")
+      served = spec.dtype != "float16"
+      self.assertEqual(choice.implementation, "pallas" if served else "xla")
+
+  def test_one_artifact_serves_every_platform(self):
+    args = arguments()
+    exported = export.export(
+      jax.jit(kv_cache.update),
+      platforms=("cpu", "cuda", "tpu"),
+      disabled_checks=[
+        export.DisabledSafetyCheck.custom_call(name)
+        for name in (api.TARGET, KERNEL)
+      ],
+    )(*args, 5)
+    text = exported.mlir_module()
+    self.assertIn(KERNEL, text)
+    self.assertIn(api.TARGET, text)
+    loaded = export.deserialize(exported.serialize())
+    for g, w in zip(loaded.call(*args, 5), oracles.update(*args, 5)):
+      np.testing.assert_array_equal(g, w)
+
+
+CHIPS = tuple(deviceless.TPU_TOPOLOGIES)
+
+
+def structs(case="rows", dtype="bfloat16", tokens=1, layers=None, heads=8):
+  """Returns the arguments of a layer whose cache no fast memory holds."""
+  h = SIZES[case].get("h", 128)
+
+  def shaped(length):
+    by_token = LAYOUTS[case] == "bsnh"
+    axes = (length, heads) if by_token else (heads, length)
+    return (8, *axes, h)
+
+  cache = shaped(16384)
+  if layers is not None:
+    cache = (layers, *cache)
+  kind = "bfloat16" if dtype in oracles.QUANTIZED else dtype
+  return (
+    *(jax.ShapeDtypeStruct(cache, dtype),) * 2,
+    *(jax.ShapeDtypeStruct(shaped(tokens), kind),) * 2,
+    jax.ShapeDtypeStruct((8,), jnp.int32),
+  )
+
+
+def check(compiled, cache, parts=1):
+  """Holds a compiled program to an update in place and nothing else."""
+  num_bytes = cache.size * cache.dtype.itemsize // parts
+  deviceless.assert_calls(compiled, KERNEL)
+  deviceless.assert_in_place(compiled, 2 * num_bytes)
+  deviceless.assert_small_temporaries(compiled, num_bytes // 8)
+  deviceless.assert_nothing_moves(compiled, cache.size // parts // 8)
+
+
+@pytest.mark.deviceless
+class CompiledTest(parameterized.TestCase):
+  def setUp(self):
+    super().setUp()
+    if PLATFORM != "tpu":
+      self.skipTest("needs libtpu, which --config=tpu brings")
+
+  def check(self, chip, fn, *args):
+    device = deviceless.tpu_devices(chip)[0]
+    compiled = deviceless.compile_for(device, fn, *args, donate=(0, 1))
+    check(compiled, args[0])
+
+  @parameterized.product(chip=CHIPS, case=CASES, dtype=DTYPES)
+  def test_dtypes(self, chip, case, dtype):
+    scales = {}
+    if dtype in oracles.QUANTIZED:
+      scales = {"k_scale": 0.05, "v_scale": 0.05}
+    update = functools.partial(kv_cache.update, layout=LAYOUTS[case], **scales)
+    self.check(chip, update, *structs(case, dtype))
+
+  @parameterized.product(chip=CHIPS, case=CASES)
+  def test_a_long_run_of_tokens(self, chip, case):
+    update = functools.partial(kv_cache.update, layout=LAYOUTS[case])
+    self.check(chip, update, *structs(case, tokens=130))
+
+  @parameterized.product(chip=CHIPS, heads=(1, 2, 6))
+  def test_few_heads(self, chip, heads):
+    self.check(chip, kv_cache.update, *structs(heads=heads))
+
+  @parameterized.product(chip=CHIPS, case=CASES)
+  def test_stack_of_layers_in_a_scan(self, chip, case):
+    def step(k, v, new_k, new_v, index):
+      def body(carry, layer):
+        return kv_cache.update(
+          *carry, new_k, new_v, index, layer=layer, layout=LAYOUTS[case]
+        ), None
+
+      return jax.lax.scan(body, (k, v), jnp.arange(4))[0]
+
+    self.check(chip, step, *structs(case, layers=4))
+
+  @parameterized.product(chip=CHIPS, case=CASES)
+  def test_ring_of_pages(self, chip, case):
+    table = jax.ShapeDtypeStruct((8, 2), jnp.int32)
+
+    def step(*args):
+      *args, table = args
+      return kv_cache.update(
+        *args, block_table=table, layout=LAYOUTS[case], ring=True
+      )
+
+    self.check(chip, step, *structs(case, tokens=5), table)
+
+  @parameterized.product(chip=CHIPS, case=CASES)
+  def test_vmap(self, chip, case):
+    args = [jax.ShapeDtypeStruct((2, *a.shape), a.dtype) for a in structs(case)]
+    update = functools.partial(kv_cache.update, layout=LAYOUTS[case])
+    self.check(chip, jax.vmap(update), *args)
+
+  @parameterized.product(chip=CHIPS, case=("rows", "columns"), axis=(0, 1, 2))
+  def test_four_chips_of_an_explicit_mesh(self, chip, case, axis):
+    mesh = deviceless.tpu_mesh(chip, jax.sharding.AxisType.Explicit)
+    spec = P(*("x" if i == axis else None for i in range(4)))
+    args = deviceless.sharded(mesh, structs(case), (spec, spec, P(), P(), P()))
+    with jax.set_mesh(mesh):
+      compiled = deviceless.compile_for(
+        NamedSharding(mesh, P()), kv_cache.update, *args, donate=(0, 1)
+      )
+    check(compiled, args[0], parts=4)
+
+  @parameterized.product(chip=CHIPS, case=("rows", "columns"))
+  def test_four_chips_in_shard_map(self, chip, case):
+    mesh = deviceless.tpu_mesh(chip)
+    args = deviceless.sharded(mesh, structs(case), (P("x"),) * 5)
+    update = jax.shard_map(
+      kv_cache.update, mesh=mesh, in_specs=(P("x"),) * 5, out_specs=P("x")
+    )
+    compiled = deviceless.compile_for(
+      NamedSharding(mesh, P()), update, *args, donate=(0, 1)
+    )
+    check(compiled, args[0], parts=4)
+
+  def test_what_the_compiler_would_have_to_split_is_left_to_xla(self):
+    mesh = deviceless.tpu_mesh("v5e")
+    args = deviceless.sharded(mesh, structs(), (P("x"),) * 5)
+    compile_it = functools.partial(
+      deviceless.compile_for, NamedSharding(mesh, P())
+    )
+    compiled = compile_it(kv_cache.update, *args, donate=(0, 1))
+    self.assertEqual(hlo.custom_calls(compiled.as_text(), KERNEL), 0)
+    pallas = functools.partial(kv_cache.update, implementation="pallas")
+    with self.assertRaisesRegex(ValueError, "cannot be split over devices by"):
+      compile_it(pallas, *args)
