@@ -127,6 +127,9 @@ class Implementation:
     slower: `slower(avals, **params)` returns a clause that says why the
       reference is expected to be faster here, or None. Only asked for "auto".
       Sizes may be symbolic under `jax.export`: see `static_size`.
+    partitionable: Whether the platform's compiler splits it over devices by
+      the op's `partitioning`. If not, it serves one device and `shard_map`;
+      elsewhere "auto" means the reference.
   """
 
   name: str
@@ -135,6 +138,7 @@ class Implementation:
   library: Library | None = None
   unsupported: Callable[..., str | None] | None = None
   slower: Callable[..., str | None] | None = None
+  partitionable: bool = True
 
   def problem(self, avals: Sequence[Any], params: dict[str, Any]) -> str | None:
     """Returns why this cannot run on `avals`, or None."""
@@ -363,7 +367,7 @@ class Op:
         why = impl.slower(avals, **params)
       if why is None:
         return choice(
-          impl.name, reason=f"It is the fastest on {platform} for these shapes."
+          impl.name, reason=f"It is written for {platform} and takes these."
         )
       rejected.append(f"{impl.name} is not used because {why}")
     if rejected:
@@ -424,7 +428,25 @@ class Op:
         implementation=implementation,
         **params,
       )
-      fn = self._function(choice.implementation, tuple(sorted(params.items())))
+      name = choice.implementation
+      sorted_params = tuple(sorted(params.items()))
+      if name != XLA and not self.implementations[name].partitionable:
+        if not jax_private.split_by_compiler(ctx):
+          fn = self._function(name, sorted_params)
+          return jax_private.lower_plainly(fn, ctx, *args)
+        mesh = jax_private.explicit_mesh(ctx.avals_in)
+        if mesh is not None and self.partitioning is not None:
+          fn = functools.partial(_call_on_mesh, self, name, sorted_params, mesh)
+          return mlir.lower_fun(fn, multiple_results=True)(ctx, *args)
+        if implementation != AUTO:
+          raise ValueError(
+            f"`implementation={name!r}` of {self.name} cannot be split over"
+            f" devices by the compiler for {platform}. Call it inside"
+            " `shard_map` or on a mesh with explicit axes, or use"
+            " implementation='auto'."
+          )
+        name = XLA
+      fn = self._function(name, sorted_params)
       return mlir.lower_fun(fn, multiple_results=True)(ctx, *args)
 
     return rule
@@ -433,8 +455,9 @@ class Op:
     """Returns the positional function that runs implementation `name`."""
     if name == XLA:
       return functools.partial(self.reference, **dict(params))
-    fn = functools.partial(self.implementations[name].fn, **dict(params))
-    if self.partitioning is None:
+    implementation = self.implementations[name]
+    fn = functools.partial(implementation.fn, **dict(params))
+    if self.partitioning is None or not implementation.partitionable:
       return fn
     return functools.partial(_call_partitioned, self, name, params, fn)
 
@@ -472,6 +495,29 @@ def _call_partitioned(op: Op, name, params, fn, *args):
     need_replication_factors=tuple(whole),
   )
   return wrapped(*args)
+
+
+def _call_on_mesh(op: Op, name, params, mesh, *args):
+  """Splits an op over a mesh whose axes are explicit, as XLA would be told."""
+  kwargs = dict(params)
+  part = op.partitioning
+  assert part is not None
+  avals = [jax.typeof(arg) for arg in args]
+  call = functools.partial(op, implementation=name)
+  local, result_specs, arg_specs = part.partition(
+    mesh, avals, None, call, **kwargs
+  )
+  args = [
+    jax.sharding.reshard(arg, jax.sharding.NamedSharding(mesh, spec))
+    for arg, spec in zip(args, arg_specs)
+  ]
+  return jax.shard_map(
+    lambda *xs: tuple(local(*xs)),
+    mesh=mesh,
+    in_specs=tuple(arg_specs),
+    out_specs=tuple(result_specs),
+    check_vma=False,
+  )(*args)
 
 
 @functools.cache

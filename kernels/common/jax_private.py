@@ -7,8 +7,10 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+from jax._src import config as _config
 from jax._src import core as _core
 from jax._src import dispatch as _dispatch
+from jax.interpreters import mlir
 
 
 def require_devices(primitive) -> None:
@@ -22,6 +24,56 @@ def require_devices(primitive) -> None:
     primitive: A `jax.extend.core.Primitive`.
   """
   _dispatch.prim_requires_devices_during_lowering.add(primitive)
+
+
+def split_by_compiler(ctx: Any) -> bool:
+  """Returns whether the compiler splits the program over several devices.
+
+  Not so for one device, or inside `shard_map`.
+
+  Args:
+    ctx: Of a lowering rule.
+  """
+  axes = ctx.module_context.axis_context
+  manual = getattr(axes, "manual_axes", None)
+  if manual is not None:
+    return set(manual) != set(axes.mesh.axis_names)
+  return getattr(axes, "num_devices", 1) not in (None, 1)
+
+
+def explicit_mesh(avals: Sequence[Any]) -> Any:
+  """Returns the mesh of values whose shardings are part of their types.
+
+  Args:
+    avals: Abstract values.
+
+  Returns:
+    An abstract mesh all axes of which are explicit, or None.
+  """
+  for aval in avals:
+    mesh = aval.sharding.mesh
+    if not mesh.empty and mesh.are_all_axes_explicit:
+      return mesh
+  return None
+
+
+def lower_plainly(
+  fn: Callable[..., Any], ctx: Any, *args: Any
+) -> Sequence[Any]:
+  """Lowers a function of plain arrays, also inside `shard_map`.
+
+  There, values have mesh axes that they vary over, of which Pallas would have
+  to be told. They mean nothing to what is lowered.
+
+  Args:
+    fn: Returns a sequence of arrays.
+    ctx: Of the lowering rule.
+    *args: Of the lowering rule.
+  """
+  plain = [jax.core.ShapedArray(a.shape, a.dtype) for a in ctx.avals_in]
+  rule = mlir.lower_fun(without_mesh(fn), multiple_results=True)
+  with _config._check_vma(False):
+    return rule(ctx.replace(avals_in=plain), *args)
 
 
 def varying_axes(aval: Any) -> frozenset[str]:
