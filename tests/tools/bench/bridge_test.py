@@ -1,0 +1,31 @@
+"""Tests of the rows of suite `bridge`."""
+
+from absl.testing import absltest, parameterized
+
+from tools.bench import bridge, harness
+
+QUICK = harness.Settings.for_run(quick=True)
+
+
+class CasesTest(parameterized.TestCase):
+  def test_rows_have_the_promised_names(self):
+    wrapped = ("dense", "batch_norm", "batch_norm_train")
+    expected = {
+      (op, f"{how}_{model}")
+      for how in ("eager", "traced")
+      for op, models in (("to_nnx_call", wrapped), ("to_linen_apply", ["dense"]))
+      for model in models
+    }
+    rows = bridge.cases(harness.Settings.for_run(quick=False))
+    self.assertEqual({(row.op, row.case) for row in rows}, expected)
+
+  @parameterized.parameters(*range(8))
+  def test_both_sides_agree(self, index):
+    row = bridge.cases(QUICK)[index]
+    comparison = row.build()
+    self.assertEqual(comparison.clock, harness.THREAD_CPU)
+    harness.check(comparison, row.label)
+
+
+if __name__ == "__main__":
+  absltest.main()
