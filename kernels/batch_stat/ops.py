@@ -445,6 +445,7 @@ def _pallas(function: str, x_index: int) -> dispatch.Implementation:
   return dispatch.Implementation(
     name="pallas",
     platforms=("tpu",),
+    partitionable=False,
     fn=dispatch.lazily(PALLAS, function),
     unsupported=functools.partial(
       dispatch.lazily(PALLAS, "unsupported"), x_index
