@@ -19,9 +19,10 @@ import jax.numpy as jnp
 from kernels.batch_stat import reference
 from kernels.common import dispatch
 
-# Rows and features of x that are in fast memory at once, twice.
-_ROWS = 512
+# Elements and features of x that are in fast memory at once, twice.
+_BLOCK = 1 << 18
 _FEATURES = 512
+_LANES = 128
 
 _DTYPES = ("float32", "bfloat16")
 
@@ -47,6 +48,11 @@ def unsupported(
     return "there is a mask, which XLA fuses into its sums"
   if params["feature_axis"] != x.ndim - 1:
     return f"the features are axis {params['feature_axis']} of {x.ndim} axes"
+  if _columns(x.shape[-1]) > _BLOCK // 32:
+    return (
+      f"`x` has {x.shape[-1]} features, which are no multiple of {_LANES} and"
+      " too many to take at once"
+    )
   rows = 32 // x.dtype.itemsize
   if x.ndim - params["batch_axes"] > 2 and x.shape[-2] % rows:
     return (
@@ -123,6 +129,17 @@ def update(
   return tuple(_call(x, batch_axes, (mean, var, momentum), interpret))
 
 
+def _columns(features: int) -> int:
+  """Returns how many features to take at once: a divisor of them all."""
+  if features % _LANES:
+    return features
+  return max(
+    columns
+    for columns in range(_LANES, _FEATURES + 1, _LANES)
+    if features % columns == 0
+  )
+
+
 def _call(x, batch_axes, averages, interpret):
   """Runs the kernel; returns [new averages,] mean and var."""
   stat_shape = (*x.shape[:batch_axes], x.shape[-1])
@@ -130,12 +147,13 @@ def _call(x, batch_axes, averages, interpret):
   features = x.shape[-1]
   x = x.reshape(batch, -1, features)
   size = x.shape[1]
-  rows, columns = min(size, _ROWS), min(features, _FEATURES)
+  columns = _columns(features)
+  rows = min(size, _BLOCK // columns // 32 * 32)
   stat = pl.BlockSpec((None, 1, columns), lambda b, c, i: (b, 0, c))
   outputs = 4 if averages else 2
   out = pl.pallas_call(
     functools.partial(_kernel, size=size, rows=rows, blends=bool(averages)),
-    grid=(batch, pl.cdiv(features, columns), pl.cdiv(size, rows)),
+    grid=(batch, features // columns, pl.cdiv(size, rows)),
     in_specs=[
       *[stat] * len(averages),
       pl.BlockSpec((None, rows, columns), lambda b, c, i: (b, i, c)),

@@ -32,7 +32,7 @@ from kernels.kv_cache import layout as layout_lib
 from kernels.kv_cache import pallas_tpu as cache_tpu
 
 # Of one tile of keys or values; two of each are in flight.
-_TILE_BYTES = 512 << 10
+_TILE_BYTES = 1 << 20
 
 # Of the logits of one tile, in float32; some five such arrays live at once.
 _LOGIT_BYTES = 1 << 20
@@ -82,15 +82,14 @@ def _tiling(cache_k, cache_v, q, options) -> _Tiling | str:
     q.dtype != jnp.bfloat16 or "rope_cos" in options.fields
   ):
     parts = 3
-  slots = min(
-    _TILE_BYTES // slot_bytes, _LOGIT_BYTES // (4 * rows * parts * width)
-  )
-  slots = min(1 << max(slots, 1).bit_length() - 1, 1024)
-  if slots * width < cache_tpu.LANES:
-    return (
-      f"there are {rows} query rows for each key, or {slot_bytes} bytes a slot:"
-      " a tile of 128 keys would not fit into the registers' memory"
-    )
+  logit_bytes = 4 * rows * parts * width
+  fewest = 1 << (-(-cache_tpu.LANES // width) - 1).bit_length()
+  slots = min(_TILE_BYTES // slot_bytes, _LOGIT_BYTES // logit_bytes, 1024)
+  slots = max(1 << slots.bit_length() - 1 if slots else 0, fewest)
+  if slots * slot_bytes > 2 * _TILE_BYTES:
+    return f"a slot has {slot_bytes} bytes, too many for tiles of {slots} slots"
+  if slots * logit_bytes > _LOGIT_BYTES:
+    return f"there are {rows} query rows for each key, more than one tile takes"
   slots = min(slots, geometry.block_size)
   return _Tiling(
     order=order,

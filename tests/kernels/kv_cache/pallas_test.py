@@ -75,7 +75,16 @@ class NumbersTest(parameterized.TestCase):
       op_contract.need_device(PLATFORM)
     interpreted.reset()
 
-  @parameterized.product(case=CASES, dtype=DTYPES)
+  @parameterized.parameters(
+    ("rows", "float32"),
+    ("rows", "bfloat16"),
+    ("rows", "int8"),
+    ("tiles", "bfloat16"),
+    ("tiles", "float8_e4m3fn"),
+    ("columns", "float32"),
+    ("columns", "bfloat16"),
+    ("columns", "float8_e5m2"),
+  )
   def test_each_sequence_at_its_index(self, case, dtype):
     sizes = SIZES[case]
     scales = {}
