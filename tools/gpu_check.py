@@ -333,7 +333,7 @@ def run_tests(
   environment = {
     **os.environ,
     "PYTHONPATH": str(ROOT),
-    "PYTHONWARNINGS": "error",
+    "JAX_PLATFORMS": "cuda,cpu",
     "TEST_PLATFORM": "gpu",
     "REQUIRE_DEVICE": "1",
     "TEST_TOTAL_SHARDS": str(shards),
@@ -400,9 +400,12 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
   parser.add_argument("--architecture", help="as 90 (default: the GPU's)")
   parser.add_argument("--jobs", type=int, default=os.cpu_count() or 2)
   parser.add_argument(
-    "--processes", type=int, default=6, help="of tests, on the GPU at a time"
+    "--processes",
+    type=int,
+    default=max(2, (os.cpu_count() or 2) * 3 // 4),
+    help="of tests, on the GPU at a time",
   )
-  parser.add_argument("--shards", type=int, default=4, help="of a test file")
+  parser.add_argument("--shards", type=int, default=6, help="of a test file")
   parser.add_argument(
     "--seconds", type=float, default=400, help="that a shard may take"
   )

@@ -450,10 +450,10 @@ class UpdateChoiceTest(absltest.TestCase):
     x = jax.ShapeDtypeStruct((64, 56, 56, 64), "float32")
     stat = jax.ShapeDtypeStruct((64,), "float32")
     (choice,) = kernels.explain(
-      batch_stat.update, x, stat, stat, platform="tpu"
+      batch_stat.update, x, stat, stat, platform="rocm"
     )
     self.assertEqual(choice.implementation, "xla")
-    self.assertIn("Nothing else is written for tpu", choice.reason)
+    self.assertIn("Nothing else is written for rocm", choice.reason)
 
   def test_auto_knows_where_xla_is_faster(self):
     x, stat = jnp.ones((64, 32)), jnp.ones(32)
