@@ -112,7 +112,7 @@ def batch_norm(
       anyway.
     use_running_average: Whether to normalise with `mean` and `var`, and leave
       them as they are (inference).
-    implementation: "auto", or by name: "xla", "cpu", "cuda" or "pallas".
+    implementation: "auto", or by name: "xla", "cpu" or "cuda".
 
   Returns:
     The new averages, in their own dtypes, y, and the statistics that made it.

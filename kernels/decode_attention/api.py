@@ -170,7 +170,7 @@ def decode_attention(
     rope_cached_keys: Whether keys are stored as they are and rotated when read.
     out_dtype: Of the result; that of `q`, if None.
     return_lse: Whether to return the logarithms of the softmax's sums as well.
-    implementation: "auto", "xla", "cpu" or "cuda".
+    implementation: "auto", "xla", "cpu", "cuda" or "pallas" (TPU).
 
   Returns:
     The updated `cache_k` and `cache_v`, then the result, `[b, t, n * g, h]` or

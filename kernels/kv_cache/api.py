@@ -74,7 +74,7 @@ def update(
       Entries that are not needed may be negative.
     cache_batch_index: `[b]` integers: the row of the cache that each sequence
       has, where that is not its own number. No row may be named twice.
-    implementation: "auto", "xla", "cpu" or "cuda".
+    implementation: "auto", "xla", "cpu", "cuda" or "pallas" (TPU).
 
   Returns:
     The updated caches, with the shapes and dtypes of `cache_k` and `cache_v`.
