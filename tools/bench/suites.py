@@ -5,7 +5,16 @@ import importlib
 
 from tools.bench import harness
 
-NAMES = ("batch_stat", "kv_cache", "decode", "graph", "train_step", "bridge")
+NAMES = (
+  "batch_stat",
+  "kv_cache",
+  "decode",
+  "graph",
+  "train_step",
+  "bridge",
+  "layers",
+  "generate",
+)
 
 
 def cases(name: str, settings: harness.Settings) -> Sequence[harness.Case]:

@@ -1,0 +1,63 @@
+"""Tests of the transformer example, on the real text."""
+
+import pathlib
+import tempfile
+
+from absl.testing import absltest
+from flax import nnx as flax_nnx
+import jax
+from jax import numpy as jnp
+import numpy as np
+
+from examples import char_transformer
+import nnx
+
+SMALL = char_transformer.Size(layers=1, features=32, heads=2, context=64)
+
+
+class CharTransformerTest(absltest.TestCase):
+  def test_text_is_the_documentation(self):
+    data = char_transformer.load()
+    self.assertGreater(len(data.train), 300_000)
+    self.assertGreater(len(data.test), 10_000)
+    self.assertLen(set(data.alphabet), len(data.alphabet))
+    self.assertIn("statement", data.decode(data.train))
+
+  def test_short_training_learns(self):
+    data = char_transformer.load()
+    _, losses = char_transformer.train(data, steps=30, size=SMALL)
+    self.assertAlmostEqual(losses[0], np.log(len(data.alphabet)), delta=1.5)
+    self.assertLess(np.mean(losses[-5:]), losses[0] - 1)
+
+  def test_writing_with_the_cache_is_writing_without(self):
+    symbols, start, tokens = 11, 40, 20
+    model = char_transformer.transformer_type()(symbols, SMALL, nnx.Rngs(0))
+    text = np.random.default_rng(0).integers(symbols, size=start + 1)
+    text = text.astype(np.int32)
+    char_transformer.prefill(model, text[:-1], SMALL.context)
+    twin = char_transformer.flax_twin(flax_nnx, model, symbols, SMALL)
+    ours = char_transformer.generate(nnx, model, text[-1], start, tokens)
+    theirs = char_transformer.generate(flax_nnx, twin, text[-1], start, tokens)
+    np.testing.assert_array_equal(ours.text, theirs.text)
+    whole = jnp.asarray([*text, *ours.text[:-1]])[None]
+    logits = np.asarray(model(whole))[0, start:]
+    for i, (row, token) in enumerate(zip(logits, ours.text)):
+      key = jax.random.fold_in(jax.random.key(0), start + i)
+      drawn = jax.random.categorical(key, row / char_transformer.TEMPERATURE)
+      self.assertEqual(drawn, token)
+
+  def test_program_writes_text_and_a_plot(self):
+    with tempfile.TemporaryDirectory() as folder:
+      path = pathlib.Path(folder, "transformer.png")
+      char_transformer.main(["--steps=1", "--tokens=3", f"--plot={path}"])
+      self.assertEqual(path.read_bytes()[:8], b"\x89PNG\r\n\x1a\n")
+
+  def test_no_steps_are_refused(self):
+    with self.assertRaisesRegex(
+      ValueError, "`steps` must be at least 1, but got 0"
+    ):
+      char_transformer.train(char_transformer.load(), steps=0, size=SMALL)
+
+
+if __name__ == "__main__":
+  absltest.main()

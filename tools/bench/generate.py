@@ -1,0 +1,154 @@
+"""Suite `generate`: writing text with a KV cache, against `flax.nnx`.
+
+The model is the example's (`examples/char_transformer.py`), on both libraries
+with the same weights and the same 1,024 tokens in the caches. A call writes 32
+tokens:
+
+  token_by_token  one `nnx.jit` call a token, as most programs do it; of
+                  flax.nnx also with the model donated, as ours always is
+  one_program     `jax.jit` of `lax.scan` over `split` and `merge`, which hides
+                  all Python: what is left is the cache and the attention
+"""
+
+from collections.abc import Sequence
+import functools
+from typing import Any
+
+from flax import nnx as flax_nnx
+import jax
+from jax import lax
+from jax import numpy as jnp
+import numpy as np
+
+from examples import char_transformer
+import nnx
+from tools.bench import harness
+
+NAME = "generate"
+_SYMBOLS = 103
+_CONTEXT = 1024
+_TOKENS = 32
+_SIZES = {
+  "example": char_transformer.Size(),
+  "wide": char_transformer.Size(features=512, heads=8),
+}
+_QUICK_SIZES = {"example": char_transformer.Size(layers=2)}
+
+Library = Any
+_LIBRARIES: tuple[tuple[str, Library], ...] = (
+  ("nnx", nnx),
+  ("flax.nnx", flax_nnx),
+)
+
+
+def _make_models(size: char_transformer.Size) -> dict[str, Any]:
+  """Makes the model on both libraries, with full caches."""
+  model = char_transformer.transformer_type()(_SYMBOLS, size, nnx.Rngs(0))
+  prompt = np.random.default_rng(0).integers(_SYMBOLS, size=_CONTEXT)
+  char_transformer.prefill(model, prompt.astype(np.int32), size.context)
+  twin = char_transformer.flax_twin(flax_nnx, model, _SYMBOLS, size)
+  return {"nnx": model, "flax.nnx": twin}
+
+
+def _token_by_token(
+  library: Library, name: str, model: Any, donate: bool
+) -> harness.Side:
+  write = char_transformer.writer(library, donate)
+
+  def call(first: jax.Array) -> list[jax.Array]:
+    char_transformer.set_index(model, _CONTEXT)
+    token, position = first, jnp.array(_CONTEXT, jnp.int32)
+    written = []
+    for _ in range(_TOKENS):
+      token, position = write(model, token, position)
+      written.append(token)
+    return written
+
+  return harness.Side(
+    name=name,
+    fresh=lambda: jnp.zeros((1, 1), jnp.int32),
+    call=call,
+    observe=lambda _, written: jnp.concatenate(written, 1),
+  )
+
+
+def _one_program(library: Library, name: str, model: Any) -> harness.Side:
+  graphdef, cache, rest = library.split(model, library.Cache, ...)
+  del model
+
+  @functools.partial(jax.jit, donate_argnums=0)
+  def run(cache, rest, token):
+    def write(carry, position):
+      cache, token = carry
+      model = library.merge(graphdef, cache, rest)
+      token = char_transformer.next_token(model, token, position)
+      return (library.state(model, library.Cache), token), token
+
+    positions = _CONTEXT + jnp.arange(_TOKENS, dtype=jnp.int32)
+    (cache, _), written = lax.scan(write, (cache, token), positions)
+    return cache, written[:, :, 0].T
+
+  def fresh() -> Any:
+    # New buffers: a call donates them.
+    return jax.tree.map(jnp.copy, cache)
+
+  def back(cache: Any) -> Any:
+    """The caches as before the call: their first tokens are still there."""
+    return jax.tree.map(
+      lambda x: jnp.array(_CONTEXT, x.dtype) if x.ndim == 0 else x, cache
+    )
+
+  token = jnp.zeros((1, 1), jnp.int32)
+  return harness.Side(
+    name=name,
+    fresh=fresh,
+    call=lambda cache: run(cache, rest, token),
+    advance=lambda _, result: back(result[0]),
+    observe=lambda _, result: result[1],
+  )
+
+
+def _build_token_by_token(size: char_transformer.Size) -> harness.Comparison:
+  models = _make_models(size)
+  ours, theirs = (
+    _token_by_token(library, f"{name}.jit", models[name], name == "nnx")
+    for name, library in _LIBRARIES
+  )
+  donating = _token_by_token(
+    flax_nnx,
+    "flax.nnx.jit, donating",
+    flax_nnx.clone(models["flax.nnx"]),
+    donate=True,
+  )
+  return harness.Comparison(ours=ours, baselines=[theirs, donating])
+
+
+def _build_one_program(size: char_transformer.Size) -> harness.Comparison:
+  models = _make_models(size)
+  ours, theirs = (
+    _one_program(library, f"{name}, scanned", models[name])
+    for name, library in _LIBRARIES
+  )
+  return harness.Comparison(ours=ours, baselines=[theirs])
+
+
+_OPS = {
+  "token_by_token": _build_token_by_token,
+  "one_program": _build_one_program,
+}
+
+
+def cases(settings: harness.Settings) -> Sequence[harness.Case]:
+  """Returns the rows: both ways to write, for each size of the model."""
+  sizes = _QUICK_SIZES if settings.quick else _SIZES
+  return [
+    harness.Case(
+      NAME,
+      op,
+      f"{name}, 32 tokens after 1024",
+      "float32",
+      functools.partial(build, size),
+    )
+    for op, build in _OPS.items()
+    for name, size in sizes.items()
+  ]

@@ -1,0 +1,242 @@
+"""Suite `layers`: what layers cost in Python, outside of `jit`.
+
+Both sides call the same layer with the same parameters on arrays so small that
+the arithmetic hardly counts. The floor is what cannot be saved: the plain jax
+expression, run as it stands or, for `eager_batch_norm`, the one compiled call
+of its kernel. `build_transformer` makes a model and calls nothing.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from flax import nnx as flax_nnx
+import jax
+from jax import numpy as jnp
+
+from kernels import batch_stat
+import nnx
+from tools.bench import harness
+
+NAME = "layers"
+_BATCH = 32
+_FEATURES = 64
+_LAYERS = 24
+_QUICK_LAYERS = 4
+
+# `nnx` or `flax.nnx`: the programs below use only what both have.
+Library = Any
+
+
+def _array(*shape: int) -> jax.Array:
+  return jax.random.normal(jax.random.key(1), shape)
+
+
+def _compare(
+  make: Callable[[Library], Any],
+  x: jax.Array,
+  plain: Callable[[Any, jax.Array], Any] | None = None,
+  plain_name: str = "",
+) -> harness.Comparison:
+  """Calls the same layer of both libraries.
+
+  Args:
+    make: makes the layer.
+    x: its input.
+    plain: the same with our layer's arrays and no layer.
+    plain_name: what that is, in words.
+  """
+
+  def side(library: Library, name: str) -> harness.Side:
+    layer = make(library)
+    return harness.Side(name=name, fresh=lambda: x, call=layer)
+
+  floor = None
+  if plain is not None:
+    layer = make(nnx)
+    arrays = {
+      name: value.value
+      for name, value in vars(layer).items()
+      if isinstance(value, nnx.Variable)
+    }
+    floor = harness.Side(
+      name=plain_name, fresh=lambda: x, call=lambda x: plain(arrays, x)
+    )
+  return harness.Comparison(
+    ours=side(nnx, "nnx"),
+    baselines=[side(flax_nnx, "flax.nnx")],
+    floor_side=floor,
+    floor_name=plain_name,
+  )
+
+
+def _build_linear() -> harness.Comparison:
+  """`Linear`, beside `x @ kernel + bias`."""
+  return _compare(
+    lambda lib: lib.Linear(_FEATURES, _FEATURES, rngs=lib.Rngs(0)),
+    _array(_BATCH, _FEATURES),
+    lambda p, x: x @ p["kernel"] + p["bias"],
+    "x @ kernel + bias",
+  )
+
+
+def _build_batch_norm() -> harness.Comparison:
+  """`BatchNorm` in training, beside the compiled call of its kernel."""
+
+  @jax.jit
+  def kernel(p, x):
+    return batch_stat.batch_norm(
+      x, p["scale"], p["bias"], p["mean"], p["var"], 0.99, epsilon=1e-5
+    )
+
+  return _compare(
+    lambda lib: lib.BatchNorm(_FEATURES, rngs=lib.Rngs(0)),
+    _array(_BATCH, _FEATURES),
+    kernel,
+    "one call of kernels.batch_stat.batch_norm",
+  )
+
+
+def _build_batch_norm_eval() -> harness.Comparison:
+  """`BatchNorm` by its running averages."""
+  return _compare(
+    lambda lib: lib.BatchNorm(
+      _FEATURES, use_running_average=True, rngs=lib.Rngs(0)
+    ),
+    _array(_BATCH, _FEATURES),
+  )
+
+
+def _build_layer_norm() -> harness.Comparison:
+  """`LayerNorm`, beside its formula."""
+
+  def plain(p, x):
+    mean, var = jnp.mean(x, -1, keepdims=True), jnp.var(x, -1, keepdims=True)
+    return (x - mean) * jax.lax.rsqrt(var + 1e-6) * p["scale"] + p["bias"]
+
+  return _compare(
+    lambda lib: lib.LayerNorm(_FEATURES, rngs=lib.Rngs(0)),
+    _array(_BATCH, _FEATURES),
+    plain,
+    "the formula in jnp",
+  )
+
+
+def _build_conv() -> harness.Comparison:
+  """`Conv` of 3x3."""
+  return _compare(
+    lambda lib: lib.Conv(8, 8, (3, 3), rngs=lib.Rngs(0)), _array(4, 8, 8, 8)
+  )
+
+
+def _build_embed() -> harness.Comparison:
+  """`Embed`, beside indexing."""
+  return _compare(
+    lambda lib: lib.Embed(128, _FEATURES, rngs=lib.Rngs(0)),
+    jnp.arange(_BATCH),
+    lambda p, x: p["embedding"][x],
+    "embedding[tokens]",
+  )
+
+
+def _build_attention() -> harness.Comparison:
+  """`MultiHeadAttention` of a short sequence."""
+  return _compare(
+    lambda lib: lib.MultiHeadAttention(
+      4, _FEATURES, decode=False, rngs=lib.Rngs(0)
+    ),
+    _array(1, 16, _FEATURES),
+  )
+
+
+def _build_lstm() -> harness.Comparison:
+  """One step of `LSTMCell`."""
+
+  def make(library: Library) -> Callable[[jax.Array], Any]:
+    cell = library.LSTMCell(_FEATURES, _FEATURES, rngs=library.Rngs(0))
+    carry = (jnp.zeros((_BATCH, _FEATURES)),) * 2
+    return lambda x: cell(carry, x)
+
+  return _compare(make, _array(_BATCH, _FEATURES))
+
+
+def _make_transformer(library: Library, layers: int) -> Any:
+  """A stack of layers as in an encoder."""
+
+  class Block(library.Module):
+    """Attention and two linear maps."""
+
+    def __init__(self, rngs):
+      self.attention_norm = library.LayerNorm(_FEATURES, rngs=rngs)
+      self.attention = library.MultiHeadAttention(
+        4, _FEATURES, dropout_rate=0.1, rngs=rngs
+      )
+      self.map_norm = library.LayerNorm(_FEATURES, rngs=rngs)
+      self.up = library.Linear(_FEATURES, 4 * _FEATURES, rngs=rngs)
+      self.down = library.Linear(4 * _FEATURES, _FEATURES, rngs=rngs)
+      self.dropout = library.Dropout(0.1, rngs=rngs)
+
+  class Transformer(library.Module):
+    """Blocks between an embedding and a head."""
+
+    def __init__(self, rngs):
+      self.embed = library.Embed(128, _FEATURES, rngs=rngs)
+      self.blocks = library.List([Block(rngs) for _ in range(layers)])
+      self.head = library.Linear(_FEATURES, 128, rngs=rngs)
+
+  return lambda: Transformer(library.Rngs(0))
+
+
+def _build_transformer(layers: int) -> harness.Comparison:
+  """Making a transformer, parameters and all."""
+
+  def side(library: Library, name: str) -> harness.Side:
+    make = _make_transformer(library, layers)
+
+    def arrays(model: Any) -> list[jax.Array]:
+      return jax.tree.leaves(library.state(model, library.Param))
+
+    return harness.Side(
+      name=name,
+      fresh=lambda: None,
+      call=lambda _: make(),
+      observe=lambda _, model: arrays(model),
+    )
+
+  return harness.Comparison(
+    ours=side(nnx, "nnx"),
+    baselines=[side(flax_nnx, "flax.nnx")],
+    clock=harness.THREAD_CPU,
+  )
+
+
+_ROWS = f"{_BATCH}x{_FEATURES}"
+# The shape of the input, and how to build the row.
+_OPS = {
+  "eager_linear": (_ROWS, _build_linear),
+  "eager_batch_norm": (_ROWS, _build_batch_norm),
+  "eager_batch_norm_eval": (_ROWS, _build_batch_norm_eval),
+  "eager_layer_norm": (_ROWS, _build_layer_norm),
+  "eager_conv": ("4x8x8x8", _build_conv),
+  "eager_embed": (f"{_BATCH}", _build_embed),
+  "eager_attention": (f"1x16x{_FEATURES}", _build_attention),
+  "eager_lstm": (_ROWS, _build_lstm),
+}
+
+
+def cases(settings: harness.Settings) -> Sequence[harness.Case]:
+  """Returns the rows: a call of each layer, and building a transformer."""
+  layers = _QUICK_LAYERS if settings.quick else _LAYERS
+  rows = [
+    harness.Case(NAME, op, shape, "float32", build)
+    for op, (shape, build) in _OPS.items()
+  ]
+  rows.append(
+    harness.Case(
+      NAME,
+      "build_transformer",
+      f"{layers} layers",
+      "",
+      lambda: _build_transformer(layers),
+    )
+  )
+  return rows
