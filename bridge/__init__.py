@@ -26,3 +26,6 @@ from bridge.variables import to_linen_var as to_linen_var
 from bridge.variables import to_nnx_var as to_nnx_var
 from bridge.variables import with_partitioning as with_partitioning
 from nnx import initializers as initializers
+from nnx import register_variable_name as register_variable_name
+from nnx import variable_name_from_type as variable_name_from_type
+from nnx import variable_type_from_name as variable_type_from_name

@@ -438,20 +438,36 @@ def to_linen(
     nnx_class: the class of the Module.
     *args: its arguments.
     name: the name of the Linen module.
-    **kwargs: its keyword arguments, without `rngs`.
+    **kwargs: its keyword arguments, without `rngs`. The names of other fields
+      of `ToLinen`, such as `skip_rng` and `metadata_fn`, set those.
   """
+  fields = {key: kwargs.pop(key) for key in _OPTIONS if key in kwargs}
   return ToLinen(
-    nnx_class, args=args, kwargs=core.FrozenDict(kwargs), name=name
+    nnx_class, args=args, kwargs=core.FrozenDict(kwargs), name=name, **fields
   )
+
+
+_OPTIONS = (
+  "skip_rng",
+  "metadata_type",
+  "metadata_fn",
+  "abstract_init",
+  "store_graphdef",
+)
 
 
 def to_linen_class(
   base_nnx_class: Callable[..., nnx.Module],
-  base_metadata_type: Any = variables_lib.NNXMeta,
+  base_metadata_fn: Callable[[nnx.Variable[Any]], Any] | None = None,
   base_skip_rng: bool = False,
+  *,
+  base_metadata_type: Any = variables_lib.NNXMeta,
   **partial_kwargs: Any,
-) -> Callable[..., ToLinen]:
-  """A function that makes Linen modules of one nnx class, as its class would.
+) -> type[ToLinen]:
+  """A class of Linen modules that takes the arguments of one class of nnx.
+
+  It may be derived from, and given to Linen's transforms, as any class of Linen
+  modules.
 
   Example:
 
@@ -463,28 +479,43 @@ def to_linen_class(
 
   Args:
     base_nnx_class: the class of the Module.
-    base_metadata_type: see `ToLinen`.
+    base_metadata_fn: see `ToLinen`.
     base_skip_rng: whether the Module takes no `rngs`.
-    **partial_kwargs: keyword arguments of the Module, which those of a call
+    base_metadata_type: see `ToLinen`.
+    **partial_kwargs: keyword arguments of the Module, which those of the class
       override.
 
   Returns:
-    A function of the Module's arguments and the Linen module's `name` and
-    `parent`.
+    The class. Its arguments are those of the Module, also as `args` and
+    `kwargs`, and the other fields of `ToLinen`.
   """
+  base = {
+    "nnx_class": base_nnx_class,
+    "skip_rng": base_skip_rng,
+    "metadata_type": base_metadata_type,
+    "metadata_fn": base_metadata_fn,
+  }
 
-  def make(*args: Any, name: str | None = None, **kwargs: Any) -> ToLinen:
-    linen_kwargs = {}
-    if "parent" in kwargs:
-      linen_kwargs["parent"] = kwargs.pop("parent")
-    return ToLinen(
-      base_nnx_class,
+  def init(self: ToLinen, *args: Any, **given: Any) -> None:
+    fields = {
+      name: given.pop(name)
+      for name in ToLinen.__dataclass_fields__
+      if name in given
+    }
+    kwargs = {**partial_kwargs, **fields.pop("kwargs", {}), **given}
+    args = args or tuple(fields.pop("args", ()))
+    ToLinen.__init__(
+      self,
+      **{**base, **fields},
       args=args,
-      kwargs=core.FrozenDict({**partial_kwargs, **kwargs}),
-      skip_rng=base_skip_rng,
-      metadata_type=base_metadata_type,
-      name=name,
-      **linen_kwargs,
+      kwargs=core.FrozenDict(kwargs),
     )
 
-  return make
+  class Partial(ToLinen):
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+      super().__init_subclass__(**kwargs)
+      cls.__init__ = init  # in place of that of a dataclass
+
+  # A class of its own, so that what is derived from it has this constructor.
+  name = f"ToLinen{getattr(base_nnx_class, '__name__', '')}"
+  return type(name, (Partial,), {"__module__": __name__})

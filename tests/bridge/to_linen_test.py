@@ -209,6 +209,47 @@ class ToLinenTest(parameterized.TestCase):
       y, X @ p["kernel"] * p["layers"][1] + p["layers"][0] + 0.5, rtol=1e-6
     )
 
+  def test_options_of_the_shortcut(self):
+    model = bridge.to_linen(Block, 2, 4, metadata_type=None, skip_rng=False)
+    variables = model.init(jax.random.key(0), X)
+    self.assertIsInstance(variables["params"]["kernel"], jax.Array)
+
+  def test_class(self):
+    Dense = bridge.to_linen_class(nnx.Linear, use_bias=False)
+
+    class Derived(Dense):
+      pass
+
+    class Outer(nn.Module):
+      @nn.compact
+      def __call__(self, x):
+        x = Dense(2, 3, name="a")(x)
+        x = Derived(in_features=3, out_features=2, name="b")(x)
+        x = Dense(args=(2, 2), kwargs={"use_bias": True}, name="c")(x)
+        return nn.remat(Dense)(2, 4, name="d")(x)
+
+    variables = Outer().init(jax.random.key(0), X)
+    self.assertEqual(
+      jax.tree.map(jnp.shape, variables["params"]),
+      {
+        "a": {"kernel": (2, 3)},
+        "b": {"kernel": (3, 2)},
+        "c": {"bias": (2,), "kernel": (2, 2)},
+        "d": {"kernel": (2, 4)},
+      },
+    )
+    p = variables["params"]
+    expected = X
+    for name in "abcd":
+      expected = expected @ p[name]["kernel"] + p[name].get("bias", 0)
+    np.testing.assert_allclose(
+      Outer().apply(variables, X), expected, rtol=1e-5, atol=1e-6
+    )
+    self.assertEqual(Dense(2, 3).clone().args, (2, 3))
+    bare = bridge.to_linen_class(Block, lambda v: v.value)(2, 4)
+    kernel = bare.init(jax.random.key(0), X)["params"]["kernel"]
+    self.assertIsInstance(kernel, jax.Array)
+
   def test_bind(self):
     bound = self.model.bind(self.variables)
     np.testing.assert_allclose(bound(X), self.expected(), rtol=1e-6)
