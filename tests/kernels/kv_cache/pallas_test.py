@@ -5,6 +5,8 @@ one; programs from libtpu, which wants no device.
 """
 
 import functools
+import subprocess
+import sys
 
 from absl.testing import parameterized
 import jax
@@ -190,6 +192,17 @@ class ChoiceTest(parameterized.TestCase):
     update = functools.partial(kv_cache.update, implementation="pallas")
     with self.assertRaisesRegex(ValueError, "does not fill tiles"):
       kernels.explain(update, *args, 0, platform="tpu")
+
+  def test_importing_kernels_leaves_pallas_alone(self):
+    program = (
+      f"import sys; sys.path[:] = {sys.path!r}; import kernels;"
+      " print([name for name in sys.modules if 'pallas' in name])"
+    )
+    done = subprocess.run(
+      [sys.executable, "-c", program],
+      capture_output=True, check=True, text=True,
+    )  # fmt: skip
+    self.assertEqual(done.stdout.strip(), "[]")
 
   def test_every_real_model_is_explained(self):
     for spec in arg_specs.ARG_SPECS:
