@@ -252,11 +252,7 @@ def _deep(depth, make):
 )
 def test_deep_graphs_raise_recursion_errors(make):
   node = graphs.Node()
-  node.a = (
-    _deep(100_000, make)
-    if make(1).__class__ is not nnx.State
-    else (_deep(3_000, make))
-  )
+  node.a = _deep(100_000, make)
   for function in (nnx.split, nnx.state, nnx.clone, nnx.graphdef):
     with pytest.raises(RecursionError):
       function(node)
