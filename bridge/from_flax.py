@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 import functools
 import inspect
-from typing import Any
+from typing import Any, cast
 
 from flax import core
 from flax import nnx as flax_nnx
@@ -14,12 +14,6 @@ import jax
 from bridge import to_nnx
 import nnx
 
-# Attributes that only our layers have: by class, with the value that makes them
-# do what the layers of Flax do.
-_OURS_ALONE = {
-  "MultiHeadAttention": ("window", "softcap", "rope_base", "rope_scale"),
-}
-_CACHE_SCALES = ("cached_key_scale", "cached_value_scale")
 # Attributes of Flax's objects that say nothing here.
 _THEIRS_ALONE = {"Optimizer": ("graph",), "ModelAndOptimizer": ("graph",)}
 # Metadata that says how Flax keeps a Variable.
@@ -149,7 +143,7 @@ class _Converter:
         value, target(value, functools.partial(self.convert, path=path))
       )
     # Past the constructor, which would make other weights.
-    result = self._keep(value, target.__new__(target))
+    result = self._keep(value, cast(Any, target).__new__(target))
     defaults = _defaults(cls, target)
     for name, item in _attributes(value).items():
       if id(item) in defaults and item is defaults[id(item)][0]:
@@ -161,14 +155,7 @@ class _Converter:
       if isinstance(converted, (dict, list, tuple)) and nnx.has_data(converted):
         converted = nnx.data(converted)
       setattr(result, name, converted)
-    for name in _OURS_ALONE.get(target.__name__, ()):
-      parameter = inspect.signature(target).parameters[name]
-      setattr(result, name, parameter.default)
-    if isinstance(result, nnx.GroupNorm):
-      result.num_features = result.num_groups * result.group_size
-    if isinstance(result, nnx.MultiHeadAttention):
-      for name in _CACHE_SCALES:
-        setattr(result, name, None)
+    _complete(result)
     return result
 
   def _variable(self, variable: Any, path: tuple[Any, ...]) -> Any:
@@ -215,6 +202,20 @@ class _Converter:
         return ours(*fields["predicates"])
       return ours(**fields)
     return _functions().get(_identity(value), value)
+
+
+def _complete(layer: Any) -> None:
+  """Sets the attributes that only our layers have, to do what Flax's do."""
+  added: dict[str, Any] = {}
+  if type(layer) is nnx.GroupNorm:
+    added["num_features"] = layer.num_groups * layer.group_size
+  elif type(layer) is nnx.MultiHeadAttention:
+    parameters = inspect.signature(nnx.MultiHeadAttention).parameters
+    for name in ("window", "softcap", "rope_base", "rope_scale"):
+      added[name] = parameters[name].default
+    added |= {"cached_key_scale": None, "cached_value_scale": None}
+  for name, value in added.items():
+    setattr(layer, name, value)
 
 
 def _copied(array: jax.Array) -> jax.Array:
@@ -282,7 +283,7 @@ def _functions() -> dict[int, Callable[..., Any]]:
 
 
 @functools.cache
-def _defaults(cls: type, target: type) -> dict[int, tuple[Any, Any]]:
+def _defaults(cls: Any, target: Any) -> dict[int, tuple[Any, Any]]:
   """Functions that are defaults of Flax's layer, to the defaults of ours."""
   try:
     theirs = inspect.signature(cls.__init__).parameters

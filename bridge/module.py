@@ -9,7 +9,7 @@ import enum
 import functools
 import inspect
 import threading
-from typing import Any, ClassVar, TypeVar, dataclass_transform
+from typing import Any, TypeVar, cast, dataclass_transform
 
 from flax import core
 from flax.core import meta
@@ -150,7 +150,7 @@ def current_module() -> Module | None:
   return context.module if context is not None else None
 
 
-class ModuleMeta(type(nnx.Module)):
+class ModuleMeta(type):
   """Makes Modules that are made inside of another one its submodules."""
 
   def __call__(cls, *args: Any, **kwargs: Any) -> Any:
@@ -230,8 +230,9 @@ class Module(nnx.Module, metaclass=ModuleMeta):
     Array([[12., 12.]], dtype=float32)
   """
 
-  scope: ClassVar[Scope | None] = None
-  attr_priorities: ClassVar[Mapping[str, int]] = {}
+  # No fields of the dataclasses: this class is none.
+  scope: Scope | None = None
+  attr_priorities: Mapping[str, int] = {}
 
   def __init_subclass__(cls, **kwargs: Any) -> None:
     super().__init_subclass__(pytree=False, **kwargs)
@@ -313,13 +314,14 @@ class Module(nnx.Module, metaclass=ModuleMeta):
         gives.
     """
     self._bound(f"make the parameter `{name}`")
-    return self._variable(
+    variable = self._variable(
       "params",
       nnx.Param,
       name,
       lambda key: init_fn(key, *args, **kwargs),
       lambda: self.make_rng("params"),
     )
+    return cast(nnx.Param[Any], variable)
 
   def variable(
     self,
@@ -558,7 +560,7 @@ def compact(method: F) -> F:
     with _Running(self, in_compact=True):
       return method(self, *args, **kwargs)
 
-  return wrapper
+  return cast(F, wrapper)
 
 
 def linen_in_bridge_mdl(

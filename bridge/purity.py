@@ -96,6 +96,10 @@ def _root(name: Any) -> str:
   return str(name).split(".", 1)[0]
 
 
+def _is_frozen(cls: Any) -> bool:
+  return dataclasses.is_dataclass(cls) and cls.__dataclass_params__.frozen
+
+
 def _is_trusted(module: Any) -> bool:
   module = str(module)
   return _root(module) in _TRUSTED and not module.startswith(
@@ -204,7 +208,7 @@ class Dependencies:
         if getattr(value, part, None) is not None:
           self.key(getattr(value, part))
       return Identity(value)
-    if dataclasses.is_dataclass(cls) and cls.__dataclass_params__.frozen:
+    if _is_frozen(cls):
       self._class(cls)
       fields = dataclasses.fields(value)
       return (
@@ -271,7 +275,7 @@ class Dependencies:
       if not (
         issubclass(base, (linen.Module, enum.Enum, BaseException))
         or hasattr(base, "_fields")
-        or (dataclasses.is_dataclass(base) and base.__dataclass_params__.frozen)
+        or _is_frozen(base)
       ):
         raise UnsettledError(
           f"objects of `{base.__qualname__}` may change or be changed"

@@ -173,13 +173,15 @@ def cases(settings: harness.Settings) -> Sequence[harness.Case]:
   layers = _QUICK_LAYERS if settings.quick else _LAYERS
   rows = []
   for case, traced in (("eager", False), ("traced", True)):
-    builds = {
+    builds: dict[str, tuple[Any, ...]] = {
       f"{case}_dense": (_build_to_nnx, Dense, layers, False, traced),
       f"{case}_batch_norm": (_build_to_nnx, Normed, layers, False, traced),
       f"{case}_batch_norm_train": (_build_to_nnx, Normed, layers, True, traced),
     }
     rows += [
-      harness.Case(NAME, "to_nnx_call", name, "", functools.partial(*build))
+      harness.Case(
+        NAME, "to_nnx_call", name, "", functools.partial(build[0], *build[1:])
+      )
       for name, build in builds.items()
     ]
     rows.append(
