@@ -327,14 +327,14 @@ def _flash(
   heads = tiling.keys // tiling.slots
   columns = jnp.stack([column // heads, column % heads])
   caches = [
-    cache_tpu.reorder(cache, options.layout, tiling.order)
+    cache_tpu.bring(cache, options.layout, tiling.order, interpret)
     for cache in (cache_k, cache_v)
   ]
 
   def each(*shape):
     return pl.BlockSpec((None, *shape), lambda b, *_: (b,) + (0,) * len(shape))
 
-  in_place = pl.BlockSpec(memory_space=pltpu.HBM)
+  in_place = pl.BlockSpec(memory_space=pl.ANY)
   groups, rows = tiling.groups, tiling.rows
   v_dim = cache_v.shape[-1]
 

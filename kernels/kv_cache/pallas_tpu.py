@@ -72,6 +72,17 @@ def reorder(x: jax.Array, before: str, after: str) -> jax.Array:
   return x.transpose(*range(lead), *axes)
 
 
+def bring(cache: jax.Array, before: str, after: str, interpret: Any) -> Any:
+  """Reorders a cache for a kernel, and keeps it where it is.
+
+  XLA moves what is transposed to fast memory if it fits, and back again.
+  """
+  moved = reorder(cache, before, after)
+  if before == after or interpret:
+    return moved
+  return pltpu.with_memory_space_constraint(moved, pltpu.HBM)
+
+
 def cache_problem(cache_k: Any, cache_v: Any, layout: str) -> str | None:
   """Returns why Mosaic cannot work on a cache where it lies, or None.
 
@@ -168,10 +179,7 @@ def update(
   )
   slot = jnp.where(write & held, slot, -1)
   to = order(cache_k, layout)
-  caches = [reorder(cache, layout, to) for cache in (cache_k, cache_v)]
-  if to != layout and not interpret:
-    # XLA moves what is transposed to fast memory if it fits, and back again.
-    caches = [pltpu.with_memory_space_constraint(c, pltpu.HBM) for c in caches]
+  caches = [bring(cache, layout, to, interpret) for cache in (cache_k, cache_v)]
   places = (layer, block, slot)
   if to == "bsnh":
     caches = _write_rows(*caches, new_k, new_v, places, interpret)
