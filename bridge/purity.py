@@ -216,7 +216,9 @@ class Dependencies:
         tuple((f.name, self.key(getattr(value, f.name))) for f in fields),
       )
     if isinstance(value, (np.ufunc, jax.sharding.PartitionSpec)) or (
-      _root(cls.__module__) in ("jax", "jaxlib") and cls.__hash__ is not None
+      _root(cls.__module__) in ("jax", "jaxlib")
+      and cls.__hash__ is not None
+      and value is not jax.config
     ):
       # Compiled functions, rules of differentiation, precisions, shardings.
       wrapped = getattr(value, "__wrapped__", None)
@@ -394,7 +396,9 @@ class Dependencies:
           raise UnsettledError(
             f"`{code.co_qualname}` assigns the attribute `{name}`"
           )
-      elif op == "IMPORT_NAME" and not _is_trusted(name):
+      elif op == "IMPORT_NAME" and (
+        not _is_trusted(name) or instructions[index - 2].argval != 0
+      ):  # by a relative path, a name is another one
         raise UnsettledError(f"`{code.co_qualname}` imports `{name}`")
     for constant in code.co_consts:
       if isinstance(constant, types.CodeType):

@@ -29,8 +29,10 @@ from jax.extend import core as extend_core
 
 from bridge import purity
 
-_RECORDS = 256  # of each: modules, and programs of a module
+_MODULES = 256  # of which records are kept by key
+_PROGRAMS = 64  # kept of each module
 _RENEWALS = 4  # a module whose globals change more often is left alone
+_MISSES = 16  # one that is called with something new each time as well
 _SETTINGS = (
   "jax_enable_x64",
   "jax_default_matmul_precision",
@@ -40,6 +42,9 @@ _SETTINGS = (
   "jax_threefry_partitionable",
   "jax_softmax_custom_jvp",
   "jax_legacy_prng_key",
+  "jax_default_device",
+  "jax_random_seed_offset",
+  "jax_enable_custom_prng",
 )
 # Those that make every operation do more than compute its result.
 _REFUSED_SETTINGS = (
@@ -84,13 +89,35 @@ class Program:
 _HOLE = object()
 
 
+class _Ordered(dict):
+  """A dict on its way through a pytree, which comes out in the same order."""
+
+
+jax.tree_util.register_pytree_node(
+  _Ordered,
+  lambda items: (tuple(items.values()), tuple(items)),
+  lambda keys, values: dict(zip(keys, values)),
+)
+
+
+def _ordered(tree: Any) -> Any:
+  """A pytree whose dicts keep their order, which jax would sort."""
+  cls = type(tree)
+  if cls is dict:
+    return _Ordered({key: _ordered(value) for key, value in tree.items()})
+  if cls in (list, tuple):
+    return cls([_ordered(item) for item in tree])
+  return tree
+
+
 class _Record:
   """What is known of one Linen module: what it depends on, and its programs."""
 
   def __init__(self, module: linen.Module):
     self.dependencies = purity.Dependencies()
     self.programs: collections.OrderedDict[Any, Any] = collections.OrderedDict()
-    self.renewals = 0
+    self.renewals = 0  # how often what it depends on has changed
+    self.hits = self.misses = 0
     try:
       self.key = self.dependencies.key(module)
     except purity.UnsettledError:
@@ -138,7 +165,8 @@ def apply(
     What `module.apply` returns.
   """
   program = None
-  leaves, treedef = jax.tree.flatten((variables, rngs, args, kwargs))
+  given = (variables, rngs, _ordered(args), _ordered(kwargs))
+  leaves, treedef = jax.tree.flatten(given)
   signature = _signature(leaves)
   if signature is not None and _is_plain_context():
     record = _record(module)
@@ -219,7 +247,7 @@ def _signature(leaves: list[Any]) -> tuple[Any, ...] | None:
 
 def _is_plain_context() -> bool:
   """Whether nothing but the arguments changes what a Linen module does."""
-  if extend_core.get_opaque_trace_state() != _EAGER or sys.gettrace():
+  if extend_core.get_opaque_trace_state() != _EAGER or _is_debugged():
     return False
   config = jax.config
   if any(getattr(config, name, False) for name in _REFUSED_SETTINGS):
@@ -232,6 +260,18 @@ def _is_plain_context() -> bool:
   if linen.get_logical_axis_rules():
     return False
   return not flax.core.meta.global_mesh_defined()
+
+
+def _is_debugged() -> bool:
+  """Whether somebody looks at every line that runs."""
+  monitoring = getattr(sys, "monitoring", None)  # of Python 3.12 and later
+  return sys.gettrace() is not None or (
+    monitoring is not None
+    and (
+      monitoring.get_tool(monitoring.DEBUGGER_ID) is not None
+      or monitoring.get_tool(monitoring.COVERAGE_ID) is not None
+    )
+  )
 
 
 def _settings() -> tuple[Any, ...]:
@@ -265,7 +305,7 @@ def _record(module: linen.Module) -> _Record:
       # among them lists of its own; those of this one must hold as well.
       record.programs = known.programs
     _by_key[record.key] = record
-    if len(_by_key) > _RECORDS:
+    if len(_by_key) > _MODULES:
       _by_key.popitem(last=False)
   address = id(module)
   reference = weakref.ref(module, lambda _: _by_identity.pop(address, None))
@@ -289,10 +329,15 @@ def _program(
     program = record.programs.get(key)
   except (purity.UnsettledError, TypeError):  # of aux data without a hash
     return None
-  if program is None:
+  if program is not None:
+    record.hits += 1
+  elif record.misses > max(_MISSES, record.hits):
+    return None
+  else:
+    record.misses += 1
     program = _recorded(record, module, method, mutable, leaves, treedef)
     record.programs[key] = program
-    if len(record.programs) > _RECORDS:
+    if len(record.programs) > _PROGRAMS:
       record.programs.popitem(last=False)
   return None if program is _REFUSED else program
 
@@ -330,10 +375,12 @@ def _recorded(
     returned = module.apply(
       variables, *args, rngs=rngs, method=method, mutable=mutable, **kwargs
     )
-    after, same = jax.tree.flatten((variables, rngs, args, kwargs))
+    after, same = jax.tree.flatten(
+      (variables, rngs, _ordered(args), _ordered(kwargs))
+    )
     if same != treedef or any(a is not b for a, b in zip(after, values)):
       raise purity.UnsettledError("the module changes its arguments")
-    outputs, outputs_treedef = jax.tree.flatten(returned)
+    outputs, outputs_treedef = jax.tree.flatten(_ordered(returned))
     rest = [_HOLE if isinstance(x, jax.Array) else x for x in outputs]
     if not all(x is _HOLE or type(x) in _PLAIN for x in rest):
       raise purity.UnsettledError("the module returns what is no array")

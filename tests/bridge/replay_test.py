@@ -187,6 +187,30 @@ class ReplayedTest(parameterized.TestCase):
       self.assertEqual((result["n"], result["none"]), (3, None))
       self.assertEqual(result["name"], ("a", True))
 
+  def test_dicts_keep_their_order(self):
+    class Ordered(nn.Module):
+      @nn.compact
+      def __call__(self, batch, **more):
+        x = nn.Dense(2)(jnp.concatenate([*batch.values(), *more.values()]))
+        return {"z": x, "a": list(batch), "m": {"y": x, "b": list(more)}}
+
+    batch = {"b": X, "a": 2 * X}
+    model = bridge.ToNNX(Ordered(), rngs=nnx.Rngs(0))
+    model.lazy_init(batch, z=X, c=X)
+    for _ in range(2):
+      result = model(batch, z=3 * X, c=X)
+      expected = linen_result(model, batch, z=3 * X, c=X)
+      self.assertEqual(str(result), str(expected))
+    self.assertTrue(replay.is_replayed(model.module))
+    other = {"a": 2 * X, "b": X}
+    self.assertEqual(model(other, z=X, c=X)["a"], ["a", "b"])
+
+  def test_what_never_comes_again_is_not_recorded_for_ever(self):
+    model = make(nn.Dense(11))
+    for n in range(1, 40):
+      model(jnp.ones((n, 2)))
+    self.assertLess(calls_of(model), 20)
+
   def test_sown_values_grow(self):
     class Sows(nn.Module):
       @nn.compact
@@ -408,6 +432,15 @@ class RefusedTest(parameterized.TestCase):
         return nn.Dense(2)(x) + number()
 
     self.check(Noisy())
+
+  def test_changing_settings(self):
+    class Sets(nn.Module):
+      @nn.compact
+      def __call__(self, x):
+        jax.config.update("jax_enable_x64", jax.config.jax_enable_x64)
+        return nn.Dense(2)(x)
+
+    self.check(Sets())
 
   def test_control_flow_on_values(self):
     class Branches(nn.Module):
