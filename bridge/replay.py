@@ -19,7 +19,7 @@ import collections
 from collections.abc import Callable, Mapping
 import functools
 import sys
-from typing import Any
+from typing import Any, cast
 import weakref
 
 import flax
@@ -94,7 +94,7 @@ class _Ordered(dict):
 
 
 jax.tree_util.register_pytree_node(
-  _Ordered,
+  cast(Any, _Ordered),
   lambda items: (tuple(items.values()), tuple(items)),
   lambda keys, values: dict(zip(keys, values)),
 )
