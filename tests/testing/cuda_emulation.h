@@ -1,6 +1,6 @@
 // Runs a CUDA kernel's source under the host's compiler, to test its logic:
-// indices, masks, barriers, exchanges between lanes, out-of-range accesses under
-// a sanitizer. Include it before the kernel's `.cu.cc` in a test:
+// indices, masks, barriers, exchanges between lanes, out-of-range accesses
+// under a sanitizer. Include it before the kernel's `.cu.cc` in a test:
 //
 //     #include "tests/testing/cuda_emulation.h"
 //     #include "kernels/my_op/my_op_cuda.cu.cc"
@@ -11,9 +11,9 @@
 // other. What cannot go on is an error of the launch: threads that wait for one
 // another, an exchange with a lane that has returned.
 //
-// This is no GPU: it knows nothing of memory order between blocks, of caches, of
-// limits on registers and shared memory, nor of time. Numbers that want a device
-// are not settled by it.
+// This is no GPU: it knows nothing of memory order between blocks, of caches,
+// of limits on registers and shared memory, nor of time. Numbers that want a
+// device are not settled by it.
 
 #ifndef TESTS_TESTING_CUDA_EMULATION_H_
 #define TESTS_TESTING_CUDA_EMULATION_H_
@@ -169,7 +169,7 @@ inline void Barrier() {
 
 // Sends `bytes` to the lanes of `mask`; afterwards the inbox holds theirs.
 inline const unsigned char (*Exchange(unsigned mask, const void* value,
-                                      size_t bytes))[kMessageBytes] {
+                                      size_t bytes)) [kMessageBytes] {
   Fiber& self = *fibers[current];
   const int first = current / kLanes * kLanes;
   if (!(mask >> (current - first) & 1)) {
@@ -186,8 +186,8 @@ inline const unsigned char (*Exchange(unsigned mask, const void* value,
       Fail("an exchange waits for a lane that has returned");
     }
     const Fiber& other = *fibers[first + lane];
-    complete = complete && other.state == State::kAtExchange &&
-               other.mask == mask;
+    complete =
+        complete && other.state == State::kAtExchange && other.mask == mask;
   }
   if (!complete) {
     Suspend();

@@ -94,9 +94,9 @@ void TestFailures() {
                   "a lane that has returned"),
         "an exchange with a lane that has returned is an error");
   alignas(16) char bytes[32] = {};
-  Check(FailsWith(Launch(LoadKernel, 1, 1, 0, nullptr, bytes + 4),
-                  "not aligned"),
-        "a misaligned vector is an error");
+  Check(
+      FailsWith(Launch(LoadKernel, 1, 1, 0, nullptr, bytes + 4), "not aligned"),
+      "a misaligned vector is an error");
   Check(FailsWith(Launch(LaneReturnsKernel, 0, 32, 0, nullptr), "empty"),
         "an empty grid is an error");
 }
