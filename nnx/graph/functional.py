@@ -151,7 +151,9 @@ def merge(
     graphdef: the graphdef, or what `unpack` returned.
     *states: the states: `State`s, nested dicts of Variables or of their values,
       `FlatState`s, or one list of the leaves in canonical order.
-    copy: whether to copy the Variables; otherwise they are shared.
+    copy: whether to copy the Variables; otherwise they are shared, apart from
+      those of another trace, which are copied: a function that is traced may
+      merge a State from outside of it and use the object as its own.
     recreate_variables: whether a value in the place of a Variable becomes a
       Variable of the kind that was there; otherwise it stays what it is.
 

@@ -58,6 +58,22 @@ class HooksInGraphsTest(absltest.TestCase):
   def test_clone(self):
     self.check(nnx.clone(Counter()))
 
+  def test_merge_takes_a_state_from_outside_of_the_trace(self):
+    # As 0.10 did, whose States held copies: 0.12 refuses the write.
+    model = Counter()
+    del model.ref
+    graphdef, params, rest = nnx.split(model, nnx.Param, ...)
+
+    @jax.grad
+    def grad(params):
+      merged = nnx.merge(graphdef, params, rest)
+      merged.count.value += params.doubled.value
+      return merged.count.value * 3
+
+    self.assertEqual(grad(params).doubled.raw_value, 6)
+    self.assertEqual(model.count.value, 0)
+    self.assertIs(nnx.merge(graphdef, params, rest).count, model.count)
+
   def test_tree_map(self):
     model = Counter()
     del model.ref

@@ -8,6 +8,7 @@
 #include "nnx/graph/cc/flatten.h"
 #include "nnx/graph/cc/objects.h"
 #include "nnx/graph/cc/path.h"
+#include "nnx/graph/cc/runtime.h"
 #include "nnx/graph/cc/structure.h"
 #include "nnx/graph/cc/unflatten.h"
 
@@ -24,10 +25,12 @@ bool HasLeaves(const std::vector<Node>& nodes, int32_t position) {
 // Finds the leaf of each node of a structure in a nested mapping.
 class Provider {
  public:
-  // `copy`: Variables are copied. `keep_arrays`: an array in place of a
-  // Variable stays one.
-  Provider(const Structure* structure, bool copy, bool keep_arrays)
+  // `copy`: Variables are copied; those of another trace than `trace` are in any
+  // case. `keep_arrays`: an array in place of a Variable stays one.
+  Provider(const Structure* structure, PyObject* trace, bool copy,
+           bool keep_arrays)
       : nodes_(*structure->nodes),
+        trace_(trace),
         copy_(copy),
         keep_arrays_(keep_arrays),
         provided_(nodes_.size()) {}
@@ -105,7 +108,7 @@ class Provider {
     } else if (!IsVariable(value)) {
       provided_[position] =
           NewVariable(type, value, node.aux.get(), node.hook_flags, nullptr);
-    } else if (copy_) {
+    } else if (copy_ || !BelongsToTrace(AsGraphObject(value), trace_)) {
       VariableObject* source = AsVariable(value);
       provided_[position] =
           NewVariable(Py_TYPE(value), source->raw, source->metadata,
@@ -182,6 +185,7 @@ class Provider {
   }
 
   const std::vector<Node>& nodes_;
+  PyObject* const trace_;
   const bool copy_;
   const bool keep_arrays_;
   std::vector<Ref> provided_;
@@ -239,7 +243,10 @@ PyObject* MergeFunction(PyObject*, PyObject* const* args, Py_ssize_t nargs) {
   }
   const long flags = PyLong_AsLong(args[2]);
   if (flags == -1 && PyErr_Occurred()) return nullptr;
-  Provider provider(structure, flags & 1, flags & 2);
+  PyObject* current = nullptr;
+  if (!CurrentTrace(&current)) return nullptr;
+  const Ref trace = Ref::Steal(current);
+  Provider provider(structure, trace.get(), flags & 1, flags & 2);
   if (!provider.ProvideRoot(0, args[1])) return nullptr;
   const std::vector<PyObject*> provided = provider.Borrowed();
   std::vector<PyObject*> reuse;
