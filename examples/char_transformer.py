@@ -33,9 +33,9 @@ Library = Any
 
 # Examples in a batch, and characters in each: short ones teach the most in a
 # second, and the long ones of the last steps to use all of a long context.
-_SHORT = (8, 128)
+_SHORT = (8, 64)
 _LONG = (1, 1024)
-_LONG_SHARE = 0.15
+_LONG_SHARE = 0.1
 _LEARNING_RATE = 3e-3
 TEMPERATURE = 0.5
 
@@ -405,7 +405,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
   parser = argparse.ArgumentParser(
     description="Trains a character-level transformer on Python's help texts."
   )
-  parser.add_argument("--steps", type=int, default=450)
+  parser.add_argument("--steps", type=int, default=800)
   parser.add_argument("--tokens", type=int, default=200)
   parser.add_argument("--seed", type=int, default=0)
   parser.add_argument(

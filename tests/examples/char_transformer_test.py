@@ -1,7 +1,9 @@
 """Tests of the transformer example, on the real text."""
 
+import functools
 import pathlib
 import tempfile
+from unittest import mock
 
 from absl.testing import absltest
 from flax import nnx as flax_nnx
@@ -36,7 +38,10 @@ class CharTransformerTest(absltest.TestCase):
     text = text.astype(np.int32)
     char_transformer.prefill(model, text[:-1], SMALL.context)
     twin = char_transformer.flax_twin(flax_nnx, model, symbols, SMALL)
+    cache = model.blocks[0].attention.cached_key
+    where = cache[...].unsafe_buffer_pointer()
     ours = char_transformer.generate(nnx, model, text[-1], start, tokens)
+    self.assertEqual(cache[...].unsafe_buffer_pointer(), where)
     theirs = char_transformer.generate(flax_nnx, twin, text[-1], start, tokens)
     np.testing.assert_array_equal(ours.text, theirs.text)
     whole = jnp.asarray([*text, *ours.text[:-1]])[None]
@@ -47,7 +52,13 @@ class CharTransformerTest(absltest.TestCase):
       self.assertEqual(drawn, token)
 
   def test_program_writes_text_and_a_plot(self):
-    with tempfile.TemporaryDirectory() as folder:
+    small = functools.partial(
+      char_transformer.Size, layers=1, features=32, heads=2
+    )
+    with (
+      mock.patch.object(char_transformer, "Size", small),
+      tempfile.TemporaryDirectory() as folder,
+    ):
       path = pathlib.Path(folder, "transformer.png")
       char_transformer.main(["--steps=1", "--tokens=3", f"--plot={path}"])
       self.assertEqual(path.read_bytes()[:8], b"\x89PNG\r\n\x1a\n")
