@@ -66,11 +66,12 @@ with jax.core.eval_context():
 
 
 class Program:
-  """A recorded call.
+  """A recorded call, from the arrays of its arguments to what Linen returned.
 
-  Attributes:
-    run: from the arrays of the arguments to the arrays of the result.
-    restore: from those to what Linen's `apply` returned.
+  Args:
+    run: from these arrays to those of the result.
+    treedef: the structure of the result.
+    rest: its leaves that are no arrays, and `_HOLE` for each array.
   """
 
   def __init__(
@@ -78,7 +79,7 @@ class Program:
   ):
     self._run = run
     self._treedef = treedef
-    self._rest = rest  # leaves that are no arrays; _HOLE for arrays
+    self._rest = rest
 
   def __call__(self, arrays: list[Any]) -> Any:
     results = iter(self._run(arrays))
