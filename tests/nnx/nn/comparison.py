@@ -124,19 +124,24 @@ def shake(ours: Any, theirs: Any) -> None:
   rng = np.random.default_rng(0)
   other = rows(flax_nnx.state(theirs, flax_nnx.Param), flax_nnx)
   for path, leaf in rows(nnx.state(ours, nnx.Param), nnx).items():
-    noise = rng.normal(size=leaf.shape, scale=0.1).astype(np.float32)
-    value = leaf[...] + jnp.asarray(noise, leaf[...].dtype)
+    value = np.asarray(leaf[...])
+    noise = rng.normal(size=leaf.shape, scale=0.1)
+    value = jnp.asarray(value + noise.astype(value.dtype))
     leaf[...] = value
     other[path][...] = value
 
 
-def _run(library, layer, inputs, call, grads):
-  """Output and, if asked for, gradients of parameters and floating inputs.
+def _program(library, layer, inputs, call, grads):
+  """A call of the layer, as one compiled program.
 
-  One compiled program, which is many times faster than running each operation
-  on its own; `layer` then has the state that it would have after the call.
+  That is many times faster than to compile each operation on its own. After a
+  run, `layer` has the state that it would have after the call.
+
+  Returns:
+    `inputs -> (output, gradients)`, those of parameters and floating inputs or
+    None. Of the inputs, only the floating ones may change between runs.
   """
-  graphdef, params, rest = library.split(layer, library.Param, ...)
+  graphdef = library.graphdef(layer)
   moving = [
     i
     for i, x in enumerate(inputs)
@@ -159,15 +164,20 @@ def _run(library, layer, inputs, call, grads):
     )
     return total, (y, library.state(model))
 
-  if grads:
-    function = jax.grad(loss, argnums=(0, 1), has_aux=True)
-  else:
-    function = lambda *args: (None, loss(*args)[1])  # noqa: E731
-  gradients, (y, state) = jit(function)(
-    params, [inputs[i] for i in moving], rest
-  )
-  library.update(layer, state)
-  return y, gradients
+  @jit
+  def compiled(*args):
+    if not grads:
+      return None, loss(*args)[1]
+    return jax.grad(loss, argnums=(0, 1), has_aux=True)(*args)
+
+  def run(inputs):
+    _, params, rest = library.split(layer, library.Param, ...)
+    xs = [inputs[i] for i in moving]
+    gradients, (y, state) = compiled(params, xs, rest)
+    library.update(layer, state)
+    return y, gradients
+
+  return run
 
 
 def assert_same(
@@ -178,6 +188,7 @@ def assert_same(
   grad_rtol: float | None = None,
   grads: bool = True,
   call: Callable[..., Any] | None = None,
+  then: Sequence[tuple[Any, ...]] = (),
   **kwargs: Any,
 ) -> None:
   """Checks outputs, gradients and the state after the call.
@@ -190,6 +201,8 @@ def assert_same(
     grad_rtol: That of the gradients; `rtol`, if None.
     grads: Whether to compare gradients.
     call: `(layer, *inputs) -> outputs`, in place of calling the layer.
+    then: inputs of further calls, of the same shapes: nothing is compiled for
+      those.
     **kwargs: of both calls; `Own` where each needs its own.
   """
 
@@ -198,31 +211,39 @@ def assert_same(
       return call
     return lambda layer, *xs: layer(*xs, **_arguments(library, kwargs))
 
-  got, got_grads = _run(nnx, ours, inputs, calls(nnx), grads)
-  want, want_grads = _run(flax_nnx, theirs, inputs, calls(flax_nnx), grads)
-  if grads:
-    other = rows(want_grads[0], flax_nnx)
-    pairs = [
-      (str(path), leaf[...], other[path][...])
-      for path, leaf in rows(got_grads[0], nnx).items()
-    ]
-    pairs += [
-      (f"input {i}", a, b)
-      for i, (a, b) in enumerate(zip(got_grads[1], want_grads[1]))
-    ]
-    tolerance = rtol if grad_rtol is None else grad_rtol
-    for what, a, b in pairs:
-      assert a.dtype == b.dtype, (what, a.dtype, b.dtype)
-      a, b = numbers(a), numbers(b)
-      scale = max(1.0, float(np.max(np.abs(b), initial=0)))
-      np.testing.assert_allclose(
-        a, b, rtol=tolerance, atol=tolerance * scale, err_msg=what
+  programs = [
+    _program(library, layer, inputs, calls(library), grads)
+    for library, layer in ((nnx, ours), (flax_nnx, theirs))
+  ]
+  for each in (inputs, *then):
+    (got, got_grads), (want, want_grads) = (run(each) for run in programs)
+    if grads:
+      _assert_same_gradients(
+        got_grads, want_grads, rtol if grad_rtol is None else grad_rtol
       )
-  assert jax.tree.structure(got) == jax.tree.structure(want)
-  for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want)):
-    assert a.shape == b.shape and a.dtype == b.dtype, (a, b)
-    np.testing.assert_allclose(numbers(a), numbers(b), rtol=rtol, atol=rtol)
-  assert_same_state(ours, theirs, rtol)
+    assert jax.tree.structure(got) == jax.tree.structure(want)
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want)):
+      assert a.shape == b.shape and a.dtype == b.dtype, (a, b)
+      np.testing.assert_allclose(numbers(a), numbers(b), rtol=rtol, atol=rtol)
+    assert_same_state(ours, theirs, rtol)
+
+
+def _assert_same_gradients(got, want, tolerance):
+  other = rows(want[0], flax_nnx)
+  pairs = [
+    (str(path), leaf[...], other[path][...])
+    for path, leaf in rows(got[0], nnx).items()
+  ]
+  pairs += [
+    (f"input {i}", a, b) for i, (a, b) in enumerate(zip(got[1], want[1]))
+  ]
+  for what, a, b in pairs:
+    assert a.dtype == b.dtype, (what, a.dtype, b.dtype)
+    a, b = numbers(a), numbers(b)
+    scale = max(1.0, float(np.max(np.abs(b), initial=0)))
+    np.testing.assert_allclose(
+      a, b, rtol=tolerance, atol=tolerance * scale, err_msg=what
+    )
 
 
 def _simple(value: Any) -> Any:

@@ -32,7 +32,8 @@ def test_embed(options, count):
   pair = comparison.pair("Embed", count, 3, **options)
   indices = jnp.array([[0, 1, 2], [-1, -2, 4]])
   comparison.assert_same(*pair, indices, rtol=1e-2)
-  comparison.assert_same(*pair, indices.astype(jnp.uint8) % 5, rtol=1e-2)
+  if not options:
+    comparison.assert_same(*pair, indices.astype(jnp.uint8) % 5, rtol=1e-2)
   comparison.assert_same(
     *pair, array(2, 3), rtol=2e-2, call=lambda layer, x: layer.attend(x)
   )

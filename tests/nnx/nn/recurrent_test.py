@@ -44,6 +44,8 @@ def test_cells(name, options):
   ):
     pytest.skip(f"{name} has no such option")
   pair = comparison.pair(name, 3, 4, **options)
+  if any("init" in option for option in options):
+    return  # the parameters are the same: nothing else depends on these
   carry = (array(2, 4, seed=1), array(2, 4, seed=2))
   rtol = 2e-2 if HALF in list(options.values()) else 5e-5
 
@@ -134,16 +136,19 @@ RNN = {
 }
 
 
-@pytest.mark.parametrize(("options", "kwargs"), RNN.values(), ids=RNN)
-@pytest.mark.parametrize("time_major", [False, True])
-def test_rnn(options, kwargs, time_major):
+@pytest.mark.parametrize(
+  ("name", "time_major"),
+  [*((name, False) for name in RNN), ("carry", True), ("all", True)],
+)
+def test_rnn(name, time_major):
+  options, kwargs = RNN[name]
   pair = rnn_pair(time_major=time_major, **options)
   x = array(5, 2, 3) if time_major else array(2, 5, 3)
   comparison.assert_same(*pair, x, rtol=5e-5, **kwargs)
 
 
-@pytest.mark.parametrize("cell", CELLS)
-def test_rnn_of_each_cell(cell):
+@pytest.mark.parametrize("cell", [cell for cell in CELLS if cell != "GRUCell"])
+def test_rnn_of_each_other_cell(cell):
   comparison.assert_same(*rnn_pair(cell), array(2, 5, 3), rtol=5e-5)
 
 
@@ -153,7 +158,11 @@ def test_rnn_takes_carries_and_streams_of_the_call():
     *pair, array(2, 5, 3), rtol=5e-5, initial_carry=array(2, 4)
   )
   comparison.assert_same(
-    *pair, array(2, 5, 3), rtol=5e-5, rngs=Own(lambda lib: lib.Rngs(1))
+    *pair,
+    array(2, 5, 3),
+    rtol=5e-5,
+    rngs=Own(lambda lib: lib.Rngs(1)),
+    grads=False,
   )
 
 
@@ -162,7 +171,12 @@ def test_rnn_makes_streams():
     make = Own(lambda lib: lib.GRUCell(3, 4, rngs=lib.Rngs(5)))
     ours, theirs = comparison.pair("RNN", make, rngs=rngs)
     comparison.assert_same(
-      ours, theirs, array(2, 5, 3), rtol=5e-5, initial_carry=array(2, 4)
+      ours,
+      theirs,
+      array(2, 5, 3),
+      rtol=5e-5,
+      initial_carry=array(2, 4),
+      grads=False,
     )
   with pytest.raises(TypeError, match="or a bool, but got a `int`"):
     nnx.RNN(ours.cell, rngs=3)
@@ -188,8 +202,8 @@ def noisy_cell(library):
 def test_random_cells(broadcast):
   options = {"broadcast_rngs": "dropout"} if broadcast else {}
   pair = comparison.pair("RNN", Own(noisy_cell), rngs=True, **options)
-  for _ in range(2):
-    comparison.assert_same(*pair, jnp.ones((2, 5, 3)))
+  x = jnp.ones((2, 5, 3))
+  comparison.assert_same(*pair, x, then=[(x,)])
   y = pair[0](jnp.ones((2, 5, 3)))
   assert bool((y == y[:, :1]).all()) == broadcast
 
@@ -232,7 +246,6 @@ def bidirectional(**options):
 @pytest.mark.parametrize(
   ("options", "kwargs"),
   [
-    ({}, {}),
     ({"return_carry": True}, {"seq_lengths": LENGTHS}),
     ({"merge_fn": jnp.add}, {"rngs": Own(lambda lib: lib.Rngs(1))}),
     ({}, {"initial_carry": (array(2, 4), array(2, 4, seed=1))}),

@@ -22,8 +22,9 @@ OPTIONS = {
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 def test_dropout(rate, options):
   pair = comparison.pair("Dropout", rate, **options)
-  for seed in range(2):
-    comparison.assert_same(*pair, array(3, 4, 5, seed=seed))
+  comparison.assert_same(
+    *pair, array(3, 4, 5), then=[(array(3, 4, 5, seed=1),)]
+  )
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
