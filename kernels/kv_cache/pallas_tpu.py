@@ -101,9 +101,9 @@ def cache_problem(cache_k: Any, cache_v: Any, layout: str) -> str | None:
     if not order(cache, layout):
       return (
         f"`{name}` is {layout_lib.text(cache)}, which does not fill tiles: a"
-        " kernel would have the whole cache laid out anew. It must have a"
-        f" head_dim that is a multiple of {LANES}, or one that is a multiple of"
-        f" {sublanes(cache.dtype)} and slots that are a multiple of {LANES}"
+        " kernel would have the whole cache laid out anew. One of head_dim"
+        f" and slots must be a multiple of {LANES}, and the other one of"
+        f" {sublanes(cache.dtype)}"
       )
   if order(cache_k, layout) != order(cache_v, layout):
     return "keys and values do not lie in the same order"
