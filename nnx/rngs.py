@@ -73,9 +73,6 @@ class RngKey(RngState):
   __slots__ = ()
 
 
-NotKey = filters_lib.All(RngState, filters_lib.Not(RngKey))
-
-
 def _next_key(key: jax.Array, count: jax.Array) -> tuple[jax.Array, jax.Array]:
   """The key that is next, and the count after it."""
   return random.fold_in(key, count), count + jnp.ones((), count.dtype)

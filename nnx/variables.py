@@ -34,12 +34,6 @@ B = TypeVar("B")
 V = TypeVar("V", bound="Variable[Any]")
 F = TypeVar("F", bound=Callable[..., Any])
 
-GetValueHook = Callable[["Variable[A]", A], A]
-SetValueHook = Callable[["Variable[A]", A], A]
-CreateValueHook = Callable[["Variable[A]", A], A]
-AddAxisHook = Callable[[V, int, "str | None"], None]
-RemoveAxisHook = Callable[[V, int, "str | None"], None]
-
 
 class _Missing:
   def __repr__(self) -> str:
