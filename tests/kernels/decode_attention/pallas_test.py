@@ -332,6 +332,22 @@ class CompiledTest(parameterized.TestCase):
     )
     self.check(chip, step, *structs(case, dtype))
 
+  def test_shapes_of_real_models(self):
+    for spec in arg_specs.ARG_SPECS:
+      layer = None if spec.layers is None else 1
+      step = functools.partial(
+        da.decode_attention, layer=layer, **spec.scales()
+      )
+      args = spec.shapes()
+      [choice] = kernels.explain(step, *args, platform="tpu")
+      if choice.implementation == "pallas":
+        device = deviceless.tpu_devices("v5e")[0]
+        compiled = deviceless.compile_for(device, step, *args, donate=(0, 1))
+        num_bytes = args[0].size * args[0].dtype.itemsize
+        deviceless.assert_calls(compiled, KERNEL)
+        deviceless.assert_in_place(compiled, 2 * num_bytes)
+        deviceless.assert_nothing_moves(compiled, args[0].size)
+
   @parameterized.product(chip=CHIPS, case=CASES)
   def test_options(self, chip, case):
     cos, sin = da.rope_tables(4096, 64)
