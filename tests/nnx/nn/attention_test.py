@@ -61,21 +61,23 @@ LONG = {
 
 
 def assert_same_attention(q_shape, k_shape, bias, mask, kwargs, rtol=2e-5):
-  q, k = array(*q_shape), array(*k_shape, seed=1)
-  v = array(*k_shape[:-1], k_shape[-1], seed=2)
-  results = []
-  for library in (nnx, flax_nnx):
+  q, k, v = array(*q_shape), array(*k_shape, seed=1), array(*k_shape, seed=2)
 
-    def loss(q, k, v, library=library):
+  def results_of(library, *arrays):
+    def loss(q, k, v):
       out = call_attention(
         library, "dot_product_attention", q, k, v, bias, mask, **kwargs
       )
       return jnp.sum(out.astype(jnp.float32) * jnp.cos(out.size)), out
 
-    gradients = comparison.jit(jax.grad(loss, argnums=(0, 1, 2), has_aux=True))
-    grads, out = gradients(q, k, v)
-    results.append((out, *grads))
-  for got, want in zip(*results):
+    grads, out = jax.grad(loss, argnums=(0, 1, 2), has_aux=True)(*arrays)
+    return out, *grads
+
+  @comparison.jit
+  def results(*arrays):
+    return [results_of(library, *arrays) for library in (nnx, flax_nnx)]
+
+  for got, want in zip(*results(q, k, v)):
     assert got.dtype == want.dtype and got.shape == want.shape
     np.testing.assert_allclose(
       comparison.numbers(got), comparison.numbers(want), rtol=rtol, atol=rtol
@@ -365,24 +367,27 @@ def test_decoding_token_by_token(batch, options):
   half = HALF in options.values()
   pair = decoders(batch, length=3, **options)
   rtol = 3e-2 if half else 5e-5
-  for step in range(3):
-    x = array(*batch, 1, 8, seed=step)
-    comparison.assert_same(*pair, x, rtol=rtol, grads=step == 1)
+  x, *others = (array(*batch, 1, 8, seed=step) for step in range(3))
+  comparison.assert_same(*pair, x, then=[(x,) for x in others], rtol=rtol)
 
 
 def test_decoding_with_a_mask():
   pair = decoders()
-  for step in range(3):
-    mask = array(2, 1, 1, 6, seed=step) > -0.5
-    mask = mask.at[..., step].set(True)
-    x = array(2, 1, 8, seed=step)
-    comparison.assert_same(*pair, x, mask=mask.astype(jnp.float32), rtol=5e-5)
+  mask = (array(2, 1, 1, 6) > -0.5).at[..., 0].set(True).astype(jnp.float32)
+  x, *others = ((array(2, 1, 8, seed=step), mask) for step in range(3))
+  comparison.assert_same(
+    *pair,
+    *x,
+    then=others,
+    rtol=5e-5,
+    call=lambda layer, x, mask: layer(x, mask=mask),
+  )
 
 
 def test_decoding_with_dropout_and_sown_weights():
   pair = decoders(dropout_rate=0.5, deterministic=False)
-  for step in range(2):
-    comparison.assert_same(*pair, array(2, 1, 8, seed=step), rtol=5e-5)
+  x = array(2, 1, 8)
+  comparison.assert_same(*pair, x, then=[(x,)], rtol=5e-5)
   assert_both_sow(*pair, array(2, 1, 8))
 
 
