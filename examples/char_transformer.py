@@ -405,7 +405,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
   parser = argparse.ArgumentParser(
     description="Trains a character-level transformer on Python's help texts."
   )
-  parser.add_argument("--steps", type=int, default=800)
+  parser.add_argument("--steps", type=int, default=600)
   parser.add_argument("--tokens", type=int, default=200)
   parser.add_argument("--seed", type=int, default=0)
   parser.add_argument(
