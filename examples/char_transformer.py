@@ -137,7 +137,11 @@ def transformer_type(library: Library = nnx) -> type:
     def __init__(self, size: Size, rngs):
       self.attention_norm = library.LayerNorm(size.features, rngs=rngs)
       self.attention = library.MultiHeadAttention(
-        size.heads, size.features, use_bias=False, rngs=rngs
+        size.heads,
+        size.features,
+        num_kv_heads=1,  # the cache is all that a step must read anew
+        use_bias=False,
+        rngs=rngs,
       )
       self.map_norm = library.LayerNorm(size.features, rngs=rngs)
       self.up = library.Linear(size.features, 4 * size.features, rngs=rngs)
