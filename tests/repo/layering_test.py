@@ -53,8 +53,12 @@ ORDER = (
   "nnx.nn",
 )
 
-# The spec spells the bridge `nnx.bridge`, which one lazy attribute answers.
-EXCEPTIONS = {("nnx", "bridge")}
+EXCEPTIONS = {
+  # The spec spells the bridge `nnx.bridge`, which one lazy attribute answers.
+  ("nnx", "bridge"),
+  # It runs the bench where there is a GPU and no Bazel.
+  ("tools.gpu_check", "tools.bench.gpu"),
+}
 
 
 def module_name(path: pathlib.Path) -> str:
