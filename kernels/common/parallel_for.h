@@ -22,7 +22,7 @@ namespace kernels {
 
 // Below this many bytes of memory traffic, waking another thread costs more
 // than it saves: for a loop that computes something with each byte, and for one
-// that only copies.
+// that copies them or goes over them once.
 inline constexpr int64_t kInlineBytes = int64_t{256} << 10;
 inline constexpr int64_t kInlineCopyBytes = int64_t{1} << 20;
 
