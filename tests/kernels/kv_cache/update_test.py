@@ -64,14 +64,12 @@ class UpdateTest(PlatformTest):
     got = jitted(implementation)(*args, jnp.array(index))
     assert_same(got, oracle(*args, np.array(index)))
 
-  @parameterized.product(
-    implementation=IMPLEMENTATIONS, spec=arg_specs.ARG_SPECS
-  )
-  def test_shapes_of_real_models(self, implementation, spec):
+  @parameterized.parameters(*arg_specs.ARG_SPECS)
+  def test_shapes_of_real_models(self, spec):
     spec = spec.scaled(batch=2, length=16)
     *args, index = spec.make()
     layer = None if spec.layers is None else 1
-    got = jitted(implementation, layer=layer)(*args, index)
+    got = jitted("cpu", layer=layer)(*args, index)
     assert_same(got, oracle(*args, np.asarray(index), layer=layer))
 
   @parameterized.parameters(*IMPLEMENTATIONS)

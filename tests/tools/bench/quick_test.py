@@ -9,12 +9,13 @@ from tools.bench import harness, main, schema, suites
 
 
 def _labels():
-  """Returns suite and one quick row for each op and dtype."""
+  """Returns suite and a quick row for each op, and one of quantised data."""
   settings = harness.Settings.for_run(quick=True)
   chosen = {}
   for name in suites.NAMES:
     for case in suites.cases(name, settings):
-      chosen.setdefault((case.suite, case.op, case.dtype), case)
+      quantised = case.dtype == "int8"
+      chosen.setdefault((case.suite, case.op, quantised), case)
   return [(case.suite, case.label) for case in chosen.values()]
 
 
