@@ -13,7 +13,10 @@ class CasesTest(parameterized.TestCase):
     expected = {
       (op, f"{how}_{model}")
       for how in ("eager", "traced")
-      for op, models in (("to_nnx_call", wrapped), ("to_linen_apply", ["dense"]))
+      for op, models in (
+        ("to_nnx_call", wrapped),
+        ("to_linen_apply", ["dense"]),
+      )
       for model in models
     }
     rows = bridge.cases(harness.Settings.for_run(quick=False))
