@@ -43,8 +43,8 @@ inline void Pause() {
 // Calls `body(i)` once for every i in [0, n), in no particular order and
 // possibly at the same time, and returns when all calls have returned.
 // `total_bytes` is the memory traffic of the whole loop, which decides whether
-// helpers are worth it: one for every `inline_bytes`. `Pool` needs `int64_t num_threads()` and
-// `Schedule(task&&)`. `body` must not throw.
+// helpers are worth it: one for every `inline_bytes`. `Pool` needs `int64_t
+// num_threads()` and `Schedule(task&&)`. `body` must not throw.
 //
 // The split into items is the caller's, so results do not depend on the number
 // of threads as long as items are independent.

@@ -1,5 +1,5 @@
-// What the attending kernels share: which keys a block works on, what happens to
-// logits, and how results leave.
+// What the attending kernels share: which keys a block works on, what happens
+// to logits, and how results leave.
 #ifndef KERNELS_DECODE_ATTENTION_ATTEND_CUDA_H_
 #define KERNELS_DECODE_ATTENTION_ATTEND_CUDA_H_
 
@@ -102,8 +102,7 @@ __device__ __forceinline__ bool FindBlock(const DeviceDecode& decode,
   const int64_t rows = decode.rows();
   const uint32_t row_blocks =
       static_cast<uint32_t>(cuda::CeilDiv<int64_t>(rows, rows_per_block));
-  const uint32_t in_part =
-      static_cast<uint32_t>(args.shape.heads) * row_blocks;
+  const uint32_t in_part = static_cast<uint32_t>(args.shape.heads) * row_blocks;
   const uint32_t part = blockIdx.x / in_part;
   const uint32_t rest = blockIdx.x - part * in_part;
   const PartHeader header = *HeaderOf(decode, part);
@@ -125,7 +124,8 @@ __device__ __forceinline__ bool FindBlock(const DeviceDecode& decode,
         NeededSlots(args.masking, args.shape, block->addressing,
                     block->positions, block->row_begin / args.group,
                     cuda::CeilDiv(block->row_end, args.group));
-    if (block->begin < needed.begin) block->begin = static_cast<int>(needed.begin);
+    if (block->begin < needed.begin)
+      block->begin = static_cast<int>(needed.begin);
     if (block->end > needed.end) block->end = static_cast<int>(needed.end);
   }
   block->base = -1;

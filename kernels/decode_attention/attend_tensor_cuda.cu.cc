@@ -14,8 +14,8 @@
 //             the product p v, whose columns are the lanes' places
 //
 // Rounding to 16 bits would lose bits of q, where it is rotated or wider than
-// the cache, and of the weights p: both are split into a part that is rounded and
-// the rest, and multiplied twice. Products are cheap here.
+// the cache, and of the weights p: both are split into a part that is rounded
+// and the rest, and multiplied twice. Products are cheap here.
 
 #include <cstdint>
 
@@ -45,7 +45,7 @@ int RowWarps(int64_t rows) { return rows <= 16 ? 1 : rows <= 32 ? 2 : 4; }
 
 template <int kBytes, int kDim>
 struct Sizes {
-  static constexpr int kElements = 16 / kBytes;           // E
+  static constexpr int kElements = 16 / kBytes;  // E
   static constexpr int kKeyLoads = kDim / (4 * kElements);
   // Keys of 256 elements are read in halves, for want of registers.
   static constexpr int kKeyHalf = kDim <= 128 ? kKeyLoads : kKeyLoads / 2;
@@ -110,8 +110,7 @@ __device__ __forceinline__ void PrepareQueries(const DeviceDecode& decode,
       largest = fmaxf(largest, fabsf(x[i]));
     }
     largest = cuda::WarpMax(largest);
-    const int exponent =
-        static_cast<int>(__float_as_uint(largest) >> 23) - 127;
+    const int exponent = static_cast<int>(__float_as_uint(largest) >> 23) - 127;
     // Leave alone what is all zero, tiny or not finite.
     const bool scaled = exponent > -100 && exponent < 100;
     const int shift = scaled ? kQueryBits - exponent : 0;
@@ -126,8 +125,9 @@ __device__ __forceinline__ void PrepareQueries(const DeviceDecode& decode,
       const int step = d / (4 * E) * (E / 4) + in_load / 4;
       const int to_lane = r % 8 * 4 + d % (4 * E) / E;
       const int word = in_load % 4 / 2 * 2 + r % kTile / 8;
-      const int at = ((r / kTile * S::kSteps + step) * cuda::kWarp + to_lane) * 8 +
-                     word * 2 + d % 2;
+      const int at =
+          ((r / kTile * S::kSteps + step) * cuda::kWarp + to_lane) * 8 +
+          word * 2 + d % 2;
       shared[at] = rounded;
       shared[rest + at] =
           cuda::FromCompute<T>(value - cuda::ToCompute<T>(rounded));

@@ -139,10 +139,9 @@ void Decode::PlanTasks() {
         task.slot_begin = begin;
         task.slot_end = end;
         if (!narrow && args_.addressing.ring == 0) {
-          const Slots needed =
-              NeededSlots(args_.masking, shape, args_.addressing, sequences_[i],
-                          task.row_begin / args_.group,
-                          CeilDiv(task.row_end, args_.group));
+          const Slots needed = NeededSlots(
+              args_.masking, shape, args_.addressing, sequences_[i],
+              task.row_begin / args_.group, CeilDiv(task.row_end, args_.group));
           task.slot_begin = std::max(begin, needed.begin);
           task.slot_end = std::min(end, needed.end);
         }

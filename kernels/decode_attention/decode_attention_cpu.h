@@ -68,8 +68,9 @@ void RunDecode(const DecodeArgs& args, Pool& pool) {
   Decode decode(args);
   ParallelFor(pool, decode.batch(), decode.append_bytes(),
               [&](int64_t i) { decode.Append(i); });
-  ParallelFor(pool, decode.num_tasks(), decode.attend_bytes(),
-              [&](int64_t i) { decode.Attend(i); }, kInlineCopyBytes);
+  ParallelFor(
+      pool, decode.num_tasks(), decode.attend_bytes(),
+      [&](int64_t i) { decode.Attend(i); }, kInlineCopyBytes);
   const int64_t heads = decode.heads();
   ParallelFor(pool, decode.batch() * heads, decode.join_bytes(),
               [&](int64_t i) { decode.Join(i / heads, i % heads); });

@@ -2,8 +2,8 @@
 // keys are divided into parts; parts are attended to; parts are joined.
 //
 // Parts are made on the device from the lengths of the sequences, so that each
-// has about as many keys as the others, whatever the lengths: a long sequence has
-// many, a short one has one, whose result is written at once.
+// has about as many keys as the others, whatever the lengths: a long sequence
+// has many, a short one has one, whose result is written at once.
 //
 // This file has the kernel for float32 and for whatever tensor cores are not
 // used for. A group of lanes reads a key and a value, 16 bytes a lane, several
@@ -128,10 +128,9 @@ __global__ void __launch_bounds__(kPrepareThreads)
                 [&](const kv_cache::Item& item, const uint8_t* row,
                     Element element, int64_t i) {
                   const int64_t token = item.sequence * tokens + item.token;
-                  return Turned(rotary, rotary.where[token], i,
-                                [&](int64_t j) {
-                                  return kv_cache::LoadElement(element, row, j);
-                                });
+                  return Turned(rotary, rotary.where[token], i, [&](int64_t j) {
+                    return kv_cache::LoadElement(element, row, j);
+                  });
                 });
   } else {
     UpdateRows(update, rows, thread, threads);
@@ -203,10 +202,9 @@ struct Wide {
                                              const uint8_t* cache, int64_t row,
                                              int64_t dim, int at, const Key&,
                                              bool) {
-    return row >= 0 && at < dim
-               ? __ldg(reinterpret_cast<const uint4*>(
-                     cache + (row * dim + at) * kElementBytes))
-               : make_uint4(0, 0, 0, 0);
+    return row >= 0 && at < dim ? __ldg(reinterpret_cast<const uint4*>(
+                                      cache + (row * dim + at) * kElementBytes))
+                                : make_uint4(0, 0, 0, 0);
   }
   static __device__ __forceinline__ void ToFloat(Element element,
                                                  const Raw& raw,
@@ -234,7 +232,8 @@ struct Single {
                                              const Key& key, bool is_key) {
     if (row < 0 || at >= dim) return 0.0f;
     const DecodeArgs& args = decode.args;
-    const uint8_t* from = cache + row * dim * kv_cache::ElementSize(args.element);
+    const uint8_t* from =
+        cache + row * dim * kv_cache::ElementSize(args.element);
     const auto load = [&](int64_t j) {
       return kv_cache::LoadElement(args.element, from, j);
     };
@@ -248,9 +247,9 @@ struct Single {
   }
 };
 
-// Adds up each of kCount values over the kLanes lanes of a group. The lanes share
-// the work: afterwards value[0] of a lane is sum number
-// lane / (kLanes / kCount).
+// Adds up each of kCount values over the kLanes lanes of a group. The lanes
+// share the work: afterwards value[0] of a lane is sum number lane / (kLanes /
+// kCount).
 template <int kCount, int kLanes>
 __device__ __forceinline__ void SumEach(float (&value)[kCount], int lane) {
   int lanes = kLanes / 2;
@@ -278,10 +277,7 @@ __global__ void __launch_bounds__(kAttendThreads)
   constexpr int kLoads = Read::kLoads;
   constexpr int kCount = Read::kCount;
   // Keys of a group that are in flight: as many as registers allow.
-  constexpr int kKeys = kLoads > 2    ? 1
-                        : kLoads == 2 ? 2
-                        : kRows == 1  ? 8
-                                      : 4;
+  constexpr int kKeys = kLoads > 2 ? 1 : kLoads == 2 ? 2 : kRows == 1 ? 8 : 4;
   constexpr int kLogits = kRows * kKeys;    // of a group
   constexpr int kShare = kLanes / kLogits;  // lanes that have the same one
   constexpr int kGroups = kAttendThreads / kLanes;
@@ -307,9 +303,8 @@ __global__ void __launch_bounds__(kAttendThreads)
     const int64_t row = block.row_begin + i / Read::kMostDim;
     const int d = i % Read::kMostDim;
     const bool inside = row < block.row_end;
-    q[i] = inside && d < k_dim
-               ? QueryElement(decode, block, row, d) * k_scale
-               : 0.0f;
+    q[i] = inside && d < k_dim ? QueryElement(decode, block, row, d) * k_scale
+                               : 0.0f;
     if (args.qv == nullptr) continue;
     const uint8_t* from =
         args.qv + QueryRow(args, block.sequence, block.head, row) * v_dim *
@@ -514,9 +509,10 @@ cudaError_t LaunchAttend(cudaStream_t stream, const DeviceDecode& decode) {
                          : LaunchAttendWith<Wide<4, 32, 4>, 4>(stream, decode);
   }
   if (size == 2) {
-    return bytes <= 512    ? LaunchAttendWith<Wide<2, 32, 1>, 4>(stream, decode)
-           : bytes <= 1024 ? LaunchAttendWith<Wide<2, 32, 2>, 4>(stream, decode)
-                           : LaunchAttendWith<Wide<2, 32, 4>, 4>(stream, decode);
+    return bytes <= 512 ? LaunchAttendWith<Wide<2, 32, 1>, 4>(stream, decode)
+           : bytes <= 1024
+               ? LaunchAttendWith<Wide<2, 32, 2>, 4>(stream, decode)
+               : LaunchAttendWith<Wide<2, 32, 4>, 4>(stream, decode);
   }
   return bytes <= 512 ? LaunchAttendWith<Wide<1, 32, 1>, 4>(stream, decode)
                       : LaunchAttendWith<Wide<1, 32, 2>, 4>(stream, decode);
@@ -542,8 +538,8 @@ __global__ void __launch_bounds__(kJoinThreads)
   const PartHeader header = *HeaderOf(decode, sequence);
   if (header.num_parts == 1) return;  // its block has written the result
   const int parts = header.num_parts;
-  float* weights = reinterpret_cast<float*>(shared);   // [parts]
-  float* sums = weights + decode.shared_parts() + 1;   // [warps, dim]
+  float* weights = reinterpret_cast<float*>(shared);  // [parts]
+  float* sums = weights + decode.shared_parts() + 1;  // [warps, dim]
 
   float largest = MinusInfinity();
   for (int p = thread; p < parts; p += kJoinThreads) {
@@ -570,7 +566,8 @@ __global__ void __launch_bounds__(kJoinThreads)
     float sum = 0.0f;
     KERNELS_UNROLL
     for (int p = warp; p < parts; p += kJoinWarps) {
-      sum += weights[p] * SumsOf(decode, header.first_part + p)[state * dim + d];
+      sum +=
+          weights[p] * SumsOf(decode, header.first_part + p)[state * dim + d];
     }
     sums[warp * dim + d] = sum;
   }
@@ -629,8 +626,8 @@ cudaError_t LaunchDecode(cudaStream_t stream, const DeviceDecode& decode,
   int device, major;
   error = cudaGetDevice(&device);
   if (error != cudaSuccess) return error;
-  error = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor,
-                                 device);
+  error =
+      cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
   if (error != cudaSuccess) return error;
   error = major >= 8 && TensorCoresFit(decode.args)
               ? LaunchAttendTensor(stream, decode)

@@ -18,14 +18,14 @@ namespace decode_attention {
 constexpr int kPartStep = 64;
 // Parts with fewer keys would cost more than they spread.
 constexpr int kLeastPart = 128;
-// Largest rows of a head, in bytes; in elements, where they are no multiple of 16
-// bytes or keys are turned when they are read.
+// Largest rows of a head, in bytes; in elements, where they are no multiple of
+// 16 bytes or keys are turned when they are read.
 constexpr int kMaxRowBytes = 2048;
 constexpr int kMaxOddDim = 512;
 
 // What each part has in the workspace, in floats: a header, then for each query
-// row of each key-value head a weighted sum of values, then for each of them the
-// logarithm that the sum is relative to, and the sum of the weights.
+// row of each key-value head a weighted sum of values, then for each of them
+// the logarithm that the sum is relative to, and the sum of the weights.
 constexpr int kHeaderFloats = 8;
 
 struct PartHeader {

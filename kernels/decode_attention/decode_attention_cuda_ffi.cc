@@ -19,9 +19,10 @@ namespace decode_attention {
 namespace {
 
 ffi::Error ReadWorkspace(const Call& call, DeviceDecode* decode) {
-  KERNELS_REQUIRE(call.workspace.size() == 1,
-                  "There must be one result after `lse`, the workspace, but got ",
-                  call.workspace.size(), ".");
+  KERNELS_REQUIRE(
+      call.workspace.size() == 1,
+      "There must be one result after `lse`, the workspace, but got ",
+      call.workspace.size(), ".");
   auto workspace = call.workspace.get<F32Buffer>(0);
   if (!workspace.has_value()) return workspace.error();
   const auto dims = (*workspace)->dimensions();
@@ -45,10 +46,11 @@ ffi::Error Run(cudaStream_t stream, const Call& call) {
   KERNELS_RETURN_IF_ERROR(ReadDecode(call, &args));
   KERNELS_RETURN_IF_ERROR(ReadWorkspace(call, &decode));
   decode.first_slot = call.x.first_slot.typed_data();
-  KERNELS_REQUIRE(
-      CudaFits(args), "Rows of a head must be a multiple of 16 bytes and at most ",
-      kMaxRowBytes, ", or have at most ", kMaxOddDim, " elements, but have ",
-      args.shape.k_dim, " and ", args.shape.v_dim, " elements.");
+  KERNELS_REQUIRE(CudaFits(args),
+                  "Rows of a head must be a multiple of 16 bytes and at most ",
+                  kMaxRowBytes, ", or have at most ", kMaxOddDim,
+                  " elements, but have ", args.shape.k_dim, " and ",
+                  args.shape.v_dim, " elements.");
   if (call.new_k == nullptr) {
     args.cache_k = static_cast<uint8_t*>(call.cache_k.untyped_data());
     args.cache_v = static_cast<uint8_t*>(call.cache_v.untyped_data());

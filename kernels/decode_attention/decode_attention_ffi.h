@@ -259,15 +259,14 @@ ffi::Error AppendAndAttendImpl(
     int64_t window_left, int64_t window_right, int64_t chunk, float scale,
     float softcap, bool heads_first, bool causal, bool interleaved,
     bool rotate_keys) {
-  return kRun(
-      context,
-      {cache_k, cache_v,
-       Operands{q, index, count, layer, table, first_slot, k_scale, v_scale,
-                cos, sin, rope_positions, padding, alibi, sinks, bias, mask,
-                qv},
-       Options{ring, window_left, window_right, chunk, scale, softcap,
-               heads_first, causal, interleaved, rotate_keys},
-       &new_k, &new_v, &*out_k, &*out_v, *out, *lse, workspace});
+  return kRun(context,
+              {cache_k, cache_v,
+               Operands{q, index, count, layer, table, first_slot, k_scale,
+                        v_scale, cos, sin, rope_positions, padding, alibi,
+                        sinks, bias, mask, qv},
+               Options{ring, window_left, window_right, chunk, scale, softcap,
+                       heads_first, causal, interleaved, rotate_keys},
+               &new_k, &new_v, &*out_k, &*out_v, *out, *lse, workspace});
 }
 
 // The handler that attends only.
@@ -283,15 +282,14 @@ ffi::Error AttendImpl(
     ffi::RemainingRets workspace, int64_t ring, int64_t window_left,
     int64_t window_right, int64_t chunk, float scale, float softcap,
     bool heads_first, bool causal, bool interleaved, bool rotate_keys) {
-  return kRun(
-      context,
-      {cache_k, cache_v,
-       Operands{q, index, count, layer, table, first_slot, k_scale, v_scale,
-                cos, sin, rope_positions, padding, alibi, sinks, bias, mask,
-                qv},
-       Options{ring, window_left, window_right, chunk, scale, softcap,
-               heads_first, causal, interleaved, rotate_keys},
-       nullptr, nullptr, nullptr, nullptr, *out, *lse, workspace});
+  return kRun(context,
+              {cache_k, cache_v,
+               Operands{q, index, count, layer, table, first_slot, k_scale,
+                        v_scale, cos, sin, rope_positions, padding, alibi,
+                        sinks, bias, mask, qv},
+               Options{ring, window_left, window_right, chunk, scale, softcap,
+                       heads_first, causal, interleaved, rotate_keys},
+               nullptr, nullptr, nullptr, nullptr, *out, *lse, workspace});
 }
 
 // What both calls take after the arrays that only one of them has.

@@ -1,5 +1,5 @@
-// Products of small matrices by a warp, and the pairs of 16-bit numbers that they
-// take. T is F16 or BF16.
+// Products of small matrices by a warp, and the pairs of 16-bit numbers that
+// they take. T is F16 or BF16.
 //
 // mma.m16n8k16 multiplies a [16, 16] by b [16, 8] and adds to c [16, 8]. With
 // g = lane / 4 and t = lane % 4, a lane holds, in pairs of neighbouring k,
@@ -31,8 +31,8 @@ __device__ __forceinline__ uint32_t Pair(float x, float y) {
   }
   return out;
 #else
-  return uint32_t{cuda::FromCompute<T>(x)} |
-         uint32_t{cuda::FromCompute<T>(y)} << 16;
+  return uint32_t{cuda::FromCompute<T>(x)} | uint32_t{cuda::FromCompute<T>(y)}
+                                                 << 16;
 #endif
 }
 
@@ -61,8 +61,7 @@ __device__ __forceinline__ void Multiply(float (&c)[4], const uint4& a,
     const int row = lane / 4 + i / 2 * 8;
     const int column = lane % 4 * 2 + i % 2;
     for (int k = 0; k < 16; ++k) {
-      const uint32_t left =
-          all[row % 8 * 4 + k % 8 / 2].a[k / 8 * 2 + row / 8];
+      const uint32_t left = all[row % 8 * 4 + k % 8 / 2].a[k / 8 * 2 + row / 8];
       const uint32_t right = all[column * 4 + k % 8 / 2].b[k / 8];
       c[i] += k % 2 == 0 ? LowerOf<T>(left) * LowerOf<T>(right)
                          : UpperOf<T>(left) * UpperOf<T>(right);

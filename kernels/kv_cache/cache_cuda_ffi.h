@@ -21,8 +21,8 @@ inline ffi::Error InPlaceOnDevice(cudaStream_t stream,
     return ffi::Error::Success();
   }
   return LaunchStatus(
-      cudaMemcpyAsync(to.untyped_data(), from.untyped_data(),
-                      from.size_bytes(), cudaMemcpyDeviceToDevice, stream),
+      cudaMemcpyAsync(to.untyped_data(), from.untyped_data(), from.size_bytes(),
+                      cudaMemcpyDeviceToDevice, stream),
       "the copy of a cache that is not updated in place");
 }
 

@@ -84,8 +84,8 @@ inline ffi::Error ReadCaches(const ffi::AnyBuffer& cache_k,
   return ffi::Error::Success();
 }
 
-// Reads what addresses the caches; the batch size comes from `table`. Leaves out
-// the value of `first_slot`, which may lie in a device's memory.
+// Reads what addresses the caches; the batch size comes from `table`. Leaves
+// out the value of `first_slot`, which may lie in a device's memory.
 inline ffi::Error ReadAddressing(const ffi::Buffer<ffi::S32>& layer,
                                  const ffi::Buffer<ffi::S32>& table,
                                  const ffi::Buffer<ffi::S32>& first_slot,

@@ -61,8 +61,7 @@ __device__ __forceinline__ void CopyRows(const DeviceUpdate& update,
                                          uint32_t threads) {
   constexpr int kInFlight = 4;
   const Word* from = reinterpret_cast<const Word*>(rows.from);
-  for (uint32_t base = thread; base < rows.items;
-       base += kInFlight * threads) {
+  for (uint32_t base = thread; base < rows.items; base += kInFlight * threads) {
     Word words[kInFlight];
     Word* to[kInFlight];
     KERNELS_UNROLL
@@ -94,14 +93,14 @@ __device__ __forceinline__ void QuantizeRows(const DeviceUpdate& update,
   for (uint32_t index = thread; index < rows.items; index += threads) {
     const Item item = FindItem(update, rows, index);
     if (item.row == nullptr) continue;
-    const auto x = cuda::LoadVector<T, kElements>(
-        As<T>(rows.from) + int64_t{index} * kElements);
+    const auto x = cuda::LoadVector<T, kElements>(As<T>(rows.from) +
+                                                  int64_t{index} * kElements);
     const float scale = rows.scale[item.sequence * shape.heads + item.head];
     cuda::Vector<E4M3, kElements> codes;
     KERNELS_UNROLL
     for (int i = 0; i < kElements; ++i) {
-      codes.data[i] = Quantized(update.args.element,
-                                cuda::ToCompute<T>(x.data[i]) / scale);
+      codes.data[i] =
+          Quantized(update.args.element, cuda::ToCompute<T>(x.data[i]) / scale);
     }
     cuda::StoreVector<E4M3, kElements>(item.row + item.part * kElements, codes);
   }
@@ -118,8 +117,8 @@ __device__ __forceinline__ void ConvertRows(const DeviceUpdate& update,
   for (uint32_t index = thread; index < rows.items; index += threads) {
     const Item item = FindItem(update, rows, index);
     if (item.row == nullptr) continue;
-    const uint8_t* row =
-        rows.from + (int64_t{index} - item.part) * ElementSize(args.new_element);
+    const uint8_t* row = rows.from + (int64_t{index} - item.part) *
+                                         ElementSize(args.new_element);
     const float x = load(item, row, args.new_element, item.part);
     const float scale =
         rows.scale == nullptr

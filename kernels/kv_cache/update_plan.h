@@ -11,8 +11,8 @@
 namespace kernels {
 namespace kv_cache {
 
-// Divides numbers below 2^31 by multiplying: addresses would otherwise cost more
-// than the copy.
+// Divides numbers below 2^31 by multiplying: addresses would otherwise cost
+// more than the copy.
 class Divisor {
  public:
   Divisor() = default;
@@ -37,8 +37,8 @@ class Divisor {
   int shift_ = 0;
 };
 
-// The rows of K, or of V, cut into items: what one thread moves at a time. Items
-// are numbered as they lie in the new rows.
+// The rows of K, or of V, cut into items: what one thread moves at a time.
+// Items are numbered as they lie in the new rows.
 struct NewRows {
   const uint8_t* from = nullptr;  // null: nothing to write
   uint8_t* to = nullptr;

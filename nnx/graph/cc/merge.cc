@@ -25,8 +25,8 @@ bool HasLeaves(const std::vector<Node>& nodes, int32_t position) {
 // Finds the leaf of each node of a structure in a nested mapping.
 class Provider {
  public:
-  // `copy`: Variables are copied; those of another trace than `trace` are in any
-  // case. `keep_arrays`: an array in place of a Variable stays one.
+  // `copy`: Variables are copied; those of another trace than `trace` are in
+  // any case. `keep_arrays`: an array in place of a Variable stays one.
   Provider(const Structure* structure, PyObject* trace, bool copy,
            bool keep_arrays)
       : nodes_(*structure->nodes),
