@@ -504,7 +504,7 @@ def to_linen_class(
     }
     kwargs = {**partial_kwargs, **fields.pop("kwargs", {}), **given}
     args = args or tuple(fields.pop("args", ()))
-    ToLinen.__init__(
+    ToLinen.__init__(  # type: ignore[call-arg]
       self,
       **{**base, **fields},
       args=args,

@@ -449,7 +449,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
   }
   ours, theirs = results["nnx"], results["flax.nnx"]
   print(f"{data.decode(prompt[-80:])}{data.decode([last])}")
-  print(f"-- and goes on --\n{data.decode(ours.text)}\n--")
+  print(f"-- and goes on --\n{data.decode(ours.text.tolist())}\n--")
   same = "the same" if (ours.text == theirs.text).all() else "other"
   for name, speed in results.items():
     print(

@@ -179,13 +179,17 @@ def update(
   )
   slot = jnp.where(write & held, slot, -1)
   to = order(cache_k, layout)
-  caches = [bring(cache, layout, to, interpret) for cache in (cache_k, cache_v)]
+  cache_k, cache_v = (
+    bring(cache, layout, to, interpret) for cache in (cache_k, cache_v)
+  )
   places = (layer, block, slot)
   if to == "bsnh":
-    caches = _write_rows(*caches, new_k, new_v, places, interpret)
+    caches = _write_rows(cache_k, cache_v, new_k, new_v, places, interpret)
   else:
-    new = (reorder(x, layout, "bnsh") for x in (new_k, new_v))
-    caches = _rewrite_tiles(*caches, *new, places, to, aligned, interpret)
+    new_k, new_v = (reorder(x, layout, "bnsh") for x in (new_k, new_v))
+    caches = _rewrite_tiles(
+      cache_k, cache_v, new_k, new_v, places, to, aligned, interpret
+    )
   k, v = (reorder(cache, to, layout) for cache in caches)
   return k, v
 

@@ -62,6 +62,7 @@ class Options:
       max_length: how many positions there may be.
       features: those of a head.
     """
+    assert self.rope_base is not None
     return rotary.rows(
       positions, max_length, features, self.rope_base, self.rope_scale
     )
@@ -234,7 +235,7 @@ def append(
   new = key, value
   if not scales:
     new = key.astype(buffers.key.dtype), value.astype(buffers.value.dtype)
-  new = kv_cache.update(
+  new = kv_cache.update(  # type: ignore[misc]
     *(_in_one_batch_axis(x, batch) for x in (buffers.key, buffers.value, *new)),
     _each(buffers.index),
     lengths=_each(lengths),
@@ -323,7 +324,7 @@ def append_and_attend(
   buffers, scales = _with_scales(buffers, key, value, lengths, rotates)
   dtype = query.dtype if scales else buffers.key.dtype
   new = (x.astype(dtype) for x in (query, key, value))
-  *new, out = decode_attention.decode_attention(
+  *new, out = decode_attention.decode_attention(  # type: ignore[misc]
     *(_in_one_batch_axis(x, batch) for x in (buffers.key, buffers.value, *new)),
     index,
     lengths=_each(lengths),

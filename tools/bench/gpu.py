@@ -137,7 +137,8 @@ def measure(row: Row) -> dict[str, Any]:
   spread = {}
   for name, call in calls.items():
     try:
-      samples = _time(_stepping(call, row.donated), row.arguments())
+      step = _stepping(call, row.donated)  # type: ignore[arg-type]
+      samples = _time(step, row.arguments())
     except Exception as error:
       if name in ("ours", "xla"):
         raise
