@@ -503,7 +503,6 @@ def _call(
     cache_batch_index=cache_batch_index,
   )  # fmt: skip
   g = cache.geometry
-  q, group = _queries("q", q, cache, batch, tokens, g.k_dim, None)
   quantized = layout_lib.is_quantized(cache.k.dtype)
   if quantized and q.dtype.name not in layout_lib.FLOAT_DTYPES:
     raise TypeError(
@@ -515,6 +514,7 @@ def _call(
       f"`q` must have the dtype of the cache, {cache.k.dtype.name}, but got"
       f" `{layout_lib.text(q)}`. Cast it first."
     )
+  q, group = _queries("q", q, cache, batch, tokens, g.k_dim, None)
   count = layout_lib.integers(
     "lengths", tokens if lengths is None else lengths, batch
   )
