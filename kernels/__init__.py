@@ -1,7 +1,13 @@
 """Fused kernels: arrays in, arrays out, usable from any JAX program."""
 
 from kernels import batch_stat, decode_attention, kv_cache
-from kernels.common.dispatch import Choice, explain, implementations, register
+from kernels.common.dispatch import (
+  Choice,
+  explain,
+  implementations,
+  register,
+  xla_only,
+)
 
 __all__ = [
   "Choice",
@@ -11,4 +17,5 @@ __all__ = [
   "implementations",
   "kv_cache",
   "register",
+  "xla_only",
 ]

@@ -230,7 +230,12 @@ def _flops(function: Callable[..., Any], operands: tuple[Any, ...]) -> int:
   def arrays_of(*operands):
     return [x for x in jax.tree.leaves(function(*operands)) if _is_array(x)]
 
-  lowered = jax.jit(arrays_of).lower(*operands)
+  # Here: a table without FLOPs needs no kernels.
+  import kernels
+
+  # A fused kernel counts as what it computes, which XLA cannot see in it.
+  with kernels.xla_only():
+    lowered = jax.jit(arrays_of).lower(*operands)
   # Of the program as written; not every backend can tell before it is compiled.
   cost = lowered.cost_analysis() or lowered.compile().cost_analysis()
   return int((cost or {}).get("flops", 0))

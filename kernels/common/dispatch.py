@@ -20,7 +20,8 @@ platform known: one traced program, or one exported artifact, serves them all.
     (y,) = op(x, n=3, implementation="auto")
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+import contextlib
 import dataclasses
 import functools
 import importlib
@@ -44,6 +45,13 @@ PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
 
 _OPS: dict[str, "Op"] = {}
 _LIBRARIES: list["Library"] = []
+
+
+class _Lowering(threading.local):
+  xla_only = False
+
+
+_lowering = _Lowering()
 
 
 class Library:
@@ -342,6 +350,8 @@ class Op:
       ValueError: If the named `implementation` cannot run there.
     """
     choice = functools.partial(Choice, self.name, platform=platform)
+    if _lowering.xla_only:
+      return choice(XLA, reason="Inside `xla_only`, nothing else is.")
     if implementation == XLA:
       return choice(XLA, reason="It was asked for.")
     if implementation != AUTO:
@@ -383,9 +393,9 @@ class Op:
 
     prim.def_abstract_eval(abstract)
     prim.def_impl(
-      lambda *args, **params: _jitted(prim, tuple(sorted(params.items())))(
-        *args
-      )
+      lambda *args, **params: _jitted(
+        prim, tuple(sorted(params.items())), _lowering.xla_only
+      )(*args)
     )
     if self.partitioning is not None:
       jax_private.require_devices(prim)
@@ -521,7 +531,8 @@ def _call_on_mesh(op: Op, name, params, mesh, *args):
 
 
 @functools.cache
-def _jitted(prim, params):
+def _jitted(prim, params, xla_only):
+  del xla_only  # compiled apart, as it is lowered otherwise
   return jax.jit(functools.partial(prim.bind, **dict(params)))
 
 
@@ -537,6 +548,34 @@ def register() -> None:
   """
   for library in _LIBRARIES:
     library.missing()
+
+
+@contextlib.contextmanager
+def xla_only() -> Iterator[None]:
+  """Programs that this thread lowers inside run every op as plain XLA.
+
+  For tools that look into a program, such as `cost_analysis`, to which a fused
+  kernel is a closed box; or to compare. It overrides `implementation=`. A
+  function that `jit` has compiled stays as it is, inside and afterwards: lower
+  a new one.
+
+  Example:
+    >>> import jax, kernels
+    >>> x = jax.ShapeDtypeStruct((128, 256), "float32")
+    >>> stat = jax.ShapeDtypeStruct((256,), "float32")
+    >>> with kernels.xla_only():
+    ...   lowered = jax.jit(
+    ...     lambda x, mean, var: kernels.batch_stat.update(x, mean, var)
+    ...   ).lower(x, stat, stat)
+    >>> "custom_call" in lowered.as_text()
+    False
+  """
+  before = _lowering.xla_only
+  _lowering.xla_only = True
+  try:
+    yield
+  finally:
+    _lowering.xla_only = before
 
 
 def implementations() -> dict[str, dict[str, str]]:

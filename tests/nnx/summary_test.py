@@ -139,6 +139,33 @@ class TabulateTest(absltest.TestCase):
     self.assertEqual(rows[0].flops, 2 * 2 * 8 * 4)
     self.assertGreaterEqual(rows[0].vjp_flops, 2 * rows[0].flops)
 
+  def test_fused_kernels_count_as_what_they_compute(self):
+    attention = nnx.MultiHeadAttention(2, 64, decode=True, rngs=nnx.Rngs(0))
+    attention.init_cache((3, 32, 64))
+    norm = nnx.BatchNorm(16, use_running_average=False, rngs=nnx.Rngs(0))
+    rows = []
+    for model, shape in ((attention, (3, 1, 64)), (norm, (32, 16))):
+      nnx.tabulate(
+        model,
+        jnp.ones(shape),
+        row_filter=lambda row: not rows.append(row),
+        compute_flops=True,
+        compute_vjp_flops=isinstance(model, nnx.BatchNorm),
+      )
+    projections = sum(
+      row.flops
+      for row in rows
+      if row.path in [(name,) for name in ("query", "key", "value", "out")]
+    )
+    # Products with all keys, and with all values, of the cache.
+    products = 2 * (2 * 3 * 32 * 64)
+    own = [row for row in rows if row.path == ()]
+    self.assertGreaterEqual(own[0].flops, projections + products)
+    self.assertLess(own[0].flops, projections + 2 * products)
+    # Of each element: added to two sums, squared, shifted and scaled.
+    self.assertGreaterEqual(own[1].flops, 5 * 32 * 16)
+    self.assertGreater(own[1].vjp_flops, own[1].flops)
+
   def test_model_and_classes_stay_as_they_are(self):
     model = Sown()
     before = nnx.to_pure_dict(nnx.state(model))

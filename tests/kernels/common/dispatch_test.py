@@ -156,6 +156,22 @@ class DispatchTest(absltest.TestCase):
     choices = kernels.explain(lambda x: lax.scan(step, 0.0, x), X[None])
     self.assertEqual([c.op for c in choices], ["dispatch_test_toy"])
 
+  def test_xla_only_is_for_what_is_lowered_inside(self):
+    with kernels.xla_only():
+      self.assertFalse(_ran_cpu(X, k=2))
+      self.assertFalse(_ran_cpu(X, k=2, implementation="cpu"))
+      with self.assertRaises(ZeroDivisionError), kernels.xla_only():
+        raise ZeroDivisionError
+      self.assertFalse(_ran_cpu(X, k=2))
+      with futures.ThreadPoolExecutor(1) as pool:
+        self.assertTrue(pool.submit(_ran_cpu, X, k=2).result())
+    self.assertTrue(_ran_cpu(X, k=2))
+    # Compiled inside without `jit`, and not found again.
+    with self.assertRaisesRegex(ValueError, "cannot be used here: `k` is 13"):
+      with kernels.xla_only():
+        TOY(X, k=13, implementation="cpu")
+      TOY(X, k=13, implementation="cpu")
+
   def test_threads_may_load_libraries_at_once(self):
     with futures.ThreadPoolExecutor(8) as pool:
       tables = list(pool.map(lambda _: kernels.implementations(), range(16)))
