@@ -321,20 +321,41 @@ def flax_twin(flax_nnx: Library, model: Any, symbols: int, size: Size) -> Any:
   return twin
 
 
-def next_token(model: Any, token: jax.Array, position: jax.Array) -> jax.Array:
+def noise(size: Size, symbols: int, seed: int = 0) -> jax.Array:
+  """Draws what decides, at each position, between likely tokens and others.
+
+  All at once: random bits for one token cost as much as a layer of the model.
+
+  Args:
+    size: of the model.
+    symbols: of its alphabet.
+    seed: of the numbers.
+
+  Returns:
+    `[context, 1, symbols]` of Gumbel's distribution: added to logits, it makes
+    the place of the largest sum a draw from their softmax.
+  """
+  key = jax.random.key(seed)
+  return jax.random.gumbel(key, (size.context, 1, symbols))
+
+
+def next_token(
+  model: Any, token: jax.Array, position: jax.Array, noise: jax.Array
+) -> jax.Array:
   """Draws the token after another, and appends that one to the caches.
 
   Args:
     model: on `nnx` or `flax.nnx`.
     token: `[b, 1]`, int32.
     position: where it stands, `[]`, int32.
+    noise: `[context, b, symbols]`, of Gumbel's distribution.
 
   Returns:
     `[b, 1]`, int32.
   """
-  logits = model(token, position, decode=True)
-  key = jax.random.fold_in(jax.random.key(0), position)
-  return jax.random.categorical(key, logits / TEMPERATURE).astype(jnp.int32)
+  logits = model(token, position, decode=True)[:, -1]
+  drawn = jnp.argmax(logits / TEMPERATURE + noise[position], -1)
+  return drawn[:, None].astype(jnp.int32)
 
 
 @functools.cache
@@ -347,19 +368,24 @@ def writer(library: Library, donate: bool = True) -> Any:
       that the caches are updated in place.
 
   Returns:
-    `(model, token, position) -> (token, position)`, as for `next_token`, and
-    one position on.
+    `(model, token, position, noise) -> (token, position)`, as for `next_token`,
+    and one position on.
   """
 
   @functools.partial(library.jit, donate_argnames="model" if donate else None)
-  def write(model, token, position):
-    return next_token(model, token, position), position + 1
+  def write(model, token, position, noise):
+    return next_token(model, token, position, noise), position + 1
 
   return write
 
 
 def generate(
-  library: Library, model: Any, last: int, start: int, tokens: int
+  library: Library,
+  model: Any,
+  last: int,
+  start: int,
+  tokens: int,
+  noise: jax.Array,
 ) -> Speed:
   """Writes some text, token by token.
 
@@ -369,6 +395,7 @@ def generate(
     last: the token after those.
     start: its position.
     tokens: how many to write.
+    noise: for `next_token`.
   """
   write = writer(library)
   for count in (1, tokens):  # the first compiles
@@ -378,7 +405,7 @@ def generate(
     written = []
     begin = time.perf_counter()
     for _ in range(count):
-      token, position = write(model, token, position)
+      token, position = write(model, token, position, noise)
       written.append(token)
     jax.block_until_ready(written)
     seconds = time.perf_counter() - begin
@@ -440,8 +467,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
   from flax import nnx as flax_nnx
 
   twin = flax_twin(flax_nnx, model, len(data.alphabet), size)
+  chance = noise(size, len(data.alphabet), options.seed)
   results = {
-    name: generate(library, written_by, last, prompt_length, options.tokens)
+    name: generate(
+      library, written_by, last, prompt_length, options.tokens, chance
+    )
     for name, library, written_by in (
       ("nnx", nnx, model),
       ("flax.nnx", flax_nnx, twin),

@@ -40,16 +40,39 @@ class CharTransformerTest(absltest.TestCase):
     twin = char_transformer.flax_twin(flax_nnx, model, symbols, SMALL)
     cache = model.blocks[0].attention.cached_key
     where = cache[...].unsafe_buffer_pointer()
-    ours = char_transformer.generate(nnx, model, text[-1], start, tokens)
+    noise = char_transformer.noise(SMALL, symbols)
+    ours = char_transformer.generate(
+      nnx, model, text[-1], start, tokens, noise
+    )
     self.assertEqual(cache[...].unsafe_buffer_pointer(), where)
-    theirs = char_transformer.generate(flax_nnx, twin, text[-1], start, tokens)
+    theirs = char_transformer.generate(
+      flax_nnx, twin, text[-1], start, tokens, noise
+    )
     np.testing.assert_array_equal(ours.text, theirs.text)
     whole = jnp.asarray([*text, *ours.text[:-1]])[None]
     logits = np.asarray(model(whole))[0, start:]
-    for i, (row, token) in enumerate(zip(logits, ours.text)):
-      key = jax.random.fold_in(jax.random.key(0), start + i)
-      drawn = jax.random.categorical(key, row / char_transformer.TEMPERATURE)
-      self.assertEqual(drawn, token)
+    drawn = np.argmax(
+      logits / char_transformer.TEMPERATURE + noise[start : start + tokens, 0],
+      axis=-1,
+    )
+    np.testing.assert_array_equal(drawn, ours.text)
+
+  def test_draws_follow_the_probabilities(self):
+    class Fixed(nnx.Module):
+      def __call__(self, token, position, decode):
+        return jnp.log(probabilities)[None, None] * char_transformer.TEMPERATURE
+
+    probabilities = jnp.array([0.5, 0.3, 0.2])
+    size = char_transformer.Size(context=2000)
+    noise = char_transformer.noise(size, 3)
+    drawn = jax.vmap(
+      lambda position: char_transformer.next_token(
+        Fixed(), jnp.zeros((1, 1), jnp.int32), position, noise
+      )
+    )(jnp.arange(size.context))
+    shares = np.bincount(np.ravel(drawn), minlength=3) / size.context
+    # Four standard deviations of the share of half.
+    np.testing.assert_allclose(shares, probabilities, atol=0.045)
 
   def test_program_writes_text_and_a_plot(self):
     small = functools.partial(

@@ -51,7 +51,7 @@ def _make_models(size: char_transformer.Size) -> dict[str, Any]:
 
 
 def _token_by_token(
-  library: Library, name: str, model: Any, donate: bool
+  library: Library, name: str, model: Any, noise: jax.Array, donate: bool
 ) -> harness.Side:
   write = char_transformer.writer(library, donate)
 
@@ -60,7 +60,7 @@ def _token_by_token(
     token, position = first, jnp.array(_CONTEXT, jnp.int32)
     written = []
     for _ in range(_TOKENS):
-      token, position = write(model, token, position)
+      token, position = write(model, token, position, noise)
       written.append(token)
     return written
 
@@ -72,16 +72,18 @@ def _token_by_token(
   )
 
 
-def _one_program(library: Library, name: str, model: Any) -> harness.Side:
+def _one_program(
+  library: Library, name: str, model: Any, noise: jax.Array
+) -> harness.Side:
   graphdef, cache, rest = library.split(model, library.Cache, ...)
   del model
 
   @functools.partial(jax.jit, donate_argnums=0)
-  def run(cache, rest, token):
+  def run(cache, rest, token, noise):
     def write(carry, position):
       cache, token = carry
       model = library.merge(graphdef, cache, rest)
-      token = char_transformer.next_token(model, token, position)
+      token = char_transformer.next_token(model, token, position, noise)
       return (library.state(model, library.Cache), token), token
 
     positions = _CONTEXT + jnp.arange(_TOKENS, dtype=jnp.int32)
@@ -102,7 +104,7 @@ def _one_program(library: Library, name: str, model: Any) -> harness.Side:
   return harness.Side(
     name=name,
     fresh=fresh,
-    call=lambda cache: run(cache, rest, token),
+    call=lambda cache: run(cache, rest, token, noise),
     advance=lambda _, result: back(result[0]),
     observe=lambda _, result: result[1],
   )
@@ -110,14 +112,16 @@ def _one_program(library: Library, name: str, model: Any) -> harness.Side:
 
 def _build_token_by_token(size: char_transformer.Size) -> harness.Comparison:
   models = _make_models(size)
+  noise = char_transformer.noise(size, _SYMBOLS)
   ours, theirs = (
-    _token_by_token(library, f"{name}.jit", models[name], name == "nnx")
+    _token_by_token(library, f"{name}.jit", models[name], noise, name == "nnx")
     for name, library in _LIBRARIES
   )
   donating = _token_by_token(
     flax_nnx,
     "flax.nnx.jit, donating",
     flax_nnx.clone(models["flax.nnx"]),
+    noise,
     donate=True,
   )
   return harness.Comparison(ours=ours, baselines=[theirs, donating])
@@ -125,8 +129,9 @@ def _build_token_by_token(size: char_transformer.Size) -> harness.Comparison:
 
 def _build_one_program(size: char_transformer.Size) -> harness.Comparison:
   models = _make_models(size)
+  noise = char_transformer.noise(size, _SYMBOLS)
   ours, theirs = (
-    _one_program(library, f"{name}, scanned", models[name])
+    _one_program(library, f"{name}, scanned", models[name], noise)
     for name, library in _LIBRARIES
   )
   return harness.Comparison(ours=ours, baselines=[theirs])
