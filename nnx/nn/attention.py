@@ -35,6 +35,25 @@ def _real(lengths: jax.Array, x: jax.Array) -> jax.Array:
   return steps < jnp.expand_dims(lengths, -1)
 
 
+def _without_room(
+  buffers: decoding.Buffers, key: jax.Array, lengths: jax.Array | None
+) -> jax.Array:
+  """Which tokens of `[..., t, n, h]` the cache cannot take: `[*index, t]`."""
+  index = jnp.expand_dims(buffers.index, -1)
+  steps = jnp.arange(key.shape[-3]).reshape((1,) * buffers.index.ndim + (-1,))
+  lost = index + steps >= buffers.key.shape[-3]
+  if lengths is None:
+    return lost
+  return jnp.logical_and(lost, _both(None, _real(lengths, key), lost.ndim))
+
+
+def _nan_where(lost: jax.Array | None, x: jax.Array) -> jax.Array:
+  """Puts NaN in the place of lost tokens of `[..., t, n, h]`, if any."""
+  if lost is None:
+    return x
+  return jnp.where(_both(None, lost[..., None, None], x.ndim), jnp.nan, x)
+
+
 def _both(mask: jax.Array | None, seen: jax.Array, rank: int) -> jax.Array:
   """A mask and what else decides which keys are seen: `[..., n, t, s]`."""
   seen = seen.reshape((1,) * (rank - seen.ndim) + seen.shape)
@@ -58,7 +77,8 @@ class MultiHeadAttention(Module):
   token sees itself and those before. The call that appends and attends is one
   kernel, `kernels.decode_attention`, which updates the cache in place where the
   caller donates it. A call with more tokens than the cache has room for raises;
-  under `jit`, where their number is not known, nothing is overwritten.
+  under `jit`, where their number is not known, it overwrites nothing, and the
+  results of the tokens that found no room are NaN.
 
   `window`, `softcap` and rotary embedding do the same with a cache and without,
   so that what was trained is what decodes.
@@ -417,8 +437,9 @@ class MultiHeadAttention(Module):
     options: dict[str, Any] = {}
     if self.softcap is not None:
       options["softcap"] = self.softcap
+    lost = None
     if decode:
-      buffers = self._buffers(query, key, lengths)
+      buffers, lost = self._buffers(query, key, lengths)
       if (
         deterministic
         and not sow_weights
@@ -430,7 +451,7 @@ class MultiHeadAttention(Module):
           buffers, query, key, value, lengths, mask, options=self._options()
         )
         self._keep(buffers)
-        return self.out(x, out_sharding=out_sharding)
+        return self.out(_nan_where(lost, x), out_sharding=out_sharding)
       buffers, query, key, value, seen = decoding.append(
         buffers, query, key, value, lengths, options=self._options()
       )
@@ -464,7 +485,7 @@ class MultiHeadAttention(Module):
     if lengths is not None:
       real = _both(None, _real(lengths, query)[..., None, None], x.ndim)
       x = jnp.where(real, x, 0)
-    return self.out(x, out_sharding=out_sharding)
+    return self.out(_nan_where(lost, x), out_sharding=out_sharding)
 
   def _options(self) -> decoding.Options:
     return decoding.Options(
@@ -515,8 +536,11 @@ class MultiHeadAttention(Module):
 
   def _buffers(
     self, query: jax.Array, key: jax.Array, lengths: jax.Array | None
-  ) -> decoding.Buffers:
-    """The arrays of the cache, into which the new tokens fit."""
+  ) -> tuple[decoding.Buffers, jax.Array | None]:
+    """The arrays of the cache, and which new tokens do not fit into it.
+
+    None of them where the index is known: then it is an error.
+    """
     if (
       self.cached_key is None
       or self.cached_value is None
@@ -554,7 +578,7 @@ class MultiHeadAttention(Module):
       )
     new = tokens if lengths is None else lengths
     if isinstance(index, jax.core.Tracer) or isinstance(new, jax.core.Tracer):
-      return buffers
+      return buffers, _without_room(buffers, key, lengths)
     room = np.max(np.asarray(index) + np.asarray(new), initial=0)
     if room > length:
       raise ValueError(
@@ -562,7 +586,7 @@ class MultiHeadAttention(Module):
         f" {length}, `cache_index` is {np.max(index)}, and {np.max(new)} more"
         " came. Call `init_cache` with more room, or again to start anew."
       )
-    return buffers
+    return buffers, None
 
   def _keep(self, buffers: decoding.Buffers) -> None:
     """Writes what a step made of the cache."""

@@ -438,8 +438,25 @@ def test_a_full_cache_under_jit_is_not_overwritten():
   step = nnx.jit(lambda layer, x: layer(x))
   step(ours, array(2, 2, 8))
   before = np.asarray(ours.cached_key.value)
-  step(ours, array(2, 1, 8, seed=1))
+  lost = step(ours, array(2, 1, 8, seed=1))
   np.testing.assert_array_equal(ours.cached_key.value, before)
+  assert np.isnan(lost).all()
+
+
+@pytest.mark.parametrize("options", [{}, {"precision": "highest"}])
+def test_only_tokens_that_find_no_room_are_lost(options):
+  ours, _ = decoders(length=4, **options)
+  ours.init_cache((2, 4, 8), per_sequence=True)
+  step = nnx.jit(lambda layer, x, lengths: layer(x, lengths=lengths))
+  x = array(2, 6, 8)
+  whole = nnx.clone(ours)
+  whole.init_cache((2, 6, 8), per_sequence=True)
+  y = np.asarray(step(ours, x, jnp.array([6, 3])))
+  want = np.asarray(step(whole, x, jnp.array([6, 3])))
+  lost = np.isnan(y).any(-1)
+  np.testing.assert_array_equal(lost[0], np.arange(6) >= 4)
+  assert not lost[1].any()  # what is left of it is padding
+  np.testing.assert_allclose(y[~lost], want[~lost], rtol=5e-5, atol=5e-5)
 
 
 def test_the_cache_must_be_there_and_fit():
