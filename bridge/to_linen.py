@@ -111,7 +111,8 @@ class ToLinen(linen.Module):
     if _holds_linen(module):
       nnx.pop(module, nnx.Intermediate)
       stored = module
-    if self.store_graphdef:
+    # A lifted `init` may not hand this collection on: then `apply` makes it.
+    if self.store_graphdef and self.is_mutable_collection(COLLECTION):
       graphdef, arrays = _structure(stored)
       self.put_variable(COLLECTION, _GRAPHDEF, graphdef)
       if arrays:

@@ -30,6 +30,13 @@ class _Context(threading.local):
 
 _context = _Context()
 
+# What Linen raises where a module has no variables yet.
+_MISSING_VARIABLES = (
+  errors.ScopeCollectionNotFound,
+  errors.ScopeParamNotFoundError,
+  errors.ScopeVariableNotFoundError,
+)
+
 
 @contextlib.contextmanager
 def initializing(value: bool = True) -> Iterator[None]:
@@ -60,7 +67,8 @@ def lazy_init(fn: Any, *args: Any, **kwargs: Any) -> Any:
     (2, 4)
 
   Args:
-    fn: a Module, which is called, or a bound method of one.
+    fn: a Module, which is called, or a bound method of one; a method of the
+      Linen module, `model.method`, too.
     *args: samples of the arguments.
     **kwargs: samples of the keyword arguments.
 
@@ -70,7 +78,10 @@ def lazy_init(fn: Any, *args: Any, **kwargs: Any) -> Any:
   Raises:
     ValueError: if `fn` is neither a Module nor a method of one.
   """
-  owner = fn if isinstance(fn, nnx.Module) else getattr(fn, "__self__", None)
+  called = fn
+  while isinstance(called, functools.partial):
+    called = called.func
+  owner = getattr(called, "__self__", called)
   if not isinstance(owner, nnx.Module) or not callable(fn):
     raise ValueError(
       "`fn` must be a Module that can be called, or a method bound to a Module,"
@@ -215,28 +226,34 @@ class ToNNX(nnx.Module):
     module = self.to_nnx__module
     keys = _linen_keys(self.to_nnx__rngs if rngs is None else rngs)
     if _context.initializing:
-      if not keys:
+      try:
+        result, updates = module.init_with_output(
+          keys, *args, method=method, **kwargs
+        )
+      except errors.InvalidRngError as error:
+        if keys:
+          raise
         raise ValueError(
           f"{_describe(self)} must have random streams to be initialised: pass"
           " `rngs=nnx.Rngs(0)` to `ToNNX` or to `lazy_init`."
-        )
-      result, updates = module.init_with_output(
-        keys, *args, method=method, **kwargs
-      )
+        ) from error
       _write(self, updates)
       return result
-    if not _is_initialised(self) and _needs_variables(module):
+    variables = linen_variables(self)
+    if mutable is None:
+      mutable = _default_mutable(variables)
+    try:
+      result = replay.apply(
+        module, variables, args, kwargs, keys, method, mutable
+      )
+    except _MISSING_VARIABLES as error:
+      if _is_initialised(self):
+        raise
       raise ValueError(
         f"{_describe(self)} must be initialised before it is called: call"
         " `lazy_init` with samples of its arguments, or `bridge.lazy_init` on"
         " the Module that it is part of."
-      )
-    variables = linen_variables(self)
-    if mutable is None:
-      mutable = _default_mutable(variables)
-    result = replay.apply(
-      module, variables, args, kwargs, keys, method, mutable
-    )
+      ) from error
     if mutable is not False:
       result, updates = result
       _write(self, updates)
@@ -380,11 +397,6 @@ def _attributes(model: ToNNX) -> dict[str, Any]:
 
 def _is_initialised(model: ToNNX) -> bool:
   return bool(_attributes(model))
-
-
-def _needs_variables(module: linen.Module) -> bool:
-  """Whether a module may have variables: all but the known stateless ones."""
-  return not isinstance(module, (linen.Dropout,))
 
 
 def _default_mutable(variables: Mapping[str, Any]) -> Any:

@@ -7,15 +7,25 @@ Modules are Python objects whose state lives in Variables; `split`, `merge`,
 # `state`, `variables` and `display` are functions that take the names of
 # modules. What imports those modules by name, the engine's side, must come
 # before the functions, as it does in alphabetical order.
+# The second name of a module is the one that it has in Flax.
+from nnx import compat as compat
 from nnx import errors as errors
+from nnx import filters as filterlib
 from nnx import filters as filters
 from nnx import graph as graph
+from nnx import graph as graphlib
 from nnx import nn as nn
 from nnx import partitioning as partitioning
 from nnx import pytree as pytree
+from nnx import pytree as pytreelib
+from nnx import reprs as reprlib
 from nnx import reprs as reprs
+from nnx import rngs as rnglib
 from nnx import rngs as rngs
 from nnx import spmd as spmd
+from nnx import state as statelib
+from nnx import traversals as traversals
+from nnx import variables as variablelib
 from nnx.containers import Dict as Dict
 from nnx.containers import List as List
 from nnx.containers import Sequential as Sequential
@@ -211,6 +221,7 @@ from nnx.transforms.jit import JitWrapped as JitWrapped
 from nnx.transforms.jit import StateSharding as StateSharding
 from nnx.transforms.jit import jit as jit
 from nnx.transforms.jit import jit_partial as jit_partial
+from nnx.transforms.prefix import prefix as prefix
 from nnx.transforms.remat import remat as remat
 from nnx.transforms.scan import Carry as Carry
 from nnx.transforms.scan import scan as scan

@@ -394,6 +394,9 @@ class Pytree(_engine.ObjectBase, reprs.Displayable):
       status = (self._pytree_status or self._class_statuses).get(
         name, self._class_statuses.get(name)
       )
+    if status is ...:  # of what stood in the place of data
+      self._pytree_status.pop(name)
+      status = None
     strict = bool(self._setattr_flags & _STRICT)
     if strict or status is not None:
       _check_value(self, name, value, status, strict)

@@ -7,7 +7,13 @@ programs that set and read them run.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+import functools
 import threading
+from typing import ParamSpec, TypeVar
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
 class _Settings(threading.local):
@@ -19,13 +25,24 @@ _settings = _Settings()
 
 
 class _Switch:
-  """Sets a setting from the call on, and as a context manager for a block."""
+  """Sets a setting from the call on; for a block or function, as it is used."""
 
   _name: str
 
   def __init__(self, value: bool, /):
+    self._value = bool(value)
     self._before = getattr(_settings, self._name)
-    setattr(_settings, self._name, bool(value))
+    setattr(_settings, self._name, self._value)
+
+  def __call__(self, fun: Callable[P, R], /) -> Callable[P, R]:
+    setattr(_settings, self._name, self._before)
+
+    @functools.wraps(fun)
+    def wrapped(*args: P.args, **kwargs: P.kwargs) -> R:
+      with type(self)(self._value):
+        return fun(*args, **kwargs)
+
+    return wrapped
 
   def __enter__(self):
     return self

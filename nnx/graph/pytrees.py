@@ -83,11 +83,20 @@ def flatten_pytree(value: Any):
   pairs, treedef = jax.tree_util.tree_flatten_with_path(
     value, is_leaf=lambda x: x is not value
   )
-  keys = tuple(_plain_key(path[0]) for path, _ in pairs)
+  keys = tuple(plain_key(path[0]) for path, _ in pairs)
   return tuple(child for _, child in pairs), treedef, keys
 
 
-def _plain_key(key: Any) -> Any:
+def plain_key(key: Any) -> Any:
+  """A key of one of jax's paths as it is written in ours.
+
+  Example:
+
+    >>> import jax
+    >>> from nnx.graph import pytrees
+    >>> pytrees.plain_key(jax.tree_util.GetAttrKey("kernel"))
+    'kernel'
+  """
   for attribute in ("key", "name", "idx"):
     if hasattr(key, attribute):
       return getattr(key, attribute)

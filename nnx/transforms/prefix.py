@@ -10,11 +10,15 @@ where each leaf is.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
+
+import jax
 
 from nnx import filters as filters_lib
-from nnx.graph import _engine, preorder
+from nnx.graph import _engine, preorder, pytrees
 from nnx.state import State, to_flat_state
+
+N = TypeVar("N")
 
 
 class FilterMap:
@@ -79,6 +83,65 @@ class FilterMap:
 
 def _unboxed(entry: Any) -> Any:
   return entry.value if isinstance(entry, _engine.VariableBase) else entry
+
+
+def prefix(
+  node: N,
+  filter_map: Mapping[Any, Any] | Callable[[tuple, Any], Any],
+  /,
+  *,
+  graph: bool | None = None,
+) -> N:
+  """Makes a prefix, such as `in_axes`, in the shape of what it speaks of.
+
+  Example:
+
+    >>> import jax.numpy as jnp
+    >>> import nnx
+    >>> state = {"a": nnx.Param(jnp.array(2)), "b": nnx.BatchStat(jnp.arange(5))}
+    >>> axes = nnx.prefix(state, {nnx.Param: None, nnx.BatchStat: 0})
+    >>> axes
+    {'a': None, 'b': 0}
+    >>> nnx.vmap(lambda s: s["a"] * s["b"], in_axes=(axes,))(state)
+    Array([0, 2, 4, 6, 8], dtype=int32)
+
+  Args:
+    node: a Module, a Variable, or any pytree of them.
+    filter_map: `filter_map(path, leaf)` gives what stands in the place of a
+      Variable, or of an array that is in none; or a mapping from filters to
+      that, where the first filter that selects it decides.
+    graph: accepted for programs that set it; graphs and trees are one here. In
+      the graph mode of Flax the result has another form.
+
+  Returns:
+    A copy of `node` with that in the place of Variables and arrays; for the
+    options of transforms of `nnx` and of jax. Nodes that share a Variable have
+    an entry for it each.
+
+  Raises:
+    ValueError: if no filter selects a leaf.
+  """
+  del graph
+  if isinstance(filter_map, Mapping):
+    filters = FilterMap(filter_map)
+
+    def entry_of(path, leaf):
+      found, entry = filters.select(path, leaf)
+      if not found:
+        raise ValueError(
+          "No filter matched: the filters of `filter_map` must select every"
+          f" leaf, but none of {list(filters.filters)} selects"
+          f" `{text('', path)}` of type {type(leaf).__name__}. Add `...` as the"
+          " last filter."
+        )
+      return entry
+  else:
+    entry_of = filter_map
+  return jax.tree_util.tree_map_with_path(
+    lambda path, leaf: entry_of(tuple(map(pytrees.plain_key, path)), leaf),
+    node,
+    is_leaf=lambda x: isinstance(x, _engine.VariableBase),
+  )
 
 
 def broadcast(
@@ -243,6 +306,8 @@ class Walk:
           self.top_indices.append(index)
       if kind == "variable":
         place = place._replace(variable=index)
+        if isinstance(entry, _engine.VariableBase):
+          entry = entry.raw_value
       if not again:
         self._first[index] = position, place.top
     whole = self.is_entry(entry) or isinstance(entry, FilterMap)
@@ -302,6 +367,11 @@ class Walk:
     elif keys is not None and isinstance(entry, Mapping):
       if set(entry) == set(keys):
         return [entry[key] for key in keys]
+    elif kind == "object" and isinstance(entry, _engine.ObjectBase):
+      # What `jax.tree.map` or `nnx.prefix` makes of the object itself.
+      attributes = vars(entry)
+      if set(attributes) == set(keys):
+        return [attributes[key] for key in keys]
     self._fail(entry, kind, path)
     raise AssertionError
 

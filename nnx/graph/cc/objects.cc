@@ -432,12 +432,12 @@ int ObjectSetAttr(PyObject* self, PyObject* name, PyObject* value) {
     if (PyObject_GenericSetAttr(self, name, value) < 0) return -1;
     ObjectObject* object = AsObject(self);
     if (!object->status) return 0;
-    // A plain assignment or deletion ends an earlier explicit marking of the
-    // name only when the attribute is gone.
-    if (!value && PyDict_Contains(object->status, name) == 1) {
-      return PyDict_DelItem(object->status, name);
-    }
-    return 0;
+    // An assignment leaves an earlier mark by the user as it is, not that of
+    // what stood in the place of data.
+    PyObject* mark = PyDict_GetItemWithError(object->status, name);
+    if (!mark) return PyErr_Occurred() ? -1 : 0;
+    if (value && mark != Py_Ellipsis) return 0;
+    return PyDict_DelItem(object->status, name);
   }
   Ref result = Ref::Steal(
       value ? PyObject_CallMethodObjArgs(self, rt.s_setattr_slow, name, value,

@@ -37,7 +37,9 @@ struct VariableObject : GraphObject {
 // Base of Pytree, Object and Module: an instance dictionary.
 struct ObjectObject : GraphObject {
   PyObject* dict;    // null until the first attribute
-  PyObject* status;  // dict name -> bool of attributes marked data or static
+  // dict name -> True (marked as data), False (as static), Ellipsis (in the
+  // place of data), or null
+  PyObject* status;
 };
 
 extern PyTypeObject* g_variable_base;

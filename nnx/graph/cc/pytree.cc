@@ -79,6 +79,25 @@ PyObject* MakeVariableUnflatten(PyObject*, PyObject* cls) {
   return PyCFunction_New(&variable_unflatten_def, cls);
 }
 
+// What jax puts in the place of data, such as the entries of `in_axes`, stays a
+// child: `ObjectUnflatten` marks it so, and no treedef shows the mark.
+bool IsStandIn(PyObject* mark) { return mark == Py_Ellipsis; }
+
+// The marks that users made, in a form that compares and hashes.
+Ref MarksKey(PyObject* status) {
+  if (!status) return Ref::Steal(PyTuple_New(0));
+  Ref marks = Ref::Steal(PyDict_New());
+  if (!marks) return Ref();
+  PyObject *name, *mark;
+  Py_ssize_t position = 0;
+  while (PyDict_Next(status, &position, &name, &mark)) {
+    if (!IsStandIn(mark) && PyDict_SetItem(marks.get(), name, mark) < 0) {
+      return Ref();
+    }
+  }
+  return MetadataKey(marks.get());
+}
+
 // object_flatten(object) -> (children, (names, statics, values, status)):
 // attributes that hold data are children, the rest is static.
 PyObject* ObjectFlatten(PyObject*, PyObject* self) {
@@ -100,12 +119,7 @@ PyObject* ObjectFlatten(PyObject*, PyObject* self) {
   Ref names = Ref::Steal(PyList_New(0));
   Ref statics = Ref::Steal(PyList_New(0));
   Ref static_values = Ref::Steal(PyList_New(0));
-  Ref status;
-  if (object->status && PyDict_GET_SIZE(object->status) > 0) {
-    status = MetadataKey(object->status);
-  } else {
-    status = Ref::Steal(PyTuple_New(0));
-  }
+  Ref status = MarksKey(object->status);
   if (!children || !names || !statics || !static_values || !status) {
     return nullptr;
   }
@@ -113,7 +127,7 @@ PyObject* ObjectFlatten(PyObject*, PyObject* self) {
     PyObject* key = PyTuple_GET_ITEM(keys.get(), static_cast<Py_ssize_t>(i));
     PyObject* marked =
         object->status ? PyDict_GetItemWithError(object->status, key) : nullptr;
-    const int data = marked ? marked == Py_True : HoldsData(values[i].get());
+    const int data = marked ? marked != Py_False : HoldsData(values[i].get());
     if (data < 0) return nullptr;
     if (PyList_Append(data ? names.get() : statics.get(), key) < 0 ||
         PyList_Append(data ? children.get() : static_values.get(),
@@ -157,6 +171,15 @@ PyObject* ObjectUnflatten(PyObject* cls, PyObject* const* args,
     if (!status || PyDict_MergeFromSeq2(status.get(), status_items, 1) < 0) {
       return nullptr;
     }
+  }
+  for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(names); ++i) {
+    PyObject* name = PyTuple_GET_ITEM(names, i);
+    const int data = HoldsData(PyTuple_GET_ITEM(children.get(), i));
+    if (data < 0) return nullptr;
+    if (data) continue;
+    if (!status && !(status = Ref::Steal(PyDict_New()))) return nullptr;
+    // Those that the user marked keep their mark.
+    if (!PyDict_SetDefault(status.get(), name, Py_Ellipsis)) return nullptr;
   }
   Ref self =
       NewObject(reinterpret_cast<PyTypeObject*>(cls), status.get(), nullptr);

@@ -1,0 +1,46 @@
+"""The names of `flax.nnx.compat`, for programs that spell them so.
+
+Flax keeps here its functions with the graph mode switched on. In this package
+there is one mode, so these are the functions of `nnx` themselves.
+
+Example:
+
+  >>> import nnx
+  >>> nnx.compat.jit is nnx.jit
+  True
+"""
+
+from nnx.graph.functional import cached_partial as cached_partial
+from nnx.graph.functional import clone as clone
+from nnx.graph.functional import flatten as flatten
+from nnx.graph.functional import graphdef as graphdef
+from nnx.graph.functional import split as split
+from nnx.graph.functional import state as state
+from nnx.graph.traversal import iter_graph as iter_graph
+from nnx.graph.traversal import recursive_map as recursive_map
+from nnx.module import iter_children as iter_children
+from nnx.module import iter_modules as iter_modules
+from nnx.module import view as view
+from nnx.module import view_info as view_info
+from nnx.rngs import backup_keys as backup_keys
+from nnx.rngs import fork_rngs as fork_rngs
+from nnx.rngs import reseed as reseed
+from nnx.rngs import split_rngs as split_rngs
+from nnx.spmd import get_abstract_model as get_abstract_model
+from nnx.transforms.control_flow import cond as cond
+from nnx.transforms.control_flow import fori_loop as fori_loop
+from nnx.transforms.control_flow import switch as switch
+from nnx.transforms.control_flow import while_loop as while_loop
+from nnx.transforms.custom_vjp import custom_vjp as custom_vjp
+from nnx.transforms.grad import grad as grad
+from nnx.transforms.grad import jvp as jvp
+from nnx.transforms.grad import value_and_grad as value_and_grad
+from nnx.transforms.grad import vjp as vjp
+from nnx.transforms.jit import jit as jit
+from nnx.transforms.remat import remat as remat
+from nnx.transforms.scan import scan as scan
+from nnx.transforms.sharded import shard_map as shard_map
+from nnx.transforms.tracing import checkify as checkify
+from nnx.transforms.tracing import eval_shape as eval_shape
+from nnx.transforms.vmap import pmap as pmap
+from nnx.transforms.vmap import vmap as vmap
