@@ -186,11 +186,6 @@ def _check_name(cls: type, name: Any, context: ModuleStackEntry) -> None:
       f"`name` of `{cls.__name__}` must be a string, but got {name!r}."
     )
   owner = type(context.module).__name__
-  if not context.in_compact:
-    raise ValueError(
-      f"`name={name!r}` of `{cls.__name__}` must be left out in"
-      f" `{owner}.setup`, where the attribute it is assigned to is its name."
-    )
   context.type_counter[f"name={name}"] += 1
   if context.type_counter[f"name={name}"] > 1:
     raise ValueError(
@@ -516,7 +511,7 @@ class Module(nnx.Module, metaclass=ModuleMeta):
     mutable: Any,
     initializing: bool,
   ) -> Any:
-    with to_nnx.initializing(initializing):
+    with to_nnx.running(initializing, mutable):
       module = self._prepared(variables, rngs, mutable, initializing)
       with _Running(module, in_compact=False):
         result = _method_of(module, method)(module, *args, **kwargs)
@@ -582,8 +577,8 @@ def linen_in_bridge_mdl(
 
   Args:
     linen_module: the Linen module.
-    name: its name, in a method under `compact`; by default that of its class
-      and a number. In `setup` the attribute it is assigned to.
+    name: its name; by default, in a method under `compact`, that of its class
+      and a number, and in `setup` the attribute it is assigned to.
 
   Returns:
     The Linen module as an nnx Module.
@@ -654,10 +649,10 @@ def _parent(function: str) -> Module:
 def _attach(parent: Module, cls: type, module: Any, name: str | None) -> None:
   context = current_context()
   assert context is not None
-  if context.in_compact:
-    setattr(parent, name or context.new_name(cls), module)
-  elif name is not None:
+  if name is not None and not context.in_compact:
     _check_name(cls, name, context)
+  if name is not None or context.in_compact:
+    setattr(parent, name or context.new_name(cls), module)
 
 
 def _streams(rngs: Any) -> nnx.Rngs:

@@ -106,7 +106,7 @@ class ToLinen(linen.Module):
     # As in Linen, what the call itself changes is not part of `init`; but Linen
     # modules inside of the Module get their variables in the call.
     stored = nnx.clone(module)
-    with to_nnx.initializing():
+    with to_nnx.running(initializing=True):
       result = method(module, *args, **kwargs)
     if _holds_linen(module):
       nnx.pop(module, nnx.Intermediate)

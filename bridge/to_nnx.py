@@ -26,6 +26,7 @@ NO_KEY = "no_key"
 
 class _Context(threading.local):
   initializing = False
+  mutable: Any = None  # what a bridge.Module around may write
 
 
 _context = _Context()
@@ -39,14 +40,20 @@ _MISSING_VARIABLES = (
 
 
 @contextlib.contextmanager
-def initializing(value: bool = True) -> Iterator[None]:
-  """Makes calls of `ToNNX` modules initialise them, for a block."""
-  before = _context.initializing
-  _context.initializing = value
+def running(initializing: bool, mutable: Any = None) -> Iterator[None]:
+  """Says how calls of `ToNNX` modules are meant, for a block.
+
+  Args:
+    initializing: whether they initialise the modules.
+    mutable: the collections that they may write, True for all; if None or
+      False, as outside.
+  """
+  before = _context.initializing, _context.mutable
+  _context.initializing, _context.mutable = initializing, mutable
   try:
     yield
   finally:
-    _context.initializing = before
+    _context.initializing, _context.mutable = before
 
 
 def lazy_init(fn: Any, *args: Any, **kwargs: Any) -> Any:
@@ -87,7 +94,7 @@ def lazy_init(fn: Any, *args: Any, **kwargs: Any) -> Any:
       "`fn` must be a Module that can be called, or a method bound to a Module,"
       f" but got {fn!r}."
     )
-  with initializing():
+  with running(initializing=True):
     fn(*args, **kwargs)
   return fn
 
@@ -404,6 +411,8 @@ def _default_mutable(variables: Mapping[str, Any]) -> Any:
   stack = linen.module._context.module_stack
   if stack and stack[-1] is not None and stack[-1].scope is not None:
     return stack[-1].scope.mutable
+  if _context.mutable is True:
+    return True
   return [name for name in variables if name != "params"] or False
 
 

@@ -593,7 +593,7 @@ def view_info(
   }
   lines = []
   for cls in sorted(classes, key=lambda cls: cls.__qualname__):
-    lines.append(f"{cls.__qualname__.rpartition('.')[2]}:")
+    lines.append(f"{cls.__qualname__}:")
     signature = inspect.signature(cls.set_view)
     descriptions = _argument_descriptions(inspect.getdoc(cls.set_view))
     if descriptions is None:

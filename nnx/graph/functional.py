@@ -260,7 +260,7 @@ variables = state
 
 
 def pop(node: Any, /, *filters: Filter) -> Any:
-  """Removes Variables from an object and returns them.
+  """Removes Variables, and arrays that are in none, and returns them.
 
   Example:
 
@@ -271,14 +271,14 @@ def pop(node: Any, /, *filters: Filter) -> Any:
 
   Args:
     node: an object, or a pytree of them.
-    *filters: filters of the Variables, at least one.
+    *filters: filters of what to remove, at least one.
 
   Returns:
     A State, or a tuple of them if there are several filters.
 
   Raises:
-    ValueError: if there is no filter, or if a Variable is an item of a
-      sequence.
+    ValueError: if there is no filter, or if what is to be removed is an item of
+      a sequence.
     TraceContextError: if the object belongs to another trace.
   """
   if not filters:

@@ -292,11 +292,49 @@ class ErrorsTest(absltest.TestCase):
     ):
       Model().apply({})
 
-  def test_names(self):
-    class Setup(bridge.Module):
+  def test_names_in_setup(self):
+    class Layers(bridge.Module):
       def setup(self):
-        self.x = OURS["Linear"](3, name="y")
+        self.layers = [
+          *(OURS["Linear"](2, name=f"layer_{i}") for i in range(2)),
+          bridge.linen_in_bridge_mdl(nn.Dense(3), name="last"),
+        ]
 
+      def __call__(self, x):
+        for layer in self.layers:
+          x = layer(x)
+        return x
+
+    variables = Layers().init(0, X)
+    self.assertSameElements(
+      variables["params"], ["layer_0", "layer_1", "last"]
+    )
+    y = Layers().apply(variables, X)
+    for i in range(2):
+      variables["params"][f"layer_{i}"]["w"] *= 2
+    np.testing.assert_allclose(
+      Layers().apply(variables, X), 4 * y, rtol=1e-6
+    )
+
+  def test_what_a_linen_module_sows_is_kept(self):
+    class Sower(nn.Module):
+      @nn.compact
+      def __call__(self, x):
+        self.sow("intermediates", "x", x)
+        return x
+
+    class Model(bridge.Module):
+      @bridge.compact
+      def __call__(self, x):
+        return bridge.linen_in_bridge_mdl(Sower(), name="sower")(x)
+
+    variables = Model().init(0, X)
+    _, updates = Model().apply({}, X, mutable=True)
+    (sown,) = updates["intermediates"]["sower"]["x"]
+    np.testing.assert_array_equal(sown, X)
+    self.assertNotIn("sower", variables.get("params", {}))
+
+  def test_names(self):
     class Twice(bridge.Module):
       @bridge.compact
       def __call__(self, x):
@@ -309,7 +347,6 @@ class ErrorsTest(absltest.TestCase):
         OURS["Linear"](3, name=3)(x)
 
     for cls, text in (
-      (Setup, "must be left out in `Setup.setup`, where the attribute"),
       (Twice, "`Twice` must differ, but `y` is given to two, the second a"),
       (Number, "`name` of `Linear` must be a string, but got 3"),
     ):

@@ -215,7 +215,8 @@ class ModesTest(parameterized.TestCase):
         pass
 
     self.assertEqual(
-      nnx.view_info(Undocumented()), "Undocumented:\n  set_view(self, a: int)"
+      nnx.view_info(Undocumented()),
+      f"{Undocumented.__qualname__}:\n  set_view(self, a: int)",
     )
 
 

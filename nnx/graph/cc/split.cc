@@ -15,6 +15,12 @@
 namespace nnx::graph {
 namespace {
 
+// What mappings hold of a node: the Variable, or the array that is in none.
+PyObject* LeafOf(const Flattener& walk, const Node& node) {
+  return node.kind == NodeKind::kVariable ? walk.objects()[node.index].get()
+                                          : walk.leaves()[node.leaf].get();
+}
+
 // Nested mappings of the leaves that a walk has met.
 class MappingBuilder {
  public:
@@ -28,7 +34,7 @@ class MappingBuilder {
     Mappings mappings(selector_.size());
     const Node& root = walk_.nodes()[0];
     if (root.kind == NodeKind::kVariable || root.kind == NodeKind::kLeaf) {
-      PyObject* leaf = LeafOf(root);
+      PyObject* leaf = LeafOf(walk_, root);
       const int number = selector_.Select(path_, leaf);
       if (number < 0) return Ref();
       if (number < selector_.size()) {
@@ -44,11 +50,6 @@ class MappingBuilder {
   }
 
  private:
-  PyObject* LeafOf(const Node& node) {
-    return node.kind == NodeKind::kVariable ? walk_.objects()[node.index].get()
-                                            : walk_.leaves()[node.leaf].get();
-  }
-
   bool Build(int32_t position, Mappings* mappings) {
     const Node& node = walk_.nodes()[position];
     int32_t child = position + 1;
@@ -71,7 +72,7 @@ class MappingBuilder {
     bool ok = true;
     if (child_node.kind == NodeKind::kVariable ||
         child_node.kind == NodeKind::kLeaf) {
-      PyObject* leaf = LeafOf(child_node);
+      PyObject* leaf = LeafOf(walk_, child_node);
       const int number = selector_.Select(path_, leaf);
       if (number == selector_.size()) {
         if (exhaustive_) RaiseUnselected(path_, leaf);
@@ -179,12 +180,13 @@ class Popper {
       Ref key = ChildKey(node, i);
       if (!key) return false;
       path_.push_back(key);
-      if (child_node.kind == NodeKind::kVariable) {
-        PyObject* leaf = walk_.objects()[child_node.index].get();
+      if (child_node.kind == NodeKind::kVariable ||
+          child_node.kind == NodeKind::kLeaf) {
+        PyObject* leaf = LeafOf(walk_, child_node);
         const int number = selector_.Select(path_, leaf);
         if (number < 0) return false;
         if (number < selector_.size()) {
-          popped_[child_node.index] = true;
+          if (child_node.index >= 0) popped_[child_node.index] = true;
           if (!Insert(mappings, number, key.get(), leaf) ||
               !Remove(node, key)) {
             return false;
@@ -275,7 +277,7 @@ PyMethodDef* Functions() {
        "state(value, filters): the mappings of the leaves selected."},
       {"graphdef", GraphdefFunction, METH_O, "graphdef(value): structure."},
       {"pop", Fast(PopFunction), METH_FASTCALL,
-       "pop(value, filters): removes Variables; their mappings."},
+       "pop(value, filters): removes Variables and arrays; their mappings."},
       {nullptr, nullptr, 0, nullptr},
   };
   return functions;

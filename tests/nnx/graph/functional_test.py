@@ -155,8 +155,8 @@ def test_update_is_that_of_flax(spec, n):
 
 
 @PROPERTY
-@given(ROOTS)
-def test_pop_is_that_of_flax(spec):
+@given(ROOTS, st.sampled_from(["Param", "arrays", "all"]))
+def test_pop_is_that_of_flax(spec, what):
   ours, theirs = build(nnx, spec, []), build(flax_nnx, spec, [])
   if any(
     isinstance(key, int)
@@ -164,8 +164,13 @@ def test_pop_is_that_of_flax(spec):
     for key in path
   ):
     return
-  popped = nnx.pop(ours, nnx.Param)
-  flax_popped = flax_nnx.pop(theirs, flax_nnx.Param)
+  def selected(lib):
+    if what == "arrays":
+      return lambda path, x: not isinstance(x, lib.Variable)
+    return lib.Param if what == "Param" else ...
+
+  popped = nnx.pop(ours, selected(nnx))
+  flax_popped = flax_nnx.pop(theirs, selected(flax_nnx))
   assert flat(nnx, popped) == flat(flax_nnx, flax_popped)
   assert flat(nnx, nnx.state(ours)) == flat(flax_nnx, flax_nnx.state(theirs))
 
