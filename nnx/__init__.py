@@ -182,6 +182,7 @@ from nnx.spmd import get_abstract_model as get_abstract_model
 from nnx.spmd import get_named_sharding as get_named_sharding
 from nnx.spmd import get_partition_spec as get_partition_spec
 from nnx.spmd import with_partitioning as with_partitioning
+from nnx.spmd import with_sharding_constraint as with_sharding_constraint
 from nnx.state import FlatState as FlatState
 from nnx.state import State as State
 from nnx.state import diff as diff
@@ -243,6 +244,9 @@ from nnx.variables import Variable as Variable
 from nnx.variables import VariableMetadata as VariableMetadata
 from nnx.variables import VariableState as VariableState
 from nnx.variables import register_variable_name as register_variable_name
+from nnx.variables import (
+  register_variable_name_type_pair as register_variable_name_type_pair,
+)
 from nnx.variables import use_eager_sharding as use_eager_sharding
 from nnx.variables import using_eager_sharding as using_eager_sharding
 from nnx.variables import var_defaults as var_defaults

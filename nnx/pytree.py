@@ -351,6 +351,7 @@ class Pytree(_engine.ObjectBase, reprs.Displayable):
     pytree: whether objects are pytrees of jax too, `True` by default.
     strict: whether to refuse, as Flax 0.12 does, lists, tuples and dicts that
       hold data without a mark, and data in an attribute that was static.
+    experimental_pytree: accepted for programs of Flax 0.10.
   """
 
   _class_statuses: Mapping[str, bool] = {}
@@ -358,8 +359,14 @@ class Pytree(_engine.ObjectBase, reprs.Displayable):
   _is_pytree = True
 
   def __init_subclass__(
-    cls, *, pytree: bool = True, strict: bool | None = None, **kwargs: Any
+    cls,
+    *,
+    pytree: bool = True,
+    strict: bool | None = None,
+    experimental_pytree: bool = True,
+    **kwargs: Any,
   ) -> None:
+    del experimental_pytree  # of Flax 0.10, where not all of them were
     super().__init_subclass__(**kwargs)
     if cls.__dict__.get("__slots__"):
       raise TypeError(

@@ -38,11 +38,55 @@ __all__ = [
   "remove_axis",
   "set_logical_axis_rules",
   "with_partitioning",
+  "with_sharding_constraint",
 ]
 
 
 def _is_variable(value: Any) -> bool:
   return isinstance(value, Variable)
+
+
+def with_sharding_constraint(
+  x: A, axis_resources: Any, mesh: jax.sharding.Mesh | None = None
+) -> A:
+  """Says how arrays are to be sharded; without a mesh it does nothing.
+
+  Example:
+
+    >>> import jax.numpy as jnp
+    >>> import nnx
+    >>> from jax.sharding import PartitionSpec as P
+    >>> nnx.with_sharding_constraint(jnp.ones(2), P("data"))  # there is no mesh
+    Array([1., 1.], dtype=float32)
+
+  Args:
+    x: an array, or a pytree of them.
+    axis_resources: a `PartitionSpec`, or a pytree of them like `x`; None for no
+      constraint.
+    mesh: the mesh; the active one, if None.
+
+  Returns:
+    `x`, constrained where there is a mesh.
+  """
+  if axis_resources is None:
+    return x
+  if mesh is None and partitioning.active_mesh() is None:
+    return x
+
+  def constrain(spec, leaves):
+    if spec is None:
+      return leaves
+    sharding = spec if mesh is None else jax.sharding.NamedSharding(mesh, spec)
+    return jax.tree.map(
+      lambda leaf: jax.lax.with_sharding_constraint(leaf, sharding), leaves
+    )
+
+  return jax.tree.map(
+    constrain,
+    axis_resources,
+    x,
+    is_leaf=lambda s: s is None or isinstance(s, jax.sharding.PartitionSpec),
+  )
 
 
 def with_partitioning(
@@ -200,7 +244,11 @@ def add_axis(tree: A, index: int, transform_metadata: Mapping[str, Any]) -> A:
     ValueError: if `partition_name` is missing.
   """
   return _change_axis(
-    tree, index, transform_metadata, insert_name, Variable.add_axis
+    tree,
+    index,
+    transform_metadata,
+    insert_name,
+    lambda variable, *args: variable.add_axis(*args),
   )
 
 
@@ -229,7 +277,11 @@ def remove_axis(
     ValueError: if `partition_name` is missing or is not the axis's name.
   """
   return _change_axis(
-    tree, index, transform_metadata, remove_name, Variable.remove_axis
+    tree,
+    index,
+    transform_metadata,
+    remove_name,
+    lambda variable, *args: variable.remove_axis(*args),
   )
 
 

@@ -532,8 +532,22 @@ class Variable(_engine.VariableBase, reprs.Displayable, Generic[A]):
     cls._class_hook_flags = flags
     pytrees.register_variable_type(cls)
 
-  def _init_slow(self, value: A | VariableMetadata[A], /, **metadata: Any):
+  def _init_slow(
+    self,
+    value: A | VariableMetadata[A] | type[Variable[A]],
+    state_value: Any = MISSING,
+    /,
+    **metadata: Any,
+  ):
     """The constructor where there is more to do than to store a value."""
+    if state_value is not MISSING:  # `VariableState(type, value)` of Flax 0.10
+      if not (isinstance(value, type) and issubclass(value, Variable)):
+        raise TypeError(
+          f"`{type(self).__name__}` must be given one value, or a type of"
+          f" Variables and a value, but got {value!r} and {state_value!r}."
+        )
+      self.__class__ = value
+      value = state_value
     if isinstance(value, VariableMetadata):
       for name in ("ref", "eager_sharding"):
         outer, inner = metadata.get(name), value.metadata.get(name)
@@ -1069,6 +1083,22 @@ class Variable(_engine.VariableBase, reprs.Displayable, Generic[A]):
   to_state = copy
   to_variable = copy
 
+  @classmethod
+  def state(cls, value: Any, **metadata: Any) -> Variable[Any]:
+    """Makes a Variable for a State, as Flax 0.10 spelled it.
+
+    Example:
+
+      >>> import nnx
+      >>> nnx.Param.state(1, a=2).type, nnx.Param.state(1, a=2).a
+      (<class 'nnx.variables.Param'>, 2)
+
+    Args:
+      value: its value.
+      **metadata: its metadata.
+    """
+    return cls(value, **metadata)
+
   def copy_from(self, other: Variable[A]) -> None:
     """Takes over the value and the metadata of another Variable of this kind.
 
@@ -1458,6 +1488,31 @@ def variable_name_from_type(
     )
   _types_by_name[name] = typ
   return name
+
+
+def register_variable_name_type_pair(
+  name: str, typ: type[Variable[Any]], overwrite: bool = False
+) -> None:
+  """Registers a kind of Variable by the name that Flax 0.10 had for it.
+
+  Example:
+
+    >>> import nnx
+    >>> class Offset(nnx.Variable):
+    ...   pass
+    >>> nnx.register_variable_name_type_pair("offsets", Offset, overwrite=True)
+    >>> nnx.variable_name_from_type(Offset)
+    'offsets'
+
+  Args:
+    name: the name, such as that of a Linen collection.
+    typ: the class.
+    overwrite: whether the name may be taken from another class.
+
+  Raises:
+    ValueError: if the name is taken and must not be overwritten.
+  """
+  register_variable_name(name, typ, overwrite=overwrite)
 
 
 def register_variable_name(

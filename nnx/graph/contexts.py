@@ -124,6 +124,37 @@ class UpdateContext:
     self.tag = tag
     self.outer: list[Any] | None = None
     self.inner: list[Any] | None = None
+    self._coming_back = False
+
+  def split(
+    self, node: Any, /, *filters: filters_lib.Filter
+  ) -> tuple[Any, ...]:
+    """Splits one object in a `split_context` of its own, as Flax 0.10 did.
+
+    Args:
+      node: an object, a Variable, or a pytree of them.
+      *filters: filters that together select every leaf.
+
+    Returns:
+      The graphdef, and a State for each filter.
+    """
+    self._coming_back = self.inner is not None
+    with split_context(self.tag) as context:
+      return context.split(node, *filters)
+
+  def merge(self, graphdef: Any, state: Any, /, *states: Any) -> Any:
+    """Merges what `split` has split: a copy, and after that the original.
+
+    Args:
+      graphdef: the graphdef.
+      state: the state.
+      *states: more states.
+
+    Returns:
+      The object.
+    """
+    with merge_context(self.tag, inner=not self._coming_back) as context:
+      return context.merge(graphdef, state, *states)
 
 
 @contextlib.contextmanager
