@@ -171,12 +171,15 @@ void Decode::PrepareQueries(int64_t sequence, const uint8_t* from, int64_t dim,
     float factor = args_.scale * ReadFactor(args_.element);
     if (scale != nullptr) factor *= scale[sequence * heads() + n];
     float* head = to + (sequence * heads() + n) * padded_rows * pad;
-    for (int64_t r = 0; r < rows; ++r) {
-      kv_cache::RowToFloat(args_.query_element,
-                           from + QueryRow(args_, sequence, n, r) * dim * bytes,
-                           dim, natural.data());
-      if (rotate) Rotate(sequence, r / args_.group, natural.data());
-      ArrangeRow(args_.element, natural.data(), pad, factor, head + r * pad);
+    float* row = head;
+    for (int64_t token = 0; token < args_.tokens; ++token) {
+      for (int64_t g = 0; g < args_.group; ++g, row += pad) {
+        const int64_t query = QueryRow(args_, sequence, n, token, g);
+        kv_cache::RowToFloat(args_.query_element, from + query * dim * bytes,
+                             dim, natural.data());
+        if (rotate) Rotate(sequence, token, natural.data());
+        ArrangeRow(args_.element, natural.data(), pad, factor, row);
+      }
     }
     std::fill(head + rows * pad, head + padded_rows * pad, 0.0f);
   }
@@ -255,24 +258,24 @@ void Decode::Join(int64_t sequence, int64_t head) const {
   if (args_.v_scale != nullptr) {
     factor *= args_.v_scale[sequence * shape.heads + head];
   }
-  std::vector<float> joined(v_pad);
-  for (int64_t r = 0; r < rows; ++r) {
-    const int64_t state = part * states + head * rows + r;
-    const Partial first = {partials_.largest + state, partials_.sum + state,
-                           partials_.acc + state * v_pad};
-    const int64_t q_head = head * args_.group + r % args_.group;
-    const int64_t token = r / args_.group;
+  const int64_t bytes = shape.v_dim * ElementSize(args_.out_element);
+  int64_t state = part * states + head * rows;
+  for (int64_t token = 0; token < args_.tokens; ++token) {
     const bool counts = token < sequences_[sequence].num_queries;
-    const float* sink =
-        args_.sinks == nullptr || !counts ? nullptr : args_.sinks + q_head;
-    const float lse = JoinRow(args_.element, first, parts, states, v_pad,
-                              factor, sink, joined.data());
-    kv_cache::RowFromFloat(args_.out_element, joined.data(), shape.v_dim, 1.0f,
-                           args_.out + QueryRow(args_, sequence, head, r) *
-                                           shape.v_dim *
-                                           ElementSize(args_.out_element));
-    args_.lse[(sequence * problem_.q_heads + q_head) * args_.tokens + token] =
-        lse;
+    for (int64_t g = 0; g < args_.group; ++g, ++state) {
+      const Partial first = {partials_.largest + state, partials_.sum + state,
+                             partials_.acc + state * v_pad};
+      const int64_t q_head = head * args_.group + g;
+      const float* sink =
+          args_.sinks == nullptr || !counts ? nullptr : args_.sinks + q_head;
+      const float lse =
+          JoinRow(args_.element, first, parts, states, v_pad, factor, sink);
+      const int64_t row = QueryRow(args_, sequence, head, token, g);
+      kv_cache::RowFromFloat(args_.out_element, first.acc, shape.v_dim, 1.0f,
+                             args_.out + row * bytes);
+      args_.lse[(sequence * problem_.q_heads + q_head) * args_.tokens + token] =
+          lse;
+    }
   }
 }
 

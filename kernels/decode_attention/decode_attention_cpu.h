@@ -80,7 +80,10 @@ void RunDecode(const DecodeArgs& args, Pool& pool) {
       kInlineCopyBytes);
   const int64_t heads = decode.heads();
   ParallelFor(pool, decode.batch() * heads, decode.join_bytes(),
-              [&](int64_t i) { decode.Join(i / heads, i % heads); });
+              [&](int64_t i) {
+                const int64_t sequence = i / heads;
+                decode.Join(sequence, i - sequence * heads);
+              });
 }
 
 }  // namespace decode_attention

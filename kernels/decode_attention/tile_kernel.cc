@@ -30,12 +30,11 @@ void ArrangeRow(kv_cache::Element element, const float* from, int64_t padded,
 }
 
 float JoinRow(kv_cache::Element element, const Partial& first, int64_t parts,
-              int64_t stride, int64_t padded, float factor, const float* sink,
-              float* out) {
+              int64_t stride, int64_t padded, float factor, const float* sink) {
   float result = 0.0f;
-  KERNELS_SIMD_CALL(CurrentSimdLevel(),
-                    JoinParts(element, first, parts, stride, padded, factor,
-                              sink, out, &result));
+  KERNELS_SIMD_CALL(
+      CurrentSimdLevel(),
+      JoinParts(element, first, parts, stride, padded, factor, sink, &result));
   return result;
 }
 

@@ -85,13 +85,13 @@ void ArrangeRow(kv_cache::Element element, const float* from, int64_t padded,
 // asked for while this one ends.
 void RunTile(const Problem& problem, const Task& task, const Task* following);
 
-// Joins the partial results of one query row, `stride` rows apart, and writes
-// `padded` elements of float32 to `out`: the weighted mean of the values times
-// `factor`, or zeros if the row saw no key. `sink`, if not null, is one more
-// logit that has no value. Returns the logarithm of the sum of exponentials.
+// Joins the partial results of one query row, `stride` rows apart, of `padded`
+// elements: the first one's `acc` becomes the weighted mean of the values times
+// `factor`, in their own order, or zeros if the row saw no key. `sink`, if not
+// null, is one more logit that has no value. Returns the logarithm of the sum
+// of exponentials.
 float JoinRow(kv_cache::Element element, const Partial& first, int64_t parts,
-              int64_t stride, int64_t padded, float factor, const float* sink,
-              float* out);
+              int64_t stride, int64_t padded, float factor, const float* sink);
 
 }  // namespace decode_attention
 }  // namespace kernels
