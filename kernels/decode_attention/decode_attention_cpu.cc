@@ -188,7 +188,8 @@ void Decode::PrepareQueries(int64_t sequence, const uint8_t* from, int64_t dim,
 std::vector<int64_t> Decode::Runs(int64_t threads) const {
   std::vector<int64_t> ends = {0};
   for (int64_t left = num_tasks(); left > 0; left = num_tasks() - ends.back()) {
-    ends.push_back(ends.back() + CeilDiv(left, 2 * threads));
+    ends.push_back(ends.back() +
+                   CeilDiv(left, 2 * std::max<int64_t>(threads, 1)));
   }
   return ends;
 }

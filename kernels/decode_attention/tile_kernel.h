@@ -75,8 +75,8 @@ inline float ReadFactor(kv_cache::Element element) {
   return element == kv_cache::Element::kE4m3 ? 256.0f : 1.0f;
 }
 
-// Puts a row of q for a cache of `element`, or of v, into the order in which
-// RunTile reads it, times `factor`. Rows have `padded` elements.
+// Puts a row of `padded` elements of q or qv into the order in which RunTile
+// reads a cache of `element`, times `factor`.
 void ArrangeRow(kv_cache::Element element, const float* from, int64_t padded,
                 float factor, float* to);
 
