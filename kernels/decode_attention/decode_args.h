@@ -148,12 +148,11 @@ KERNELS_HOST_DEVICE inline int64_t PositionIn(int64_t slot, int64_t last,
   return last - (behind < 0 ? behind + ring : behind);
 }
 
-// Index of query row `row` of a key-value head among the rows of q and out.
+// Index among the rows of q and out of a token's query head `in_group` of a
+// key-value head.
 KERNELS_HOST_DEVICE inline int64_t QueryRow(const DecodeArgs& args,
                                             int64_t sequence, int64_t head,
-                                            int64_t row) {
-  const int64_t token = row / args.group;
-  const int64_t in_group = row % args.group;
+                                            int64_t token, int64_t in_group) {
   const int64_t heads = args.shape.heads;
   if (args.shape.heads_first) {
     return ((sequence * heads + head) * args.group + in_group) * args.tokens +
@@ -161,6 +160,13 @@ KERNELS_HOST_DEVICE inline int64_t QueryRow(const DecodeArgs& args,
   }
   return ((sequence * args.tokens + token) * heads + head) * args.group +
          in_group;
+}
+
+// The same of row `row` of the key-value head.
+KERNELS_HOST_DEVICE inline int64_t QueryRow(const DecodeArgs& args,
+                                            int64_t sequence, int64_t head,
+                                            int64_t row) {
+  return QueryRow(args, sequence, head, row / args.group, row % args.group);
 }
 
 // Logical slots [begin, end).

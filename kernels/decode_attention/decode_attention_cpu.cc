@@ -93,7 +93,7 @@ void Decode::PlanTasks() {
   int64_t chunk;
   if (narrow) {
     const int64_t bytes = std::clamp<int64_t>(
-        attend_bytes_ / 64, int64_t{256} << 10, int64_t{4} << 20);
+        attend_bytes_ / 32, int64_t{256} << 10, int64_t{4} << 20);
     chunk = bytes / std::max<int64_t>(1, heads_per_task * row_bytes);
   } else {
     const int64_t units = std::max<int64_t>(1, b * shape.heads * row_blocks);
@@ -166,20 +166,37 @@ void Decode::PrepareQueries(int64_t sequence, const uint8_t* from, int64_t dim,
   const int64_t padded_rows = PaddedRows(rows);
   const int64_t pad = PadToLanes(dim);
   const int64_t bytes = ElementSize(args_.query_element);
+  std::vector<float> natural(pad);
   for (int64_t n = 0; n < heads(); ++n) {
     float factor = args_.scale * ReadFactor(args_.element);
     if (scale != nullptr) factor *= scale[sequence * heads() + n];
     float* head = to + (sequence * heads() + n) * padded_rows * pad;
-    for (int64_t r = 0; r < rows; ++r) {
-      float* row = head + r * pad;
-      kv_cache::RowToFloat(args_.query_element,
-                           from + QueryRow(args_, sequence, n, r) * dim * bytes,
-                           dim, row);
-      if (rotate) Rotate(sequence, r / args_.group, row);
-      for (int64_t i = 0; i < dim; ++i) row[i] *= factor;
-      std::fill(row + dim, row + pad, 0.0f);
+    float* row = head;
+    for (int64_t token = 0; token < args_.tokens; ++token) {
+      for (int64_t g = 0; g < args_.group; ++g, row += pad) {
+        const int64_t query = QueryRow(args_, sequence, n, token, g);
+        kv_cache::RowToFloat(args_.query_element, from + query * dim * bytes,
+                             dim, natural.data());
+        if (rotate) Rotate(sequence, token, natural.data());
+        ArrangeRow(args_.element, natural.data(), pad, factor, row);
+      }
     }
     std::fill(head + rows * pad, head + padded_rows * pad, 0.0f);
+  }
+}
+
+std::vector<int64_t> Decode::Runs(int64_t threads) const {
+  std::vector<int64_t> ends = {0};
+  for (int64_t left = num_tasks(); left > 0; left = num_tasks() - ends.back()) {
+    ends.push_back(ends.back() +
+                   CeilDiv(left, 2 * std::max<int64_t>(threads, 1)));
+  }
+  return ends;
+}
+
+void Decode::Attend(int64_t begin, int64_t end) const {
+  for (int64_t i = begin; i < end; ++i) {
+    RunTile(problem_, tasks_[i], i + 1 < end ? &tasks_[i + 1] : nullptr);
   }
 }
 
@@ -242,24 +259,24 @@ void Decode::Join(int64_t sequence, int64_t head) const {
   if (args_.v_scale != nullptr) {
     factor *= args_.v_scale[sequence * shape.heads + head];
   }
-  std::vector<float> joined(v_pad);
-  for (int64_t r = 0; r < rows; ++r) {
-    const int64_t state = part * states + head * rows + r;
-    const Partial first = {partials_.largest + state, partials_.sum + state,
-                           partials_.acc + state * v_pad};
-    const int64_t q_head = head * args_.group + r % args_.group;
-    const int64_t token = r / args_.group;
+  const int64_t bytes = shape.v_dim * ElementSize(args_.out_element);
+  int64_t state = part * states + head * rows;
+  for (int64_t token = 0; token < args_.tokens; ++token) {
     const bool counts = token < sequences_[sequence].num_queries;
-    const float* sink =
-        args_.sinks == nullptr || !counts ? nullptr : args_.sinks + q_head;
-    const float lse =
-        JoinRow(first, parts, states, shape.v_dim, factor, sink, joined.data());
-    kv_cache::RowFromFloat(args_.out_element, joined.data(), shape.v_dim, 1.0f,
-                           args_.out + QueryRow(args_, sequence, head, r) *
-                                           shape.v_dim *
-                                           ElementSize(args_.out_element));
-    args_.lse[(sequence * problem_.q_heads + q_head) * args_.tokens + token] =
-        lse;
+    for (int64_t g = 0; g < args_.group; ++g, ++state) {
+      const Partial first = {partials_.largest + state, partials_.sum + state,
+                             partials_.acc + state * v_pad};
+      const int64_t q_head = head * args_.group + g;
+      const float* sink =
+          args_.sinks == nullptr || !counts ? nullptr : args_.sinks + q_head;
+      const float lse =
+          JoinRow(args_.element, first, parts, states, v_pad, factor, sink);
+      const int64_t row = QueryRow(args_, sequence, head, token, g);
+      kv_cache::RowFromFloat(args_.out_element, first.acc, shape.v_dim, 1.0f,
+                             args_.out + row * bytes);
+      args_.lse[(sequence * problem_.q_heads + q_head) * args_.tokens + token] =
+          lse;
+    }
   }
 }
 

@@ -18,7 +18,8 @@ namespace kernels {
 namespace decode_attention {
 
 // One call in pieces that can run in parallel: `Append` for every sequence,
-// then `Attend` for every task, then `Join` for every sequence and head.
+// then `Attend` for every run of tasks, then `Join` for every sequence and
+// head.
 class Decode {
  public:
   explicit Decode(const DecodeArgs& args);
@@ -29,9 +30,13 @@ class Decode {
   int64_t append_bytes() const { return append_bytes_; }
   int64_t attend_bytes() const { return attend_bytes_; }
   int64_t join_bytes() const { return join_bytes_; }
+  // Where runs of tasks end, after a 0. A run is one thread's: it streams from
+  // a task into the next, whose results stay separate. Long runs first and
+  // short ones last, so that all threads finish together.
+  std::vector<int64_t> Runs(int64_t threads) const;
 
   void Append(int64_t sequence);
-  void Attend(int64_t task) const { RunTile(problem_, tasks_[task]); }
+  void Attend(int64_t begin, int64_t end) const;  // tasks [begin, end)
   void Join(int64_t sequence, int64_t head) const;
 
  private:
@@ -68,12 +73,17 @@ void RunDecode(const DecodeArgs& args, Pool& pool) {
   Decode decode(args);
   ParallelFor(pool, decode.batch(), decode.append_bytes(),
               [&](int64_t i) { decode.Append(i); });
+  const std::vector<int64_t> runs = decode.Runs(pool.num_threads());
   ParallelFor(
-      pool, decode.num_tasks(), decode.attend_bytes(),
-      [&](int64_t i) { decode.Attend(i); }, kInlineCopyBytes);
+      pool, static_cast<int64_t>(runs.size()) - 1, decode.attend_bytes(),
+      [&](int64_t i) { decode.Attend(runs[i], runs[i + 1]); },
+      kInlineCopyBytes);
   const int64_t heads = decode.heads();
   ParallelFor(pool, decode.batch() * heads, decode.join_bytes(),
-              [&](int64_t i) { decode.Join(i / heads, i % heads); });
+              [&](int64_t i) {
+                const int64_t sequence = i / heads;
+                decode.Join(sequence, i - sequence * heads);
+              });
 }
 
 }  // namespace decode_attention

@@ -19,15 +19,22 @@ namespace decode_attention {
 #define KERNELS_SIMD_BODY "kernels/decode_attention/tile_simd.inc"
 #include "kernels/common/foreach_simd.h"
 
-void RunTile(const Problem& problem, const Task& task) {
-  KERNELS_SIMD_CALL(CurrentSimdLevel(), RunTask(problem, task));
+void RunTile(const Problem& problem, const Task& task, const Task* following) {
+  KERNELS_SIMD_CALL(CurrentSimdLevel(), RunTask(problem, task, following));
 }
 
-float JoinRow(const Partial& first, int64_t parts, int64_t stride, int64_t dim,
-              float factor, const float* sink, float* out) {
+void ArrangeRow(kv_cache::Element element, const float* from, int64_t padded,
+                float factor, float* to) {
+  KERNELS_SIMD_CALL(CurrentSimdLevel(),
+                    ArrangeRow(element, from, padded, factor, to));
+}
+
+float JoinRow(kv_cache::Element element, const Partial& first, int64_t parts,
+              int64_t stride, int64_t padded, float factor, const float* sink) {
   float result = 0.0f;
-  KERNELS_SIMD_CALL(CurrentSimdLevel(), JoinParts(first, parts, stride, dim,
-                                                  factor, sink, out, &result));
+  KERNELS_SIMD_CALL(
+      CurrentSimdLevel(),
+      JoinParts(element, first, parts, stride, padded, factor, sink, &result));
   return result;
 }
 

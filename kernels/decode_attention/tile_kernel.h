@@ -13,8 +13,9 @@ namespace kernels {
 namespace decode_attention {
 
 // Rows of the float32 copies of q, and of the accumulators, are padded to a
-// multiple of the widest vector so that the inner loops need no remainder.
-constexpr int64_t kLanes = 16;
+// multiple of what the inner loops read at a time: up to two of the widest
+// vectors. The elements of a row are in the order that they are read in.
+constexpr int64_t kLanes = 32;
 
 // Of everything that the inner loops read: a vector that crosses two cache
 // lines takes twice the time to load.
@@ -74,15 +75,23 @@ inline float ReadFactor(kv_cache::Element element) {
   return element == kv_cache::Element::kE4m3 ? 256.0f : 1.0f;
 }
 
-// Runs one task with the best instruction set of this machine.
-void RunTile(const Problem& problem, const Task& task);
+// Puts a row of `padded` elements of q or qv into the order in which RunTile
+// reads a cache of `element`, times `factor`.
+void ArrangeRow(kv_cache::Element element, const float* from, int64_t padded,
+                float factor, float* to);
 
-// Joins the partial results of one query row, `stride` rows apart, and writes
-// `dim` elements of float32 to `out`: the weighted mean of the values times
-// `factor`, or zeros if the row saw no key. `sink`, if not null, is one more
-// logit that has no value. Returns the logarithm of the sum of exponentials.
-float JoinRow(const Partial& first, int64_t parts, int64_t stride, int64_t dim,
-              float factor, const float* sink, float* out);
+// Runs one task with the best instruction set of this machine. `following`, if
+// not null, is the task that this thread runs next: what that reads first is
+// asked for while this one ends.
+void RunTile(const Problem& problem, const Task& task, const Task* following);
+
+// Joins the partial results of one query row, `stride` rows apart, of `padded`
+// elements: the first one's `acc` becomes the weighted mean of the values times
+// `factor`, in their own order, or zeros if the row saw no key. `sink`, if not
+// null, is one more logit that has no value. Returns the logarithm of the sum
+// of exponentials.
+float JoinRow(kv_cache::Element element, const Partial& first, int64_t parts,
+              int64_t stride, int64_t padded, float factor, const float* sink);
 
 }  // namespace decode_attention
 }  // namespace kernels
