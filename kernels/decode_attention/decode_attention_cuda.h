@@ -75,10 +75,16 @@ inline bool CudaFits(const DecodeArgs& args) {
 cudaError_t LaunchDecode(cudaStream_t stream, const DeviceDecode& decode,
                          const kv_cache::DeviceUpdate* update);
 
-// The part of it that uses tensor cores, for caches of 16-bit and 8-bit numbers
-// that TensorCoresFit; needs compute capability 8.0.
-bool TensorCoresFit(const DecodeArgs& args);
+// The part of it that attends, a file for each kind of cache: compiling takes
+// long. On tensor cores, which compute capability 8.0 has, for WideRows of up
+// to 256 elements of kBytes that are multiplied as T, without qv.
+template <typename T, int kBytes>
 cudaError_t LaunchAttendTensor(cudaStream_t stream, const DeviceDecode& decode);
+
+// On other cores: for WideRows, and for the rest.
+template <int kBytes>
+cudaError_t LaunchAttendWide(cudaStream_t stream, const DeviceDecode& decode);
+cudaError_t LaunchAttendSingle(cudaStream_t stream, const DeviceDecode& decode);
 
 }  // namespace decode_attention
 }  // namespace kernels

@@ -16,6 +16,8 @@
 // Rounding to 16 bits would lose bits of q, where it is rotated or wider than
 // the cache, and of the weights p: both are split into a part that is rounded
 // and the rest, and multiplied twice. Products are cheap here.
+#ifndef KERNELS_DECODE_ATTENTION_ATTEND_TENSOR_CUDA_H_
+#define KERNELS_DECODE_ATTENTION_ATTEND_TENSOR_CUDA_H_
 
 #include <cstdint>
 
@@ -27,9 +29,6 @@
 
 namespace kernels {
 namespace decode_attention {
-namespace {
-
-using kv_cache::Element;
 
 constexpr int kTile = 16;  // rows and keys of a warp
 
@@ -41,7 +40,9 @@ constexpr float kWeightBits = 12.0f;
 constexpr int kQueryBits = 10;
 
 // Warps of a block that have rows of their own; the others split the keys.
-int RowWarps(int64_t rows) { return rows <= 16 ? 1 : rows <= 32 ? 2 : 4; }
+inline int RowWarps(int64_t rows) {
+  return rows <= 16 ? 1 : rows <= 32 ? 2 : 4;
+}
 
 template <int kBytes, int kDim>
 struct Sizes {
@@ -71,7 +72,8 @@ __device__ __forceinline__ uint32_t WordOf(const uint4& words, int i) {
 
 // 16 bytes of a cache as pairs of T: `pairs[0, E / 2)`.
 template <int kBytes>
-__device__ __forceinline__ void PairsOf(Element element, const uint4& words,
+__device__ __forceinline__ void PairsOf(kv_cache::Element element,
+                                        const uint4& words,
                                         uint32_t (&pairs)[8 / kBytes]) {
   KERNELS_UNROLL
   for (int i = 0; i < 4; ++i) {
@@ -406,7 +408,8 @@ cudaError_t LaunchDim(cudaStream_t stream, const DeviceDecode& decode) {
 }
 
 template <typename T, int kBytes>
-cudaError_t LaunchType(cudaStream_t stream, const DeviceDecode& decode) {
+cudaError_t LaunchAttendTensor(cudaStream_t stream,
+                               const DeviceDecode& decode) {
   const kv_cache::CacheShape& shape = decode.args.shape;
   const int64_t dim = shape.k_dim > shape.v_dim ? shape.k_dim : shape.v_dim;
   if (dim <= 64) return LaunchDim<T, kBytes, 64>(stream, decode);
@@ -414,24 +417,7 @@ cudaError_t LaunchType(cudaStream_t stream, const DeviceDecode& decode) {
   return LaunchDim<T, kBytes, 256>(stream, decode);
 }
 
-}  // namespace
-
-bool TensorCoresFit(const DecodeArgs& args) {
-  return args.element != Element::kF32 && args.qv == nullptr &&
-         WideRows(args) && args.shape.k_dim <= 256 && args.shape.v_dim <= 256;
-}
-
-cudaError_t LaunchAttendTensor(cudaStream_t stream,
-                               const DeviceDecode& decode) {
-  switch (decode.args.element) {
-    case Element::kBf16:
-      return LaunchType<BF16, 2>(stream, decode);
-    case Element::kF16:
-      return LaunchType<F16, 2>(stream, decode);
-    default:
-      return LaunchType<F16, 1>(stream, decode);
-  }
-}
-
 }  // namespace decode_attention
 }  // namespace kernels
+
+#endif  // KERNELS_DECODE_ATTENTION_ATTEND_TENSOR_CUDA_H_

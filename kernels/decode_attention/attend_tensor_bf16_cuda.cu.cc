@@ -1,0 +1,12 @@
+#include "kernels/common/cuda_util.h"
+#include "kernels/decode_attention/attend_tensor_cuda.h"
+#include "kernels/decode_attention/decode_attention_cuda.h"
+
+namespace kernels {
+namespace decode_attention {
+
+template cudaError_t LaunchAttendTensor<BF16, 2>(cudaStream_t stream,
+                                                 const DeviceDecode& decode);
+
+}  // namespace decode_attention
+}  // namespace kernels
