@@ -100,11 +100,19 @@ def _rows(cache, x, options, geometry):
     & (table < geometry.blocks)
     & ((layer >= 0) & (layer < geometry.layers))[:, None]
   )
-  at: tuple[Any, ...] = (jnp.where(held, table, 0),)
-  if lead:
-    layer = jnp.clip(layer, 0, geometry.layers - 1)
-    at = (*jnp.unravel_index(layer[:, None], lead), *at)
-  rows = cache[at]
+  layer = jnp.clip(layer, 0, geometry.layers - 1)
+  if options.aligned:
+    # No gather, which XLA would not split over devices where the cache is: the
+    # rows are those of the cache, and in a stack, all of one layer.
+    if lead:
+      layer = jnp.max(layer, initial=0)
+      cache = lax.dynamic_index_in_dim(cache, layer, keepdims=False)
+    rows = cache[:, None]
+  else:
+    at: tuple[Any, ...] = (jnp.where(held, table, 0),)
+    if lead:
+      at = (*jnp.unravel_index(layer[:, None], lead), *at)
+    rows = cache[at]
   if options.layout == "bnsh":
     rows = rows.swapaxes(2, 3)
   b, m, s = rows.shape[:3]
@@ -258,7 +266,7 @@ def append_and_attend(
   x["cache_k"], x["cache_v"] = update_reference.update(
     cache_k, x["cache_v"], new_k, new_v, x["index"], x["count"], x["layer"],
     x["table"], x["first_slot"], *scales,
-    layout=options.layout, ring=options.ring,
+    layout=options.layout, ring=options.ring, aligned=options.aligned,
   )  # fmt: skip
   out, lse = attend(*(x[name] for name in options.fields), options=options)
   return x["cache_k"], x["cache_v"], out, lse

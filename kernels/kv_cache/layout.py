@@ -348,7 +348,10 @@ def locate(
   size = geometry.block_size
   inside = (position >= 0) & (local >= 0) & (local < width * size)
   safe = xp.where(inside, local, 0)
-  block = xp.take_along_axis(table, safe // max(size, 1), axis=1)
+  if width == 1:
+    block = xp.broadcast_to(table, safe.shape)
+  else:
+    block = xp.take_along_axis(table, safe // max(size, 1), axis=1)
   held = (
     inside
     & (block >= 0)

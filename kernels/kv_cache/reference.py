@@ -1,8 +1,7 @@
 """The cache update in plain JAX: correct on every platform."""
 
-from typing import Any
-
 import jax
+from jax import lax
 import jax.numpy as jnp
 
 from kernels.kv_cache import layout as layout_lib
@@ -39,44 +38,62 @@ def update(
     *scales: Both `[b, n]` float32, for quantised caches.
     layout: "bsnh" or "bnsh".
     ring: Length of the ring, or 0.
-    aligned: Not used here.
+    aligned: Whether sequence i is row i of the cache, whatever `table` says.
 
   Returns:
     The updated caches.
   """
-  del aligned
   geometry = layout_lib.Geometry.of(cache_k, cache_v, layout)
-  if layout == "bnsh":
-    new_k, new_v = new_k.swapaxes(1, 2), new_v.swapaxes(1, 2)
-  tokens = new_k.shape[1]
+  tokens_axis = 1 if layout == "bsnh" else 2
+  tokens = new_k.shape[tokens_axis]
   position, write = layout_lib.written(index, count, tokens, ring)
   block, slot, held = layout_lib.locate(
     geometry, position, layer, table, first_slot, ring
   )
   # Out of bounds on purpose: the scatter drops what must not be written. Each
-  # its own row, because a scatter with repeated indices cannot be transposed.
+  # its own slot, because a scatter with repeated indices cannot be transposed.
   nowhere = jnp.arange(position.shape[0] * tokens, dtype=jnp.int32)
-  block = jnp.where(
-    write & held, block, geometry.blocks + nowhere.reshape(position.shape)
+  slot = jnp.where(
+    write & held, slot, geometry.block_size + nowhere.reshape(position.shape)
   )
   if scales:
-    new_k = quantization.quantize(
-      new_k, scales[0][:, None, :, None], cache_k.dtype
+    new_k, new_v = (
+      quantization.quantize(
+        new, jnp.expand_dims(scale, tokens_axis)[..., None], cache_k.dtype
+      )
+      for new, scale in zip((new_k, new_v), scales)
     )
-    new_v = quantization.quantize(
-      new_v, scales[1][:, None, :, None], cache_v.dtype
-    )
-  at: tuple[Any, ...]
-  if layout == "bsnh":
-    at = (block, slot)
-  else:
-    heads = jnp.arange(geometry.heads)[None, None]
-    at = (block[..., None], heads, slot[..., None])
+  # An index for each axis of the cache that a row is one element of. XLA is
+  # told of the axes along which the cache and the new rows go together, and so
+  # splits the scatter over devices along them without moving a cache.
   lead = cache_k.shape[:-4]
-  if lead:
-    layer = layer.reshape(layer.shape + (1,) * (at[0].ndim - 1))
-    at = (*jnp.unravel_index(layer, lead), *at)
-  return (
-    cache_k.at[at].set(new_k, mode="drop", unique_indices=True),
-    cache_v.at[at].set(new_v, mode="drop", unique_indices=True),
+  rows = len(lead)
+  at = dict(enumerate(jnp.unravel_index(layer[:, None], lead) if lead else ()))
+  together = {rows: 0} if aligned else {}
+  if not aligned:
+    at[rows] = block
+  at[rows + tokens_axis] = slot
+  if layout == "bnsh":
+    together[rows + 1] = 1
+  indices = jnp.stack(
+    [jnp.broadcast_to(index, position.shape) for index in at.values()], axis=-1
   )
+  if layout == "bnsh":
+    indices = jnp.broadcast_to(
+      indices[:, None], (*new_k.shape[:3], indices.shape[-1])
+    )
+  numbers = lax.ScatterDimensionNumbers(
+    update_window_dims=(2, 3) if layout == "bsnh" else (3,),
+    inserted_window_dims=tuple(at),
+    scatter_dims_to_operand_dims=tuple(at),
+    operand_batching_dims=tuple(together),
+    scatter_indices_batching_dims=tuple(together.values()),
+  )
+  k, v = (
+    lax.scatter(
+      cache, indices, new, numbers, unique_indices=True,
+      mode=lax.GatherScatterMode.FILL_OR_DROP,
+    )
+    for cache, new in ((cache_k, new_k), (cache_v, new_v))
+  )  # fmt: skip
+  return k, v
