@@ -10,299 +10,85 @@ nvcc, on PATH, under $CUDA_HOME or in /usr/local/cuda. Run it from anywhere:
 It builds every extension next to its sources, as the BUILD files list them,
 for the GPU that is there; runs the op tests with TEST_PLATFORM=gpu, where a
 missing device is a failure; and measures the ops beside XLA. One JSON file
-holds it all, and is written anew after each step.
+holds it all, and is written anew after each result.
+
+Each step does without the others (`--only`). Tests and bench begin nothing more
+after `--limit` seconds; `--resume` does what the JSON file has no result of. So
+where a command may take ten minutes:
+
+    python3 tools/gpu_check.py --only build
+    python3 tools/gpu_check.py --only tests  # again with --resume, if need be
+    python3 tools/gpu_check.py --only bench
+
+`--rehearse` does all of it on the CPU, with the CPU's kernels and tiny arrays:
+it measures nothing, and shows that nothing is missing before there is a GPU.
 """
 
 import argparse
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent import futures
-import dataclasses
+import hashlib
 import importlib.metadata
 import importlib.util
 import json
 import os
 import pathlib
 import platform
-import shutil
+import queue
 import subprocess
 import sys
-import sysconfig
 import tempfile
+import threading
 import time
+import traceback
 from typing import Any
 import xml.etree.ElementTree as ElementTree
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
-# Those of tools/build_defs/defs.bzl and cuda.bzl.
-HOST_FLAGS = (
-  "-std=c++17", "-O2", "-fPIC", "-fvisibility=hidden", "-I.",
-)  # fmt: skip
-DEVICE_FLAGS = (
-  "-x", "cu", "-std=c++17", "-O3", "-I.",
-  "-Xcompiler=-fPIC,-fvisibility=hidden",
-)  # fmt: skip
+sys.path.insert(0, str(ROOT))
+
+from tools import gpu_build  # noqa: E402
+
+STEPS = ("build", "tests", "bench")
 NEEDED = ("absl", "flax", "hypothesis", "jax", "pybind11", "pytest")
 
 
-@dataclasses.dataclass
-class Target:
-  """A rule of a BUILD file.
-
-  Attributes:
-    kind: Name of the rule.
-    package: Its folder.
-    fields: Its attributes.
-  """
-
-  kind: str
-  package: str
-  fields: dict[str, Any]
-
-  @property
-  def label(self) -> str:
-    return f"//{self.package}:{self.fields['name']}"
-
-  def files(self, *names: str) -> list[str]:
-    """Returns the files that these attributes list, from the root."""
-    return [
-      f"{self.package}/{file}"
-      for name in names
-      for file in self.fields.get(name, ())
-      if not file.startswith((":", "//", "@"))
-    ]
-
-
-class _Rules(dict):
-  """Names of a BUILD file: a rule that is called is a rule that is noted."""
-
-  def __init__(self, package: str, note: Callable[[Target], None]):
-    super().__init__()
-    self._package = package
-    self._note = note
-
-  def __missing__(self, kind: str) -> Callable[..., None]:
-    def rule(*args: Any, **fields: Any) -> None:
-      if "name" in fields:
-        self._note(Target(kind, self._package, fields))
-
-    return rule
-
-
-def read_targets(
-  root: pathlib.Path, folders: Sequence[str]
-) -> dict[str, Target]:
-  """Reads the BUILD files, which are Python enough, of some folders.
-
-  Args:
-    root: Of the workspace.
-    folders: Below which to look.
-
-  Returns:
-    Targets by label, `//package:name`.
-  """
-  targets: dict[str, Target] = {}
-
-  def note(target: Target) -> None:
-    targets[target.label] = target
-
-  for folder in folders:
-    for path in sorted((root / folder).rglob("BUILD")):
-      package = path.parent.relative_to(root).as_posix()
-      code = compile(path.read_text(), str(path), "exec")
-      exec(code, _Rules(package, note))
-  return targets
-
-
-def sources_of(targets: dict[str, Target], target: Target) -> list[str]:
-  """Returns the `.cc` files that make an extension, those of its deps too."""
-  found: dict[str, None] = {}
-  seen = set()
-
-  def visit(target: Target) -> None:
-    if target.label in seen:
-      return
-    seen.add(target.label)
-    for file in target.files("srcs", "kernels"):
-      if file.endswith(".cc"):
-        found[file] = None
-    for dep in target.fields.get("deps", ()):
-      label = f"//{target.package}{dep}" if dep.startswith(":") else dep
-      if label.startswith("//") and ":" not in label:
-        label = f"{label}:{label.rsplit('/', 1)[-1]}"
-      if label in targets:
-        visit(targets[label])
-
-  visit(target)
-  return list(found)
-
-
-def find_nvcc() -> pathlib.Path:
-  """Returns nvcc's path.
-
-  Raises:
-    SystemExit: If there is none.
-  """
-  folders = [
-    os.environ.get(name, "") for name in ("NNX_CUDA", "CUDA_HOME", "CUDA_PATH")
-  ]
-  for folder in [*filter(None, folders), "/usr/local/cuda"]:
-    if (nvcc := pathlib.Path(folder, "bin", "nvcc")).exists():
-      return nvcc
-  if found := shutil.which("nvcc"):
-    return pathlib.Path(found).resolve()
-  raise SystemExit(
-    "gpu_check.py: nvcc must be on PATH, under $CUDA_HOME or in"
-    " /usr/local/cuda, but is not: install the CUDA toolkit."
-  )
-
-
-def gpu_architecture() -> str:
-  """Returns the compute capability of the first GPU, as nvcc spells it.
-
-  Raises:
-    SystemExit: If nvidia-smi finds none.
-  """
-  command = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]
+def _first_line(command: Sequence[Any], word: str = "") -> str | None:
+  """Returns the first line with `word` that a command writes, if it runs."""
   try:
-    found = subprocess.run(command, capture_output=True, text=True, check=True)
-  except (OSError, subprocess.CalledProcessError):
-    raise SystemExit(
-      "gpu_check.py: nvidia-smi must find a GPU, but does not: name what to"
-      " build for, as --architecture=90, and stop there with --only=build."
-    ) from None
-  return found.stdout.split()[0].replace(".", "")
-
-
-class Builder:
-  """Compiles extensions, each source once.
-
-  Args:
-    folder: For the objects.
-    architecture: What nvcc compiles for, as `90`.
-    jobs: How many compilers run at a time.
-  """
-
-  def __init__(self, folder: pathlib.Path, architecture: str, jobs: int):
-    import jax.ffi
-    import pybind11
-
-    self._folder = folder
-    self._nvcc = find_nvcc()
-    self._architecture = architecture
-    self._jobs = jobs
-    self._cuda = self._nvcc.parent.parent
-    includes = (
-      jax.ffi.include_dir(),
-      pybind11.get_include(),
-      sysconfig.get_path("include"),
-      str(self._cuda / "include"),
-    )
-    self._includes = [part for path in includes for part in ("-isystem", path)]
-    self.seconds: dict[str, float] = {}
-
-  def _run(self, name: str, command: Sequence[Any]) -> None:
-    start = time.perf_counter()
     done = subprocess.run(
-      list(map(str, command)), cwd=ROOT, capture_output=True, text=True
+      list(map(str, command)), capture_output=True, text=True, check=True
     )
-    self.seconds[name] = round(time.perf_counter() - start, 2)
-    if done.returncode:
-      raise RuntimeError(f"{name} could not be built:\n{done.stderr[-8000:]}")
-    print(f"  {self.seconds[name]:7.1f} s  {name}", flush=True)
-
-  def _compile(self, source: str) -> None:
-    out = self._object(source)
-    if source.endswith(".cu.cc"):
-      number = self._architecture
-      code = f"-gencode=arch=compute_{number},code=sm_{number}"
-      command = [self._nvcc, *DEVICE_FLAGS, code, "-c", source, "-o", out]
-    else:
-      command = ["g++", *HOST_FLAGS, *self._includes, "-c", source, "-o", out]
-    self._run(source, command)
-
-  def _object(self, source: str) -> pathlib.Path:
-    return self._folder / (source.replace("/", "_") + ".o")
-
-  def _runtime(self) -> list[str]:
-    """Returns what to link with that is CUDA's."""
-    for name in ("lib64", "lib", "targets/x86_64-linux/lib"):
-      if (path := self._cuda / name / "libcudart_static.a").exists():
-        return [str(path), "-ldl", "-lpthread", "-lrt"]
-    raise SystemExit(
-      f"gpu_check.py: {self._cuda} must hold libcudart_static.a, but does not:"
-      " install the whole CUDA toolkit."
-    )
-
-  def build(self, targets: dict[str, Target]) -> list[str]:
-    """Builds every extension module, next to its sources.
-
-    Args:
-      targets: What `read_targets` gives.
-
-    Returns:
-      The modules' dotted names.
-
-    Raises:
-      RuntimeError: With the compiler's words, if one cannot be built.
-    """
-    extensions = [
-      target
-      for target in targets.values()
-      if target.kind in ("cuda_extension", "nnx_pybind_extension")
-    ]
-    sources = {
-      target.label: sources_of(targets, target) for target in extensions
-    }
-    every = {source for listed in sources.values() for source in listed}
-    with futures.ThreadPoolExecutor(self._jobs) as pool:
-      # The kernels first: they take longest.
-      order = sorted(every, key=lambda s: (not s.endswith(".cu.cc"), s))
-      for done in [pool.submit(self._compile, source) for source in order]:
-        done.result()
-    modules = []
-    for target in extensions:
-      name = f"{target.package}/{target.fields['name']}"
-      runtime = (
-        self._runtime() if target.kind == "cuda_extension" else ["-pthread"]
-      )
-      objects = [self._object(source) for source in sources[target.label]]
-      # Replaced at once: a process may have the one before open.
-      new = self._folder / "new.so"
-      self._run(f"{name}.so", ["g++", "-shared", *objects, *runtime, "-o", new])
-      shutil.move(new, ROOT / f"{name}.so")
-      modules.append(name.replace("/", "."))
-    return modules
+  except (OSError, subprocess.CalledProcessError):
+    return None
+  return next((x.strip() for x in done.stdout.split("\n") if word in x), None)
 
 
 def versions() -> dict[str, str]:
-  """Returns the versions of what takes part."""
+  """Returns the versions of what takes part, and a digest of the sources."""
   found = {"python": platform.python_version()}
   for name in ("jax", "jaxlib", "jax-cuda13-plugin", "flax", "numpy", "torch"):
     try:
       found[name] = importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
       continue
-  for name, command in (
-    ("nvcc", [find_nvcc(), "--version"]),
-    (
-      "driver",
-      ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"],
-    ),
-    ("commit", ["git", "-C", ROOT, "rev-parse", "--short=12", "HEAD"]),
+  driver = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+  commit = ["git", "-C", ROOT, "rev-parse", "--short=12", "HEAD"]
+  for name, line in (
+    ("driver", _first_line(driver)),
+    ("commit", _first_line(commit)),
   ):
-    try:
-      done = subprocess.run(
-        list(map(str, command)), capture_output=True, text=True, check=True
-      )
-      lines = done.stdout.split("\n")
-      release = [line for line in lines if "release" in line]
-      found[name] = (release or lines)[0].strip()
-    except (OSError, subprocess.CalledProcessError):
-      continue
-  return found
+    if line:
+      found[name] = line
+  digest = hashlib.sha256()
+  for folder in ("kernels", "nnx", "tests", "tools"):
+    for path in sorted((ROOT / folder).rglob("*")):
+      if path.name == "BUILD" or path.suffix in (".py", ".cc", ".h", ".inc"):
+        digest.update(path.read_bytes())
+  return found | {"sources": digest.hexdigest()[:16]}
 
 
-def test_files(targets: dict[str, Target]) -> list[str]:
+def test_files(targets: dict[str, gpu_build.Target]) -> list[str]:
   """Returns the files of the op tests that have something to say of GPUs."""
   return [
     file
@@ -313,10 +99,26 @@ def test_files(targets: dict[str, Target]) -> list[str]:
   ]
 
 
+def environment(rehearse: bool) -> dict[str, str]:
+  """Returns the environment of the processes that use the device."""
+  return {
+    **os.environ,
+    "PYTHONPATH": str(ROOT),
+    "JAX_PLATFORMS": "cpu" if rehearse else "cuda,cpu",
+    "TEST_PLATFORM": "cpu" if rehearse else "gpu",
+    "REQUIRE_DEVICE": "1",
+  }
+
+
 def run_tests(
-  file: str, shard: int, shards: int, folder: pathlib.Path, seconds: float
+  file: str,
+  shard: int,
+  shards: int,
+  folder: pathlib.Path,
+  seconds: float,
+  rehearse: bool = False,
 ) -> dict[str, Any]:
-  """Runs a part of one test file on the GPU.
+  """Runs a part of one test file.
 
   Args:
     file: From the root.
@@ -324,18 +126,15 @@ def run_tests(
     shards: Of how many.
     folder: For its reports.
     seconds: After which it is ended.
+    rehearse: Whether on the CPU.
 
   Returns:
-    How many tests passed, failed and were skipped, and words for the failures.
+    How many tests passed, failed and were skipped, words for the failures, and
+    pytest's exit status, None if it was ended.
   """
   stem = f"{file.replace('/', '_')}.{shard}"
   report = folder / f"{stem}.xml"
-  environment = {
-    **os.environ,
-    "PYTHONPATH": str(ROOT),
-    "JAX_PLATFORMS": "cuda,cpu",
-    "TEST_PLATFORM": "gpu",
-    "REQUIRE_DEVICE": "1",
+  variables = environment(rehearse) | {
     "TEST_TOTAL_SHARDS": str(shards),
     "TEST_SHARD_INDEX": str(shard),
     "TEST_SHARD_STATUS_FILE": str(folder / f"{stem}.shard"),
@@ -348,16 +147,16 @@ def run_tests(
     try:
       status = subprocess.run(
         [sys.executable, "tools/build_defs/pytest_main.py", file],
-        cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT,
+        cwd=ROOT, env=variables, stdout=log, stderr=subprocess.STDOUT,
         timeout=seconds,
       ).returncode  # fmt: skip
     except subprocess.TimeoutExpired:
-      status = -1
+      status = None
     log.seek(0)
     tail = log.read()[-4000:]
   row: dict[str, Any] = {
     "file": file,
-    "shard": shard,
+    "shard": f"{shard} of {shards}",
     "status": status,
     "seconds": round(time.perf_counter() - start, 1),
     "passed": 0,
@@ -384,6 +183,232 @@ def run_tests(
   return row
 
 
+def run_rows(
+  names: Sequence[str], command: Sequence[str], rehearse: bool, seconds: float
+) -> Iterator[dict[str, Any]]:
+  """Runs a program that measures rows; yields what it writes, a dict a line.
+
+  Args:
+    names: Of the rows, in order: arguments of the program, which writes a
+      dict of its own before their records, and may die at any time.
+    command: The program.
+    rehearse: Whether on the CPU.
+    seconds: After which a row is given up.
+  """
+  left = list(names)
+  while left:
+    with (
+      tempfile.TemporaryFile("w+") as errors,
+      subprocess.Popen(
+        [*command, *left], cwd=ROOT, env=environment(rehearse),
+        stdout=subprocess.PIPE, stderr=errors, text=True,
+      ) as process,
+    ):  # fmt: skip
+      assert process.stdout is not None
+      lines: queue.Queue[str | None] = queue.Queue()
+
+      def read(stream=process.stdout, lines=lines):
+        for line in stream:
+          if line.startswith("{"):
+            lines.put(line)
+        lines.put(None)
+
+      threading.Thread(target=read, daemon=True).start()
+      greeted = False
+      try:
+        while left:
+          why = "its process ended"
+          try:
+            line = lines.get(timeout=seconds)
+          except queue.Empty:
+            line, why = None, f"no result after {seconds:g} s"
+          if line is None:
+            process.kill()
+            errors.seek(0)
+            words = f"{why}:\n{errors.read()[-3000:]}"
+            if not greeted:
+              raise RuntimeError(f"No row could be measured: {words}")
+            yield {"row": left.pop(0), "error": words}
+            break
+          record = json.loads(line)
+          greeted = True
+          if "row" in record:
+            left.remove(record["row"])
+          yield record
+          if "error" in record:
+            break  # the program ends
+      finally:
+        process.kill()
+
+
+class Check:
+  """The steps, and the results that they share.
+
+  Args:
+    options: Of the command line.
+  """
+
+  def __init__(self, options: argparse.Namespace):
+    self._options = options
+    self._path = pathlib.Path(options.json)
+    self._targets = gpu_build.read_targets(
+      ROOT, ("kernels", "nnx", "tests/kernels", "tests/testing", "tests/tools")
+    )
+    self.results = self._read()
+
+  def _read(self) -> dict[str, Any]:
+    """Returns what other steps have found, if it is about the same sources."""
+    now: dict[str, Any] = {"versions": versions()}
+    if self._options.rehearse:
+      now["rehearsal"] = "on the CPU: no result of this file is a GPU's"
+    if self._path.exists():
+      before = json.loads(self._path.read_text())
+      if all(before.get(key) == now.get(key) for key in (*now, "rehearsal")):
+        return before
+      old = self._path.with_name(self._path.name + ".old")
+      os.replace(self._path, old)
+      print(f"{self._path} was about other sources or versions: now {old}")
+    return now
+
+  def _save(self) -> None:
+    text = json.dumps(self.results, indent=1, sort_keys=True) + "\n"
+    new = self._path.with_name(self._path.name + ".new")
+    new.write_text(text)
+    os.replace(new, self._path)  # whole at any time
+
+  def run(self, step: str) -> bool:
+    """Does one step, and says whether all went well in it."""
+    self.results.setdefault("errors", {}).pop(step, None)
+    self._end = time.monotonic() + self._options.limit
+    with tempfile.TemporaryDirectory(prefix="gpu_check.") as folder:
+      try:
+        good = getattr(self, f"_{step}")(pathlib.Path(folder))
+      except (Exception, SystemExit):
+        # What comes after does what it can.
+        words = traceback.format_exc()[-4000:]
+        self.results["errors"][step] = words
+        print(f"FAILED {step}\n{words}", flush=True)
+        good = False
+    self._save()
+    return good
+
+  def _left(self) -> float:
+    """Returns the seconds that the step may still take."""
+    return self._end - time.monotonic()
+
+  def _build(self, folder: pathlib.Path) -> bool:
+    options = self._options
+    architecture = options.architecture or gpu_build.gpu_architecture()
+    print(f"Building for sm_{architecture}", flush=True)
+    builder = gpu_build.Builder(folder, architecture, options.jobs)
+    start = time.perf_counter()
+    # The extensions of tests emulate a GPU.
+    shipped = {
+      label: target
+      for label, target in self._targets.items()
+      if not target.package.startswith("tests")
+    }
+    modules, failures = builder.build(shipped)
+    self.results["build"] = {
+      "architecture": architecture,
+      "nvcc": _first_line([gpu_build.find_nvcc(), "--version"], "release"),
+      "modules": modules,
+      "failures": failures,
+      "seconds": round(time.perf_counter() - start, 1),
+      "each": builder.seconds,
+    }
+    for module, words in failures.items():
+      print(f"FAILED {module}\n{words}", flush=True)
+    return not failures
+
+  def _tests(self, folder: pathlib.Path) -> bool:
+    options = self._options
+    print("Testing", flush=True)
+    before = self.results.get("tests", []) if options.resume else []
+    rows = [row for row in before if not row.get("cut_off")]
+    self.results["tests"] = rows
+    had = {(row["file"], row["shard"]) for row in rows}
+
+    def run(file: str, shard: int) -> dict[str, Any] | None:
+      seconds = min(options.seconds, self._left())
+      if seconds <= 0:
+        return None
+      row = run_tests(
+        file, shard, options.shards, folder, seconds, options.rehearse
+      )
+      # By the limit of the step, not its own: no result.
+      row["cut_off"] = row["status"] is None and seconds < options.seconds
+      return row
+
+    late = 0
+    with futures.ThreadPoolExecutor(options.processes) as pool:
+      running = [
+        pool.submit(run, file, shard)
+        for file in test_files(self._targets)
+        for shard in range(options.shards)
+        if options.filter in file
+        and (file, f"{shard} of {options.shards}") not in had
+      ]
+      for done in futures.as_completed(running):
+        row = done.result()
+        if row is None:
+          late += 1
+          continue
+        late += row["cut_off"]
+        rows.append(row)
+        self._save()
+        print(
+          f"  {row['seconds']:7.1f} s  {row['file']} {row['shard']}:"
+          f" {row['passed']} passed, {row['failed']} failed,"
+          f" {sum(row['skipped'].values())} skipped",
+          flush=True,
+        )
+        for test, words in row["failures"].items():
+          print(f"FAILED {test}\n{words[-1200:]}", flush=True)
+    if late:
+      self._put_off(f"{late} shards of tests")
+    return not late and not any(row["status"] != 0 for row in rows)
+
+  def _bench(self, folder: pathlib.Path) -> bool:
+    del folder
+    from tools.bench import gpu
+
+    options = self._options
+    print("Measuring", flush=True)
+    before = self.results.get("bench", []) if options.resume else []
+    rows = list(before)
+    self.results["bench"] = rows
+    had = {row["row"] for row in rows}
+    names = [
+      row.name
+      for row in gpu.rows()
+      if options.bench_filter in row.name and row.name not in had
+    ]
+    command = [sys.executable, "-m", "tools.bench.gpu"]
+    if options.rehearse:
+      command.append("--tiny")
+    done = 0
+    for record in run_rows(names, command, options.rehearse, options.seconds):
+      if "row" not in record:
+        self.results |= record
+        continue
+      done += 1
+      rows.append(record)
+      self._save()
+      print(f"  {gpu.text(record)}", flush=True)
+      if self._left() <= 0 and done < len(names):
+        self._put_off(f"{len(names) - done} rows")
+        return False
+    return not any("error" in row for row in rows)
+
+  def _put_off(self, what: str) -> None:
+    print(
+      f"{what} have not begun after {self._options.limit:g} s: --resume does"
+      " them.",
+      flush=True,
+    )
+
+
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
   parser = argparse.ArgumentParser(
     prog="gpu_check.py",
@@ -393,7 +418,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
   parser.add_argument("--json", default="gpu_check.json", help="the results")
   parser.add_argument(
     "--only",
-    choices=("build", "tests", "bench"),
+    choices=STEPS,
     action="append",
     help="only these steps (default: all three)",
   )
@@ -407,7 +432,24 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
   )
   parser.add_argument("--shards", type=int, default=6, help="of a test file")
   parser.add_argument(
-    "--seconds", type=float, default=400, help="that a shard may take"
+    "--seconds",
+    type=float,
+    default=400,
+    help="that a shard or a row may take (default: %(default)s)",
+  )
+  parser.add_argument(
+    "--limit",
+    type=float,
+    default=540,
+    help="seconds after which a step begins no more (default: %(default)s)",
+  )
+  parser.add_argument(
+    "--resume",
+    action="store_true",
+    help="only what has no result in the JSON file",
+  )
+  parser.add_argument(
+    "--rehearse", action="store_true", help="on the CPU, without a GPU"
   )
   parser.add_argument("--filter", default="", help="part of a test file's path")
   parser.add_argument("--bench-filter", default="", help="part of a row's name")
@@ -417,81 +459,17 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 def main(arguments: Sequence[str] | None = None) -> int:
   """Runs the steps; returns 0 if all is built and passes."""
   options = parse(arguments)
-  steps = options.only or ["build", "tests", "bench"]
+  if options.rehearse:
+    options.architecture = options.architecture or "90"
   if missing := [n for n in NEEDED if importlib.util.find_spec(n) is None]:
     raise SystemExit(
       f"gpu_check.py: `{sys.executable}` must have the packages"
       f" {', '.join(NEEDED)}, but lacks {', '.join(missing)}: install them."
     )
-  path = pathlib.Path(options.json)
-  results: dict[str, Any] = {"versions": versions()}
-
-  def save() -> None:
-    path.write_text(json.dumps(results, indent=1, sort_keys=True) + "\n")
-
-  targets = read_targets(ROOT, ("kernels", "nnx", "tests/kernels"))
-  failed = False
-  with tempfile.TemporaryDirectory(prefix="gpu_check.") as name:
-    folder = pathlib.Path(name)
-    if "build" in steps:
-      architecture = options.architecture or gpu_architecture()
-      print(f"Building for sm_{architecture}", flush=True)
-      builder = Builder(folder, architecture, options.jobs)
-      start = time.perf_counter()
-      # The extensions of tests emulate a GPU.
-      shipped = {
-        label: target
-        for label, target in targets.items()
-        if not target.package.startswith("tests")
-      }
-      modules = builder.build(shipped)
-      results["build"] = {
-        "architecture": architecture,
-        "modules": modules,
-        "seconds": round(time.perf_counter() - start, 1),
-        "each": builder.seconds,
-      }
-      save()
-    if "tests" in steps:
-      print("Testing", flush=True)
-      files = [f for f in test_files(targets) if options.filter in f]
-      results["tests"] = []
-      with futures.ThreadPoolExecutor(options.processes) as pool:
-        running = [
-          pool.submit(
-            run_tests, file, shard, options.shards, folder, options.seconds
-          )
-          for file in files
-          for shard in range(options.shards)
-        ]
-        for done in futures.as_completed(running):
-          row = done.result()
-          results["tests"].append(row)
-          save()
-          print(
-            f"  {row['seconds']:7.1f} s  {row['file']} {row['shard']}:"
-            f" {row['passed']} passed, {row['failed']} failed,"
-            f" {sum(row['skipped'].values())} skipped",
-            flush=True,
-          )
-          for test, words in row["failures"].items():
-            print(f"FAILED {test}\n{words[-1200:]}", flush=True)
-      failed = any(row["status"] or row["failed"] for row in results["tests"])
-    if "bench" in steps:
-      print("Measuring", flush=True)
-      sys.path.insert(0, str(ROOT))
-      from tools.bench import gpu
-
-      results["device"] = gpu.device()
-      results["bench"] = []
-      for record in gpu.run(options.bench_filter):
-        results["bench"].append(record)
-        save()
-        failed = failed or "error" in record
-        print(f"  {gpu.text(record)}", flush=True)
-  save()
-  print(f"wrote {path}")
-  return 1 if failed else 0
+  check = Check(options)
+  good = [check.run(step) for step in options.only or STEPS]
+  print(f"wrote {options.json}")
+  return 0 if all(good) else 1
 
 
 if __name__ == "__main__":

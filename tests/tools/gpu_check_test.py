@@ -1,5 +1,6 @@
 """What tools/gpu_check.py reads and reports, without a GPU."""
 
+import json
 import pathlib
 import shutil
 import subprocess
@@ -9,7 +10,7 @@ from unittest import mock
 
 from absl.testing import absltest
 
-from tools import gpu_check
+from tools import gpu_build, gpu_check
 
 _BUILD = """
 load("//tools/build_defs:defs.bzl", "cuda_extension")
@@ -44,6 +45,24 @@ sys.exit(1)
 """
 
 
+# Measures rows until one is called "bad", and dies at one called "dead".
+_PROGRAM = """
+import json, sys, time
+print(json.dumps({"device": "none"}), flush=True)
+for row in sys.argv[1:]:
+  if row == "dead":
+    sys.exit("struck dead")
+  if row == "slow":
+    time.sleep(60)
+  record = {"row": row}
+  if row == "bad":
+    record["error"] = "out of memory"
+  print(json.dumps(record), flush=True)
+  if row == "bad":
+    break
+"""
+
+
 class GpuCheckTest(absltest.TestCase):
   def setUp(self):
     super().setUp()
@@ -57,9 +76,9 @@ class GpuCheckTest(absltest.TestCase):
   def test_build_files_say_what_an_extension_is_made_of(self):
     self.write("kernels/op/BUILD", _BUILD)
     self.write("kernels/common/BUILD", _COMMON)
-    targets = gpu_check.read_targets(self.root, ("kernels",))
+    targets = gpu_build.read_targets(self.root, ("kernels",))
     self.assertEqual(
-      gpu_check.sources_of(targets, targets["//kernels/op:_op_cuda"]),
+      gpu_build.sources_of(targets, targets["//kernels/op:_op_cuda"]),
       [
         "kernels/op/op_ffi.cc",
         "kernels/op/op.cu.cc",
@@ -81,6 +100,114 @@ class GpuCheckTest(absltest.TestCase):
     self.assertEqual(row["failures"], {"a.bad": "3 is not 4"})
     self.assertIn("no such thing", died["failures"]["no report"])
 
+  def test_an_extension_that_cannot_be_built_costs_no_other(self):
+    self.write(
+      "kernels/op/BUILD",
+      "".join(
+        f'cuda_extension(name = "_{n}", srcs = ["{n}.cc"], kernels = [])\n'
+        for n in ("good", "bad")
+      ),
+    )
+    self.write("kernels/op/_bad.so", "of yesterday")
+    self.write("cuda/lib64/libcudart_static.a", "")
+
+    def run(self, name, command):
+      if "bad" in name:
+        raise RuntimeError(f"{name} could not be built: 3 is not a type")
+      pathlib.Path(command[-1]).write_text("new")
+
+    with (
+      mock.patch.object(gpu_build, "ROOT", self.root),
+      mock.patch.object(
+        gpu_build, "find_nvcc", lambda: self.root / "cuda/bin/nvcc"
+      ),
+      mock.patch.object(gpu_build.Builder, "_run", run),
+    ):
+      builder = gpu_build.Builder(self.root, "90", jobs=1)
+      modules, failures = builder.build(
+        gpu_build.read_targets(self.root, ("kernels",))
+      )
+    self.assertEqual(modules, ["kernels.op._good"])
+    self.assertEqual((self.root / "kernels/op/_good.so").read_text(), "new")
+    self.assertEqual(list(failures), ["kernels.op._bad"])
+    self.assertIn("3 is not a type", failures["kernels.op._bad"])
+    self.assertFalse((self.root / "kernels/op/_bad.so").exists())
+
+  def test_a_row_that_fails_costs_no_other_row(self):
+    program = [sys.executable, "-c", _PROGRAM]
+    names = ["a", "bad", "b", "dead", "slow", "c"]
+    records = list(gpu_check.run_rows(names, program, True, 3))
+    rows = [record for record in records if "row" in record]
+    self.assertEqual([row["row"] for row in rows], names)
+    errors = {row["row"]: row["error"] for row in rows if "error" in row}
+    self.assertEqual(set(errors), {"bad", "dead", "slow"})
+    self.assertEqual(errors["bad"], "out of memory")
+    self.assertIn("struck dead", errors["dead"])
+    self.assertIn("no result after 3 s", errors["slow"])
+
+  def test_a_program_that_cannot_begin_is_not_begun_for_every_row(self):
+    program = [sys.executable, "-c", "import no_such_module"]
+    with self.assertRaisesRegex(RuntimeError, "(?s)No row could.*no_such_mod"):
+      list(gpu_check.run_rows(["a", "b"], program, True, 60))
+
+  def check(self, *arguments):
+    path = self.root / "results.json"
+    patch = self.enter_context(mock.patch.object(gpu_check, "versions"))
+    patch.return_value = {"sources": "1"}
+    options = gpu_check.parse([f"--json={path}", "--shards=1", *arguments])
+    with mock.patch.object(gpu_check, "ROOT", self.root):
+      return gpu_check.Check(options), lambda: json.loads(path.read_text())
+
+  def test_a_step_that_fails_keeps_what_others_have_found(self):
+    check, results = self.check()
+    with mock.patch.object(
+      check, "_build", lambda folder: check.results.update(build="good") or True
+    ):
+      self.assertTrue(check.run("build"))
+    again, _ = self.check()
+    with mock.patch.object(again, "_tests", side_effect=SystemExit("no GPU")):
+      self.assertFalse(again.run("tests"))
+    self.assertEqual(results()["build"], "good")
+    self.assertIn("no GPU", results()["errors"]["tests"])
+
+  def test_results_of_other_sources_are_put_aside(self):
+    check, results = self.check()
+    check.results["bench"] = ["old"]
+    with mock.patch.object(check, "_build", lambda folder: True):
+      check.run("build")
+    self.assertEqual(results()["bench"], ["old"])
+    again, _ = self.check("--rehearse")
+    self.assertNotIn("bench", again.results)
+    self.assertIn("no result of this file is a GPU", again.results["rehearsal"])
+    self.assertTrue((self.root / "results.json.old").exists())
+
+  def test_tests_go_on_where_they_were_cut_off(self):
+    self.write(
+      "tests/kernels/op/BUILD",
+      "".join(
+        f'op_test(name = "{name}", srcs = ["{name}.py"])\n' for name in "abc"
+      ),
+    )
+    statuses = {"a": [0], "b": [None, 0], "c": [0]}
+
+    def run_tests(file, shard, shards, *_):
+      status = statuses[pathlib.Path(file).stem].pop(0)
+      return {
+        "file": file, "shard": f"{shard} of {shards}", "status": status,
+        "seconds": 1, "passed": 1, "failed": 0, "skipped": {}, "failures": {},
+      }  # fmt: skip
+
+    with mock.patch.object(gpu_check, "run_tests", run_tests):
+      check, _ = self.check("--seconds=400", "--limit=100")
+      self.assertFalse(check.run("tests"))
+      again, results = self.check("--seconds=400", "--limit=100", "--resume")
+      self.assertTrue(again.run("tests"))
+    self.assertEqual(statuses, {"a": [], "b": [], "c": []})
+    self.assertCountEqual(
+      [(row["file"][-4:], row["status"]) for row in results()["tests"]],
+      [("a.py", 0), ("b.py", 0), ("c.py", 0)],
+    )
+
   def test_what_is_missing_is_named(self):
     with (
       mock.patch.dict("os.environ", clear=True),
@@ -88,12 +215,12 @@ class GpuCheckTest(absltest.TestCase):
       mock.patch.object(pathlib.Path, "exists", return_value=False),
       self.assertRaisesRegex(SystemExit, "nvcc must be on PATH, under"),
     ):
-      gpu_check.find_nvcc()
+      gpu_build.find_nvcc()
     with (
       mock.patch.object(subprocess, "run", side_effect=FileNotFoundError),
       self.assertRaisesRegex(SystemExit, "nvidia-smi must find a GPU, but"),
     ):
-      gpu_check.gpu_architecture()
+      gpu_build.gpu_architecture()
     with (
       mock.patch.object(gpu_check, "NEEDED", ("os", "no_such_package")),
       self.assertRaisesRegex(SystemExit, "but lacks no_such_package: install"),

@@ -5,13 +5,20 @@ the waiting. Here calls are queued, as a training or decoding loop queues them,
 and only the last is waited for. Every row says how many bytes must move, and
 what part of the bandwidth of a plain copy, measured next to it, that comes to.
 
-Run by tools/gpu_check.py.
+Run by tools/gpu_check.py, a process for as many rows as go well:
+
+    python3 -m tools.bench.gpu update/65536x1024/float32
+
+writes what the first device is called, then a record for each row, a line each.
+After a row that fails the process ends: its device may be of no more use.
 """
 
+import argparse
 from collections.abc import Callable, Iterator, Sequence
 import dataclasses
 import functools
 import importlib.util
+import json
 import statistics
 import time
 import traceback
@@ -113,11 +120,12 @@ def _copy_bandwidth() -> float:
   return 2 * _COPY_BYTES / statistics.median(_time(step, (x,)))
 
 
-def measure(row: Row) -> dict[str, Any]:
+def measure(row: Row, ours: str = "cuda") -> dict[str, Any]:
   """Measures one row.
 
   Args:
     row: What.
+    ours: The implementation to compare with "xla".
 
   Returns:
     Milliseconds of every side, the difference between ours and XLA's results,
@@ -125,7 +133,7 @@ def measure(row: Row) -> dict[str, Any]:
   """
   record: dict[str, Any] = {"row": row.name, "bytes": row.moved, "ms": {}}
   calls = {
-    "ours": functools.partial(row.call, "cuda"),
+    "ours": functools.partial(row.call, ours),
     "xla": functools.partial(row.call, "xla"),
     **row.baselines,
   }
@@ -188,15 +196,21 @@ def text(record: dict[str, Any]) -> str:
   )
 
 
-def run(pattern: str) -> Iterator[dict[str, Any]]:
-  """Measures the rows whose names contain `pattern`; yields their records."""
-  for row in rows():
-    if pattern in row.name:
-      try:
-        yield measure(row)
-      except Exception:
-        # One broken row must not cost the others.
-        yield {"row": row.name, "error": traceback.format_exc()[-3000:]}
+def run(names: Sequence[str], tiny: bool) -> Iterator[dict[str, Any]]:
+  """Measures rows by their names; yields their records, a failure as the last.
+
+  Args:
+    names: Of the rows.
+    tiny: Whether to take sizes that are over at once, and what the platform
+      has in place of CUDA's kernels: a rehearsal.
+  """
+  table = {row.name: row for row in rows(tiny)}
+  for name in names:
+    try:
+      yield measure(table[name], "auto" if tiny else "cuda")
+    except Exception:
+      yield {"row": name, "error": traceback.format_exc()[-3000:]}
+      return
 
 
 def _normal(shape: Sequence[int], dtype: str, seed: int) -> jax.Array:
@@ -240,13 +254,15 @@ def _both(axis, implementation, mean, var, x, scale, bias, dy):
   return *stats, y, *pull(dy)
 
 
-def _batch_rows() -> Iterator[Row]:
+def _batch_rows(tiny: bool) -> Iterator[Row]:
   for shape, dtype, axis in _BATCHES:
-    channels = shape[axis]
-    size = int(np.prod(shape)) * np.dtype(jnp.dtype(dtype)).itemsize
     name = (
       f"{'x'.join(map(str, shape))}{'' if axis == -1 else '_first'}/{dtype}"
     )
+    if tiny:
+      shape = tuple(min(size, 8) for size in shape)
+    channels = shape[axis]
+    size = int(np.prod(shape)) * np.dtype(jnp.dtype(dtype)).itemsize
 
     def arguments(count, shape=shape, dtype=dtype, channels=channels):
       stat = jnp.zeros(channels), jnp.ones(channels)
@@ -273,14 +289,18 @@ def _batch_rows() -> Iterator[Row]:
 # ---- kv_cache.
 
 
-def _cache_rows() -> Iterator[Row]:
-  for name, batch, length, tokens, dtype, new_dtype in (
-    ("prefill_B8_S32768_N8_H128", 8, 32768, 32768, "bfloat16", "bfloat16"),
-    ("prefill_B8_S16384_N8_H128", 8, 16384, 16384, "float32", "float32"),
-    ("prefill_B8_S32768_N8_H128", 8, 32768, 32768, "int8", "bfloat16"),
-    ("token_B64_S4096_N8_H128", 64, 4096, 1, "bfloat16", "bfloat16"),
-    ("token_B8_S32768_N8_H128", 8, 32768, 1, "bfloat16", "bfloat16"),
+def _cache_rows(tiny: bool) -> Iterator[Row]:
+  for kind, batch, length, dtype, new_dtype in (
+    ("prefill", 8, 32768, "bfloat16", "bfloat16"),
+    ("prefill", 8, 16384, "float32", "float32"),
+    ("prefill", 8, 32768, "int8", "bfloat16"),
+    ("token", 64, 4096, "bfloat16", "bfloat16"),
+    ("token", 8, 32768, "bfloat16", "bfloat16"),
   ):
+    name = f"{kind}_B{batch}_S{length}_N8_H128"
+    if tiny:
+      batch, length = 2, length // 1024
+    tokens = length if kind == "prefill" else 1
     cache, new = (batch, length, 8, 128), (batch, tokens, 8, 128)
 
     def arguments(
@@ -337,7 +357,7 @@ def _cudnn(cache_k, cache_v, q, new_k, new_v, index):
   return cache_k, cache_v, out
 
 
-def _decode_rows() -> Iterator[Row]:
+def _decode_rows(tiny: bool) -> Iterator[Row]:
   for batch, length, heads, group, dtype in (
     (8, 32768, 8, 4, "bfloat16"),
     (8, 32768, 8, 4, "float16"),
@@ -349,6 +369,9 @@ def _decode_rows() -> Iterator[Row]:
     (64, 2048, 8, 4, "bfloat16"),
     (128, 256, 8, 8, "bfloat16"),
   ):
+    name = f"decode/B{batch}_S{length}_N{heads}_G{group}_H128/{dtype}"
+    if tiny:
+      batch, length = 2, length // 64
     quantised = dtype in ("int8", "float8_e4m3fn")
     small = "bfloat16" if quantised else dtype
     cache = (batch, length, heads, 128)
@@ -376,7 +399,7 @@ def _decode_rows() -> Iterator[Row]:
     spec = (batch, length, heads, group, dtype)
     half = dtype in ("bfloat16", "float16")
     yield Row(
-      f"decode/B{batch}_S{length}_N{heads}_G{group}_H128/{dtype}",
+      name,
       2 * int(np.prod(cache)) * jnp.dtype(dtype).itemsize,
       arguments,
       call,
@@ -386,8 +409,35 @@ def _decode_rows() -> Iterator[Row]:
     )
 
 
-def rows() -> Iterator[Row]:
-  """Yields everything that there is to measure."""
-  yield from _cache_rows()
-  yield from _decode_rows()
-  yield from _batch_rows()
+def rows(tiny: bool = False) -> Iterator[Row]:
+  """Yields everything that there is to measure.
+
+  Args:
+    tiny: Whether at sizes that are over at once, for a rehearsal. Names say
+      the real ones.
+  """
+  yield from _cache_rows(tiny)
+  yield from _decode_rows(tiny)
+  yield from _batch_rows(tiny)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+  """Writes records of the rows that are named, a line of JSON each."""
+  global _COPY_BYTES, _SAMPLE_SECONDS
+  parser = argparse.ArgumentParser(prog="tools.bench.gpu")
+  parser.add_argument("--tiny", action="store_true")
+  parser.add_argument("rows", nargs="+")
+  options = parser.parse_args(arguments)
+  if options.tiny:
+    _COPY_BYTES, _SAMPLE_SECONDS = 2**16, 1e-4
+
+  def say(**what):
+    print(json.dumps(what), flush=True)
+
+  say(device=device())
+  for record in run(options.rows, options.tiny):
+    say(**record)
+
+
+if __name__ == "__main__":
+  main()

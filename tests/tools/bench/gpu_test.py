@@ -1,6 +1,9 @@
 """Measurements for GPUs: their arithmetic, and that their programs compile."""
 
+import contextlib
 import functools
+import io
+import json
 from unittest import mock
 
 from absl.testing import absltest
@@ -48,17 +51,50 @@ class MeasureTest(absltest.TestCase):
     )
     self.assertIn("of a copy, differs by 5.0e-01", gpu.text(record))
 
-  def test_broken_row_does_not_cost_the_others(self):
+  def test_a_broken_row_is_the_last(self):
     def broken(implementation, *arrays):
       raise ValueError("no kernel")
 
-    rows = [tiny("a", call=broken), tiny("b"), tiny("c")]
-    with mock.patch.object(gpu, "rows", lambda: rows):
-      first, second, _ = gpu.run("")
-      self.assertIn("FAILED a", gpu.text(first))
-      self.assertIn("no kernel", first["error"])
-      self.assertEqual(second["row"], "b")
-      self.assertLen(list(gpu.run("b")), 1)
+    rows = [tiny("a"), tiny("b", call=broken), tiny("c")]
+    with mock.patch.object(gpu, "rows", lambda small: rows):
+      self.assertEqual(
+        [record["row"] for record in gpu.run("abc", False)], ["a", "b"]
+      )
+      [record] = gpu.run("b", False)
+    self.assertIn("FAILED b", gpu.text(record))
+    self.assertIn("no kernel", record["error"])
+
+  def test_every_row_has_a_tiny_form(self):
+    real = {row.name: row for row in gpu.rows()}
+    rows = list(gpu.rows(True))
+    self.assertEqual([row.name for row in rows], list(real))
+    for row in rows:
+      with self.subTest(row.name):
+        self.assertLess(row.moved, 1 << 20)
+        self.assertLess(row.moved, real[row.name].moved)
+        structs = jax.eval_shape(row.arguments)
+        got = jax.eval_shape(functools.partial(row.call, "auto"), *structs)
+        for place, new in zip(row.donated, got):
+          self.assertEqual(new.shape, structs[place].shape)
+
+  def test_rehearsal_on_the_cpu(self):
+    names = [
+      "kv_cache.update/prefill_B8_S32768_N8_H128/int8",
+      "decode/B8_S32768_N8_G4_H128/float16",
+      "decode/B8_S32768_N8_G4_H128/int8",
+      "batch_norm_grad/65536x1024/float32",
+    ]
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out):
+      gpu.main(["--tiny", *names])
+    greeting, *records = map(json.loads, out.getvalue().splitlines())
+    self.assertEqual(greeting, {"device": "cpu"})
+    self.assertEqual([record["row"] for record in records], names)
+    for record in records:
+      with self.subTest(record["row"]):
+        self.assertNotIn("error", record)
+        self.assertGreaterEqual(set(record["ms"]), {"ours", "xla"})
+        self.assertLess(record["difference"], 0.02)
 
   def test_rows_are_told_apart(self):
     names = [row.name for row in gpu.rows()]
