@@ -50,6 +50,9 @@ sys.path.insert(0, str(ROOT))
 from tools import gpu_build  # noqa: E402
 
 STEPS = ("build", "tests", "bench")
+# Failures of a shard that are told at length: in the results, on the screen.
+_TOLD = 20
+_SHOWN = 3
 NEEDED = ("absl", "flax", "hypothesis", "jax", "pybind11", "pytest")
 
 
@@ -174,7 +177,9 @@ def run_tests(
     skipped = case.find("skipped")
     if broken is not None:
       row["failed"] += 1
-      row["failures"][name] = (broken.text or "")[-2500:]
+      few = row["failed"] <= _TOLD
+      words = (broken.text if few else broken.get("message")) or ""
+      row["failures"][name] = words[-2500:] if few else words[:200]
     elif skipped is not None:
       why = skipped.get("message") or ""
       row["skipped"][why] = row["skipped"].get(why, 0) + 1
@@ -363,7 +368,7 @@ class Check:
           f" {sum(row['skipped'].values())} skipped",
           flush=True,
         )
-        for test, words in row["failures"].items():
+        for test, words in list(row["failures"].items())[:_SHOWN]:
           print(f"FAILED {test}\n{words[-1200:]}", flush=True)
     if late:
       self._put_off(f"{late} shards of tests")

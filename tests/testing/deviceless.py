@@ -15,11 +15,12 @@ import pathlib
 import re
 from typing import Any
 
+from absl.testing import parameterized
 import jax
 from jax.experimental import topologies
 import numpy as np
 
-from tests.testing import hlo
+from tests.testing import hlo, op_contract
 
 # Name of a chip: the topology to ask libtpu for, four chips each.
 TPU_TOPOLOGIES = {
@@ -27,6 +28,9 @@ TPU_TOPOLOGIES = {
   "v6e": "v6e:2x2",
   "tpu7x": "tpu7x:2x2x1",
 }
+
+# What libtpu calls every kernel.
+TPU_KERNEL = "tpu_custom_call"
 
 # XLA's description of the GPU to compile for.
 _GPU = pathlib.Path(__file__).with_name("h100.txtpb")
@@ -187,13 +191,64 @@ def assert_small_temporaries(compiled: Any, num_bytes: int) -> None:
     raise AssertionError(f"{got} bytes of temporaries, more than {num_bytes}")
 
 
-def assert_nothing_moves(compiled: Any, elements: int) -> None:
-  """Fails if something as large as `elements` is copied or gathered."""
+def assert_nothing_gathered(compiled: Any) -> None:
+  """Fails if devices send one another what they have, but for sums of it."""
   text = compiled.as_text()
   gathers = [
     line
     for opcode in ("all-gather", "all-to-all", "collective-permute")
     for line in hlo.instructions(text, opcode)
   ]
-  if moved := gathers + large_results(text, elements):
+  if gathers:
+    raise AssertionError("the program moves data:\n" + "\n".join(gathers[:8]))
+
+
+def assert_nothing_moves(compiled: Any, elements: int) -> None:
+  """Fails if something as large as `elements` is copied or gathered."""
+  assert_nothing_gathered(compiled)
+  if moved := large_results(compiled.as_text(), elements):
     raise AssertionError("the program moves data:\n" + "\n".join(moved[:8]))
+
+
+def assert_only_the_kernel_writes(
+  compiled: Any, cache: Any, parts: int = 1
+) -> None:
+  """Holds a TPU's program to an update of caches in place and nothing else.
+
+  Args:
+    compiled: It takes two caches, donated.
+    cache: Type of one of them.
+    parts: Over how many devices they are split.
+  """
+  num_bytes = cache.size * cache.dtype.itemsize // parts
+  assert_calls(compiled, TPU_KERNEL)
+  assert_in_place(compiled, 2 * num_bytes)
+  assert_small_temporaries(compiled, num_bytes // 8)
+  assert_nothing_moves(compiled, cache.size // parts // 8)
+
+
+class TpuTest(parameterized.TestCase):
+  """Tests of programs that libtpu compiles."""
+
+  def setUp(self):
+    super().setUp()
+    if op_contract.PLATFORM != "tpu":
+      self.skipTest("needs libtpu, which --config=tpu brings")
+
+  def compile_for_one(
+    self, chip: str, fn: Callable[..., Any], *args: Any
+  ) -> Any:
+    """Compiles `fn`, which is given its first two arguments, for one chip."""
+    return compile_for(tpu_devices(chip)[0], fn, *args, donate=(0, 1))
+
+  def compile_for_four(
+    self,
+    mesh: jax.sharding.Mesh,
+    fn: Callable[..., Any],
+    structs: Sequence[Any],
+    specs: Sequence[Any],
+  ) -> Any:
+    """Compiles `fn`, which is given its first two arguments, for a mesh."""
+    whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    args = sharded(mesh, structs, specs)
+    return compile_for(whole, fn, *args, donate=(0, 1))

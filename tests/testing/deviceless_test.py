@@ -109,12 +109,7 @@ def write_one_row(cache, new, index):
 
 
 @pytest.mark.deviceless
-class BrokenProgramTest(parameterized.TestCase):
-  def setUp(self):
-    super().setUp()
-    if op_contract.PLATFORM != "tpu":
-      self.skipTest("needs libtpu, which --config=tpu brings")
-
+class BrokenProgramTest(deviceless.TpuTest):
   @parameterized.parameters(*CHIPS)
   def test_misaligned_dma_does_not_compile(self, chip):
     matrix = jax.ShapeDtypeStruct((4, 1024, 128), jnp.bfloat16)

@@ -299,7 +299,7 @@ def _cache_rows(tiny: bool) -> Iterator[Row]:
   ):
     name = f"{kind}_B{batch}_S{length}_N8_H128"
     if tiny:
-      batch, length = 2, length // 1024
+      batch, length = 2, max(8, length // 1024)
     tokens = length if kind == "prefill" else 1
     cache, new = (batch, length, 8, 128), (batch, tokens, 8, 128)
 
@@ -371,7 +371,7 @@ def _decode_rows(tiny: bool) -> Iterator[Row]:
   ):
     name = f"decode/B{batch}_S{length}_N{heads}_G{group}_H128/{dtype}"
     if tiny:
-      batch, length = 2, length // 64
+      batch, length = 2, max(8, length // 1024)
     quantised = dtype in ("int8", "float8_e4m3fn")
     small = "bfloat16" if quantised else dtype
     cache = (batch, length, heads, 128)

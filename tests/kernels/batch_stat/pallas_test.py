@@ -29,7 +29,7 @@ from tests.testing import (
 PLATFORM = op_contract.PLATFORM
 interpreted.allow(ops, "UPDATE", "MOMENTS")
 IMPLEMENTATION = interpreted.NAME if PLATFORM == "cpu" else "pallas"
-KERNEL = "tpu_custom_call"
+KERNEL = deviceless.TPU_KERNEL
 
 
 def check(got, x, mean, var, momentum):
@@ -146,12 +146,7 @@ CHIPS = tuple(deviceless.TPU_TOPOLOGIES)
 
 
 @pytest.mark.deviceless
-class CompiledTest(parameterized.TestCase):
-  def setUp(self):
-    super().setUp()
-    if PLATFORM != "tpu":
-      self.skipTest("needs libtpu, which --config=tpu brings")
-
+class CompiledTest(deviceless.TpuTest):
   def check(self, compiled, x, stat):
     num_bytes = stat.size * stat.dtype.itemsize
     deviceless.assert_calls(compiled, KERNEL)
@@ -224,3 +219,21 @@ class CompiledTest(parameterized.TestCase):
       )
     deviceless.assert_calls(compiled, KERNEL)
     deviceless.assert_nothing_moves(compiled, x.size // 4)
+
+  @parameterized.parameters(
+    ((1 << 18, 512), -1), ((64, 56, 56, 256), -1), ((64, 256, 56, 56), 1)
+  )
+  def test_plain_xla_splits_what_the_compiler_has_to(self, shape, axis):
+    x = jax.ShapeDtypeStruct(shape, "bfloat16")
+    stat = jax.ShapeDtypeStruct((shape[axis],), "float32")
+    mesh = deviceless.tpu_mesh("v5e")
+    args = deviceless.sharded(mesh, (x, stat, stat), (P("x"), P(), P()))
+    compiled = deviceless.compile_for(
+      NamedSharding(mesh, P()),
+      functools.partial(batch_stat.update, feature_axis=axis), *args,
+      donate=(1, 2),
+    )  # fmt: skip
+    num_bytes = stat.size * stat.dtype.itemsize
+    deviceless.assert_in_place(compiled, 2 * num_bytes)
+    deviceless.assert_small_temporaries(compiled, 64 * num_bytes)
+    deviceless.assert_nothing_gathered(compiled)

@@ -10,7 +10,6 @@ from absl.testing import parameterized
 import jax
 from jax import export
 import jax.numpy as jnp
-from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 import numpy as np
 import pytest
@@ -26,7 +25,7 @@ PLATFORM = op_contract.PLATFORM
 interpreted.allow(api, "APPEND", "ATTEND")
 IMPLEMENTATION = interpreted.NAME if PLATFORM == "cpu" else "pallas"
 DTYPES = ("float32", "bfloat16", *cache_oracle.QUANTIZED)
-KERNEL = "tpu_custom_call"
+KERNEL = deviceless.TPU_KERNEL
 
 # One for each order in which XLA keeps a cache: see `kv_cache.pallas_tpu`.
 SIZES = {
@@ -301,26 +300,11 @@ def structs(case="rows", dtype="bfloat16", tokens=1, layers=None, group=4):
   )
 
 
-def check(compiled, cache, parts=1):
-  """Holds a compiled program to an update in place and nothing else."""
-  num_bytes = cache.size * cache.dtype.itemsize // parts
-  deviceless.assert_calls(compiled, KERNEL)
-  deviceless.assert_in_place(compiled, 2 * num_bytes)
-  deviceless.assert_small_temporaries(compiled, num_bytes // 8)
-  deviceless.assert_nothing_moves(compiled, cache.size // parts // 8)
-
-
 @pytest.mark.deviceless
-class CompiledTest(parameterized.TestCase):
-  def setUp(self):
-    super().setUp()
-    if PLATFORM != "tpu":
-      self.skipTest("needs libtpu, which --config=tpu brings")
-
+class CompiledTest(deviceless.TpuTest):
   def check(self, chip, fn, *args):
-    device = deviceless.tpu_devices(chip)[0]
-    compiled = deviceless.compile_for(device, fn, *args, donate=(0, 1))
-    check(compiled, args[0])
+    compiled = self.compile_for_one(chip, fn, *args)
+    deviceless.assert_only_the_kernel_writes(compiled, args[0])
 
   @parameterized.product(chip=CHIPS, case=CASES, dtype=DTYPES)
   def test_dtypes(self, chip, case, dtype):
@@ -341,8 +325,7 @@ class CompiledTest(parameterized.TestCase):
       args = spec.shapes()
       [choice] = kernels.explain(step, *args, platform="tpu")
       if choice.implementation == "pallas":
-        device = deviceless.tpu_devices("v5e")[0]
-        compiled = deviceless.compile_for(device, step, *args, donate=(0, 1))
+        compiled = self.compile_for_one("v5e", step, *args)
         num_bytes = args[0].size * args[0].dtype.itemsize
         deviceless.assert_calls(compiled, KERNEL)
         deviceless.assert_in_place(compiled, 2 * num_bytes)
@@ -379,21 +362,38 @@ class CompiledTest(parameterized.TestCase):
   def test_length_over_four_chips_of_an_explicit_mesh(self, chip, case):
     mesh = deviceless.tpu_mesh(chip, jax.sharding.AxisType.Explicit)
     cache = P(None, "x")
-    args = deviceless.sharded(mesh, structs(case), (cache, cache, *(P(),) * 4))
+    args, specs = structs(case), (cache, cache, *(P(),) * 4)
     with jax.set_mesh(mesh):
-      compiled = deviceless.compile_for(
-        NamedSharding(mesh, P()), da.decode_attention, *args, donate=(0, 1)
-      )
-    check(compiled, args[0], parts=4)
+      compiled = self.compile_for_four(mesh, da.decode_attention, args, specs)
+    deviceless.assert_only_the_kernel_writes(compiled, args[0], parts=4)
 
   @parameterized.product(chip=CHIPS, case=("rows", "columns"))
   def test_batch_over_four_chips_in_shard_map(self, chip, case):
     mesh = deviceless.tpu_mesh(chip)
-    args = deviceless.sharded(mesh, structs(case), (P("x"),) * 6)
+    specs = (P("x"),) * 6
     step = jax.shard_map(
-      da.decode_attention, mesh=mesh, in_specs=(P("x"),) * 6, out_specs=P("x")
+      da.decode_attention, mesh=mesh, in_specs=specs, out_specs=P("x")
     )
-    compiled = deviceless.compile_for(
-      NamedSharding(mesh, P()), step, *args, donate=(0, 1)
+    args = structs(case)
+    compiled = self.compile_for_four(mesh, step, args, specs)
+    deviceless.assert_only_the_kernel_writes(compiled, args[0], parts=4)
+
+  @parameterized.product(
+    case=("rows", "tiles"), axis=(0, 1, 2), layers=(None, 3)
+  )
+  def test_plain_xla_splits_what_the_compiler_has_to(self, case, axis, layers):
+    lead = [] if layers is None else [None]
+    cache = P(*lead, *[None] * axis, "x")
+    # Queries and new tokens lie on all chips where the length is split.
+    new = P() if LAYOUTS[case][axis] == "s" else P(*[None] * axis, "x")
+    args = structs(case, layers=layers)
+    step = functools.partial(
+      da.decode_attention, layout=LAYOUTS[case], layer=layers and 1
     )
-    check(compiled, args[0], parts=4)
+    compiled = self.compile_for_four(
+      deviceless.tpu_mesh("v5e"), step, args, (cache, cache, *[new] * 3, P())
+    )
+    deviceless.assert_in_place(
+      compiled, 2 * args[0].size * args[0].dtype.itemsize // 4
+    )
+    deviceless.assert_nothing_gathered(compiled)

@@ -12,7 +12,6 @@ from absl.testing import parameterized
 import jax
 from jax import export
 import jax.numpy as jnp
-from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 import numpy as np
 import pytest
@@ -27,7 +26,7 @@ PLATFORM = op_contract.PLATFORM
 interpreted.allow(api, "UPDATE")
 IMPLEMENTATION = interpreted.NAME if PLATFORM == "cpu" else "pallas"
 DTYPES = ("float32", "bfloat16", *oracles.QUANTIZED)
-KERNEL = "tpu_custom_call"
+KERNEL = deviceless.TPU_KERNEL
 
 # One for each order in which XLA keeps a cache: see `pallas_tpu`.
 SIZES = {
@@ -253,26 +252,11 @@ def structs(case="rows", dtype="bfloat16", tokens=1, layers=None, heads=8):
   )
 
 
-def check(compiled, cache, parts=1):
-  """Holds a compiled program to an update in place and nothing else."""
-  num_bytes = cache.size * cache.dtype.itemsize // parts
-  deviceless.assert_calls(compiled, KERNEL)
-  deviceless.assert_in_place(compiled, 2 * num_bytes)
-  deviceless.assert_small_temporaries(compiled, num_bytes // 8)
-  deviceless.assert_nothing_moves(compiled, cache.size // parts // 8)
-
-
 @pytest.mark.deviceless
-class CompiledTest(parameterized.TestCase):
-  def setUp(self):
-    super().setUp()
-    if PLATFORM != "tpu":
-      self.skipTest("needs libtpu, which --config=tpu brings")
-
+class CompiledTest(deviceless.TpuTest):
   def check(self, chip, fn, *args):
-    device = deviceless.tpu_devices(chip)[0]
-    compiled = deviceless.compile_for(device, fn, *args, donate=(0, 1))
-    check(compiled, args[0])
+    compiled = self.compile_for_one(chip, fn, *args)
+    deviceless.assert_only_the_kernel_writes(compiled, args[0])
 
   @parameterized.product(chip=CHIPS, case=CASES, dtype=DTYPES)
   def test_dtypes(self, chip, case, dtype):
@@ -325,33 +309,46 @@ class CompiledTest(parameterized.TestCase):
   def test_four_chips_of_an_explicit_mesh(self, chip, case, axis):
     mesh = deviceless.tpu_mesh(chip, jax.sharding.AxisType.Explicit)
     spec = P(*("x" if i == axis else None for i in range(4)))
-    args = deviceless.sharded(mesh, structs(case), (spec, spec, P(), P(), P()))
+    args, specs = structs(case), (spec, spec, P(), P(), P())
     with jax.set_mesh(mesh):
-      compiled = deviceless.compile_for(
-        NamedSharding(mesh, P()), kv_cache.update, *args, donate=(0, 1)
-      )
-    check(compiled, args[0], parts=4)
+      compiled = self.compile_for_four(mesh, kv_cache.update, args, specs)
+    deviceless.assert_only_the_kernel_writes(compiled, args[0], parts=4)
 
   @parameterized.product(chip=CHIPS, case=("rows", "columns"))
   def test_four_chips_in_shard_map(self, chip, case):
     mesh = deviceless.tpu_mesh(chip)
-    args = deviceless.sharded(mesh, structs(case), (P("x"),) * 5)
+    specs = (P("x"),) * 5
     update = jax.shard_map(
-      kv_cache.update, mesh=mesh, in_specs=(P("x"),) * 5, out_specs=P("x")
+      kv_cache.update, mesh=mesh, in_specs=specs, out_specs=P("x")
     )
-    compiled = deviceless.compile_for(
-      NamedSharding(mesh, P()), update, *args, donate=(0, 1)
-    )
-    check(compiled, args[0], parts=4)
+    args = structs(case)
+    compiled = self.compile_for_four(mesh, update, args, specs)
+    deviceless.assert_only_the_kernel_writes(compiled, args[0], parts=4)
 
-  def test_what_the_compiler_would_have_to_split_is_left_to_xla(self):
-    mesh = deviceless.tpu_mesh("v5e")
-    args = deviceless.sharded(mesh, structs(), (P("x"),) * 5)
-    compile_it = functools.partial(
-      deviceless.compile_for, NamedSharding(mesh, P())
-    )
-    compiled = compile_it(kv_cache.update, *args, donate=(0, 1))
-    self.assertEqual(hlo.custom_calls(compiled.as_text(), KERNEL), 0)
-    pallas = functools.partial(kv_cache.update, implementation="pallas")
+  def test_a_kernel_that_the_compiler_would_have_to_split_is_refused(self):
+    update = functools.partial(kv_cache.update, implementation="pallas")
     with self.assertRaisesRegex(ValueError, "cannot be split over devices by"):
-      compile_it(pallas, *args)
+      self.compile_for_four(
+        deviceless.tpu_mesh("v5e"), update, structs(), (P("x"),) * 5
+      )
+
+  @parameterized.product(
+    case=("rows", "tiles"), axis=(0, 1, 2), layers=(None, 3)
+  )
+  def test_plain_xla_splits_what_the_compiler_has_to(self, case, axis, layers):
+    lead = [] if layers is None else [None]
+    cache = P(*lead, *[None] * axis, "x")
+    # New tokens lie on all chips where the length is split.
+    new = P() if LAYOUTS[case][axis] == "s" else P(*[None] * axis, "x")
+    args = structs(case, layers=layers)
+    update = functools.partial(
+      kv_cache.update, layout=LAYOUTS[case], layer=layers and 1
+    )
+    compiled = self.compile_for_four(
+      deviceless.tpu_mesh("v5e"), update, args, (cache, cache, new, new, P())
+    )
+    self.assertEqual(hlo.custom_calls(compiled.as_text(), KERNEL), 0)
+    num_bytes = args[0].size * args[0].dtype.itemsize // 4
+    deviceless.assert_in_place(compiled, 2 * num_bytes)
+    deviceless.assert_small_temporaries(compiled, num_bytes // 8)
+    deviceless.assert_nothing_gathered(compiled)

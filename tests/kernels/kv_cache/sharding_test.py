@@ -51,7 +51,8 @@ class ShardingTest(parameterized.TestCase):
     )
     compiled = step.lower(*caches, *new, index).compile()
     text = compiled.as_text()
-    assert hlo.custom_calls(text, api.TARGET) >= 1
+    plain = kwargs.pop("implementation", None) == "xla"
+    assert bool(hlo.custom_calls(text, api.TARGET)) != plain
     for name in COLLECTIVES:
       assert not hlo.instructions(text, name), name
     local = caches[0].sharding.shard_shape(caches[0].shape)
@@ -92,6 +93,20 @@ class ShardingTest(parameterized.TestCase):
   def test_length_over_two_axes(self):
     mesh = devices.auto_mesh((2, 4), ("x", "y"))
     self.check(mesh, P(None, ("y", "x")), P(), arguments(), [0, 3, 14, 7])
+
+  @parameterized.product(
+    axis=tuple("bsn"), layout=("bsnh", "bnsh"), stacked=(0, 1)
+  )
+  def test_plain_xla(self, axis, layout, stacked):
+    mesh = devices.auto_mesh((4,), ("x",))
+    k, v, *new = arguments(layout)
+    spec = P(*[None] * layout.index(axis), "x")
+    rows = P() if axis == "s" else spec
+    kwargs = {"implementation": "xla", "layout": layout}
+    if stacked:
+      k, v, kwargs["layer"] = jnp.stack([k, v]), jnp.stack([v, k]), 1
+      spec = P(None, *spec)
+    self.check(mesh, spec, rows, [k, v, *new], [0, 3, 14, 7], **kwargs)
 
   def test_stacked_layers(self):
     mesh = devices.auto_mesh((4, 2), ("x", "y"))
