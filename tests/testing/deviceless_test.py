@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from kernels import kv_cache
-from tests.testing import deviceless, op_contract
+from tests.testing import deviceless, interpreted, op_contract
 
 CACHE = jax.ShapeDtypeStruct((4, 1024, 8, 128), jnp.bfloat16)
 NEW = jax.ShapeDtypeStruct((4, 1, 8, 128), jnp.bfloat16)
@@ -83,7 +83,7 @@ class TextTest(parameterized.TestCase):
         check()
 
 
-def write_one_row(cache, new, index):
+def write_one_row(cache, new, index, *, wait=True, interpret=False):
   """A broken update: one row of a packed tile, where a DMA cannot begin."""
 
   def kernel(index, new, _, out, sem):
@@ -91,7 +91,8 @@ def write_one_row(cache, new, index):
       new.at[0, pl.ds(0, 1)], out.at[0, pl.ds(index[0], 1)], sem
     )
     copy.start()
-    copy.wait()
+    if wait:
+      copy.wait()
 
   anywhere = pl.BlockSpec(memory_space=pl.ANY)
   return pl.pallas_call(
@@ -105,7 +106,41 @@ def write_one_row(cache, new, index):
     ),
     out_shape=jax.ShapeDtypeStruct(cache.shape, cache.dtype),
     input_output_aliases={2: 0},
+    interpret=interpret,
   )(index, new, cache)
+
+
+class BrokenOnTheCpuTest(parameterized.TestCase):
+  """What the checks catch on the CPU."""
+
+  def setUp(self):
+    super().setUp()
+    op_contract.only_on("cpu")
+
+  def test_handler_that_is_not_registered_does_not_compile(self):
+    def call(x):
+      return jax.ffi.ffi_call("fused_nnx_nowhere", x)(x)
+
+    with self.assertRaisesRegex(Exception, "fused_nnx_nowhere"):
+      jax.jit(call).lower(np.zeros(3, np.float32)).compile()
+
+  @parameterized.parameters("auto", "xla")
+  def test_missing_donation_is_seen(self, implementation):
+    update = functools.partial(kv_cache.update, implementation=implementation)
+    args = CACHE, CACHE, NEW, NEW, INDEX
+    compiled = jax.jit(update).lower(*args).compile()
+    with self.assertRaisesRegex(AssertionError, "0 bytes of the arguments"):
+      deviceless.assert_in_place(compiled, 2 * NUM_BYTES)
+
+  @parameterized.parameters(True, False)
+  def test_interpreter_sees_a_dma_that_nobody_waits_for(self, wait):
+    self.addCleanup(interpreted.reset)
+    cache, new = np.zeros((1, 16, 128), np.float32), np.ones((1, 1, 128), "f4")
+    index = np.int32([3])
+    got = write_one_row(
+      cache, new, index, wait=wait, interpret=interpreted.PARAMS
+    )
+    self.assertEqual(np.asarray(got)[0, 3].sum() == 128, wait)
 
 
 @pytest.mark.deviceless

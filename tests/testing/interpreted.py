@@ -17,7 +17,8 @@ from kernels.common import dispatch
 # What tests pass as `implementation=`.
 NAME = "interpreted"
 
-_PARAMS = pltpu.InterpretParams(
+# How kernels are interpreted.
+PARAMS = pltpu.InterpretParams(
   detect_races=True, uninitialized_memory="nan", dma_execution_mode="on_wait"
 )
 
@@ -45,7 +46,7 @@ class _Interpreted:
     pallas = self._op.implementations["pallas"]
     if why := pallas.problem([jax.typeof(arg) for arg in args], params):
       raise ValueError(why)
-    return pallas.fn(*args, interpret=_PARAMS, **params)
+    return pallas.fn(*args, interpret=PARAMS, **params)
 
 
 def allow(module: types.ModuleType, *ops: str) -> None:

@@ -1,5 +1,6 @@
 """What decode attention compiles to for GPUs; needs none, and runs nothing."""
 
+import dataclasses
 import functools
 
 from absl.testing import parameterized
@@ -63,6 +64,13 @@ class CompiledTest(parameterized.TestCase):
     kwargs = {k: np.asarray(v) for k, v in spec.scales().items()}
     if spec.layers is not None:
       kwargs["layer"] = 1
+    assert_fused(compile_step(args, **kwargs), args[:2])
+
+  def test_the_other_float8(self):
+    # What no real model above has.
+    spec = dataclasses.replace(SPEC, dtype="float8_e5m2")
+    args = spec.shapes()
+    kwargs = {k: np.asarray(v) for k, v in spec.scales().items()}
     assert_fused(compile_step(args, **kwargs), args[:2])
 
   def test_every_option_at_once(self):

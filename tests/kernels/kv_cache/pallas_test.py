@@ -352,3 +352,24 @@ class CompiledTest(deviceless.TpuTest):
     deviceless.assert_in_place(compiled, 2 * num_bytes)
     deviceless.assert_small_temporaries(compiled, num_bytes // 8)
     deviceless.assert_nothing_gathered(compiled)
+
+  @parameterized.parameters(0, 2)
+  def test_plain_xla_splits_a_paged_cache(self, axis):
+    pages = jax.ShapeDtypeStruct((1024, 128, 8, 128), "bfloat16")
+    _, _, *new, index = structs()
+    table = jax.ShapeDtypeStruct((8, 16), jnp.int32)
+    cache = P(*[None] * axis, "x")
+    rows = P(None, None, "x") if axis == 2 else P()
+
+    def update(*args):
+      *args, table = args
+      return kv_cache.update(*args, block_table=table)
+
+    compiled = self.compile_for_four(
+      deviceless.tpu_mesh("v5e"), update, (pages, pages, *new, index, table),
+      (cache, cache, rows, rows, P(), P()),
+    )  # fmt: skip
+    num_bytes = pages.size * pages.dtype.itemsize // 4
+    deviceless.assert_in_place(compiled, 2 * num_bytes)
+    deviceless.assert_small_temporaries(compiled, num_bytes // 8)
+    deviceless.assert_nothing_gathered(compiled)
