@@ -50,32 +50,26 @@ ffi::Error UpdateImpl(
     ffi::Result<ffi::AnyBuffer> new_mean, ffi::Result<ffi::AnyBuffer> new_var,
     ffi::Result<ffi::AnyBuffer> mean, ffi::Result<ffi::AnyBuffer> var,
     ffi::Result<ffi::AnyBuffer> workspace) {
-  Geometry g;
-  Mask mask;
-  KERNELS_RETURN_IF_ERROR(GetGeometry(x, feature_axis, batch_axes, &g));
-  KERNELS_RETURN_IF_ERROR(GetMask(rest, g, &mask));
-  return DispatchFloat(x.element_type(), "x", [&](auto t) -> ffi::Error {
-    using T = decltype(t);
-    using A = typename T::Compute;
-    constexpr ffi::DataType dtype = ComputeDtype<T>();
-    int64_t splits = 0;
-    KERNELS_RETURN_IF_ERROR(CheckStat(old_mean, "mean", g, dtype));
-    KERNELS_RETURN_IF_ERROR(CheckStat(old_var, "var", g, dtype));
-    KERNELS_RETURN_IF_ERROR(CheckStat(*new_mean, "the new mean", g, dtype));
-    KERNELS_RETURN_IF_ERROR(CheckStat(*new_var, "the new var", g, dtype));
-    KERNELS_RETURN_IF_ERROR(CheckStat(*mean, "the batch mean", g, dtype));
-    KERNELS_RETURN_IF_ERROR(CheckStat(*var, "the batch var", g, dtype));
-    KERNELS_RETURN_IF_ERROR(CheckStat(momentum, "momentum", g, dtype));
-    KERNELS_RETURN_IF_ERROR(GetMomentsSplits(*workspace, g, dtype, &splits));
-    const MomentsResults<A> results = {Data<A>(mean),     Data<A>(var),
-                                       /*count=*/nullptr, Data<A>(momentum),
-                                       Data<A>(old_mean), Data<A>(old_var),
-                                       Data<A>(new_mean), Data<A>(new_var)};
-    return LaunchStatus(
-        LaunchMoments<T>(stream, g, Data<typename T::Storage>(x), mask,
-                         accurate != 0, results, Data<A>(workspace), splits),
-        "batch_stat.update");
-  });
+  return CheckUpdate(
+      feature_axis, batch_axes, old_mean, old_var, momentum, x, rest, *new_mean,
+      *new_var, *mean, *var,
+      [&](auto t, const Geometry& g, const Mask& mask) -> ffi::Error {
+        using T = decltype(t);
+        using A = typename T::Compute;
+        constexpr ffi::DataType dtype = ComputeDtype<T>();
+        int64_t splits = 0;
+        KERNELS_RETURN_IF_ERROR(
+            GetMomentsSplits(*workspace, g, dtype, &splits));
+        const MomentsResults<A> results = {Data<A>(mean),     Data<A>(var),
+                                           /*count=*/nullptr, Data<A>(momentum),
+                                           Data<A>(old_mean), Data<A>(old_var),
+                                           Data<A>(new_mean), Data<A>(new_var)};
+        return LaunchStatus(
+            LaunchMoments<T>(stream, g, Data<typename T::Storage>(x), mask,
+                             accurate != 0, results, Data<A>(workspace),
+                             splits),
+            "batch_stat.update");
+      });
 }
 
 ffi::Error MomentsImpl(cudaStream_t stream, int64_t feature_axis,
@@ -85,46 +79,37 @@ ffi::Error MomentsImpl(cudaStream_t stream, int64_t feature_axis,
                        ffi::Result<ffi::AnyBuffer> var,
                        ffi::Result<ffi::AnyBuffer> count,
                        ffi::Result<ffi::AnyBuffer> workspace) {
-  Geometry g;
-  Mask mask;
-  KERNELS_RETURN_IF_ERROR(GetGeometry(x, feature_axis, batch_axes, &g));
-  KERNELS_RETURN_IF_ERROR(GetMask(rest, g, &mask));
-  return DispatchFloat(x.element_type(), "x", [&](auto t) -> ffi::Error {
-    using T = decltype(t);
-    using A = typename T::Compute;
-    constexpr ffi::DataType dtype = ComputeDtype<T>();
-    int64_t splits = 0;
-    KERNELS_RETURN_IF_ERROR(CheckStat(*mean, "mean", g, dtype));
-    KERNELS_RETURN_IF_ERROR(CheckStat(*var, "var", g, dtype));
-    KERNELS_RETURN_IF_ERROR(CheckStat(*count, "count", g, dtype));
-    KERNELS_RETURN_IF_ERROR(GetMomentsSplits(*workspace, g, dtype, &splits));
-    MomentsResults<A> results = {};
-    results.mean = Data<A>(mean);
-    results.var = Data<A>(var);
-    results.count = Data<A>(count);
-    return LaunchStatus(
-        LaunchMoments<T>(stream, g, Data<typename T::Storage>(x), mask,
-                         accurate != 0, results, Data<A>(workspace), splits),
-        "the moments of batch_stat");
-  });
+  return CheckMoments(
+      feature_axis, batch_axes, x, rest, *mean, *var, *count,
+      [&](auto t, const Geometry& g, const Mask& mask) -> ffi::Error {
+        using T = decltype(t);
+        using A = typename T::Compute;
+        constexpr ffi::DataType dtype = ComputeDtype<T>();
+        int64_t splits = 0;
+        KERNELS_RETURN_IF_ERROR(
+            GetMomentsSplits(*workspace, g, dtype, &splits));
+        MomentsResults<A> results = {};
+        results.mean = Data<A>(mean);
+        results.var = Data<A>(var);
+        results.count = Data<A>(count);
+        return LaunchStatus(
+            LaunchMoments<T>(stream, g, Data<typename T::Storage>(x), mask,
+                             accurate != 0, results, Data<A>(workspace),
+                             splits),
+            "the moments of batch_stat");
+      });
 }
 
 ffi::Error NormalizeImpl(cudaStream_t stream, int64_t feature_axis,
                          int64_t batch_axes, int64_t relu, ffi::AnyBuffer x,
                          ffi::AnyBuffer mean, ffi::AnyBuffer mul,
                          ffi::AnyBuffer bias, ffi::Result<ffi::AnyBuffer> y) {
-  Geometry g;
-  KERNELS_RETURN_IF_ERROR(GetGeometry(x, feature_axis, batch_axes, &g));
-  KERNELS_RETURN_IF_ERROR(CheckSameShape(*y, "y", x));
-  return DispatchPair(
-      x.element_type(), y->element_type(), [&](auto t, auto u) -> ffi::Error {
+  return CheckNormalize(
+      feature_axis, batch_axes, x, mean, mul, bias, "y", *y,
+      [&](auto t, auto u, const Geometry& g) -> ffi::Error {
         using T = decltype(t);
         using U = decltype(u);
         using A = typename T::Compute;
-        constexpr ffi::DataType dtype = ComputeDtype<T>();
-        KERNELS_RETURN_IF_ERROR(CheckStat(mean, "mean", g, dtype));
-        KERNELS_RETURN_IF_ERROR(CheckStat(mul, "mul", g, dtype));
-        KERNELS_RETURN_IF_ERROR(CheckStat(bias, "bias", g, dtype));
         return LaunchStatus(
             LaunchNormalize<T, U>(stream, g, Data<typename T::Storage>(x),
                                   Data<A>(mean), Data<A>(mul), Data<A>(bias),
@@ -140,21 +125,14 @@ ffi::Error GradSumsImpl(cudaStream_t stream, int64_t feature_axis,
                         ffi::Result<ffi::AnyBuffer> sum_dy,
                         ffi::Result<ffi::AnyBuffer> sum_dyx,
                         ffi::Result<ffi::AnyBuffer> workspace) {
-  Geometry g;
-  KERNELS_RETURN_IF_ERROR(GetGeometry(x, feature_axis, batch_axes, &g));
-  KERNELS_RETURN_IF_ERROR(CheckSameShape(dy, "dy", x));
-  return DispatchPair(
-      x.element_type(), dy.element_type(), [&](auto t, auto u) -> ffi::Error {
+  return CheckGradSums(
+      feature_axis, batch_axes, x, dy, mean, mul, bias, *sum_dy, *sum_dyx,
+      [&](auto t, auto u, const Geometry& g) -> ffi::Error {
         using T = decltype(t);
         using U = decltype(u);
         using A = typename T::Compute;
         constexpr ffi::DataType dtype = ComputeDtype<T>();
         int64_t splits = 0;
-        KERNELS_RETURN_IF_ERROR(CheckStat(mean, "mean", g, dtype));
-        KERNELS_RETURN_IF_ERROR(CheckStat(mul, "mul", g, dtype));
-        KERNELS_RETURN_IF_ERROR(CheckStat(bias, "bias", g, dtype));
-        KERNELS_RETURN_IF_ERROR(CheckStat(*sum_dy, "sum_dy", g, dtype));
-        KERNELS_RETURN_IF_ERROR(CheckStat(*sum_dyx, "sum_dyx", g, dtype));
         KERNELS_RETURN_IF_ERROR(
             GetSplits(*workspace, g, kGradSumsParts, dtype, &splits));
         return LaunchStatus(
@@ -174,26 +152,12 @@ ffi::Error GradInputImpl(cudaStream_t stream, int64_t feature_axis,
                          ffi::AnyBuffer c0, ffi::AnyBuffer c1,
                          ffi::RemainingArgs rest,
                          ffi::Result<ffi::AnyBuffer> dx) {
-  Geometry g;
-  Mask mask;
-  KERNELS_RETURN_IF_ERROR(GetGeometry(x, feature_axis, batch_axes, &g));
-  KERNELS_RETURN_IF_ERROR(GetMask(rest, g, &mask));
-  KERNELS_RETURN_IF_ERROR(CheckSameShape(dy, "dy", x));
-  KERNELS_RETURN_IF_ERROR(CheckSameShape(*dx, "dx", x));
-  KERNELS_REQUIRE(dx->element_type() == x.element_type(), "`dx` must be ",
-                  DtypeName(x.element_type()), " like `x`, but got ",
-                  DtypeName(dx->element_type()), ".");
-  return DispatchPair(
-      x.element_type(), dy.element_type(), [&](auto t, auto u) -> ffi::Error {
+  return CheckGradInput(
+      feature_axis, batch_axes, x, dy, mean, mul, bias, c0, c1, rest, *dx,
+      [&](auto t, auto u, const Geometry& g, const Mask& mask) -> ffi::Error {
         using T = decltype(t);
         using U = decltype(u);
         using A = typename T::Compute;
-        constexpr ffi::DataType dtype = ComputeDtype<T>();
-        KERNELS_RETURN_IF_ERROR(CheckStat(mean, "mean", g, dtype));
-        KERNELS_RETURN_IF_ERROR(CheckStat(mul, "mul", g, dtype));
-        KERNELS_RETURN_IF_ERROR(CheckStat(bias, "bias", g, dtype));
-        KERNELS_RETURN_IF_ERROR(CheckStat(c0, "c0", g, dtype));
-        KERNELS_RETURN_IF_ERROR(CheckStat(c1, "c1", g, dtype));
         return LaunchStatus(
             LaunchGradInput<T, U>(stream, g, Data<typename T::Storage>(x),
                                   Data<typename U::Storage>(dy), Data<A>(mean),

@@ -22,35 +22,26 @@ ffi::Error BatchStatUpdateImpl(
     ffi::AnyBuffer momentum, ffi::AnyBuffer x, ffi::RemainingArgs rest,
     ffi::Result<ffi::AnyBuffer> new_mean, ffi::Result<ffi::AnyBuffer> new_var,
     ffi::Result<ffi::AnyBuffer> mean, ffi::Result<ffi::AnyBuffer> var) {
-  Geometry g;
-  Mask mask;
-  KERNELS_RETURN_IF_ERROR(GetGeometry(x, feature_axis, batch_axes, &g));
-  KERNELS_RETURN_IF_ERROR(GetMask(rest, g, &mask));
-  return DispatchFloat(x.element_type(), "x", [&](auto t) -> ffi::Error {
-    using T = decltype(t);
-    using A = typename T::Compute;
-    constexpr ffi::DataType dtype = ComputeDtype<T>();
-    KERNELS_RETURN_IF_ERROR(CheckStat(old_mean, "mean", g, dtype));
-    KERNELS_RETURN_IF_ERROR(CheckStat(old_var, "var", g, dtype));
-    KERNELS_RETURN_IF_ERROR(CheckStat(*new_mean, "the new mean", g, dtype));
-    KERNELS_RETURN_IF_ERROR(CheckStat(*new_var, "the new var", g, dtype));
-    KERNELS_RETURN_IF_ERROR(CheckStat(*mean, "the batch mean", g, dtype));
-    KERNELS_RETURN_IF_ERROR(CheckStat(*var, "the batch var", g, dtype));
-    KERNELS_RETURN_IF_ERROR(CheckStat(momentum, "momentum", g, dtype));
-    std::vector<A> count(static_cast<size_t>(g.groups * g.channels));
-    Moments<T>(MakeParallelLoop(pool), CurrentSimdLevel(), g,
-               Data<typename T::Storage>(x), mask, accurate != 0, Data<A>(mean),
-               Data<A>(var), count.data());
-    for (int64_t i = 0; i < g.groups * g.channels; ++i) {
-      // The old averages may lie where the new ones go.
-      const A keep = Data<A>(momentum)[i];
-      Data<A>(new_mean)[i] =
-          keep * Data<A>(old_mean)[i] + (1 - keep) * Data<A>(mean)[i];
-      Data<A>(new_var)[i] =
-          keep * Data<A>(old_var)[i] + (1 - keep) * Data<A>(var)[i];
-    }
-    return ffi::Error::Success();
-  });
+  return CheckUpdate(
+      feature_axis, batch_axes, old_mean, old_var, momentum, x, rest, *new_mean,
+      *new_var, *mean, *var,
+      [&](auto t, const Geometry& g, const Mask& mask) -> ffi::Error {
+        using T = decltype(t);
+        using A = typename T::Compute;
+        std::vector<A> count(static_cast<size_t>(g.groups * g.channels));
+        Moments<T>(MakeParallelLoop(pool), CurrentSimdLevel(), g,
+                   Data<typename T::Storage>(x), mask, accurate != 0,
+                   Data<A>(mean), Data<A>(var), count.data());
+        for (int64_t i = 0; i < g.groups * g.channels; ++i) {
+          // The old averages may lie where the new ones go.
+          const A keep = Data<A>(momentum)[i];
+          Data<A>(new_mean)[i] =
+              keep * Data<A>(old_mean)[i] + (1 - keep) * Data<A>(mean)[i];
+          Data<A>(new_var)[i] =
+              keep * Data<A>(old_var)[i] + (1 - keep) * Data<A>(var)[i];
+        }
+        return ffi::Error::Success();
+      });
 }
 
 ffi::Error BatchStatMomentsImpl(ffi::ThreadPool pool, int64_t feature_axis,
@@ -59,22 +50,16 @@ ffi::Error BatchStatMomentsImpl(ffi::ThreadPool pool, int64_t feature_axis,
                                 ffi::Result<ffi::AnyBuffer> mean,
                                 ffi::Result<ffi::AnyBuffer> var,
                                 ffi::Result<ffi::AnyBuffer> count) {
-  Geometry g;
-  Mask mask;
-  KERNELS_RETURN_IF_ERROR(GetGeometry(x, feature_axis, batch_axes, &g));
-  KERNELS_RETURN_IF_ERROR(GetMask(rest, g, &mask));
-  return DispatchFloat(x.element_type(), "x", [&](auto t) -> ffi::Error {
-    using T = decltype(t);
-    using A = typename T::Compute;
-    constexpr ffi::DataType dtype = ComputeDtype<T>();
-    KERNELS_RETURN_IF_ERROR(CheckStat(*mean, "mean", g, dtype));
-    KERNELS_RETURN_IF_ERROR(CheckStat(*var, "var", g, dtype));
-    KERNELS_RETURN_IF_ERROR(CheckStat(*count, "count", g, dtype));
-    Moments<T>(MakeParallelLoop(pool), CurrentSimdLevel(), g,
-               Data<typename T::Storage>(x), mask, accurate != 0, Data<A>(mean),
-               Data<A>(var), Data<A>(count));
-    return ffi::Error::Success();
-  });
+  return CheckMoments(
+      feature_axis, batch_axes, x, rest, *mean, *var, *count,
+      [&](auto t, const Geometry& g, const Mask& mask) -> ffi::Error {
+        using T = decltype(t);
+        using A = typename T::Compute;
+        Moments<T>(MakeParallelLoop(pool), CurrentSimdLevel(), g,
+                   Data<typename T::Storage>(x), mask, accurate != 0,
+                   Data<A>(mean), Data<A>(var), Data<A>(count));
+        return ffi::Error::Success();
+      });
 }
 
 ffi::Error BatchStatNormalizeImpl(ffi::ThreadPool pool, int64_t feature_axis,
@@ -82,24 +67,18 @@ ffi::Error BatchStatNormalizeImpl(ffi::ThreadPool pool, int64_t feature_axis,
                                   ffi::AnyBuffer x, ffi::AnyBuffer mean,
                                   ffi::AnyBuffer mul, ffi::AnyBuffer bias,
                                   ffi::Result<ffi::AnyBuffer> y) {
-  Geometry g;
-  KERNELS_RETURN_IF_ERROR(GetGeometry(x, feature_axis, batch_axes, &g));
-  KERNELS_RETURN_IF_ERROR(CheckSameShape(*y, "y", x));
-  return DispatchPair(
-      x.element_type(), y->element_type(), [&](auto t, auto u) -> ffi::Error {
-        using T = decltype(t);
-        using U = decltype(u);
-        using A = typename T::Compute;
-        constexpr ffi::DataType dtype = ComputeDtype<T>();
-        KERNELS_RETURN_IF_ERROR(CheckStat(mean, "mean", g, dtype));
-        KERNELS_RETURN_IF_ERROR(CheckStat(mul, "mul", g, dtype));
-        KERNELS_RETURN_IF_ERROR(CheckStat(bias, "bias", g, dtype));
-        NormalizeAll<T, U>(MakeParallelLoop(pool), CurrentSimdLevel(), g,
-                           Data<typename T::Storage>(x), Data<A>(mean),
-                           Data<A>(mul), Data<A>(bias), relu != 0,
-                           Data<typename U::Storage>(y));
-        return ffi::Error::Success();
-      });
+  return CheckNormalize(feature_axis, batch_axes, x, mean, mul, bias, "y", *y,
+                        [&](auto t, auto u, const Geometry& g) -> ffi::Error {
+                          using T = decltype(t);
+                          using U = decltype(u);
+                          using A = typename T::Compute;
+                          NormalizeAll<T, U>(
+                              MakeParallelLoop(pool), CurrentSimdLevel(), g,
+                              Data<typename T::Storage>(x), Data<A>(mean),
+                              Data<A>(mul), Data<A>(bias), relu != 0,
+                              Data<typename U::Storage>(y));
+                          return ffi::Error::Success();
+                        });
 }
 
 ffi::Error BatchStatGradSumsImpl(ffi::ThreadPool pool, int64_t feature_axis,
@@ -109,20 +88,12 @@ ffi::Error BatchStatGradSumsImpl(ffi::ThreadPool pool, int64_t feature_axis,
                                  ffi::AnyBuffer bias,
                                  ffi::Result<ffi::AnyBuffer> sum_dy,
                                  ffi::Result<ffi::AnyBuffer> sum_dyx) {
-  Geometry g;
-  KERNELS_RETURN_IF_ERROR(GetGeometry(x, feature_axis, batch_axes, &g));
-  KERNELS_RETURN_IF_ERROR(CheckSameShape(dy, "dy", x));
-  return DispatchPair(
-      x.element_type(), dy.element_type(), [&](auto t, auto u) -> ffi::Error {
+  return CheckGradSums(
+      feature_axis, batch_axes, x, dy, mean, mul, bias, *sum_dy, *sum_dyx,
+      [&](auto t, auto u, const Geometry& g) -> ffi::Error {
         using T = decltype(t);
         using U = decltype(u);
         using A = typename T::Compute;
-        constexpr ffi::DataType dtype = ComputeDtype<T>();
-        KERNELS_RETURN_IF_ERROR(CheckStat(mean, "mean", g, dtype));
-        KERNELS_RETURN_IF_ERROR(CheckStat(mul, "mul", g, dtype));
-        KERNELS_RETURN_IF_ERROR(CheckStat(bias, "bias", g, dtype));
-        KERNELS_RETURN_IF_ERROR(CheckStat(*sum_dy, "sum_dy", g, dtype));
-        KERNELS_RETURN_IF_ERROR(CheckStat(*sum_dyx, "sum_dyx", g, dtype));
         GradSums<T, U>(MakeParallelLoop(pool), CurrentSimdLevel(), g,
                        Data<typename T::Storage>(x),
                        Data<typename U::Storage>(dy), Data<A>(mean),
@@ -139,26 +110,12 @@ ffi::Error BatchStatGradInputImpl(ffi::ThreadPool pool, int64_t feature_axis,
                                   ffi::AnyBuffer bias, ffi::AnyBuffer c0,
                                   ffi::AnyBuffer c1, ffi::RemainingArgs rest,
                                   ffi::Result<ffi::AnyBuffer> dx) {
-  Geometry g;
-  Mask mask;
-  KERNELS_RETURN_IF_ERROR(GetGeometry(x, feature_axis, batch_axes, &g));
-  KERNELS_RETURN_IF_ERROR(GetMask(rest, g, &mask));
-  KERNELS_RETURN_IF_ERROR(CheckSameShape(dy, "dy", x));
-  KERNELS_RETURN_IF_ERROR(CheckSameShape(*dx, "dx", x));
-  KERNELS_REQUIRE(dx->element_type() == x.element_type(), "`dx` must be ",
-                  DtypeName(x.element_type()), " like `x`, but got ",
-                  DtypeName(dx->element_type()), ".");
-  return DispatchPair(
-      x.element_type(), dy.element_type(), [&](auto t, auto u) -> ffi::Error {
+  return CheckGradInput(
+      feature_axis, batch_axes, x, dy, mean, mul, bias, c0, c1, rest, *dx,
+      [&](auto t, auto u, const Geometry& g, const Mask& mask) -> ffi::Error {
         using T = decltype(t);
         using U = decltype(u);
         using A = typename T::Compute;
-        constexpr ffi::DataType dtype = ComputeDtype<T>();
-        KERNELS_RETURN_IF_ERROR(CheckStat(mean, "mean", g, dtype));
-        KERNELS_RETURN_IF_ERROR(CheckStat(mul, "mul", g, dtype));
-        KERNELS_RETURN_IF_ERROR(CheckStat(bias, "bias", g, dtype));
-        KERNELS_RETURN_IF_ERROR(CheckStat(c0, "c0", g, dtype));
-        KERNELS_RETURN_IF_ERROR(CheckStat(c1, "c1", g, dtype));
         GradInputAll<T, U>(
             MakeParallelLoop(pool), CurrentSimdLevel(), g,
             Data<typename T::Storage>(x), Data<typename U::Storage>(dy),

@@ -183,6 +183,114 @@ ffi::Error DispatchPair(ffi::DataType x, ffi::DataType y, Body&& body) {
   });
 }
 
+// Each checks what the spec of its name binds, and calls body(T{}, geometry,
+// mask), or without a mask where there is none, T being the tag of x's dtype;
+// or body(T{}, U{}, ...), U being that of y's or dy's.
+
+template <typename Body>
+ffi::Error CheckUpdate(int64_t feature_axis, int64_t batch_axes,
+                       const ffi::AnyBuffer& old_mean,
+                       const ffi::AnyBuffer& old_var,
+                       const ffi::AnyBuffer& momentum, const ffi::AnyBuffer& x,
+                       ffi::RemainingArgs rest, const ffi::AnyBuffer& new_mean,
+                       const ffi::AnyBuffer& new_var,
+                       const ffi::AnyBuffer& mean, const ffi::AnyBuffer& var,
+                       Body&& body) {
+  Geometry g;
+  Mask mask;
+  KERNELS_RETURN_IF_ERROR(GetGeometry(x, feature_axis, batch_axes, &g));
+  KERNELS_RETURN_IF_ERROR(GetMask(rest, g, &mask));
+  return DispatchFloat(x.element_type(), "x", [&](auto t) -> ffi::Error {
+    constexpr ffi::DataType dtype = ComputeDtype<decltype(t)>();
+    KERNELS_RETURN_IF_ERROR(CheckStat(old_mean, "mean", g, dtype));
+    KERNELS_RETURN_IF_ERROR(CheckStat(old_var, "var", g, dtype));
+    KERNELS_RETURN_IF_ERROR(CheckStat(new_mean, "the new mean", g, dtype));
+    KERNELS_RETURN_IF_ERROR(CheckStat(new_var, "the new var", g, dtype));
+    KERNELS_RETURN_IF_ERROR(CheckStat(mean, "the batch mean", g, dtype));
+    KERNELS_RETURN_IF_ERROR(CheckStat(var, "the batch var", g, dtype));
+    KERNELS_RETURN_IF_ERROR(CheckStat(momentum, "momentum", g, dtype));
+    return body(t, g, mask);
+  });
+}
+
+template <typename Body>
+ffi::Error CheckMoments(int64_t feature_axis, int64_t batch_axes,
+                        const ffi::AnyBuffer& x, ffi::RemainingArgs rest,
+                        const ffi::AnyBuffer& mean, const ffi::AnyBuffer& var,
+                        const ffi::AnyBuffer& count, Body&& body) {
+  Geometry g;
+  Mask mask;
+  KERNELS_RETURN_IF_ERROR(GetGeometry(x, feature_axis, batch_axes, &g));
+  KERNELS_RETURN_IF_ERROR(GetMask(rest, g, &mask));
+  return DispatchFloat(x.element_type(), "x", [&](auto t) -> ffi::Error {
+    constexpr ffi::DataType dtype = ComputeDtype<decltype(t)>();
+    KERNELS_RETURN_IF_ERROR(CheckStat(mean, "mean", g, dtype));
+    KERNELS_RETURN_IF_ERROR(CheckStat(var, "var", g, dtype));
+    KERNELS_RETURN_IF_ERROR(CheckStat(count, "count", g, dtype));
+    return body(t, g, mask);
+  });
+}
+
+template <typename Body>
+ffi::Error CheckNormalize(int64_t feature_axis, int64_t batch_axes,
+                          const ffi::AnyBuffer& x, const ffi::AnyBuffer& mean,
+                          const ffi::AnyBuffer& mul, const ffi::AnyBuffer& bias,
+                          std::string_view other_name,
+                          const ffi::AnyBuffer& other, Body&& body) {
+  Geometry g;
+  KERNELS_RETURN_IF_ERROR(GetGeometry(x, feature_axis, batch_axes, &g));
+  KERNELS_RETURN_IF_ERROR(CheckSameShape(other, other_name, x));
+  return DispatchPair(
+      x.element_type(), other.element_type(),
+      [&](auto t, auto u) -> ffi::Error {
+        constexpr ffi::DataType dtype = ComputeDtype<decltype(t)>();
+        KERNELS_RETURN_IF_ERROR(CheckStat(mean, "mean", g, dtype));
+        KERNELS_RETURN_IF_ERROR(CheckStat(mul, "mul", g, dtype));
+        KERNELS_RETURN_IF_ERROR(CheckStat(bias, "bias", g, dtype));
+        return body(t, u, g);
+      });
+}
+
+template <typename Body>
+ffi::Error CheckGradSums(int64_t feature_axis, int64_t batch_axes,
+                         const ffi::AnyBuffer& x, const ffi::AnyBuffer& dy,
+                         const ffi::AnyBuffer& mean, const ffi::AnyBuffer& mul,
+                         const ffi::AnyBuffer& bias,
+                         const ffi::AnyBuffer& sum_dy,
+                         const ffi::AnyBuffer& sum_dyx, Body&& body) {
+  return CheckNormalize(
+      feature_axis, batch_axes, x, mean, mul, bias, "dy", dy,
+      [&](auto t, auto u, const Geometry& g) -> ffi::Error {
+        constexpr ffi::DataType dtype = ComputeDtype<decltype(t)>();
+        KERNELS_RETURN_IF_ERROR(CheckStat(sum_dy, "sum_dy", g, dtype));
+        KERNELS_RETURN_IF_ERROR(CheckStat(sum_dyx, "sum_dyx", g, dtype));
+        return body(t, u, g);
+      });
+}
+
+template <typename Body>
+ffi::Error CheckGradInput(int64_t feature_axis, int64_t batch_axes,
+                          const ffi::AnyBuffer& x, const ffi::AnyBuffer& dy,
+                          const ffi::AnyBuffer& mean, const ffi::AnyBuffer& mul,
+                          const ffi::AnyBuffer& bias, const ffi::AnyBuffer& c0,
+                          const ffi::AnyBuffer& c1, ffi::RemainingArgs rest,
+                          const ffi::AnyBuffer& dx, Body&& body) {
+  KERNELS_RETURN_IF_ERROR(CheckSameShape(dx, "dx", x));
+  KERNELS_REQUIRE(dx.element_type() == x.element_type(), "`dx` must be ",
+                  DtypeName(x.element_type()), " like `x`, but got ",
+                  DtypeName(dx.element_type()), ".");
+  return CheckNormalize(
+      feature_axis, batch_axes, x, mean, mul, bias, "dy", dy,
+      [&](auto t, auto u, const Geometry& g) -> ffi::Error {
+        constexpr ffi::DataType dtype = ComputeDtype<decltype(t)>();
+        Mask mask;
+        KERNELS_RETURN_IF_ERROR(GetMask(rest, g, &mask));
+        KERNELS_RETURN_IF_ERROR(CheckStat(c0, "c0", g, dtype));
+        KERNELS_RETURN_IF_ERROR(CheckStat(c1, "c1", g, dtype));
+        return body(t, u, g, mask);
+      });
+}
+
 }  // namespace kernels::batch_stat
 
 #endif  // KERNELS_BATCH_STAT_BATCH_STAT_SPEC_H_
