@@ -40,7 +40,12 @@ py_library = _py_library
 
 def cc_library(name, copts = [], **kwargs):
     """A C++17 library, warnings being errors."""
-    _cc_library(name = name, copts = _COPTS + copts, **kwargs)
+    _cc_library(
+        name = name,
+        copts = _COPTS + copts,
+        linkstatic = True,  # nothing links the shared one that would be made too
+        **kwargs
+    )
 
 def cc_binary(name, copts = [], **kwargs):
     """A C++17 program, warnings being errors."""
