@@ -22,7 +22,7 @@ import numpy as np
 
 from examples import char_transformer
 import nnx
-from tools.bench import harness
+from tools.bench import harness, models
 
 NAME = "generate"
 _SYMBOLS = 103
@@ -32,7 +32,7 @@ _SIZES = {
   "example": char_transformer.Size(),
   "wide": char_transformer.Size(features=512, heads=8),
 }
-_QUICK_SIZES = {"example": char_transformer.Size(layers=2)}
+_QUICK_SIZES = {"example": char_transformer.Size(layers=1)}
 
 Library = Any
 _LIBRARIES: tuple[tuple[str, Library], ...] = (
@@ -43,7 +43,10 @@ _LIBRARIES: tuple[tuple[str, Library], ...] = (
 
 def _make_models(size: char_transformer.Size) -> dict[str, Any]:
   """Makes the model on both libraries, with full caches."""
-  model = char_transformer.transformer_type()(_SYMBOLS, size, nnx.Rngs(0))
+  model = models.make(
+    nnx,
+    lambda: char_transformer.transformer_type()(_SYMBOLS, size, nnx.Rngs(0)),
+  )
   prompt = np.random.default_rng(0).integers(_SYMBOLS, size=_CONTEXT)
   char_transformer.prefill(model, prompt.astype(np.int32), size.context)
   twin = char_transformer.flax_twin(flax_nnx, model, _SYMBOLS, size)

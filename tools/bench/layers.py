@@ -7,6 +7,7 @@ of its kernel. `build_transformer` makes a model and calls nothing.
 """
 
 from collections.abc import Callable, Sequence
+import functools
 from typing import Any
 
 from flax import nnx as flax_nnx
@@ -15,7 +16,7 @@ from jax import numpy as jnp
 
 from kernels import batch_stat
 import nnx
-from tools.bench import harness
+from tools.bench import harness, models
 
 NAME = "layers"
 _BATCH = 32
@@ -31,11 +32,16 @@ def _array(*shape: int) -> jax.Array:
   return jax.random.normal(jax.random.key(1), shape)
 
 
+def _call(layer: Any, x: jax.Array) -> Any:
+  return layer(x)
+
+
 def _compare(
   make: Callable[[Library], Any],
   x: jax.Array,
   plain: Callable[[Any, jax.Array], Any] | None = None,
   plain_name: str = "",
+  call: Callable[[Any, jax.Array], Any] = _call,
 ) -> harness.Comparison:
   """Calls the same layer of both libraries.
 
@@ -44,15 +50,23 @@ def _compare(
     x: its input.
     plain: the same with our layer's arrays and no layer.
     plain_name: what that is, in words.
+    call: calls the layer.
   """
+  layers = {
+    library: models.make(library, lambda library=library: make(library))
+    for library in (nnx, flax_nnx)
+  }
 
   def side(library: Library, name: str) -> harness.Side:
-    layer = make(library)
-    return harness.Side(name=name, fresh=lambda: x, call=layer)
+    return harness.Side(
+      name=name,
+      fresh=lambda: x,
+      call=functools.partial(call, layers[library]),
+    )
 
   floor = None
   if plain is not None:
-    layer = make(nnx)
+    layer = layers[nnx]
     arrays = {
       name: value.value
       for name, value in vars(layer).items()
@@ -150,13 +164,12 @@ def _build_attention() -> harness.Comparison:
 
 def _build_lstm() -> harness.Comparison:
   """One step of `LSTMCell`."""
-
-  def make(library: Library) -> Callable[[jax.Array], Any]:
-    cell = library.LSTMCell(_FEATURES, _FEATURES, rngs=library.Rngs(0))
-    carry = (jnp.zeros((_BATCH, _FEATURES)),) * 2
-    return lambda x: cell(carry, x)
-
-  return _compare(make, _array(_BATCH, _FEATURES))
+  carry = (jnp.zeros((_BATCH, _FEATURES)),) * 2
+  return _compare(
+    lambda lib: lib.LSTMCell(_FEATURES, _FEATURES, rngs=lib.Rngs(0)),
+    _array(_BATCH, _FEATURES),
+    call=lambda cell, x: cell(carry, x),
+  )
 
 
 def _make_transformer(library: Library, layers: int) -> Any:

@@ -16,7 +16,7 @@ from jax import numpy as jnp
 import optax
 
 import nnx
-from tools.bench import compare, harness
+from tools.bench import compare, harness, models
 
 NAME = "train_step"
 _WIDTH = 4
@@ -199,7 +199,8 @@ def plain_adam(
 
 
 def _arrays(make_model: Callable[[Library], Any]) -> tuple[jax.Array, ...]:
-  return tuple(_params(nnx, make_model(nnx)).values())
+  model = models.make(nnx, lambda: make_model(nnx))
+  return tuple(_params(nnx, model).values())
 
 
 def _build_step(blocks: int) -> harness.Comparison:
@@ -266,7 +267,7 @@ def _build_trace(layers: int) -> harness.Comparison:
 
       return library.jit(step)
 
-    model = _layers_type(library)(layers)
+    model = models.make(library, lambda: _layers_type(library)(layers))
     check = fresh_step()
     return harness.Side(
       name=f"{name}.jit, trace",
@@ -309,7 +310,7 @@ def _build_compile_scan(layers: int) -> harness.Comparison:
     def fresh_call():
       return library.jit(lambda model, x: model(x))
 
-    model = _stack_type(library)(layers)
+    model = models.make(library, lambda: _stack_type(library)(layers))
     check = fresh_call()
     return harness.Side(
       name=f"{name}.scan, compile",

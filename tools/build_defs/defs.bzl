@@ -40,7 +40,12 @@ py_library = _py_library
 
 def cc_library(name, copts = [], **kwargs):
     """A C++17 library, warnings being errors."""
-    _cc_library(name = name, copts = _COPTS + copts, **kwargs)
+    _cc_library(
+        name = name,
+        copts = _COPTS + copts,
+        linkstatic = True,  # nothing links the shared one that would be made too
+        **kwargs
+    )
 
 def cc_binary(name, copts = [], **kwargs):
     """A C++17 program, warnings being errors."""
@@ -194,7 +199,14 @@ def cuda_extension(name, kernels, srcs, deps = [], pyi = None, visibility = None
         visibility = visibility,
     )
 
-def _run_by(main, name, args, srcs = [], deps = [], env = {}, **kwargs):
+# Most of what tests take is to compile programs that run once, on some numbers:
+# with XLA's older emitters, and without optimising what they emit, it takes a
+# seventh of the time.
+_QUICK_XLA = {
+    "XLA_FLAGS": "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false",
+}
+
+def _run_by(main, name, args, quick_xla, srcs = [], deps = [], env = {}, **kwargs):
     """A py_test whose main program is one of this directory."""
     main = Label("//tools/build_defs:" + main)
     _py_test(
@@ -202,12 +214,12 @@ def _run_by(main, name, args, srcs = [], deps = [], env = {}, **kwargs):
         srcs = srcs + [main],
         main = main,
         args = args,
-        env = {"PYTHONWARNINGS": "error"} | env,
+        env = {"PYTHONWARNINGS": "error"} | (_QUICK_XLA if quick_xla else {}) | env,
         deps = deps,
         **kwargs
     )
 
-def nnx_py_test(name, srcs, size, deps = [], args = [], **kwargs):
+def nnx_py_test(name, srcs, size, deps = [], args = [], quick_xla = True, **kwargs):
     """Runs test files under pytest, warnings being errors.
 
     `unittest` and `absltest` classes are collected as well; no main program is
@@ -219,6 +231,9 @@ def nnx_py_test(name, srcs, size, deps = [], args = [], **kwargs):
       size: required: small, medium, large or enormous.
       deps: what they import; pytest is added.
       args: further arguments for pytest.
+      quick_xla: whether XLA compiles for the CPU quickly rather than well. Not
+        for a test that looks at compiled programs, that is about their numbers
+        as users get them, or that computes for longer than it compiles.
       **kwargs: passed on to py_test.
     """
     _run_by(
@@ -226,12 +241,13 @@ def nnx_py_test(name, srcs, size, deps = [], args = [], **kwargs):
         name = name,
         srcs = srcs,
         args = ["$(rootpath %s)" % src for src in srcs] + args,
+        quick_xla = quick_xla,
         size = size,
         deps = deps + [Label("//tools/build_defs:pytest_runner")],
         **kwargs
     )
 
-def doctest_test(name, modules, size, deps = [], **kwargs):
+def doctest_test(name, modules, size, deps = [], quick_xla = True, **kwargs):
     """Runs the examples in the docstrings of modules; none at all is a failure.
 
     Args:
@@ -239,18 +255,29 @@ def doctest_test(name, modules, size, deps = [], **kwargs):
       modules: dotted names, compiled extensions included.
       size: required: small, medium, large or enormous.
       deps: the libraries that hold them.
+      quick_xla: as in nnx_py_test.
       **kwargs: passed on to py_test.
     """
     _run_by(
         main = "doctest_main.py",
         name = name,
         args = modules,
+        quick_xla = quick_xla,
         size = size,
         deps = deps,
         **kwargs
     )
 
-def op_test(name, srcs, size, deps = [], env = {}, tags = [], platforms = None, **kwargs):
+def op_test(
+        name,
+        srcs,
+        size,
+        deps = [],
+        env = {},
+        tags = [],
+        platforms = None,
+        quick_xla = False,
+        **kwargs):
     """One test file for each platform: `<name>_cpu`, `<name>_gpu`, `<name>_tpu`.
 
     Each carries its platform as a tag and in TEST_PLATFORM.  Without the device
@@ -269,6 +296,7 @@ def op_test(name, srcs, size, deps = [], env = {}, tags = [], platforms = None, 
       env: further environment.
       tags: further tags.
       platforms: some of cpu, gpu and tpu; all, if None.
+      quick_xla: as in nnx_py_test, of the test for the CPU alone.
       **kwargs: passed on to nnx_py_test.
     """
     for platform, platform_deps in _PLATFORM_DEPS.items():
@@ -279,6 +307,7 @@ def op_test(name, srcs, size, deps = [], env = {}, tags = [], platforms = None, 
             srcs = srcs,
             size = size,
             env = {"TEST_PLATFORM": platform} | env,
+            quick_xla = quick_xla and platform == "cpu",
             tags = [platform] + tags,
             deps = deps + platform_deps,
             **kwargs

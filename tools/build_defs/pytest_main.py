@@ -9,6 +9,7 @@ those that only compile for it.
 import fnmatch
 import os
 import pathlib
+import site
 import sys
 
 import pytest
@@ -113,7 +114,19 @@ def main(argv: list[str]) -> int:
   return int(status)
 
 
+def _hide_host_packages() -> None:
+  """Leaves what the host happens to have installed out of a Bazel test.
+
+  It is no part of the build, and may cost more than what is: flax imports all
+  of IPython wherever it finds it.
+  """
+  if "TEST_SRCDIR" in os.environ:
+    hidden = {*site.getsitepackages(), site.getusersitepackages()}
+    sys.path[:] = [path for path in sys.path if path not in hidden]
+
+
 if __name__ == "__main__":
+  _hide_host_packages()
   _choose_backend(os.environ.get("TEST_PLATFORM", "cpu"))
   # Plugins that the host happens to have are no part of these tests.
   os.environ.setdefault("PYTEST_DISABLE_PLUGIN_AUTOLOAD", "1")

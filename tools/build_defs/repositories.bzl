@@ -4,7 +4,7 @@
 """
 
 load("@bazel_tools//tools/build_defs/repo:http.bzl", "http_archive")
-load("//tools/build_defs:cuda.bzl", "nnx_cuda")
+load("//tools/build_defs:cuda_toolkit.bzl", "nnx_cuda")
 load("//tools/build_defs:pypi.bzl", "nnx_python", "pypi_packages")
 
 def _locks(stem):

@@ -1,6 +1,4 @@
-"""One of the two processes of two_process_test: `worker.py PORT RANK`."""
-
-import sys
+"""What each of the two processes of two_process_test does."""
 
 import jax
 import jax.numpy as jnp
@@ -10,17 +8,13 @@ import numpy as np
 
 from kernels import batch_stat
 from kernels.batch_stat import ops
-from tests.testing import devices, hlo, oracles
+from tests.testing import devices, hlo, oracles, two_processes
 
 SHAPE = (8, 5, 5, 16)
 
 
-def main(port: str, rank: str) -> None:
+def work() -> None:
   """Trains one layer on a batch of which this process has a half."""
-  jax.config.update("jax_num_cpu_devices", 2)
-  jax.config.update("jax_cpu_collectives_implementation", "gloo")
-  jax.distributed.initialize(f"127.0.0.1:{port}", 2, int(rank))
-  assert jax.device_count() == 4, jax.devices()
   mesh = devices.auto_mesh((4,), ("batch",))
   split = NamedSharding(mesh, P("batch"))
   rng = np.random.default_rng(0)  # the same in both processes
@@ -60,9 +54,7 @@ def main(port: str, rank: str) -> None:
     np.testing.assert_allclose(
       shard.data, want_dx[shard.index], rtol=1e-4, atol=1e-5
     )
-  print(f"process {rank} of 2: ok", flush=True)
-  jax.distributed.shutdown()
 
 
 if __name__ == "__main__":
-  main(*sys.argv[1:])
+  two_processes.join(work)

@@ -1,6 +1,4 @@
-"""One of the two processes of two_process_test: `worker.py PORT RANK`."""
-
-import sys
+"""What each of the two processes of two_process_test does."""
 
 import jax
 from jax.sharding import NamedSharding
@@ -12,18 +10,14 @@ from kernels import kv_cache
 from kernels.decode_attention import api
 from tests.kernels.decode_attention import oracle
 from tests.kernels.kv_cache import oracle as cache_oracle
-from tests.testing import devices, hlo
+from tests.testing import devices, hlo, two_processes
 
 CACHE, NEW, QUERY = (2, 16, 2, 8), (2, 1, 2, 8), (2, 1, 4, 8)
 INDEX = np.int32([7, 12])
 
 
-def main(port: str, rank: str) -> None:
+def work() -> None:
   """Decodes over a cache of which this process has half the length."""
-  jax.config.update("jax_num_cpu_devices", 2)
-  jax.config.update("jax_cpu_collectives_implementation", "gloo")
-  jax.distributed.initialize(f"127.0.0.1:{port}", 2, int(rank))
-  assert jax.device_count() == 4, jax.devices()
   mesh = devices.auto_mesh((4,), ("length",))
   split = NamedSharding(mesh, P(None, "length"))
   whole = NamedSharding(mesh, P())
@@ -57,9 +51,7 @@ def main(port: str, rank: str) -> None:
       np.testing.assert_allclose(
         shard.data, w[shard.index], rtol=1e-5, atol=1e-6
       )
-  print(f"process {rank} of 2: ok", flush=True)
-  jax.distributed.shutdown()
 
 
 if __name__ == "__main__":
-  main(*sys.argv[1:])
+  two_processes.join(work)
