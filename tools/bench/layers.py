@@ -53,7 +53,7 @@ def _compare(
     call: calls the layer.
   """
   layers = {
-    library: models.make(library, lambda library=library: make(library))
+    library: models.make(library, functools.partial(make, library))
     for library in (nnx, flax_nnx)
   }
 
