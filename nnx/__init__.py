@@ -10,22 +10,22 @@ Modules are Python objects whose state lives in Variables; `split`, `merge`,
 # The second name of a module is the one that it has in Flax.
 from nnx import compat as compat
 from nnx import errors as errors
-from nnx import filters as filterlib
+from nnx import filters as filterlib  # noqa: F401
 from nnx import filters as filters
 from nnx import graph as graph
-from nnx import graph as graphlib
+from nnx import graph as graphlib  # noqa: F401
 from nnx import nn as nn
 from nnx import partitioning as partitioning
 from nnx import pytree as pytree
-from nnx import pytree as pytreelib
-from nnx import reprs as reprlib
+from nnx import pytree as pytreelib  # noqa: F401
+from nnx import reprs as reprlib  # noqa: F401
 from nnx import reprs as reprs
-from nnx import rngs as rnglib
+from nnx import rngs as rnglib  # noqa: F401
 from nnx import rngs as rngs
 from nnx import spmd as spmd
-from nnx import state as statelib
+from nnx import state as statelib  # noqa: F401
 from nnx import traversals as traversals
-from nnx import variables as variablelib
+from nnx import variables as variablelib  # noqa: F401
 from nnx.containers import Dict as Dict
 from nnx.containers import List as List
 from nnx.containers import Sequential as Sequential
@@ -207,6 +207,7 @@ from nnx.training.optimizer import Optimizer as Optimizer
 from nnx.training.optimizer import OptState as OptState
 from nnx.training.optimizer import OptVariable as OptVariable
 from nnx.training.train_state import TrainState as TrainState
+from nnx.transforms.carry import Carry as Carry
 from nnx.transforms.control_flow import cond as cond
 from nnx.transforms.control_flow import fori_loop as fori_loop
 from nnx.transforms.control_flow import switch as switch
@@ -224,7 +225,6 @@ from nnx.transforms.jit import jit as jit
 from nnx.transforms.jit import jit_partial as jit_partial
 from nnx.transforms.prefix import prefix as prefix
 from nnx.transforms.remat import remat as remat
-from nnx.transforms.scan import Carry as Carry
 from nnx.transforms.scan import scan as scan
 from nnx.transforms.sharded import shard_map as shard_map
 from nnx.transforms.tracing import checkify as checkify

@@ -21,7 +21,8 @@ from nnx.nn.initializers import (
 )
 from nnx.nn.linear import Linear
 from nnx.rngs import Rngs, RngState, RngStream, restore_rngs, split_rngs
-from nnx.transforms.scan import Carry, scan
+from nnx.transforms.carry import Carry
+from nnx.transforms.scan import scan
 from nnx.transforms.vmap import StateAxes
 
 

@@ -11,6 +11,21 @@ from nnx.graph import _engine, preorder
 from nnx.transforms import lift, prefix
 
 
+class Carry:
+  """Marks, in the axes of `nnx.scan`, what is carried between iterations.
+
+  Example:
+
+    >>> import jax.numpy as jnp
+    >>> import nnx
+    >>> @nnx.scan(in_axes=(nnx.Carry, 0), out_axes=nnx.Carry)
+    ... def add(total, x):
+    ...   return total + x
+    >>> add(0.0, jnp.arange(4.0))
+    Array(6., dtype=float32)
+  """
+
+
 class Opened:
   """A value opened: its structure, leaves and objects."""
 

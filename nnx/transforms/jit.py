@@ -140,10 +140,18 @@ class Options:
     self.donated = donated
     self.jit_options = jit_options
 
-  def make_entry(self, structure: Any, leaves: tuple, names: tuple[str, ...]):
+  def make_entry(
+    self,
+    structure: Any,
+    leaves: tuple,
+    names: tuple[str, ...],
+    objects: tuple,
+  ):
     """The compiled function for one structure, and the leaves it donates."""
     self.check_leaves(structure, leaves, names)
     shardings = self.input_shardings(structure, leaves, names)
+    if shardings is not None:
+      lift.place_variables(structure, objects, shardings)
     flat = Flat(self, structure, names, shardings)
     donated = self.donated_leaves(structure, leaves, names, flat)
     options = dict(self.jit_options)
@@ -347,13 +355,13 @@ class Lowered:
 
   def __init__(self, lowered: Any, make_call: Callable[..., Any]):
     self.lowered = lowered
-    self._make_call = make_call
+    self.call = make_call
 
   def compile(
     self, compiler_options: Mapping[str, Any] | None = None
   ) -> Compiled:
     """Compiles; see `Compiled`."""
-    return Compiled(self.lowered.compile(compiler_options), self._make_call)
+    return Compiled(self.lowered.compile(compiler_options), self.call)
 
   def __getattr__(self, name: str) -> Any:
     return getattr(self.lowered, name)
@@ -476,8 +484,16 @@ class JitPartial:
     return self.jitted(*self.args, *args, **kwargs)
 
   def lower(self, *args: Any, **kwargs: Any) -> Lowered:
-    """As `JitWrapped.lower`, for the remaining arguments."""
-    return self.jitted.lower(*self.args, *args, **kwargs)
+    """As `JitWrapped.lower`, for the remaining arguments.
+
+    So are the arguments of the compiled function.
+    """
+    lowered = self.jitted.lower(*self.args, *args, **kwargs)
+
+    def call(run, args, kwargs):
+      return lowered.call(run, (*self.args, *args), kwargs)
+
+    return Lowered(lowered.lowered, call)
 
   def trace(self, *args: Any, **kwargs: Any) -> Any:
     """As `JitWrapped.trace`, for the remaining arguments."""
@@ -537,7 +553,8 @@ def jit(
       bound to a Module is compiled with the Module as an argument.
     in_shardings: for each positional argument a sharding, a pytree prefix of
       shardings, or a `StateSharding`. State that is written keeps the sharding
-      of the argument it belongs to.
+      of the argument it belongs to; Variables of the first call that are only
+      read are placed so as well, and need not be moved again.
     out_shardings: the same for the result.
     static_argnums: positions of arguments that are part of the structure.
     static_argnames: their names; positions and names imply each other.

@@ -21,7 +21,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from nnx.graph import _engine, preorder
+from nnx.graph import _engine, preorder, tracing
 
 _SCALARS = (bool, int, float, complex, np.generic)
 
@@ -103,6 +103,35 @@ class Call:
   def apply_outputs(self, plan: Any, outputs: Sequence[Any]) -> Any:
     """The same for outputs that a transform has regrouped."""
     return self.apply(_engine.packed_unflatten(plan, tuple(outputs)))
+
+
+def place_variables(
+  structure: Any, objects: Sequence[Any], shardings: Sequence[Any]
+) -> None:
+  """Moves arrays of Variables to where a transform wants them.
+
+  So what a function only reads is moved once, not at every call. Inside of a
+  trace this does nothing: there jax moves what it must.
+
+  Args:
+    structure: of the arguments.
+    objects: the arguments' own objects.
+    shardings: one a leaf; what is no `Sharding` asks for nothing.
+  """
+  if tracing.trace_context().trace is not tracing.eval_trace():
+    return
+  for kind, index, leaf, *_ in structure._records:
+    if kind != "variable" or leaf < 0:
+      continue
+    value, sharding = objects[index].raw_value, shardings[leaf]
+    if not isinstance(value, jax.Array):
+      continue
+    if not isinstance(sharding, jax.sharding.Sharding):
+      continue  # of a mesh that only jax knows
+    if not sharding.is_fully_addressable:
+      continue  # other processes have parts of it
+    if not value.sharding.is_equivalent_to(sharding, value.ndim):
+      objects[index].raw_value = jax.device_put(value, sharding)
 
 
 class Static:

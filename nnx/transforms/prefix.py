@@ -98,7 +98,10 @@ def prefix(
 
     >>> import jax.numpy as jnp
     >>> import nnx
-    >>> state = {"a": nnx.Param(jnp.array(2)), "b": nnx.BatchStat(jnp.arange(5))}
+    >>> state = {
+    ...   "a": nnx.Param(jnp.array(2)),
+    ...   "b": nnx.BatchStat(jnp.arange(5)),
+    ... }
     >>> axes = nnx.prefix(state, {nnx.Param: None, nnx.BatchStat: 0})
     >>> axes
     {'a': None, 'b': 0}

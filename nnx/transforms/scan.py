@@ -9,26 +9,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from nnx import rngs as rngs_lib
 from nnx import spmd
 from nnx.graph import _engine, preorder
 from nnx.transforms import carry as carry_lib
 from nnx.transforms import lift, mapped, prefix
 from nnx.transforms import vmap as vmap_lib
-
-
-class Carry:
-  """Marks, in the axes of `nnx.scan`, what is carried between iterations.
-
-  Example:
-
-    >>> import jax.numpy as jnp
-    >>> import nnx
-    >>> @nnx.scan(in_axes=(nnx.Carry, 0), out_axes=nnx.Carry)
-    ... def add(total, x):
-    ...   return total + x
-    >>> add(0.0, jnp.arange(4.0))
-    Array(6., dtype=float32)
-  """
+from nnx.transforms.carry import Carry
 
 
 def _is_axis(value: Any) -> bool:
@@ -223,6 +210,8 @@ class _Loop:
         for i in lift.leaves_of_roots(call.structure, (carry_in,))
         if walk.places[i].top < 0
       ]
+    # Streams of random numbers that all iterations start from in one state.
+    self.broadcast: list[int] = []
     self.traced: Any = None  # the plan, and the entry of each output
     self.jaxpr: Any = None  # of `step`, and the leaves that are its inputs
 
@@ -278,7 +267,8 @@ class _Loop:
     """One iteration on the leaves."""
     call, walk = self.call, self.walk
     leaves = call.with_leaves(
-      [*self.carried, *self.scanned], [*carry_leaves, *xs]
+      [*self.carried, *self.scanned, *self.broadcast],
+      [*carry_leaves, *xs, *call.pick(self.broadcast)],
     )
     outputs = self.step(leaves)
     plan, entries = self.traced
@@ -353,6 +343,13 @@ class _Loop:
     }
     late = written.intersection(unmarked)
     self.carried = sorted({*self.carried, *late})
+    self.broadcast = [
+      leaf
+      for leaf in sorted(late)
+      if isinstance(
+        call.objects[self.walk.places[leaf].variable], rngs_lib.RngState
+      )
+    ]
 
   def carry_of(self, result: Any) -> Any:
     """The carry in the function's result."""

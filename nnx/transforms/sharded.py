@@ -109,6 +109,12 @@ def shard_map(
       option="in_specs",
     ):
       walk.visit_root(root)
+    if isinstance(mesh, jax.sharding.Mesh):
+      lift.place_variables(
+        call.structure,
+        call.objects,
+        [jax.sharding.NamedSharding(mesh, _spec(e)) for e in walk.entries],
+      )
     inputs = [i for i, leaf in enumerate(call.leaves) if lift.is_array(leaf)]
     function = mapped.Mapped(call.lifted, walk, out_root, groups)
     sharded = jax.shard_map(

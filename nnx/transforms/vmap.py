@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from nnx import spmd
 from nnx.graph import _engine
 from nnx.transforms import lift, mapped, prefix
+from nnx.transforms.carry import Carry
 
 
 class StateAxes(prefix.FilterMap, Mapping[Any, Any]):
@@ -345,7 +346,9 @@ def pmap(
   static = lift.as_tuple(static_broadcasted_argnums)
   donated = lift.as_tuple(donate_argnums)
 
-  def make_entry(structure: Any, leaves: tuple, names: tuple[str, ...]):
+  def make_entry(
+    structure: Any, leaves: tuple, names: tuple[str, ...], _: tuple
+  ):
     objects = _engine.unflatten(structure, leaves)[1]
     walk = walk_axes(structure, leaves, objects, names, in_axes)
     check_sizes(walk, axis_size)
@@ -379,6 +382,19 @@ def pmap(
   return functools.update_wrapper(wrapped, f)
 
 
+def _without_carry(axes: Any) -> Any:
+  """Axes of a scan for what has no loop: the carry is not mapped."""
+  if axes is Carry:
+    return None
+  if isinstance(axes, (tuple, list)):
+    return type(axes)(map(_without_carry, axes))
+  if isinstance(axes, StateAxes):
+    return StateAxes([(f, _without_carry(entry)) for f, entry in axes.items()])
+  if isinstance(axes, Mapping):
+    return {key: _without_carry(entry) for key, entry in axes.items()}
+  return axes
+
+
 def transform_metadata(
   f: Callable[..., Any] | None = None,
   *,
@@ -406,7 +422,7 @@ def transform_metadata(
 
   Args:
     f: the function; without it, `transform_metadata` is a decorator.
-    in_axes: where the axis is in the arguments, as in `vmap`.
+    in_axes: where the axis is in the arguments, as in `vmap` or `scan`.
     out_axes: where it is in the result.
     partition: the name of the axis, or `None`.
     graph: accepted for programs that set it; graphs and trees are one here.
@@ -427,6 +443,7 @@ def transform_metadata(
       graph=graph,
     )
   lift.check_function(f, "transform_metadata")
+  in_axes, out_axes = _without_carry(in_axes), _without_carry(out_axes)
   check_axes("in_axes", in_axes, is_axis)
   check_axes("out_axes", out_axes, is_axis)
   out_root = prefix.Root(out_axes, "out_axes", "result")

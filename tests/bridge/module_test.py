@@ -306,15 +306,11 @@ class ErrorsTest(absltest.TestCase):
         return x
 
     variables = Layers().init(0, X)
-    self.assertSameElements(
-      variables["params"], ["layer_0", "layer_1", "last"]
-    )
+    self.assertSameElements(variables["params"], ["layer_0", "layer_1", "last"])
     y = Layers().apply(variables, X)
     for i in range(2):
       variables["params"][f"layer_{i}"]["w"] *= 2
-    np.testing.assert_allclose(
-      Layers().apply(variables, X), 4 * y, rtol=1e-6
-    )
+    np.testing.assert_allclose(Layers().apply(variables, X), 4 * y, rtol=1e-6)
 
   def test_what_a_linen_module_sows_is_kept(self):
     class Sower(nn.Module):

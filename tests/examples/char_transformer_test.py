@@ -41,9 +41,7 @@ class CharTransformerTest(absltest.TestCase):
     cache = model.blocks[0].attention.cached_key
     where = cache[...].unsafe_buffer_pointer()
     noise = char_transformer.noise(SMALL, symbols)
-    ours = char_transformer.generate(
-      nnx, model, text[-1], start, tokens, noise
-    )
+    ours = char_transformer.generate(nnx, model, text[-1], start, tokens, noise)
     self.assertEqual(cache[...].unsafe_buffer_pointer(), where)
     theirs = char_transformer.generate(
       flax_nnx, twin, text[-1], start, tokens, noise

@@ -204,7 +204,7 @@ class ModesTest(parameterized.TestCase):
     text = nnx.view_info(Model())
     self.assertEqual(
       text,
-      "Noise:\n"
+      f"{Noise.__qualname__}:\n"
       "  deterministic: bool | None = None\n"
       "    if True, nothing\n"
       "    is added.",

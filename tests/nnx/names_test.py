@@ -5,7 +5,8 @@ import types
 from absl.testing import absltest
 from flax import nnx as flax_nnx
 from flax.nnx import traversals as flax_traversals
-from hypothesis import given, settings, strategies as st
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import nnx
 
@@ -63,7 +64,7 @@ class NamesTest(absltest.TestCase):
       before = switch.current_value()
 
       @switch(not before)
-      def other(x, y=1):
+      def other(x, y=1, switch=switch):
         return switch.current_value(), x, y
 
       self.assertEqual(switch.current_value(), before)

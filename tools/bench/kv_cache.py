@@ -4,9 +4,9 @@ The shapes are those of one layer of published decoders of 1 to 8 billion
 parameters, with batch and length chosen so that a row stays below 8 GiB.
 Baselines are the two expressions that people write in JAX:
 `dynamic_update_slice` (vmapped when every sequence has its own position) and a
-scatter, both jitted with the caches donated. The slice does less than the scatter
-and than ours: of a position outside the cache it makes the nearest one inside,
-where they write nothing. `update_int8` quantises to int8 caches and
+scatter, both jitted with the caches donated. The slice does less than the
+scatter and than ours: of a position outside the cache it makes the nearest one
+inside, where they write nothing. `update_int8` quantises to int8 caches and
 `update_layer` writes into one layer of a stacked cache.
 """
 

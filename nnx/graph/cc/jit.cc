@@ -31,7 +31,8 @@ struct JitFunction {
   PyObject_HEAD PyObject* dict;
   PyObject* weaklist;
   vectorcallfunc vectorcall;
-  PyObject* make_entry;  // (structure, leaves, names) -> (compiled, donated)
+  // (structure, leaves, names, objects) -> (compiled, donated)
+  PyObject* make_entry;
   PyObject* copy_array;  // (array) -> array
   PyObject* statics;     // frozenset of positions and keyword names
   // The most recently used first.
@@ -51,6 +52,16 @@ struct Call {
     for (PyObject* object : objects) Py_XDECREF(object);
   }
 };
+
+Ref ToTuple(const std::vector<PyObject*>& items) {
+  Ref tuple = Ref::Steal(PyTuple_New(static_cast<Py_ssize_t>(items.size())));
+  if (!tuple) return Ref();
+  for (size_t i = 0; i < items.size(); ++i) {
+    Py_INCREF(items[i]);
+    PyTuple_SET_ITEM(tuple.get(), static_cast<Py_ssize_t>(i), items[i]);
+  }
+  return tuple;
+}
 
 // The arguments in the order of the structure's roots: positions, then keywords
 // by name.
@@ -158,20 +169,17 @@ std::shared_ptr<Entry> SlowEntry(JitFunction* self, const Arguments& arguments,
     if (equal) return entry;
   }
 
-  Ref leaves =
-      Ref::Steal(PyTuple_New(AsStructure(structure.get())->num_leaves));
-  if (!leaves) return nullptr;
-  for (size_t i = 0; i < call->leaves.size(); ++i) {
-    Py_INCREF(call->leaves[i]);
-    PyTuple_SET_ITEM(leaves.get(), static_cast<Py_ssize_t>(i), call->leaves[i]);
-  }
+  Ref leaves = ToTuple(call->leaves);
+  Ref objects = ToTuple(call->objects);
+  if (!leaves || !objects) return nullptr;
   Ref no_names = Ref::Steal(PyTuple_New(0));
   PyObject* names = arguments.names ? arguments.names.get() : no_names.get();
   Ref made;
   {
     CallFrame frame(AsStructure(structure.get()), call->objects.data());
     made = Ref::Steal(PyObject_CallFunctionObjArgs(
-        self->make_entry, structure.get(), leaves.get(), names, nullptr));
+        self->make_entry, structure.get(), leaves.get(), names, objects.get(),
+        nullptr));
   }
   if (!made) return nullptr;
   if (!PyTuple_Check(made.get()) || PyTuple_GET_SIZE(made.get()) != 2) {
@@ -243,14 +251,8 @@ PyObject* RunEntry(JitFunction* self, const Entry& entry, const Call& call) {
   {
     CallFrame frame(AsStructure(entry.structure.get()), call.objects.data());
     if (entry.donated.empty()) {
-      Ref leaves =
-          Ref::Steal(PyTuple_New(static_cast<Py_ssize_t>(call.leaves.size())));
+      Ref leaves = ToTuple(call.leaves);
       if (!leaves) return nullptr;
-      for (size_t i = 0; i < call.leaves.size(); ++i) {
-        Py_INCREF(call.leaves[i]);
-        PyTuple_SET_ITEM(leaves.get(), static_cast<Py_ssize_t>(i),
-                         call.leaves[i]);
-      }
       packed =
           Ref::Steal(PyObject_CallOneArg(entry.compiled.get(), leaves.get()));
     } else {

@@ -36,7 +36,7 @@ struct VariableObject : GraphObject {
 
 // Base of Pytree, Object and Module: an instance dictionary.
 struct ObjectObject : GraphObject {
-  PyObject* dict;    // null until the first attribute
+  PyObject* dict;  // null until the first attribute
   // dict name -> True (marked as data), False (as static), Ellipsis (in the
   // place of data), or null
   PyObject* status;

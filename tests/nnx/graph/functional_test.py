@@ -164,6 +164,7 @@ def test_pop_is_that_of_flax(spec, what):
     for key in path
   ):
     return
+
   def selected(lib):
     if what == "arrays":
       return lambda path, x: not isinstance(x, lib.Variable)

@@ -714,6 +714,42 @@ class ShardingTest(absltest.TestCase):
         dense, dense
       )
 
+  def test_what_is_only_read_is_placed_once(self):
+    model = Dense(4)
+    x = jnp.ones((4, 2))
+    wanted = self.named(None, "model")
+    axes = nnx.StateSharding({nnx.PathContains("kernel"): wanted, ...: None})
+    run = nnx.jit(lambda m, x: x @ m.kernel, in_shardings=(axes, None))
+    before = np.asarray(model.kernel.value)
+    run(model, x)
+    placed = model.kernel.value
+    self.assertTrue(placed.sharding.is_equivalent_to(wanted, 2))
+    np.testing.assert_array_equal(placed, before)
+    run(model, x)
+    self.assertIs(model.kernel.value, placed)
+
+  def test_shard_map_places_what_it_reads(self):
+    model = Dense(4)
+    axes = {nnx.PathContains("kernel"): P(None, "model"), ...: P()}
+    run = nnx.shard_map(
+      lambda m: m.kernel.value.sum(keepdims=True),
+      mesh=self.mesh,
+      in_specs=(nnx.StateSharding(axes),),
+      out_specs=P(None, "model"),
+    )
+    np.testing.assert_array_equal(run(model), [[4.0, 4.0]])
+    wanted = self.named(None, "model")
+    self.assertTrue(model.kernel.value.sharding.is_equivalent_to(wanted, 2))
+
+
+class PartialTest(absltest.TestCase):
+  def test_compiled_takes_the_remaining_arguments(self):
+    partial = nnx.jit_partial(lambda m, x: x @ m.kernel, Dense())
+    x = jnp.ones((4, 2))
+    lowered = partial.lower(x)
+    np.testing.assert_allclose(lowered.compile()(x), partial(x))
+    self.assertIn("dot", lowered.as_text())
+
 
 class ErrorsTest(parameterized.TestCase):
   def test_write_to_a_captured_variable(self):

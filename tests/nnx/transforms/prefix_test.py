@@ -71,7 +71,10 @@ class PrefixTest(parameterized.TestCase):
 
   @parameterized.parameters(nnx, flax_nnx)
   def test_one_with_an_entry_for_all_is_that_of_flax(self, library):
-    state = {"a": library.Param(jnp.array(2)), "b": library.BatchStat(jnp.ones(5))}
+    state = {
+      "a": library.Param(jnp.array(2)),
+      "b": library.BatchStat(jnp.ones(5)),
+    }
     kwargs = {} if library is nnx else {"graph": False}
     axes = library.prefix(
       state, {library.Param: None, library.BatchStat: 0}, **kwargs
@@ -86,7 +89,10 @@ class PrefixTest(parameterized.TestCase):
       self.assertEqual(jax.tree.structure(mapped), treedef)
       self.assertEqual(jax.tree.leaves(mapped), [stand_in] * 4)
       if stand_in == 0:
-        for other in (copy.deepcopy(mapped), pickle.loads(pickle.dumps(mapped))):
+        for other in (
+          copy.deepcopy(mapped),
+          pickle.loads(pickle.dumps(mapped)),
+        ):
           self.assertEqual(jax.tree.structure(other), treedef)
 
   def test_assigning_ends_the_standing_in(self):

@@ -31,6 +31,28 @@ class SameAsFlaxTest(parameterized.TestCase):
 
     both.same(program)
 
+  def test_broadcast_streams_are_the_same_in_all_iterations(self):
+    def program(lib):
+      rngs = lib.Rngs(params=jax.random.split(jax.random.key(0), 3), dropout=1)
+
+      @lib.scan(
+        in_axes=(lib.Carry, lib.StateAxes({"params": 0, ...: None})), length=3
+      )
+      def f(carry, rngs):
+        return carry, tuple(
+          jax.random.uniform(stream()) for stream in (rngs.params, rngs.dropout)
+        )
+
+      return f((), rngs)[1]
+
+    both.same(program)
+    rngs = nnx.Rngs(0)
+    keys = nnx.scan(lambda rngs, x: rngs(), in_axes=(None, 0), out_axes=0)
+    drawn = jax.random.key_data(keys(rngs, jnp.arange(3)))
+    self.assertLen(np.unique(drawn, axis=0), 1)
+    # Outside it is as if the stream had been used once: no key comes twice.
+    self.assertEqual(int(rngs.default.count.value), 1)
+
   def test_layers_made_by_vmap(self):
     def program(lib):
       @lib.split_rngs(splits=4)
@@ -431,7 +453,7 @@ class ErrorTest(parameterized.TestCase):
       self.error(ValueError, f, tied, tied.first),
       "`in_axes` must give a shared node one entry, but the Param at"
       " `args[0].again.bias` and `args[1].bias` has both"
-      " <class 'nnx.transforms.scan.Carry'> and 0.",
+      " <class 'nnx.transforms.carry.Carry'> and 0.",
     )
     self.assertEqual(
       self.error(ValueError, nnx.scan(lambda c, x: (c, x)), 1.0, (X, X.T)),

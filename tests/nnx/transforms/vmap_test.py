@@ -3,6 +3,7 @@
 import functools
 
 from absl.testing import absltest, parameterized
+from flax import nnx as flax_nnx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -18,6 +19,44 @@ def stack_axes(lib):
 
 
 class SameAsFlaxTest(parameterized.TestCase):
+  def test_overridden_add_axis_runs(self):
+    def program(lib):
+      calls = []
+
+      class Named(lib.Param):
+        def add_axis(self, axis_index, axis_name):
+          calls.append(("add", axis_index, axis_name))
+          super().add_axis(axis_index, axis_name)
+
+        def remove_axis(self, axis_index, axis_name):
+          calls.append(("remove", axis_index, axis_name))
+          super().remove_axis(axis_index, axis_name)
+
+      metadata = {lib.PARTITION_NAME: "layers"}
+      kwargs = {"transform_metadata": metadata}
+      v = lib.vmap(lambda _: Named(X, eager_sharding=False), **kwargs)(X)
+      lib.vmap(lambda v: v[...] * 2, **kwargs)(v)
+      return calls
+
+    self.assertEqual(program(nnx), program(flax_nnx))
+
+  def test_metadata_of_a_scan(self):
+    def program(lib):
+      v = lib.Param(X, out_sharding=("layers", "embed"), eager_sharding=False)
+      seen = []
+
+      @lib.scan(in_axes=(0, lib.Carry), out_axes=lib.Carry)
+      @lib.transform_metadata(
+        in_axes=(0, lib.Carry), out_axes=lib.Carry, partition="layers"
+      )
+      def f(v, total):
+        seen.append(v.out_sharding)
+        return total + v[...].sum()
+
+      return f(v, 0.0), v, [str(names) for names in seen[-1]]
+
+    both.same(program)
+
   def test_state_axes(self):
     def program(lib):
       stack = both.models(lib).Stack()
