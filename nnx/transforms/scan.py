@@ -89,7 +89,8 @@ def scan(
   and Variables, and what the function does to them is done to the caller's.
   The axes say of each argument, or with `StateAxes` of each Variable, whether
   it is carried, scanned over an axis, or the same for all iterations. A
-  Variable that is to be the same but is written is carried.
+  Variable that is to be the same but is written is carried; not so a stream of
+  random numbers, from which all iterations draw the same.
 
   Example:
 
@@ -343,12 +344,12 @@ class _Loop:
     }
     late = written.intersection(unmarked)
     self.carried = sorted({*self.carried, *late})
+    variables = {leaf: self.walk.places[leaf].variable for leaf in late}
     self.broadcast = [
       leaf
-      for leaf in sorted(late)
-      if isinstance(
-        call.objects[self.walk.places[leaf].variable], rngs_lib.RngState
-      )
+      for leaf, variable in sorted(variables.items())
+      if variable >= 0
+      and isinstance(call.objects[variable], rngs_lib.RngState)
     ]
 
   def carry_of(self, result: Any) -> Any:

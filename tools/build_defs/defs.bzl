@@ -206,9 +206,19 @@ _QUICK_XLA = {
     "XLA_FLAGS": "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false",
 }
 
+def _quick_by_default():
+    """Whether the package is one of this workspace's own.
+
+    A workspace that depends on this one may compute more in its tests, and have
+    a jaxlib that does not know the flag.
+    """
+    return native.repository_name().lstrip("@") == Label("//:BUILD").workspace_name
+
 def _run_by(main, name, args, quick_xla, srcs = [], deps = [], env = {}, **kwargs):
     """A py_test whose main program is one of this directory."""
     main = Label("//tools/build_defs:" + main)
+    if quick_xla == None:
+        quick_xla = _quick_by_default()
     _py_test(
         name = name,
         srcs = srcs + [main],
@@ -219,7 +229,7 @@ def _run_by(main, name, args, quick_xla, srcs = [], deps = [], env = {}, **kwarg
         **kwargs
     )
 
-def nnx_py_test(name, srcs, size, deps = [], args = [], quick_xla = True, **kwargs):
+def nnx_py_test(name, srcs, size, deps = [], args = [], quick_xla = None, **kwargs):
     """Runs test files under pytest, warnings being errors.
 
     `unittest` and `absltest` classes are collected as well; no main program is
@@ -231,9 +241,10 @@ def nnx_py_test(name, srcs, size, deps = [], args = [], quick_xla = True, **kwar
       size: required: small, medium, large or enormous.
       deps: what they import; pytest is added.
       args: further arguments for pytest.
-      quick_xla: whether XLA compiles for the CPU quickly rather than well. Not
-        for a test that looks at compiled programs, that is about their numbers
-        as users get them, or that computes for longer than it compiles.
+      quick_xla: whether XLA compiles for the CPU quickly rather than well; by
+        default so in this workspace alone. Not for a test that looks at compiled
+        programs, that is about their numbers as users get them, or that computes
+        for longer than it compiles.
       **kwargs: passed on to py_test.
     """
     _run_by(
@@ -247,7 +258,7 @@ def nnx_py_test(name, srcs, size, deps = [], args = [], quick_xla = True, **kwar
         **kwargs
     )
 
-def doctest_test(name, modules, size, deps = [], quick_xla = True, **kwargs):
+def doctest_test(name, modules, size, deps = [], quick_xla = None, **kwargs):
     """Runs the examples in the docstrings of modules; none at all is a failure.
 
     Args:
