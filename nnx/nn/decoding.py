@@ -185,6 +185,19 @@ def _each(number: jax.Array) -> jax.Array:
   return number.reshape(-1) if number.ndim else number
 
 
+def _written(
+  cache: jax.Array, new: jax.Array, index: jax.Array, lengths: jax.Array
+) -> jax.Array:
+  """What `kernels.kv_cache.update` does to one cache, in plain jax."""
+  batch, tokens = new.shape[:2]
+  index = jnp.broadcast_to(index, (batch,))
+  lengths = jnp.broadcast_to(lengths, (batch,))
+  slots = _positions(index, tokens)
+  real = jnp.arange(tokens)[None] < lengths[:, None]
+  slots = jnp.where(real, slots, cache.shape[1])  # outside: dropped
+  return cache.at[jnp.arange(batch)[:, None], slots].set(new, mode="drop")
+
+
 @functools.partial(jax.jit, static_argnames="options", inline=True)
 def append(
   buffers: Buffers,
@@ -235,12 +248,16 @@ def append(
   new = key, value
   if not scales:
     new = key.astype(buffers.key.dtype), value.astype(buffers.value.dtype)
-  new = kv_cache.update(  # type: ignore[misc]
-    *(_in_one_batch_axis(x, batch) for x in (buffers.key, buffers.value, *new)),
-    _each(buffers.index),
-    lengths=_each(lengths),
-    **scales,
-  )
+  arrays = [
+    _in_one_batch_axis(x, batch) for x in (buffers.key, buffers.value, *new)
+  ]
+  places = _each(buffers.index), _each(lengths)
+  if buffers.key.dtype == jnp.float64:  # which the kernels do not take
+    new = _written(*arrays[::2], *places), _written(*arrays[1::2], *places)
+  else:
+    new = kv_cache.update(  # type: ignore[misc]
+      *arrays, places[0], lengths=places[1], **scales
+    )
   buffers = _filled(buffers, new, lengths)
 
   def read(cache, scale, dtype):

@@ -225,6 +225,26 @@ def test_own_attention_functions_get_what_is_set():
   assert given == [set(), {"window", "softcap"}]
 
 
+def test_float64_decodes_without_kernels():
+  with jax.enable_x64(True):
+    layer = nnx.MultiHeadAttention(
+      HEADS,
+      FEATURES,
+      decode=True,
+      dtype=jnp.float64,
+      param_dtype=jnp.float64,
+      rngs=nnx.Rngs(0),
+    )
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(2, 6, FEATURES)))
+    want = layer(x, decode=False, is_causal=True)
+    for per_sequence in (False, True):
+      layer.init_cache((2, 6, FEATURES), jnp.float64, per_sequence=per_sequence)
+      got = [layer(x[:, :4]), layer(x[:, 4:5]), layer(x[:, 5:])]
+      got = jnp.concatenate(got, 1)
+      assert got.dtype == jnp.float64
+      np.testing.assert_allclose(got, want, rtol=1e-12, atol=1e-12)
+
+
 # Prompts of different lengths.
 
 
