@@ -248,15 +248,18 @@ def append(
   new = key, value
   if not scales:
     new = key.astype(buffers.key.dtype), value.astype(buffers.value.dtype)
-  arrays = [
+  old_key, old_value, new_key, new_value = (
     _in_one_batch_axis(x, batch) for x in (buffers.key, buffers.value, *new)
-  ]
-  places = _each(buffers.index), _each(lengths)
+  )
+  index, count = _each(buffers.index), _each(lengths)
   if buffers.key.dtype == jnp.float64:  # which the kernels do not take
-    new = _written(*arrays[::2], *places), _written(*arrays[1::2], *places)
+    new = (
+      _written(old_key, new_key, index, count),
+      _written(old_value, new_value, index, count),
+    )
   else:
-    new = kv_cache.update(  # type: ignore[misc]
-      *arrays, places[0], lengths=places[1], **scales
+    new = kv_cache.update(
+      old_key, old_value, new_key, new_value, index, lengths=count, **scales
     )
   buffers = _filled(buffers, new, lengths)
 

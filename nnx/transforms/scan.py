@@ -348,8 +348,7 @@ class _Loop:
     self.broadcast = [
       leaf
       for leaf, variable in sorted(variables.items())
-      if variable >= 0
-      and isinstance(call.objects[variable], rngs_lib.RngState)
+      if variable >= 0 and isinstance(call.objects[variable], rngs_lib.RngState)
     ]
 
   def carry_of(self, result: Any) -> Any:
