@@ -150,5 +150,41 @@ class ErasTest(absltest.TestCase):
     self.assertEqual(paths, [("doubled",), ("layers", 0)])
 
 
+class SpellingsOfFlax010Test(absltest.TestCase):
+  def test_update_context_splits_and_merges(self):
+    class Model(nnx.Module, experimental_pytree=True):
+      def __init__(self):
+        self.w = nnx.Param(jnp.ones(2))
+
+    model = Model()
+    with nnx.update_context("test") as ctx:
+      copy = ctx.merge(*ctx.split(model))
+      self.assertIsNot(copy, model)
+      copy.size = 3
+      self.assertIs(ctx.merge(*ctx.split(copy)), model)
+    self.assertEqual(model.size, 3)
+
+  def test_variable_states_are_made_of_a_type(self):
+    for state in (
+      nnx.VariableState(nnx.Param, 1, a=2),
+      nnx.Param.state(1, a=2),
+    ):
+      self.assertIs(state.type, nnx.Param)
+      self.assertEqual((state.value, state.a), (1, 2))
+    with self.assertRaisesRegex(
+      TypeError, "must be given one value, or a type"
+    ):
+      nnx.Param(1, 2)
+
+  def test_sharding_constraint_under_a_mesh(self):
+    mesh = jax.sharding.Mesh(jax.devices()[:1], ("data",))
+    spec = jax.sharding.PartitionSpec("data")
+    x = nnx.with_sharding_constraint(
+      {"a": jnp.ones(2), "b": 1}, {"a": spec, "b": None}, mesh
+    )
+    self.assertEqual(x["a"].sharding, jax.sharding.NamedSharding(mesh, spec))
+    self.assertEqual(x["b"], 1)
+
+
 if __name__ == "__main__":
   absltest.main()
