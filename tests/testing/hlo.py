@@ -23,6 +23,16 @@ def shape_text(shape: Sequence[int], dtype: Any = None) -> str:
   return dims if dtype is None else _DTYPES[str(dtype)] + dims
 
 
+def compiled(lowered: Any) -> Any:
+  """Compiles a lowered program for the CPU to the buffers that users' have.
+
+  Tests compile quickly (`quick_xla` of the build's macros), and among what that
+  leaves out are emitters for which XLA fuses otherwise: what is copied may
+  differ. Where arrays are split, and so what is sent, is decided before.
+  """
+  return lowered.compile(compiler_options={"xla_cpu_use_fusion_emitters": True})
+
+
 def custom_calls(text: str, target: str) -> int:
   """Counts calls of an FFI target in compiled HLO or StableHLO."""
   return len(

@@ -435,12 +435,8 @@ class BatchNormCpuTest(BatchNormContract):
     def loss(*args):
       return jnp.sum(self.call(*args, activation="relu").y ** 2)
 
-    text = (
-      jax.jit(jax.grad(loss, argnums=(0, 1, 2)))
-      .lower(*args)
-      .compile()
-      .as_text()
-    )
+    grads = jax.jit(jax.grad(loss, argnums=(0, 1, 2)))
+    text = hlo.compiled(grads.lower(*args)).as_text()
     for target in (
       ops.TARGET_MOMENTS,
       ops.TARGET_NORMALIZE,

@@ -394,9 +394,8 @@ class UpdateCpuTest(UpdateContract):
 
   def test_donated_averages_are_updated_in_place(self):
     x, mean, var = self.make_case()
-    compiled = (
-      jax.jit(self.call, donate_argnums=(1, 2)).lower(x, mean, var).compile()
-    )
+    step = jax.jit(self.call, donate_argnums=(1, 2))
+    compiled = hlo.compiled(step.lower(x, mean, var))
     self.assertEqual(hlo.aliased_bytes(compiled), mean.nbytes + var.nbytes)
     self.assertEmpty(hlo.instructions(compiled.as_text(), "copy", mean.shape))
 

@@ -245,7 +245,7 @@ class InPlaceTest(CpuOnlyTest):
       functools.partial(da.decode_attention, layer=layer, **kwargs),
       donate_argnums=(0, 1),
     )
-    compiled = step.lower(k, v, *rest, 0).compile()
+    compiled = hlo.compiled(step.lower(k, v, *rest, 0))
     assert not hlo.instructions(compiled.as_text(), "copy", k.shape)
     assert hlo.aliased_bytes(compiled) >= 2 * k.nbytes
 
@@ -275,7 +275,8 @@ class InPlaceTest(CpuOnlyTest):
         lambda c: c[0] < 5, body, (0, k, v, jnp.float32(0))
       )
 
-    compiled = jax.jit(loop, donate_argnums=(0, 1)).lower(k, v).compile()
+    step = jax.jit(loop, donate_argnums=(0, 1))
+    compiled = hlo.compiled(step.lower(k, v))
     assert not hlo.instructions(compiled.as_text(), "copy", k.shape)
 
   def test_stack_of_layers_in_a_scan_is_not_copied(self):
@@ -295,7 +296,7 @@ class InPlaceTest(CpuOnlyTest):
       *_, out = da.decode_attention(k[i], v[i], want_q, new_k, new_v, 2)
       want_q += out
     step = jax.jit(loop, donate_argnums=(0, 1))
-    compiled = step.lower(k, v, q).compile()
+    compiled = hlo.compiled(step.lower(k, v, q))
     assert not hlo.instructions(compiled.as_text(), "copy", k.shape)
     tolerances.assert_close(step(k, v, q)[2], want_q, "float32")
 

@@ -49,7 +49,7 @@ class ShardingTest(parameterized.TestCase):
     index = np.asarray(index, np.int32)
     fn = functools.partial(da.decode_attention, return_lse=True, **kwargs)
     step = jax.jit(fn, donate_argnums=(0, 1))
-    compiled = step.lower(*caches, *new, index).compile()
+    compiled = hlo.compiled(step.lower(*caches, *new, index))
     text = compiled.as_text()
     plain = kwargs.get("implementation") == "xla"
     assert bool(hlo.custom_calls(text, api.APPEND_TARGET)) != plain
@@ -59,7 +59,7 @@ class ShardingTest(parameterized.TestCase):
     local = caches[0].sharding.shard_shape(caches[0].shape)
     assert plain or not hlo.instructions(text, "copy", local)
     want = jax.jit(functools.partial(fn, implementation="xla"))(*args, index)
-    got = step(*caches, *new, index)
+    got = compiled(*caches, *new, index)
     for g, w in zip(got[:2], want[:2]):
       rotated = 1e-6 if "rope_cos" in kwargs else 0.0
       np.testing.assert_allclose(
@@ -150,7 +150,7 @@ class ShardingTest(parameterized.TestCase):
     sharded = NamedSharding(mesh, P(None, "x"))
     step = jax.jit(da.attend)
     k, v = jax.device_put(k, sharded), jax.device_put(v, sharded)
-    text = step.lower(k, v, q, 30).compile().as_text()
+    text = hlo.compiled(step.lower(k, v, q, 30)).as_text()
     for name in MOVES:
       assert not hlo.instructions(text, name), name
     tolerances.assert_close(step(k, v, q, 30), want, "float32")

@@ -39,7 +39,7 @@ def work() -> None:
     place(x, whole) for x in (q, new_k, new_v, INDEX)
   ]
   compiled = jax.jit(step, donate_argnums=(0, 1))
-  text = compiled.lower(*args).compile().as_text()
+  text = hlo.compiled(compiled.lower(*args)).as_text()
   assert hlo.custom_calls(text, api.APPEND_TARGET) == 1
   assert not hlo.instructions(text, "all-gather")
   got = compiled(*args)

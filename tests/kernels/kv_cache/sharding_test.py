@@ -49,7 +49,7 @@ class ShardingTest(parameterized.TestCase):
     step = jax.jit(
       functools.partial(kv_cache.update, **kwargs), donate_argnums=(0, 1)
     )
-    compiled = step.lower(*caches, *new, index).compile()
+    compiled = hlo.compiled(step.lower(*caches, *new, index))
     text = compiled.as_text()
     plain = kwargs.pop("implementation", None) == "xla"
     assert bool(hlo.custom_calls(text, api.TARGET)) != plain
@@ -60,7 +60,7 @@ class ShardingTest(parameterized.TestCase):
     assert hlo.aliased_bytes(compiled) >= 2 * np.prod(local) * (
       caches[0].dtype.itemsize
     )
-    got = step(*caches, *new, index)
+    got = compiled(*caches, *new, index)
     for g, w in zip(got, oracles.update(*args, index, **kwargs)):
       assert g.sharding.is_equivalent_to(
         NamedSharding(mesh, cache_spec), g.ndim
@@ -153,7 +153,7 @@ class ShardingTest(parameterized.TestCase):
       return jax.device_put(x, NamedSharding(mesh, spec))
 
     arrays = [place(x, cache) for x in args]
-    text = step.lower(*arrays, index).compile().as_text()
+    text = hlo.compiled(step.lower(*arrays, index)).as_text()
     for name in COLLECTIVES:
       assert not hlo.instructions(text, name), name
     for g, w in zip(step(*arrays, index), oracles.update(*args, index)):

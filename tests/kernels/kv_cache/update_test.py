@@ -17,7 +17,7 @@ from kernels import kv_cache
 from kernels.kv_cache import api, arg_specs
 from tests.kernels.kv_cache import cases
 from tests.kernels.kv_cache import oracle as oracles
-from tests.testing import op_contract
+from tests.testing import hlo, op_contract
 
 # On another platform its own default takes the place of the CPU's kernel.
 PLATFORM = op_contract.PLATFORM
@@ -170,7 +170,7 @@ class InPlaceTest(CpuOnlyTest):
     step = jax.jit(
       functools.partial(kv_cache.update, layer=layer), donate_argnums=(0, 1)
     )
-    compiled = step.lower(k, v, *new, 0).compile()
+    compiled = hlo.compiled(step.lower(k, v, *new, 0))
     self.assert_no_copy_of(compiled, k)
     assert compiled.memory_analysis().alias_size_in_bytes == 2 * k.nbytes
     where = k.unsafe_buffer_pointer()
@@ -205,7 +205,7 @@ class InPlaceTest(CpuOnlyTest):
     for i in range(5):
       want = oracle(*want, np.asarray(new_k + i), new_v, i)
     step = jax.jit(run, donate_argnums=(0, 1))
-    self.assert_no_copy_of(step.lower(k, v).compile(), k)
+    self.assert_no_copy_of(hlo.compiled(step.lower(k, v)), k)
     assert_same(step(k, v), want)
 
   def test_stack_of_layers_in_a_scan_is_not_copied(self):
@@ -222,14 +222,15 @@ class InPlaceTest(CpuOnlyTest):
     for i in range(4):
       want = oracle(*want, new_k, new_v, 2, layer=i)
     step = jax.jit(run, donate_argnums=(0, 1))
-    self.assert_no_copy_of(step.lower(k, v).compile(), k)
+    self.assert_no_copy_of(hlo.compiled(step.lower(k, v)), k)
     assert_same(step(k, v), want)
 
   def test_vmapped_donated_cache_is_not_copied(self):
     k, v, new_k, new_v = (jnp.stack([x, x + 1]) for x in arguments())
     step = jax.jit(jax.vmap(kv_cache.update), donate_argnums=(0, 1))
     index = jnp.array([0, 3])
-    self.assert_no_copy_of(step.lower(k, v, new_k, new_v, index).compile(), k)
+    lowered = step.lower(k, v, new_k, new_v, index)
+    self.assert_no_copy_of(hlo.compiled(lowered), k)
 
 
 class TransformTest(PlatformTest):
