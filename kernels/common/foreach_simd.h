@@ -20,6 +20,7 @@
 #error "define KERNELS_SIMD_BODY before including this file"
 #endif
 
+#if !defined(KERNELS_SIMD_ONLY) || KERNELS_SIMD_ONLY == 0
 #define KERNELS_LANES 4
 #define KERNELS_SIMD_LEVEL 0
 namespace simd_baseline {
@@ -28,9 +29,11 @@ namespace simd_baseline {
 }  // namespace simd_baseline
 #undef KERNELS_LANES
 #undef KERNELS_SIMD_LEVEL
+#endif
 
 #if defined(__x86_64__)
 
+#if !defined(KERNELS_SIMD_ONLY) || KERNELS_SIMD_ONLY == 1
 #if defined(__clang__)
 #pragma clang attribute push(__attribute__((target("avx2,fma,f16c"))), \
                              apply_to = function)
@@ -51,7 +54,9 @@ namespace simd_avx2 {
 #else
 #pragma GCC pop_options
 #endif
+#endif
 
+#if !defined(KERNELS_SIMD_ONLY) || KERNELS_SIMD_ONLY == 2
 #if defined(__clang__)
 #pragma clang attribute push(                                         \
     __attribute__((                                                   \
@@ -73,6 +78,7 @@ namespace simd_avx512 {
 #pragma clang attribute pop
 #else
 #pragma GCC pop_options
+#endif
 #endif
 
 #endif  // __x86_64__

@@ -255,29 +255,42 @@ def _build_step(spec: arg_specs.ArgSpec) -> harness.Comparison:
   )
 
 
+def _after(q, before):
+  """The query of a layer that must wait for what the layer before puts out.
+
+  As in a model; layers that need nothing of each other would be run at once.
+  """
+  return q + 0 * before
+
+
 def _ours_stacked(cache_k, cache_v, q, new_k, new_v, index):
   """All layers in one scan, the stacked caches in its carry."""
 
-  def layer_step(caches, layer_input):
+  def layer_step(carry, layer_input):
+    *caches, before = carry
     layer, q, new_k, new_v = layer_input
     *caches, out = decode_attention(
-      *caches, q, new_k, new_v, index, layer=layer
+      *caches, _after(q, before), new_k, new_v, index, layer=layer
     )
-    return tuple(caches), out
+    return (*caches, out), out
 
   layers = jnp.arange(cache_k.shape[0], dtype=jnp.int32)
-  caches, out = lax.scan(
-    layer_step, (cache_k, cache_v), (layers, q, new_k, new_v)
+  (*caches, _), out = lax.scan(
+    layer_step,
+    (cache_k, cache_v, jnp.zeros_like(q[0])),
+    (layers, q, new_k, new_v),
   )
   return *caches, out
 
 
 def _ours_layer_by_layer(caches_k, caches_v, q, new_k, new_v, index):
   """All layers one after the other, each with caches of its own."""
-  results = [
-    _ours_step(cache_k, cache_v, q[i], new_k[i], new_v[i], index)
-    for i, (cache_k, cache_v) in enumerate(zip(caches_k, caches_v, strict=True))
-  ]
+  results, before = [], jnp.zeros_like(q[0])
+  for i, caches in enumerate(zip(caches_k, caches_v, strict=True)):
+    results.append(
+      _ours_step(*caches, _after(q[i], before), new_k[i], new_v[i], index)
+    )
+    before = results[-1][2]
   caches_k, caches_v, out = zip(*results, strict=True)
   return caches_k, caches_v, jnp.stack(out)
 
@@ -285,11 +298,16 @@ def _ours_layer_by_layer(caches_k, caches_v, q, new_k, new_v, index):
 def _flax_stacked(cache_k, cache_v, q, new_k, new_v, index):
   """All layers in one scan, which takes the caches apart and stacks them."""
 
-  def layer_step(_, layer_input):
-    *caches, out = _flax_step(*layer_input, index)
-    return None, (*caches, out)
+  def layer_step(before, layer_input):
+    cache_k, cache_v, q, new_k, new_v = layer_input
+    *caches, out = _flax_step(
+      cache_k, cache_v, _after(q, before), new_k, new_v, index
+    )
+    return out, (*caches, out)
 
-  _, result = lax.scan(layer_step, None, (cache_k, cache_v, q, new_k, new_v))
+  _, result = lax.scan(
+    layer_step, jnp.zeros_like(q[0]), (cache_k, cache_v, q, new_k, new_v)
+  )
   return result
 
 

@@ -275,8 +275,8 @@ class InPlaceTest(CpuOnlyTest):
         lambda c: c[0] < 5, body, (0, k, v, jnp.float32(0))
       )
 
-    step = jax.jit(loop, donate_argnums=(0, 1))
-    compiled = hlo.compiled(step.lower(k, v))
+    lowered = jax.jit(loop, donate_argnums=(0, 1)).lower(k, v)
+    compiled = hlo.compiled(lowered)
     assert not hlo.instructions(compiled.as_text(), "copy", k.shape)
 
   def test_stack_of_layers_in_a_scan_is_not_copied(self):
