@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+import functools
 from typing import Any
 
 import jax
@@ -741,21 +742,13 @@ class RNN(Module):
       shape = inputs.shape[:axis] + inputs.shape[axis + 1 :]
       carry = self.cell.initialize_carry(shape, rngs)
     every_carry = seq_lengths is not None and return_carry
-    state_axes = StateAxes(
-      {filters.All(RngState, self.broadcast_rngs): None, **self.state_axes}
+    steps = _steps(
+      tuple(self.state_axes.items()),
+      self.broadcast_rngs,
+      axis,
+      every_carry,
+      self.unroll,
     )
-
-    @scan(
-      in_axes=(state_axes, Carry, axis),
-      out_axes=(Carry, (0, axis) if every_carry else axis),
-      unroll=self.unroll,
-    )
-    def steps(cell, carry, x):
-      backups = _streams(cell, self.broadcast_rngs)
-      carry, y = cell(carry, x)
-      restore_rngs(backups)
-      return carry, (carry, y) if every_carry else y
-
     if self.broadcast_rngs is None:
       carry, outputs = steps(self.cell, carry, inputs)
     else:
@@ -770,6 +763,40 @@ class RNN(Module):
     if reverse and keep_order:
       outputs = jax.tree.map(flip, outputs)
     return (carry, outputs) if return_carry else outputs
+
+
+def _make_steps(state_axes, broadcast_rngs, axis, every_carry, unroll):
+  """A function that runs a cell over an axis of its inputs."""
+
+  @scan(
+    in_axes=(
+      StateAxes(
+        [(filters.All(RngState, broadcast_rngs), None), *state_axes]
+      ),
+      Carry,
+      axis,
+    ),
+    out_axes=(Carry, (0, axis) if every_carry else axis),
+    unroll=unroll,
+  )
+  def steps(cell, carry, x):
+    backups = _streams(cell, broadcast_rngs)
+    carry, y = cell(carry, x)
+    restore_rngs(backups)
+    return carry, (carry, y) if every_carry else y
+
+  return steps
+
+
+_kept_steps = functools.lru_cache(maxsize=256)(_make_steps)
+
+
+def _steps(*options: Any) -> Callable[..., Any]:
+  """The same function for the same options, so that it is compiled once."""
+  try:
+    return _kept_steps(*options)
+  except TypeError:  # A filter that has no hash, such as a list.
+    return _make_steps(*options)
 
 
 def _concatenate(a: jax.Array, b: jax.Array) -> jax.Array:

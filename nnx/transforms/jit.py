@@ -243,8 +243,8 @@ class Options:
             plain.add(leaf)
     if not asked:
       return []
-    traced = flat.trace(leaves)
-    unchanged = {~source for source in traced.plan.sources if source < 0}
+    _, plan = flat.trace(leaves)
+    unchanged = {~source for source in plan.sources if source < 0}
     return [i for i in asked if i in plain or i not in unchanged]
 
 
@@ -287,11 +287,15 @@ class Flat(lift.Lifted):
     packed = _engine.pack(self.structure, objects, leaves, result)
     return self.constrain(packed)
 
-  def trace(self, leaves: tuple) -> Any:
-    """Traces once ahead of compilation; `split` uses the jaxpr it leaves."""
+  def trace(self, leaves: tuple) -> tuple[Any, Any]:
+    """Traces once ahead of compilation, which `split` need not do again.
+
+    Returns:
+      The closed jaxpr, and the plan of what the function does.
+    """
     jaxpr, packed = jax.make_jaxpr(self, return_shape=True)(leaves)
     self._traced = jaxpr, packed.plan
-    return packed
+    return self._traced
 
   def split(self, kept: list[int], donated: list[int]) -> Callable[..., Any]:
     """The function of the leaves that are kept and those that are donated."""

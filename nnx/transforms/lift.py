@@ -105,6 +105,11 @@ class Call:
     return self.apply(_engine.packed_unflatten(plan, tuple(outputs)))
 
 
+def outside_of_traces() -> bool:
+  """Whether arrays are concrete here: no transform of jax is under way."""
+  return tracing.trace_context().trace is tracing.eval_trace()
+
+
 def place_variables(
   structure: Any, objects: Sequence[Any], shardings: Sequence[Any]
 ) -> None:
@@ -118,7 +123,7 @@ def place_variables(
     objects: the arguments' own objects.
     shardings: one a leaf; what is no `Sharding` asks for nothing.
   """
-  if tracing.trace_context().trace is not tracing.eval_trace():
+  if not outside_of_traces():
     return
   for kind, index, leaf, *_ in structure._records:
     if kind != "variable" or leaf < 0:

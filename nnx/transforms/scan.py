@@ -8,11 +8,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from nnx import rngs as rngs_lib
 from nnx import spmd
 from nnx.graph import _engine, preorder
 from nnx.transforms import carry as carry_lib
+from nnx.transforms import jit as jit_lib
 from nnx.transforms import lift, mapped, prefix
 from nnx.transforms import vmap as vmap_lib
 from nnx.transforms.carry import Carry
@@ -159,19 +161,7 @@ def scan(
       f" but got `in_axes={in_axes!r}` and `out_axes={out_axes!r}`."
     )
 
-  @functools.wraps(f)
-  def wrapper(*args: Any, **kwargs: Any) -> Any:
-    args, kwargs = lift.bind(f, args, kwargs, in_axes)
-    if kwargs:
-      raise TypeError(
-        "The arguments of a scanned function must be positional, but"
-        f" {sorted(kwargs)} are not."
-      )
-    if in_axes is Carry and len(args) != 1:
-      raise ValueError(
-        "With `in_axes=nnx.Carry` the function must have one argument, but got"
-        f" {len(args)}."
-      )
+  def run(*args: Any) -> Any:
     call = lift.Call(f, args)
     walk = prefix.Walk(call.structure, call.leaves, call.objects, _is_axis)
     for root in prefix.roots(
@@ -186,7 +176,86 @@ def scan(
       _split_transpose=_split_transpose,
     )
 
+  kept = _Kept(run, in_axes)
+
+  @functools.wraps(f)
+  def wrapper(*args: Any, **kwargs: Any) -> Any:
+    args, kwargs = lift.bind(f, args, kwargs, in_axes)
+    if kwargs:
+      raise TypeError(
+        "The arguments of a scanned function must be positional, but"
+        f" {sorted(kwargs)} are not."
+      )
+    if in_axes is Carry and len(args) != 1:
+      raise ValueError(
+        "With `in_axes=nnx.Carry` the function must have one argument, but got"
+        f" {len(args)}."
+      )
+    return kept(*args)
+
   return wrapper
+
+
+class _Captured(Exception):
+  """A function has taken an array from outside of its arguments."""
+
+
+class _Kept(jit_lib.Options):
+  """A scan that outside of traces is compiled once for each structure.
+
+  `jax.lax.scan` finds its compiled loop again by the function that it is given,
+  and that is a new one at every call here: so the whole scan is a jitted
+  function, which has all arrays as arguments. Where that would make a
+  difference to the function scanned, the scan runs by itself: under a trace,
+  where arguments are values that jit would trace and scan does not, and where
+  arrays come from outside, whose later values a compiled loop would not see.
+  """
+
+  def __init__(self, run: Callable[..., Any], in_axes: Any):
+    nothing: frozenset[int | str] = frozenset()
+    super().__init__(run, None, None, nothing, nothing, {})
+    self.in_axes = in_axes
+    self.captures = False
+    self.jitted = jit_lib.JitWrapped(self)
+
+  def __call__(self, *args: Any) -> Any:
+    if (
+      self.captures
+      or jax.config.jax_disable_jit
+      or not lift.outside_of_traces()
+      or not self.all_are_arrays(args)
+    ):
+      return self.fun(*args)
+    try:
+      return self.jitted(*args)
+    except _Captured:
+      self.captures = True
+      return self.fun(*args)
+
+  def all_are_arrays(self, args: Sequence[Any]) -> bool:
+    """Whether to trace all leaves is what a scan does, or nearly so.
+
+    Numbers and NumPy's arrays that are the same for all iterations stay what
+    they are.
+    """
+    axes = self.in_axes
+    if not isinstance(axes, (tuple, list)):
+      axes = (axes,) * len(args)
+    for arg, axis in zip(args, axes):
+      whole = axis is Carry or isinstance(axis, int)
+      for leaf in _engine.flatten((arg,), ())[1]:
+        if not isinstance(leaf, jax.Array) and not (
+          whole and isinstance(leaf, (np.ndarray, np.generic, int, float))
+        ):
+          return False
+    return True
+
+  def make_entry(self, structure, leaves, names, objects):
+    flat = jit_lib.Flat(self, structure, names, None)
+    if any(isinstance(c, jax.Array) for c in flat.trace(leaves)[0].consts):
+      raise _Captured
+    traced = flat.split(list(range(len(leaves))), [])
+    return jax.jit(lambda leaves: traced(leaves, ())), None
 
 
 class _Loop:

@@ -198,6 +198,27 @@ def noisy_cell(library):
   return Noisy()
 
 
+def test_rnn_is_compiled_once_outside_of_traces():
+  traces = 0
+
+  class Cell(nnx.GRUCell):
+    def __call__(self, carry, inputs):
+      nonlocal traces
+      traces += 1
+      return super().__call__(carry, inputs)
+
+  layers = [nnx.RNN(Cell(3, 4, rngs=nnx.Rngs(i))) for i in range(2)]
+  x = jnp.ones((2, 5, 3))
+  layers[0](x)
+  assert traces
+  traces = 0
+  one, two = (layer(x) for layer in layers)
+  assert not traces
+  assert np.abs(one - two).max() > 1e-3
+  layers[0](x, time_major=True)
+  assert traces
+
+
 @pytest.mark.parametrize("broadcast", [False, True])
 def test_random_cells(broadcast):
   options = {"broadcast_rngs": "dropout"} if broadcast else {}

@@ -317,6 +317,97 @@ class SeenOutsideTest(parameterized.TestCase):
     np.testing.assert_array_equal(Model().forward(jnp.ones(3)), X.prod(0))
 
 
+class KeptTest(parameterized.TestCase):
+  """Outside of traces a scan is compiled once, and never out of date."""
+
+  def setUp(self):
+    super().setUp()
+    self.traces = 0
+
+  def counting(self, f, **options):
+    def counted(*args):
+      self.traces += 1
+      return f(*args)
+
+    return nnx.scan(counted, **options)
+
+  def test_it_is_traced_once_for_each_structure_and_shape(self):
+    layer = both.models(nnx).Dense()
+    forward = self.counting(
+      lambda c, layer, x: (c + layer(x), x), in_axes=(nnx.Carry, None, 0)
+    )
+    zero = jnp.zeros(3)
+    once, _ = forward(zero, layer, X)
+    self.assertGreater(self.traces, 0)
+    self.traces, mean = 0, layer.mean.value
+    again, _ = forward(zero, layer, X)
+    np.testing.assert_allclose(once, again)
+    # State is read and written at every call.
+    self.assertGreater(np.abs(layer.mean.value - mean).max(), 0)
+    layer.kernel.value = 2 * layer.kernel.value
+    doubled, _ = forward(zero, layer, X)
+    self.assertGreater(np.abs(doubled - again).max(), 1e-3)
+    self.assertEqual(self.traces, 0)
+    forward(zero, layer, X[:2])
+    self.assertGreater(self.traces, 0)
+    self.traces = 0
+    layer.another = "attribute"
+    forward(zero, layer, X)
+    self.assertGreater(self.traces, 0)
+
+  def test_numbers_may_be_carried(self):
+    add = self.counting(lambda c, x: (c + x, c))
+    for start in (1.0, 2.0, np.float32(3)):
+      total, before = add(start, np.arange(3.0, dtype="float32"))
+      self.assertEqual(float(total), start + 3)
+      self.assertEqual(float(before[0]), start)
+    self.assertLess(self.traces, 4)
+
+  def test_what_comes_from_outside_is_not_out_of_date(self):
+    outside = jnp.ones(())
+    variable = nnx.Variable(jnp.ones(()))
+    add = self.counting(lambda c, x: (c + outside * variable[...], x))
+    self.assertEqual(float(add(0.0, X)[0]), 4)
+    outside = 2 * outside
+    self.assertEqual(float(add(0.0, X)[0]), 8)
+    variable.value = jnp.array(3.0)
+    self.assertEqual(float(add(0.0, X)[0]), 24)
+
+  def test_numbers_that_all_iterations_share_stay_numbers(self):
+    def f(c, flag, x):
+      return (c + x if flag else c), x
+
+    add = self.counting(f, in_axes=(nnx.Carry, None, 0))
+    x = jnp.arange(3.0)
+    self.assertEqual(float(add(0.0, True, x)[0]), 3)
+    self.assertEqual(float(add(0.0, False, x)[0]), 0)
+
+  def test_an_error_leaves_nothing_behind(self):
+    refuse = True
+
+    def f(c, x):
+      if refuse:
+        raise RuntimeError("not now")
+      return c + x, x
+
+    add = nnx.scan(f)
+    with self.assertRaisesRegex(RuntimeError, "not now"):
+      add(0.0, X[:, 0])
+    refuse = False
+    self.assertEqual(float(add(0.0, X[:, 0])[0]), 18)
+
+  def test_without_jit_iterations_see_numbers(self):
+    seen = []
+
+    def f(c, x):
+      seen.append(float(x))
+      return c + x, x
+
+    with jax.disable_jit():
+      nnx.scan(f)(0.0, X[:, 0])
+    self.assertEqual(seen, [0.0, 3.0, 6.0, 9.0])
+
+
 class ErrorTest(parameterized.TestCase):
   def error(self, kind, function, *args, **kwargs):
     with self.assertRaises(kind) as caught:
