@@ -287,6 +287,7 @@ def op_test(
         env = {},
         tags = [],
         platforms = None,
+        cpu_tag = "cpu",
         **kwargs):
     """One test file for each platform: `<name>_cpu`, `<name>_gpu`, `<name>_tpu`.
 
@@ -306,6 +307,9 @@ def op_test(
       env: further environment.
       tags: further tags.
       platforms: some of cpu, gpu and tpu; all, if None.
+      cpu_tag: of the test for the CPU, in place of its platform: `emulated` or
+        `interpreted` where the CPU stands for a GPU or a TPU, with which it
+        is then tested.
       **kwargs: passed on to nnx_py_test.
     """
     for platform, platform_deps in _PLATFORM_DEPS.items():
@@ -318,7 +322,7 @@ def op_test(
             env = {"TEST_PLATFORM": platform} | env,
             # The others' flags are for their own compilers.
             quick_xla = None if platform == "cpu" else False,
-            tags = [platform] + tags,
+            tags = [cpu_tag if platform == "cpu" else platform] + tags,
             deps = deps + platform_deps,
             **kwargs
         )

@@ -7,6 +7,7 @@ those that only compile for it.
 """
 
 import fnmatch
+import gc
 import os
 import pathlib
 import site
@@ -53,6 +54,12 @@ class BazelPlugin:
     config.addinivalue_line(
       "markers", "deviceless: compiles for TEST_PLATFORM, and runs nothing"
     )
+
+  def pytest_collection_finish(self) -> None:
+    # What is imported by now stays: the collector need not look at it again
+    # for every few hundred objects that a trace makes.
+    gc.collect()
+    gc.freeze()
 
   def pytest_collection_modifyitems(
     self, config: pytest.Config, items: list[pytest.Item]
@@ -130,4 +137,6 @@ if __name__ == "__main__":
   _choose_backend(os.environ.get("TEST_PLATFORM", "cpu"))
   # Plugins that the host happens to have are no part of these tests.
   os.environ.setdefault("PYTEST_DISABLE_PLUGIN_AUTOLOAD", "1")
+  # NumPy's threads would wait for work by spinning, beside tests that run.
+  os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
   sys.exit(main(sys.argv[1:]))
