@@ -307,17 +307,25 @@ def flax_twin(flax_nnx: Library, model: Any, symbols: int, size: Size) -> Any:
     symbols: of its alphabet.
     size: of the model.
   """
-  twin = transformer_type(flax_nnx)(symbols, size, flax_nnx.Rngs(0))
-  for block, other in zip(model.blocks, twin.blocks):
-    cache = block.attention.cached_key
+  cache = model.blocks[0].attention.cached_key
+
+  @flax_nnx.eval_shape  # the weights are here already
+  def twin():
+    twin = transformer_type(flax_nnx)(symbols, size, flax_nnx.Rngs(0))
     if cache is not None:
       batch, length, *_ = cache.shape
-      other.attention.init_cache((batch, length, size.features))
-  values = {
-    path: leaf[...] for path, leaf in nnx.to_flat_state(nnx.state(model))
-  }
-  for path, leaf in flax_nnx.to_flat_state(flax_nnx.state(twin)):
-    leaf[...] = jnp.copy(values[path])
+      for block in twin.blocks:
+        block.attention.init_cache((batch, length, size.features))
+    return twin
+
+  values = dict(nnx.to_flat_state(nnx.state(model)))
+  flax_nnx.update(
+    twin,
+    flax_nnx.from_flat_state(
+      (path, leaf.replace(jnp.copy(values[path][...])))
+      for path, leaf in flax_nnx.to_flat_state(flax_nnx.state(twin))
+    ),
+  )
   return twin
 
 

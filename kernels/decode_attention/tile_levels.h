@@ -1,5 +1,5 @@
-// The functions of tile_simd.inc, which is compiled for each instruction set by a
-// source of its own: together they take longer than anything else to compile.
+// The functions of tile_simd.inc, which is compiled for each instruction set by
+// a source of its own: together they take longer than anything else to compile.
 #ifndef KERNELS_DECODE_ATTENTION_TILE_LEVELS_H_
 #define KERNELS_DECODE_ATTENTION_TILE_LEVELS_H_
 
@@ -11,15 +11,15 @@
 namespace kernels {
 namespace decode_attention {
 
-#define KERNELS_DECLARE_LEVEL(level)                                           \
-  namespace level {                                                            \
-  void RunTask(const Problem& problem, const Task& task,                       \
-               const Task* following);                                         \
-  void ArrangeRow(kv_cache::Element element, const float* from,                \
-                  int64_t padded, float factor, float* to);                    \
-  void JoinParts(kv_cache::Element element, const Partial& first,              \
-                 int64_t parts, int64_t stride, int64_t padded, float factor,  \
-                 const float* sink, float* log_sum);                           \
+#define KERNELS_DECLARE_LEVEL(level)                                          \
+  namespace level {                                                           \
+  void RunTask(const Problem& problem, const Task& task,                      \
+               const Task* following);                                        \
+  void ArrangeRow(kv_cache::Element element, const float* from,               \
+                  int64_t padded, float factor, float* to);                   \
+  void JoinParts(kv_cache::Element element, const Partial& first,             \
+                 int64_t parts, int64_t stride, int64_t padded, float factor, \
+                 const float* sink, float* log_sum);                          \
   }
 
 KERNELS_DECLARE_LEVEL(simd_baseline)

@@ -770,9 +770,7 @@ def _make_steps(state_axes, broadcast_rngs, axis, every_carry, unroll):
 
   @scan(
     in_axes=(
-      StateAxes(
-        [(filters.All(RngState, broadcast_rngs), None), *state_axes]
-      ),
+      StateAxes([(filters.All(RngState, broadcast_rngs), None), *state_axes]),
       Carry,
       axis,
     ),

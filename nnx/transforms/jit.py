@@ -294,8 +294,8 @@ class Flat(lift.Lifted):
       The closed jaxpr, and the plan of what the function does.
     """
     jaxpr, packed = jax.make_jaxpr(self, return_shape=True)(leaves)
-    self._traced = jaxpr, packed.plan
-    return self._traced
+    self._traced = traced = jaxpr, packed.plan
+    return traced
 
   def split(self, kept: list[int], donated: list[int]) -> Callable[..., Any]:
     """The function of the leaves that are kept and those that are donated."""

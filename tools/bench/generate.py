@@ -2,7 +2,7 @@
 
 The model is the example's (`examples/char_transformer.py`), on both libraries
 with the same weights and the same 1,024 tokens in the caches. A call writes 32
-tokens:
+tokens, or 4 if quick:
 
   token_by_token  one `nnx.jit` call a token, as most programs do it; of
                   flax.nnx also with the model donated, as ours always is
@@ -28,6 +28,7 @@ NAME = "generate"
 _SYMBOLS = 103
 _CONTEXT = 1024
 _TOKENS = 32
+_QUICK_TOKENS = 4
 _SIZES = {
   "example": char_transformer.Size(),
   "wide": char_transformer.Size(features=512, heads=8),
@@ -54,7 +55,12 @@ def _make_models(size: char_transformer.Size) -> dict[str, Any]:
 
 
 def _token_by_token(
-  library: Library, name: str, model: Any, noise: jax.Array, donate: bool
+  library: Library,
+  name: str,
+  model: Any,
+  noise: jax.Array,
+  tokens: int,
+  donate: bool,
 ) -> harness.Side:
   write = char_transformer.writer(library, donate)
 
@@ -62,7 +68,7 @@ def _token_by_token(
     char_transformer.set_index(model, _CONTEXT)
     token, position = first, jnp.array(_CONTEXT, jnp.int32)
     written = []
-    for _ in range(_TOKENS):
+    for _ in range(tokens):
       token, position = write(model, token, position, noise)
       written.append(token)
     return written
@@ -76,7 +82,7 @@ def _token_by_token(
 
 
 def _one_program(
-  library: Library, name: str, model: Any, noise: jax.Array
+  library: Library, name: str, model: Any, noise: jax.Array, tokens: int
 ) -> harness.Side:
   graphdef, cache, rest = library.split(model, library.Cache, ...)
   del model
@@ -89,7 +95,7 @@ def _one_program(
       token = char_transformer.next_token(model, token, position, noise)
       return (library.state(model, library.Cache), token), token
 
-    positions = _CONTEXT + jnp.arange(_TOKENS, dtype=jnp.int32)
+    positions = _CONTEXT + jnp.arange(tokens, dtype=jnp.int32)
     (cache, _), written = lax.scan(write, (cache, token), positions)
     return cache, written[:, :, 0].T
 
@@ -113,11 +119,15 @@ def _one_program(
   )
 
 
-def _build_token_by_token(size: char_transformer.Size) -> harness.Comparison:
+def _build_token_by_token(
+  size: char_transformer.Size, tokens: int
+) -> harness.Comparison:
   models = _make_models(size)
   noise = char_transformer.noise(size, _SYMBOLS)
   ours, theirs = (
-    _token_by_token(library, f"{name}.jit", models[name], noise, name == "nnx")
+    _token_by_token(
+      library, f"{name}.jit", models[name], noise, tokens, name == "nnx"
+    )
     for name, library in _LIBRARIES
   )
   donating = _token_by_token(
@@ -125,16 +135,19 @@ def _build_token_by_token(size: char_transformer.Size) -> harness.Comparison:
     "flax.nnx.jit, donating",
     flax_nnx.clone(models["flax.nnx"]),
     noise,
+    tokens,
     donate=True,
   )
   return harness.Comparison(ours=ours, baselines=[theirs, donating])
 
 
-def _build_one_program(size: char_transformer.Size) -> harness.Comparison:
+def _build_one_program(
+  size: char_transformer.Size, tokens: int
+) -> harness.Comparison:
   models = _make_models(size)
   noise = char_transformer.noise(size, _SYMBOLS)
   ours, theirs = (
-    _one_program(library, f"{name}, scanned", models[name], noise)
+    _one_program(library, f"{name}, scanned", models[name], noise, tokens)
     for name, library in _LIBRARIES
   )
   return harness.Comparison(ours=ours, baselines=[theirs])
@@ -149,13 +162,14 @@ _OPS = {
 def cases(settings: harness.Settings) -> Sequence[harness.Case]:
   """Returns the rows: both ways to write, for each size of the model."""
   sizes = _QUICK_SIZES if settings.quick else _SIZES
+  tokens = _QUICK_TOKENS if settings.quick else _TOKENS
   return [
     harness.Case(
       NAME,
       op,
-      f"{name}, 32 tokens after 1024",
+      f"{name}, {tokens} tokens after {_CONTEXT}",
       "float32",
-      functools.partial(build, size),
+      functools.partial(build, size, tokens),
     )
     for op, build in _OPS.items()
     for name, size in sizes.items()

@@ -24,9 +24,7 @@ from tools.bench import graph_models, harness
 NAME = "graph"
 _SIZES = (10, 100, 1000)
 _QUICK_SIZES = (100,)
-# 991 Variables, or 199 if quick.
-_LAYER_COUNT = 45
-_QUICK_LAYER_COUNT = 9
+_LAYER_COUNT = 45  # 991 Variables
 
 # `nnx` or `flax.nnx`: the programs below use only what both have.
 Library = Any
@@ -480,10 +478,10 @@ def cases(settings: harness.Settings) -> Sequence[harness.Case]:
     str(size): functools.partial(graph_models.make_blocks, variables=size)
     for size in sizes
   }
-  models["real_layers"] = functools.partial(
-    graph_models.make_real_layers,
-    layers=_QUICK_LAYER_COUNT if settings.quick else _LAYER_COUNT,
-  )
+  if not settings.quick:
+    models["real_layers"] = functools.partial(
+      graph_models.make_real_layers, layers=_LAYER_COUNT
+    )
   rows = [
     harness.Case(NAME, op, case, "", functools.partial(build, make_model))
     for op, build in _MODEL_OPS.items()
@@ -494,7 +492,8 @@ def cases(settings: harness.Settings) -> Sequence[harness.Case]:
     for op, build in _ACCESS_OPS.items()
     for size in sizes
   ]
-  rows.append(
-    harness.Case(NAME, "import_time", "process", "", _build_import_time)
-  )
+  if not settings.quick:
+    rows.append(
+      harness.Case(NAME, "import_time", "process", "", _build_import_time)
+    )
   return rows

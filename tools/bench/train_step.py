@@ -24,11 +24,10 @@ _BATCH = 2
 _RATE = 0.01
 
 _BLOCKS = (5, 25)
-_QUICK_BLOCKS = (2,)
+_QUICK_BLOCKS = (1,)
 _TRACED_LAYERS = 50
-_QUICK_TRACED_LAYERS = 4
+_QUICK_TRACED_LAYERS = 2
 _SCANNED_LAYERS = 24
-_QUICK_SCANNED_LAYERS = 3
 
 # A step of Adam divides by the size of the gradient, which may be small.
 _TOLERANCE = compare.Tolerance(1e-3, 1e-4)
@@ -342,10 +341,9 @@ def cases(settings: harness.Settings) -> Sequence[harness.Case]:
   ]
   traced = _QUICK_TRACED_LAYERS if settings.quick else _TRACED_LAYERS
   rows.append(("trace", f"{traced}_layers", _build_trace, traced))
-  scanned = _QUICK_SCANNED_LAYERS if settings.quick else _SCANNED_LAYERS
-  rows.append(
-    ("compile_scan", f"{scanned}_layers", _build_compile_scan, scanned)
-  )
+  if not settings.quick:
+    case = f"{_SCANNED_LAYERS}_layers"
+    rows.append(("compile_scan", case, _build_compile_scan, _SCANNED_LAYERS))
   return [
     harness.Case(NAME, op, case, "", functools.partial(build, size))
     for op, case, build, size in rows
