@@ -94,6 +94,9 @@ def scan(
   Variable that is to be the same but is written is carried; not so a stream of
   random numbers, from which all iterations draw the same.
 
+  Outside of `jit` the loop is compiled once for each structure, and found again
+  by the function that `scan` returns: make it once, not at every call.
+
   Example:
 
     >>> import jax.numpy as jnp
@@ -196,6 +199,9 @@ def scan(
   return wrapper
 
 
+_MOST_KEPT = 256  # structures: a layer's scan is that of all its instances
+
+
 class _Captured(Exception):
   """A function has taken an array from outside of its arguments."""
 
@@ -216,6 +222,7 @@ class _Kept(jit_lib.Options):
     super().__init__(run, None, None, nothing, nothing, {})
     self.in_axes = in_axes
     self.captures = False
+    self.entries = 0
     self.jitted = jit_lib.JitWrapped(self)
 
   def __call__(self, *args: Any) -> Any:
@@ -226,31 +233,38 @@ class _Kept(jit_lib.Options):
       or not self.all_are_arrays(args)
     ):
       return self.fun(*args)
+    if self.entries > _MOST_KEPT:
+      self.jitted, self.entries = jit_lib.JitWrapped(self), 0
     try:
       return self.jitted(*args)
     except _Captured:
       self.captures = True
       return self.fun(*args)
 
-  def all_are_arrays(self, args: Sequence[Any]) -> bool:
+  def all_are_arrays(self, args: tuple[Any, ...]) -> bool:
     """Whether to trace all leaves is what a scan does, or nearly so.
 
     Numbers and NumPy's arrays that are the same for all iterations stay what
     they are.
     """
+    structure, leaves, _ = _engine.flatten(args, ())
+    if all(isinstance(leaf, jax.Array) for leaf in leaves):
+      return True
     axes = self.in_axes
     if not isinstance(axes, (tuple, list)):
       axes = (axes,) * len(args)
-    for arg, axis in zip(args, axes):
-      whole = axis is Carry or isinstance(axis, int)
-      for leaf in _engine.flatten((arg,), ())[1]:
-        if not isinstance(leaf, jax.Array) and not (
-          whole and isinstance(leaf, (np.ndarray, np.generic, int, float))
-        ):
-          return False
-    return True
+    whole = lift.leaves_of_roots(
+      structure,
+      (i for i, e in enumerate(axes) if e is Carry or isinstance(e, int)),
+    )
+    numbers = (jax.Array, np.ndarray, np.generic, int, float)
+    return all(
+      isinstance(leaf, numbers if i in whole else jax.Array)
+      for i, leaf in enumerate(leaves)
+    )
 
   def make_entry(self, structure, leaves, names, objects):
+    self.entries += 1
     flat = jit_lib.Flat(self, structure, names, None)
     if any(isinstance(c, jax.Array) for c in flat.trace(leaves)[0].consts):
       raise _Captured

@@ -171,6 +171,41 @@ def _build_lstm() -> harness.Comparison:
   )
 
 
+def _build_rnn() -> harness.Comparison:
+  """`RNN` of an `LSTMCell` over 16 steps, outside of `jit`."""
+  return _compare(
+    lambda lib: lib.RNN(
+      lib.LSTMCell(_FEATURES, _FEATURES, rngs=lib.Rngs(0)), rngs=lib.Rngs(0)
+    ),
+    _array(_BATCH, 16, _FEATURES),
+  )
+
+
+def _build_scan() -> harness.Comparison:
+  """A scan over 8 stacked layers outside of `jit`, by one function for all."""
+
+  def make(library: Library) -> Any:
+    layer = library.vmap(
+      lambda key: library.Linear(_FEATURES, _FEATURES, rngs=library.Rngs(key)),
+      in_axes=0,
+      out_axes=0,
+    )
+    return layer(jax.random.split(jax.random.key(0), 8))
+
+  scans = {}
+  for library in (nnx, flax_nnx):
+    scans[library.Linear] = library.scan(
+      lambda x, layer: jnp.tanh(layer(x)),
+      in_axes=(library.Carry, 0),
+      out_axes=library.Carry,
+    )
+  return _compare(
+    make,
+    _array(_BATCH, _FEATURES),
+    call=lambda layers, x: scans[type(layers)](x, layers),
+  )
+
+
 def _make_transformer(library: Library, layers: int) -> Any:
   """A stack of layers as in an encoder."""
 
@@ -232,6 +267,8 @@ _OPS = {
   "eager_embed": (f"{_BATCH}", _build_embed),
   "eager_attention": (f"1x16x{_FEATURES}", _build_attention),
   "eager_lstm": (_ROWS, _build_lstm),
+  "eager_rnn": (f"{_BATCH}x16x{_FEATURES}", _build_rnn),
+  "eager_scan": (f"8 layers, {_ROWS}", _build_scan),
 }
 _QUICK_OPS = ("eager_linear", "eager_batch_norm", "eager_embed")
 

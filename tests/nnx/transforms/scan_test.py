@@ -1,5 +1,8 @@
 """nnx.scan and Carry."""
 
+import sys
+from unittest import mock
+
 from absl.testing import absltest, parameterized
 import jax
 import jax.numpy as jnp
@@ -8,6 +11,8 @@ import numpy as np
 import nnx
 from tests.nnx.transforms import both
 
+# `nnx.transforms.scan` is the function.
+scan_lib = sys.modules[nnx.scan.__module__]
 X = jnp.arange(12.0).reshape(4, 3)
 
 
@@ -353,6 +358,18 @@ class KeptTest(parameterized.TestCase):
     self.traces = 0
     layer.another = "attribute"
     forward(zero, layer, X)
+    self.assertGreater(self.traces, 0)
+
+  def test_no_more_than_some_structures_are_kept(self):
+    add = self.counting(lambda c, x: (c + x["x"], None))
+    with mock.patch.object(scan_lib, "_MOST_KEPT", 2):
+      for name in ("a", "b", "c", "d"):
+        xs = {"x": X, name: X}
+        for _ in range(2):
+          total, _ = add(jnp.zeros(3), xs)
+          np.testing.assert_allclose(total, X.sum(0))
+      self.traces = 0
+      add(jnp.zeros(3), {"x": X, "a": X})
     self.assertGreater(self.traces, 0)
 
   def test_numbers_may_be_carried(self):
