@@ -17,6 +17,16 @@ from kernels.common import dispatch
 # What tests pass as `implementation=`.
 NAME = "interpreted"
 
+# A cache for each order in which XLA keeps one on a TPU, which is taken apart
+# in its own way (see `order` in `kernels.kv_cache.pallas_tpu`): what tests ask of
+# their arguments, and the layout.
+CACHES: dict[str, dict[str, Any]] = {
+  "rows": {},
+  "tiles": {"layout": "bnsh"},
+  "columns": {"h": 64, "s": 256},
+}
+LAYOUTS = {name: case.get("layout", "bsnh") for name, case in CACHES.items()}
+
 # How kernels are interpreted.
 PARAMS = pltpu.InterpretParams(
   detect_races=True, uninitialized_memory="nan", dma_execution_mode="on_wait"

@@ -27,14 +27,8 @@ IMPLEMENTATION = interpreted.NAME if PLATFORM == "cpu" else "pallas"
 DTYPES = ("float32", "bfloat16", *cache_oracle.QUANTIZED)
 KERNEL = deviceless.TPU_KERNEL
 
-# One for each order in which XLA keeps a cache: see `kv_cache.pallas_tpu`.
-SIZES = {
-  "rows": {},
-  "tiles": {"layout": "bnsh"},
-  "columns": {"h": 64, "s": 256},
-}
+SIZES, LAYOUTS = interpreted.CACHES, interpreted.LAYOUTS
 CASES = tuple(SIZES)
-LAYOUTS = {name: case.get("layout", "bsnh") for name, case in SIZES.items()}
 
 
 def arguments(
