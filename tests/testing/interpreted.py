@@ -18,8 +18,8 @@ from kernels.common import dispatch
 NAME = "interpreted"
 
 # A cache for each order in which XLA keeps one on a TPU, which is taken apart
-# in its own way (see `order` in `kernels.kv_cache.pallas_tpu`): what tests ask of
-# their arguments, and the layout.
+# in its own way (see `order` in `kernels.kv_cache.pallas_tpu`): what tests ask
+# of their arguments, and the layout.
 CACHES: dict[str, dict[str, Any]] = {
   "rows": {},
   "tiles": {"layout": "bnsh"},
