@@ -9,7 +9,7 @@ import jax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from nnx import partitioning
-from nnx.graph import functional
+from nnx.graph import functional, tracing
 from nnx.partitioning import (
   composite_rules,
   get_logical_axis_rules,
@@ -63,7 +63,7 @@ def with_sharding_constraint(
     x: an array, or a pytree of them.
     axis_resources: a `PartitionSpec`, or a pytree of them like `x`; None for no
       constraint.
-    mesh: the mesh; the active one, if None.
+    mesh: the mesh; the active one, if None, also that of `with mesh:`.
 
   Returns:
     `x`, constrained where there is a mesh.
@@ -71,7 +71,9 @@ def with_sharding_constraint(
   if axis_resources is None:
     return x
   if mesh is None and partitioning.active_mesh() is None:
-    return x
+    mesh = tracing.context_mesh()
+    if mesh is None:
+      return x
 
   def constrain(spec, leaves):
     if spec is None:

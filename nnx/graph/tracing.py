@@ -1,4 +1,4 @@
-"""Which trace of jax is current: the one place that asks jax's internals.
+"""Which trace and mesh are current: the one place that asks jax's internals.
 
 `jax.extend.core.get_opaque_trace_state` answers the same question, but makes an
 object each time and runs Python on every comparison; the engine asks on every
@@ -11,6 +11,7 @@ from typing import Any
 
 from jax._src import array as _array
 from jax._src import core as _core
+from jax._src import mesh as _mesh
 
 
 def trace_context() -> Any:
@@ -26,3 +27,10 @@ def eval_trace() -> Any:
 def array_type() -> type:
   """The class of concrete arrays; asking an array for it would start jax."""
   return _array.ArrayImpl
+
+
+def context_mesh() -> Any:
+  """The mesh of `with mesh:`, which jax has deprecated, or None."""
+  resources = getattr(_mesh, "thread_resources", None)
+  mesh = None if resources is None else resources.env.physical_mesh
+  return None if mesh is None or mesh.empty else mesh

@@ -1,5 +1,7 @@
 """Programs of Flax 0.10 and of 0.12 run side by side, without warnings."""
 
+import warnings
+
 from absl.testing import absltest
 import jax
 import jax.numpy as jnp
@@ -184,6 +186,19 @@ class SpellingsOfFlax010Test(absltest.TestCase):
     )
     self.assertEqual(x["a"].sharding, jax.sharding.NamedSharding(mesh, spec))
     self.assertEqual(x["b"], 1)
+
+  def test_sharding_constraint_in_the_old_statement(self):
+    mesh = jax.sharding.Mesh(jax.devices()[:1], ("data",))
+    spec = jax.sharding.PartitionSpec("data")
+    with warnings.catch_warnings():
+      warnings.simplefilter("ignore", DeprecationWarning)  # of jax
+      with mesh:
+        traced = jax.jit(lambda x: nnx.with_sharding_constraint(x, spec)).trace(
+          jnp.ones(2)
+        )
+    self.assertIn("sharding_constraint", str(traced.jaxpr))
+    sharding = traced.jaxpr.eqns[0].params["sharding"]
+    self.assertEqual(sharding.spec, spec)
 
 
 if __name__ == "__main__":
