@@ -258,12 +258,19 @@ def _calls_per_sample(side: Side, settings: Settings, clock: Clock) -> int:
   _sample(side, 1, clock)  # Compiles.
   # Timed by the wall: the thread's clock may stand still while others work.
   wall = dataclasses.replace(clock, now_ns=time.perf_counter_ns)
-  seconds = max(_sample(side, 1, wall), 1e-8)
-  count = max(1, min(100_000, round(settings.sample_seconds / seconds)))
+
+  def fitting(calls: int) -> int:
+    seconds = max(_sample(side, calls, wall), 1e-8)
+    if seconds >= settings.sample_seconds:
+      return 1
+    # The first call of a sample finds its input cold: no side has that call
+    # alone, where others have two.
+    return min(100_000, max(4, round(settings.sample_seconds / seconds)))
+
+  count = fitting(1)
   if count > 1:
     # The single call paid for cold caches: estimate again from some more.
-    seconds = max(_sample(side, min(count, 10), wall), 1e-8)
-    count = max(1, min(100_000, round(settings.sample_seconds / seconds)))
+    count = fitting(min(count, 10))
   return count
 
 
