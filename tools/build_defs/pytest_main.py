@@ -56,10 +56,11 @@ class BazelPlugin:
     )
 
   def pytest_collection_finish(self) -> None:
-    # What is imported by now stays: the collector need not look at it again
-    # for every few hundred objects that a trace makes.
+    # What is imported by now stays: the collector need not look at it while
+    # that is done, nor again for every few hundred objects that a trace makes.
     gc.collect()
     gc.freeze()
+    gc.enable()
 
   def pytest_collection_modifyitems(
     self, config: pytest.Config, items: list[pytest.Item]
@@ -133,6 +134,7 @@ def _hide_host_packages() -> None:
 
 
 if __name__ == "__main__":
+  gc.disable()  # until the tests are imported
   _hide_host_packages()
   _choose_backend(os.environ.get("TEST_PLATFORM", "cpu"))
   # Plugins that the host happens to have are no part of these tests.
