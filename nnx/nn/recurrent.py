@@ -786,7 +786,8 @@ def _make_steps(state_axes, broadcast_rngs, axis, every_carry, unroll):
   return steps
 
 
-_kept_steps = functools.lru_cache(maxsize=256)(_make_steps)
+# By type as well: to unroll 1 step is not to unroll all of them, True.
+_kept_steps = functools.lru_cache(maxsize=256, typed=True)(_make_steps)
 
 
 def _steps(*options: Any) -> Callable[..., Any]:

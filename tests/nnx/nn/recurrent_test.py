@@ -217,6 +217,10 @@ def test_rnn_is_compiled_once_outside_of_traces():
   assert np.abs(one - two).max() > 1e-3
   layers[0](x, time_major=True)
   assert traces
+  traces = 0
+  layers[0].unroll = True  # equal to 1, and not the same
+  layers[0](x)
+  assert traces
 
 
 @pytest.mark.parametrize("broadcast", [False, True])
