@@ -309,8 +309,7 @@ def flax_twin(flax_nnx: Library, model: Any, symbols: int, size: Size) -> Any:
   """
   cache = model.blocks[0].attention.cached_key
 
-  @flax_nnx.eval_shape  # the weights are here already
-  def twin():
+  def make():
     twin = transformer_type(flax_nnx)(symbols, size, flax_nnx.Rngs(0))
     if cache is not None:
       batch, length, *_ = cache.shape
@@ -318,6 +317,7 @@ def flax_twin(flax_nnx: Library, model: Any, symbols: int, size: Size) -> Any:
         block.attention.init_cache((batch, length, size.features))
     return twin
 
+  twin = flax_nnx.eval_shape(make)  # the weights are here already
   values = dict(nnx.to_flat_state(nnx.state(model)))
   flax_nnx.update(
     twin,

@@ -11,6 +11,11 @@
 //
 //   KERNELS_SIMD_CALL(level, MyKernel(args...));
 //
+// A body that takes long to compile can have a source for each level, compiled
+// at once: each defines KERNELS_SIMD_ONLY as 0, 1 or 2 first, and a header
+// declares what is called in all three namespaces. Off x86-64 the last two are
+// empty.
+//
 // Rules for the body: it includes nothing, and calls nothing from the standard
 // library that could be shared between levels (an inline function compiled for
 // AVX-512 may be the copy that the linker keeps for everybody); no lambdas,

@@ -95,7 +95,9 @@ def scan(
   random numbers, from which all iterations draw the same.
 
   Outside of `jit` the loop is compiled once for each structure, and found again
-  by the function that `scan` returns: make it once, not at every call.
+  by the function that `scan` returns: make it once, not at every call. What it
+  takes from outside of its arguments and is no array of jax, a number above
+  all, then keeps the value of the first call, as under `jit`.
 
   Example:
 
@@ -239,7 +241,7 @@ class _Kept(jit_lib.Options):
       return self.jitted(*args)
     except _Captured:
       self.captures = True
-      return self.fun(*args)
+    return self.fun(*args)
 
   def all_are_arrays(self, args: tuple[Any, ...]) -> bool:
     """Whether to trace all leaves is what a scan does, or nearly so.

@@ -263,8 +263,8 @@ def _calls_per_sample(side: Side, settings: Settings, clock: Clock) -> int:
     seconds = max(_sample(side, calls, wall), 1e-8)
     if seconds >= settings.sample_seconds:
       return 1
-    # The first call of a sample finds its input cold: no side has that call
-    # alone, where others have two.
+    # The first call of a sample finds its input cold: only where it is as long
+    # as a sample may a side have that call alone.
     return min(100_000, max(4, round(settings.sample_seconds / seconds)))
 
   count = fitting(1)

@@ -242,9 +242,9 @@ def nnx_py_test(name, srcs, size, deps = [], args = [], quick_xla = None, **kwar
       deps: what they import; pytest is added.
       args: further arguments for pytest.
       quick_xla: whether XLA compiles for the CPU quickly rather than well; by
-        default so in this workspace alone. Not for a test that looks at compiled
-        programs, that is about their numbers as users get them, or that computes
-        for longer than it compiles.
+        default so in this workspace alone. Not for a test that is about programs'
+        numbers as users get them, or that computes for longer than it compiles;
+        one that looks for copies compiles by `hlo.compiled`.
       **kwargs: passed on to py_test.
     """
     _run_by(
