@@ -42,6 +42,9 @@ constexpr int kVectorBytes = 16;
 
 // ---- On the host.
 
+// What a block may have of dynamic shared memory without asking for it.
+constexpr int kSharedWithoutAsking = 48 << 10;
+
 // Starts `kernel` and returns what starting it gave.
 template <typename... Params, typename... Args>
 cudaError_t Launch(void (*kernel)(Params...), dim3 grid, dim3 block,
@@ -50,6 +53,11 @@ cudaError_t Launch(void (*kernel)(Params...), dim3 grid, dim3 block,
   return emulation::Launch(kernel, grid, block, shared_bytes, stream,
                            static_cast<Params>(args)...);
 #else
+  if (shared_bytes > kSharedWithoutAsking) {
+    const cudaError_t error = cudaFuncSetAttribute(
+        kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
+    if (error != cudaSuccess) return error;
+  }
   kernel<<<grid, block, static_cast<size_t>(shared_bytes), stream>>>(
       static_cast<Params>(args)...);
   return cudaGetLastError();
@@ -187,6 +195,17 @@ __device__ __forceinline__ uint8_t FromCompute<E5M2>(float value) {
 
 #endif  // KERNELS_CUDA_EMULATION
 
+// 2^x to within 2 in the last place; 0 where that is no normal number.
+__device__ __forceinline__ float Exp2(float x) {
+#if defined(KERNELS_CUDA_EMULATION)
+  return exp2f(x);
+#else
+  float out;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(out) : "f"(x));
+  return out;
+#endif
+}
+
 // ---- Vectors.
 
 // N elements as they lie in memory, N * sizeof(Storage) a power of two.
@@ -263,6 +282,46 @@ __device__ __forceinline__ void StoreVector(typename T::Storage* to,
   for (int i = 0; i < Words::kCount; ++i) {
     reinterpret_cast<typename Words::Type*>(to)[i] = words[i];
   }
+}
+
+// ---- Copies that go on while their thread does something else: of 16 bytes, from
+// global to shared memory, where only that thread may read them, after waiting.
+
+// Starts a copy of `from`, or of zeros where `valid` is false: nothing is read
+// then. Before compute capability 8.0, copies at once.
+__device__ __forceinline__ void CopyAsync(uint4* to, const uint4* from,
+                                          bool valid) {
+#if defined(KERNELS_CUDA_EMULATION)
+  emulation::CopyAsync(to, valid ? from : nullptr);
+#elif defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+  asm volatile(
+      "cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;"
+      :
+      : "r"(static_cast<uint32_t>(__cvta_generic_to_shared(to))), "l"(from),
+        "r"(valid ? 16 : 0)
+      : "memory");
+#else
+  *to = valid ? __ldg(from) : make_uint4(0, 0, 0, 0);
+#endif
+}
+
+// Ends a group of copies, which may be empty.
+__device__ __forceinline__ void CommitCopies() {
+#if defined(KERNELS_CUDA_EMULATION)
+  emulation::CommitCopies();
+#elif defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+  asm volatile("cp.async.commit_group;" ::: "memory");
+#endif
+}
+
+// Waits for all groups but the last kPending.
+template <int kPending>
+__device__ __forceinline__ void WaitForCopies() {
+#if defined(KERNELS_CUDA_EMULATION)
+  emulation::WaitForCopies(kPending);
+#elif defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+  asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
+#endif
 }
 
 // ---- Warps. Every lane of a warp of 32 takes part, and gets the result.

@@ -35,9 +35,9 @@ _MAX_ROW_BYTES = 2048
 _MAX_ODD_DIM = 512
 _HEADER_FLOATS = 8
 _LEAST_PART = 128
-# Blocks that fill a large GPU a few times over, so that what is left over at
-# the end of a launch is small; and those that occupy it at all.
-_BLOCKS = 1024
+# Blocks that fill a large GPU twice, each with enough keys to be worth its
+# beginning and end; and those that occupy it at all.
+_BLOCKS = 528
 _BUSY_BLOCKS = 96
 _PARTS_OF_UNKNOWN = 64  # where sizes are symbolic
 

@@ -28,7 +28,7 @@ __device__ __forceinline__ float MinusInfinity() {
 
 // 2^(x - base), 0 where nothing has been seen (x is -inf, base may be).
 __device__ __forceinline__ float Weight(float x, float base) {
-  return x == MinusInfinity() ? 0.0f : exp2f(x - base);
+  return x == MinusInfinity() ? 0.0f : cuda::Exp2(x - base);
 }
 
 __device__ __forceinline__ PartHeader* HeaderOf(const DeviceDecode& decode,
@@ -100,8 +100,8 @@ __device__ __forceinline__ bool FindBlock(const DeviceDecode& decode,
                                           int rows_per_block, Block* block) {
   const DecodeArgs& args = decode.args;
   const int64_t rows = decode.rows();
-  const uint32_t row_blocks =
-      static_cast<uint32_t>(cuda::CeilDiv<int64_t>(rows, rows_per_block));
+  const uint32_t row_blocks = cuda::CeilDiv(
+      static_cast<uint32_t>(rows), static_cast<uint32_t>(rows_per_block));
   const uint32_t in_part = static_cast<uint32_t>(args.shape.heads) * row_blocks;
   const uint32_t part = blockIdx.x / in_part;
   const uint32_t rest = blockIdx.x - part * in_part;
@@ -165,8 +165,30 @@ __device__ __forceinline__ Key FindKey(const DeviceDecode& decode,
   return key;
 }
 
+// Query row `row` of a key-value head: the token, and the head in the group.
+struct RowPlace {
+  int64_t token;
+  int64_t in_group;
+};
+
+__device__ __forceinline__ RowPlace PlaceOf(const DecodeArgs& args,
+                                            int64_t row) {
+  // 64 bits would take many times as long to divide.
+  const uint32_t group = static_cast<uint32_t>(args.group);
+  const uint32_t token = static_cast<uint32_t>(row) / group;
+  return {token, static_cast<uint32_t>(row) - token * group};
+}
+
+__device__ __forceinline__ int64_t QueryRowOf(const DecodeArgs& args,
+                                              int64_t sequence, int64_t head,
+                                              int64_t row) {
+  const RowPlace place = PlaceOf(args, row);
+  return QueryRow(args, sequence, head, place.token, place.in_group);
+}
+
 // What the logits of one query row go through.
 struct Query {
+  bool inside;   // whether there is such a row
   float factor;  // of the products: `scale`, until a kernel changes it
   int begin;     // positions that it sees
   int end;
@@ -181,10 +203,12 @@ __device__ __forceinline__ Query FindQuery(const DeviceDecode& decode,
                                            const Block& block, int64_t row) {
   const DecodeArgs& args = decode.args;
   const Masking& masking = args.masking;
-  Query query = {args.scale, 0, 0, 0, 0.0f, nullptr, nullptr};
+  Query query = {false, args.scale, 0, 0, 0, 0.0f, nullptr, nullptr};
   if (row >= block.row_end) return query;
-  const int64_t token = row / args.group;
-  const int64_t q_head = block.head * args.group + row % args.group;
+  query.inside = true;
+  const RowPlace place = PlaceOf(args, row);
+  const int64_t token = place.token;
+  const int64_t q_head = block.head * args.group + place.in_group;
   const KeyRange keys = VisibleKeys(masking, block.positions, token);
   query.begin = static_cast<int>(keys.begin);
   query.end = static_cast<int>(keys.end < INT32_MAX ? keys.end : INT32_MAX);
@@ -229,24 +253,37 @@ __device__ __forceinline__ float Logit(const DeviceDecode& decode,
   return x * kLog2E;
 }
 
-// Element `i` of query row `row`, turned where rotary embedding is asked for.
-__device__ __forceinline__ float QueryElement(const DeviceDecode& decode,
-                                              const Block& block, int64_t row,
-                                              int64_t i) {
-  const DecodeArgs& args = decode.args;
-  const int64_t dim = args.shape.k_dim;
-  const uint8_t* from =
-      args.q + QueryRow(args, block.sequence, block.head, row) * dim *
-                   kv_cache::ElementSize(args.query_element);
-  const auto load = [&](int64_t j) {
-    return kv_cache::LoadElement(args.query_element, from, j);
-  };
-  if (args.rotary.cos == nullptr) return load(i);
-  const int64_t token = row / args.group;
-  return Turned(args.rotary,
-                args.rotary.where[block.sequence * args.tokens + token], i,
-                load);
-}
+// Reads a query row of the block, turned where rotary embedding is asked for.
+class QueryRowReader {
+ public:
+  __device__ __forceinline__ QueryRowReader(const DeviceDecode& decode,
+                                            const Block& block, int64_t row)
+      : args_(decode.args) {
+    const RowPlace place = PlaceOf(args_, row);
+    from_ = args_.q + QueryRow(args_, block.sequence, block.head, place.token,
+                               place.in_group) *
+                          args_.shape.k_dim *
+                          kv_cache::ElementSize(args_.query_element);
+    position_ = args_.rotary.cos == nullptr
+                    ? 0
+                    : args_.rotary.where[block.sequence * args_.tokens +
+                                         place.token];
+  }
+
+  __device__ __forceinline__ float At(int64_t i) const {
+    const auto load = [&](int64_t j) {
+      return kv_cache::LoadElement(args_.query_element, from_, j);
+    };
+    return args_.rotary.cos == nullptr
+               ? load(i)
+               : Turned(args_.rotary, position_, i, load);
+  }
+
+ private:
+  const DecodeArgs& args_;
+  const uint8_t* from_;
+  int64_t position_;
+};
 
 // The end of a row's softmax over all of its keys: `factor` turns its weighted
 // sum into the result.
@@ -260,9 +297,10 @@ __device__ __forceinline__ Ending EndRow(const DecodeArgs& args,
                                          int64_t sequence, int64_t head,
                                          int64_t row, float base, float total) {
   float weight = 1.0f;  // of the sums
-  if (args.sinks != nullptr && row / args.group < positions.num_queries) {
+  const RowPlace place = PlaceOf(args, row);
+  if (args.sinks != nullptr && place.token < positions.num_queries) {
     const float sink =
-        args.sinks[head * args.group + row % args.group] * kLog2E;
+        args.sinks[head * args.group + place.in_group] * kLog2E;
     const float largest = sink > base ? sink : base;
     weight = Weight(base, largest);
     total = total * weight + Weight(sink, largest);
@@ -281,24 +319,29 @@ __device__ __forceinline__ float* LogSumOf(const DecodeArgs& args,
                                            int64_t sequence, int64_t head,
                                            int64_t row) {
   const int64_t heads = args.shape.heads * args.group;
-  const int64_t q_head = head * args.group + row % args.group;
-  return args.lse + (sequence * heads + q_head) * args.tokens +
-         row / args.group;
+  const RowPlace place = PlaceOf(args, row);
+  const int64_t q_head = head * args.group + place.in_group;
+  return args.lse + (sequence * heads + q_head) * args.tokens + place.token;
 }
 
-// Writes one row of the block: a warp, `sums` in shared memory. `base` and
-// `total` are the row's.
+// Writes one row of the block: a warp. `sum(i)`, of kCount, is the weighted sum
+// of element lane + 32 i; `base` and `total` are the row's.
+template <int kCount, typename Sum>
 __device__ __forceinline__ void WriteRow(const DeviceDecode& decode,
                                          const Block& block, int64_t row,
                                          float base, float total,
-                                         const float* sums) {
+                                         const Sum& sum) {
   const DecodeArgs& args = decode.args;
   const int64_t dim = args.shape.v_dim;
   const int lane = static_cast<int>(threadIdx.x) % cuda::kWarp;
   if (block.parts > 1) {
     const int64_t state = block.head * decode.rows() + row;
     float* to = SumsOf(decode, block.part) + state * dim;
-    for (int64_t i = lane; i < dim; i += cuda::kWarp) to[i] = sums[i];
+    KERNELS_UNROLL
+    for (int i = 0; i < kCount; ++i) {
+      const int64_t d = lane + i * cuda::kWarp;
+      if (d < dim) to[d] = sum(i);
+    }
     if (lane == 0) {
       float* states = StatesOf(decode, block.part) + 2 * state;
       states[0] = base;
@@ -308,11 +351,15 @@ __device__ __forceinline__ void WriteRow(const DeviceDecode& decode,
   }
   const Ending ending = EndRow(args, block.positions, block.sequence,
                                block.head, row, base, total);
-  uint8_t* to = args.out + QueryRow(args, block.sequence, block.head, row) *
+  uint8_t* to = args.out + QueryRowOf(args, block.sequence, block.head, row) *
                                dim * kv_cache::ElementSize(args.out_element);
-  for (int64_t i = lane; i < dim; i += cuda::kWarp) {
-    const float x = ending.factor == 0.0f ? 0.0f : sums[i] * ending.factor;
-    kv_cache::StoreElement(args.out_element, to, i, x, /*scale=*/1.0f);
+  KERNELS_UNROLL
+  for (int i = 0; i < kCount; ++i) {
+    const int64_t d = lane + i * cuda::kWarp;
+    const float x = ending.factor == 0.0f ? 0.0f : sum(i) * ending.factor;
+    if (d < dim) {
+      kv_cache::StoreElement(args.out_element, to, d, x, /*scale=*/1.0f);
+    }
   }
   if (lane == 0) {
     *LogSumOf(args, block.sequence, block.head, row) = ending.lse;

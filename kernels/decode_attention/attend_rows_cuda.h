@@ -1,6 +1,7 @@
 // Attending without tensor cores, for float32 and for whatever those are not
-// used for. A group of lanes reads a key and a value, 16 bytes a lane, several
-// keys in flight, and keeps its own running softmax.
+// used for. A group of lanes reads keys and values, 16 bytes a lane, and keeps
+// its own running softmax. Lanes copy what they read next into a place of their
+// own in shared memory while they work on what they have.
 #ifndef KERNELS_DECODE_ATTENTION_ATTEND_ROWS_CUDA_H_
 #define KERNELS_DECODE_ATTENTION_ATTEND_ROWS_CUDA_H_
 
@@ -76,13 +77,13 @@ struct Wide {
   static __device__ __forceinline__ int First(int lane, int load) {
     return (load * kLanes + lane) * kCount;
   }
-  static __device__ __forceinline__ Raw Load(const DeviceDecode&,
-                                             const uint8_t* cache, int64_t row,
-                                             int64_t dim, int at, const Key&,
-                                             bool) {
-    return row >= 0 && at < dim ? __ldg(reinterpret_cast<const uint4*>(
-                                      cache + (row * dim + at) * kElementBytes))
-                                : make_uint4(0, 0, 0, 0);
+  static __device__ __forceinline__ void Fetch(const DeviceDecode&,
+                                               const uint8_t* cache,
+                                               int64_t row, int64_t dim, int at,
+                                               const Key&, bool, Raw* to) {
+    const bool valid = row >= 0 && at < dim;
+    const uint8_t* from = cache + (valid ? row * dim + at : 0) * kElementBytes;
+    cuda::CopyAsync(to, reinterpret_cast<const uint4*>(from), valid);
   }
   static __device__ __forceinline__ void ToFloat(Element element,
                                                  const Raw& raw,
@@ -104,20 +105,22 @@ struct Single {
   static __device__ __forceinline__ int First(int lane, int load) {
     return load * kLanes + lane;
   }
-  static __device__ __forceinline__ Raw Load(const DeviceDecode& decode,
-                                             const uint8_t* cache, int64_t row,
-                                             int64_t dim, int at,
-                                             const Key& key, bool is_key) {
-    if (row < 0 || at >= dim) return 0.0f;
+  static __device__ __forceinline__ void Fetch(const DeviceDecode& decode,
+                                               const uint8_t* cache,
+                                               int64_t row, int64_t dim, int at,
+                                               const Key& key, bool is_key,
+                                               Raw* to) {
+    *to = 0.0f;
+    if (row < 0 || at >= dim) return;
     const DecodeArgs& args = decode.args;
     const uint8_t* from =
         cache + row * dim * kv_cache::ElementSize(args.element);
     const auto load = [&](int64_t j) {
       return kv_cache::LoadElement(args.element, from, j);
     };
-    return is_key && args.rotary.cached_keys
-               ? Turned(args.rotary, key.position, at, load)
-               : load(at);
+    *to = is_key && args.rotary.cached_keys
+              ? Turned(args.rotary, key.position, at, load)
+              : load(at);
   }
   static __device__ __forceinline__ void ToFloat(Element, const Raw& raw,
                                                  float (&x)[1]) {
@@ -148,14 +151,24 @@ __device__ __forceinline__ void SumEach(float (&value)[kCount], int lane) {
   }
 }
 
+// Keys of a group that are worked on at a time.
+template <typename Read>
+constexpr int kKeysAtATime = Read::kLoads > 2                       ? 1
+                             : Read::kLoads == 2 && Read::kCount > 8 ? 1
+                             : Read::kLoads == 2                     ? 2
+                                                                     : 4;
+
+// Floats that a block has of q, and of qv, [kRows, kMostDim].
 template <typename Read, int kRows>
-__global__ void __launch_bounds__(kAttendThreads)
+constexpr int kQueryFloats = kRows * Read::kMostDim;
+
+template <typename Read, int kRows>
+__global__ void __launch_bounds__(kAttendThreads, Read::kLoads == 1 ? 4 : 1)
     AttendKernel(const DeviceDecode decode) {
   constexpr int kLanes = Read::kLanes;
   constexpr int kLoads = Read::kLoads;
   constexpr int kCount = Read::kCount;
-  // Keys of a group that are in flight: as many as registers allow.
-  constexpr int kKeys = kLoads > 2 ? 1 : kLoads == 2 ? 2 : kRows == 1 ? 8 : 4;
+  constexpr int kKeys = kKeysAtATime<Read>;
   constexpr int kLogits = kRows * kKeys;    // of a group
   constexpr int kShare = kLanes / kLogits;  // lanes that have the same one
   constexpr int kGroups = kAttendThreads / kLanes;
@@ -171,9 +184,45 @@ __global__ void __launch_bounds__(kAttendThreads)
   const int warp = thread / cuda::kWarp;
   const int group = thread / kLanes, lane = thread % kLanes;
 
-  // [kRows, kMostDim] each: q, qv, and in the end the sums.
+  // q and in the end the sums; qv.
   float* q = reinterpret_cast<float*>(shared);
-  float* qv = q + kRows * Read::kMostDim;
+  float* qv = q + kQueryFloats<Read, kRows>;
+  // What this lane reads: [2, kKeys, kLoads, 2], one half being copied.
+  typename Read::Raw* const mine =
+      reinterpret_cast<typename Read::Raw*>(
+          qv + (args.qv == nullptr ? 0 : kQueryFloats<Read, kRows>)) +
+      thread;
+  const auto fetched = [&](int half, int key, int load, bool value) {
+    return mine + (((half * kKeys + key) * kLoads + load) * 2 + value) *
+                      kAttendThreads;
+  };
+  // After SumEach, a lane has the logit of this row and this key of the group.
+  const int my_row = lane / kShare / kKeys;
+  const int my_key = lane / kShare % kKeys;
+  // Starts copying the keys from `slot` on, and their values; returns the
+  // position of my_key.
+  const auto fetch = [&](int slot, int half) {
+    int my_position = -1;
+    if (slot < block.end) {
+      KERNELS_UNROLL
+      for (int u = 0; u < kKeys; ++u) {
+        const Key key = FindKey(decode, block, slot + u * kGroups + group);
+        if (u == my_key) my_position = key.position;
+        KERNELS_UNROLL
+        for (int i = 0; i < kLoads; ++i) {
+          const int at = Read::First(lane, i);
+          Read::Fetch(decode, args.cache_k, key.row, k_dim, at, key,
+                      /*is_key=*/true, fetched(half, u, i, false));
+          Read::Fetch(decode, args.cache_v, key.row, v_dim, at, key,
+                      /*is_key=*/false, fetched(half, u, i, true));
+        }
+      }
+    }
+    cuda::CommitCopies();
+    return my_position;
+  };
+  int next_position = fetch(block.begin, 0);
+
   const int64_t scales = block.sequence * args.shape.heads + block.head;
   const float k_scale = args.k_scale == nullptr ? 1.0f : args.k_scale[scales];
   const float v_scale = args.v_scale == nullptr ? 1.0f : args.v_scale[scales];
@@ -181,11 +230,12 @@ __global__ void __launch_bounds__(kAttendThreads)
     const int64_t row = block.row_begin + i / Read::kMostDim;
     const int d = i % Read::kMostDim;
     const bool inside = row < block.row_end;
-    q[i] = inside && d < k_dim ? QueryElement(decode, block, row, d) * k_scale
-                               : 0.0f;
+    q[i] = inside && d < k_dim
+               ? QueryRowReader(decode, block, row).At(d) * k_scale
+               : 0.0f;
     if (args.qv == nullptr) continue;
     const uint8_t* from =
-        args.qv + QueryRow(args, block.sequence, block.head, row) * v_dim *
+        args.qv + QueryRowOf(args, block.sequence, block.head, row) * v_dim *
                       kv_cache::ElementSize(args.query_element);
     qv[i] = inside && d < v_dim
                 ? kv_cache::LoadElement(args.query_element, from, d) * v_scale
@@ -193,9 +243,6 @@ __global__ void __launch_bounds__(kAttendThreads)
   }
   __syncthreads();
 
-  // After SumEach, a lane has the logit of this row and this key of the group.
-  const int my_row = lane / kShare / kKeys;
-  const int my_key = lane / kShare % kKeys;
   const Query query = FindQuery(decode, block, block.row_begin + my_row);
   const int first_lane = thread % cuda::kWarp / kLanes * kLanes;
 
@@ -211,22 +258,11 @@ __global__ void __launch_bounds__(kAttendThreads)
     }
   }
 
+  int half = 0;
   for (int slot = block.begin; slot < block.end; slot += kGroups * kKeys) {
-    typename Read::Raw keys[kKeys][kLoads], values[kKeys][kLoads];
-    int my_position = -1;
-    KERNELS_UNROLL
-    for (int u = 0; u < kKeys; ++u) {
-      const Key key = FindKey(decode, block, slot + u * kGroups + group);
-      if (u == my_key) my_position = key.position;
-      KERNELS_UNROLL
-      for (int i = 0; i < kLoads; ++i) {
-        const int at = Read::First(lane, i);
-        keys[u][i] = Read::Load(decode, args.cache_k, key.row, k_dim, at, key,
-                                /*is_key=*/true);
-        values[u][i] = Read::Load(decode, args.cache_v, key.row, v_dim, at, key,
-                                  /*is_key=*/false);
-      }
-    }
+    const int my_position = next_position;
+    next_position = fetch(slot + kGroups * kKeys, half ^ 1);
+    cuda::WaitForCopies<1>();
 
     float logits[kLogits] = {};
     KERNELS_UNROLL
@@ -238,13 +274,13 @@ __global__ void __launch_bounds__(kAttendThreads)
         KERNELS_UNROLL
         for (int u = 0; u < kKeys; ++u) {
           float x[kCount];
-          Read::ToFloat(args.element, keys[u][i], x);
+          Read::ToFloat(args.element, *fetched(half, u, i, false), x);
           KERNELS_UNROLL
           for (int c = 0; c < kCount; ++c) {
             logits[r * kKeys + u] += row[c] * x[c];
           }
           if (args.qv == nullptr) continue;
-          Read::ToFloat(args.element, values[u][i], x);
+          Read::ToFloat(args.element, *fetched(half, u, i, true), x);
           KERNELS_UNROLL
           for (int c = 0; c < kCount; ++c) {
             logits[r * kKeys + u] += row_v[c] * x[c];
@@ -292,7 +328,7 @@ __global__ void __launch_bounds__(kAttendThreads)
       KERNELS_UNROLL
       for (int i = 0; i < kLoads; ++i) {
         float v[kCount];
-        Read::ToFloat(args.element, values[u][i], v);
+        Read::ToFloat(args.element, *fetched(half, u, i, true), v);
         KERNELS_UNROLL
         for (int r = 0; r < kRows; ++r) {
           KERNELS_UNROLL
@@ -300,6 +336,7 @@ __global__ void __launch_bounds__(kAttendThreads)
         }
       }
     }
+    half ^= 1;
   }
 
   // Joins the groups.
@@ -345,7 +382,10 @@ __global__ void __launch_bounds__(kAttendThreads)
     for (int i = 0; i < kGroups; ++i) {
       all += totals[i][r] * Weight(bases[i][r], largest);
     }
-    WriteRow(decode, block, row, largest, all, q + r * Read::kMostDim);
+    const float* sums_of_row = q + r * Read::kMostDim + thread % cuda::kWarp;
+    WriteRow<Read::kMostDim / cuda::kWarp>(
+        decode, block, row, largest, all,
+        [&](int i) { return sums_of_row[i * cuda::kWarp]; });
   }
 }
 
@@ -354,12 +394,17 @@ cudaError_t LaunchAttendWith(cudaStream_t stream, const DeviceDecode& decode) {
   const int64_t row_blocks = cuda::CeilDiv<int64_t>(decode.rows(), kRows);
   const int64_t blocks = decode.parts * decode.args.shape.heads * row_blocks;
   if (blocks > INT32_MAX) return cudaErrorInvalidConfiguration;
-  constexpr int kBytes =
-      2 * kRows * Read::kMostDim * static_cast<int>(sizeof(float));
-  static_assert(kBytes <= 48 << 10, "more would have to be asked for");
+  constexpr int kQueryBytes =
+      kQueryFloats<Read, kRows> * static_cast<int>(sizeof(float));
+  constexpr int kFetchedBytes = 2 * kKeysAtATime<Read> * Read::kLoads * 2 *
+                                kAttendThreads *
+                                static_cast<int>(sizeof(typename Read::Raw));
+  // Devices of compute capability 7.5 have 64 KB.
+  static_assert(2 * kQueryBytes + kFetchedBytes < 63 << 10);
+  const int queries = decode.args.qv == nullptr ? 1 : 2;
   return cuda::Launch(AttendKernel<Read, kRows>,
                       dim3(static_cast<unsigned>(blocks)), dim3(kAttendThreads),
-                      kBytes, stream, decode);
+                      queries * kQueryBytes + kFetchedBytes, stream, decode);
 }
 
 template <int kBytes>
@@ -384,7 +429,7 @@ cudaError_t LaunchAttendWide(cudaStream_t stream, const DeviceDecode& decode) {
     return LaunchAttendWith<Wide<kBytes, 32, 2>, 4>(stream, decode);
   }
   if constexpr (kBytes != 1) {
-    return LaunchAttendWith<Wide<kBytes, 32, 4>, 4>(stream, decode);
+    return LaunchAttendWith<Wide<kBytes, 32, 4>, kBytes>(stream, decode);
   }
 }
 

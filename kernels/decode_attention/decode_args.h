@@ -162,13 +162,6 @@ KERNELS_HOST_DEVICE inline int64_t QueryRow(const DecodeArgs& args,
          in_group;
 }
 
-// The same of row `row` of the key-value head.
-KERNELS_HOST_DEVICE inline int64_t QueryRow(const DecodeArgs& args,
-                                            int64_t sequence, int64_t head,
-                                            int64_t row) {
-  return QueryRow(args, sequence, head, row / args.group, row % args.group);
-}
-
 // Logical slots [begin, end).
 struct Slots {
   int64_t begin;

@@ -27,7 +27,6 @@ using kv_cache::Element;
 // ---- Append, and divide the work.
 
 constexpr int kPrepareThreads = 256;
-constexpr int kPrepareBlocksPerMultiprocessor = 4;
 
 // Adds `value` over the threads before this one, and over all of them. All
 // threads of the block take part.
@@ -52,8 +51,17 @@ __device__ __forceinline__ int64_t SumBefore(int64_t value, int64_t* all) {
   return before + sum - value;
 }
 
+// The slots of one sequence, and its parts: the first, and how many.
+struct Share {
+  int64_t first;
+  int begin;
+  int end;
+  int parts;
+};
+
 // Writes the headers of all parts; one block.
 __device__ void MakeParts(const DeviceDecode& decode) {
+  __shared__ Share shares[kPrepareThreads];
   const DecodeArgs& args = decode.args;
   const int64_t b = args.addressing.batch;
   const kv_cache::Addressing addressing = AddressingOf(decode);
@@ -85,13 +93,28 @@ __device__ void MakeParts(const DeviceDecode& decode) {
     }
     int64_t all;
     const int64_t at = first + SumBefore(parts, &all);
-    for (int64_t p = 0; p < parts; ++p) {
-      PartHeader* header = HeaderOf(decode, at + p);
-      const int64_t end = slots.begin + (p + 1) * length;
-      header->sequence = static_cast<int>(i);
-      header->begin = static_cast<int>(slots.begin + p * length);
-      header->end = static_cast<int>(end < slots.end ? end : slots.end);
-      header->parts = static_cast<int>(parts);
+    shares[threadIdx.x] = {at, static_cast<int>(slots.begin),
+                           static_cast<int>(slots.end),
+                           static_cast<int>(parts)};
+    __syncthreads();
+    const int64_t left = b - begin;
+    for (int64_t p = first + threadIdx.x; p < first + all;
+         p += kPrepareThreads) {
+      int low = 0;
+      int high = static_cast<int>(left < kPrepareThreads ? left
+                                                         : kPrepareThreads);
+      while (high - low > 1) {
+        const int middle = (low + high) / 2;
+        (shares[middle].first <= p ? low : high) = middle;
+      }
+      const Share share = shares[low];
+      const int64_t from = share.begin + (p - share.first) * length;
+      PartHeader* header = HeaderOf(decode, p);
+      header->sequence = static_cast<int>(begin + low);
+      header->begin = static_cast<int>(from);
+      header->end = static_cast<int>(from + length < share.end ? from + length
+                                                               : share.end);
+      header->parts = share.parts;
     }
     if (i < b) {
       PartHeader* header = HeaderOf(decode, i);
@@ -104,6 +127,9 @@ __device__ void MakeParts(const DeviceDecode& decode) {
        p += kPrepareThreads) {
     HeaderOf(decode, p)->sequence = -1;
   }
+  if (threadIdx.x == 0) {
+    HeaderOf(decode, 0)->used_parts = static_cast<int>(first);
+  }
 }
 
 // Blocks of the last y divide the work, those of y = 0 and 1 write keys and
@@ -115,23 +141,27 @@ __global__ void __launch_bounds__(kPrepareThreads)
     if (blockIdx.x == 0) MakeParts(decode);
     return;
   }
-  const uint32_t thread = blockIdx.x * kPrepareThreads + threadIdx.x;
-  const uint32_t threads = gridDim.x * kPrepareThreads;
   const kv_cache::NewRows& rows = update.rows[blockIdx.y];
   const Rotary& rotary = decode.args.rotary;
   if (blockIdx.y == 0 && rotary.cos != nullptr && !rotary.cached_keys) {
     // New keys are turned by the angles of their positions.
-    const int64_t tokens = decode.args.tokens;
-    ConvertRows(update, rows, thread, threads,
-                [&](const kv_cache::Item& item, const uint8_t* row,
+    ConvertRows(update, rows, blockIdx.x * kPrepareThreads + threadIdx.x,
+                gridDim.x * kPrepareThreads,
+                [&](const kv_cache::Row& row, const uint8_t* from,
                     Element element, int64_t i) {
-                  const int64_t token = item.sequence * tokens + item.token;
+                  const int64_t token =
+                      row.sequence * decode.args.tokens + row.token;
                   return Turned(rotary, rotary.where[token], i, [&](int64_t j) {
-                    return kv_cache::LoadElement(element, row, j);
+                    return kv_cache::LoadElement(element, from, j);
                   });
                 });
   } else {
-    UpdateRows(update, rows, thread, threads);
+    __shared__ kv_cache::FoundRows<kPrepareThreads> found;
+    if (rows.word != 0) {
+      kv_cache::UpdateByCopy(update, rows, blockIdx.x, gridDim.x, found);
+    } else {
+      kv_cache::UpdateByConversion(update, rows, blockIdx.x, gridDim.x, found);
+    }
   }
 }
 
@@ -148,10 +178,20 @@ cudaError_t LaunchAttend(cudaStream_t stream, const DeviceDecode& decode,
   const int64_t size = kv_cache::ElementSize(args.element);
   if (!WideRows(args)) return LaunchAttendSingle(stream, decode);
   if (tensor_cores && TensorCoresFit(args)) {
-    return size == 1 ? LaunchAttendTensor<F16, 1>(stream, decode)
-           : args.element == Element::kBf16
-               ? LaunchAttendTensor<BF16, 2>(stream, decode)
-               : LaunchAttendTensor<F16, 2>(stream, decode);
+    switch (args.element) {
+      case Element::kBf16:
+        return LaunchAttendTensor<Element::kBf16>(stream, decode);
+      case Element::kF16:
+        return LaunchAttendTensor<Element::kF16>(stream, decode);
+      case Element::kInt8:
+        return LaunchAttendTensor<Element::kInt8>(stream, decode);
+      case Element::kE4m3:
+        return LaunchAttendTensor<Element::kE4m3>(stream, decode);
+      case Element::kE5m2:
+        return LaunchAttendTensor<Element::kE5m2>(stream, decode);
+      case Element::kF32:
+        break;  // it does not fit
+    }
   }
   return size == 4   ? LaunchAttendWide<4>(stream, decode)
          : size == 2 ? LaunchAttendWide<2>(stream, decode)
@@ -163,22 +203,56 @@ cudaError_t LaunchAttend(cudaStream_t stream, const DeviceDecode& decode,
 constexpr int kJoinThreads = 256;
 constexpr int kJoinWarps = kJoinThreads / cuda::kWarp;
 
+// Blocks at most; there may be more rows.
+constexpr int64_t kJoinBlocks = 2048;
+
+// Sums the values of one row over the parts of a warp, kWide at a time: `from`
+// is those of the first part, the next are `apart` floats further.
+template <int kWide>
+__device__ __forceinline__ void SumParts(const float* from, int64_t apart,
+                                         const float* weights, int parts,
+                                         int64_t dim, float* sums) {
+  constexpr int kInFlight = 8;
+  const int warp = static_cast<int>(threadIdx.x) / cuda::kWarp;
+  const int lane = static_cast<int>(threadIdx.x) % cuda::kWarp;
+  for (int64_t d = lane * kWide; d < dim; d += cuda::kWarp * kWide) {
+    float sum[kWide] = {};
+    for (int p = warp; p < parts; p += kInFlight * kJoinWarps) {
+      cuda::Vector<F32, kWide> x[kInFlight];
+      KERNELS_UNROLL
+      for (int k = 0; k < kInFlight; ++k) {
+        const int part = p + k * kJoinWarps;
+        x[k] = {};
+        if (part < parts) {
+          x[k] = cuda::LoadVector<F32, kWide>(from + part * apart + d);
+        }
+      }
+      KERNELS_UNROLL
+      for (int k = 0; k < kInFlight; ++k) {
+        const int part = p + k * kJoinWarps;
+        const float weight = part < parts ? weights[part] : 0.0f;
+        KERNELS_UNROLL
+        for (int i = 0; i < kWide; ++i) sum[i] += weight * x[k].data[i];
+      }
+    }
+    KERNELS_UNROLL
+    for (int i = 0; i < kWide; ++i) sums[warp * dim + d + i] = sum[i];
+  }
+}
+
 // One query row of one key-value head of one sequence: warps share the parts.
-__global__ void __launch_bounds__(kJoinThreads)
-    JoinKernel(const DeviceDecode decode) {
-  KERNELS_DYNAMIC_SHARED(shared);
+__device__ __forceinline__ void JoinRow(const DeviceDecode& decode,
+                                        int64_t sequence, int64_t state,
+                                        float* shared) {
   __shared__ float across[2][kJoinWarps];
   const DecodeArgs& args = decode.args;
-  const int64_t states = decode.states();
-  const int64_t sequence = blockIdx.x / states;
-  const int64_t state = blockIdx.x % states;
   const int64_t dim = args.shape.v_dim;
   const int thread = static_cast<int>(threadIdx.x);
   const int warp = thread / cuda::kWarp, lane = thread % cuda::kWarp;
   const PartHeader header = *HeaderOf(decode, sequence);
   if (header.num_parts == 1) return;  // its block has written the result
   const int parts = header.num_parts;
-  float* weights = reinterpret_cast<float*>(shared);  // [parts]
+  float* weights = shared;                            // [parts]
   float* sums = weights + decode.shared_parts() + 1;  // [warps, dim]
 
   float largest = MinusInfinity();
@@ -202,20 +276,17 @@ __global__ void __launch_bounds__(kJoinThreads)
   total = 0.0f;
   for (int w = 0; w < kJoinWarps; ++w) total += across[1][w];
 
-  for (int64_t d = lane; d < dim; d += cuda::kWarp) {
-    float sum = 0.0f;
-    KERNELS_UNROLL
-    for (int p = warp; p < parts; p += kJoinWarps) {
-      sum +=
-          weights[p] * SumsOf(decode, header.first_part + p)[state * dim + d];
-    }
-    sums[warp * dim + d] = sum;
+  const float* from = SumsOf(decode, header.first_part) + state * dim;
+  if (dim % 4 == 0 && decode.part_floats % 4 == 0) {
+    SumParts<4>(from, decode.part_floats, weights, parts, dim, sums);
+  } else {
+    SumParts<1>(from, decode.part_floats, weights, parts, dim, sums);
   }
   __syncthreads();
   const int64_t head = state / decode.rows(), row = state % decode.rows();
   const Ending ending = EndRow(args, SequenceOf(args, sequence), sequence, head,
                                row, largest, total);
-  uint8_t* to = args.out + QueryRow(args, sequence, head, row) * dim *
+  uint8_t* to = args.out + QueryRowOf(args, sequence, head, row) * dim *
                                kv_cache::ElementSize(args.out_element);
   for (int64_t d = thread; d < dim; d += kJoinThreads) {
     float sum = 0.0f;
@@ -226,20 +297,26 @@ __global__ void __launch_bounds__(kJoinThreads)
   if (thread == 0) *LogSumOf(args, sequence, head, row) = ending.lse;
 }
 
+__global__ void __launch_bounds__(kJoinThreads)
+    JoinKernel(const DeviceDecode decode) {
+  KERNELS_DYNAMIC_SHARED(shared);
+  const int64_t batch = decode.args.addressing.batch;
+  // Where no sequence is divided, blocks have written the results.
+  if (HeaderOf(decode, 0)->used_parts == batch) return;
+  const int64_t states = decode.states();
+  for (int64_t row = blockIdx.x; row < batch * states; row += gridDim.x) {
+    __syncthreads();  // who is at the row before may still read
+    JoinRow(decode, row / states, row % states,
+            reinterpret_cast<float*>(shared));
+  }
+}
+
 cudaError_t LaunchPrepare(cudaStream_t stream, const DeviceDecode& decode,
                           const kv_cache::DeviceUpdate* update) {
-  int multiprocessors;
-  const cudaError_t error = cuda::MultiprocessorCount(&multiprocessors);
-  if (error != cudaSuccess) return error;
   dim3 grid(1, 1);
   if (update != nullptr) {
-    const uint32_t items = update->rows[0].items > update->rows[1].items
-                               ? update->rows[0].items
-                               : update->rows[1].items;
-    const uint32_t most = static_cast<uint32_t>(multiprocessors) *
-                          kPrepareBlocksPerMultiprocessor;
-    const uint32_t blocks = cuda::CeilDiv(items, uint32_t{kPrepareThreads});
-    grid = dim3(blocks < 1 ? 1 : blocks < most ? blocks : most, 3);
+    const uint32_t blocks = kv_cache::UpdateBlocks<kPrepareThreads>(*update);
+    grid = dim3(blocks < 1 ? 1 : blocks, 3);
   }
   return cuda::Launch(PrepareKernel, grid, dim3(kPrepareThreads),
                       /*shared_bytes=*/0, stream, decode,
@@ -247,8 +324,8 @@ cudaError_t LaunchPrepare(cudaStream_t stream, const DeviceDecode& decode,
 }
 
 cudaError_t LaunchJoin(cudaStream_t stream, const DeviceDecode& decode) {
-  const int64_t blocks = decode.args.addressing.batch * decode.states();
-  if (blocks > INT32_MAX) return cudaErrorInvalidConfiguration;
+  const int64_t rows = decode.args.addressing.batch * decode.states();
+  const int64_t blocks = rows < kJoinBlocks ? rows : kJoinBlocks;
   const int64_t floats =
       decode.shared_parts() + 1 + kJoinWarps * decode.args.shape.v_dim;
   return cuda::Launch(JoinKernel, dim3(static_cast<unsigned>(blocks)),

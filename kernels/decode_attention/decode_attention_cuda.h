@@ -36,6 +36,7 @@ struct PartHeader {
   // Of the sequence whose number is that of this part.
   int32_t first_part;
   int32_t num_parts;
+  int32_t used_parts;  // of all sequences, in the first header
 };
 static_assert(sizeof(PartHeader) <= kHeaderFloats * sizeof(float));
 
@@ -77,8 +78,8 @@ cudaError_t LaunchDecode(cudaStream_t stream, const DeviceDecode& decode,
 
 // The part of it that attends, a file for each kind of cache: compiling takes
 // long. On tensor cores, which compute capability 8.0 has, for WideRows of up
-// to 256 elements of kBytes that are multiplied as T, without qv.
-template <typename T, int kBytes>
+// to 256 elements, without qv.
+template <kv_cache::Element kElement>
 cudaError_t LaunchAttendTensor(cudaStream_t stream, const DeviceDecode& decode);
 
 // On other cores: for WideRows, and for the rest.

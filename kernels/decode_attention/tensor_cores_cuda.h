@@ -86,49 +86,45 @@ __device__ __forceinline__ void Multiply(float (&c)[4], const uint4& a,
 
 // Four codes of a quantised cache as two pairs of float16: exactly, but for NaN
 // and the infinities of float8_e5m2, which stay what they are.
-__device__ __forceinline__ void Widen(kv_cache::Element element, uint32_t codes,
-                                      uint32_t* first, uint32_t* second) {
-  switch (element) {
-    case kv_cache::Element::kInt8: {
-      // 0x6400 | u is 1024 + u in float16; u is the code plus 128.
-      const uint32_t shifted = codes ^ 0x80808080u;
-      *first = __byte_perm(shifted, 0x64646464u, 0x4140);
-      *second = __byte_perm(shifted, 0x64646464u, 0x4342);
+template <kv_cache::Element kElement>
+__device__ __forceinline__ void Widen(uint32_t codes, uint32_t* first,
+                                      uint32_t* second) {
+  if constexpr (kElement == kv_cache::Element::kInt8) {
+    // 0x6400 | u is 1024 + u in float16; u is the code plus 128.
+    const uint32_t shifted = codes ^ 0x80808080u;
+    *first = __byte_perm(shifted, 0x64646464u, 0x4140);
+    *second = __byte_perm(shifted, 0x64646464u, 0x4342);
 #if defined(KERNELS_CUDA_EMULATION)
-      for (uint32_t* pair : {first, second}) {
-        *pair = Pair<F16>(LowerOf<F16>(*pair) - 1152.0f,
-                          UpperOf<F16>(*pair) - 1152.0f);
-      }
-#else
-      constexpr uint32_t kOffset = 0x64806480u;  // 1152, twice
-      asm("sub.f16x2 %0, %0, %1;" : "+r"(*first) : "r"(kOffset));
-      asm("sub.f16x2 %0, %0, %1;" : "+r"(*second) : "r"(kOffset));
-#endif
-      return;
+    for (uint32_t* pair : {first, second}) {
+      *pair = Pair<F16>(LowerOf<F16>(*pair) - 1152.0f,
+                        UpperOf<F16>(*pair) - 1152.0f);
     }
-    case kv_cache::Element::kE5m2:
-      *first = __byte_perm(codes, 0, 0x1404);
-      *second = __byte_perm(codes, 0, 0x3424);
-      return;
-    default: {
+#else
+    constexpr uint32_t kOffset = 0x64806480u;  // 1152, twice
+    asm("sub.f16x2 %0, %0, %1;" : "+r"(*first) : "r"(kOffset));
+    asm("sub.f16x2 %0, %0, %1;" : "+r"(*second) : "r"(kOffset));
+#endif
+  } else if constexpr (kElement == kv_cache::Element::kE5m2) {
+    *first = __byte_perm(codes, 0, 0x1404);
+    *second = __byte_perm(codes, 0, 0x3424);
+  } else {
+    static_assert(kElement == kv_cache::Element::kE4m3);
 #if defined(KERNELS_CUDA_EMULATION)
-      float x[4];
-      for (int i = 0; i < 4; ++i) {
-        x[i] = cuda::ToCompute<E4M3>(static_cast<uint8_t>(codes >> (8 * i)));
-      }
-      *first = Pair<F16>(x[0], x[1]);
-      *second = Pair<F16>(x[2], x[3]);
-#else
-      const auto pair = [](uint32_t two) {
-        const __half2_raw raw = __nv_cvt_fp8x2_to_halfraw2(
-            static_cast<__nv_fp8x2_storage_t>(two), __NV_E4M3);
-        return uint32_t{raw.x} | uint32_t{raw.y} << 16;
-      };
-      *first = pair(codes & 0xffffu);
-      *second = pair(codes >> 16);
-#endif
-      return;
+    float x[4];
+    for (int i = 0; i < 4; ++i) {
+      x[i] = cuda::ToCompute<E4M3>(static_cast<uint8_t>(codes >> (8 * i)));
     }
+    *first = Pair<F16>(x[0], x[1]);
+    *second = Pair<F16>(x[2], x[3]);
+#else
+    const auto pair = [](uint32_t two) {
+      const __half2_raw raw = __nv_cvt_fp8x2_to_halfraw2(
+          static_cast<__nv_fp8x2_storage_t>(two), __NV_E4M3);
+      return uint32_t{raw.x} | uint32_t{raw.y} << 16;
+    };
+    *first = pair(codes & 0xffffu);
+    *second = pair(codes >> 16);
+#endif
   }
 }
 

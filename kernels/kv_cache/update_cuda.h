@@ -13,101 +13,200 @@
 namespace kernels {
 namespace kv_cache {
 
-// Where an item comes from and goes to.
-struct Item {
+// Where a row comes from and goes to.
+struct Row {
   int64_t sequence;
   int64_t token;
   int64_t head;
-  int64_t part;  // of its row
-  uint8_t* row;  // in the cache; null: it must not be written
+  uint8_t* to;  // in the cache; null: it must not be written
 };
 
-__device__ __forceinline__ Item FindItem(const DeviceUpdate& update,
-                                         const NewRows& rows, uint32_t index) {
+__device__ __forceinline__ Row FindRow(const DeviceUpdate& update,
+                                       const NewRows& rows, uint32_t index) {
   const UpdateArgs& args = update.args;
   const CacheShape& shape = args.shape;
   const Divisor& inner = shape.heads_first ? update.tokens : rows.heads;
   const Divisor& outer = shape.heads_first ? rows.heads : update.tokens;
-  const uint32_t row = rows.per_row.Quotient(index);
-  const uint32_t middle = inner.Quotient(row);
+  const uint32_t middle = inner.Quotient(index);
   const uint32_t sequence = outer.Quotient(middle);
-  const uint32_t low = row - middle * inner.value();
+  const uint32_t low = index - middle * inner.value();
   const uint32_t high = middle - sequence * outer.value();
-  Item item;
-  item.sequence = sequence;
-  item.token = shape.heads_first ? low : high;
-  item.head = shape.heads_first ? high : low;
-  item.part = index - row * rows.per_row.value();
-  item.row = nullptr;
+  Row row;
+  row.sequence = sequence;
+  row.token = shape.heads_first ? low : high;
+  row.head = shape.heads_first ? high : low;
+  row.to = nullptr;
   int64_t first, last;
   TokensToWrite(args, sequence, &first, &last);
-  const int64_t position = int64_t{args.index[sequence]} + item.token;
-  if (item.token < first || item.token >= last || position < 0) return item;
+  const int64_t position = int64_t{args.index[sequence]} + row.token;
+  if (row.token < first || row.token >= last || position < 0) return row;
   Addressing addressing = args.addressing;
   addressing.first_slot = *update.first_slot;
   const int64_t at =
       addressing.RowOf(shape, sequence, addressing.SlotOf(position));
   if (at >= 0) {
-    item.row = rows.to + (at + item.head * shape.head_stride()) * rows.dim *
-                             ElementSize(args.element);
+    row.to = rows.to + (at + row.head * shape.head_stride()) * rows.dim *
+                           ElementSize(args.element);
   }
-  return item;
+  return row;
 }
 
-// Copies, with several words of each thread in flight.
-template <typename Word>
-__device__ __forceinline__ void CopyRows(const DeviceUpdate& update,
-                                         const NewRows& rows, uint32_t thread,
-                                         uint32_t threads) {
-  constexpr int kInFlight = 4;
-  const Word* from = reinterpret_cast<const Word*>(rows.from);
-  for (uint32_t base = thread; base < rows.items; base += kInFlight * threads) {
-    Word words[kInFlight];
-    Word* to[kInFlight];
-    KERNELS_UNROLL
-    for (int i = 0; i < kInFlight; ++i) {
-      const uint32_t index = base + i * threads;
-      to[i] = nullptr;
-      if (index >= rows.items) continue;
-      words[i] = __ldg(from + index);
-      const Item item = FindItem(update, rows, index);
-      if (item.row != nullptr) {
-        to[i] = reinterpret_cast<Word*>(item.row) + item.part;
+// Items of a thread that are on their way at a time. Those of a block are
+// neighbours, so that what it moves lies in few pages of memory.
+constexpr int kInFlight = 4;
+
+// What a block knows of the rows of its items; their items are more than their
+// number, so they are found once, not by every item.
+template <int kThreads>
+struct FoundRows {
+  static constexpr int kMost = kInFlight * kThreads;
+
+  uint8_t* to[kMost];
+  float scale[kMost];
+  uint32_t first;
+
+  // All threads of the block: finds the rows of `items` items from `begin` on.
+  __device__ __forceinline__ void Find(const DeviceUpdate& update,
+                                       const NewRows& rows, uint32_t begin,
+                                       uint32_t items) {
+    const uint32_t end =
+        items < rows.items - begin ? begin + items : rows.items;
+    const uint32_t first_row = rows.per_row.Quotient(begin);
+    const uint32_t count = rows.per_row.Quotient(end - 1) - first_row + 1;
+    for (uint32_t i = threadIdx.x; i < count; i += kThreads) {
+      const Row row = FindRow(update, rows, first_row + i);
+      to[i] = row.to;
+      if (rows.scale != nullptr) {
+        scale[i] =
+            rows.scale[row.sequence * update.args.shape.heads + row.head];
       }
     }
+    if (threadIdx.x == 0) first = first_row;
+  }
+};
+
+// Copies the items of a block of kThreads: `block` of `blocks`.
+template <int kThreads, typename Word>
+__device__ __forceinline__ void CopyRows(const DeviceUpdate& update,
+                                         const NewRows& rows, uint32_t block,
+                                         uint32_t blocks,
+                                         FoundRows<kThreads>& found) {
+  constexpr int kItems = kInFlight * kThreads;
+  const Word* from = reinterpret_cast<const Word*>(rows.from);
+  for (uint32_t begin = block * kItems; begin < rows.items;
+       begin += blocks * kItems) {
+    Word words[kInFlight];
     KERNELS_UNROLL
     for (int i = 0; i < kInFlight; ++i) {
-      if (to[i] != nullptr) *to[i] = words[i];
+      const uint32_t index = begin + i * kThreads + threadIdx.x;
+      if (index < rows.items) words[i] = __ldg(from + index);
+    }
+    __syncthreads();  // who is at the items before may still read
+    found.Find(update, rows, begin, kItems);
+    __syncthreads();
+    KERNELS_UNROLL
+    for (int i = 0; i < kInFlight; ++i) {
+      const uint32_t index = begin + i * kThreads + threadIdx.x;
+      if (index >= rows.items) continue;
+      const uint32_t row = rows.per_row.Quotient(index);
+      uint8_t* const to = found.to[row - found.first];
+      if (to == nullptr) continue;
+      reinterpret_cast<Word*>(to)[index - row * rows.per_row.value()] =
+          words[i];
     }
   }
 }
+
+// Division by one number many times.
+class Scale {
+ public:
+  __device__ explicit Scale(float scale)
+      : scale_(scale),
+        inverse_(1.0f / scale),
+        plain_(fabsf(scale) > kLeast && fabsf(scale) < 1 / kLeast) {}
+
+  // x / scale, rounded as a division is as long as it is no larger than any
+  // code: a first quotient is corrected by what it leaves (Markstein 1990).
+  __device__ __forceinline__ float Divide(float x) const {
+    if (!plain_) return x / scale_;
+    const float quotient = x * inverse_;
+    const float better =
+        fmaf(fmaf(-quotient, scale_, x), inverse_, quotient);
+    // Where it overflows, or is not finite, the correction would be NaN; and it
+    // loses the sign of 0.
+    const float size = fabsf(quotient);
+    return size > 0.0f && size < kMost ? better : quotient;
+  }
+
+ private:
+  static constexpr float kLeast = 0x1p-60f;  // nothing underflows
+  static constexpr float kMost = 0x1p20f;    // beyond all codes
+
+  float scale_;
+  float inverse_;
+  bool plain_;
+};
 
 // Quantises 16 elements at a time.
-template <typename T>
+template <int kThreads, Element kElement, typename T>
 __device__ __forceinline__ void QuantizeRows(const DeviceUpdate& update,
                                              const NewRows& rows,
-                                             uint32_t thread,
-                                             uint32_t threads) {
+                                             uint32_t block, uint32_t blocks,
+                                             FoundRows<kThreads>& found) {
   constexpr int kElements = 16;
-  const CacheShape& shape = update.args.shape;
-  for (uint32_t index = thread; index < rows.items; index += threads) {
-    const Item item = FindItem(update, rows, index);
-    if (item.row == nullptr) continue;
-    const auto x = cuda::LoadVector<T, kElements>(As<T>(rows.from) +
-                                                  int64_t{index} * kElements);
-    const float scale = rows.scale[item.sequence * shape.heads + item.head];
-    cuda::Vector<E4M3, kElements> codes;
+  constexpr int kOfThread = kInFlight / 2;
+  constexpr int kItems = kOfThread * kThreads;
+  for (uint32_t begin = block * kItems; begin < rows.items;
+       begin += blocks * kItems) {
+    cuda::Vector<T, kElements> x[kOfThread];
     KERNELS_UNROLL
-    for (int i = 0; i < kElements; ++i) {
-      codes.data[i] =
-          Quantized(update.args.element, cuda::ToCompute<T>(x.data[i]) / scale);
+    for (int i = 0; i < kOfThread; ++i) {
+      const uint32_t index = begin + i * kThreads + threadIdx.x;
+      if (index >= rows.items) continue;
+      x[i] = cuda::LoadVector<T, kElements>(As<T>(rows.from) +
+                                            int64_t{index} * kElements);
     }
-    cuda::StoreVector<E4M3, kElements>(item.row + item.part * kElements, codes);
+    __syncthreads();  // who is at the items before may still read
+    found.Find(update, rows, begin, kItems);
+    __syncthreads();
+    KERNELS_UNROLL
+    for (int i = 0; i < kOfThread; ++i) {
+      const uint32_t index = begin + i * kThreads + threadIdx.x;
+      if (index >= rows.items) continue;
+      const uint32_t row = rows.per_row.Quotient(index);
+      uint8_t* const to = found.to[row - found.first];
+      if (to == nullptr) continue;
+      const Scale scale(found.scale[row - found.first]);
+      cuda::Vector<E4M3, kElements> codes;
+      KERNELS_UNROLL
+      for (int j = 0; j < kElements; ++j) {
+        codes.data[j] = Quantized(
+            kElement, scale.Divide(cuda::ToCompute<T>(x[i].data[j])));
+      }
+      cuda::StoreVector<E4M3, kElements>(
+          to + (index - row * rows.per_row.value()) * kElements, codes);
+    }
   }
 }
 
-// Converts elements one by one; `load(item, new row, element type, i)` gives
-// element i of a row.
+template <int kThreads, Element kElement>
+__device__ __forceinline__ void QuantizeTo(const DeviceUpdate& update,
+                                           const NewRows& rows, uint32_t block,
+                                           uint32_t blocks,
+                                           FoundRows<kThreads>& found) {
+  switch (update.args.new_element) {
+    case Element::kF32:
+      return QuantizeRows<kThreads, kElement, F32>(update, rows, block, blocks, found);
+    case Element::kBf16:
+      return QuantizeRows<kThreads, kElement, BF16>(update, rows, block,
+                                                    blocks, found);
+    default:
+      return QuantizeRows<kThreads, kElement, F16>(update, rows, block, blocks, found);
+  }
+}
+
+// Converts elements one by one; `load(row, its new elements, their type, i)`
+// gives element i.
 template <typename Load>
 __device__ __forceinline__ void ConvertRows(const DeviceUpdate& update,
                                             const NewRows& rows,
@@ -115,40 +214,68 @@ __device__ __forceinline__ void ConvertRows(const DeviceUpdate& update,
                                             const Load& load) {
   const UpdateArgs& args = update.args;
   for (uint32_t index = thread; index < rows.items; index += threads) {
-    const Item item = FindItem(update, rows, index);
-    if (item.row == nullptr) continue;
-    const uint8_t* row = rows.from + (int64_t{index} - item.part) *
-                                         ElementSize(args.new_element);
-    const float x = load(item, row, args.new_element, item.part);
+    const uint32_t number = rows.per_row.Quotient(index);
+    const Row row = FindRow(update, rows, number);
+    if (row.to == nullptr) continue;
+    const uint32_t i = index - number * rows.per_row.value();
+    const uint8_t* from =
+        rows.from + int64_t{index - i} * ElementSize(args.new_element);
+    const float x = load(row, from, args.new_element, i);
     const float scale =
         rows.scale == nullptr
             ? 1.0f
-            : rows.scale[item.sequence * args.shape.heads + item.head];
-    StoreElement(args.element, item.row, item.part, x, scale);
+            : rows.scale[row.sequence * args.shape.heads + row.head];
+    StoreElement(args.element, row.to, i, x, scale);
   }
 }
 
-// Writes the rows of K or V, thread `thread` of `threads`.
-__device__ __forceinline__ void UpdateRows(const DeviceUpdate& update,
-                                           const NewRows& rows, uint32_t thread,
-                                           uint32_t threads) {
-  if (rows.word == 16) return CopyRows<uint4>(update, rows, thread, threads);
-  if (rows.word == 4) return CopyRows<uint32_t>(update, rows, thread, threads);
-  if (rows.word == 2) return CopyRows<uint16_t>(update, rows, thread, threads);
+// Writes the rows of K or V where they are copied: block `block` of `blocks`.
+template <int kThreads>
+__device__ __forceinline__ void UpdateByCopy(const DeviceUpdate& update,
+                                             const NewRows& rows,
+                                             uint32_t block, uint32_t blocks,
+                                             FoundRows<kThreads>& found) {
+  switch (rows.word) {
+    case 16:
+      return CopyRows<kThreads, uint4>(update, rows, block, blocks, found);
+    case 4:
+      return CopyRows<kThreads, uint32_t>(update, rows, block, blocks, found);
+    default:
+      return CopyRows<kThreads, uint16_t>(update, rows, block, blocks, found);
+  }
+}
+
+// Where they are converted.
+template <int kThreads>
+__device__ __forceinline__ void UpdateByConversion(
+    const DeviceUpdate& update, const NewRows& rows, uint32_t block,
+    uint32_t blocks, FoundRows<kThreads>& found) {
   if (rows.elements == 16) {
-    switch (update.args.new_element) {
-      case Element::kF32:
-        return QuantizeRows<F32>(update, rows, thread, threads);
-      case Element::kBf16:
-        return QuantizeRows<BF16>(update, rows, thread, threads);
+    switch (update.args.element) {
+      case Element::kInt8:
+        return QuantizeTo<kThreads, Element::kInt8>(update, rows, block, blocks,
+                                                    found);
+      case Element::kE4m3:
+        return QuantizeTo<kThreads, Element::kE4m3>(update, rows, block, blocks,
+                                                    found);
       default:
-        return QuantizeRows<F16>(update, rows, thread, threads);
+        return QuantizeTo<kThreads, Element::kE5m2>(update, rows, block, blocks,
+                                                    found);
     }
   }
-  ConvertRows(update, rows, thread, threads,
-              [](const Item&, const uint8_t* row, Element element, int64_t i) {
-                return LoadElement(element, row, i);
+  ConvertRows(update, rows, block * kThreads + threadIdx.x, blocks * kThreads,
+              [](const Row&, const uint8_t* from, Element element, int64_t i) {
+                return LoadElement(element, from, i);
               });
+}
+
+// Blocks of kThreads that write all rows of K, or of V.
+template <int kThreads>
+uint32_t UpdateBlocks(const DeviceUpdate& update) {
+  const uint32_t items = update.rows[0].items > update.rows[1].items
+                             ? update.rows[0].items
+                             : update.rows[1].items;
+  return cuda::CeilDiv(items, uint32_t{kInFlight * kThreads});
 }
 
 }  // namespace kv_cache

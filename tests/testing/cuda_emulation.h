@@ -24,10 +24,12 @@
 #include <cstdint>
 #include <cstdio>
 #include <cstring>
+#include <deque>
 #include <functional>
 #include <memory>
 #include <mutex>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "tests/testing/small_float.h"
@@ -87,7 +89,8 @@ enum cudaError_t {
 using cudaStream_t = struct CUstream_st*;
 enum cudaDeviceAttr {
   cudaDevAttrMultiProcessorCount,
-  cudaDevAttrComputeCapabilityMajor
+  cudaDevAttrComputeCapabilityMajor,
+  cudaDevAttrMaxSharedMemoryPerBlockOptin
 };
 enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
 enum cudaMemcpyKind { cudaMemcpyDeviceToDevice };
@@ -121,6 +124,7 @@ namespace kernels::emulation {
 // What the emulated device says of itself; tests may change it.
 inline int multiprocessors = 3;
 inline int compute_capability_major = 9;
+inline int shared_memory = 99 << 10;
 
 inline unsigned char* dynamic_shared = nullptr;
 // Why the last launch that failed did.
@@ -132,6 +136,13 @@ constexpr size_t kMessageBytes = 32;
 
 enum class State { kReady, kAtBarrier, kAtExchange, kDone };
 
+// A copy that has been started: it is made when it is waited for, and so shows
+// whether that is forgotten.
+struct Copy {
+  void* to;
+  const void* from;  // null: zeros
+};
+
 struct Fiber {
   ucontext_t context;
   std::unique_ptr<unsigned char[]> stack;
@@ -140,6 +151,8 @@ struct Fiber {
   unsigned mask;  // of the exchange that it waits for
   unsigned char message[kMessageBytes];
   unsigned char inbox[kLanes][kMessageBytes];
+  std::vector<Copy> started;
+  std::deque<std::vector<Copy>> groups;
 };
 
 inline std::vector<std::unique_ptr<Fiber>> fibers;
@@ -226,10 +239,41 @@ T Shuffle(unsigned mask, T value, int from) {
 
 inline int Lane() { return current % kLanes; }
 
+inline void CopyAsync(void* to, const void* from) {
+  constexpr uintptr_t kBytes = 16;
+  if (reinterpret_cast<uintptr_t>(to) % kBytes != 0 ||
+      reinterpret_cast<uintptr_t>(from) % kBytes != 0) {
+    Fail("a copy is not aligned to its size");
+  }
+  fibers[current]->started.push_back({to, from});
+}
+
+inline void CommitCopies() {
+  Fiber& self = *fibers[current];
+  self.groups.push_back(std::move(self.started));
+  self.started.clear();
+}
+
+inline void WaitForCopies(size_t pending) {
+  std::deque<std::vector<Copy>>& groups = fibers[current]->groups;
+  while (groups.size() > pending) {
+    for (const Copy& copy : groups.front()) {
+      if (copy.from == nullptr) {
+        std::memset(copy.to, 0, 16);
+      } else {
+        std::memcpy(copy.to, copy.from, 16);
+      }
+    }
+    groups.pop_front();
+  }
+}
+
 // Sets a fiber to the beginning of thread `flat`. Apart, because getcontext
 // returns twice as far as compilers know.
 inline void Start(Fiber* fiber, unsigned flat) {
   fiber->state = State::kReady;
+  fiber->started.clear();
+  fiber->groups.clear();
   fiber->index = {flat % blockDim.x, flat / blockDim.x % blockDim.y,
                   flat / blockDim.x / blockDim.y};
   getcontext(&fiber->context);
@@ -320,9 +364,17 @@ cudaError_t Launch(void (*kernel)(Params...), dim3 grid, dim3 block,
 
 inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute,
                                           int) {
-  *value = attribute == cudaDevAttrMultiProcessorCount
-               ? kernels::emulation::multiprocessors
-               : kernels::emulation::compute_capability_major;
+  switch (attribute) {
+    case cudaDevAttrMultiProcessorCount:
+      *value = kernels::emulation::multiprocessors;
+      break;
+    case cudaDevAttrComputeCapabilityMajor:
+      *value = kernels::emulation::compute_capability_major;
+      break;
+    case cudaDevAttrMaxSharedMemoryPerBlockOptin:
+      *value = kernels::emulation::shared_memory;
+      break;
+  }
   return cudaSuccess;
 }
 inline const char* cudaGetErrorName(cudaError_t) { return "emulation"; }
