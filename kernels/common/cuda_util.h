@@ -13,6 +13,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 #include "kernels/common/element_types.h"
 
@@ -263,6 +264,57 @@ __device__ __forceinline__ void StoreVector(typename T::Storage* to,
   for (int i = 0; i < Words::kCount; ++i) {
     reinterpret_cast<typename Words::Type*>(to)[i] = words[i];
   }
+}
+
+// As StoreVector, for what this kernel and the next have no use for: the cache
+// gives it up before what was read.
+template <typename T, int N>
+__device__ __forceinline__ void StreamVector(typename T::Storage* to,
+                                             const Vector<T, N>& value) {
+#if defined(KERNELS_CUDA_EMULATION)
+  StoreVector<T, N>(to, value);
+#else
+  using Words = internal::Words<sizeof(Vector<T, N>)>;
+  typename Words::Type words[Words::kCount];
+  std::memcpy(words, &value, sizeof(value));
+  KERNELS_UNROLL
+  for (int i = 0; i < Words::kCount; ++i) {
+    __stcs(reinterpret_cast<typename Words::Type*>(to) + i, words[i]);
+  }
+#endif
+}
+
+// The nearest numbers of T, as FromCompute gives them.
+template <typename T, int N>
+__device__ __forceinline__ Vector<T, N> VectorFromCompute(
+    const typename T::Compute (&values)[N]) {
+  Vector<T, N> out;
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+  constexpr bool kIsBf16 = std::is_same_v<T, BF16>;
+  if constexpr (N % 2 == 0 && (kIsBf16 || std::is_same_v<T, F16>)) {
+    // One instruction rounds two numbers and packs them.
+    uint32_t pairs[N / 2];
+    KERNELS_UNROLL
+    for (int i = 0; i < N / 2; ++i) {
+      const float low = values[2 * i], high = values[2 * i + 1];
+      if constexpr (kIsBf16) {
+        asm("cvt.rn.bf16x2.f32 %0, %1, %2;"
+            : "=r"(pairs[i])
+            : "f"(high), "f"(low));
+      } else {
+        asm("cvt.rn.f16x2.f32 %0, %1, %2;"
+            : "=r"(pairs[i])
+            : "f"(high), "f"(low));
+      }
+    }
+    std::memcpy(&out, pairs, sizeof(out));
+  } else
+#endif
+  {
+    KERNELS_UNROLL
+    for (int i = 0; i < N; ++i) out.data[i] = FromCompute<T>(values[i]);
+  }
+  return out;
 }
 
 // ---- Warps. Every lane of a warp of 32 takes part, and gets the result.
