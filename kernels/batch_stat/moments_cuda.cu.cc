@@ -27,22 +27,31 @@ struct MomentsSum {
   }
 };
 
-// A number of the channel to shift all its values by, or 0: sums about it do
-// not cancel where the mean is large beside the deviation.
-template <typename T>
-__device__ __forceinline__ typename T::Compute ShiftOf(
+// The value, if it may be subtracted: infinities and NaN minus themselves are
+// NaN.
+template <typename A>
+__device__ __forceinline__ A FiniteOrZero(A value) {
+  return value - value == 0 ? value : A{0};
+}
+
+// For kStates neighbouring channels, a number of each to take all its means
+// from, or 0: they are exact to the deviation's scale then, where the mean is
+// large beside it.
+template <typename T, int kStates>
+__device__ __forceinline__ void LoadOrigins(
     const typename T::Storage* x, const Mask& mask, const Geometry& g,
-    int64_t stat) {
-  const int64_t group = stat / g.channels;
-  const int64_t channel = stat % g.channels;
+    int64_t group, int64_t channel, typename T::Compute (&origins)[kStates]) {
   const int64_t at = (group * g.outer * g.channels + channel) * g.inner;
-  if (mask.data != nullptr) {
-    const int64_t flag = mask.per_channel ? at : group * g.outer * g.inner;
-    if (mask.data[flag] == 0) return 0;
+  const auto first = LoadVector<T, kStates>(x + at);
+  KERNELS_UNROLL
+  for (int s = 0; s < kStates; ++s) {
+    origins[s] = FiniteOrZero(ToCompute<T>(first.data[s]));
+    if (mask.data != nullptr) {
+      const int64_t flag =
+          mask.per_channel ? at + s : group * g.outer * g.inner;
+      if (mask.data[flag] == 0) origins[s] = 0;
+    }
   }
-  const typename T::Compute first = ToCompute<T>(x[at]);
-  // Infinities and NaN minus themselves are NaN.
-  return first - first == 0 ? first : 0;
 }
 
 template <typename A>
@@ -67,9 +76,11 @@ struct FinishMoments {
   __device__ void operator()(int64_t stat,
                              const A (&sums)[kMomentsParts]) const {
     const A count = sums[0];
-    const A shift = ShiftOf<T>(x, mask, geometry, stat);
+    A origin[1];
+    LoadOrigins<T, 1>(x, mask, geometry, stat / geometry.channels,
+                      stat % geometry.channels, origin);
     const A nan = static_cast<A>(NAN);
-    const A mean = count > 0 ? shift + sums[1] : nan;
+    const A mean = count > 0 ? origin[0] + sums[1] : nan;
     const A var = count > 0 ? sums[2] / count : nan;
     to.mean[stat] = mean;
     if (to.count != nullptr) to.count[stat] = count;
@@ -96,159 +107,196 @@ struct FinishSquares {
   }
 };
 
-// How much a block of values weighs beside those before it.
-template <typename A>
-struct Weights {
-  A inverse;  // 1 / its number of values, or 0
-  A share;    // its number / the new number, or 0
-  A cross;    // the old number * share
+// How many values a thread sums about one of them. The sum of their squares
+// about that value cannot be more than the run's length + 1 times that about
+// their mean, whatever the values are, so this bounds what cancels.
+constexpr int kRunValues = 256;
 
-  __device__ __forceinline__ Weights(A& total, A number) {
-    const A before = total;
-    total += number;
-    inverse = number > 0 ? 1 / number : A{0};
-    share = number > 0 ? number / total : A{0};
-    cross = before * share;
+// A thread's sums over a run of values about the first of them: a subtraction,
+// an addition and a fused multiplication for each. kSums is kVec.
+template <typename A, int kStates, int kSums, bool kMasked>
+struct Run {
+  A about[kStates];
+  A sum[kSums] = {};
+  A squares[kSums] = {};
+  A number[kMasked ? kStates : 1] = {};
+
+  template <typename T>
+  __device__ __forceinline__ void Begin(const Vector<T, kSums>& first) {
+    KERNELS_UNROLL
+    for (int s = 0; s < kStates; ++s) {
+      about[s] = FiniteOrZero(ToCompute<T>(first.data[s]));
+    }
+  }
+
+  template <typename T>
+  __device__ __forceinline__ void Add(const Vector<T, kSums>& values) {
+    KERNELS_UNROLL
+    for (int j = 0; j < kSums; ++j) {
+      const A apart =
+          ToCompute<T>(values.data[j]) - about[kStates == 1 ? 0 : j];
+      sum[j] += apart;
+      squares[j] = fma(apart, apart, squares[j]);
+    }
+  }
+
+  // The same for the values that a mask keeps, of which the first is found
+  // here.
+  template <typename T>
+  __device__ __forceinline__ void AddKept(const Vector<T, kSums>& values,
+                                          const bool (&kept)[kSums]) {
+    KERNELS_UNROLL
+    for (int j = 0; j < kSums; ++j) {
+      const int s = kStates == 1 ? 0 : j;
+      const A value = ToCompute<T>(values.data[j]);
+      if (kept[j] && number[s] == 0) about[s] = FiniteOrZero(value);
+      const A apart = kept[j] ? value - about[s] : A{0};
+      number[s] += kept[j] ? 1 : 0;
+      sum[j] += apart;
+      squares[j] = fma(apart, apart, squares[j]);
+    }
+  }
+
+  // Adds the run to the states, each (number, mean from the origin, squares).
+  __device__ __forceinline__ void Fold(const A (&origins)[kStates],
+                                       A (&states)[kStates][kMomentsParts]) {
+    A inverse = 0, share = 0, cross = 0;
+    KERNELS_UNROLL
+    for (int s = 0; s < kStates; ++s) {
+      if (kMasked || s == 0) {
+        const A before = states[s][0];
+        const A n = number[kMasked ? s : 0];
+        inverse = n > 0 ? 1 / n : A{0};
+        share = n > 0 ? n / (before + n) : A{0};
+        cross = before * share;
+      }
+      A total = sum[s], total_squares = squares[s];
+      if constexpr (kStates == 1) {
+        KERNELS_UNROLL
+        for (int j = 1; j < kSums; ++j) {
+          total += sum[j];
+          total_squares += squares[j];
+        }
+      }
+      const A mean = total * inverse;
+      const A apart = about[s] - origins[s] + mean - states[s][1];
+      states[s][0] += number[kMasked ? s : 0];
+      if (share > 0) {
+        states[s][1] += apart * share;
+        states[s][2] += total_squares - total * mean + apart * apart * cross;
+      }
+    }
   }
 };
 
-// Adds kCount values to a mean and a sum of squares about it: those of the
-// block first, in registers, then the two together.
-template <bool kAll, int kCount, typename A>
-__device__ __forceinline__ void AddBlock(const A (&values)[kCount],
-                                         const bool (&kept)[kCount],
-                                         const Weights<A>& weights, A& mean,
-                                         A& squares) {
-  A sum = 0;
-  KERNELS_UNROLL
-  for (int i = 0; i < kCount; ++i) {
-    sum += kAll || kept[i] ? values[i] : A{0};
-  }
-  const A block_mean = sum * weights.inverse;
-  A block_squares = 0;
-  KERNELS_UNROLL
-  for (int i = 0; i < kCount; ++i) {
-    const A apart = kAll || kept[i] ? values[i] - block_mean : A{0};
-    block_squares += apart * apart;
-  }
-  const A apart = block_mean - mean;
-  mean += apart * weights.share;
-  squares += block_squares + apart * apart * weights.cross;
-}
-
-// Adds a unit to the states, each (number, mean, squares) about `shift`.
-template <typename T, int kVec, bool kLast, bool kAll, bool kPerChannel,
-          int kStates, typename A>
-__device__ __forceinline__ void AddUnit(
-    const Vector<T, kVec> (&values)[kUnroll], const bool (&kept)[kUnroll][kVec],
-    const A (&shift)[kStates], A (&states)[kStates][kMomentsParts]) {
-  if constexpr (kLast) {
-    A number = kUnroll;
-    if constexpr (!kAll && !kPerChannel) {
-      number = 0;
-      KERNELS_UNROLL
-      for (int k = 0; k < kUnroll; ++k) number += kept[k][0] ? 1 : 0;
-    }
-    A total = states[0][0];
-    Weights<A> weights(total, number);
-    KERNELS_UNROLL
-    for (int j = 0; j < kVec; ++j) {
-      A column[kUnroll];
-      bool flags[kUnroll];
-      KERNELS_UNROLL
-      for (int k = 0; k < kUnroll; ++k) {
-        column[k] = ToCompute<T>(values[k].data[j]) - shift[j];
-        flags[k] = kept[k][j];
-      }
-      if constexpr (kPerChannel) {
-        number = 0;
-        KERNELS_UNROLL
-        for (int k = 0; k < kUnroll; ++k) number += flags[k] ? 1 : 0;
-        total = states[j][0];
-        weights = Weights<A>(total, number);
-      }
-      states[j][0] = total;
-      AddBlock<kAll>(column, flags, weights, states[j][1], states[j][2]);
-    }
-  } else {
-    A flat[kUnroll * kVec];
-    bool flags[kUnroll * kVec];
-    A number = 0;
-    KERNELS_UNROLL
-    for (int k = 0; k < kUnroll; ++k) {
-      KERNELS_UNROLL
-      for (int j = 0; j < kVec; ++j) {
-        flat[k * kVec + j] = ToCompute<T>(values[k].data[j]) - shift[0];
-        flags[k * kVec + j] = kept[k][j];
-        number += kAll || kept[k][j] ? 1 : 0;
-      }
-    }
-    const Weights<A> weights(states[0][0], number);
-    AddBlock<kAll>(flat, flags, weights, states[0][1], states[0][2]);
-  }
-}
-
 template <typename T, int kVec, bool kLast, bool kMasked>
-__global__ void __launch_bounds__(kThreads, 2)
+__global__ void __launch_bounds__(
+    kThreads, (kMomentsTuning<kStatesOf<kVec, kLast>>.blocks))
     MomentsKernel(Walk walk, const typename T::Storage* __restrict__ x,
                   Mask mask, typename T::Compute* __restrict__ partial,
                   int64_t splits, FinishMoments<T> finish) {
   using A = typename T::Compute;
-  constexpr int kStates = kLast ? kVec : 1;
-  const Part part = PartOf(walk, splits);
+  constexpr int kStates = kStatesOf<kVec, kLast>;
+  // Which values count wants registers as well.
+  constexpr int kUnroll = kMomentsTuning<kStates>.unroll / (kMasked ? 2 : 1);
+  constexpr int kBatchValues = kLast ? kUnroll : kUnroll * kVec;
+  constexpr int kRunBatches =
+      kRunValues > kBatchValues ? kRunValues / kBatchValues : 1;
+  const Part part = PartOf(walk, blockIdx.x);
   const Column column = ColumnOf<kVec, kLast>(walk, part.column);
+  Cursor cursor = CursorOf<kVec, kLast>(walk, part, column);
   A states[kStates][kMomentsParts] = {};
-  A shift[kStates] = {};
-  if (column.inside) {
-    KERNELS_UNROLL
-    for (int j = 0; j < kStates; ++j) {
-      shift[j] = ShiftOf<T>(x, mask, finish.geometry, column.stat(walk) + j);
+  using Shared = SharedStates<kStates, kMomentsParts>;
+  __shared__ A shared[kSharedNumbers<MomentsSum<A>, kLast, kStates>];
+  bool begun = false;
+  while (cursor.left > 0) {
+    Run<A, kStates, kVec, kMasked> run = {};
+    int batch = 0;
+    if constexpr (!kMasked) {
+      const int64_t before = cursor.left;
+      for (; batch < kRunBatches && cursor.left >= kUnroll; ++batch) {
+        Place places[kUnroll];
+        Vector<T, kVec> values[kUnroll];
+        cursor.Take<kLast>(walk, places);
+        LoadAll<T, kVec, true>(x, places, kUnroll, values);
+        if (batch == 0) run.template Begin<T>(values[0]);
+        KERNELS_UNROLL
+        for (int k = 0; k < kUnroll; ++k) run.template Add<T>(values[k]);
+      }
+      int64_t number = before - cursor.left;
+      if (batch < kRunBatches && cursor.left > 0) {
+        const int64_t count = cursor.left;
+        Place places[kUnroll];
+        Vector<T, kVec> values[kUnroll];
+        cursor.Take<kLast>(walk, places);
+        LoadAll<T, kVec, false>(x, places, count, values);
+        if (batch == 0) run.template Begin<T>(values[0]);
+        KERNELS_UNROLL
+        for (int k = 0; k < kUnroll; ++k) {
+          if (k < count) run.template Add<T>(values[k]);
+        }
+        number += count;
+      }
+      run.number[0] = static_cast<A>(kLast ? number : number * kVec);
+    } else {
+      for (; batch < kRunBatches && cursor.left > 0; ++batch) {
+        const int64_t count = cursor.left;
+        Place places[kUnroll];
+        Vector<T, kVec> values[kUnroll];
+        bool kept[kUnroll][kVec];
+        cursor.Take<kLast>(walk, places);
+        LoadAll<T, kVec, false>(x, places, count, values);
+        LoadKept<kVec, kLast>(mask, places, count, kept);
+        KERNELS_UNROLL
+        for (int k = 0; k < kUnroll; ++k) {
+          run.template AddKept<T>(values[k], kept[k]);
+        }
+      }
+    }
+    A origins[kStates];
+    LoadOrigins<T, kStates>(x, mask, finish.geometry, column.group,
+                            column.channel, origins);
+    if constexpr (kLast) {
+      // Between runs the states lie in shared memory: registers are scarce.
+      A held[kStates][kMomentsParts] = {};
+      if (begun) Shared::Load(shared, held);
+      run.Fold(origins, held);
+      Shared::Store(shared, held);
+      begun = true;
+    } else {
+      run.Fold(origins, states);
     }
   }
-  for (int64_t unit = part.first; unit < part.last; ++unit) {
-    Place places[kUnroll];
-    PlacesOf<kVec, kLast>(walk, column, unit, places);
-    if (!places[0].inside) continue;
-    Vector<T, kVec> values[kUnroll];
-    LoadAll<T, kVec>(x, places, values);
-    bool kept[kUnroll][kVec];
-    // The last place is the first to be outside.
-    if (!kMasked && places[kUnroll - 1].inside) {
-      KERNELS_UNROLL
-      for (int k = 0; k < kUnroll; ++k) {
-        KERNELS_UNROLL
-        for (int j = 0; j < kVec; ++j) kept[k][j] = true;
-      }
-      AddUnit<T, kVec, kLast, true, false>(values, kept, shift, states);
-    } else {
-      LoadKept<kVec, kLast>(mask, places, kept);
-      AddUnit<T, kVec, kLast, false, kMasked>(values, kept, shift, states);
-    }
+  if constexpr (kLast) {
+    if (begun) Shared::Load(shared, states);
   }
   EndReduction<MomentsSum<A>, A, kVec, kLast>(walk, part, column, splits,
-                                              states, partial, finish);
+                                              states, shared, partial, finish);
 }
 
 template <typename T, int kVec, bool kLast>
-__global__ void __launch_bounds__(kThreads, 2)
+__global__ void __launch_bounds__(
+    kThreads, (kMomentsTuning<kStatesOf<kVec, kLast>>.blocks))
     SquaresKernel(Walk walk, const typename T::Storage* __restrict__ x,
                   Mask mask, typename T::Compute* __restrict__ partial,
                   int64_t splits, FinishSquares<typename T::Compute> finish) {
   using A = typename T::Compute;
-  constexpr int kStates = kLast ? kVec : 1;
-  const Part part = PartOf(walk, splits);
+  constexpr int kStates = kStatesOf<kVec, kLast>;
+  constexpr int kUnroll = kMomentsTuning<kStates>.unroll / 2;
+  const Part part = PartOf(walk, blockIdx.x);
   const Column column = ColumnOf<kVec, kLast>(walk, part.column);
+  Cursor cursor = CursorOf<kVec, kLast>(walk, part, column);
   A mean[kStates];
   LoadStats<A, kStates>(finish.to.mean, walk, column, mean);
   A states[kStates][1] = {};
-  for (int64_t unit = part.first; unit < part.last; ++unit) {
+  while (cursor.left > 0) {
+    const int64_t count = cursor.left;
     Place places[kUnroll];
-    PlacesOf<kVec, kLast>(walk, column, unit, places);
-    if (!places[0].inside) continue;
     Vector<T, kVec> values[kUnroll];
-    LoadAll<T, kVec>(x, places, values);
     bool kept[kUnroll][kVec];
-    LoadKept<kVec, kLast>(mask, places, kept);
+    cursor.Take<kLast>(walk, places);
+    LoadAll<T, kVec, false>(x, places, count, values);
+    LoadKept<kVec, kLast>(mask, places, count, kept);
     A sums[kStates] = {};
     KERNELS_UNROLL
     for (int k = 0; k < kUnroll; ++k) {
@@ -262,8 +310,10 @@ __global__ void __launch_bounds__(kThreads, 2)
     KERNELS_UNROLL
     for (int s = 0; s < kStates; ++s) states[s][0] += sums[s];
   }
-  EndReduction<PlainSum<A, 1>, A, kVec, kLast>(walk, part, column, splits,
-                                               states, partial, finish);
+  using Sum = PlainSum<A, 1>;
+  __shared__ A shared[kSharedNumbers<Sum, kLast, kStates>];
+  EndReduction<Sum, A, kVec, kLast>(walk, part, column, splits, states, shared,
+                                    partial, finish);
 }
 
 template <typename T>
@@ -280,7 +330,8 @@ cudaError_t LaunchMoments(cudaStream_t stream, const Geometry& geometry,
   const auto launch = [&](auto vec, auto last) -> cudaError_t {
     constexpr int kVec = vec();
     constexpr bool kLast = last();
-    const Walk walk = MakeWalk<kVec, kLast>(geometry);
+    Walk walk = MakeWalk<kVec, kLast>(geometry);
+    walk.each = CeilDiv<int64_t>(walk.steps, splits);
     dim3 grid;
     KERNELS_RETURN_IF_CUDA_ERROR(
         GridOf(walk.groups * walk.columns * splits, &grid));

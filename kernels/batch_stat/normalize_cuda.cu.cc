@@ -32,7 +32,8 @@ struct FinishGradSums {
 };
 
 template <typename T, typename U, int kVec, bool kLast>
-__global__ void __launch_bounds__(kThreads, 2)
+__global__ void __launch_bounds__(
+    kThreads, (kGradSumsTuning<kStatesOf<kVec, kLast>>.blocks))
     GradSumsKernel(Walk walk, const typename T::Storage* __restrict__ x,
                    const typename U::Storage* __restrict__ dy,
                    const typename T::Compute* __restrict__ mean_,
@@ -41,104 +42,119 @@ __global__ void __launch_bounds__(kThreads, 2)
                    typename T::Compute* __restrict__ partial, int64_t splits,
                    FinishGradSums<typename T::Compute> finish) {
   using A = typename T::Compute;
-  constexpr int kStates = kLast ? kVec : 1;
-  const Part part = PartOf(walk, splits);
+  constexpr int kStates = kStatesOf<kVec, kLast>;
+  constexpr int kUnroll = kGradSumsTuning<kStates>.unroll;
+  const Part part = PartOf(walk, blockIdx.x);
   const Column column = ColumnOf<kVec, kLast>(walk, part.column);
+  Cursor cursor = CursorOf<kVec, kLast>(walk, part, column);
   A mean[kStates], mul[kStates] = {}, bias[kStates] = {};
   LoadStats<A, kStates>(mean_, walk, column, mean);
   if (relu) {
     LoadStats<A, kStates>(mul_, walk, column, mul);
     LoadStats<A, kStates>(bias_, walk, column, bias);
   }
-  A states[kStates][kGradSumsParts] = {};
-  for (int64_t unit = part.first; unit < part.last; ++unit) {
+  A sums[kVec][kGradSumsParts] = {};
+  const auto add = [&](const Vector<T, kVec>& xs, const Vector<U, kVec>& dys) {
+    KERNELS_UNROLL
+    for (int j = 0; j < kVec; ++j) {
+      const int s = kLast ? j : 0;
+      const A apart = ToCompute<T>(xs.data[j]) - mean[s];
+      A grad = static_cast<A>(ToCompute<U>(dys.data[j]));
+      if (relu && !(Affine(apart, mul[s], bias[s]) > 0)) grad = 0;
+      sums[j][0] += grad;
+      sums[j][1] = fma(grad, apart, sums[j][1]);
+    }
+  };
+  while (cursor.left > 0) {
+    const int64_t count = cursor.left;
     Place places[kUnroll];
-    PlacesOf<kVec, kLast>(walk, column, unit, places);
-    if (!places[0].inside) continue;
     Vector<T, kVec> xs[kUnroll];
     Vector<U, kVec> dys[kUnroll];
-    LoadAll<T, kVec>(x, places, xs);
-    LoadAll<U, kVec>(dy, places, dys);
-    A sums[kStates][kGradSumsParts] = {};
-    KERNELS_UNROLL
-    for (int k = 0; k < kUnroll; ++k) {
+    cursor.Take<kLast>(walk, places);
+    if (count >= kUnroll) {
+      LoadAll<T, kVec, true>(x, places, kUnroll, xs);
+      LoadAll<U, kVec, true>(dy, places, kUnroll, dys);
       KERNELS_UNROLL
-      for (int j = 0; j < kVec; ++j) {
-        const int s = kLast ? j : 0;
-        const A apart = ToCompute<T>(xs[k].data[j]) - mean[s];
-        A grad = static_cast<A>(ToCompute<U>(dys[k].data[j]));
-        if (relu && !(Affine(apart, mul[s], bias[s]) > 0)) grad = 0;
-        // Outside x, dy is 0 and so are both terms, unless mean is not finite.
-        sums[s][0] += grad;
-        sums[s][1] += places[k].inside ? grad * apart : A{0};
+      for (int k = 0; k < kUnroll; ++k) add(xs[k], dys[k]);
+    } else {
+      LoadAll<T, kVec, false>(x, places, count, xs);
+      LoadAll<U, kVec, false>(dy, places, count, dys);
+      KERNELS_UNROLL
+      for (int k = 0; k < kUnroll; ++k) {
+        if (k < count) add(xs[k], dys[k]);
       }
     }
-    KERNELS_UNROLL
-    for (int s = 0; s < kStates; ++s) {
-      PlainSum<A, kGradSumsParts>::Combine(states[s], sums[s]);
-    }
   }
-  EndReduction<PlainSum<A, kGradSumsParts>, A, kVec, kLast>(
-      walk, part, column, splits, states, partial, finish);
+  A states[kStates][kGradSumsParts] = {};
+  KERNELS_UNROLL
+  for (int j = 0; j < kVec; ++j) {
+    PlainSum<A, kGradSumsParts>::Combine(states[kLast ? j : 0], sums[j]);
+  }
+  using Sum = PlainSum<A, kGradSumsParts>;
+  __shared__ A shared[kSharedNumbers<Sum, kLast, kStates>];
+  EndReduction<Sum, A, kVec, kLast>(walk, part, column, splits, states, shared,
+                                    partial, finish);
 }
 
-// Which units an elementwise block does: from the end of x backwards, where the
-// pass before has left what still lies in the cache.
-__device__ __forceinline__ Part LatestPartOf(const Walk& walk, int64_t splits) {
-  Part part;
-  const int64_t block = gridDim.x - 1 - static_cast<int64_t>(blockIdx.x);
-  const int64_t each = CeilDiv<int64_t>(walk.units, splits);
-  const int64_t columns = walk.groups * walk.columns;
-  part.column = block % columns;
-  part.split = block / columns;
-  part.first = part.split * each;
-  part.last = part.first + each < walk.units ? part.first + each : walk.units;
-  return part;
+// Elementwise blocks go from the end of x backwards, where the pass before has
+// left what still lies in the cache.
+__device__ __forceinline__ Part LatestPartOf(const Walk& walk) {
+  return PartOf(walk, gridDim.x - 1 - blockIdx.x);
 }
 
 template <typename T, typename U, int kVec, bool kLast>
-__global__ void __launch_bounds__(kThreads, 2)
-    NormalizeKernel(Walk walk, int64_t splits,
-                    const typename T::Storage* __restrict__ x,
+__global__ void __launch_bounds__(
+    kThreads, (kNormalizeTuning<kStatesOf<kVec, kLast>>.blocks))
+    NormalizeKernel(Walk walk, const typename T::Storage* __restrict__ x,
                     const typename T::Compute* __restrict__ mean_,
                     const typename T::Compute* __restrict__ mul_,
                     const typename T::Compute* __restrict__ bias_, bool relu,
                     typename U::Storage* __restrict__ y) {
   using A = typename T::Compute;
-  constexpr int kStates = kLast ? kVec : 1;
-  const Part part = LatestPartOf(walk, splits);
+  constexpr int kStates = kStatesOf<kVec, kLast>;
+  constexpr int kUnroll = kNormalizeTuning<kStates>.unroll;
+  const Part part = LatestPartOf(walk);
   const Column column = ColumnOf<kVec, kLast>(walk, part.column);
+  Cursor cursor = CursorOf<kVec, kLast>(walk, part, column);
   A mean[kStates], mul[kStates], bias[kStates];
   LoadStats<A, kStates>(mean_, walk, column, mean);
   LoadStats<A, kStates>(mul_, walk, column, mul);
   LoadStats<A, kStates>(bias_, walk, column, bias);
-  for (int64_t unit = part.first; unit < part.last; ++unit) {
-    Place places[kUnroll];
-    PlacesOf<kVec, kLast>(walk, column, unit, places);
-    if (!places[0].inside) continue;
-    Vector<T, kVec> xs[kUnroll];
-    LoadAll<T, kVec>(x, places, xs);
+  const auto write = [&](const Place& place, const Vector<T, kVec>& xs) {
+    typename U::Compute out[kVec];
     KERNELS_UNROLL
-    for (int k = 0; k < kUnroll; ++k) {
-      Vector<U, kVec> out;
+    for (int j = 0; j < kVec; ++j) {
+      const int s = kLast ? j : 0;
+      A value = Affine(ToCompute<T>(xs.data[j]) - mean[s], mul[s], bias[s]);
+      // A NaN stays one.
+      if (relu && value < 0) value = 0;
+      out[j] = static_cast<typename U::Compute>(value);
+    }
+    StreamVector<U, kVec>(y + place.x, VectorFromCompute<U, kVec>(out));
+  };
+  while (cursor.left > 0) {
+    const int64_t count = cursor.left;
+    Place places[kUnroll];
+    Vector<T, kVec> xs[kUnroll];
+    cursor.Take<kLast>(walk, places);
+    if (count >= kUnroll) {
+      LoadAll<T, kVec, true>(x, places, kUnroll, xs);
       KERNELS_UNROLL
-      for (int j = 0; j < kVec; ++j) {
-        const int s = kLast ? j : 0;
-        A value =
-            Affine(ToCompute<T>(xs[k].data[j]) - mean[s], mul[s], bias[s]);
-        // A NaN stays one.
-        if (relu && value < 0) value = 0;
-        out.data[j] = FromCompute<U>(static_cast<typename U::Compute>(value));
+      for (int k = 0; k < kUnroll; ++k) write(places[k], xs[k]);
+    } else {
+      LoadAll<T, kVec, false>(x, places, count, xs);
+      KERNELS_UNROLL
+      for (int k = 0; k < kUnroll; ++k) {
+        if (k < count) write(places[k], xs[k]);
       }
-      if (places[k].inside) StoreVector<U, kVec>(y + places[k].x, out);
     }
   }
 }
 
-template <typename T, typename U, int kVec, bool kLast>
-__global__ void __launch_bounds__(kThreads, 2)
-    GradInputKernel(Walk walk, int64_t splits,
-                    const typename T::Storage* __restrict__ x,
+template <typename T, typename U, int kVec, bool kLast, bool kMasked>
+__global__ void __launch_bounds__(
+    kThreads, (kGradInputTuning<kStatesOf<kVec, kLast>>.blocks))
+    GradInputKernel(Walk walk, const typename T::Storage* __restrict__ x,
                     const typename U::Storage* __restrict__ dy,
                     const typename T::Compute* __restrict__ mean_,
                     const typename T::Compute* __restrict__ mul_,
@@ -147,51 +163,74 @@ __global__ void __launch_bounds__(kThreads, 2)
                     const typename T::Compute* __restrict__ c1_, Mask mask,
                     bool relu, typename T::Storage* __restrict__ dx) {
   using A = typename T::Compute;
-  constexpr int kStates = kLast ? kVec : 1;
-  const Part part = LatestPartOf(walk, splits);
+  constexpr int kStates = kStatesOf<kVec, kLast>;
+  constexpr int kFull = kGradInputTuning<kStates>.unroll;
+  // Which values count wants registers as well.
+  constexpr int kUnroll = kMasked ? (kFull + 1) / 2 : kFull;
+  const Part part = LatestPartOf(walk);
   const Column column = ColumnOf<kVec, kLast>(walk, part.column);
+  Cursor cursor = CursorOf<kVec, kLast>(walk, part, column);
   A mean[kStates], mul[kStates], bias[kStates] = {}, c0[kStates], c1[kStates];
   LoadStats<A, kStates>(mean_, walk, column, mean);
   LoadStats<A, kStates>(mul_, walk, column, mul);
   if (relu) LoadStats<A, kStates>(bias_, walk, column, bias);
   LoadStats<A, kStates>(c0_, walk, column, c0);
   LoadStats<A, kStates>(c1_, walk, column, c1);
-  for (int64_t unit = part.first; unit < part.last; ++unit) {
+  const auto write = [&](const Place& place, const Vector<T, kVec>& xs,
+                         const Vector<U, kVec>& dys, const bool (&kept)[kVec]) {
+    A out[kVec];
+    KERNELS_UNROLL
+    for (int j = 0; j < kVec; ++j) {
+      const int s = kLast ? j : 0;
+      const A apart = ToCompute<T>(xs.data[j]) - mean[s];
+      A grad = static_cast<A>(ToCompute<U>(dys.data[j]));
+      if (relu && !(Affine(apart, mul[s], bias[s]) > 0)) grad = 0;
+      const A through = !kMasked || kept[j] ? fma(c1[s], apart, c0[s]) : A{0};
+      out[j] = fma(mul[s], grad, through);
+    }
+    StreamVector<T, kVec>(dx + place.x, VectorFromCompute<T, kVec>(out));
+  };
+  while (cursor.left > 0) {
+    const int64_t count = cursor.left;
     Place places[kUnroll];
-    PlacesOf<kVec, kLast>(walk, column, unit, places);
-    if (!places[0].inside) continue;
     Vector<T, kVec> xs[kUnroll];
     Vector<U, kVec> dys[kUnroll];
-    LoadAll<T, kVec>(x, places, xs);
-    LoadAll<U, kVec>(dy, places, dys);
-    bool kept[kUnroll][kVec];
-    LoadKept<kVec, kLast>(mask, places, kept);
-    KERNELS_UNROLL
-    for (int k = 0; k < kUnroll; ++k) {
-      Vector<T, kVec> out;
+    bool kept[kUnroll][kVec] = {};
+    cursor.Take<kLast>(walk, places);
+    if (count >= kUnroll) {
+      LoadAll<T, kVec, true>(x, places, kUnroll, xs);
+      LoadAll<U, kVec, true>(dy, places, kUnroll, dys);
+      if constexpr (kMasked) LoadKept<kVec, kLast>(mask, places, count, kept);
       KERNELS_UNROLL
-      for (int j = 0; j < kVec; ++j) {
-        const int s = kLast ? j : 0;
-        const A apart = ToCompute<T>(xs[k].data[j]) - mean[s];
-        A grad = static_cast<A>(ToCompute<U>(dys[k].data[j]));
-        if (relu && !(Affine(apart, mul[s], bias[s]) > 0)) grad = 0;
-        const A through = kept[k][j] ? fma(c1[s], apart, c0[s]) : A{0};
-        out.data[j] = FromCompute<T>(fma(mul[s], grad, through));
+      for (int k = 0; k < kUnroll; ++k) {
+        write(places[k], xs[k], dys[k], kept[k]);
       }
-      if (places[k].inside) StoreVector<T, kVec>(dx + places[k].x, out);
+    } else {
+      LoadAll<T, kVec, false>(x, places, count, xs);
+      LoadAll<U, kVec, false>(dy, places, count, dys);
+      if constexpr (kMasked) LoadKept<kVec, kLast>(mask, places, count, kept);
+      KERNELS_UNROLL
+      for (int k = 0; k < kUnroll; ++k) {
+        if (k < count) write(places[k], xs[k], dys[k], kept[k]);
+      }
     }
   }
 }
 
-// Into how many parts to cut each column of an elementwise kernel: enough to
-// fill the device several times, but with work for each.
-inline cudaError_t ElementwiseSplits(const Walk& walk, int64_t* splits) {
+// Cuts each column of an elementwise kernel into parts, whole batches of
+// `unroll` steps: enough to fill the device several times, but with work for
+// each. Returns into how many.
+inline cudaError_t CutElementwise(int unroll, Walk* walk, int64_t* splits) {
   int multiprocessors = 0;
   const cudaError_t error = cuda::MultiprocessorCount(&multiprocessors);
   const int64_t wanted = CeilDiv<int64_t>(int64_t{32} * multiprocessors,
-                                          walk.groups * walk.columns);
-  const int64_t each = CeilDiv<int64_t>(walk.units, wanted);
-  *splits = CeilDiv<int64_t>(walk.units, each < 8 ? each : 8);
+                                          walk->groups * walk->columns);
+  const int64_t each = CeilDiv<int64_t>(walk->steps, wanted);
+  walk->each =
+      CeilDiv<int64_t>(each < kElementwiseSteps ? each : kElementwiseSteps,
+                       unroll) *
+      unroll;
+  *splits = CeilDiv<int64_t>(walk->steps, walk->each);
   return error;
 }
 
@@ -205,15 +244,16 @@ cudaError_t LaunchNormalize(cudaStream_t stream, const Geometry& geometry,
   const auto launch = [&](auto vec, auto last) -> cudaError_t {
     constexpr int kVec = vec();
     constexpr bool kLast = last();
-    const Walk walk = MakeWalk<kVec, kLast>(geometry);
+    Walk walk = MakeWalk<kVec, kLast>(geometry);
     int64_t splits = 1;
-    KERNELS_RETURN_IF_CUDA_ERROR(ElementwiseSplits(walk, &splits));
+    KERNELS_RETURN_IF_CUDA_ERROR(CutElementwise(
+        kNormalizeTuning<kStatesOf<kVec, kLast>>.unroll, &walk, &splits));
     dim3 grid;
     KERNELS_RETURN_IF_CUDA_ERROR(
         GridOf(walk.groups * walk.columns * splits, &grid));
     return cuda::Launch(NormalizeKernel<T, U, kVec, kLast>, grid,
-                        dim3(kThreads), 0, stream, walk, splits, x, mean, mul,
-                        bias, relu, y);
+                        dim3(kThreads), 0, stream, walk, x, mean, mul, bias,
+                        relu, y);
   };
   return DispatchWalk<T>(geometry, launch, x, mean, mul, bias, y);
 }
@@ -230,7 +270,8 @@ cudaError_t LaunchGradSums(
   const auto launch = [&](auto vec, auto last) -> cudaError_t {
     constexpr int kVec = vec();
     constexpr bool kLast = last();
-    const Walk walk = MakeWalk<kVec, kLast>(geometry);
+    Walk walk = MakeWalk<kVec, kLast>(geometry);
+    walk.each = CeilDiv<int64_t>(walk.steps, splits);
     dim3 grid;
     KERNELS_RETURN_IF_CUDA_ERROR(
         GridOf(walk.groups * walk.columns * splits, &grid));
@@ -253,15 +294,18 @@ cudaError_t LaunchGradInput(
   const auto launch = [&](auto vec, auto last) -> cudaError_t {
     constexpr int kVec = vec();
     constexpr bool kLast = last();
-    const Walk walk = MakeWalk<kVec, kLast>(geometry);
+    Walk walk = MakeWalk<kVec, kLast>(geometry);
     int64_t splits = 1;
-    KERNELS_RETURN_IF_CUDA_ERROR(ElementwiseSplits(walk, &splits));
+    KERNELS_RETURN_IF_CUDA_ERROR(CutElementwise(
+        kGradInputTuning<kStatesOf<kVec, kLast>>.unroll, &walk, &splits));
     dim3 grid;
     KERNELS_RETURN_IF_CUDA_ERROR(
         GridOf(walk.groups * walk.columns * splits, &grid));
-    return cuda::Launch(GradInputKernel<T, U, kVec, kLast>, grid,
-                        dim3(kThreads), 0, stream, walk, splits, x, dy, mean,
-                        mul, bias, c0, c1, mask, relu, dx);
+    auto* kernel = mask.data != nullptr
+                       ? GradInputKernel<T, U, kVec, kLast, true>
+                       : GradInputKernel<T, U, kVec, kLast, false>;
+    return cuda::Launch(kernel, grid, dim3(kThreads), 0, stream, walk, x, dy,
+                        mean, mul, bias, c0, c1, mask, relu, dx);
   };
   return DispatchWalk<T>(geometry, launch, x, dy, mean, mul, bias, c0, c1,
                          mask.data, dx);

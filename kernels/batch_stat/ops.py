@@ -117,10 +117,11 @@ def _stats_like(x, count, feature_axis, batch_axes):
 _MOMENTS_PARTS = 3
 _GRAD_SUMS_PARTS = 2
 
-# Bytes of x that a block of threads should at least have, and where there are
-# blocks enough for any device; and how many blocks that is, and are useful.
-_LEAST_BYTES, _ENOUGH_BYTES = 2**14, 2**17
-_ENOUGH_BLOCKS, _MOST_BLOCKS = 528, 2048
+# Bytes of x that a block of threads should at least have, and how many blocks
+# are enough: two for each multiprocessor of a large GPU, which they keep busy to
+# the end; where channels are as many, nothing is left to be added up.
+_LEAST_BYTES = 2**14
+_MOST_BLOCKS = 264
 
 
 def splits(x: Any, feature_axis: int, batch_axes: int) -> int:
@@ -144,13 +145,7 @@ def splits(x: Any, feature_axis: int, batch_axes: int) -> int:
   else:
     columns *= channels
   column_bytes = size * itemsize // columns
-  parts = column_bytes // _LEAST_BYTES
-  if parts * columns > _ENOUGH_BLOCKS:
-    parts = max(
-      -(-_ENOUGH_BLOCKS // columns),
-      min(column_bytes // _ENOUGH_BYTES, _MOST_BLOCKS // columns),
-    )
-  return max(parts, 1)
+  return max(min(column_bytes // _LEAST_BYTES, _MOST_BLOCKS // columns), 1)
 
 
 def _workspace(x, count, extra, feature_axis, batch_axes):

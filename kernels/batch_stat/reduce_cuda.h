@@ -24,57 +24,74 @@ struct PlainSum {
   }
 };
 
-// Combines the states of `count` threads, a power of two, that lie `apart` from
-// each other; the one at `position` 0 gets the result.
-template <typename Sum, typename A, int kStates>
-__device__ void CombineThreads(A (&states)[kStates][Sum::kParts], A* shared,
-                               int position, int count, int apart) {
-  const int stride = static_cast<int>(blockDim.x);
-  const int me = static_cast<int>(threadIdx.x);
-  for (int half = count / 2; half > 0; half /= 2) {
-    if (position >= half && position < 2 * half) {
-      KERNELS_UNROLL
-      for (int j = 0; j < kStates; ++j) {
-        KERNELS_UNROLL
-        for (int p = 0; p < Sum::kParts; ++p) {
-          shared[(j * Sum::kParts + p) * stride + me] = states[j][p];
-        }
-      }
-    }
-    __syncthreads();
-    if (position < half) {
-      KERNELS_UNROLL
-      for (int j = 0; j < kStates; ++j) {
-        A other[Sum::kParts];
-        KERNELS_UNROLL
-        for (int p = 0; p < Sum::kParts; ++p) {
-          other[p] = shared[(j * Sum::kParts + p) * stride + me + half * apart];
-        }
-        Sum::Combine(states[j], other);
-      }
-    }
-    __syncthreads();
+// The state of the lane `lanes` further on.
+template <int kParts, typename A>
+__device__ __forceinline__ void ShuffleDown(const A (&state)[kParts], int lanes,
+                                            A (&other)[kParts]) {
+  KERNELS_UNROLL
+  for (int p = 0; p < kParts; ++p) {
+    other[p] = __shfl_down_sync(cuda::kAllLanes, state[p],
+                                static_cast<unsigned>(lanes));
   }
 }
 
-// What a block of a reduction has to do: its column, and which of its units.
-struct Part {
-  int64_t column;
-  int64_t split;
-  int64_t first;
-  int64_t last;
+// Combines the states of a warp's lanes that lie a multiple of `apart`, a power
+// of two, from each other; the first `apart` lanes get the results.
+template <typename Sum, typename A>
+__device__ __forceinline__ void CombineLanes(A (&state)[Sum::kParts],
+                                             int apart) {
+  for (int lanes = cuda::kWarp / 2; lanes >= apart; lanes /= 2) {
+    A other[Sum::kParts];
+    ShuffleDown<Sum::kParts>(state, lanes, other);
+    Sum::Combine(state, other);
+  }
+}
+
+// How many states one thread combines one after the other.
+constexpr int kSerial = 8;
+
+// Where each thread of a block has its states in shared memory, features last:
+// parts of channels lie `kApart` from each other, so that threads that read
+// neighbouring channels meet in no bank.
+template <int kStates, int kParts>
+struct SharedStates {
+  static constexpr int kApart = kThreads + cuda::kWarp / kStates;
+  static constexpr int kNumbers = kParts * kStates * kApart;
+
+  static __device__ __forceinline__ int At(int state, int part, int thread) {
+    return (part * kStates + state) * kApart + thread;
+  }
+
+  template <typename A>
+  static __device__ __forceinline__ void Store(
+      A* shared, const A (&states)[kStates][kParts]) {
+    KERNELS_UNROLL
+    for (int s = 0; s < kStates; ++s) {
+      KERNELS_UNROLL
+      for (int p = 0; p < kParts; ++p) {
+        shared[At(s, p, static_cast<int>(threadIdx.x))] = states[s][p];
+      }
+    }
+  }
+
+  template <typename A>
+  static __device__ __forceinline__ void Load(const A* shared,
+                                              A (&states)[kStates][kParts]) {
+    KERNELS_UNROLL
+    for (int s = 0; s < kStates; ++s) {
+      KERNELS_UNROLL
+      for (int p = 0; p < kParts; ++p) {
+        states[s][p] = shared[At(s, p, static_cast<int>(threadIdx.x))];
+      }
+    }
+  }
 };
 
-__device__ __forceinline__ Part PartOf(const Walk& walk, int64_t splits) {
-  Part part;
-  const int64_t block = blockIdx.x;
-  const int64_t each = CeilDiv<int64_t>(walk.units, splits);
-  part.column = block / splits;
-  part.split = block % splits;
-  part.first = part.split * each;
-  part.last = part.first + each < walk.units ? part.first + each : walk.units;
-  return part;
-}
+// How many numbers EndReduction wants of a block's shared memory.
+template <typename Sum, bool kLast, int kStates>
+constexpr int kSharedNumbers =
+    kLast ? SharedStates<kStates, Sum::kParts>::kNumbers
+          : kThreads / cuda::kWarp * Sum::kParts;
 
 // Ends a reduction: adds the block's threads up, and hands the sums to `finish`
 // if they are whole, or else leaves them in `partial`.
@@ -83,62 +100,140 @@ template <typename Sum, typename A, int kVec, bool kLast, int kStates,
 __device__ void EndReduction(const Walk& walk, const Part& part,
                              const Column& column, int64_t splits,
                              A (&states)[kStates][Sum::kParts],
+                             A* shared,   // kSharedNumbers
                              A* partial,  // [splits, parts, groups, channels]
                              const Finish& finish) {
-  __shared__ A shared[kStates * Sum::kParts * kThreads];
+  constexpr int kParts = Sum::kParts;
   const int me = static_cast<int>(threadIdx.x);
-  if constexpr (kLast) {
-    CombineThreads<Sum>(states, shared, me / walk.bx, walk.by, walk.bx);
-    if (me / walk.bx != 0 || !column.inside) return;
-  } else {
-    CombineThreads<Sum>(states, shared, me, kThreads, 1);
-    if (me != 0) return;
-  }
-  const int64_t stat = column.stat(walk);
   const int64_t all = walk.groups * walk.channels;
-  KERNELS_UNROLL
-  for (int j = 0; j < kStates; ++j) {
-    if (splits == 1) {
-      finish(stat + j, states[j]);
-    } else {
+  A sums[kParts];
+  int64_t stat = 0;
+  if constexpr (kLast) {
+    using Shared = SharedStates<kStates, kParts>;
+    // Halve the rows until there are few, then give each channel a thread.
+    const int row = me / walk.bx;
+    int rows = walk.by;
+    for (; rows > kSerial; rows /= 2) {
+      if (row >= rows / 2 && row < rows) Shared::Store(shared, states);
+      __syncthreads();
+      if (row < rows / 2) {
+        KERNELS_UNROLL
+        for (int j = 0; j < kStates; ++j) {
+          A other[kParts];
+          KERNELS_UNROLL
+          for (int p = 0; p < kParts; ++p) {
+            other[p] = shared[Shared::At(j, p, me + rows / 2 * walk.bx)];
+          }
+          Sum::Combine(states[j], other);
+        }
+      }
+      __syncthreads();
+    }
+    if (row < rows) Shared::Store(shared, states);
+    __syncthreads();
+    if (me >= walk.bx * kStates) return;
+    const int j = me % kStates;
+    KERNELS_UNROLL
+    for (int p = 0; p < kParts; ++p)
+      sums[p] = shared[Shared::At(j, p, me / kStates)];
+    for (int r = 1; r < rows; ++r) {
+      A other[kParts];
       KERNELS_UNROLL
-      for (int p = 0; p < Sum::kParts; ++p) {
-        partial[(part.split * Sum::kParts + p) * all + stat + j] = states[j][p];
+      for (int p = 0; p < kParts; ++p) {
+        other[p] = shared[Shared::At(j, p, r * walk.bx + me / kStates)];
+      }
+      Sum::Combine(sums, other);
+    }
+    const int64_t first =
+        part.column % walk.columns * walk.bx * kStates;  // of the channels
+    if (first + me >= walk.channels) return;
+    stat = column.group * walk.channels + first + me;
+  } else {
+    CombineLanes<Sum>(states[0], 1);
+    if (me % cuda::kWarp == 0) {
+      KERNELS_UNROLL
+      for (int p = 0; p < kParts; ++p) {
+        shared[me / cuda::kWarp * kParts + p] = states[0][p];
       }
     }
+    __syncthreads();
+    if (me != 0) return;
+    KERNELS_UNROLL
+    for (int p = 0; p < kParts; ++p) sums[p] = shared[p];
+    for (int warp = 1; warp < kThreads / cuda::kWarp; ++warp) {
+      A other[kParts];
+      KERNELS_UNROLL
+      for (int p = 0; p < kParts; ++p) other[p] = shared[warp * kParts + p];
+      Sum::Combine(sums, other);
+    }
+    stat = column.stat(walk);
+  }
+  if (splits == 1) {
+    finish(stat, sums);
+    return;
+  }
+  KERNELS_UNROLL
+  for (int p = 0; p < kParts; ++p) {
+    partial[(part.split * kParts + p) * all + stat] = sums[p];
   }
 }
 
-// Adds up the parts that EndReduction left; blocks are bx channels wide.
+// The blocks of FinishKernel: as many channels as a sector of memory holds
+// numbers, so that many blocks share the work, and threads enough to read a
+// channel's parts at once.
+constexpr int kFinishThreads = 1024;
+constexpr int kFinishChannels = 8;
+
+// Adds up the parts that EndReduction left.
 template <typename Sum, typename A, typename Finish>
-__global__ void __launch_bounds__(kThreads, 2)
+__global__ void __launch_bounds__(kFinishThreads)
     FinishKernel(const A* __restrict__ partial, int64_t splits, int64_t all,
-                 int bx, Finish finish) {
-  __shared__ A shared[Sum::kParts * kThreads];
-  const int tx = static_cast<int>(threadIdx.x) % bx;
-  const int ty = static_cast<int>(threadIdx.x) / bx;
-  const int by = kThreads / bx;
-  const int64_t stat = static_cast<int64_t>(blockIdx.x) * bx + tx;
-  A states[1][Sum::kParts] = {};
+                 Finish finish) {
+  constexpr int kParts = Sum::kParts;
+  constexpr int kUnroll = 32 / static_cast<int>(sizeof(A));
+  constexpr int kWarps = kFinishThreads / cuda::kWarp;
+  __shared__ A shared[kParts][kFinishChannels][kWarps];
+  const int me = static_cast<int>(threadIdx.x);
+  const int lane = me % cuda::kWarp;
+  const int by = static_cast<int>(blockDim.x) / kFinishChannels;
+  const int warps = static_cast<int>(blockDim.x) / cuda::kWarp;
+  const int64_t first = static_cast<int64_t>(blockIdx.x) * kFinishChannels;
+  const int64_t stat = first + me % kFinishChannels;
+  A state[kParts] = {};
   if (stat < all) {
-    for (int64_t split = ty; split < splits; split += kUnroll * by) {
-      A parts[kUnroll][Sum::kParts] = {};
+    for (int64_t split = me / kFinishChannels; split < splits;
+         split += kUnroll * by) {
+      A parts[kUnroll][kParts] = {};
       KERNELS_UNROLL
       for (int k = 0; k < kUnroll; ++k) {
         if (split + k * by < splits) {
           KERNELS_UNROLL
-          for (int p = 0; p < Sum::kParts; ++p) {
-            parts[k][p] =
-                partial[((split + k * by) * Sum::kParts + p) * all + stat];
+          for (int p = 0; p < kParts; ++p) {
+            parts[k][p] = partial[((split + k * by) * kParts + p) * all + stat];
           }
         }
       }
       KERNELS_UNROLL
-      for (int k = 0; k < kUnroll; ++k) Sum::Combine(states[0], parts[k]);
+      for (int k = 0; k < kUnroll; ++k) Sum::Combine(state, parts[k]);
     }
   }
-  CombineThreads<Sum>(states, shared, ty, by, bx);
-  if (ty == 0 && stat < all) finish(stat, states[0]);
+  CombineLanes<Sum>(state, kFinishChannels);
+  if (lane < kFinishChannels) {
+    KERNELS_UNROLL
+    for (int p = 0; p < kParts; ++p) {
+      shared[p][lane][me / cuda::kWarp] = state[p];
+    }
+  }
+  __syncthreads();
+  // A warp for each channel, a lane for each warp's sum.
+  for (int c = me / cuda::kWarp; c < kFinishChannels; c += warps) {
+    KERNELS_UNROLL
+    for (int p = 0; p < kParts; ++p) {
+      state[p] = lane < warps ? shared[p][c][lane] : A{0};
+    }
+    CombineLanes<Sum>(state, 1);
+    if (lane == 0 && first + c < all) finish(first + c, state);
+  }
 }
 
 // Adds up what the blocks of a reduction have left in `partial`, if they were
@@ -147,12 +242,17 @@ template <typename Sum, typename A, typename Finish>
 cudaError_t LaunchFinish(cudaStream_t stream, const A* partial, int64_t splits,
                          int64_t all, const Finish& finish) {
   if (splits == 1) return cudaSuccess;
-  const int bx = static_cast<int>(PowerOfTwoFrom(all, cuda::kWarp));
+  // Two parts a thread, or more.
+  const int64_t warps = PowerOfTwoFrom(
+      CeilDiv<int64_t>(splits * kFinishChannels, 2 * cuda::kWarp),
+      kFinishThreads / cuda::kWarp);
   dim3 grid;
-  const cudaError_t error = GridOf(CeilDiv<int64_t>(all, bx), &grid);
+  const cudaError_t error =
+      GridOf(CeilDiv<int64_t>(all, kFinishChannels), &grid);
   if (error != cudaSuccess) return error;
-  return cuda::Launch(FinishKernel<Sum, A, Finish>, grid, dim3(kThreads), 0,
-                      stream, partial, splits, all, bx, finish);
+  return cuda::Launch(FinishKernel<Sum, A, Finish>, grid,
+                      dim3(static_cast<unsigned>(warps * cuda::kWarp)), 0,
+                      stream, partial, splits, all, finish);
 }
 
 }  // namespace kernels::batch_stat

@@ -1,17 +1,17 @@
 // How a block of batch-norm threads goes over x.
 //
 // Batch norm moves data: a pass reads or writes every array once, in accesses
-// of 16 bytes, kUnroll of them in flight for each thread.
+// of 16 bytes, several of them in flight for each thread.
 //
-// A block of 256 threads is bx by by, and walks down one column of x in units
-// of kUnroll accesses a thread. There are two ways of walking:
+// A block of 256 threads walks down one column of x, or a part of it, step by
+// step: in a step every thread makes one access. There are two ways of walking:
 //
 // - features last (inner is 1): a column is bx vectors of neighbouring
-// channels,
-//   and a thread keeps sums for the channels of its vector;
-// - features further in front: a column is one channel, whose positions a
-// thread
-//   reads by vectors, along one row of `inner` if that is long, else over rows.
+//   channels, a step takes `by` rows, and a thread keeps sums for the channels
+//   of its vector;
+// - features further in front: a column is one channel, and a step takes the
+//   next 256 vectors of its positions, whatever rows of `inner` they lie in, so
+//   that no thread is idle where rows are short or end within a step.
 
 #ifndef KERNELS_BATCH_STAT_WALK_CUDA_H_
 #define KERNELS_BATCH_STAT_WALK_CUDA_H_
@@ -26,14 +26,36 @@
 namespace kernels::batch_stat {
 
 using cuda::CeilDiv;
-using cuda::FromCompute;
 using cuda::LoadVector;
-using cuda::StoreVector;
+using cuda::StreamVector;
 using cuda::ToCompute;
 using cuda::Vector;
+using cuda::VectorFromCompute;
 
 constexpr int kThreads = 256;
-constexpr int kUnroll = 4;
+
+// How many accesses a thread has in flight, for each array that it reads, and
+// how many blocks a multiprocessor must have room for: bytes in flight against
+// registers, of which threads that have numbers of 8 channels to keep want
+// more.
+struct Tuning {
+  int unroll;
+  int blocks;
+};
+template <int kStates>
+constexpr Tuning kMomentsTuning = kStates > 4 ? Tuning{8, 2} : Tuning{8, 3};
+template <int kStates>
+constexpr Tuning kGradSumsTuning = kStates > 4 ? Tuning{4, 2} : Tuning{2, 3};
+template <int kStates>
+constexpr Tuning kNormalizeTuning = Tuning{4, 3};
+template <int kStates>
+constexpr Tuning kGradInputTuning = Tuning{2, 3};
+// How many steps a block of an elementwise kernel does at most.
+constexpr int kElementwiseSteps = 8;
+
+// For how many channels a thread keeps numbers.
+template <int kVec, bool kLast>
+constexpr int kStatesOf = kLast ? kVec : 1;
 
 // The tag of the statistics' type.
 template <typename A>
@@ -53,9 +75,14 @@ struct Walk {
   int32_t bx;
   int32_t by;
   int64_t columns;  // of each group
-  int64_t units;    // of each column
+  int64_t steps;    // of each column
+  int64_t each;     // steps of each part of a column
   int64_t vectors;  // of each row of `inner`; features in front only
-  int64_t chunks;   // units of each such row, or 0 for units of several rows
+  // What a step adds to a Cursor, and what the end of a row adds to `x`.
+  int64_t step_x;
+  int64_t step_shared;
+  int64_t step_vector;
+  int64_t wrap_x;
 };
 
 inline int64_t PowerOfTwoFrom(int64_t n, int64_t most) {
@@ -64,6 +91,7 @@ inline int64_t PowerOfTwoFrom(int64_t n, int64_t most) {
   return power;
 }
 
+// The walk over columns in one part.
 template <int kVec, bool kLast>
 Walk MakeWalk(const Geometry& g) {
   Walk walk = {};
@@ -76,19 +104,22 @@ Walk MakeWalk(const Geometry& g) {
     walk.bx = static_cast<int32_t>(PowerOfTwoFrom(vectors, cuda::kWarp));
     walk.by = kThreads / walk.bx;
     walk.columns = CeilDiv<int64_t>(vectors, walk.bx);
-    walk.units = CeilDiv<int64_t>(g.outer, walk.by * kUnroll);
+    walk.steps = CeilDiv<int64_t>(g.outer, walk.by);
+    walk.step_x = walk.by * g.channels;
+    walk.step_shared = walk.by;
   } else {
-    walk.vectors = g.inner / kVec;
-    walk.bx = static_cast<int32_t>(PowerOfTwoFrom(walk.vectors, kThreads));
-    walk.by = kThreads / walk.bx;
+    walk.bx = kThreads;
+    walk.by = 1;
     walk.columns = g.channels;
-    if (walk.vectors > kThreads) {
-      walk.chunks = CeilDiv<int64_t>(walk.vectors, kThreads * kUnroll);
-      walk.units = g.outer * walk.chunks;
-    } else {
-      walk.units = CeilDiv<int64_t>(g.outer, walk.by * kUnroll);
-    }
+    walk.vectors = g.inner / kVec;
+    walk.steps = CeilDiv<int64_t>(g.outer * walk.vectors, kThreads);
+    walk.step_vector = kThreads % walk.vectors;
+    walk.step_x = kThreads / walk.vectors * g.channels * g.inner +
+                  walk.step_vector * kVec;
+    walk.step_shared = kThreads * kVec;
+    walk.wrap_x = (g.channels - 1) * g.inner;
   }
+  walk.each = walk.steps;
   return walk;
 }
 
@@ -117,70 +148,125 @@ __device__ __forceinline__ Column ColumnOf(const Walk& walk, int64_t index) {
   return column;
 }
 
+// What a block has to do: its column, and which of its steps.
+struct Part {
+  int64_t column;
+  int64_t split;
+  int64_t first;
+  int64_t last;
+};
+
+// Blocks that follow one another do what follows in memory, as far as there are
+// parts.
+__device__ __forceinline__ Part PartOf(const Walk& walk, unsigned block) {
+  Part part;
+  const unsigned columns = static_cast<unsigned>(walk.groups * walk.columns);
+  part.column = block % columns;
+  part.split = block / columns;
+  part.first = part.split * walk.each;
+  part.last =
+      part.first + walk.each < walk.steps ? part.first + walk.each : walk.steps;
+  return part;
+}
+
 // Where one access goes: offsets into x and into a mask that the channels
 // share.
 struct Place {
   int64_t x;
   int64_t shared;
-  bool inside;
+};
+
+// The places of one thread, one after the other: going on is a few additions.
+struct Cursor {
+  Place place;
+  int64_t vector;  // in its row of `inner`; features in front only
+  int64_t left;    // how many more places there are
+
+  template <bool kLast>
+  __device__ __forceinline__ Place Next(const Walk& walk) {
+    const Place out = place;
+    place.x += walk.step_x;
+    place.shared += walk.step_shared;
+    if constexpr (!kLast) {
+      vector += walk.step_vector;
+      if (vector >= walk.vectors) {
+        vector -= walk.vectors;
+        place.x += walk.wrap_x;
+      }
+    }
+    --left;
+    return out;
+  }
+
+  // The next places, of which those that are left are inside x.
+  template <bool kLast, int kCount>
+  __device__ __forceinline__ void Take(const Walk& walk,
+                                       Place (&places)[kCount]) {
+    KERNELS_UNROLL
+    for (int k = 0; k < kCount; ++k) places[k] = Next<kLast>(walk);
+  }
 };
 
 template <int kVec, bool kLast>
-__device__ __forceinline__ void PlacesOf(const Walk& walk, const Column& column,
-                                         int64_t unit,
-                                         Place (&places)[kUnroll]) {
-  const int tx = static_cast<int>(threadIdx.x) % walk.bx;
-  const int ty = static_cast<int>(threadIdx.x) / walk.bx;
-  int64_t row = unit * kUnroll * walk.by + ty;
-  int64_t vector = tx;
-  int64_t rows_apart = walk.by;
-  int64_t vectors_apart = 0;
-  if constexpr (!kLast) {
-    if (walk.chunks > 0) {
-      row = unit / walk.chunks;
-      vector = (unit % walk.chunks) * kUnroll * walk.bx + tx;
-      rows_apart = 0;
-      vectors_apart = walk.bx;
-    }
-  }
-  KERNELS_UNROLL
-  for (int k = 0; k < kUnroll; ++k) {
+__device__ __forceinline__ Cursor CursorOf(const Walk& walk, const Part& part,
+                                           const Column& column) {
+  const int me = static_cast<int>(threadIdx.x);
+  Cursor cursor = {};
+  if constexpr (kLast) {
+    const int64_t row = part.first * walk.by + me / walk.bx;
+    const int64_t end = part.last * walk.by;
+    const int64_t rows = (end < walk.outer ? end : walk.outer) - row;
     const int64_t at = column.group * walk.outer + row;
-    if constexpr (kLast) {
-      places[k].inside = column.inside && row < walk.outer;
-      places[k].x = at * walk.channels + column.channel;
-      places[k].shared = at;
-    } else {
-      places[k].inside = row < walk.outer && vector < walk.vectors;
-      places[k].x =
-          (at * walk.channels + column.channel) * walk.inner + vector * kVec;
-      places[k].shared = at * walk.inner + vector * kVec;
+    cursor.place.x = at * walk.channels + column.channel;
+    cursor.place.shared = at;
+    if (column.inside && rows > 0) {
+      cursor.left = CeilDiv<int64_t>(rows, walk.by);
     }
-    row += rows_apart;
-    vector += vectors_apart;
+  } else {
+    const int64_t position = part.first * kThreads + me;
+    const int64_t end = part.last * kThreads;
+    const int64_t all = walk.outer * walk.vectors;
+    const int64_t row = position / walk.vectors;
+    cursor.vector = position % walk.vectors;
+    cursor.place.x =
+        ((column.group * walk.outer + row) * walk.channels + column.channel) *
+            walk.inner +
+        cursor.vector * kVec;
+    cursor.place.shared =
+        column.group * walk.outer * walk.inner + position * kVec;
+    const int64_t positions = (end < all ? end : all) - position;
+    if (positions > 0) cursor.left = CeilDiv<int64_t>(positions, kThreads);
   }
+  return cursor;
 }
 
-template <typename T, int kVec>
+// Reads the first `count` of the places, or all of them with kAll.
+template <typename T, int kVec, bool kAll, int kCount>
 __device__ __forceinline__ void LoadAll(const typename T::Storage* from,
-                                        const Place (&places)[kUnroll],
-                                        Vector<T, kVec> (&values)[kUnroll]) {
+                                        const Place (&places)[kCount],
+                                        int64_t count,
+                                        Vector<T, kVec> (&values)[kCount]) {
   KERNELS_UNROLL
-  for (int k = 0; k < kUnroll; ++k) {
-    values[k] = {};
-    if (places[k].inside) values[k] = LoadVector<T, kVec>(from + places[k].x);
+  for (int k = 0; k < kCount; ++k) {
+    if (kAll || k < count) {
+      values[k] = LoadVector<T, kVec>(from + places[k].x);
+    } else {
+      values[k] = {};
+    }
   }
 }
 
-// Whether each element of a unit counts: inside x, and kept by the mask.
-template <int kVec, bool kLast>
+// Whether each element of the places counts: it is one of the first `count`
+// places, and the mask keeps it.
+template <int kVec, bool kLast, int kCount>
 __device__ __forceinline__ void LoadKept(const Mask& mask,
-                                         const Place (&places)[kUnroll],
-                                         bool (&kept)[kUnroll][kVec]) {
+                                         const Place (&places)[kCount],
+                                         int64_t count,
+                                         bool (&kept)[kCount][kVec]) {
   KERNELS_UNROLL
-  for (int k = 0; k < kUnroll; ++k) {
+  for (int k = 0; k < kCount; ++k) {
     Vector<Bool, kVec> bytes = {};
-    if (places[k].inside) {
+    if (k < count) {
       if (mask.data == nullptr) {
         KERNELS_UNROLL
         for (int j = 0; j < kVec; ++j) bytes.data[j] = 1;

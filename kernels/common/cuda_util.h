@@ -13,6 +13,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 #include "kernels/common/element_types.h"
 
@@ -284,8 +285,60 @@ __device__ __forceinline__ void StoreVector(typename T::Storage* to,
   }
 }
 
-// ---- Copies that go on while their thread does something else: of 16 bytes, from
-// global to shared memory, where only that thread may read them, after waiting.
+// As StoreVector, for what this kernel and the next have no use for: the cache
+// gives it up before what was read.
+template <typename T, int N>
+__device__ __forceinline__ void StreamVector(typename T::Storage* to,
+                                             const Vector<T, N>& value) {
+#if defined(KERNELS_CUDA_EMULATION)
+  StoreVector<T, N>(to, value);
+#else
+  using Words = internal::Words<sizeof(Vector<T, N>)>;
+  typename Words::Type words[Words::kCount];
+  std::memcpy(words, &value, sizeof(value));
+  KERNELS_UNROLL
+  for (int i = 0; i < Words::kCount; ++i) {
+    __stcs(reinterpret_cast<typename Words::Type*>(to) + i, words[i]);
+  }
+#endif
+}
+
+// The nearest numbers of T, as FromCompute gives them.
+template <typename T, int N>
+__device__ __forceinline__ Vector<T, N> VectorFromCompute(
+    const typename T::Compute (&values)[N]) {
+  Vector<T, N> out;
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+  constexpr bool kIsBf16 = std::is_same_v<T, BF16>;
+  if constexpr (N % 2 == 0 && (kIsBf16 || std::is_same_v<T, F16>)) {
+    // One instruction rounds two numbers and packs them.
+    uint32_t pairs[N / 2];
+    KERNELS_UNROLL
+    for (int i = 0; i < N / 2; ++i) {
+      const float low = values[2 * i], high = values[2 * i + 1];
+      if constexpr (kIsBf16) {
+        asm("cvt.rn.bf16x2.f32 %0, %1, %2;"
+            : "=r"(pairs[i])
+            : "f"(high), "f"(low));
+      } else {
+        asm("cvt.rn.f16x2.f32 %0, %1, %2;"
+            : "=r"(pairs[i])
+            : "f"(high), "f"(low));
+      }
+    }
+    std::memcpy(&out, pairs, sizeof(out));
+  } else
+#endif
+  {
+    KERNELS_UNROLL
+    for (int i = 0; i < N; ++i) out.data[i] = FromCompute<T>(values[i]);
+  }
+  return out;
+}
+
+// ---- Copies that go on while their thread does something else: of 16 bytes,
+// from global to shared memory. The thread may read them once it has waited,
+// other threads after a barrier as well.
 
 // Starts a copy of `from`, or of zeros where `valid` is false: nothing is read
 // then. Before compute capability 8.0, copies at once.
