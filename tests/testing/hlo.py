@@ -4,6 +4,8 @@ from collections.abc import Sequence
 import re
 from typing import Any
 
+from tools.build_defs import quick_xla
+
 _DTYPES = {
   "float64": "f64",
   "float32": "f32",
@@ -30,6 +32,8 @@ def compiled(lowered: Any) -> Any:
   leaves out are emitters for which XLA fuses otherwise: what is copied may
   differ. Where arrays are split, and so what is sent, is decided before.
   """
+  if "xla_cpu_use_fusion_emitters" not in quick_xla.options():
+    return lowered.compile()
   return lowered.compile(compiler_options={"xla_cpu_use_fusion_emitters": True})
 
 

@@ -5,12 +5,7 @@ from typing import Any
 
 import jax
 
-# An initializer runs once: XLA's older emitters, with no optimisation of what
-# they emit, compile it in a seventh of the time.
-_OPTIONS = {
-  "xla_backend_optimization_level": 0,
-  "xla_cpu_use_fusion_emitters": False,
-}
+from tools.build_defs import quick_xla
 
 
 def make(library: Any, constructor: Callable[[], Any]) -> Any:
@@ -27,5 +22,5 @@ def make(library: Any, constructor: Callable[[], Any]) -> Any:
     graphdef, state = library.split(constructor())
     return state
 
-  state = jax.jit(init, compiler_options=_OPTIONS)()
+  state = jax.jit(init, compiler_options=quick_xla.options())()
   return library.merge(graphdef, state)

@@ -199,18 +199,10 @@ def cuda_extension(name, kernels, srcs, deps = [], pyi = None, visibility = None
         visibility = visibility,
     )
 
-# Most of what tests take is to compile programs that run once, on some numbers:
-# with XLA's older emitters, and without optimising what they emit, it takes a
-# seventh of the time.
-_QUICK_XLA = {
-    "XLA_FLAGS": "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false",
-}
-
 def _quick_by_default():
     """Whether the package is one of this workspace's own.
 
-    A workspace that depends on this one may compute more in its tests, and have
-    a jaxlib that does not know the flag.
+    A workspace that depends on this one may compute more in its tests.
     """
     return native.repository_name().lstrip("@") == Label("//:BUILD").workspace_name
 
@@ -224,8 +216,8 @@ def _run_by(main, name, args, quick_xla, srcs = [], deps = [], env = {}, **kwarg
         srcs = srcs + [main],
         main = main,
         args = args,
-        env = {"PYTHONWARNINGS": "error"} | (_QUICK_XLA if quick_xla else {}) | env,
-        deps = deps,
+        env = {"PYTHONWARNINGS": "error"} | ({"QUICK_XLA": "1"} if quick_xla else {}) | env,
+        deps = deps + [Label("//tools/build_defs:quick_xla")],
         **kwargs
     )
 

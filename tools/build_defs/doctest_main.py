@@ -21,5 +21,9 @@ def main(names: list[str]) -> int:
 
 
 if __name__ == "__main__":
+  if os.environ.get("QUICK_XLA") == "1":
+    from tools.build_defs import quick_xla
+
+    quick_xla.use()
   os.environ.setdefault("JAX_PLATFORMS", "cpu")
   sys.exit(main(sys.argv[1:]))

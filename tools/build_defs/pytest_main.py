@@ -136,6 +136,10 @@ def _hide_host_packages() -> None:
 if __name__ == "__main__":
   gc.disable()  # until the tests are imported
   _hide_host_packages()
+  if os.environ.get("QUICK_XLA") == "1":
+    from tools.build_defs import quick_xla
+
+    quick_xla.use()
   _choose_backend(os.environ.get("TEST_PLATFORM", "cpu"))
   # Plugins that the host happens to have are no part of these tests.
   os.environ.setdefault("PYTEST_DISABLE_PLUGIN_AUTOLOAD", "1")
