@@ -329,6 +329,8 @@ def test_layer_refuses_what_does_not_fit():
     layer(array(2, 5, 4))
   with pytest.raises(ValueError, match="`inputs_k` must be given where"):
     layer(array(2, 5, 4), None, array(2, 5, 4), decode=False)
+  with pytest.raises(ValueError, match="for an `attention_fn` that takes them"):
+    layer(array(2, 3, 4), decode=False, input_positions=jnp.arange(3))
   with pytest.raises(ValueError, match="must have `in_features=4` as its last"):
     layer(array(2, 5, 3), decode=False)
   layer = nnx.MultiHeadAttention(

@@ -34,7 +34,8 @@ LAYERS = {
   "WeightNorm": ("__init__", "__call__"),
 }
 
-# What ours take after Flax's parameters.
+# What ours take after Flax's parameters; of those, what newer releases of Flax
+# than the oldest have come first.
 OWN = {
   "MultiHeadAttention.__init__": (
     "window",
@@ -42,7 +43,7 @@ OWN = {
     "rope_base",
     "rope_scale",
   ),
-  "MultiHeadAttention.__call__": ("lengths",),
+  "MultiHeadAttention.__call__": ("input_positions", "lengths"),
   "MultiHeadAttention.init_cache": ("per_sequence",),
   "dot_product_attention": ("window", "softcap"),
 }
