@@ -119,6 +119,17 @@ def pair(
   return ours, theirs
 
 
+def with_param_scales(theirs: Any) -> Any:
+  """Gives a `WeightNorm` of Flax up to 0.12.8 what those after it have.
+
+  Its scales were arrays, which no optimizer trained.
+  """
+  for path, scale in (theirs.scales or {}).items():
+    if not isinstance(scale, flax_nnx.Variable):
+      theirs.scales[path] = flax_nnx.Param(scale)
+  return theirs
+
+
 def shake(ours: Any, theirs: Any) -> None:
   """Adds the same noise to the floating parameters of both."""
   rng = np.random.default_rng(0)
