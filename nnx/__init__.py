@@ -148,6 +148,10 @@ from nnx.nn.recurrent import LSTMCell as LSTMCell
 from nnx.nn.recurrent import OptimizedLSTMCell as OptimizedLSTMCell
 from nnx.nn.recurrent import RNNCellBase as RNNCellBase
 from nnx.nn.recurrent import SimpleCell as SimpleCell
+from nnx.nn.rotary import RoPE as RoPE
+from nnx.nn.rotary import (
+  dot_product_attention_with_rope as dot_product_attention_with_rope,
+)
 from nnx.nn.stochastic import Dropout as Dropout
 from nnx.nn.weight_normalization import SpectralNorm as SpectralNorm
 from nnx.nn.weight_normalization import WeightNorm as WeightNorm

@@ -141,7 +141,8 @@ class MultiHeadAttention(Module):
     out_bias_init: the same for the last projection; `bias_init`, if None.
     use_bias: whether the projections have biases.
     attention_fn: called in place of `dot_product_attention`, with its
-      arguments; with `window` and `softcap` only if they are set.
+      arguments; with `window`, `softcap` and `input_positions` only if they are
+      set.
     decode: whether to use the cache. None, if each call says it.
     normalize_qk: whether to apply a `LayerNorm` to each head's queries and keys
       (Dehghani et al. 2023, "Scaling vision transformers to 22 billion
@@ -367,6 +368,7 @@ class MultiHeadAttention(Module):
     is_causal: bool = False,
     out_sharding: Any = None,
     qkv_sharding: Any = None,
+    input_positions: jax.Array | None = None,
     lengths: jax.Array | None = None,
   ) -> jax.Array:
     """Applies the layer.
@@ -388,6 +390,9 @@ class MultiHeadAttention(Module):
       out_sharding: the sharding of the last projection's product, under a mesh
         with explicit axes.
       qkv_sharding: the same for the first three.
+      input_positions: passed on to the layer's `attention_fn`, which must be
+        one that takes them. Rotary embedding by `rope_base` needs none: it
+        counts the tokens.
       lengths: `[]` or `[...]` integers in [0, t]: how many of a sequence's
         tokens are real. The rest is padding, which no token sees, whose own
         result is that of attending to nothing, and which takes no room in the
@@ -398,11 +403,20 @@ class MultiHeadAttention(Module):
       `[..., t, out_features]`.
 
     Raises:
-      ValueError: if shapes do not fit; if the cache is missing, has no index
-        for each of the `lengths` or, where the index is known (outside of
-        `jit`), no room; or if neither the call nor the layer says what is
-        needed.
+      ValueError: if shapes do not fit; if there are `input_positions` and no
+        `attention_fn` for them; if the cache is missing, has no index for each
+        of the `lengths` or, where the index is known (outside of `jit`), no
+        room; or if neither the call nor the layer says what is needed.
     """
+    options: dict[str, Any] = {}
+    if input_positions is not None:
+      if self.attention_fn is dot_product_attention:
+        raise ValueError(
+          "`input_positions` are for an `attention_fn` that takes them, but the"
+          " layer's is `dot_product_attention`. Give the layer another, or"
+          " `rope_base`, which counts the tokens and needs none."
+        )
+      options["input_positions"] = input_positions
     if inputs_k is None:
       if inputs_v is not None:
         raise ValueError(
@@ -434,7 +448,6 @@ class MultiHeadAttention(Module):
     deterministic, dropout_rng = self._dropout(deterministic, rngs)
     if lengths is not None:
       lengths = self._as_lengths(lengths, query, key)
-    options: dict[str, Any] = {}
     if self.softcap is not None:
       options["softcap"] = self.softcap
     lost = None

@@ -8,10 +8,15 @@ of a query and a key then depends on their distance alone.
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+from nnx.module import Module
+from nnx.nn.dot_product import dot_product_attention
+from nnx.variables import Variable
 
 # Positions are split into multiples of this and the rest.
 _STRIDE = 256
@@ -133,3 +138,163 @@ def rotate_from_start(
   return tuple(
     rotate(x, *(part[: x.shape[-3]] for part in table)) for x in (query, key)
   )
+
+
+class RoPE(Module):
+  """Rotary position embedding as a function of its own.
+
+  `MultiHeadAttention(..., rope_base=theta)` does the same without it, and
+  decodes. This is for attention of one's own, and for models of Flax.
+
+  Example:
+
+    >>> import jax.numpy as jnp
+    >>> import nnx
+    >>> rope = nnx.RoPE(embedding_size=2, max_seq_len=8)
+    >>> rope(jnp.ones((3, 2)))[:2].round(1).tolist()  # the second by one radian
+    [[1.0, 1.0], [-0.30000001192092896, 1.399999976158142]]
+
+  Args:
+    theta: base of the wavelengths.
+    embedding_size: h, even; with `max_seq_len`, tables are made once.
+    max_seq_len: the most tokens that the tables serve.
+
+  Attributes:
+    cached_sin: `Variable`, `[max_seq_len, h // 2]`, or None without
+      `max_seq_len`; `cached_cos` likewise.
+
+  Raises:
+    ValueError: if only one of `embedding_size` and `max_seq_len` is given, or
+      `embedding_size` is odd.
+  """
+
+  def __init__(
+    self,
+    theta: float = 10000.0,
+    embedding_size: int | None = None,
+    max_seq_len: int | None = None,
+  ):
+    if (embedding_size is None) != (max_seq_len is None):
+      raise ValueError(
+        "`embedding_size` and `max_seq_len` must both be given to make tables,"
+        f" but got `embedding_size={embedding_size}` and"
+        f" `max_seq_len={max_seq_len}`."
+      )
+    self.theta = theta
+    self.cached_sin = None
+    self.cached_cos = None
+    if embedding_size is not None and max_seq_len is not None:
+      cos, sin = self._from_start(max_seq_len, embedding_size)
+      self.cached_sin = Variable(sin)
+      self.cached_cos = Variable(cos)
+
+  def _from_start(
+    self, length: int, features: int
+  ) -> tuple[jax.Array, jax.Array]:
+    _check_even(features)
+    return rows(jnp.arange(length), length, features, self.theta)
+
+  def __call__(
+    self, x: jax.Array, input_positions: jax.Array | None = None
+  ) -> jax.Array:
+    """Turns the pairs of each token.
+
+    Args:
+      x: `[..., t, h]`, floating.
+      input_positions: `[..., t]`, or with fewer leading axes: the positions of
+        the tokens; 0 to t - 1, if None.
+
+    Returns:
+      An array like x, of float32 at least.
+
+    Raises:
+      ValueError: if h is odd, or not that of the tables; if t is more than they
+        serve, or not that of `input_positions`.
+
+    Numerics: `input_positions` are not known when compiling, and make angles in
+      float32, as Flax does. See `rows` for others.
+    """
+    length, features = x.shape[-2:]
+    _check_even(features)
+    if input_positions is not None:
+      input_positions = jnp.asarray(input_positions, jnp.float32)
+      if input_positions.shape[-1:] != (length,):
+        raise ValueError(
+          f"`input_positions` must have one for each of the {length} tokens of"
+          f" `x`, but got the shape {input_positions.shape}."
+        )
+      rates = self.theta ** (-np.arange(0, features, 2) / features)
+      angles = input_positions[..., None] * rates.astype(np.float32)
+      cos, sin = jnp.cos(angles), jnp.sin(angles)
+    elif self.cached_sin is None or self.cached_cos is None:
+      cos, sin = self._from_start(length, features)
+    else:
+      most, pairs = self.cached_sin.shape
+      if length > most or features != 2 * pairs:
+        raise ValueError(
+          f"`x` must have at most `max_seq_len={most}` tokens of"
+          f" `embedding_size={2 * pairs}`, but got the shape {x.shape}."
+        )
+      cos, sin = self.cached_cos.value[:length], self.cached_sin.value[:length]
+    x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    return rotate(x[..., None, :], cos, sin)[..., 0, :]
+
+
+def _check_even(features: int) -> None:
+  if features <= 0 or features % 2:
+    raise ValueError(
+      f"`embedding_size` must be positive and even, but got {features}."
+    )
+
+
+def dot_product_attention_with_rope(
+  query: jax.Array,
+  key: jax.Array,
+  value: jax.Array,
+  *,
+  rope: RoPE,
+  input_positions: jax.Array | None = None,
+  **kwargs: Any,
+) -> jax.Array:
+  """Rotates queries and keys by their positions, then attends.
+
+  Where nothing is decoded, `MultiHeadAttention` takes it with its `rope` as
+  `attention_fn`; with `rope_base`, it decodes as well.
+
+  Example:
+
+    >>> import functools
+    >>> import jax.numpy as jnp
+    >>> import nnx
+    >>> attend = functools.partial(
+    ...   nnx.dot_product_attention_with_rope, rope=nnx.RoPE()
+    ... )
+    >>> layer = nnx.MultiHeadAttention(
+    ...   2, 4, attention_fn=attend, decode=False, rngs=nnx.Rngs(0)
+    ... )
+    >>> layer(jnp.ones((3, 4)), input_positions=jnp.arange(3)).shape
+    (3, 4)
+
+  Args:
+    query: `[..., t, n, h]`.
+    key: `[..., s, n // groups, h]`.
+    value: `[..., s, n // groups, v]`.
+    rope: what rotates.
+    input_positions: `[..., t]`, or with fewer leading axes: the positions of
+      queries and keys, of which there are then as many; those from the start
+      on, if None.
+    **kwargs: of `dot_product_attention`.
+
+  Returns:
+    `[..., t, n, v]`.
+
+  Raises:
+    ValueError: if shapes do not fit.
+  """
+  if input_positions is not None:
+    input_positions = jnp.asarray(input_positions)[..., None, :]  # every head's
+
+  def turned(x):
+    return jnp.swapaxes(rope(jnp.swapaxes(x, -3, -2), input_positions), -3, -2)
+
+  return dot_product_attention(turned(query), turned(key), value, **kwargs)

@@ -75,8 +75,9 @@ class WeightNorm(Module):
     rngs: the stream `params` gives the keys of scales, unless they are ones.
 
   Attributes:
-    scales: arrays of the sizes of `feature_axes`, by the paths of the
-      parameters; None without scales.
+    scales: `Param`s of the sizes of `feature_axes`, by the paths of the
+      parameters; None without scales. Arrays in objects from Flax up to 0.12.8,
+      whose optimizers left them alone.
   """
 
   def __init__(
@@ -111,7 +112,7 @@ class WeightNorm(Module):
         if self.variable_filter(path, param):
           shape = tuple(param.shape[axis] for axis in self._axes(param.ndim))
           key = None if constant else rngs.params()
-          scales[path] = scale_init(key, shape, param_dtype)
+          scales[path] = Param(scale_init(key, shape, param_dtype))
       self.scales = data(scales)
 
   def _axes(self, rank: int) -> tuple[int, ...]:
@@ -145,7 +146,9 @@ class WeightNorm(Module):
     if self.use_scale:
       if path not in self.scales:
         raise _changed(path)
-      scale = self.scales[path].reshape(
+      scale = self.scales[path]
+      scale = scale.value if isinstance(scale, Variable) else scale
+      scale = scale.reshape(
         [size if i in kept else 1 for i, size in enumerate(weight.shape)]
       )
     weight, scale = self.promote_dtype((weight, scale), dtype=self.dtype)

@@ -59,6 +59,8 @@ EXCEPTIONS = {
   ("nnx", "bridge"),
   # It runs the bench where there is a GPU and no Bazel.
   ("tools.gpu_check", "tools.bench.gpu"),
+  # Initializers run once, as tests do, and compile as they do.
+  ("tools.bench.models", "tools.build_defs.quick_xla"),
 }
 
 

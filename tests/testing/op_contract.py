@@ -27,6 +27,11 @@ from tests.testing import hlo
 # Which of cpu, gpu and tpu this run is about.
 PLATFORM = os.environ.get("TEST_PLATFORM", "cpu")
 
+# What must run there, by name, so that nothing else can take its place. The
+# kernels for TPUs take some shapes alone, and have tests of their own: there,
+# "auto" may mean the reference.
+OURS = {"cpu": "cpu", "gpu": "cuda", "tpu": "auto"}[PLATFORM]
+
 
 def need_device(kind: str) -> None:
   """Skips a test whose numbers need a device that is not here.
@@ -47,17 +52,17 @@ def need_device(kind: str) -> None:
   raise unittest.SkipTest(message)
 
 
-def only_on(kind: str) -> None:
-  """Skips a test of an implementation that other platforms do not have.
+def only_on(*kinds: str) -> None:
+  """Skips a test of what other platforms do not have.
 
   Args:
-    kind: "cpu", "gpu" or "tpu".
+    *kinds: Of "cpu", "gpu" and "tpu".
 
   Raises:
     unittest.SkipTest: If this run is about another platform.
   """
-  if kind != PLATFORM:
-    raise unittest.SkipTest(f"for the {kind} alone")
+  if PLATFORM not in kinds:
+    raise unittest.SkipTest(f"for the {' and '.join(kinds)} alone")
 
 
 def bits(tree: Any) -> list[bytes]:
@@ -97,7 +102,7 @@ class OpContract(parameterized.TestCase):
   def test_the_named_implementation_ran(self):
     text = jax.jit(self.call).lower(*self.make_case()).as_text()
     if self.target is None:
-      self.assertNotIn("custom_call @fused_nnx", text)
+      self.assertNotIn("custom_call", text)
     else:
       self.assertGreater(hlo.custom_calls(text, self.target), 0, text[:2000])
 

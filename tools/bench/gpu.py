@@ -102,14 +102,33 @@ def _stepping(call: Callable[..., Arrays], donated: tuple[int, ...]):
   return step
 
 
+@jax.jit
+def _norms(got: Any, want: Any) -> tuple[Any, Any]:
+  """Returns the norms of the difference and of what is wanted."""
+  got, want = (jnp.ravel(x).astype(jnp.float32) for x in (got, want))
+  return jnp.linalg.norm(got - want), jnp.linalg.norm(want)
+
+
 def _difference(got: Arrays, want: Arrays) -> float:
-  """Returns the largest difference beside the largest number of each array."""
-  worst = 0.0
-  for a, b in zip(got, want, strict=True):
-    a, b = (jnp.asarray(leaf, jnp.float32) for leaf in (a, b))
-    size = float(jnp.max(jnp.abs(b))) or 1.0
-    worst = max(worst, float(jnp.max(jnp.abs(a - b))) / size)
-  return worst
+  """Returns how far the array that is furthest off is from what is wanted.
+
+  As the norm of the difference beside the norm of the array. One element says
+  nothing: where one is within rounding of 0, relu's gate may be open on one
+  side alone, and its gradient is then all there or not at all.
+
+  Args:
+    got: Arrays.
+    want: As many.
+
+  Returns:
+    0 where all are equal; NaN, which is less than no limit, where anything is
+    NaN or infinite.
+  """
+  each = []
+  for pair in zip(got, want, strict=True):
+    difference, size = map(float, _norms(*pair))
+    each.append(difference / (size or 1.0))
+  return float(np.max(each))  # `max` would drop NaN
 
 
 @functools.cache

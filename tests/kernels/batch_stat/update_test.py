@@ -470,14 +470,13 @@ class UpdateChoiceTest(absltest.TestCase):
     self.assertIn("the mask depends on the features", choice.reason)
 
   def test_unsupported_dtype_falls_back_and_says_so(self):
-    x = jnp.ones((4, 3), jnp.float8_e4m3fn)
-    (choice,) = kernels.explain(
-      batch_stat.update, x, jnp.zeros(3), jnp.ones(3), platform="cpu"
-    )
+    args = jnp.ones((4, 3), jnp.float8_e4m3fn), jnp.zeros(3), jnp.ones(3)
+    (choice,) = kernels.explain(batch_stat.update, *args)
     self.assertEqual(choice.implementation, "xla")
     self.assertIn("`x` is float8_e4m3fn", choice.reason)
+    op_contract.only_on("cpu", "gpu")
     with self.assertRaisesRegex(ValueError, "cannot be used here: `x` is flo"):
-      batch_stat.update(x, jnp.zeros(3), jnp.ones(3), implementation="cpu")
+      batch_stat.update(*args, implementation=op_contract.OURS)
 
 
 if __name__ == "__main__":

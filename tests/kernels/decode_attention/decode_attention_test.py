@@ -20,9 +20,8 @@ from tests.kernels.kv_cache import oracle as cache_oracle
 from tests.testing import hlo, op_contract, tolerances
 
 FLOATS, QUANTIZED = cache_oracle.FLOATS, cache_oracle.QUANTIZED
-# On another platform its own default takes the place of the CPU's kernel.
-PLATFORM = op_contract.PLATFORM
-IMPLEMENTATIONS = ("cpu" if PLATFORM == "cpu" else "auto", "xla")
+PLATFORM, OURS = op_contract.PLATFORM, op_contract.OURS
+IMPLEMENTATIONS = (OURS, "xla")
 random = cache_oracle.random
 arguments, check, problems = cases.arguments, cases.check, cases.problems
 
@@ -56,13 +55,12 @@ class CpuOnlyTest(parameterized.TestCase):
 
   def setUp(self):
     super().setUp()
-    if PLATFORM != "cpu":
-      self.skipTest("about the CPU")
+    op_contract.only_on("cpu")
 
 
 class DecodeAttentionTest(PlatformTest):
   @parameterized.parameters(
-    *itertools.product(("cpu",), FLOATS, (1, 3, 8), (1, 4)),
+    *itertools.product((OURS,), FLOATS, (1, 3, 8), (1, 4)),
     *itertools.product(("xla",), FLOATS, (3,), (4,)),
   )
   def test_grouped_heads(self, implementation, dtype, group, tokens):
@@ -76,9 +74,9 @@ class DecodeAttentionTest(PlatformTest):
     kwargs = {k: np.asarray(v) for k, v in spec.scales().items()}
     if spec.layers is not None:
       kwargs["layer"] = 1
-    run("cpu", args, index, **kwargs)
+    run(OURS, args, index, **kwargs)
 
-  @parameterized.parameters(("cpu", 24), ("xla", 8))
+  @parameterized.parameters((OURS, 24), ("xla", 8))
   def test_every_feature_on_random_shapes(self, implementation, examples):
     @hypothesis.given(problems())
     @hypothesis.settings(
@@ -96,6 +94,7 @@ class DecodeAttentionTest(PlatformTest):
     shape=((1, 1, 64), (1, 4, 53), (3, 4, 32)),
   )
   def test_every_instruction_set(self, level, dtype, shape):
+    op_contract.only_on("cpu")
     library = api.LIBRARY.load()
     try:
       library.set_simd_level(level)
@@ -117,7 +116,7 @@ class DecodeAttentionTest(PlatformTest):
   def test_long_cache_is_split_and_joined(self, tokens):
     args = arguments(b=1, s=3000, t=tokens, n=2, g=2, h=64)
     args = (args[0], args[1], 4 * args[2], *args[3:])
-    got = jitted("cpu")(*args, 2900)
+    got = jitted(OURS)(*args, 2900)
     want = jitted("xla")(*args, 2900)
     for g, w in zip(got[2:], want[2:]):
       tolerances.assert_close(g, w, "float32", reduced=16)
@@ -173,10 +172,13 @@ class DecodeAttentionTest(PlatformTest):
 
   def test_auto_runs_the_kernel(self):
     args = arguments()
-    text = jax.jit(da).lower(*args, 0).as_text()
-    assert hlo.custom_calls(text, api.APPEND_TARGET) == 1
     [choice] = kernels.explain(da.decode_attention, *args, 0, platform="cpu")
     assert choice.implementation == "cpu"
+    op_contract.only_on("cpu", "gpu")
+    [choice] = kernels.explain(da.decode_attention, *args, 0)
+    assert choice.implementation == OURS
+    text = jax.jit(da).lower(*args, 0).as_text()
+    assert hlo.custom_calls(text, api.APPEND_TARGET) == 1
 
 
 class AttendTest(PlatformTest):
@@ -218,10 +220,7 @@ class AttendTest(PlatformTest):
       da.attend(k, v, q, 3, windows=3)
 
 
-class CpuContractTest(op_contract.OpContract):
-  implementation = "cpu"
-  target = api.APPEND_TARGET
-
+class DecodeContract(op_contract.OpContract):
   def make_case(self):
     return (*arguments(t=2, s=200, h=64), jnp.array([0, 100, 198]))
 
@@ -229,9 +228,26 @@ class CpuContractTest(op_contract.OpContract):
     return da.decode_attention(*arrays, implementation=self.implementation)
 
 
-class XlaContractTest(CpuContractTest):
+class XlaContractTest(DecodeContract):
   implementation = "xla"
-  target = None
+
+
+class CpuContractTest(DecodeContract):
+  implementation = "cpu"
+  target = api.APPEND_TARGET
+
+  def setUp(self):
+    op_contract.only_on("cpu")
+    super().setUp()
+
+
+class CudaContractTest(DecodeContract):
+  implementation = "cuda"
+  target = api.APPEND_TARGET
+
+  def setUp(self):
+    op_contract.only_on("gpu")
+    super().setUp()
 
 
 class InPlaceTest(CpuOnlyTest):
@@ -325,7 +341,7 @@ class TransformTest(PlatformTest):
       **kwargs,
     )  # fmt: skip
     mapped = jax.jit(jax.vmap(fn))
-    if implementation == "cpu":
+    if implementation in ("cpu", "cuda"):
       text = mapped.lower(*stacked, index).as_text()
       assert hlo.custom_calls(text, api.APPEND_TARGET) == 1
       assert "while" not in text

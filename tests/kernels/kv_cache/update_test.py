@@ -19,9 +19,8 @@ from tests.kernels.kv_cache import cases
 from tests.kernels.kv_cache import oracle as oracles
 from tests.testing import hlo, op_contract
 
-# On another platform its own default takes the place of the CPU's kernel.
-PLATFORM = op_contract.PLATFORM
-IMPLEMENTATIONS = ("cpu" if PLATFORM == "cpu" else "auto", "xla")
+PLATFORM, OURS = op_contract.PLATFORM, op_contract.OURS
+IMPLEMENTATIONS = (OURS, "xla")
 FLOATS, QUANTIZED = oracles.FLOATS, oracles.QUANTIZED
 oracle, random = oracles.update, oracles.random
 arguments, assert_same, bits = cases.arguments, cases.assert_same, cases.bits
@@ -48,8 +47,7 @@ class CpuOnlyTest(parameterized.TestCase):
 
   def setUp(self):
     super().setUp()
-    if PLATFORM != "cpu":
-      self.skipTest("about the CPU")
+    op_contract.only_on("cpu")
 
 
 class UpdateTest(PlatformTest):
@@ -69,7 +67,7 @@ class UpdateTest(PlatformTest):
     spec = spec.scaled(batch=2, length=16)
     *args, index = spec.make()
     layer = None if spec.layers is None else 1
-    got = jitted("cpu", layer=layer)(*args, index)
+    got = jitted(OURS, layer=layer)(*args, index)
     assert_same(got, oracle(*args, np.asarray(index), layer=layer))
 
   @parameterized.parameters(*IMPLEMENTATIONS)
@@ -87,6 +85,7 @@ class UpdateTest(PlatformTest):
     level=("baseline", "avx2", "avx512"), dtype=FLOATS + QUANTIZED
   )
   def test_every_instruction_set(self, level, dtype):
+    op_contract.only_on("cpu")
     library = api.LIBRARY.load()
     try:
       library.set_simd_level(level)
@@ -132,12 +131,15 @@ class UpdateTest(PlatformTest):
 
   def test_auto_runs_the_kernel(self):
     args = arguments()
-    text = jax.jit(kv_cache.update).lower(*args, 0).as_text()
-    assert f"@{api.TARGET}" in text
     [choice] = kernels.explain(kv_cache.update, *args, 0, platform="cpu")
     assert choice.implementation == "cpu"
     [choice] = kernels.explain(kv_cache.update, *args, 0, platform="tpu")
     assert choice.implementation == "xla"
+    op_contract.only_on("cpu", "gpu")
+    [choice] = kernels.explain(kv_cache.update, *args, 0)
+    assert choice.implementation == OURS
+    text = jax.jit(kv_cache.update).lower(*args, 0).as_text()
+    assert hlo.custom_calls(text, api.TARGET) == 1
 
   @parameterized.parameters(*IMPLEMENTATIONS)
   def test_same_result_eagerly(self, implementation):
@@ -148,9 +150,39 @@ class UpdateTest(PlatformTest):
   def test_same_bits_every_time(self):
     args = arguments(b=4, s=64, t=33, n=4, h=64, dtype="bfloat16")
     index = np.arange(4)
-    first = jitted("cpu")(*args, index)
+    first = jitted(OURS)(*args, index)
     for _ in range(3):
-      assert_same(jitted("cpu")(*args, index), first)
+      assert_same(jitted(OURS)(*args, index), first)
+
+
+class UpdateContract(op_contract.OpContract):
+  def make_case(self):
+    return (*arguments(t=2), jnp.array([0, 6, 3]))
+
+  def call(self, *arrays):
+    return kv_cache.update(*arrays, implementation=self.implementation)
+
+
+class XlaContractTest(UpdateContract):
+  implementation = "xla"
+
+
+class CpuContractTest(UpdateContract):
+  implementation = "cpu"
+  target = api.TARGET
+
+  def setUp(self):
+    op_contract.only_on("cpu")
+    super().setUp()
+
+
+class CudaContractTest(UpdateContract):
+  implementation = "cuda"
+  target = api.TARGET
+
+  def setUp(self):
+    op_contract.only_on("gpu")
+    super().setUp()
 
 
 class InPlaceTest(CpuOnlyTest):
@@ -271,6 +303,7 @@ class TransformTest(PlatformTest):
         assert_same((got[0][i, :, j], got[1][i, :, :, j]), want)
 
   def test_vmap_is_one_call(self):
+    op_contract.only_on("cpu", "gpu")
     args = [jnp.stack([x, x]) for x in arguments()]
     text = (
       jax.jit(jax.vmap(kv_cache.update)).lower(*args, jnp.arange(2)).as_text()
@@ -374,7 +407,7 @@ class TransformTest(PlatformTest):
 
   def test_many_python_threads(self):
     args = arguments(b=4, s=64, t=40, n=4, h=64)
-    step = jitted("cpu")
+    step = jitted(OURS)
     want = oracle(*args, 3)
     failures = []
 
@@ -635,11 +668,12 @@ class WrongInputTest(PlatformTest):
     assert_same(jitted(implementation)(*args, 0), args[:2])
 
   def test_handler_refuses_what_python_would_not_pass(self):
+    op_contract.only_on("cpu", "gpu")
     k, v, new_k, new_v = arguments()
     b = jnp.zeros(3, jnp.int32)
     scale = jnp.zeros((0, 0))
     good = [k, v, new_k, new_v, b, b, b, b[:, None], b[0], scale, scale]
-    api.LIBRARY.load()
+    api.UPDATE.implementations[OURS].library.load()
 
     def call(**changes):
       args = [changes.get(str(i), arg) for i, arg in enumerate(good)]

@@ -225,6 +225,25 @@ def test_own_attention_functions_get_what_is_set():
   assert given == [set(), {"window", "softcap"}]
 
 
+def test_own_attention_functions_get_positions():
+  """Rotary embedding of one's own, as Flax 0.12.12 offers it."""
+
+  def attend(query, key, value, *, input_positions=None, **kwargs):
+    if input_positions is not None:
+      table = rotary.rows(input_positions, 32, query.shape[-1], 10.0)
+      query, key = rotary.rotate(query, *table), rotary.rotate(key, *table)
+    return nnx.dot_product_attention(query, key, value, **kwargs)
+
+  x = array(2, 3, FEATURES)
+  layer = make(decode=False, attention_fn=attend)
+  rotating = make(decode=False, rope_base=10.0)
+  close(layer(x), make(decode=False)(x), 1e-6)
+  close(layer(x, input_positions=jnp.arange(3)), rotating(x), 1e-5)
+  # Distances alone count.
+  far = jnp.array([[0], [20]]) + jnp.arange(3)
+  close(layer(x, input_positions=far), rotating(x), 1e-5)
+
+
 def test_float64_decodes_without_kernels():
   with jax.enable_x64(True):
     layer = nnx.MultiHeadAttention(

@@ -1,5 +1,6 @@
 """Wrappers that normalise weights, against flax.nnx."""
 
+from flax import nnx as flax_nnx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,6 +12,22 @@ from tests.nnx.nn.comparison import Own, array
 
 LINEAR = Own(lambda library: library.Linear(4, 3, rngs=library.Rngs(5)))
 CONV = Own(lambda library: library.Conv(4, 3, 2, rngs=library.Rngs(5)))
+
+
+def weight_norms(layer, **options):
+  """Ours and theirs, as `comparison.pair` makes them."""
+
+  def make(library):
+    kwargs = {
+      name: value(library) if isinstance(value, Own) else value
+      for name, value in options.items()
+    }
+    return library.WeightNorm(layer(library), rngs=library.Rngs(0), **kwargs)
+
+  ours, theirs = make(nnx), comparison.with_param_scales(make(flax_nnx))
+  comparison.assert_same_state(ours, theirs)
+  comparison.shake(ours, theirs)
+  return ours, theirs
 
 
 @pytest.mark.parametrize("layer", [LINEAR, CONV])
@@ -28,7 +45,7 @@ CONV = Own(lambda library: library.Conv(4, 3, 2, rngs=library.Rngs(5)))
   ],
 )
 def test_weight_norm(layer, options):
-  ours, theirs = comparison.pair("WeightNorm", layer, **options)
+  ours, theirs = weight_norms(layer, **options)
   rtol = 2e-2 if options.get("dtype") else 5e-5
   comparison.assert_same(
     ours,
@@ -50,6 +67,28 @@ def test_weight_norm_draws_and_types_its_scales():
   (scale,) = layer.scales.values()
   assert scale.dtype == jnp.bfloat16 and float(jnp.std(scale)) > 0
   assert int(rngs.default.count.value) == 3
+
+
+def test_weight_norm_trains_its_scales():
+  rngs = nnx.Rngs(0)
+  layer = nnx.WeightNorm(nnx.Linear(4, 3, rngs=rngs), rngs=rngs)
+  x = array(5, 4)
+  grads = nnx.grad(lambda layer: jnp.sum(layer(x)))(layer)
+  weight = layer.layer_instance.kernel.value  # normalised
+  want = np.sum(np.asarray(x) @ np.asarray(weight), 0)
+  got = grads.scales["kernel",].value
+  np.testing.assert_allclose(got, want, rtol=2e-5, atol=2e-5)
+
+
+def test_weight_norm_loads_what_flax_kept_as_arrays():
+  layer = nnx.WeightNorm(nnx.Linear(4, 3, rngs=nnx.Rngs(0)), rngs=nnx.Rngs(0))
+  flat = dict(nnx.to_flat_state(nnx.state(layer)))
+  flat["scales", ("kernel",)] = jnp.full((3,), 5.0)
+  nnx.update(layer, nnx.from_flat_state(flat))
+  assert isinstance(layer.scales["kernel",], nnx.Param)
+  layer(array(2, 4))
+  norms = jnp.linalg.norm(layer.layer_instance.kernel.value, axis=0)
+  np.testing.assert_allclose(norms, 5.0, rtol=1e-5)
 
 
 def test_weight_norm_promotes():

@@ -51,6 +51,29 @@ class MeasureTest(absltest.TestCase):
     )
     self.assertIn("of a copy, differs by 5.0e-01", gpu.text(record))
 
+  def test_difference_is_of_whole_arrays(self):
+    want = jnp.ones(10000), jnp.full((2, 8), 2.0, "bfloat16"), jnp.arange(3)
+    self.assertEqual(gpu._difference(want, want), 0)
+    # A gate that is open on one side alone.
+    got = want[0].at[7].set(0), *want[1:]
+    self.assertAlmostEqual(gpu._difference(got, want), 0.01)
+    # The array that is furthest off counts.
+    got = got[0], want[1] * 1.5, want[2]
+    self.assertAlmostEqual(gpu._difference(got, want), 0.5)
+    zeros = (jnp.zeros(4),)
+    self.assertAlmostEqual(gpu._difference((jnp.ones(4),), zeros), 2)
+
+  def test_what_is_not_a_number_never_passes(self):
+    good = jnp.ones(4)
+    for broken in (good.at[1].set(jnp.nan), good.at[1].set(jnp.inf)):
+      for got, want in (
+        ((broken, good), (good, good)),
+        ((good, broken), (good, good)),
+        ((broken, good), (broken, good)),
+        ((good, good), (good, broken)),
+      ):
+        self.assertFalse(gpu._difference(got, want) < 1e9)
+
   def test_a_broken_row_is_the_last(self):
     def broken(implementation, *arrays):
       raise ValueError("no kernel")
