@@ -2,8 +2,10 @@
 
 The suites of this package wait for every call, which at a GPU's speed measures
 the waiting. Here calls are queued, as a training or decoding loop queues them,
-and only the last is waited for. Every row says how many bytes must move, and
-what part of the bandwidth of a plain copy, measured next to it, that comes to.
+and only the last is waited for; what is over sooner than a program starts is
+called for several layers in one program, as a model does, each with arrays of
+its own. Every row says how many bytes must move, and what part of the bandwidth
+of a plain copy, measured next to it, that comes to.
 
 Run by tools/gpu_check.py, a process for as many rows as go well:
 
@@ -47,6 +49,7 @@ class Row:
     arguments: Makes the arrays.
     call: `call(implementation, *arrays) -> arrays`, the donated ones first.
     donated: Which arrays it donates.
+    layers: How many of it one program has; times are those of one.
     baselines: Further things to compare with, as `call` without its first
       argument.
   """
@@ -56,10 +59,11 @@ class Row:
   arguments: Callable[[], Arrays]
   call: Callable[..., Arrays]
   donated: tuple[int, ...] = ()
+  layers: int = 1
   baselines: dict[str, Callable[..., Arrays]] = dataclasses.field(
     default_factory=dict
   )
-  torch: Callable[[], Callable[[], Any]] | None = None
+  torch: Callable[[int], Callable[[], Any]] | None = None
 
 
 def device() -> str:
@@ -89,15 +93,34 @@ def _time(step: Callable[[Arrays], Arrays], state: Arrays) -> list[float]:
 
 
 def _stepping(call: Callable[..., Arrays], donated: tuple[int, ...]):
-  """Returns `state -> (state, results)`; donated arrays are replaced."""
-  jitted = jax.jit(call, donate_argnums=donated)
+  """Returns `state -> (state, results)`; donated arrays are replaced.
+
+  Args:
+    call: What a layer does.
+    donated: Which of its arrays it donates, in order; it returns those anew,
+      before anything else. The state is a list of the arrays of each layer.
+  """
+
+  def split(arrays):
+    kept = [x for place, x in enumerate(arrays) if place not in donated]
+    return [arrays[place] for place in donated], kept
+
+  def merge(given, kept):
+    arrays = list(kept)
+    for place, array in zip(donated, given, strict=True):
+      arrays.insert(place, array)
+    return arrays
+
+  @functools.partial(jax.jit, donate_argnums=0)
+  def run(given, kept):
+    outs = [call(*merge(*arrays)) for arrays in zip(given, kept, strict=True)]
+    number = len(donated)
+    return [out[:number] for out in outs], [out[number:] for out in outs]
 
   def step(state):
-    out = jitted(*state)
-    state = list(state)
-    for place, new in zip(donated, out):
-      state[place] = new
-    return tuple(state), out
+    given, kept = zip(*map(split, state))
+    new, out = run(given, kept)
+    return [merge(*arrays) for arrays in zip(new, kept)], (new, out)
 
   return step
 
@@ -136,7 +159,7 @@ def _copy_bandwidth() -> float:
   """Returns the bytes a second that a copy reads and writes."""
   x = jnp.ones(_COPY_BYTES // 4, jnp.float32)
   step = _stepping(jnp.negative, ())
-  return 2 * _COPY_BYTES / statistics.median(_time(step, (x,)))
+  return 2 * _COPY_BYTES / statistics.median(_time(step, [(x,)]))
 
 
 def measure(row: Row, ours: str = "cuda") -> dict[str, Any]:
@@ -150,7 +173,9 @@ def measure(row: Row, ours: str = "cuda") -> dict[str, Any]:
     Milliseconds of every side, the difference between ours and XLA's results,
     and what part of a copy's bandwidth ours has.
   """
-  record: dict[str, Any] = {"row": row.name, "bytes": row.moved, "ms": {}}
+  record: dict[str, Any] = {
+    "row": row.name, "bytes": row.moved, "layers": row.layers, "ms": {},
+  }  # fmt: skip
   calls = {
     "ours": functools.partial(row.call, ours),
     "xla": functools.partial(row.call, "xla"),
@@ -165,7 +190,9 @@ def measure(row: Row, ours: str = "cuda") -> dict[str, Any]:
   for name, call in calls.items():
     try:
       step = _stepping(call, row.donated)  # type: ignore[arg-type]
-      samples = _time(step, row.arguments())
+      state = [row.arguments() for _ in range(row.layers)]
+      samples = [s / row.layers for s in _time(step, state)]
+      del state
     except Exception as error:
       if name in ("ours", "xla"):
         raise
@@ -175,7 +202,8 @@ def measure(row: Row, ours: str = "cuda") -> dict[str, Any]:
     spread[name] = [min(samples) * 1e3, max(samples) * 1e3]
   if row.torch is not None and importlib.util.find_spec("torch") is not None:
     try:
-      record["ms"]["torch"] = _time_torch(row.torch())
+      milliseconds = _time_torch(row.torch(row.layers))
+      record["ms"]["torch"] = milliseconds / row.layers
     except Exception as error:
       record.setdefault("without", {})["torch"] = str(error)[:300]
   record["spread_ms"] = spread
@@ -302,6 +330,7 @@ def _batch_rows(tiny: bool) -> Iterator[Row]:
         functools.partial(arguments, count),
         functools.partial(call, axis),
         donated=(0, 1),
+        layers=16 if size < 2**26 else 1,
       )
 
 
@@ -342,26 +371,33 @@ def _cache_rows(tiny: bool) -> Iterator[Row]:
       arguments,
       call,
       donated=(0, 1),
+      layers=16 if kind == "token" else 1,
     )
 
 
 # ---- decode_attention.
 
 
-def _torch_attention(batch, length, heads, group, dtype):
+def _torch_attention(batch, length, heads, group, dtype, layers):
   """Returns what runs PyTorch's attention, on the valid slice alone."""
   import torch
 
   kind = getattr(torch, dtype)
   q = torch.randn(batch, heads * group, 1, 128, dtype=kind, device="cuda")
-  k, v = (
-    torch.randn(batch, heads, length, 128, dtype=kind, device="cuda")
-    for _ in range(2)
-  )
+  caches = [
+    [
+      torch.randn(batch, heads, length, 128, dtype=kind, device="cuda")
+      for _ in range(2)
+    ]
+    for _ in range(layers)
+  ]
 
   def run():
     with torch.inference_mode():
-      torch.nn.functional.scaled_dot_product_attention(q, k, v, enable_gqa=True)
+      for k, v in caches:
+        torch.nn.functional.scaled_dot_product_attention(
+          q, k, v, enable_gqa=True
+        )
 
   return run
 
@@ -377,16 +413,16 @@ def _cudnn(cache_k, cache_v, q, new_k, new_v, index):
 
 
 def _decode_rows(tiny: bool) -> Iterator[Row]:
-  for batch, length, heads, group, dtype in (
-    (8, 32768, 8, 4, "bfloat16"),
-    (8, 32768, 8, 4, "float16"),
-    (4, 32768, 8, 4, "float32"),
-    (8, 32768, 8, 4, "int8"),
-    (8, 32768, 8, 4, "float8_e4m3fn"),
-    (1, 32768, 8, 4, "bfloat16"),
-    (8, 32768, 8, 1, "bfloat16"),
-    (64, 2048, 8, 4, "bfloat16"),
-    (128, 256, 8, 8, "bfloat16"),
+  for batch, length, heads, group, dtype, layers in (
+    (8, 32768, 8, 4, "bfloat16", 1),
+    (8, 32768, 8, 4, "float16", 1),
+    (4, 32768, 8, 4, "float32", 1),
+    (8, 32768, 8, 4, "int8", 1),
+    (8, 32768, 8, 4, "float8_e4m3fn", 1),
+    (1, 32768, 8, 4, "bfloat16", 8),
+    (8, 32768, 8, 1, "bfloat16", 1),
+    (64, 2048, 8, 4, "bfloat16", 4),
+    (128, 256, 8, 8, "bfloat16", 8),
   ):
     name = f"decode/B{batch}_S{length}_N{heads}_G{group}_H128/{dtype}"
     if tiny:
@@ -423,6 +459,7 @@ def _decode_rows(tiny: bool) -> Iterator[Row]:
       arguments,
       call,
       donated=(0, 1),
+      layers=layers,
       baselines={"cudnn": _cudnn} if half else {},
       torch=None if quantised else functools.partial(_torch_attention, *spec),
     )
