@@ -115,6 +115,25 @@ __device__ __forceinline__ void PairsOf(const uint4& words,
   }
 }
 
+// 16 bytes of two keys as pairs of what they have in the same place.
+template <kv_cache::Element kElement, int kCount>
+__device__ __forceinline__ void PairUp(const uint4& first, const uint4& second,
+                                       uint32_t (&pairs)[kCount]) {
+  KERNELS_UNROLL
+  for (int i = 0; i < 4; ++i) {
+    const uint32_t a = WordOf(first, i), b = WordOf(second, i);
+    if constexpr (kCount == 8) {
+      pairs[2 * i] = __byte_perm(a, b, 0x5410);
+      pairs[2 * i + 1] = __byte_perm(a, b, 0x7632);
+    } else {
+      Widen<kElement>(__byte_perm(a, b, 0x5140), &pairs[4 * i],
+                      &pairs[4 * i + 1]);
+      Widen<kElement>(__byte_perm(a, b, 0x7362), &pairs[4 * i + 2],
+                      &pairs[4 * i + 3]);
+    }
+  }
+}
+
 // kRows rows of q, kCount neighbouring elements of each a lane, all of them on
 // their way at a time; zeros where there are none.
 template <typename T, int kRows, int kCount>
@@ -369,6 +388,25 @@ class Ring {
                       cuda::kWarp];
   }
 
+  // The slots that both of the lane's rows see, of all lanes: their logits are
+  // products and a factor. Rows that do not exist see everything.
+  __device__ __forceinline__ void SetSeen(const Query (&queries)[2]) {
+    if constexpr (kPlain) {
+      int begin = 0, end = block_.end;
+      KERNELS_UNROLL
+      for (int h = 0; h < 2; ++h) {
+        if (!queries[h].inside) continue;
+        if (queries[h].begin > begin) begin = queries[h].begin;
+        if (queries[h].end < end) end = queries[h].end;
+      }
+      seen_begin_ = cuda::WarpMax(begin);
+      seen_end_ = -cuda::WarpMax(-end);
+    }
+  }
+  __device__ __forceinline__ bool AllSeen(int slot) const {
+    return kPlain && slot >= seen_begin_ && slot + kTile <= seen_end_;
+  }
+
   // The binary logarithm of the weight of key `i` of the tile at `slot`, whose
   // keys have been waited for, from its product with the query.
   __device__ __forceinline__ float LogWeight(const Query& query, float product,
@@ -420,6 +458,7 @@ class Ring {
   const uint8_t* keys_;
   const uint8_t* values_;
   int64_t k_slot_, v_slot_;  // bytes from slot to slot
+  int seen_begin_, seen_end_;
 };
 
 template <kv_cache::Element kElement, int kDim, bool kPlain>
@@ -469,6 +508,7 @@ __global__ void __launch_bounds__(kAttendThreads, kDim <= 128 ? kMinBlocks : 1)
       if (queries[h].end > block.end) queries[h].end = block.end;
     }
   }
+  ring.SetSeen(queries);
   // q is its rounded part, unless it has been turned or was wider. (Scaled as
   // it is, float16 takes bfloat16 numbers down to 2^-24 of the largest.)
   const bool has_rest =
@@ -476,9 +516,8 @@ __global__ void __launch_bounds__(kAttendThreads, kDim <= 128 ? kMinBlocks : 1)
       args.query_element == kv_cache::Element::kF32 ||
       (kElement == kv_cache::Element::kBf16 && args.query_element != kElement);
   // Weights of 11 bits will do for results that have no more, of numbers that
-  // have 8.
-  const bool has_weights_rest =
-      S::kBytes == 2 || args.out_element == kv_cache::Element::kF32;
+  // have 8: TensorCoresFit.
+  constexpr bool kHasRest = S::kBytes == 2;
   const uint4* q = reinterpret_cast<const uint4*>(shared) +
                    row_warp * S::kSteps * cuda::kWarp + lane;
   const uint4* q_rest = q + row_warps * S::kSteps * cuda::kWarp;
@@ -540,12 +579,15 @@ __global__ void __launch_bounds__(kAttendThreads, kDim <= 128 ? kMinBlocks : 1)
 
     // One step of the online softmax for each of the lane's rows.
     float x[2][4];  // logarithms of weights, of keys 2t, 2t + 1, 2t + 8, 2t + 9
+    const bool all_seen = ring.AllSeen(slot);
     KERNELS_UNROLL
     for (int h = 0; h < 2; ++h) {
       KERNELS_UNROLL
       for (int c = 0; c < 4; ++c) {
-        x[h][c] = ring.LogWeight(queries[h], products[c / 2][2 * h + c % 2],
-                                 slot, 2 * t + c % 2 + c / 2 * 8);
+        const float product = products[c / 2][2 * h + c % 2];
+        x[h][c] = all_seen ? product * queries[h].factor
+                           : ring.LogWeight(queries[h], product, slot,
+                                            2 * t + c % 2 + c / 2 * 8);
       }
     }
     uint32_t rounded[4] = {}, rest[4] = {};  // weights, as a product's a
@@ -572,8 +614,10 @@ __global__ void __launch_bounds__(kAttendThreads, kDim <= 128 ? kMinBlocks : 1)
       for (int c = 0; c < 2; ++c) {
         const uint32_t pair = Pair<T>(x[h][2 * c], x[h][2 * c + 1]);
         rounded[2 * c + h] = pair;
-        rest[2 * c + h] = Pair<T>(x[h][2 * c] - LowerOf<T>(pair),
-                                  x[h][2 * c + 1] - UpperOf<T>(pair));
+        if constexpr (kHasRest) {
+          rest[2 * c + h] = Pair<T>(x[h][2 * c] - LowerOf<T>(pair),
+                                    x[h][2 * c + 1] - UpperOf<T>(pair));
+        }
       }
     }
     const uint4 weights =
@@ -593,19 +637,19 @@ __global__ void __launch_bounds__(kAttendThreads, kDim <= 128 ? kMinBlocks : 1)
     ring.template Next</*kKeys=*/false>();
     KERNELS_UNROLL
     for (int i = 0; i < S::kValueLoads; ++i) {
-      uint32_t pairs[4][S::kPairs];
+      // Element j of keys 2t and 2t + 1, and of 2t + 8 and 2t + 9.
+      uint32_t pairs[2][E];
       KERNELS_UNROLL
-      for (int c = 0; c < 4; ++c) {
-        PairsOf<kElement>(ring.ValuePart(c, i), pairs[c]);
+      for (int n = 0; n < 2; ++n) {
+        PairUp<kElement>(ring.ValuePart(2 * n, i), ring.ValuePart(2 * n + 1, i),
+                         pairs[n]);
       }
       KERNELS_UNROLL
       for (int j = 0; j < E; ++j) {
-        // Element j of two keys, from the pairs of each.
-        const unsigned pick = j % 2 == 0 ? 0x5410 : 0x7632;
-        const uint32_t b0 = __byte_perm(pairs[0][j / 2], pairs[1][j / 2], pick);
-        const uint32_t b1 = __byte_perm(pairs[2][j / 2], pairs[3][j / 2], pick);
-        Multiply<T>(sums[i][j], weights, b0, b1);
-        if (has_weights_rest) Multiply<T>(sums[i][j], weights_rest, b0, b1);
+        Multiply<T>(sums[i][j], weights, pairs[0][j], pairs[1][j]);
+        if constexpr (kHasRest) {
+          Multiply<T>(sums[i][j], weights_rest, pairs[0][j], pairs[1][j]);
+        }
       }
     }
   }

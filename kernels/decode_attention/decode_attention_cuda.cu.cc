@@ -168,7 +168,10 @@ __global__ void __launch_bounds__(kPrepareThreads)
 // ---- Attend.
 
 bool TensorCoresFit(const DecodeArgs& args) {
-  return args.element != Element::kF32 && args.qv == nullptr &&
+  // Weights of 8-bit numbers are rounded to 11 bits.
+  const bool fine = kv_cache::IsQuantized(args.element) &&
+                    args.out_element == Element::kF32;
+  return args.element != Element::kF32 && !fine && args.qv == nullptr &&
          WideRows(args) && args.shape.k_dim <= 256 && args.shape.v_dim <= 256;
 }
 

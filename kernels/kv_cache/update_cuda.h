@@ -117,35 +117,40 @@ __device__ __forceinline__ void CopyRows(const DeviceUpdate& update,
   }
 }
 
-// Division by one number many times.
-class Scale {
- public:
-  __device__ explicit Scale(float scale)
-      : scale_(scale),
-        inverse_(1.0f / scale),
-        plain_(fabsf(scale) > kLeast && fabsf(scale) < 1 / kLeast) {}
-
-  // x / scale, rounded as a division is as long as it is no larger than any
-  // code: a first quotient is corrected by what it leaves (Markstein 1990).
-  __device__ __forceinline__ float Divide(float x) const {
-    if (!plain_) return x / scale_;
-    const float quotient = x * inverse_;
-    const float better =
-        fmaf(fmaf(-quotient, scale_, x), inverse_, quotient);
-    // Where it overflows, or is not finite, the correction would be NaN; and it
-    // loses the sign of 0.
-    const float size = fabsf(quotient);
-    return size > 0.0f && size < kMost ? better : quotient;
+// The codes of 16 numbers over their scale.
+template <Element kElement>
+__device__ __forceinline__ void QuantizeEach(const float (&x)[16], float scale,
+                                             uint8_t (&codes)[16]) {
+  constexpr float kLeast = 0x1p-60f;  // nothing underflows
+  constexpr float kMost = 0x1p20f;    // beyond all codes
+  // Quotients are rounded as those of a division: a first one is corrected by
+  // what it leaves (Markstein 1990).
+  const float inverse = 1.0f / scale;
+  float quotients[16];
+  bool plain = scale > kLeast && scale < 1 / kLeast;
+  KERNELS_UNROLL
+  for (int i = 0; i < 16; ++i) {
+    const float quotient = x[i] * inverse;
+    // What is not finite would become NaN.
+    plain = plain && fabsf(quotient) < kMost;
+    quotients[i] = fmaf(-fmaf(quotient, scale, -x[i]), inverse, quotient);
   }
-
- private:
-  static constexpr float kLeast = 0x1p-60f;  // nothing underflows
-  static constexpr float kMost = 0x1p20f;    // beyond all codes
-
-  float scale_;
-  float inverse_;
-  bool plain_;
-};
+  if (!plain) {
+    for (int i = 0; i < 16; ++i) codes[i] = Quantized(kElement, x[i] / scale);
+    return;
+  }
+  KERNELS_UNROLL
+  for (int i = 0; i < 16; ++i) {
+    if constexpr (kElement == Element::kInt8) {
+      // Below 2^22, adding 1.5 * 2^23 rounds to the nearest integer, which is
+      // in the last bits.
+      const float clipped = fminf(fmaxf(quotients[i], -127.0f), 127.0f);
+      codes[i] = static_cast<uint8_t>(__float_as_uint(clipped + 0x1.8p23f));
+    } else {
+      codes[i] = Quantized(kElement, quotients[i]);
+    }
+  }
+}
 
 // Quantises 16 elements at a time.
 template <int kThreads, Element kElement, typename T>
@@ -176,13 +181,14 @@ __device__ __forceinline__ void QuantizeRows(const DeviceUpdate& update,
       const uint32_t row = rows.per_row.Quotient(index);
       uint8_t* const to = found.to[row - found.first];
       if (to == nullptr) continue;
-      const Scale scale(found.scale[row - found.first]);
-      cuda::Vector<E4M3, kElements> codes;
+      float values[kElements];
       KERNELS_UNROLL
       for (int j = 0; j < kElements; ++j) {
-        codes.data[j] = Quantized(
-            kElement, scale.Divide(cuda::ToCompute<T>(x[i].data[j])));
+        values[j] = cuda::ToCompute<T>(x[i].data[j]);
       }
+      cuda::Vector<E4M3, kElements> codes;
+      QuantizeEach<kElement>(values, found.scale[row - found.first],
+                             codes.data);
       cuda::StoreVector<E4M3, kElements>(
           to + (index - row * rows.per_row.value()) * kElements, codes);
     }

@@ -46,7 +46,7 @@ class Row:
   Attributes:
     name: `op/case/dtype`.
     moved: Bytes that must be read or written.
-    arguments: Makes the arrays.
+    arguments: Makes the arrays, for an implementation.
     call: `call(implementation, *arrays) -> arrays`, the donated ones first.
     donated: Which arrays it donates.
     layers: How many of it one program has; times are those of one.
@@ -56,7 +56,7 @@ class Row:
 
   name: str
   moved: int
-  arguments: Callable[[], Arrays]
+  arguments: Callable[[str], Arrays]
   call: Callable[..., Arrays]
   donated: tuple[int, ...] = ()
   layers: int = 1
@@ -181,16 +181,21 @@ def measure(row: Row, ours: str = "cuda") -> dict[str, Any]:
     "xla": functools.partial(row.call, "xla"),
     **row.baselines,
   }
+  whose = {"xla": "xla"}
   results = {}
   for name in ("ours", "xla"):
-    results[name] = jax.jit(calls[name])(*row.arguments())
+    arrays = row.arguments(whose.get(name, ours))
+    results[name] = jax.jit(calls[name])(*arrays)
+    del arrays
   record["difference"] = _difference(results["ours"], results["xla"])
   del results
   spread = {}
   for name, call in calls.items():
     try:
       step = _stepping(call, row.donated)  # type: ignore[arg-type]
-      state = [row.arguments() for _ in range(row.layers)]
+      state = [
+        row.arguments(whose.get(name, ours)) for _ in range(row.layers)
+      ]
       samples = [s / row.layers for s in _time(step, state)]
       del state
     except Exception as error:
@@ -292,13 +297,9 @@ def _forward(axis, implementation, mean, var, x, scale, bias):
   )[:3]  # fmt: skip
 
 
-def _both(axis, implementation, mean, var, x, scale, bias, dy):
-  def run(x, scale, bias):
-    *stats, y = _forward(axis, implementation, mean, var, x, scale, bias)
-    return y, stats
-
-  y, pull, stats = jax.vjp(run, x, scale, bias, has_aux=True)
-  return *stats, y, *pull(dy)
+def _pull(implementation, pull, dy):
+  del implementation
+  return pull(dy)
 
 
 def _batch_rows(tiny: bool) -> Iterator[Row]:
@@ -311,26 +312,48 @@ def _batch_rows(tiny: bool) -> Iterator[Row]:
     channels = shape[axis]
     size = int(np.prod(shape)) * np.dtype(jnp.dtype(dtype)).itemsize
 
-    def arguments(count, shape=shape, dtype=dtype, channels=channels):
+    def arguments(
+      count, implementation, shape=shape, dtype=dtype, channels=channels
+    ):
+      del implementation
       stat = jnp.zeros(channels), jnp.ones(channels)
       affine = jnp.linspace(0.5, 1.5, channels), jnp.linspace(-1, 1, channels)
-      x, dy = (_normal(shape, dtype, seed) for seed in (0, 1))
-      return (*stat, x, *affine, dy)[:count]
+      return (*stat, _normal(shape, dtype, 0), *affine)[:count]
 
-    for op, call, passes, count in (
-      ("update", _update, 1, 3),
+    def gradient_of(implementation, arguments=arguments, axis=axis):
+      mean, var, *inputs = arguments(5, implementation)
+
+      def forward(*inputs):
+        return _forward(axis, implementation, mean, var, *inputs)[2]
+
+      # As a program of its own: a model's gradient comes from what follows.
+      y, pull = jax.jit(functools.partial(jax.vjp, forward))(*inputs)
+      return pull, _normal(y.shape, y.dtype, 1)
+
+    for op, call, passes, make in (
+      (
+        "update",
+        functools.partial(_update, axis),
+        1,
+        functools.partial(arguments, 3),
+      ),
       # x for the statistics, x again and y.
-      ("batch_norm", _forward, 3, 5),
-      # And x and dy for the sums, x, dy and dx.
-      ("batch_norm_grad", _both, 8, 6),
+      (
+        "batch_norm",
+        functools.partial(_forward, axis),
+        3,
+        functools.partial(arguments, 5),
+      ),
+      # x and dy for the sums, x, dy and dx.
+      ("batch_norm_grad", _pull, 5, gradient_of),
     ):
       yield Row(
         f"{op}/{name}",
         passes * size,
-        functools.partial(arguments, count),
-        functools.partial(call, axis),
-        donated=(0, 1),
-        layers=16 if size < 2**26 else 1,
+        make,
+        call,
+        donated=() if call is _pull else (0, 1),
+        layers=16 if size < 2**26 else 4,
       )
 
 
@@ -352,7 +375,7 @@ def _cache_rows(tiny: bool) -> Iterator[Row]:
     cache, new = (batch, length, 8, 128), (batch, tokens, 8, 128)
 
     def arguments(
-      cache=cache, new=new, dtype=dtype, new_dtype=new_dtype, batch=batch
+      implementation, cache=cache, new=new, dtype=dtype, new_dtype=new_dtype, batch=batch
     ):
       index = jnp.zeros(batch, jnp.int32)
       rows = (_normal(new, new_dtype, seed) for seed in (0, 1))
@@ -432,7 +455,7 @@ def _decode_rows(tiny: bool) -> Iterator[Row]:
     cache = (batch, length, heads, 128)
 
     def arguments(
-      cache=cache, dtype=dtype, small=small, heads=heads, group=group
+      implementation, cache=cache, dtype=dtype, small=small, heads=heads, group=group
     ):
       batch, length = cache[:2]
       keys = (

@@ -22,7 +22,7 @@ def tiny(name="add/8/float32", **changes):
   arguments = {
     "name": name,
     "moved": 96,
-    "arguments": lambda: (jnp.zeros(8), jnp.arange(8.0)),
+    "arguments": lambda implementation: (jnp.zeros(8), jnp.arange(8.0)),
     "call": call,
     "donated": (0,),
   }
@@ -95,7 +95,7 @@ class MeasureTest(absltest.TestCase):
       with self.subTest(row.name):
         self.assertLess(row.moved, 1 << 20)
         self.assertLess(row.moved, real[row.name].moved)
-        structs = jax.eval_shape(row.arguments)
+        structs = jax.eval_shape(functools.partial(row.arguments, "auto"))
         got = jax.eval_shape(functools.partial(row.call, "auto"), *structs)
         for place, new in zip(row.donated, got):
           self.assertEqual(new.shape, structs[place].shape)
@@ -130,7 +130,7 @@ class CompiledRowsTest(absltest.TestCase):
     op_contract.only_on("gpu")
     for row in gpu.rows():
       with self.subTest(row.name):
-        structs = jax.eval_shape(row.arguments)
+        structs = jax.eval_shape(functools.partial(row.arguments, "cuda"))
         compiled = deviceless.compile_for(
           deviceless.gpu_devices()[0],
           functools.partial(row.call, "cuda"),
