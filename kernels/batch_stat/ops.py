@@ -118,8 +118,8 @@ _MOMENTS_PARTS = 3
 _GRAD_SUMS_PARTS = 2
 
 # Bytes of x that a block of threads should at least have, and how many blocks
-# are enough: two for each multiprocessor of a large GPU, which they keep busy to
-# the end; where channels are as many, nothing is left to be added up.
+# are enough: two for each multiprocessor of a large GPU, which they keep busy
+# to the end; where channels are as many, nothing is left to be added up.
 _LEAST_BYTES = 2**14
 _MOST_BLOCKS = 264
 

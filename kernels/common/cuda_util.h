@@ -347,12 +347,11 @@ __device__ __forceinline__ void CopyAsync(uint4* to, const uint4* from,
 #if defined(KERNELS_CUDA_EMULATION)
   emulation::CopyAsync(to, valid ? from : nullptr);
 #elif defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
-  asm volatile(
-      "cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;"
-      :
-      : "r"(static_cast<uint32_t>(__cvta_generic_to_shared(to))), "l"(from),
-        "r"(valid ? 16 : 0)
-      : "memory");
+  asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;"
+               :
+               : "r"(static_cast<uint32_t>(__cvta_generic_to_shared(to))),
+                 "l"(from), "r"(valid ? 16 : 0)
+               : "memory");
 #else
   *to = valid ? __ldg(from) : make_uint4(0, 0, 0, 0);
 #endif

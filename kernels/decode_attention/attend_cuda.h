@@ -264,10 +264,10 @@ class QueryRowReader {
                                place.in_group) *
                           args_.shape.k_dim *
                           kv_cache::ElementSize(args_.query_element);
-    position_ = args_.rotary.cos == nullptr
-                    ? 0
-                    : args_.rotary.where[block.sequence * args_.tokens +
-                                         place.token];
+    position_ =
+        args_.rotary.cos == nullptr
+            ? 0
+            : args_.rotary.where[block.sequence * args_.tokens + place.token];
   }
 
   __device__ __forceinline__ float At(int64_t i) const {
@@ -299,8 +299,7 @@ __device__ __forceinline__ Ending EndRow(const DecodeArgs& args,
   float weight = 1.0f;  // of the sums
   const RowPlace place = PlaceOf(args, row);
   if (args.sinks != nullptr && place.token < positions.num_queries) {
-    const float sink =
-        args.sinks[head * args.group + place.in_group] * kLog2E;
+    const float sink = args.sinks[head * args.group + place.in_group] * kLog2E;
     const float largest = sink > base ? sink : base;
     weight = Weight(base, largest);
     total = total * weight + Weight(sink, largest);

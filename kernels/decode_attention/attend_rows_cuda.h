@@ -153,7 +153,7 @@ __device__ __forceinline__ void SumEach(float (&value)[kCount], int lane) {
 
 // Keys of a group that are worked on at a time.
 template <typename Read>
-constexpr int kKeysAtATime = Read::kLoads > 2                       ? 1
+constexpr int kKeysAtATime = Read::kLoads > 2                        ? 1
                              : Read::kLoads == 2 && Read::kCount > 8 ? 1
                              : Read::kLoads == 2                     ? 2
                                                                      : 4;

@@ -1,11 +1,12 @@
 // Attending on tensor cores, for caches of bfloat16, float16 and 8-bit numbers.
 //
 // Decoding reads the cache and does little else, so warps never wait for one
-// another: each has a ring in shared memory into which it copies keys and values
-// while it works on those before. A warp works on a tile of 16 query rows and 16
-// keys at a time. It copies whole rows, 16 bytes (E elements) a lane, to where
-// the lane will read them that must hold them, and since a product may take its
-// elements in any order, that is 16 bytes at a time as well:
+// another: each has a ring in shared memory into which it copies keys and
+// values while it works on those before. A warp works on a tile of 16 query
+// rows and 16 keys at a time. It copies whole rows, 16 bytes (E elements) a
+// lane, to where the lane will read them that must hold them, and since a
+// product may take its elements in any order, that is 16 bytes at a time as
+// well:
 //
 //     keys:   lane (g, t) holds elements 4E * i + E * t + [0, E) of keys g and
 //             g + 8; four of them make one step of the product q k
@@ -15,7 +16,8 @@
 //
 // Rounding to 16 bits would lose bits of q, where it is rotated or wider than
 // the cache, and of the weights p: both are split into a part that is rounded
-// and the rest, and multiplied twice. Products are cheap here.
+// and the rest, and multiplied twice. Products are cheap here. Weights of 8-bit
+// caches have no rest where results have no more bits than what is rounded.
 #ifndef KERNELS_DECODE_ATTENTION_ATTEND_TENSOR_CUDA_H_
 #define KERNELS_DECODE_ATTENTION_ATTEND_TENSOR_CUDA_H_
 
@@ -45,16 +47,18 @@ inline int RowWarps(int64_t rows) {
   return rows <= 16 ? 1 : rows <= 32 ? 2 : 4;
 }
 
-// Bytes of the ring of a warp: enough to be on their way from memory at a time,
-// and few enough for three blocks on a multiprocessor of 227 KB.
+// Bytes of the ring of a warp: what is on its way from memory at a time. More
+// were no faster, nor were three blocks on a multiprocessor instead of two,
+// which have the registers to hold their queries (H100 and H200).
 constexpr int kRingBytes = 12 << 10;
-constexpr int kMinBlocks = 2;
-constexpr bool kHoldQueries = true;
+template <int kDim>
+constexpr bool kHoldQueries = kDim <= 128;
 
 // What caches of a type are multiplied as, and the bytes of their elements.
 template <kv_cache::Element kElement>
 struct Multiplied {
-  using Type = std::conditional_t<kElement == kv_cache::Element::kBf16, BF16, F16>;
+  using Type =
+      std::conditional_t<kElement == kv_cache::Element::kBf16, BF16, F16>;
   static constexpr int kBytes = kElement == kv_cache::Element::kBf16 ||
                                         kElement == kv_cache::Element::kF16
                                     ? 2
@@ -84,7 +88,8 @@ struct Sizes {
   static constexpr int kFound = kRing / 2 + 1;
 
   // Of a warp: its ring, and in the end its sums.
-  static constexpr int kSumBytes = kTile * kDim * static_cast<int>(sizeof(float));
+  static constexpr int kSumBytes =
+      kTile * kDim * static_cast<int>(sizeof(float));
   static constexpr int kWarpBytes =
       kRing * kHalfBytes > kSumBytes ? kRing * kHalfBytes : kSumBytes;
 
@@ -283,10 +288,9 @@ class Ring {
     values_ = args.cache_v + piece * 16;
     if constexpr (kPlain) {
       const int64_t stride = args.shape.slot_stride();
-      const int64_t row = block.base + block.head * args.shape.head_stride() +
-                          (first + lane / S::kPieces -
-                           block.addressing.first_slot) *
-                              stride;
+      const int64_t row =
+          block.base + block.head * args.shape.head_stride() +
+          (first + lane / S::kPieces - block.addressing.first_slot) * stride;
       k_slot_ = stride * k_bytes;
       v_slot_ = stride * v_bytes;
       keys_ += row * k_bytes;
@@ -314,8 +318,8 @@ class Ring {
       for (int i = 0; i < S::kCopies; ++i) {
         const int key = i * S::kRowsOfCopy + lane / S::kPieces;
         const int load = key / 8 * S::kKeyLoads + piece / 4;
-        uint4* const to = ring_ + (half_in_ * S::kHalfLoads + load) *
-                                      cuda::kWarp +
+        uint4* const to = ring_ +
+                          (half_in_ * S::kHalfLoads + load) * cuda::kWarp +
                           key % 8 * 4 + piece % 4;
         Copy(to, keys_, i, key, k_slot_, decode_.args.shape.k_dim, has_key_);
       }
@@ -335,9 +339,9 @@ class Ring {
         const int key = i * S::kRowsOfCopy + lane / S::kPieces;
         const int c = key % 2 + key / 8 * 2;
         const int load = c * S::kValueLoads + piece / 8;
-        uint4* const to =
-            ring_ + (half_in_ * S::kHalfLoads + load) * cuda::kWarp +
-            ValuePlace(piece % 8, key % 8 / 2);
+        uint4* const to = ring_ +
+                          (half_in_ * S::kHalfLoads + load) * cuda::kWarp +
+                          ValuePlace(piece % 8, key % 8 / 2);
         Copy(to, values_, i, key, v_slot_, decode_.args.shape.v_dim,
              has_value_);
       }
@@ -462,7 +466,7 @@ class Ring {
 };
 
 template <kv_cache::Element kElement, int kDim, bool kPlain>
-__global__ void __launch_bounds__(kAttendThreads, kDim <= 128 ? kMinBlocks : 1)
+__global__ void __launch_bounds__(kAttendThreads, kHoldQueries<kDim> ? 2 : 1)
     AttendTensorKernel(const DeviceDecode decode, const int row_warps) {
   using S = Sizes<kElement, kDim>;
   using T = typename Multiplied<kElement>::Type;
@@ -515,15 +519,13 @@ __global__ void __launch_bounds__(kAttendThreads, kDim <= 128 ? kMinBlocks : 1)
       args.rotary.cos != nullptr ||
       args.query_element == kv_cache::Element::kF32 ||
       (kElement == kv_cache::Element::kBf16 && args.query_element != kElement);
-  // Weights of 11 bits will do for results that have no more, of numbers that
-  // have 8: TensorCoresFit.
-  constexpr bool kHasRest = S::kBytes == 2;
+  constexpr bool kHasRest = S::kBytes == 2;  // see TensorCoresFit
   const uint4* q = reinterpret_cast<const uint4*>(shared) +
                    row_warp * S::kSteps * cuda::kWarp + lane;
   const uint4* q_rest = q + row_warps * S::kSteps * cuda::kWarp;
 
-  uint4 q_held[kHoldQueries && kDim <= 128 ? S::kSteps : 1];
-  if constexpr (kHoldQueries && kDim <= 128) {
+  uint4 q_held[kHoldQueries<kDim> ? S::kSteps : 1];
+  if constexpr (kHoldQueries<kDim>) {
     KERNELS_UNROLL
     for (int i = 0; i < S::kSteps; ++i) q_held[i] = q[i * cuda::kWarp];
   }
@@ -542,7 +544,8 @@ __global__ void __launch_bounds__(kAttendThreads, kDim <= 128 ? kMinBlocks : 1)
 
   for (int slot = first_slot; slot < block.end; slot += key_warps * kTile) {
     ring.template Next</*kKeys=*/true>();
-    // Two sums of each product, for those of a warp to wait less for one another.
+    // Two sums of each product, for those of a warp to wait less for one
+    // another.
     float products[2][4] = {}, others[2][4] = {};
     const auto multiply = [&](const auto& part) {
       KERNELS_UNROLL
@@ -564,13 +567,14 @@ __global__ void __launch_bounds__(kAttendThreads, kDim <= 128 ? kMinBlocks : 1)
       }
     };
     multiply([&](int step) {
-      if constexpr (kHoldQueries && kDim <= 128) {
+      if constexpr (kHoldQueries<kDim>) {
         return q_held[step];
       } else {
         return q[step * cuda::kWarp];
       }
     });
-    if (has_rest) multiply([&](int step) { return q_rest[step * cuda::kWarp]; });
+    if (has_rest)
+      multiply([&](int step) { return q_rest[step * cuda::kWarp]; });
     KERNELS_UNROLL
     for (int n = 0; n < 2; ++n) {
       KERNELS_UNROLL
@@ -707,9 +711,8 @@ __global__ void __launch_bounds__(kAttendThreads, kDim <= 128 ? kMinBlocks : 1)
         joined[i] += from[i * cuda::kWarp] * weight;
       }
     }
-    WriteRow<kDim / cuda::kWarp>(
-        decode, block, row, largest - kWeightBits, all,
-             [&](int i) { return joined[i]; });
+    WriteRow<kDim / cuda::kWarp>(decode, block, row, largest - kWeightBits, all,
+                                 [&](int i) { return joined[i]; });
   }
 }
 
@@ -718,14 +721,15 @@ cudaError_t LaunchPlain(cudaStream_t stream, const DeviceDecode& decode) {
   int device, most;
   cudaError_t error = cudaGetDevice(&device);
   if (error != cudaSuccess) return error;
-  error = cudaDeviceGetAttribute(
-      &most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  error = cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin,
+                                 device);
   if (error != cudaSuccess) return error;
   using S = Sizes<kElement, kDim>;
   // Beside what the kernel declares.
-  most -= kAttendWarps *
-          static_cast<int>(3 * kTile * sizeof(float) +
-                           sizeof(typename Ring<kElement, kDim, kPlain>::Found));
+  most -=
+      kAttendWarps *
+      static_cast<int>(3 * kTile * sizeof(float) +
+                       sizeof(typename Ring<kElement, kDim, kPlain>::Found));
   int row_warps = RowWarps(decode.rows());
   while (row_warps > 1 && S::SharedBytes(row_warps) > most) row_warps /= 2;
   const int64_t row_blocks =

@@ -101,8 +101,8 @@ __device__ void MakeParts(const DeviceDecode& decode) {
     for (int64_t p = first + threadIdx.x; p < first + all;
          p += kPrepareThreads) {
       int low = 0;
-      int high = static_cast<int>(left < kPrepareThreads ? left
-                                                         : kPrepareThreads);
+      int high =
+          static_cast<int>(left < kPrepareThreads ? left : kPrepareThreads);
       while (high - low > 1) {
         const int middle = (low + high) / 2;
         (shares[middle].first <= p ? low : high) = middle;
@@ -169,8 +169,8 @@ __global__ void __launch_bounds__(kPrepareThreads)
 
 bool TensorCoresFit(const DecodeArgs& args) {
   // Weights of 8-bit numbers are rounded to 11 bits.
-  const bool fine = kv_cache::IsQuantized(args.element) &&
-                    args.out_element == Element::kF32;
+  const bool fine =
+      kv_cache::IsQuantized(args.element) && args.out_element == Element::kF32;
   return args.element != Element::kF32 && !fine && args.qv == nullptr &&
          WideRows(args) && args.shape.k_dim <= 256 && args.shape.v_dim <= 256;
 }

@@ -202,12 +202,14 @@ __device__ __forceinline__ void QuantizeTo(const DeviceUpdate& update,
                                            FoundRows<kThreads>& found) {
   switch (update.args.new_element) {
     case Element::kF32:
-      return QuantizeRows<kThreads, kElement, F32>(update, rows, block, blocks, found);
+      return QuantizeRows<kThreads, kElement, F32>(update, rows, block, blocks,
+                                                   found);
     case Element::kBf16:
-      return QuantizeRows<kThreads, kElement, BF16>(update, rows, block,
-                                                    blocks, found);
+      return QuantizeRows<kThreads, kElement, BF16>(update, rows, block, blocks,
+                                                    found);
     default:
-      return QuantizeRows<kThreads, kElement, F16>(update, rows, block, blocks, found);
+      return QuantizeRows<kThreads, kElement, F16>(update, rows, block, blocks,
+                                                   found);
   }
 }
 
@@ -253,9 +255,11 @@ __device__ __forceinline__ void UpdateByCopy(const DeviceUpdate& update,
 
 // Where they are converted.
 template <int kThreads>
-__device__ __forceinline__ void UpdateByConversion(
-    const DeviceUpdate& update, const NewRows& rows, uint32_t block,
-    uint32_t blocks, FoundRows<kThreads>& found) {
+__device__ __forceinline__ void UpdateByConversion(const DeviceUpdate& update,
+                                                   const NewRows& rows,
+                                                   uint32_t block,
+                                                   uint32_t blocks,
+                                                   FoundRows<kThreads>& found) {
   if (rows.elements == 16) {
     switch (update.args.element) {
       case Element::kInt8:

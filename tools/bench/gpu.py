@@ -71,7 +71,7 @@ def device() -> str:
   return jax.devices()[0].device_kind
 
 
-def _queue(step: Callable[[Arrays], Arrays], state: Arrays, count: int):
+def _queue(step: Callable[[Any], Any], state: Any, count: int):
   """Returns the seconds of each of `count` calls, and the last state."""
   start = time.perf_counter()
   for _ in range(count):
@@ -80,7 +80,7 @@ def _queue(step: Callable[[Arrays], Arrays], state: Arrays, count: int):
   return (time.perf_counter() - start) / count, state
 
 
-def _time(step: Callable[[Arrays], Arrays], state: Arrays) -> list[float]:
+def _time(step: Callable[[Any], Any], state: Any) -> list[float]:
   """Returns some measurements of the seconds of one call."""
   _, state = _queue(step, state, 2)  # compiles
   seconds, state = _queue(step, state, 5)
@@ -193,9 +193,7 @@ def measure(row: Row, ours: str = "cuda") -> dict[str, Any]:
   for name, call in calls.items():
     try:
       step = _stepping(call, row.donated)  # type: ignore[arg-type]
-      state = [
-        row.arguments(whose.get(name, ours)) for _ in range(row.layers)
-      ]
+      state = [row.arguments(whose.get(name, ours)) for _ in range(row.layers)]
       samples = [s / row.layers for s in _time(step, state)]
       del state
     except Exception as error:
@@ -375,7 +373,12 @@ def _cache_rows(tiny: bool) -> Iterator[Row]:
     cache, new = (batch, length, 8, 128), (batch, tokens, 8, 128)
 
     def arguments(
-      implementation, cache=cache, new=new, dtype=dtype, new_dtype=new_dtype, batch=batch
+      implementation,
+      cache=cache,
+      new=new,
+      dtype=dtype,
+      new_dtype=new_dtype,
+      batch=batch,
     ):
       index = jnp.zeros(batch, jnp.int32)
       rows = (_normal(new, new_dtype, seed) for seed in (0, 1))
@@ -455,7 +458,12 @@ def _decode_rows(tiny: bool) -> Iterator[Row]:
     cache = (batch, length, heads, 128)
 
     def arguments(
-      implementation, cache=cache, dtype=dtype, small=small, heads=heads, group=group
+      implementation,
+      cache=cache,
+      dtype=dtype,
+      small=small,
+      heads=heads,
+      group=group,
     ):
       batch, length = cache[:2]
       keys = (
