@@ -262,6 +262,13 @@ def _slower(x_index: int, avals: Sequence[Any], **params: Any):
   return None
 
 
+def _normalize_slower_on_cuda(avals: Sequence[Any], **params: Any):
+  """Says where XLA's fusion is faster than the kernel that normalises."""
+  if avals[0].dtype == jnp.float32 == jnp.dtype(params["dtype"]):
+    return "one fusion computes float32 and the factors it is multiplied with"
+  return None
+
+
 def _grad_unsupported(avals: Sequence[Any], **params: Any):
   del params
   return _unsupported(0, avals[:1], dtype=avals[1].dtype)
@@ -449,7 +456,9 @@ def _pallas(function: str, x_index: int) -> dispatch.Implementation:
   )
 
 
-def _implementations(fn, unsupported, *, workspace=False, slower=None):
+def _implementations(
+  fn, unsupported, *, workspace=False, slower=None, slower_on_cuda=None
+):
   """Returns the CPU's and CUDA's implementations, which share a function.
 
   Args:
@@ -458,6 +467,7 @@ def _implementations(fn, unsupported, *, workspace=False, slower=None):
     unsupported: As in `dispatch.Implementation`.
     workspace: Whether the CUDA handler wants one.
     slower: As in `dispatch.Implementation`, on the CPU.
+    slower_on_cuda: The same on CUDA.
   """
   on_cpu, on_cuda = fn, fn
   if workspace:
@@ -477,6 +487,7 @@ def _implementations(fn, unsupported, *, workspace=False, slower=None):
       fn=on_cuda,
       library=CUDA_LIBRARY,
       unsupported=unsupported,
+      slower=slower_on_cuda,
     ),
   )
 
@@ -520,7 +531,9 @@ NORMALIZE = dispatch.Op(
   abstract_eval=_normalize_avals,
   reference=reference.normalize,
   implementations=_implementations(
-    _normalize, functools.partial(_unsupported, 0)
+    _normalize,
+    functools.partial(_unsupported, 0),
+    slower_on_cuda=_normalize_slower_on_cuda,
   ),
   batching=_batch_rule,
   partitioning=_partitioning(0, 4, "xsss", "x"),

@@ -162,7 +162,7 @@ def _copy_bandwidth() -> float:
   return 2 * _COPY_BYTES / statistics.median(_time(step, [(x,)]))
 
 
-def measure(row: Row, ours: str = "cuda") -> dict[str, Any]:
+def measure(row: Row, ours: str = "auto") -> dict[str, Any]:
   """Measures one row.
 
   Args:
@@ -251,13 +251,12 @@ def run(names: Sequence[str], tiny: bool) -> Iterator[dict[str, Any]]:
 
   Args:
     names: Of the rows.
-    tiny: Whether to take sizes that are over at once, and what the platform
-      has in place of CUDA's kernels: a rehearsal.
+    tiny: Whether to take sizes that are over at once: a rehearsal.
   """
   table = {row.name: row for row in rows(tiny)}
   for name in names:
     try:
-      yield measure(table[name], "auto" if tiny else "cuda")
+      yield measure(table[name])
     except Exception:
       yield {"row": name, "error": traceback.format_exc()[-3000:]}
       return

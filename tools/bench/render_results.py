@@ -1,10 +1,11 @@
-"""Writes `results/RESULTS.md` from the JSON files in the same folder.
+"""Writes `results/RESULTS.md` from the JSON files in the same folder and `gpu`.
 
 Run it after adding or replacing a results file:
 `bazel run //tools/bench:render_results`.
 """
 
 import argparse
+import json
 import pathlib
 
 from tools.bench import environment, report
@@ -13,9 +14,15 @@ from tools.bench import environment, report
 def render(folder: pathlib.Path) -> str:
   """Returns the text of RESULTS.md for the JSON files in `folder`."""
   files = sorted(folder.glob("*.json"))
-  return report.markdown(
+  text = report.markdown(
     [(path.name, report.read_json(path)) for path in files]
   )
+  gpus = sorted(folder.glob("gpu/*.json"))
+  if gpus:
+    text += report.gpu_markdown(
+      [(f"gpu/{path.name}", json.loads(path.read_text())) for path in gpus]
+    )
+  return text
 
 
 def default_folder() -> pathlib.Path:

@@ -280,3 +280,55 @@ def markdown(named_records: Sequence[tuple[str, Sequence[Record]]]) -> str:
     )
     lines += ["| " + " | ".join(_cells(record)) + " |" for record in records]
   return "\n".join(lines) + "\n"
+
+
+_GPU_SIDES = ("xla", "cudnn", "torch")
+
+
+def gpu_markdown(named_results: Sequence[tuple[str, Record]]) -> str:
+  """Returns the part of RESULTS.md about GPUs.
+
+  Args:
+    named_results: names of files that tools/gpu_check.py has written, and what
+      they hold.
+  """
+  lines = [
+    "",
+    "## GPUs",
+    "",
+    "Written by `python3 tools/gpu_check.py`, which builds, tests and measures.",
+    "Ratios are the other side's time over ours: XLA's own lowering of the same",
+    "op; attention by cuDNN (after an update of the cache by us) and by PyTorch",
+    "(its `scaled_dot_product_attention`, without an update). `of copy` is what",
+    "part of a plain copy's bandwidth, measured beside it, ours has.",
+  ]
+  for name, result in named_results:
+    tests = result["tests"]
+    versions = ", ".join(
+      f"{key} {value}" for key, value in sorted(result["versions"].items())
+    )
+    lines += [
+      "",
+      f"### {name}",
+      "",
+      f"{result['device']}; {versions}. Of the op tests"
+      f" {sum(row['passed'] for row in tests)} passed and"
+      f" {sum(row['failed'] for row in tests)} failed.",
+      "",
+      "| row | ours ms | XLA | cuDNN | PyTorch | of copy |",
+      "| --- | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    for row in result["bench"]:
+      ours = row["ms"]["ours"]
+      ratios = [
+        format_ratio(row["ms"][side] / ours if side in row["ms"] else None)
+        for side in _GPU_SIDES
+      ]
+      cells = [
+        row["row"],
+        format_ms(ours),
+        *ratios,
+        f"{row['fraction_of_copy']:.2f}",
+      ]
+      lines.append(f"| {' | '.join(cells)} |")
+  return "\n".join(lines) + "\n"

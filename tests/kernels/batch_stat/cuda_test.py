@@ -139,11 +139,15 @@ class CompiledTest(parameterized.TestCase):
     deviceless.assert_calls(compiled, ops.TARGET_MOMENTS)
     deviceless.assert_nothing_moves(compiled, size(SHAPE) // 4)
 
-  def test_auto_takes_the_kernel(self):
-    choices = kernels.explain(
-      train, batch(), batch(), *[STAT] * 4, platform="cuda"
-    )
-    self.assertEqual({choice.implementation for choice in choices}, {"cuda"})
+  def test_auto_takes_the_kernels_but_where_xla_fuses(self):
+    for dtype in ("bfloat16", "float16", "float32"):
+      choices = kernels.explain(
+        train, batch(dtype), batch(dtype), *[STAT] * 4, platform="cuda"
+      )
+      got = {choice.op: choice.implementation for choice in choices}
+      normalize = "xla" if dtype == "float32" else "cuda"
+      self.assertEqual(got.pop("batch_stat_normalize"), normalize)
+      self.assertEqual(set(got.values()), {"cuda"})
 
   def test_one_artifact_serves_every_platform(self):
     checks = [

@@ -1,5 +1,6 @@
 """Tests of the table, the files and the plot that a run leaves behind."""
 
+import json
 import pathlib
 
 from absl.testing import absltest
@@ -120,6 +121,31 @@ class ResultsTest(absltest.TestCase):
     self.assertEqual(
       (folder / "RESULTS.md").read_text(),
       report.markdown([("run.json", _records())]),
+    )
+
+  def test_results_of_gpus_follow(self):
+    folder = pathlib.Path(self.create_tempdir().full_path)
+    report.write_json(_records(), folder / "run.json")
+    (folder / "gpu").mkdir()
+    bench = [
+      {"row": "decode/B1/float16", "ms": ms, "fraction_of_copy": 0.5}
+      for ms in ({"ours": 2.0, "xla": 4.0, "torch": 1.0}, {"ours": 1, "xla": 1})
+    ]
+    result = {
+      "device": "a GPU",
+      "versions": {"jax": "1.2"},
+      "tests": [{"passed": 3, "failed": 1}, {"passed": 4, "failed": 0}],
+      "bench": bench,
+    }
+    (folder / "gpu" / "card.json").write_text(json.dumps(result))
+    text = render_results.render(folder)
+    self.assertTrue(text.startswith(report.markdown([("run.json", _records())])))
+    self.assertIn("### gpu/card.json\n\na GPU; jax 1.2. Of the op tests", text)
+    self.assertIn("7 passed and 1 failed", text)
+    self.assertIn(
+      "| decode/B1/float16 | 2.00 | 2.00x | - | 0.50x | 0.50 |\n"
+      "| decode/B1/float16 | 1.00 | 1.00x | - | - | 0.50 |\n",
+      text,
     )
 
   def test_committed_results_are_rendered(self):
