@@ -97,7 +97,8 @@ class CompiledTest(parameterized.TestCase):
     for dtype in ("float32", "bfloat16", "float16"):
       compiled = deviceless.compile_for(
         deviceless.gpu_devices()[0],
-        train, batch(dtype), batch(dtype), *[STAT] * 4, donate=(4, 5),
+        functools.partial(train, implementation="cuda"),
+        batch(dtype), batch(dtype), *[STAT] * 4, donate=(4, 5),
       )  # fmt: skip
       for target in TARGETS:
         deviceless.assert_calls(compiled, target)

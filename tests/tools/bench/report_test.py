@@ -139,7 +139,9 @@ class ResultsTest(absltest.TestCase):
     }
     (folder / "gpu" / "card.json").write_text(json.dumps(result))
     text = render_results.render(folder)
-    self.assertTrue(text.startswith(report.markdown([("run.json", _records())])))
+    self.assertTrue(
+      text.startswith(report.markdown([("run.json", _records())]))
+    )
     self.assertIn("### gpu/card.json\n\na GPU; jax 1.2. Of the op tests", text)
     self.assertIn("7 passed and 1 failed", text)
     self.assertIn(
