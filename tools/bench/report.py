@@ -296,11 +296,12 @@ def gpu_markdown(named_results: Sequence[tuple[str, Record]]) -> str:
     "",
     "## GPUs",
     "",
-    "Written by `python3 tools/gpu_check.py`, which builds, tests and measures.",
-    "Ratios are the other side's time over ours: XLA's own lowering of the same",
-    "op; attention by cuDNN (after an update of the cache by us) and by PyTorch",
-    "(its `scaled_dot_product_attention`, without an update). `of copy` is what",
-    "part of a plain copy's bandwidth, measured beside it, ours has.",
+    "Written by `python3 tools/gpu_check.py`, which builds, tests and",
+    "measures. Ratios are the other side's time over ours: XLA's own lowering",
+    "of the same op; attention by cuDNN (after an update of the cache by us)",
+    "and by PyTorch (its `scaled_dot_product_attention`, without an update).",
+    "`of copy` is what part of a plain copy's bandwidth, measured beside it,",
+    "ours has.",
   ]
   for name, result in named_results:
     tests = result["tests"]
