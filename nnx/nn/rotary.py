@@ -208,12 +208,16 @@ class RoPE(Module):
       An array like x, of float32 at least.
 
     Raises:
-      ValueError: if h is odd, or not that of the tables; if t is more than they
-        serve, or not that of `input_positions`.
+      ValueError: if x has no axis of tokens; if h is odd, or not that of the
+        tables; if t is more than they serve, or not that of `input_positions`.
 
     Numerics: `input_positions` are not known when compiling, and make angles in
       float32, as Flax does. See `rows` for others.
     """
+    if x.ndim < 2:
+      raise ValueError(
+        f"`x` must be `[..., t, h]`, but got the shape {x.shape}."
+      )
     length, features = x.shape[-2:]
     _check_even(features)
     if input_positions is not None:
@@ -291,6 +295,11 @@ def dot_product_attention_with_rope(
   Raises:
     ValueError: if shapes do not fit.
   """
+  for name, x in (("query", query), ("key", key)):
+    if x.ndim < 3:
+      raise ValueError(
+        f"`{name}` must be `[..., t, n, h]`, but got the shape {x.shape}."
+      )
   if input_positions is not None:
     input_positions = jnp.asarray(input_positions)[..., None, :]  # every head's
 

@@ -138,3 +138,12 @@ def test_refuses_what_does_not_fit():
     ValueError, match="must have one for each of the 5 tokens"
   ):
     rope(array(5, 4), jnp.arange(6))
+
+
+def test_refuses_what_has_no_tokens():
+  rope, x = nnx.RoPE(), array(3, 2, 4)
+  with pytest.raises(ValueError, match=r"`x` must be .* got the shape \(4,\)"):
+    rope(array(4))
+  for wrong, name in (((x[0], x, x), "query"), ((x, x[0], x), "key")):
+    with pytest.raises(ValueError, match=rf"`{name}` must be .*\(2, 4\)\."):
+      nnx.dot_product_attention_with_rope(*wrong, rope=rope)
