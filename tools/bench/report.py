@@ -312,9 +312,13 @@ def gpu_markdown(named_results: Sequence[tuple[str, Record]]) -> str:
       "",
       f"### {name}",
       "",
-      f"{result['device']}; {versions}. Of the op tests"
-      f" {sum(row['passed'] for row in tests)} passed and"
-      f" {sum(row['failed'] for row in tests)} failed.",
+      f"{result['device']}; {versions}. "
+      + (
+        f"Of the op tests {sum(row['passed'] for row in tests)} passed and"
+        f" {sum(row['failed'] for row in tests)} failed."
+        if tests
+        else "Measured only: no tests ran."
+      ),
       "",
       "| row | ours ms | XLA | cuDNN | PyTorch | of copy |",
       "| --- | ---: | ---: | ---: | ---: | ---: |",

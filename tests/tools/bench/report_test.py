@@ -138,12 +138,16 @@ class ResultsTest(absltest.TestCase):
       "bench": bench,
     }
     (folder / "gpu" / "card.json").write_text(json.dumps(result))
+    (folder / "gpu" / "card_again.json").write_text(
+      json.dumps(result | {"tests": []})
+    )
     text = render_results.render(folder)
     self.assertTrue(
       text.startswith(report.markdown([("run.json", _records())]))
     )
     self.assertIn("### gpu/card.json\n\na GPU; jax 1.2. Of the op tests", text)
     self.assertIn("7 passed and 1 failed", text)
+    self.assertIn("jax 1.2. Measured only: no tests ran.", text)
     self.assertIn(
       "| decode/B1/float16 | 2.00 | 2.00x | - | 0.50x | 0.50 |\n"
       "| decode/B1/float16 | 1.00 | 1.00x | - | - | 0.50 |\n",
