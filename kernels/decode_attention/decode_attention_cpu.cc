@@ -26,10 +26,14 @@ int64_t CeilDiv(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 }  // namespace
 
-float* Decode::Allocate(int64_t count) {
+Decode::Buffer Decode::MakeBuffer(int64_t count) {
   const int64_t bytes = std::max<int64_t>(count, 1) * sizeof(float);
-  buffers_.emplace_back(
+  return Buffer(
       static_cast<float*>(::operator new(bytes, std::align_val_t{kAlignment})));
+}
+
+float* Decode::Allocate(int64_t count) {
+  buffers_.push_back(MakeBuffer(count));
   return buffers_.back().get();
 }
 
@@ -75,7 +79,11 @@ void Decode::PlanTasks() {
       (shape.k_dim + shape.v_dim) * ElementSize(args_.element);
   // With the heads of a slot side by side, a task streams through all of them.
   const int64_t heads_per_task = narrow && !shape.heads_first ? shape.heads : 1;
-  const int64_t row_blocks = narrow ? 1 : CeilDiv(rows, kRowBlock);
+  // Blocks of one size, as near as whole vectors of rows allow.
+  const int64_t most_blocks = narrow ? 1 : CeilDiv(rows, kRowBlock);
+  const int64_t row_block =
+      narrow ? rows : CeilDiv(CeilDiv(rows, most_blocks), 8) * 8;
+  const int64_t row_blocks = narrow ? 1 : CeilDiv(rows, row_block);
 
   std::vector<Slots> slots(b);
   int64_t total = 0;
@@ -133,9 +141,10 @@ void Decode::PlanTasks() {
       const int64_t begin = slots[i].begin + (part - first_part_[i]) * chunk;
       const int64_t end = std::min(begin + chunk, slots[i].end);
       for (int64_t block = 0; block < row_blocks; ++block) {
-        task.row_begin = narrow ? 0 : block * kRowBlock;
-        task.row_end =
-            narrow ? rows : std::min(rows, task.row_begin + kRowBlock);
+        task.row_begin = block * row_block;
+        task.row_end = std::min(rows, task.row_begin + row_block);
+        task.first_token = task.row_begin / args_.group;
+        task.first_in_group = task.row_begin % args_.group;
         task.slot_begin = begin;
         task.slot_end = end;
         if (!narrow && args_.addressing.ring == 0) {
@@ -195,8 +204,10 @@ std::vector<int64_t> Decode::Runs(int64_t threads) const {
 }
 
 void Decode::Attend(int64_t begin, int64_t end) const {
+  const Buffer scratch = MakeBuffer(ScratchSize(problem_));
   for (int64_t i = begin; i < end; ++i) {
-    RunTile(problem_, tasks_[i], i + 1 < end ? &tasks_[i + 1] : nullptr);
+    RunTile(problem_, tasks_[i], i + 1 < end ? &tasks_[i + 1] : nullptr,
+            scratch.get());
   }
 }
 

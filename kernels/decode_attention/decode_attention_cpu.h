@@ -46,18 +46,21 @@ class Decode {
     }
   };
 
+  using Buffer = std::unique_ptr<float, AlignedDelete>;
+
+  static Buffer MakeBuffer(int64_t count);
+  float* Allocate(int64_t count);  // lives as long as this
   void PlanTasks();
   void Rotate(int64_t sequence, int64_t token, float* row) const;
   void PrepareQueries(int64_t sequence, const uint8_t* from, int64_t dim,
                       bool rotate, const float* scale, float* to) const;
-  float* Allocate(int64_t count);
 
   DecodeArgs args_;
   Problem problem_;
   std::vector<Sequence> sequences_;
   std::vector<Task> tasks_;
   std::vector<int64_t> first_part_;  // [b + 1]
-  std::vector<std::unique_ptr<float, AlignedDelete>> buffers_;
+  std::vector<Buffer> buffers_;
   float* q_ = nullptr;        // [b, n, PaddedRows(t * g), padded k_dim]
   float* qv_ = nullptr;       // [b, n, PaddedRows(t * g), padded v_dim]
   float* rotated_ = nullptr;  // the new keys, rotated; like new_k

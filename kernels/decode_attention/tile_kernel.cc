@@ -10,8 +10,10 @@
 namespace kernels {
 namespace decode_attention {
 
-void RunTile(const Problem& problem, const Task& task, const Task* following) {
-  KERNELS_SIMD_CALL(CurrentSimdLevel(), RunTask(problem, task, following));
+void RunTile(const Problem& problem, const Task& task, const Task* following,
+             float* scratch) {
+  KERNELS_SIMD_CALL(CurrentSimdLevel(),
+                    RunTask(problem, task, following, scratch));
 }
 
 void ArrangeRow(kv_cache::Element element, const float* from, int64_t padded,

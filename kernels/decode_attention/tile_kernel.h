@@ -21,6 +21,9 @@ constexpr int64_t kLanes = 32;
 // lines takes twice the time to load.
 constexpr int64_t kAlignment = 64;
 
+// Keys worked on at a time at most: enough to spread the cost of the softmax.
+constexpr int kKeysPerTile = 64;
+
 inline int64_t PadToLanes(int64_t n) {
   return (n + kLanes - 1) / kLanes * kLanes;
 }
@@ -32,6 +35,10 @@ inline int64_t PaddedRows(int64_t rows) {
   const int64_t block = rest > 4 ? 8 : rest == 3 ? 4 : rest;
   return rows - rest + block;
 }
+
+// Whether a tile is better widened and turned over, once for all query rows,
+// than read anew by every block of them.
+inline bool HasManyRows(int64_t rows) { return rows > 8; }
 
 struct Problem {
   kv_cache::Element element;
@@ -62,8 +69,9 @@ struct Partial {
 struct Task {
   int64_t sequence;
   int64_t head_begin, head_end;
-  int64_t row_begin, row_end;    // within one key-value head
-  int64_t slot_begin, slot_end;  // logical slots of the sequence
+  int64_t row_begin, row_end;           // within one key-value head
+  int64_t first_token, first_in_group;  // of row_begin
+  int64_t slot_begin, slot_end;         // logical slots of the sequence
   const float* q;   // [kv_heads, PaddedRows(rows_per_head), padded k_dim]
   const float* qv;  // the same over v_dim, or null
   Partial out;      // written, not accumulated into
@@ -80,10 +88,22 @@ inline float ReadFactor(kv_cache::Element element) {
 void ArrangeRow(kv_cache::Element element, const float* from, int64_t padded,
                 float factor, float* to);
 
+// Floats that RunTile needs for itself, aligned to kAlignment, whatever is in
+// them: keys and values of a tile in rows, and again in columns.
+inline int64_t ScratchSize(const Problem& problem) {
+  const int64_t rows =
+      PadToLanes(problem.shape.k_dim) + PadToLanes(problem.shape.v_dim);
+  const int64_t copies = HasManyRows(problem.rows_per_head()) ? 2
+                         : problem.rotary != nullptr          ? 1
+                                                              : 0;
+  return copies * kKeysPerTile * rows;
+}
+
 // Runs one task with the best instruction set of this machine. `following`, if
 // not null, is the task that this thread runs next: what that reads first is
-// asked for while this one ends.
-void RunTile(const Problem& problem, const Task& task, const Task* following);
+// asked for while this one ends. `scratch` is of ScratchSize.
+void RunTile(const Problem& problem, const Task& task, const Task* following,
+             float* scratch);
 
 // Joins the partial results of one query row, `stride` rows apart, of `padded`
 // elements: the first one's `acc` becomes the weighted mean of the values times

@@ -14,7 +14,7 @@ namespace decode_attention {
 #define KERNELS_DECLARE_LEVEL(level)                                          \
   namespace level {                                                           \
   void RunTask(const Problem& problem, const Task& task,                      \
-               const Task* following);                                        \
+               const Task* following, float* scratch);                        \
   void ArrangeRow(kv_cache::Element element, const float* from,               \
                   int64_t padded, float factor, float* to);                   \
   void JoinParts(kv_cache::Element element, const Partial& first,             \

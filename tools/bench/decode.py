@@ -2,7 +2,9 @@
 
 The baseline is what flax.nnx's MultiHeadAttention does in decode mode between
 its projections: write the cache, mask the positions not yet written, attend
-over the whole buffer. It is jitted and donated. Where PyTorch is installed its
+over the whole buffer. It takes one token at a time; for several, a chunk of a
+prompt or speculative tokens, each gets a mask of its own. The baseline is
+jitted and donated. Where PyTorch is installed its
 `scaled_dot_product_attention` on the valid slice is a further baseline.
 """
 
@@ -34,10 +36,8 @@ State = tuple[Any, ...]
 
 def _has_row(spec: arg_specs.ArgSpec) -> bool:
   """Whether the baselines can do the step, and no other dtype's row is it."""
-  return (
-    spec.tokens == 1
-    and spec.layers is None
-    and not spec.name.endswith(("_bf16", "_int8", "_fp8"))
+  return spec.layers is None and not spec.name.endswith(
+    ("_bf16", "_int8", "_fp8")
   )
 
 
@@ -45,6 +45,12 @@ _SPECS = tuple(spec for spec in arg_specs.ARG_SPECS if _has_row(spec))
 # The first tokens must cost the same in a longer buffer.
 _LONGER = dataclasses.replace(
   _SPECS[0], name="B8_S8192_H16_D64_first", length=8192
+)
+# The last chunk of a long prompt: all of the buffer is valid.
+_LAST_CHUNK = dataclasses.replace(
+  next(spec for spec in _SPECS if spec.name.endswith("_prefill")),
+  name="llama_3_1_8b_prefill_last",
+  filled=None,
 )
 _STACKED = next(spec for spec in arg_specs.ARG_SPECS if spec.layers == _LAYERS)
 _QUICK_LENGTH = 256
@@ -81,8 +87,10 @@ def _float_dtype(dtype: str) -> str:
 
 def _attend(q, cache_k, cache_v, index):
   """Attends over the whole buffer, masked: what flax.nnx does."""
-  batch, length = cache_k.shape[:2]
-  mask = jnp.broadcast_to(jnp.arange(length) <= index, (batch, 1, 1, length))
+  (batch, length), tokens = cache_k.shape[:2], q.shape[1]
+  last = index + jnp.arange(tokens)[:, None]
+  mask = jnp.arange(length) <= last
+  mask = jnp.broadcast_to(mask, (batch, 1, tokens, length))
   return flax_nnx.dot_product_attention(q, cache_k, cache_v, mask=mask)
 
 
@@ -189,8 +197,11 @@ def _torch_side(data: _Data, spec: arg_specs.ArgSpec) -> harness.Side:
   """Makes a side that appends and attends with PyTorch on the valid slice."""
   import torch
 
-  dtype, valid = spec.dtype, spec.index + 1
-  options = {"enable_gqa": True} if spec.group > 1 else {}
+  dtype, valid = spec.dtype, spec.index + spec.tokens
+  options: dict[str, Any] = {"enable_gqa": True} if spec.group > 1 else {}
+  if spec.tokens > 1:
+    last = torch.arange(spec.index, valid)[:, None]
+    options["attn_mask"] = torch.arange(valid) <= last
 
   def to_torch(integers: jax.Array) -> Any:
     # [b, s, n, h] to PyTorch's own order, [b, n, s, h].
@@ -204,8 +215,8 @@ def _torch_side(data: _Data, spec: arg_specs.ArgSpec) -> harness.Side:
   def step(state: State) -> State:
     cache_k, cache_v, q, new_k, new_v = state
     with torch.inference_mode():
-      cache_k[:, :, valid - 1 : valid] = new_k
-      cache_v[:, :, valid - 1 : valid] = new_v
+      cache_k[:, :, spec.index : valid] = new_k
+      cache_v[:, :, spec.index : valid] = new_v
       out = torch.nn.functional.scaled_dot_product_attention(
         q, cache_k[:, :, :valid], cache_v[:, :, :valid], **options
       )
@@ -362,7 +373,7 @@ def _step_specs(quick: bool) -> list[arg_specs.ArgSpec]:
     # XLA has no float16 attention on the CPU: those layers are in bfloat16.
     others = tuple(
       dataclasses.replace(s, dtype="bfloat16")
-      for s in _SPECS
+      for s in (*_SPECS, _LAST_CHUNK)
       if not s.name.startswith("B")
     )
   return [
