@@ -417,6 +417,8 @@ def _queries(name, value, cache, batch, tokens, dim, dtype):
     or array.shape[2 if first else 1] != tokens
     or array.shape[0] != batch
     or array.shape[3] != dim
+    or heads == 0
+    or g.heads == 0
     or heads % g.heads
   ):
     axes = (
@@ -426,7 +428,7 @@ def _queries(name, value, cache, batch, tokens, dim, dtype):
     )
     raise ValueError(
       f"`{name}` must have the shape {axes} with heads a multiple of the"
-      f" cache's {g.heads}, but got `{layout_lib.text(array)}`."
+      f" cache's {g.heads}, and not 0, but got `{layout_lib.text(array)}`."
     )
   if dtype is not None and array.dtype != dtype:
     raise TypeError(

@@ -17,9 +17,7 @@ namespace {
 
 using kv_cache::ElementSize;
 
-// Up to this many query rows a head, a task takes all heads and reads each key
-// once straight from the cache; beyond, one head and a block of rows.
-constexpr int64_t kNarrowRows = 8;
+// Of a head that a task takes at most, where there are many.
 constexpr int64_t kRowBlock = 64;
 
 int64_t CeilDiv(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -74,16 +72,19 @@ void Decode::PlanTasks() {
   const kv_cache::CacheShape& shape = args_.shape;
   const int64_t b = batch();
   const int64_t rows = problem_.rows_per_head();
-  const bool narrow = rows <= kNarrowRows;
+  // With few query rows a head, a task takes all heads and reads each key once,
+  // straight from the cache; with many, one head and a block of rows.
+  const bool narrow = !HasManyRows(rows);
   const int64_t row_bytes =
       (shape.k_dim + shape.v_dim) * ElementSize(args_.element);
   // With the heads of a slot side by side, a task streams through all of them.
   const int64_t heads_per_task = narrow && !shape.heads_first ? shape.heads : 1;
-  // Blocks of one size, as near as whole vectors of rows allow.
-  const int64_t most_blocks = narrow ? 1 : CeilDiv(rows, kRowBlock);
-  const int64_t row_block =
-      narrow ? rows : CeilDiv(CeilDiv(rows, most_blocks), 8) * 8;
-  const int64_t row_blocks = narrow ? 1 : CeilDiv(rows, row_block);
+  // Blocks of about one size: `abreast` units of rows are dealt out to them.
+  const int64_t abreast = CeilDiv(rows, kRowsAbreast);
+  const int64_t row_blocks = narrow ? 1 : CeilDiv(rows, kRowBlock);
+  const auto first_row = [&](int64_t block) {
+    return std::min(rows, block * abreast / row_blocks * kRowsAbreast);
+  };
 
   std::vector<Slots> slots(b);
   int64_t total = 0;
@@ -92,8 +93,7 @@ void Decode::PlanTasks() {
                            sequences_[i], 0, args_.tokens);
     total += slots[i].size();
   }
-  const int64_t blocks = narrow ? 1 : CeilDiv(rows, kNarrowRows);
-  attend_bytes_ = total * shape.heads * row_bytes * blocks;
+  attend_bytes_ = total * shape.heads * row_bytes * (narrow ? 1 : abreast);
 
   // Parts of a sequence: by size alone, so that the result does not depend on
   // the number of threads. Enough for threads to share the work evenly, few
@@ -124,6 +124,7 @@ void Decode::PlanTasks() {
   partials_.acc = Allocate(parts * states * v_pad);
   join_bytes_ = parts * states * v_pad * 4;
 
+  if (rows == 0) return;
   const int64_t k_pad = PadToLanes(shape.k_dim);
   tasks_.reserve(parts * (shape.heads / std::max<int64_t>(1, heads_per_task)) *
                  row_blocks);
@@ -141,16 +142,16 @@ void Decode::PlanTasks() {
       const int64_t begin = slots[i].begin + (part - first_part_[i]) * chunk;
       const int64_t end = std::min(begin + chunk, slots[i].end);
       for (int64_t block = 0; block < row_blocks; ++block) {
-        task.row_begin = block * row_block;
-        task.row_end = std::min(rows, task.row_begin + row_block);
+        task.row_begin = first_row(block);
+        task.row_end = first_row(block + 1);
         task.first_token = task.row_begin / args_.group;
         task.first_in_group = task.row_begin % args_.group;
         task.slot_begin = begin;
         task.slot_end = end;
         if (!narrow && args_.addressing.ring == 0) {
-          const Slots needed = NeededSlots(
-              args_.masking, shape, args_.addressing, sequences_[i],
-              task.row_begin / args_.group, CeilDiv(task.row_end, args_.group));
+          const Slots needed =
+              NeededSlots(args_.masking, shape, args_.addressing, sequences_[i],
+                          task.first_token, CeilDiv(task.row_end, args_.group));
           task.slot_begin = std::max(begin, needed.begin);
           task.slot_end = std::min(end, needed.end);
         }

@@ -130,6 +130,8 @@ inline ffi::Error ReadDecode(const Call& call, DecodeArgs* decode) {
   const bool first = options.heads_first;
   const int64_t t = first ? dims[3] : dims[1];
   const int64_t g = first ? dims[2] : dims[3];
+  KERNELS_REQUIRE(n > 0 && g > 0, "`q` must have heads, but got ",
+                  ShapeText(dims), ".");
   args.tokens = t;
   args.group = g;
   const auto require_rows = [&](std::string_view name,

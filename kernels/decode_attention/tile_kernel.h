@@ -28,17 +28,20 @@ inline int64_t PadToLanes(int64_t n) {
   return (n + kLanes - 1) / kLanes * kLanes;
 }
 
+// Query rows that one read of a key is multiplied with at most.
+constexpr int64_t kRowsAbreast = 8;
+
 // Rows are worked on in blocks of 8, 4, 2 or 1; where the last block is not
 // full, rows of zeros follow.
 inline int64_t PaddedRows(int64_t rows) {
-  const int64_t rest = rows % 8;
+  const int64_t rest = rows % kRowsAbreast;
   const int64_t block = rest > 4 ? 8 : rest == 3 ? 4 : rest;
   return rows - rest + block;
 }
 
 // Whether a tile is better widened and turned over, once for all query rows,
 // than read anew by every block of them.
-inline bool HasManyRows(int64_t rows) { return rows > 8; }
+inline bool HasManyRows(int64_t rows) { return rows > kRowsAbreast; }
 
 struct Problem {
   kv_cache::Element element;
@@ -69,7 +72,7 @@ struct Partial {
 struct Task {
   int64_t sequence;
   int64_t head_begin, head_end;
-  int64_t row_begin, row_end;           // within one key-value head
+  int64_t row_begin, row_end;           // within one key-value head; not empty
   int64_t first_token, first_in_group;  // of row_begin
   int64_t slot_begin, slot_end;         // logical slots of the sequence
   const float* q;   // [kv_heads, PaddedRows(rows_per_head), padded k_dim]

@@ -440,16 +440,17 @@ class WrongInputTest(PlatformTest):
     self.assert_raises(
       ValueError, "`q` must have 4 axes", k, v, q[0], new_k, new_v, 0
     )
-    self.assert_raises(
-      ValueError,
-      "heads a multiple of the cache's 2",
-      k,
-      v,
-      q[:, :, :3],
-      new_k,
-      new_v,
-      0,
-    )
+    for heads in (0, 3):
+      self.assert_raises(
+        ValueError,
+        "heads a multiple of the cache's 2, and not 0",
+        k,
+        v,
+        q[:, :, :heads],
+        new_k,
+        new_v,
+        0,
+      )
     self.assert_raises(
       TypeError,
       "`q` must have the dtype of the cache, float32",
