@@ -55,8 +55,8 @@ __device__ __forceinline__ Row FindRow(const DeviceUpdate& update,
 // neighbours, so that what it moves lies in few pages of memory.
 constexpr int kInFlight = 4;
 
-// What a block knows of the rows of its items; their items are more than their
-// number, so they are found once, not by every item.
+// Where the rows lie that the items of a block belong to. A row has many items:
+// it is looked up once for the block, not once for each.
 template <int kThreads>
 struct FoundRows {
   static constexpr int kMost = kInFlight * kThreads;
