@@ -239,7 +239,7 @@ int main() {
       {2, 90, 2, 4, 5, 24, 40, true, false, false},
       {2, 70, 1, 8, 9, 33, 7, false, true, false},
       // Two blocks of rows, the second of which begins within a token.
-      {1, 150, 1, 5, 20, 24, 40, false, false, false},
+      {1, 150, 1, 5, 40, 24, 40, false, false, false},
   };
   for (const char* level : {"baseline", "avx2", "avx512"}) {
     if (!kernels::SetSimdLevel(level)) {
