@@ -17,7 +17,7 @@ namespace {
 
 using kv_cache::ElementSize;
 
-// Of a head that a task takes at most, where there are many.
+// Query rows of a head that a task takes at most, where there are many.
 constexpr int64_t kRowBlock = 128;
 
 int64_t CeilDiv(int64_t a, int64_t b) { return (a + b - 1) / b; }

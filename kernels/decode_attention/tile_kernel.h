@@ -35,7 +35,7 @@ constexpr int64_t kRowsAbreast = 8;
 // full, rows of zeros follow.
 inline int64_t PaddedRows(int64_t rows) {
   const int64_t rest = rows % kRowsAbreast;
-  const int64_t block = rest > 4 ? 8 : rest == 3 ? 4 : rest;
+  const int64_t block = rest > 4 ? kRowsAbreast : rest == 3 ? 4 : rest;
   return rows - rest + block;
 }
 
