@@ -570,6 +570,7 @@ def _call(
     "layout": layout,
     "ring": cache.ring,
     "aligned": cache.aligned,
+    "padded": lengths is not None,
     "scale": float(1.0 / math.sqrt(g.k_dim) if scale is None else scale),
     "causal": bool(causal),
     "window_left": int(left),
@@ -703,6 +704,10 @@ def _ffi_call(operands, options, targets, workspace):
   x = options.named(operands)
   caches = [x["cache_k"], x["cache_v"]]
   new = [x["new_k"], x["new_v"]] if options.appends else []
+  x["count"], x["layer"], x["table"] = layout_lib.without_defaults(
+    x["count"], x["layer"], x["table"], len(x["cache_k"].shape),
+    options.aligned, options.padded,
+  )  # fmt: skip
   rest = [
     x[name] if name in x else jnp.zeros((0,) * rank, dtype)
     for name, (rank, dtype) in _OPERANDS.items()

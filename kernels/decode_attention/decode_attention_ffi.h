@@ -24,7 +24,9 @@ using F32Buffer = ffi::Buffer<ffi::F32>;
 using I32Buffer = ffi::Buffer<ffi::S32>;
 
 // Everything but the new rows and the caches' results, which only the call
-// that appends has. Operands that are not used have no elements.
+// that appends has. Operands that are not used have no elements; nor has what
+// goes without saying: a `count` of all tokens, `layer` 0, and a `table` in
+// which each sequence has the block of its own number.
 struct Operands {
   ffi::AnyBuffer q;
   I32Buffer index;
@@ -118,15 +120,15 @@ inline ffi::Error ReadDecode(const Call& call, DecodeArgs* decode) {
   DecodeArgs& args = *decode;
   KERNELS_RETURN_IF_ERROR(kv_cache::ReadCaches(
       cache_k, cache_v, options.heads_first, &args.element, &args.shape));
-  KERNELS_RETURN_IF_ERROR(kv_cache::ReadAddressing(
-      x.layer, x.table, x.first_slot, options.ring, &args.addressing));
-  const kv_cache::CacheShape& shape = args.shape;
-  const int64_t b = args.addressing.batch;
-  const int64_t n = shape.heads;
-
   const auto dims = x.q.dimensions();
   KERNELS_REQUIRE(dims.size() == 5, "`q` must have 5 axes, but got ",
                   ShapeText(dims), ".");
+  const int64_t b = dims[0];
+  KERNELS_RETURN_IF_ERROR(kv_cache::ReadAddressing(
+      x.layer, x.table, x.first_slot, b, options.ring, &args.addressing));
+  const kv_cache::CacheShape& shape = args.shape;
+  const int64_t n = shape.heads;
+
   const bool first = options.heads_first;
   const int64_t t = first ? dims[3] : dims[1];
   const int64_t g = first ? dims[2] : dims[3];
@@ -143,7 +145,8 @@ inline ffi::Error ReadDecode(const Call& call, DecodeArgs* decode) {
   KERNELS_RETURN_IF_ERROR(require_rows("out", call.out, shape.v_dim));
   KERNELS_RETURN_IF_ERROR(RequireShape("lse", call.lse, {b, n, g, t}));
   KERNELS_RETURN_IF_ERROR(RequireShape("index", x.index, {b}));
-  KERNELS_RETURN_IF_ERROR(RequireShape("count", x.count, {b}));
+  KERNELS_RETURN_IF_ERROR(
+      kv_cache::ReadEach("count", x.count, b, &args.count));
 
   const std::optional<Element> query = ElementOf(x.q.element_type());
   const std::optional<Element> result = ElementOf(call.out.element_type());
@@ -239,7 +242,6 @@ inline ffi::Error ReadDecode(const Call& call, DecodeArgs* decode) {
 
   args.q = static_cast<const uint8_t*>(x.q.untyped_data());
   args.index = x.index.typed_data();
-  args.count = x.count.typed_data();
   args.scale = options.scale;
   args.out = static_cast<uint8_t*>(call.out.untyped_data());
   args.lse = call.lse.typed_data();

@@ -123,8 +123,9 @@ def unsupported(
       for name in ("cache_k", "cache_v", "new_k", "new_v", "index", "count")
     ]
     why = cache_tpu.unsupported(
-      update, layout=options.layout, ring=options.ring, aligned=options.aligned
-    )
+      update, layout=options.layout, ring=options.ring,
+      aligned=options.aligned, padded=options.padded,
+    )  # fmt: skip
   else:
     why = cache_tpu.cache_problem(cache_k, cache_v, options.layout)
   if why is not None:
@@ -150,7 +151,7 @@ def append_and_attend(
     x["cache_k"], x["cache_v"], new_k, new_v, x["index"], x["count"],
     x["layer"], x["table"], x["first_slot"], *scales,
     layout=options.layout, ring=options.ring, aligned=options.aligned,
-    interpret=interpret,
+    padded=options.padded, interpret=interpret,
   )  # fmt: skip
   out, lse = attend(
     *(x[name] for name in options.fields), options=options, interpret=interpret

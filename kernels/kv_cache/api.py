@@ -144,13 +144,14 @@ def update(
     layout=layout,
     ring=cache.ring,
     aligned=cache.aligned,
+    padded=lengths is not None,
     implementation=implementation,
   )
   return k, v
 
 
-def _abstract_eval(cache_k, cache_v, *rest, layout, ring, aligned):
-  del layout, ring, aligned
+def _abstract_eval(cache_k, cache_v, *rest, **params):
+  del params
   return tuple(
     dispatch.out_aval(c.shape, c.dtype, cache_k, cache_v, *rest)
     for c in (cache_k, cache_v)
@@ -164,11 +165,15 @@ def ffi_update(
   layout: str,
   ring: int,
   aligned: bool,
+  padded: bool,
   target: str = TARGET,
 ) -> list[jax.Array]:
   """Calls the handler that is registered as `target`; see the reference."""
-  del aligned
-  scales = rest[7:] or (jnp.zeros((0, 0), jnp.float32),) * 2
+  new_k, new_v, index, count, layer, table, first, *scales = rest
+  count, layer, table = layout_lib.without_defaults(
+    count, layer, table, len(cache_k.shape), aligned, padded
+  )
+  scales = scales or [jnp.zeros((0, 0), jnp.float32)] * 2
   call = jax.ffi.ffi_call(
     target,
     tuple(jax.ShapeDtypeStruct(c.shape, c.dtype) for c in (cache_k, cache_v)),
@@ -177,14 +182,20 @@ def ffi_update(
   return call(
     cache_k,
     cache_v,
-    *rest[:7],
+    new_k,
+    new_v,
+    index,
+    count,
+    layer,
+    table,
+    first,
     *scales,
     ring=np.int64(ring),
     heads_first=np.bool_(layout == "bnsh"),
   )
 
 
-def _batching(op, args, dims, *, layout, ring, aligned):
+def _batching(op, args, dims, *, layout, ring, aligned, padded):
   del aligned
   args, size = dispatch.move_batch_to_front(args, dims)
   names = (
@@ -201,12 +212,13 @@ def _batching(op, args, dims, *, layout, ring, aligned):
     layout=layout,
     ring=ring,
     aligned=False,
+    padded=padded,
   )
   return out, (0, 0)
 
 
-def _sharding_rule(avals, *, layout, ring, aligned):
-  del ring
+def _sharding_rule(avals, *, layout, ring, aligned, padded):
+  del ring, padded
   paged = avals[7].shape[1] != 1
   cache, whole = layout_lib.cache_factors(
     len(avals[0].shape), "b" if aligned else "r", layout
@@ -227,7 +239,9 @@ def _sharding_rule(avals, *, layout, ring, aligned):
   return rule, layout_lib.in_order(rule, whole)
 
 
-def _partition(mesh, arg_infos, result_infos, call, *, layout, ring, aligned):
+def _partition(
+  mesh, arg_infos, result_infos, call, *, layout, ring, aligned, padded
+):
   del mesh, result_infos
   split = layout_lib.Split.of(
     arg_infos[0], arg_infos[7].shape[1], layout, aligned
@@ -243,7 +257,7 @@ def _partition(mesh, arg_infos, result_infos, call, *, layout, ring, aligned):
     table, first = split.readdress(k, table, first)
     return call(
       k, v, new_k, new_v, index, count, layer, table, first, *scales,
-      layout=layout, ring=ring, aligned=aligned,
+      layout=layout, ring=ring, aligned=aligned, padded=padded,
     )  # fmt: skip
 
   return local, (split.cache(), split.cache()), arg_specs
@@ -251,9 +265,9 @@ def _partition(mesh, arg_infos, result_infos, call, *, layout, ring, aligned):
 
 def _violations(
   k, v, new_k, new_v, index, count, layer, table, first, *scales,
-  layout, ring, aligned,
+  layout, ring, aligned, padded,
 ) -> Iterator[checks.Violation]:  # fmt: skip
-  del new_v, first, scales, aligned
+  del new_v, first, scales, aligned, padded
   yield from checks.position_violations(
     layout_lib.Geometry.of(k, v, layout), index, count, layer, table,
     new_k.shape[1 if layout == "bsnh" else 2], ring,

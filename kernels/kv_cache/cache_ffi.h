@@ -84,26 +84,41 @@ inline ffi::Error ReadCaches(const ffi::AnyBuffer& cache_k,
   return ffi::Error::Success();
 }
 
-// Reads what addresses the caches; the batch size comes from `table`. Leaves
-// out the value of `first_slot`, which may lie in a device's memory.
+// Reads a number for each of `batch` sequences; null where it has no elements,
+// which says that all have the one that goes without saying.
+inline ffi::Error ReadEach(std::string_view name,
+                           const ffi::Buffer<ffi::S32>& buffer, int64_t batch,
+                           const int32_t** out) {
+  *out = nullptr;
+  if (buffer.element_count() == 0) return ffi::Error::Success();
+  KERNELS_RETURN_IF_ERROR(RequireShape(name, buffer, {batch}));
+  *out = buffer.typed_data();
+  return ffi::Error::Success();
+}
+
+// Reads what addresses the caches of `batch` sequences. Leaves out the value of
+// `first_slot`, which may lie in a device's memory.
 inline ffi::Error ReadAddressing(const ffi::Buffer<ffi::S32>& layer,
                                  const ffi::Buffer<ffi::S32>& table,
                                  const ffi::Buffer<ffi::S32>& first_slot,
-                                 int64_t ring, Addressing* addressing) {
-  const auto dims = table.dimensions();
-  KERNELS_REQUIRE(dims.size() == 2 && layer.dimensions().size() == 1 &&
-                      layer.dimensions()[0] == dims[0],
-                  "`layer` must have shape [b] and `table` [b, m], but got ",
-                  ShapeText(layer.dimensions()), " and ", ShapeText(dims), ".");
+                                 int64_t batch, int64_t ring,
+                                 Addressing* addressing) {
+  KERNELS_RETURN_IF_ERROR(
+      ReadEach("layer", layer, batch, &addressing->layer));
+  if (table.element_count() > 0) {
+    const auto dims = table.dimensions();
+    KERNELS_REQUIRE(dims.size() == 2 && dims[0] == batch,
+                    "`table` must have shape [", batch, ", m], but got ",
+                    ShapeText(dims), ".");
+    addressing->table = table.typed_data();
+    addressing->table_width = dims[1];
+  }
   KERNELS_REQUIRE(first_slot.element_count() == 1,
                   "`first_slot` must be a scalar, but got ",
                   ShapeText(first_slot.dimensions()), ".");
   KERNELS_REQUIRE(ring >= 0, "`ring` must not be negative, but got ", ring,
                   ".");
-  addressing->table = table.typed_data();
-  addressing->table_width = dims[1];
-  addressing->layer = layer.typed_data();
-  addressing->batch = dims[0];
+  addressing->batch = batch;
   addressing->ring = ring;
   return ffi::Error::Success();
 }

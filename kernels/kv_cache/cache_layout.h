@@ -51,9 +51,10 @@ struct CacheShape {
 
 // Which slot a position of a sequence goes to.
 struct Addressing {
-  const int32_t* table = nullptr;  // [b, table_width] block of each sequence
+  // [b, table_width] block of each sequence; null: its own number.
+  const int32_t* table = nullptr;
   int64_t table_width = 1;
-  const int32_t* layer = nullptr;  // [b]
+  const int32_t* layer = nullptr;  // [b]; null: 0
   int64_t batch = 0;
   // Slots of the whole sequence before the first one held here: not 0 where
   // the cache is sharded along its length.
@@ -79,8 +80,9 @@ struct Addressing {
     if (local < 0 || local >= table_width * shape.block_size) return -1;
     const int64_t entry = table_width == 1 ? 0 : local / shape.block_size;
     const int64_t offset = local - entry * shape.block_size;
-    const int64_t block = table[sequence * table_width + entry];
-    const int64_t l = layer[sequence];
+    const int64_t block =
+        table == nullptr ? sequence : table[sequence * table_width + entry];
+    const int64_t l = layer == nullptr ? 0 : layer[sequence];
     if (block < 0 || block >= shape.blocks || l < 0 || l >= shape.layers) {
       return -1;
     }

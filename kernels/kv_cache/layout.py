@@ -389,6 +389,38 @@ def concrete(*arrays: Any) -> bool:
   return not any(isinstance(array, jax.core.Tracer) for array in arrays)
 
 
+def without_defaults(
+  count: jax.Array,
+  layer: jax.Array,
+  table: jax.Array,
+  rank: int,
+  aligned: bool,
+  padded: bool,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+  """Leaves out what goes without saying, as a handler may be told it.
+
+  An array of constants is a program of its own on a GPU, which takes about as
+  long as the update of a token.
+
+  Args:
+    count: `[b]`.
+    layer: `[b]`.
+    table: `[b, m]`.
+    rank: Of the cache; one without an axis of layers has layer 0.
+    aligned: Whether `table` only says that sequence i is row i.
+    padded: Whether `count` may be less than all tokens.
+
+  Returns:
+    The operands, or arrays without elements in their place.
+  """
+  nothing = jnp.zeros((0,), jnp.int32)
+  return (
+    count if padded else nothing,
+    layer if rank > 4 else nothing,
+    nothing[:, None] if aligned else table,
+  )
+
+
 def fold_batch(
   values: dict[str, Any], size: Any, layout: str
 ) -> dict[str, Any]:

@@ -111,10 +111,15 @@ def cache_problem(cache_k: Any, cache_v: Any, layout: str) -> str | None:
 
 
 def unsupported(
-  avals: Sequence[Any], *, layout: str, ring: int, aligned: bool
+  avals: Sequence[Any],
+  *,
+  layout: str,
+  ring: int,
+  aligned: bool,
+  padded: bool,
 ) -> str | None:
   """Returns why the kernel cannot handle these operands, or None."""
-  del ring, aligned
+  del ring, aligned, padded
   cache_k, cache_v, new_k = avals[:3]
   if dispatch.static_size(new_k.shape) is None:
     return "the new tokens have symbolic sizes"
@@ -140,6 +145,7 @@ def update(
   layout: str,
   ring: int,
   aligned: bool,
+  padded: bool,
   interpret: Any = False,
 ) -> tuple[jax.Array, jax.Array]:
   """Writes new rows in place; operands as in `reference.update`.
@@ -158,6 +164,7 @@ def update(
     layout: The same.
     ring: The same.
     aligned: Whether no two sequences share a row of the cache.
+    padded: See `reference.update`.
     interpret: Passed on to `pallas_call`.
 
   Returns:

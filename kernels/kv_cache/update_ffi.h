@@ -28,14 +28,13 @@ inline ffi::Error ReadUpdate(
   UpdateArgs& args = *out;
   KERNELS_RETURN_IF_ERROR(
       ReadCaches(cache_k, cache_v, heads_first, &args.element, &args.shape));
-  KERNELS_RETURN_IF_ERROR(
-      ReadAddressing(layer, table, first_slot, ring, &args.addressing));
-  const CacheShape& shape = args.shape;
-  const int64_t b = args.addressing.batch;
-
   const auto dims = new_k.dimensions();
   KERNELS_REQUIRE(dims.size() == 4, "`new_k` must have 4 axes, but got ",
                   ShapeText(dims), ".");
+  const int64_t b = dims[0];
+  KERNELS_RETURN_IF_ERROR(
+      ReadAddressing(layer, table, first_slot, b, ring, &args.addressing));
+  const CacheShape& shape = args.shape;
   args.tokens = heads_first ? dims[2] : dims[1];
   const std::optional<Element> new_element = ElementOf(new_k.element_type());
   const bool quantized = IsQuantized(args.element);
@@ -58,7 +57,7 @@ inline ffi::Error ReadUpdate(
       heads_first ? RequireShape("new_v", new_v, {b, n, t, shape.v_dim})
                   : RequireShape("new_v", new_v, {b, t, n, shape.v_dim}));
   KERNELS_RETURN_IF_ERROR(RequireShape("index", index, {b}));
-  KERNELS_RETURN_IF_ERROR(RequireShape("count", count, {b}));
+  KERNELS_RETURN_IF_ERROR(ReadEach("count", count, b, &args.count));
   if (quantized) {
     KERNELS_RETURN_IF_ERROR(RequireShape("k_scale", k_scale, {b, n}));
     KERNELS_RETURN_IF_ERROR(RequireShape("v_scale", v_scale, {b, n}));
@@ -67,7 +66,6 @@ inline ffi::Error ReadUpdate(
   args.new_k = static_cast<const uint8_t*>(new_k.untyped_data());
   args.new_v = static_cast<const uint8_t*>(new_v.untyped_data());
   args.index = index.typed_data();
-  args.count = count.typed_data();
   args.k_scale = k_scale.typed_data();
   args.v_scale = v_scale.typed_data();
   return ffi::Error::Success();

@@ -175,6 +175,12 @@ def assert_calls(compiled: Any, target: str) -> None:
     raise AssertionError(f"the program does not call {target}")
 
 
+def assert_one_launch(compiled: Any) -> None:
+  """Fails if XLA has programs of its own in a GPU's: each is a launch."""
+  if found := re.findall(r"%(\S+) = .*\bfusion\(", compiled.as_text()):
+    raise AssertionError(f"XLA launches {', '.join(found)}")
+
+
 def assert_in_place(compiled: Any, num_bytes: int) -> None:
   """Fails unless the program reuses that many bytes of its arguments."""
   got = hlo.aliased_bytes(compiled)

@@ -66,6 +66,9 @@ class CompiledTest(parameterized.TestCase):
       kwargs["layer"] = 1
     assert_fused(compile_step(args, **kwargs), args[:2])
 
+  def test_a_plain_call_is_all_that_xla_launches(self):
+    deviceless.assert_one_launch(compile_step(SPEC.shapes()))
+
   def test_the_other_float8(self):
     # What no real model above has.
     spec = dataclasses.replace(SPEC, dtype="float8_e5m2")

@@ -80,6 +80,9 @@ class CompiledTest(parameterized.TestCase):
     layer = None if spec.layers is None else 1
     assert_only_writes_rows(compile_update(args, layer=layer), args[:2])
 
+  def test_a_plain_call_is_all_that_runs(self):
+    deviceless.assert_one_launch(compile_update(arguments()))
+
   def test_paged_with_lengths(self):
     caches = [struct((512, 16, 8, 128))] * 2
     rows = [struct((8, 4, 8, 128))] * 2
@@ -136,6 +139,12 @@ class BrokenProgramTest(parameterized.TestCase):
     with self.assertRaisesRegex(AssertionError, "moves data"):
       deviceless.assert_nothing_moves(compiled, size(CACHE))
 
+  def test_launch_of_operands_is_seen(self):
+    args = arguments()
+    compiled = compile_update([*args[:4], struct((), "int32")])
+    with self.assertRaisesRegex(AssertionError, "XLA launches .*fusion"):
+      deviceless.assert_one_launch(compiled)
+
   def test_fallback_is_seen(self):
     compiled = compile_update(arguments(), implementation="xla")
     with self.assertRaisesRegex(AssertionError, "does not call"):
@@ -143,7 +152,8 @@ class BrokenProgramTest(parameterized.TestCase):
 
   def test_handler_that_is_not_registered_does_not_compile(self):
     call = functools.partial(
-      api.ffi_update, layout="bsnh", ring=0, aligned=True, target="nowhere"
+      api.ffi_update, layout="bsnh", ring=0, aligned=True, padded=True,
+      target="nowhere"
     )
     *args, index = arguments()
     with self.assertRaisesRegex(Exception, "nowhere"):
@@ -159,7 +169,7 @@ class BrokenProgramTest(parameterized.TestCase):
     *args, index = arguments()
     args[:2] = [struct(CACHE, sharding=parts)] * 2
     call = functools.partial(
-      api.ffi_update, layout="bsnh", ring=0, aligned=True
+      api.ffi_update, layout="bsnh", ring=0, aligned=True, padded=True
     )
     compiled = deviceless.compile_for(
       whole, call, *args, index, index, index, struct((8, 1), "int32"),
