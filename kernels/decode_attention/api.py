@@ -570,7 +570,7 @@ def _call(
     "layout": layout,
     "ring": cache.ring,
     "aligned": cache.aligned,
-    "padded": lengths is not None,
+    "uniform": cache.uniform + layout_lib.uniform_axes(1, count=lengths),
     "scale": float(1.0 / math.sqrt(g.k_dim) if scale is None else scale),
     "causal": bool(causal),
     "window_left": int(left),
@@ -704,10 +704,7 @@ def _ffi_call(operands, options, targets, workspace):
   x = options.named(operands)
   caches = [x["cache_k"], x["cache_v"]]
   new = [x["new_k"], x["new_v"]] if options.appends else []
-  x["count"], x["layer"], x["table"] = layout_lib.without_defaults(
-    x["count"], x["layer"], x["table"], len(x["cache_k"].shape),
-    options.aligned, options.padded,
-  )  # fmt: skip
+  x = layout_lib.once(x, options.aligned, options.uniform)
   rest = [
     x[name] if name in x else jnp.zeros((0,) * rank, dtype)
     for name, (rank, dtype) in _OPERANDS.items()
@@ -859,7 +856,11 @@ def _batching(op, args, dims, *, options):
       value = values[name]
       values[name] = jnp.broadcast_to(value, (size, batch, *value.shape[2:]))
   folded = layout_lib.fold_batch(values, size, options.layout)
-  options = dataclasses.replace(options, aligned=False)
+  options = dataclasses.replace(
+    options,
+    aligned=False,
+    uniform=layout_lib.uniform_of_batch(options.uniform, dims),
+  )
   results = op(
     *(folded[name] if name in folded else x[name] for name in options.fields),
     options=options,

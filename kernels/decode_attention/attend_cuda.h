@@ -307,10 +307,7 @@ __device__ __forceinline__ Ending EndRow(const DecodeArgs& args,
   }
   // A row without a key has the total 0; its result is 0, not 0 / 0.
   if (total == 0.0f) return {0.0f, MinusInfinity()};
-  float factor = weight / total;
-  if (args.v_scale != nullptr) {
-    factor *= args.v_scale[sequence * args.shape.heads + head];
-  }
+  const float factor = weight / total * args.v_scale.OrOne(sequence, head);
   return {factor, (base + log2f(total)) * kLn2};
 }
 

@@ -223,9 +223,8 @@ __global__ void __launch_bounds__(kAttendThreads, Read::kLoads == 1 ? 4 : 1)
   };
   int next_position = fetch(block.begin, 0);
 
-  const int64_t scales = block.sequence * args.shape.heads + block.head;
-  const float k_scale = args.k_scale == nullptr ? 1.0f : args.k_scale[scales];
-  const float v_scale = args.v_scale == nullptr ? 1.0f : args.v_scale[scales];
+  const float k_scale = args.k_scale.OrOne(block.sequence, block.head);
+  const float v_scale = args.v_scale.OrOne(block.sequence, block.head);
   for (int i = thread; i < kRows * Read::kMostDim; i += kAttendThreads) {
     const int64_t row = block.row_begin + i / Read::kMostDim;
     const int d = i % Read::kMostDim;

@@ -503,10 +503,7 @@ __global__ void __launch_bounds__(kAttendThreads, kHoldQueries<kDim> ? 2 : 1)
     const int r = row_warp * kTile + g + 8 * h;
     queries[h] = FindQuery(decode, block, block.row_begin + r);
     queries[h].factor *= shifts[r];
-    if (args.k_scale != nullptr) {
-      queries[h].factor *=
-          args.k_scale[block.sequence * args.shape.heads + block.head];
-    }
+    queries[h].factor *= args.k_scale.OrOne(block.sequence, block.head);
     if constexpr (kPlain) {
       queries[h].factor *= kLog2E;
       if (queries[h].end > block.end) queries[h].end = block.end;

@@ -85,11 +85,11 @@ struct DecodeArgs {
   const uint8_t* new_v;
   int64_t tokens;
   int64_t group;           // query heads that share a key-value head
-  const int32_t* index;    // [b]
-  const int32_t* count;    // [b] query tokens that are not padding; null: all
+  kv_cache::PerSequence index;
+  kv_cache::PerSequence count;  // query tokens that are not padding
   const int32_t* padding;  // [b] positions on the left to leave out, or null
-  const float* k_scale;    // [b, n], or null
-  const float* v_scale;
+  kv_cache::Scales k_scale;
+  kv_cache::Scales v_scale;
   float scale;         // of the logits
   const float* sinks;  // [n, g], or null
   Rotary rotary;
@@ -129,7 +129,7 @@ KERNELS_HOST_DEVICE inline KeyRange VisibleKeys(const Masking& m,
 // Positions of sequence `i`.
 KERNELS_HOST_DEVICE inline Sequence SequenceOf(const DecodeArgs& args,
                                                int64_t i) {
-  int64_t count = args.count == nullptr ? args.tokens : args.count[i];
+  int64_t count = args.count[i];
   count = count < 0 ? 0 : count < args.tokens ? count : args.tokens;
   Sequence s;
   s.first_query = int64_t{args.index[i]} - (args.new_k == nullptr ? count : 0);

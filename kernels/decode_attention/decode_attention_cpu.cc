@@ -171,15 +171,16 @@ void Decode::Rotate(int64_t sequence, int64_t token, float* row) const {
 }
 
 void Decode::PrepareQueries(int64_t sequence, const uint8_t* from, int64_t dim,
-                            bool rotate, const float* scale, float* to) const {
+                            bool rotate, const kv_cache::Scales& scale,
+                            float* to) const {
   const int64_t rows = problem_.rows_per_head();
   const int64_t padded_rows = PaddedRows(rows);
   const int64_t pad = PadToLanes(dim);
   const int64_t bytes = ElementSize(args_.query_element);
   std::vector<float> natural(pad);
   for (int64_t n = 0; n < heads(); ++n) {
-    float factor = args_.scale * ReadFactor(args_.element);
-    if (scale != nullptr) factor *= scale[sequence * heads() + n];
+    const float factor = args_.scale * ReadFactor(args_.element) *
+                         scale.OrOne(sequence, n);
     float* head = to + (sequence * heads() + n) * padded_rows * pad;
     float* row = head;
     for (int64_t token = 0; token < args_.tokens; ++token) {
@@ -267,10 +268,8 @@ void Decode::Join(int64_t sequence, int64_t head) const {
   const int64_t v_pad = PadToLanes(shape.v_dim);
   const int64_t part = first_part_[sequence];
   const int64_t parts = first_part_[sequence + 1] - part;
-  float factor = ReadFactor(args_.element);
-  if (args_.v_scale != nullptr) {
-    factor *= args_.v_scale[sequence * shape.heads + head];
-  }
+  const float factor =
+      ReadFactor(args_.element) * args_.v_scale.OrOne(sequence, head);
   const int64_t bytes = shape.v_dim * ElementSize(args_.out_element);
   int64_t state = part * states + head * rows;
   for (int64_t token = 0; token < args_.tokens; ++token) {

@@ -53,7 +53,8 @@ class Decode {
   void PlanTasks();
   void Rotate(int64_t sequence, int64_t token, float* row) const;
   void PrepareQueries(int64_t sequence, const uint8_t* from, int64_t dim,
-                      bool rotate, const float* scale, float* to) const;
+                      bool rotate, const kv_cache::Scales& scale,
+                      float* to) const;
 
   DecodeArgs args_;
   Problem problem_;

@@ -24,9 +24,8 @@ using F32Buffer = ffi::Buffer<ffi::F32>;
 using I32Buffer = ffi::Buffer<ffi::S32>;
 
 // Everything but the new rows and the caches' results, which only the call
-// that appends has. Operands that are not used have no elements; nor has what
-// goes without saying: a `count` of all tokens, `layer` 0, and a `table` in
-// which each sequence has the block of its own number.
+// that appends has. Operands that are not used have no elements, nor has a
+// `table` in which each sequence has the block of its own number.
 struct Operands {
   ffi::AnyBuffer q;
   I32Buffer index;
@@ -144,9 +143,10 @@ inline ffi::Error ReadDecode(const Call& call, DecodeArgs* decode) {
   KERNELS_RETURN_IF_ERROR(require_rows("q", x.q, shape.k_dim));
   KERNELS_RETURN_IF_ERROR(require_rows("out", call.out, shape.v_dim));
   KERNELS_RETURN_IF_ERROR(RequireShape("lse", call.lse, {b, n, g, t}));
-  KERNELS_RETURN_IF_ERROR(RequireShape("index", x.index, {b}));
   KERNELS_RETURN_IF_ERROR(
-      kv_cache::ReadEach("count", x.count, b, &args.count));
+      kv_cache::ReadPerSequence("index", x.index, b, &args.index));
+  KERNELS_RETURN_IF_ERROR(
+      kv_cache::ReadPerSequence("count", x.count, b, &args.count));
 
   const std::optional<Element> query = ElementOf(x.q.element_type());
   const std::optional<Element> result = ElementOf(call.out.element_type());
@@ -177,10 +177,10 @@ inline ffi::Error ReadDecode(const Call& call, DecodeArgs* decode) {
     args.new_v = static_cast<const uint8_t*>(new_v->untyped_data());
   }
   if (IsQuantized(args.element)) {
-    KERNELS_RETURN_IF_ERROR(RequireShape("k_scale", x.k_scale, {b, n}));
-    KERNELS_RETURN_IF_ERROR(RequireShape("v_scale", x.v_scale, {b, n}));
-    args.k_scale = x.k_scale.typed_data();
-    args.v_scale = x.v_scale.typed_data();
+    KERNELS_RETURN_IF_ERROR(
+        kv_cache::ReadScales("k_scale", x.k_scale, b, n, &args.k_scale));
+    KERNELS_RETURN_IF_ERROR(
+        kv_cache::ReadScales("v_scale", x.v_scale, b, n, &args.v_scale));
   }
   if (Given(x.qv)) {
     KERNELS_RETURN_IF_ERROR(require_rows("qv", x.qv, shape.v_dim));
@@ -241,7 +241,6 @@ inline ffi::Error ReadDecode(const Call& call, DecodeArgs* decode) {
   masking.softcap = options.softcap;
 
   args.q = static_cast<const uint8_t*>(x.q.untyped_data());
-  args.index = x.index.typed_data();
   args.scale = options.scale;
   args.out = static_cast<uint8_t*>(call.out.untyped_data());
   args.lse = call.lse.typed_data();

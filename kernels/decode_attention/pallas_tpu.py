@@ -124,7 +124,7 @@ def unsupported(
     ]
     why = cache_tpu.unsupported(
       update, layout=options.layout, ring=options.ring,
-      aligned=options.aligned, padded=options.padded,
+      aligned=options.aligned, uniform=options.uniform,
     )  # fmt: skip
   else:
     why = cache_tpu.cache_problem(cache_k, cache_v, options.layout)
@@ -151,7 +151,7 @@ def append_and_attend(
     x["cache_k"], x["cache_v"], new_k, new_v, x["index"], x["count"],
     x["layer"], x["table"], x["first_slot"], *scales,
     layout=options.layout, ring=options.ring, aligned=options.aligned,
-    padded=options.padded, interpret=interpret,
+    uniform=options.uniform, interpret=interpret,
   )  # fmt: skip
   out, lse = attend(
     *(x[name] for name in options.fields), options=options, interpret=interpret

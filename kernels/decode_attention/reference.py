@@ -20,7 +20,7 @@ class Options:
     layout: "bsnh" or "bnsh".
     ring: Slots of the ring, or 0.
     aligned: Whether sequence i is row i of the cache.
-    padded: Whether `count` says anything: else all tokens count.
+    uniform: Axes of operands, by name, along which there is one value.
     scale: Factor of the logits.
     causal: Whether a query sees no key after its own position.
     window_left: Keys seen before the query's own position, or -1 for all.
@@ -36,7 +36,7 @@ class Options:
   layout: str
   ring: int
   aligned: bool
-  padded: bool
+  uniform: tuple[tuple[str, int], ...]
   scale: float
   causal: bool
   window_left: int
@@ -269,7 +269,7 @@ def append_and_attend(
     cache_k, x["cache_v"], new_k, new_v, x["index"], x["count"], x["layer"],
     x["table"], x["first_slot"], *scales,
     layout=options.layout, ring=options.ring, aligned=options.aligned,
-    padded=options.padded,
+    uniform=options.uniform,
   )  # fmt: skip
   out, lse = attend(*(x[name] for name in options.fields), options=options)
   return x["cache_k"], x["cache_v"], out, lse

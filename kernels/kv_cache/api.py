@@ -144,7 +144,7 @@ def update(
     layout=layout,
     ring=cache.ring,
     aligned=cache.aligned,
-    padded=lengths is not None,
+    uniform=cache.uniform + layout_lib.uniform_axes(1, count=lengths),
     implementation=implementation,
   )
   return k, v
@@ -158,6 +158,13 @@ def _abstract_eval(cache_k, cache_v, *rest, **params):
   )
 
 
+# Operands after the caches.
+_NAMES = (
+  "new_k", "new_v", "index", "count", "layer", "table", "first_slot", "k_scale",
+  "v_scale",
+)  # fmt: skip
+
+
 def ffi_update(
   cache_k: jax.Array,
   cache_v: jax.Array,
@@ -165,15 +172,12 @@ def ffi_update(
   layout: str,
   ring: int,
   aligned: bool,
-  padded: bool,
+  uniform: layout_lib.Uniform,
   target: str = TARGET,
 ) -> list[jax.Array]:
   """Calls the handler that is registered as `target`; see the reference."""
-  new_k, new_v, index, count, layer, table, first, *scales = rest
-  count, layer, table = layout_lib.without_defaults(
-    count, layer, table, len(cache_k.shape), aligned, padded
-  )
-  scales = scales or [jnp.zeros((0, 0), jnp.float32)] * 2
+  scales = rest[7:] or (jnp.zeros((0, 0), jnp.float32),) * 2
+  x = dict(zip(_NAMES, (*rest[:7], *scales), strict=True))
   call = jax.ffi.ffi_call(
     target,
     tuple(jax.ShapeDtypeStruct(c.shape, c.dtype) for c in (cache_k, cache_v)),
@@ -182,20 +186,13 @@ def ffi_update(
   return call(
     cache_k,
     cache_v,
-    new_k,
-    new_v,
-    index,
-    count,
-    layer,
-    table,
-    first,
-    *scales,
+    *layout_lib.once(x, aligned, uniform).values(),
     ring=np.int64(ring),
     heads_first=np.bool_(layout == "bnsh"),
   )
 
 
-def _batching(op, args, dims, *, layout, ring, aligned, padded):
+def _batching(op, args, dims, *, layout, ring, aligned, uniform):
   del aligned
   args, size = dispatch.move_batch_to_front(args, dims)
   names = (
@@ -212,13 +209,15 @@ def _batching(op, args, dims, *, layout, ring, aligned, padded):
     layout=layout,
     ring=ring,
     aligned=False,
-    padded=padded,
+    uniform=layout_lib.uniform_of_batch(
+      uniform, dict(zip(("cache_k", "cache_v", *_NAMES), dims))
+    ),
   )
   return out, (0, 0)
 
 
-def _sharding_rule(avals, *, layout, ring, aligned, padded):
-  del ring, padded
+def _sharding_rule(avals, *, layout, ring, aligned, uniform):
+  del ring, uniform
   paged = avals[7].shape[1] != 1
   cache, whole = layout_lib.cache_factors(
     len(avals[0].shape), "b" if aligned else "r", layout
@@ -240,7 +239,7 @@ def _sharding_rule(avals, *, layout, ring, aligned, padded):
 
 
 def _partition(
-  mesh, arg_infos, result_infos, call, *, layout, ring, aligned, padded
+  mesh, arg_infos, result_infos, call, *, layout, ring, aligned, uniform
 ):
   del mesh, result_infos
   split = layout_lib.Split.of(
@@ -257,7 +256,7 @@ def _partition(
     table, first = split.readdress(k, table, first)
     return call(
       k, v, new_k, new_v, index, count, layer, table, first, *scales,
-      layout=layout, ring=ring, aligned=aligned, padded=padded,
+      layout=layout, ring=ring, aligned=aligned, uniform=uniform,
     )  # fmt: skip
 
   return local, (split.cache(), split.cache()), arg_specs
@@ -265,9 +264,9 @@ def _partition(
 
 def _violations(
   k, v, new_k, new_v, index, count, layer, table, first, *scales,
-  layout, ring, aligned, padded,
+  layout, ring, aligned, uniform,
 ) -> Iterator[checks.Violation]:  # fmt: skip
-  del new_v, first, scales, aligned, padded
+  del new_v, first, scales, aligned, uniform
   yield from checks.position_violations(
     layout_lib.Geometry.of(k, v, layout), index, count, layer, table,
     new_k.shape[1 if layout == "bsnh" else 2], ring,

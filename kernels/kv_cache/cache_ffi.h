@@ -84,15 +84,31 @@ inline ffi::Error ReadCaches(const ffi::AnyBuffer& cache_k,
   return ffi::Error::Success();
 }
 
-// Reads a number for each of `batch` sequences; null where it has no elements,
-// which says that all have the one that goes without saying.
-inline ffi::Error ReadEach(std::string_view name,
-                           const ffi::Buffer<ffi::S32>& buffer, int64_t batch,
-                           const int32_t** out) {
-  *out = nullptr;
-  if (buffer.element_count() == 0) return ffi::Error::Success();
-  KERNELS_RETURN_IF_ERROR(RequireShape(name, buffer, {batch}));
-  *out = buffer.typed_data();
+// Reads a number for each of `batch` sequences, or for all.
+inline ffi::Error ReadPerSequence(std::string_view name,
+                                  const ffi::Buffer<ffi::S32>& buffer,
+                                  int64_t batch, PerSequence* out) {
+  const auto dims = buffer.dimensions();
+  KERNELS_REQUIRE(dims.size() == 1 && (dims[0] == batch || dims[0] == 1), "`",
+                  name, "` must have shape [", batch, "] or [1], but got ",
+                  ShapeText(dims), ".");
+  out->data = buffer.typed_data();
+  out->stride = dims[0] == 1 ? 0 : 1;
+  return ffi::Error::Success();
+}
+
+// Reads the scales of `heads` of each of `batch` sequences, or of all.
+inline ffi::Error ReadScales(std::string_view name,
+                             const ffi::Buffer<ffi::F32>& buffer, int64_t batch,
+                             int64_t heads, Scales* out) {
+  const auto dims = buffer.dimensions();
+  KERNELS_REQUIRE(dims.size() == 2 && (dims[0] == batch || dims[0] == 1) &&
+                      (dims[1] == heads || dims[1] == 1),
+                  "`", name, "` must have shape [", batch, ", ", heads,
+                  "], or 1 for any of them, but got ", ShapeText(dims), ".");
+  out->data = buffer.typed_data();
+  out->sequence_stride = dims[0] == 1 ? 0 : dims[1];
+  out->head_stride = dims[1] == 1 ? 0 : 1;
   return ffi::Error::Success();
 }
 
@@ -104,7 +120,7 @@ inline ffi::Error ReadAddressing(const ffi::Buffer<ffi::S32>& layer,
                                  int64_t batch, int64_t ring,
                                  Addressing* addressing) {
   KERNELS_RETURN_IF_ERROR(
-      ReadEach("layer", layer, batch, &addressing->layer));
+      ReadPerSequence("layer", layer, batch, &addressing->layer));
   if (table.element_count() > 0) {
     const auto dims = table.dimensions();
     KERNELS_REQUIRE(dims.size() == 2 && dims[0] == batch,

@@ -49,12 +49,39 @@ struct CacheShape {
   }
 };
 
+// A number for each sequence, [b], or [1] for all of them.
+struct PerSequence {
+  const int32_t* data = nullptr;
+  int64_t stride = 1;
+
+  KERNELS_HOST_DEVICE int32_t operator[](int64_t sequence) const {
+    return data[sequence * stride];
+  }
+};
+
+// Scales of the heads of each sequence, [b, heads]; either axis may have size 1
+// where one holds for all, and there are none where nothing is quantised.
+struct Scales {
+  const float* data = nullptr;
+  int64_t sequence_stride = 0;
+  int64_t head_stride = 0;
+
+  KERNELS_HOST_DEVICE bool given() const { return data != nullptr; }
+  KERNELS_HOST_DEVICE float Of(int64_t sequence, int64_t head) const {
+    return data[sequence * sequence_stride + head * head_stride];
+  }
+  // Of those that there may be none of.
+  KERNELS_HOST_DEVICE float OrOne(int64_t sequence, int64_t head) const {
+    return given() ? Of(sequence, head) : 1.0f;
+  }
+};
+
 // Which slot a position of a sequence goes to.
 struct Addressing {
-  // [b, table_width] block of each sequence; null: its own number.
+  // [b, table_width] blocks of each sequence; null: the one of its own number.
   const int32_t* table = nullptr;
   int64_t table_width = 1;
-  const int32_t* layer = nullptr;  // [b]; null: 0
+  PerSequence layer;
   int64_t batch = 0;
   // Slots of the whole sequence before the first one held here: not 0 where
   // the cache is sharded along its length.
@@ -82,7 +109,7 @@ struct Addressing {
     const int64_t offset = local - entry * shape.block_size;
     const int64_t block =
         table == nullptr ? sequence : table[sequence * table_width + entry];
-    const int64_t l = layer == nullptr ? 0 : layer[sequence];
+    const int64_t l = layer[sequence];
     if (block < 0 || block >= shape.blocks || l < 0 || l >= shape.layers) {
       return -1;
     }

@@ -28,7 +28,7 @@ void Convert(Element from, const uint8_t* src, Element to, uint8_t* dst,
 // after it.
 void WriteToken(const UpdateArgs& args, int64_t sequence, int64_t token,
                 int64_t row, int64_t dim, const uint8_t* src,
-                const float* scale, uint8_t* cache) {
+                const Scales& scale, uint8_t* cache) {
   const CacheShape& shape = args.shape;
   const int64_t from_bytes = dim * ElementSize(args.new_element);
   const int64_t to_bytes = dim * ElementSize(args.element);
@@ -47,7 +47,7 @@ void WriteToken(const UpdateArgs& args, int64_t sequence, int64_t token,
     uint8_t* dst = cache + (row + n * shape.head_stride()) * to_bytes;
     if (quantize) {
       Convert(args.new_element, src + from * from_bytes, args.element, dst, dim,
-              scale == nullptr ? 1.0f : scale[sequence * shape.heads + n]);
+              scale.OrOne(sequence, n));
     } else {
       std::memcpy(dst, src + from * from_bytes, to_bytes);
     }

@@ -69,6 +69,8 @@ class Cache:
     layout: "bsnh" or "bnsh".
     ring: Slots of the ring, or 0.
     aligned: Whether sequence i is row i of the cache.
+    uniform: Along which axes `index`, `layer`, `k_scale` and `v_scale` repeat
+      themselves.
   """
 
   k: jax.Array
@@ -80,6 +82,7 @@ class Cache:
   layout: str
   ring: int
   aligned: bool
+  uniform: "Uniform"
 
   @property
   def geometry(self) -> Geometry:
@@ -315,6 +318,8 @@ def canonicalize(
     layout,
     table.shape[1] * g.block_size if ring else 0,
     aligned,
+    uniform_axes(1, index=index, layer=None)
+    + (uniform_axes(2, k_scale=k_scale, v_scale=v_scale) if scales else ()),
   )
 
 
@@ -389,35 +394,61 @@ def concrete(*arrays: Any) -> bool:
   return not any(isinstance(array, jax.core.Tracer) for array in arrays)
 
 
-def without_defaults(
-  count: jax.Array,
-  layer: jax.Array,
-  table: jax.Array,
-  rank: int,
-  aligned: bool,
-  padded: bool,
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-  """Leaves out what goes without saying, as a handler may be told it.
+# Axes of operands, by name, along which there is one value.
+Uniform = tuple[tuple[str, int], ...]
 
-  An array of constants is a program of its own on a GPU, which takes about as
-  long as the update of a token.
+
+def uniform_axes(rank: int, **given: Any) -> Uniform:
+  """Returns along which axes what a user gave is broadcast to an operand.
 
   Args:
-    count: `[b]`.
-    layer: `[b]`.
-    table: `[b, m]`.
-    rank: Of the cache; one without an axis of layers has layer 0.
+    rank: Of the operands.
+    **given: None, or an array of that rank or less, by the operand's name.
+  """
+  return tuple(
+    (name, axis)
+    for name, value in given.items()
+    for axis in range(rank - (0 if value is None else jnp.ndim(value)))
+  )
+
+
+def once(
+  x: dict[str, jax.Array], aligned: bool, uniform: Uniform
+) -> dict[str, jax.Array]:
+  """Has each value once, where handlers want no more.
+
+  To repeat it, or to number the sequences, is a program of its own on a GPU,
+  which takes about as long as the update of a token.
+
+  Args:
+    x: Operands by name, among them `table`.
     aligned: Whether `table` only says that sequence i is row i.
-    padded: Whether `count` may be less than all tokens.
+    uniform: Where operands repeat themselves.
 
   Returns:
-    The operands, or arrays without elements in their place.
+    The operands; size 1 along those axes, and a table without elements.
   """
-  nothing = jnp.zeros((0,), jnp.int32)
-  return (
-    count if padded else nothing,
-    layer if rank > 4 else nothing,
-    nothing[:, None] if aligned else table,
+  x = dict(x)
+  if aligned:
+    x["table"] = jnp.zeros((0, 0), jnp.int32)
+  for name, axis in uniform:
+    size = x[name].shape[axis]
+    if isinstance(size, int):
+      x[name] = lax.slice_in_dim(x[name], 0, min(size, 1), axis=axis)
+  return x
+
+
+def uniform_of_batch(uniform: Uniform, dims: dict[str, Any]) -> Uniform:
+  """Returns where operands repeat themselves once `fold_batch` has been.
+
+  Args:
+    uniform: Where they did before.
+    dims: Of operands, by name, the axis that is mapped over, or None.
+  """
+  return tuple(
+    (name, axis)
+    for name, axis in uniform
+    if axis > 0 or (name != "layer" and dims.get(name) is None)
   )
 
 

@@ -116,10 +116,10 @@ def unsupported(
   layout: str,
   ring: int,
   aligned: bool,
-  padded: bool,
+  uniform: layout_lib.Uniform,
 ) -> str | None:
   """Returns why the kernel cannot handle these operands, or None."""
-  del ring, aligned, padded
+  del ring, aligned, uniform
   cache_k, cache_v, new_k = avals[:3]
   if dispatch.static_size(new_k.shape) is None:
     return "the new tokens have symbolic sizes"
@@ -145,7 +145,7 @@ def update(
   layout: str,
   ring: int,
   aligned: bool,
-  padded: bool,
+  uniform: layout_lib.Uniform,
   interpret: Any = False,
 ) -> tuple[jax.Array, jax.Array]:
   """Writes new rows in place; operands as in `reference.update`.
@@ -164,7 +164,7 @@ def update(
     layout: The same.
     ring: The same.
     aligned: Whether no two sequences share a row of the cache.
-    padded: See `reference.update`.
+    uniform: The same.
     interpret: Passed on to `pallas_call`.
 
   Returns:

@@ -22,7 +22,7 @@ def update(
   layout: str,
   ring: int,
   aligned: bool = False,
-  padded: bool = True,
+  uniform: layout_lib.Uniform = (),
 ) -> tuple[jax.Array, jax.Array]:
   """Writes new rows with one scatter; the primitive's operands.
 
@@ -40,7 +40,7 @@ def update(
     layout: "bsnh" or "bnsh".
     ring: Length of the ring, or 0.
     aligned: Whether sequence i is row i of the cache, whatever `table` says.
-    padded: Whether `count` says anything: else there is no padding.
+    uniform: Axes of operands, by name, along which there is one value.
 
   Returns:
     The updated caches.

@@ -20,10 +20,10 @@ struct UpdateArgs {
   const uint8_t* new_k;  // [b, tokens, heads, k_dim], or with heads_first
   const uint8_t* new_v;  // [b, heads, tokens, v_dim]; null: left alone
   int64_t tokens;
-  const int32_t* index;  // [b] position of the first new token
-  const int32_t* count;  // [b] new tokens that are not padding; null: all
-  const float* k_scale;  // [b, heads], or null where nothing is quantised
-  const float* v_scale;
+  PerSequence index;  // position of the first new token
+  PerSequence count;  // new tokens that are not padding
+  Scales k_scale;
+  Scales v_scale;
 };
 
 // New tokens of `sequence` that must be written: [first, last). A ring keeps
@@ -32,8 +32,7 @@ struct UpdateArgs {
 KERNELS_HOST_DEVICE inline void TokensToWrite(const UpdateArgs& args,
                                               int64_t sequence, int64_t* first,
                                               int64_t* last) {
-  const int64_t count =
-      args.count == nullptr ? args.tokens : args.count[sequence];
+  const int64_t count = args.count[sequence];
   *last = count < 0 ? 0 : count < args.tokens ? count : args.tokens;
   *first = 0;
   const int64_t ring = args.addressing.ring;

@@ -76,10 +76,7 @@ struct FoundRows {
     for (uint32_t i = threadIdx.x; i < count; i += kThreads) {
       const Row row = FindRow(update, rows, first_row + i);
       to[i] = row.to;
-      if (rows.scale != nullptr) {
-        scale[i] =
-            rows.scale[row.sequence * update.args.shape.heads + row.head];
-      }
+      scale[i] = rows.scale.OrOne(row.sequence, row.head);
     }
     if (threadIdx.x == 0) first = first_row;
   }
@@ -229,11 +226,8 @@ __device__ __forceinline__ void ConvertRows(const DeviceUpdate& update,
     const uint8_t* from =
         rows.from + int64_t{index - i} * ElementSize(args.new_element);
     const float x = load(row, from, args.new_element, i);
-    const float scale =
-        rows.scale == nullptr
-            ? 1.0f
-            : rows.scale[row.sequence * args.shape.heads + row.head];
-    StoreElement(args.element, row.to, i, x, scale);
+    StoreElement(args.element, row.to, i, x,
+                 rows.scale.OrOne(row.sequence, row.head));
   }
 }
 

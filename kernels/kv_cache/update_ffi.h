@@ -56,18 +56,17 @@ inline ffi::Error ReadUpdate(
   KERNELS_RETURN_IF_ERROR(
       heads_first ? RequireShape("new_v", new_v, {b, n, t, shape.v_dim})
                   : RequireShape("new_v", new_v, {b, t, n, shape.v_dim}));
-  KERNELS_RETURN_IF_ERROR(RequireShape("index", index, {b}));
-  KERNELS_RETURN_IF_ERROR(ReadEach("count", count, b, &args.count));
+  KERNELS_RETURN_IF_ERROR(ReadPerSequence("index", index, b, &args.index));
+  KERNELS_RETURN_IF_ERROR(ReadPerSequence("count", count, b, &args.count));
   if (quantized) {
-    KERNELS_RETURN_IF_ERROR(RequireShape("k_scale", k_scale, {b, n}));
-    KERNELS_RETURN_IF_ERROR(RequireShape("v_scale", v_scale, {b, n}));
+    KERNELS_RETURN_IF_ERROR(
+        ReadScales("k_scale", k_scale, b, n, &args.k_scale));
+    KERNELS_RETURN_IF_ERROR(
+        ReadScales("v_scale", v_scale, b, n, &args.v_scale));
   }
 
   args.new_k = static_cast<const uint8_t*>(new_k.untyped_data());
   args.new_v = static_cast<const uint8_t*>(new_v.untyped_data());
-  args.index = index.typed_data();
-  args.k_scale = k_scale.typed_data();
-  args.v_scale = v_scale.typed_data();
   return ffi::Error::Success();
 }
 

@@ -42,7 +42,7 @@ class Divisor {
 struct NewRows {
   const uint8_t* from = nullptr;  // null: nothing to write
   uint8_t* to = nullptr;
-  const float* scale = nullptr;  // [b, heads], or null
+  Scales scale;
   int64_t dim = 0;
   uint32_t items = 0;
   Divisor per_row;   // items of a row

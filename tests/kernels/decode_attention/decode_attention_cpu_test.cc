@@ -133,7 +133,7 @@ void Check(std::mt19937& rng, Element element, const Sizes& z) {
   const std::vector<float> scale(z.batch * z.heads, 0.05f);
   args.addressing.table = table.data();
   args.addressing.table_width = width;
-  args.addressing.layer = layer.data();
+  args.addressing.layer = {layer.data()};
   args.addressing.batch = z.batch;
   args.addressing.ring = z.ring ? capacity : 0;
   args.q = q.data.get();
@@ -141,9 +141,9 @@ void Check(std::mt19937& rng, Element element, const Sizes& z) {
   args.new_v = new_v.data.get();
   args.tokens = z.tokens;
   args.group = z.group;
-  args.index = index.data();
-  args.count = count.data();
-  args.k_scale = quantized ? scale.data() : nullptr;
+  args.index = {index.data()};
+  args.count = {count.data()};
+  if (quantized) args.k_scale = {scale.data(), z.heads, 1};
   args.v_scale = args.k_scale;
   args.scale = 0.2f;
   if (z.ring) args.masking.window_left = capacity - z.tokens;

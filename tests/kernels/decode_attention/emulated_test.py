@@ -111,7 +111,7 @@ class EmulatedTest(parameterized.TestCase):
       fields = ("cache_k", "cache_v", "q", "index", "count", "layer", "table",
                 "first_slot")  # fmt: skip
       options = reference.Options(
-        fields=fields, layout="bsnh", ring=0, aligned=True, padded=True,
+        fields=fields, layout="bsnh", ring=0, aligned=True, uniform=(),
         scale=1 / np.sqrt(16), causal=True, window_left=-1, window_right=-1,
         chunk=0, softcap=0.0, interleaved=False, rotate_keys=False,
         out_dtype="float32",

@@ -80,8 +80,23 @@ class CompiledTest(parameterized.TestCase):
     layer = None if spec.layers is None else 1
     assert_only_writes_rows(compile_update(args, layer=layer), args[:2])
 
-  def test_a_plain_call_is_all_that_runs(self):
-    deviceless.assert_one_launch(compile_update(arguments()))
+  @parameterized.parameters(
+    ("bfloat16", (8,), None, {}), ("bfloat16", (), (), {}),
+    ("int8", (8,), (8,), {"k_scale": 0.1, "v_scale": 0.1}),
+    ("int8", (), None, {"k_scale": np.ones(8), "v_scale": np.ones((8, 8))}),
+  )  # fmt: skip
+  def test_a_call_is_all_that_runs(self, dtype, index, lengths, scales):
+    def update(*args):
+      *args, lengths = args
+      return kv_cache.update(*args, lengths=lengths, **scales)
+
+    args = [*arguments(dtype=dtype)[:4], struct(index, "int32")]
+    args.append(lengths if lengths is None else struct(lengths, "int32"))
+    deviceless.assert_one_launch(
+      deviceless.compile_for(
+        deviceless.gpu_devices()[0], update, *args, donate=(0, 1)
+      )
+    )
 
   def test_paged_with_lengths(self):
     caches = [struct((512, 16, 8, 128))] * 2
@@ -140,9 +155,11 @@ class BrokenProgramTest(parameterized.TestCase):
       deviceless.assert_nothing_moves(compiled, size(CACHE))
 
   def test_launch_of_operands_is_seen(self):
-    args = arguments()
-    compiled = compile_update([*args[:4], struct((), "int32")])
-    with self.assertRaisesRegex(AssertionError, "XLA launches .*fusion"):
+    compiled = deviceless.compile_for(
+      deviceless.gpu_devices()[0],
+      lambda *args: kv_cache.update(*args[:4], args[4] + 1), *arguments(),
+    )  # fmt: skip
+    with self.assertRaisesRegex(AssertionError, "XLA launches .*add"):
       deviceless.assert_one_launch(compiled)
 
   def test_fallback_is_seen(self):
@@ -152,7 +169,7 @@ class BrokenProgramTest(parameterized.TestCase):
 
   def test_handler_that_is_not_registered_does_not_compile(self):
     call = functools.partial(
-      api.ffi_update, layout="bsnh", ring=0, aligned=True, padded=True,
+      api.ffi_update, layout="bsnh", ring=0, aligned=True, uniform=(),
       target="nowhere"
     )
     *args, index = arguments()
@@ -169,7 +186,7 @@ class BrokenProgramTest(parameterized.TestCase):
     *args, index = arguments()
     args[:2] = [struct(CACHE, sharding=parts)] * 2
     call = functools.partial(
-      api.ffi_update, layout="bsnh", ring=0, aligned=True, padded=True
+      api.ffi_update, layout="bsnh", ring=0, aligned=True, uniform=()
     )
     compiled = deviceless.compile_for(
       whole, call, *args, index, index, index, struct((8, 1), "int32"),

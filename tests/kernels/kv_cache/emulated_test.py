@@ -100,6 +100,6 @@ class EmulatedUpdateTest(parameterized.TestCase):
       jax.block_until_ready(
         api.ffi_update(
           cache, cache, *rows, short, one, one, one[:, None], jnp.int32(0),
-          layout="bsnh", ring=0, aligned=True, padded=True, target=TARGET,
+          layout="bsnh", ring=0, aligned=True, uniform=(), target=TARGET,
         )
       )  # fmt: skip

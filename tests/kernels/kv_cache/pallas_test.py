@@ -131,7 +131,7 @@ class NumbersTest(parameterized.TestCase):
     table = np.arange(3, dtype=np.int32)[:, None]
     got = api.UPDATE(
       *args, index, count, layer, table, first_slot,
-      layout=layout, ring=0, aligned=False, padded=True,
+      layout=layout, ring=0, aligned=False, uniform=(),
       implementation=IMPLEMENTATION,
     )  # fmt: skip
     for cache, old, new in zip(got, args[:2], args[2:], strict=True):
