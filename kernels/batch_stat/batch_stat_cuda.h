@@ -27,22 +27,28 @@ constexpr int64_t kMomentsParts = 3;
 constexpr int64_t kGradSumsParts = 2;
 
 // Where the results of LaunchMoments go, each [groups, channels]. What is null
-// is left out, the running averages all together.
+// is left out: the running averages all together, and so what x is normalised
+// with.
 template <typename A>
 struct MomentsResults {
   A* mean;
   A* var;
   A* count;
-  const A* momentum;
+  const A* momentum;  // [groups]
   const A* old_mean;  // may be new_mean
   const A* old_var;   // may be new_var
   A* new_mean;
   A* new_var;
+  A epsilon;
+  const A* scale;
+  A* rstd;  // 1 / sqrt(var + epsilon)
+  A* mul;   // scale * rstd
 };
 
-// Mean, biased variance and number of values of each channel, and the running
-// averages; a channel without values gets NaN, NaN and 0. With `accurate`, the
-// variance comes from a second pass over x about the mean of the first one.
+// Mean, biased variance and number of values of each channel, the running
+// averages, and what x is normalised with; a channel without values gets NaN,
+// NaN and 0. With `accurate`, the variance comes from a second pass over x
+// about the mean of the first one.
 template <typename T>
 cudaError_t LaunchMoments(
     cudaStream_t stream, const Geometry& geometry, const typename T::Storage* x,
@@ -60,14 +66,27 @@ cudaError_t LaunchNormalize(cudaStream_t stream, const Geometry& geometry,
                             const typename T::Compute* bias, bool relu,
                             typename U::Storage* y);
 
-// sum_dy = sum of dy, sum_dyx = sum of dy * (x - mean); with `relu`, over the
-// positions where LaunchNormalize gives a positive value.
+// Where the results of LaunchGradSums go, and what of the channels they want,
+// each [groups, channels].
+template <typename A>
+struct GradSumsResults {
+  const A* mul;
+  const A* rstd;
+  const A* count;  // of the values that mean and variance were taken of
+  A* sum_dy;       // sum of dy
+  A* dscale;       // rstd * sum of dy * (x - mean)
+  A* c0;           // -mul * sum_dy / count
+  A* c1;           // -mul * rstd * dscale / count
+};
+
+// Sums over all positions or, with `relu`, over those where LaunchNormalize
+// gives a positive value.
 template <typename T, typename U>
 cudaError_t LaunchGradSums(
     cudaStream_t stream, const Geometry& geometry, const typename T::Storage* x,
     const typename U::Storage* dy, const typename T::Compute* mean,
     const typename T::Compute* mul, const typename T::Compute* bias, bool relu,
-    typename T::Compute* sum_dy, typename T::Compute* sum_dyx,
+    const GradSumsResults<typename T::Compute>& results,
     typename T::Compute* workspace,  // [splits, 2, groups, channels]
     int64_t splits);
 

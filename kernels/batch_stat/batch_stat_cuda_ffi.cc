@@ -60,15 +60,51 @@ ffi::Error UpdateImpl(
         int64_t splits = 0;
         KERNELS_RETURN_IF_ERROR(
             GetMomentsSplits(*workspace, g, dtype, &splits));
-        const MomentsResults<A> results = {Data<A>(mean),     Data<A>(var),
-                                           /*count=*/nullptr, Data<A>(momentum),
-                                           Data<A>(old_mean), Data<A>(old_var),
-                                           Data<A>(new_mean), Data<A>(new_var)};
+        MomentsResults<A> results = {};
+        results.mean = Data<A>(mean);
+        results.var = Data<A>(var);
+        results.momentum = Data<A>(momentum);
+        results.old_mean = Data<A>(old_mean);
+        results.old_var = Data<A>(old_var);
+        results.new_mean = Data<A>(new_mean);
+        results.new_var = Data<A>(new_var);
         return LaunchStatus(
             LaunchMoments<T>(stream, g, Data<typename T::Storage>(x), mask,
                              accurate != 0, results, Data<A>(workspace),
                              splits),
             "batch_stat.update");
+      });
+}
+
+ffi::Error TrainImpl(
+    cudaStream_t stream, int64_t feature_axis, int64_t batch_axes,
+    int64_t accurate, double epsilon, ffi::AnyBuffer old_mean,
+    ffi::AnyBuffer old_var, ffi::AnyBuffer momentum, ffi::AnyBuffer scale,
+    ffi::AnyBuffer x, ffi::RemainingArgs rest,
+    ffi::Result<ffi::AnyBuffer> new_mean, ffi::Result<ffi::AnyBuffer> new_var,
+    ffi::Result<ffi::AnyBuffer> mean, ffi::Result<ffi::AnyBuffer> var,
+    ffi::Result<ffi::AnyBuffer> count, ffi::Result<ffi::AnyBuffer> rstd,
+    ffi::Result<ffi::AnyBuffer> mul, ffi::Result<ffi::AnyBuffer> workspace) {
+  return CheckTrain(
+      feature_axis, batch_axes, old_mean, old_var, momentum, scale, x, rest,
+      *new_mean, *new_var, *mean, *var, *count, *rstd, *mul,
+      [&](auto t, const Geometry& g, const Mask& mask) -> ffi::Error {
+        using T = decltype(t);
+        using A = typename T::Compute;
+        constexpr ffi::DataType dtype = ComputeDtype<T>();
+        int64_t splits = 0;
+        KERNELS_RETURN_IF_ERROR(
+            GetMomentsSplits(*workspace, g, dtype, &splits));
+        const MomentsResults<A> results = {
+            Data<A>(mean),     Data<A>(var),      Data<A>(count),
+            Data<A>(momentum), Data<A>(old_mean), Data<A>(old_var),
+            Data<A>(new_mean), Data<A>(new_var),  static_cast<A>(epsilon),
+            Data<A>(scale),    Data<A>(rstd),     Data<A>(mul)};
+        return LaunchStatus(
+            LaunchMoments<T>(stream, g, Data<typename T::Storage>(x), mask,
+                             accurate != 0, results, Data<A>(workspace),
+                             splits),
+            "the statistics of batch_stat");
       });
 }
 
@@ -118,16 +154,16 @@ ffi::Error NormalizeImpl(cudaStream_t stream, int64_t feature_axis,
       });
 }
 
-ffi::Error GradSumsImpl(cudaStream_t stream, int64_t feature_axis,
-                        int64_t batch_axes, int64_t relu, ffi::AnyBuffer x,
-                        ffi::AnyBuffer dy, ffi::AnyBuffer mean,
-                        ffi::AnyBuffer mul, ffi::AnyBuffer bias,
-                        ffi::Result<ffi::AnyBuffer> sum_dy,
-                        ffi::Result<ffi::AnyBuffer> sum_dyx,
-                        ffi::Result<ffi::AnyBuffer> workspace) {
+ffi::Error GradSumsImpl(
+    cudaStream_t stream, int64_t feature_axis, int64_t batch_axes, int64_t relu,
+    ffi::AnyBuffer x, ffi::AnyBuffer dy, ffi::AnyBuffer mean,
+    ffi::AnyBuffer mul, ffi::AnyBuffer bias, ffi::AnyBuffer rstd,
+    ffi::AnyBuffer count, ffi::Result<ffi::AnyBuffer> sum_dy,
+    ffi::Result<ffi::AnyBuffer> dscale, ffi::Result<ffi::AnyBuffer> c0,
+    ffi::Result<ffi::AnyBuffer> c1, ffi::Result<ffi::AnyBuffer> workspace) {
   return CheckGradSums(
-      feature_axis, batch_axes, x, dy, mean, mul, bias, *sum_dy, *sum_dyx,
-      [&](auto t, auto u, const Geometry& g) -> ffi::Error {
+      feature_axis, batch_axes, x, dy, mean, mul, bias, rstd, count, *sum_dy,
+      *dscale, *c0, *c1, [&](auto t, auto u, const Geometry& g) -> ffi::Error {
         using T = decltype(t);
         using U = decltype(u);
         using A = typename T::Compute;
@@ -135,12 +171,14 @@ ffi::Error GradSumsImpl(cudaStream_t stream, int64_t feature_axis,
         int64_t splits = 0;
         KERNELS_RETURN_IF_ERROR(
             GetSplits(*workspace, g, kGradSumsParts, dtype, &splits));
+        const GradSumsResults<A> results = {
+            Data<A>(mul),    Data<A>(rstd), Data<A>(count), Data<A>(sum_dy),
+            Data<A>(dscale), Data<A>(c0),   Data<A>(c1)};
         return LaunchStatus(
             LaunchGradSums<T, U>(stream, g, Data<typename T::Storage>(x),
                                  Data<typename U::Storage>(dy), Data<A>(mean),
                                  Data<A>(mul), Data<A>(bias), relu != 0,
-                                 Data<A>(sum_dy), Data<A>(sum_dyx),
-                                 Data<A>(workspace), splits),
+                                 results, Data<A>(workspace), splits),
             "the sums of batch_stat's gradient");
       });
 }
@@ -174,6 +212,10 @@ XLA_FFI_DEFINE_HANDLER(kUpdate, UpdateImpl,
                        UpdateSpec(ffi::Ffi::Bind().Ctx<Stream>())
                            .Ret<ffi::AnyBuffer>(),  // workspace
                        {kGraphCompatible});
+XLA_FFI_DEFINE_HANDLER(kTrain, TrainImpl,
+                       TrainSpec(ffi::Ffi::Bind().Ctx<Stream>())
+                           .Ret<ffi::AnyBuffer>(),  // workspace
+                       {kGraphCompatible});
 XLA_FFI_DEFINE_HANDLER(kMoments, MomentsImpl,
                        MomentsSpec(ffi::Ffi::Bind().Ctx<Stream>())
                            .Ret<ffi::AnyBuffer>(),  // workspace
@@ -194,6 +236,9 @@ PYBIND11_MODULE(_batch_stat_cuda, module) {
   module.def(
       "update", [] { return HandlerCapsule(kUpdate); },
       "Handler of the running-average update.");
+  module.def(
+      "train", [] { return HandlerCapsule(kTrain); },
+      "Handler of the running-average update before x is normalised.");
   module.def(
       "moments", [] { return HandlerCapsule(kMoments); },
       "Handler of mean, variance and count.");

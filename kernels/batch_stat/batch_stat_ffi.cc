@@ -1,5 +1,7 @@
 #include "kernels/batch_stat/batch_stat_ffi.h"
 
+#include <algorithm>
+#include <cmath>
 #include <cstddef>
 #include <cstdint>
 #include <vector>
@@ -15,6 +17,19 @@
 
 namespace kernels::batch_stat {
 namespace {
+
+// Blends a batch's statistics into the running averages, which may lie where
+// the new ones go.
+template <typename A>
+void Blend(const Geometry& g, const A* momentum, const A* old_mean,
+           const A* old_var, const A* mean, const A* var, A* new_mean,
+           A* new_var) {
+  for (int64_t i = 0; i < g.groups * g.channels; ++i) {
+    const A keep = momentum[i / g.channels];
+    new_mean[i] = keep * old_mean[i] + (1 - keep) * mean[i];
+    new_var[i] = keep * old_var[i] + (1 - keep) * var[i];
+  }
+}
 
 ffi::Error BatchStatUpdateImpl(
     ffi::ThreadPool pool, int64_t feature_axis, int64_t batch_axes,
@@ -32,13 +47,37 @@ ffi::Error BatchStatUpdateImpl(
         Moments<T>(MakeParallelLoop(pool), CurrentSimdLevel(), g,
                    Data<typename T::Storage>(x), mask, accurate != 0,
                    Data<A>(mean), Data<A>(var), count.data());
+        Blend(g, Data<A>(momentum), Data<A>(old_mean), Data<A>(old_var),
+              Data<A>(mean), Data<A>(var), Data<A>(new_mean), Data<A>(new_var));
+        return ffi::Error::Success();
+      });
+}
+
+ffi::Error BatchStatTrainImpl(
+    ffi::ThreadPool pool, int64_t feature_axis, int64_t batch_axes,
+    int64_t accurate, double epsilon, ffi::AnyBuffer old_mean,
+    ffi::AnyBuffer old_var, ffi::AnyBuffer momentum, ffi::AnyBuffer scale,
+    ffi::AnyBuffer x, ffi::RemainingArgs rest,
+    ffi::Result<ffi::AnyBuffer> new_mean, ffi::Result<ffi::AnyBuffer> new_var,
+    ffi::Result<ffi::AnyBuffer> mean, ffi::Result<ffi::AnyBuffer> var,
+    ffi::Result<ffi::AnyBuffer> count, ffi::Result<ffi::AnyBuffer> rstd,
+    ffi::Result<ffi::AnyBuffer> mul) {
+  return CheckTrain(
+      feature_axis, batch_axes, old_mean, old_var, momentum, scale, x, rest,
+      *new_mean, *new_var, *mean, *var, *count, *rstd, *mul,
+      [&](auto t, const Geometry& g, const Mask& mask) -> ffi::Error {
+        using T = decltype(t);
+        using A = typename T::Compute;
+        Moments<T>(MakeParallelLoop(pool), CurrentSimdLevel(), g,
+                   Data<typename T::Storage>(x), mask, accurate != 0,
+                   Data<A>(mean), Data<A>(var), Data<A>(count));
+        Blend(g, Data<A>(momentum), Data<A>(old_mean), Data<A>(old_var),
+              Data<A>(mean), Data<A>(var), Data<A>(new_mean), Data<A>(new_var));
         for (int64_t i = 0; i < g.groups * g.channels; ++i) {
-          // The old averages may lie where the new ones go.
-          const A keep = Data<A>(momentum)[i];
-          Data<A>(new_mean)[i] =
-              keep * Data<A>(old_mean)[i] + (1 - keep) * Data<A>(mean)[i];
-          Data<A>(new_var)[i] =
-              keep * Data<A>(old_var)[i] + (1 - keep) * Data<A>(var)[i];
+          const A one =
+              1 / std::sqrt(Data<A>(var)[i] + static_cast<A>(epsilon));
+          Data<A>(rstd)[i] = one;
+          Data<A>(mul)[i] = Data<A>(scale)[i] * one;
         }
         return ffi::Error::Success();
       });
@@ -81,16 +120,16 @@ ffi::Error BatchStatNormalizeImpl(ffi::ThreadPool pool, int64_t feature_axis,
                         });
 }
 
-ffi::Error BatchStatGradSumsImpl(ffi::ThreadPool pool, int64_t feature_axis,
-                                 int64_t batch_axes, int64_t relu,
-                                 ffi::AnyBuffer x, ffi::AnyBuffer dy,
-                                 ffi::AnyBuffer mean, ffi::AnyBuffer mul,
-                                 ffi::AnyBuffer bias,
-                                 ffi::Result<ffi::AnyBuffer> sum_dy,
-                                 ffi::Result<ffi::AnyBuffer> sum_dyx) {
+ffi::Error BatchStatGradSumsImpl(
+    ffi::ThreadPool pool, int64_t feature_axis, int64_t batch_axes,
+    int64_t relu, ffi::AnyBuffer x, ffi::AnyBuffer dy, ffi::AnyBuffer mean,
+    ffi::AnyBuffer mul, ffi::AnyBuffer bias, ffi::AnyBuffer rstd,
+    ffi::AnyBuffer count, ffi::Result<ffi::AnyBuffer> sum_dy,
+    ffi::Result<ffi::AnyBuffer> dscale, ffi::Result<ffi::AnyBuffer> c0,
+    ffi::Result<ffi::AnyBuffer> c1) {
   return CheckGradSums(
-      feature_axis, batch_axes, x, dy, mean, mul, bias, *sum_dy, *sum_dyx,
-      [&](auto t, auto u, const Geometry& g) -> ffi::Error {
+      feature_axis, batch_axes, x, dy, mean, mul, bias, rstd, count, *sum_dy,
+      *dscale, *c0, *c1, [&](auto t, auto u, const Geometry& g) -> ffi::Error {
         using T = decltype(t);
         using U = decltype(u);
         using A = typename T::Compute;
@@ -98,7 +137,13 @@ ffi::Error BatchStatGradSumsImpl(ffi::ThreadPool pool, int64_t feature_axis,
                        Data<typename T::Storage>(x),
                        Data<typename U::Storage>(dy), Data<A>(mean),
                        Data<A>(mul), Data<A>(bias), relu != 0, Data<A>(sum_dy),
-                       Data<A>(sum_dyx));
+                       Data<A>(dscale));
+        for (int64_t i = 0; i < g.groups * g.channels; ++i) {
+          Data<A>(dscale)[i] *= Data<A>(rstd)[i];
+          const A share = -Data<A>(mul)[i] / std::max(Data<A>(count)[i], A{1});
+          Data<A>(c0)[i] = share * Data<A>(sum_dy)[i];
+          Data<A>(c1)[i] = share * Data<A>(rstd)[i] * Data<A>(dscale)[i];
+        }
         return ffi::Error::Success();
       });
 }
@@ -130,6 +175,9 @@ ffi::Error BatchStatGradInputImpl(ffi::ThreadPool pool, int64_t feature_axis,
 XLA_FFI_DEFINE_HANDLER_SYMBOL(
     BatchStatUpdate, BatchStatUpdateImpl,
     UpdateSpec(ffi::Ffi::Bind().Ctx<ffi::ThreadPool>()));
+XLA_FFI_DEFINE_HANDLER_SYMBOL(
+    BatchStatTrain, BatchStatTrainImpl,
+    TrainSpec(ffi::Ffi::Bind().Ctx<ffi::ThreadPool>()));
 XLA_FFI_DEFINE_HANDLER_SYMBOL(
     BatchStatMoments, BatchStatMomentsImpl,
     MomentsSpec(ffi::Ffi::Bind().Ctx<ffi::ThreadPool>()));

@@ -13,6 +13,9 @@ PYBIND11_MODULE(_batch_stat_cpu, module) {
       "update", [] { return HandlerCapsule(BatchStatUpdate); },
       "Handler of the running-average update.");
   module.def(
+      "train", [] { return HandlerCapsule(BatchStatTrain); },
+      "Handler of the running-average update before x is normalised.");
+  module.def(
       "moments", [] { return HandlerCapsule(BatchStatMoments); },
       "Handler of mean, variance and count.");
   module.def(

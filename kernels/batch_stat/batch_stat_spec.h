@@ -40,6 +40,28 @@ auto UpdateSpec(Binding binding) {
 }
 
 template <typename Binding>
+auto TrainSpec(Binding binding) {
+  return std::move(binding)
+      .template Attr<int64_t>("feature_axis")
+      .template Attr<int64_t>("batch_axes")
+      .template Attr<int64_t>("accurate")
+      .template Attr<double>("epsilon")
+      .template Arg<ffi::AnyBuffer>()   // running mean
+      .template Arg<ffi::AnyBuffer>()   // running var
+      .template Arg<ffi::AnyBuffer>()   // momentum
+      .template Arg<ffi::AnyBuffer>()   // scale
+      .template Arg<ffi::AnyBuffer>()   // x
+      .RemainingArgs()                  // mask
+      .template Ret<ffi::AnyBuffer>()   // running mean, aliased
+      .template Ret<ffi::AnyBuffer>()   // running var, aliased
+      .template Ret<ffi::AnyBuffer>()   // batch mean
+      .template Ret<ffi::AnyBuffer>()   // batch var
+      .template Ret<ffi::AnyBuffer>()   // count
+      .template Ret<ffi::AnyBuffer>()   // rstd
+      .template Ret<ffi::AnyBuffer>();  // mul
+}
+
+template <typename Binding>
 auto MomentsSpec(Binding binding) {
   return std::move(binding)
       .template Attr<int64_t>("feature_axis")
@@ -76,8 +98,12 @@ auto GradSumsSpec(Binding binding) {
       .template Arg<ffi::AnyBuffer>()   // mean
       .template Arg<ffi::AnyBuffer>()   // mul
       .template Arg<ffi::AnyBuffer>()   // bias
+      .template Arg<ffi::AnyBuffer>()   // rstd
+      .template Arg<ffi::AnyBuffer>()   // count
       .template Ret<ffi::AnyBuffer>()   // sum of dy
-      .template Ret<ffi::AnyBuffer>();  // sum of dy * (x - mean)
+      .template Ret<ffi::AnyBuffer>()   // dscale
+      .template Ret<ffi::AnyBuffer>()   // c0
+      .template Ret<ffi::AnyBuffer>();  // c1
 }
 
 template <typename Binding>
@@ -135,6 +161,18 @@ inline ffi::Error CheckStat(const ffi::AnyBuffer& stat, std::string_view name,
       "`", name, "` must be ", DtypeName(dtype), " with ",
       g.groups * g.channels, " elements, one for each feature of `x`, but got ",
       DtypeName(stat.element_type()), ShapeText(stat.dimensions()), ".");
+  return ffi::Error::Success();
+}
+
+inline ffi::Error CheckMomentum(const ffi::AnyBuffer& momentum,
+                                const Geometry& g, ffi::DataType dtype) {
+  KERNELS_REQUIRE(
+      momentum.element_type() == dtype &&
+          static_cast<int64_t>(momentum.element_count()) == g.groups,
+      "`momentum` must be ", DtypeName(dtype), " with ", g.groups,
+      " elements, one for each batch, but got ",
+      DtypeName(momentum.element_type()), ShapeText(momentum.dimensions()),
+      ".");
   return ffi::Error::Success();
 }
 
@@ -208,9 +246,33 @@ ffi::Error CheckUpdate(int64_t feature_axis, int64_t batch_axes,
     KERNELS_RETURN_IF_ERROR(CheckStat(new_var, "the new var", g, dtype));
     KERNELS_RETURN_IF_ERROR(CheckStat(mean, "the batch mean", g, dtype));
     KERNELS_RETURN_IF_ERROR(CheckStat(var, "the batch var", g, dtype));
-    KERNELS_RETURN_IF_ERROR(CheckStat(momentum, "momentum", g, dtype));
+    KERNELS_RETURN_IF_ERROR(CheckMomentum(momentum, g, dtype));
     return body(t, g, mask);
   });
+}
+
+template <typename Body>
+ffi::Error CheckTrain(int64_t feature_axis, int64_t batch_axes,
+                      const ffi::AnyBuffer& old_mean,
+                      const ffi::AnyBuffer& old_var,
+                      const ffi::AnyBuffer& momentum,
+                      const ffi::AnyBuffer& scale, const ffi::AnyBuffer& x,
+                      ffi::RemainingArgs rest, const ffi::AnyBuffer& new_mean,
+                      const ffi::AnyBuffer& new_var, const ffi::AnyBuffer& mean,
+                      const ffi::AnyBuffer& var, const ffi::AnyBuffer& count,
+                      const ffi::AnyBuffer& rstd, const ffi::AnyBuffer& mul,
+                      Body&& body) {
+  return CheckUpdate(
+      feature_axis, batch_axes, old_mean, old_var, momentum, x, rest, new_mean,
+      new_var, mean, var,
+      [&](auto t, const Geometry& g, const Mask& mask) -> ffi::Error {
+        constexpr ffi::DataType dtype = ComputeDtype<decltype(t)>();
+        KERNELS_RETURN_IF_ERROR(CheckStat(scale, "scale", g, dtype));
+        KERNELS_RETURN_IF_ERROR(CheckStat(count, "count", g, dtype));
+        KERNELS_RETURN_IF_ERROR(CheckStat(rstd, "rstd", g, dtype));
+        KERNELS_RETURN_IF_ERROR(CheckStat(mul, "mul", g, dtype));
+        return body(t, g, mask);
+      });
 }
 
 template <typename Body>
@@ -255,15 +317,21 @@ template <typename Body>
 ffi::Error CheckGradSums(int64_t feature_axis, int64_t batch_axes,
                          const ffi::AnyBuffer& x, const ffi::AnyBuffer& dy,
                          const ffi::AnyBuffer& mean, const ffi::AnyBuffer& mul,
-                         const ffi::AnyBuffer& bias,
+                         const ffi::AnyBuffer& bias, const ffi::AnyBuffer& rstd,
+                         const ffi::AnyBuffer& count,
                          const ffi::AnyBuffer& sum_dy,
-                         const ffi::AnyBuffer& sum_dyx, Body&& body) {
+                         const ffi::AnyBuffer& dscale, const ffi::AnyBuffer& c0,
+                         const ffi::AnyBuffer& c1, Body&& body) {
   return CheckNormalize(
       feature_axis, batch_axes, x, mean, mul, bias, "dy", dy,
       [&](auto t, auto u, const Geometry& g) -> ffi::Error {
         constexpr ffi::DataType dtype = ComputeDtype<decltype(t)>();
+        KERNELS_RETURN_IF_ERROR(CheckStat(rstd, "rstd", g, dtype));
+        KERNELS_RETURN_IF_ERROR(CheckStat(count, "count", g, dtype));
         KERNELS_RETURN_IF_ERROR(CheckStat(sum_dy, "sum_dy", g, dtype));
-        KERNELS_RETURN_IF_ERROR(CheckStat(sum_dyx, "sum_dyx", g, dtype));
+        KERNELS_RETURN_IF_ERROR(CheckStat(dscale, "dscale", g, dtype));
+        KERNELS_RETURN_IF_ERROR(CheckStat(c0, "c0", g, dtype));
+        KERNELS_RETURN_IF_ERROR(CheckStat(c1, "c1", g, dtype));
         return body(t, u, g);
       });
 }

@@ -79,16 +79,15 @@ def check_stat(stat: Any, name: str, x: Any, feature_axis: int) -> jax.Array:
   return stat
 
 
-def check_momentum(momentum: Any, x: Any, feature_axis: int) -> jax.Array:
+def check_momentum(momentum: Any, x: Any) -> jax.Array:
   """Checks the weight of the old averages.
 
   Args:
     momentum: A number in `[0, 1]`, or a traced scalar.
     x: The batch.
-    feature_axis: Of x.
 
   Returns:
-    `[c]`, momentum for each feature, in the dtype of the statistics.
+    `[1]`, in the dtype of the statistics.
 
   Raises:
     ValueError: If it is known to be outside, or is not a scalar.
@@ -102,7 +101,7 @@ def check_momentum(momentum: Any, x: Any, feature_axis: int) -> jax.Array:
     raise ValueError(
       f"`momentum` must be a scalar, but got shape {momentum.shape}."
     )
-  return jnp.broadcast_to(momentum, (x.shape[feature_axis],))
+  return momentum.reshape(1)
 
 
 def check_mask(mask: Any, x: Any, feature_axis: int) -> jax.Array | None:

@@ -54,13 +54,21 @@ __device__ __forceinline__ void LoadOrigins(
   }
 }
 
+// What follows from a channel's moments.
 template <typename A>
-__device__ __forceinline__ void BlendOne(const MomentsResults<A>& to,
-                                         int64_t stat, A mean, A var) {
-  if (to.new_mean == nullptr) return;
-  const A keep = to.momentum[stat];
-  to.new_mean[stat] = keep * to.old_mean[stat] + (1 - keep) * mean;
-  to.new_var[stat] = keep * to.old_var[stat] + (1 - keep) * var;
+__device__ __forceinline__ void FinishOne(const MomentsResults<A>& to,
+                                          int64_t group, int64_t stat, A mean,
+                                          A var) {
+  if (to.new_mean != nullptr) {
+    const A keep = to.momentum[group];
+    to.new_mean[stat] = keep * to.old_mean[stat] + (1 - keep) * mean;
+    to.new_var[stat] = keep * to.old_var[stat] + (1 - keep) * var;
+  }
+  if (to.mul != nullptr) {
+    const A rstd = 1 / sqrt(var + to.epsilon);
+    to.rstd[stat] = rstd;
+    to.mul[stat] = to.scale[stat] * rstd;
+  }
 }
 
 // After the first pass.
@@ -76,9 +84,10 @@ struct FinishMoments {
   __device__ void operator()(int64_t stat,
                              const A (&sums)[kMomentsParts]) const {
     const A count = sums[0];
+    const int64_t group = stat / geometry.channels;
     A origin[1];
-    LoadOrigins<T, 1>(x, mask, geometry, stat / geometry.channels,
-                      stat % geometry.channels, origin);
+    LoadOrigins<T, 1>(x, mask, geometry, group, stat % geometry.channels,
+                      origin);
     const A nan = static_cast<A>(NAN);
     const A mean = count > 0 ? origin[0] + sums[1] : nan;
     const A var = count > 0 ? sums[2] / count : nan;
@@ -89,7 +98,7 @@ struct FinishMoments {
       return;
     }
     to.var[stat] = var;
-    BlendOne(to, stat, mean, var);
+    FinishOne(to, group, stat, mean, var);
   }
 };
 
@@ -97,13 +106,14 @@ struct FinishMoments {
 template <typename A>
 struct FinishSquares {
   MomentsResults<A> to;
+  int64_t channels;
   const A* counts;
 
   __device__ void operator()(int64_t stat, const A (&sums)[1]) const {
     // Without values the mean is NaN already, and 0 / 0 is.
     const A var = sums[0] / counts[stat];
     to.var[stat] = var;
-    BlendOne(to, stat, to.mean[stat], var);
+    FinishOne(to, stat / channels, stat, to.mean[stat], var);
   }
 };
 
@@ -343,7 +353,8 @@ cudaError_t LaunchMoments(cudaStream_t stream, const Geometry& geometry,
     KERNELS_RETURN_IF_CUDA_ERROR(
         LaunchFinish<MomentsSum<A>>(stream, workspace, splits, all, finish));
     if (!accurate) return cudaSuccess;
-    const FinishSquares<A> finish_squares = {results, counts};
+    const FinishSquares<A> finish_squares = {results, geometry.channels,
+                                             counts};
     KERNELS_RETURN_IF_CUDA_ERROR(
         cuda::Launch(SquaresKernel<T, kVec, kLast>, grid, dim3(kThreads), 0,
                      stream, walk, x, mask, workspace, splits, finish_squares));

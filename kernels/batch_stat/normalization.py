@@ -179,16 +179,13 @@ def batch_norm(
     x, scale.astype(stat_dtype), bias.astype(stat_dtype)
   )
   if use_running_average:
-    mul = scale * lax.rsqrt(old_var + static.epsilon)
-    centre, mul = dispatch.vary_like(x, old_mean, mul)
-    y = _apply(static, x, centre, mul, bias)
+    centre, spread = dispatch.vary_like(x, old_mean, old_var)
+    y = _apply(static, x, centre, spread, scale, bias)
     return BatchNorm(mean, var, y, old_mean, old_var)
   checks.check_not_empty(x, feature_axis)
-  momentum = checks.check_momentum(momentum, x, feature_axis)
-  y, batch_mean, batch_var = _train(static, x, scale, bias, mask)
-  new_mean, new_var, _, _ = running_average.blend(
-    momentum, old_mean, old_var, batch_mean, batch_var
-  )
+  old = (checks.check_momentum(momentum, x), old_mean, old_var)
+  y, batch_mean, batch_var, new = _train(static, x, scale, bias, mask, old)
+  new_mean, new_var = running_average.blended(new, *old, batch_mean, batch_var)
   return BatchNorm(
     new_mean.astype(mean.dtype),
     new_var.astype(var.dtype),
@@ -206,26 +203,37 @@ def _normalize(static, x, mean, mul, bias):
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _apply(static, x, mean, mul, bias):
-  return _normalize(static, x, mean, mul, bias)
+def _apply(static, x, mean, var, scale, bias):
+  return _apply_fwd(static, x, mean, var, scale, bias)[0]
 
 
-def _apply_fwd(static, x, mean, mul, bias):
-  return _normalize(static, x, mean, mul, bias), (x, mean, mul, bias)
+def _apply_fwd(static, x, mean, var, scale, bias):
+  rstd, mul = reference.factors(var, scale, static.epsilon)
+  y = _normalize(static, x, mean, mul, bias)
+  return y, (x, mean, mul, bias, rstd)
 
 
 def _apply_bwd(static, kept, dy):
-  x, mean, mul, bias = kept
-  sum_dy, sum_dyx = ops.GRAD_SUMS(x, dy, mean, mul, bias, **static.gate)
+  x, mean, mul, bias, rstd = kept
   none = jnp.zeros_like(mul)
+  # A count of 0 is taken for 1, which leaves the gradients of the mean and,
+  # twice, of the variance.
+  dbias, dscale, dmean, twice_dvar = ops.GRAD_SUMS(
+    x, dy, mean, mul, bias, rstd, none, **static.gate
+  )
   (dx,) = ops.GRAD_INPUT(x, dy, mean, mul, bias, none, none, **static.gate)
-  return dx, -mul * sum_dy, sum_dyx, sum_dy
+  return dx, dmean, 0.5 * twice_dvar, dscale, dbias
 
 
 _apply.defvjp(_apply_fwd, _apply_bwd)
 
 
 # ---- With the batch's own statistics.
+
+
+def _is_zero(cotangent):
+  """Returns whether nothing depends on a result."""
+  return isinstance(cotangent, jax.custom_derivatives.SymbolicZero)
 
 
 def _over_devices(static, x, through_y, direct):
@@ -240,62 +248,94 @@ def _over_devices(static, x, through_y, direct):
     static: Of the core.
     x: The batch.
     through_y: `[c]`, this device's cotangent by way of y.
-    direct: `[c]`, the cotangent of the statistic as a result.
+    direct: `[c]`, the cotangent of the statistic as a result; None is 0.
 
   Returns:
     `[c]`, the cotangent of the statistic.
   """
+  both = through_y if direct is None else through_y + direct
   if static.axis_name is None:
-    return through_y + direct
+    return both
   names = static.axis_name
   names = set(names if isinstance(names, (tuple, list)) else (names,))
   total = functools.partial(
     lax.psum, axis_name=static.axis_name, axis_index_groups=static.groups
   )
+  if direct is None:
+    return total(both)
   tracked = names & dispatch.varying_axes(jax.typeof(x))
   if tracked and not names & dispatch.varying_axes(jax.typeof(direct)):
     return total(through_y) + direct
-  return total(through_y + direct)
+  return total(both)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _train(static, x, scale, bias, mask):
-  return _train_fwd(static, x, scale, bias, mask)[0]
+def _train(static, x, scale, bias, mask, old):
+  """Normalises x, and blends its statistics into running averages.
+
+  Args:
+    static: As above.
+    x: The batch.
+    scale: `[c]`.
+    bias: `[c]`.
+    mask: Of x, or None.
+    old: Momentum, `[1]`, and the running averages, each `[c]`.
+
+  Returns:
+    y, the batch's mean and variance, and the new averages. Derivatives of the
+    latter are not there: `running_average.blended` has them.
+  """
+  return _train_and_keep(static, x, scale, bias, mask, old)[0]
 
 
-def _train_fwd(static, x, scale, bias, mask):
+def _train_and_keep(static, x, scale, bias, mask, old):
   masks = () if mask is None else (mask,)
-  mean, var, count = ops.MOMENTS(
-    x,
-    *masks,
-    accurate=static.accurate,
-    implementation=static.implementation,
+  options = {
+    "accurate": static.accurate,
+    "implementation": static.implementation,
     **static.axes,
-  )
-  if static.axis_name is not None:
-    mean, var, count = ops.combine_moments(
-      mean, var, count, static.axis_name, static.groups
+  }
+  momentum, *averages = old
+  if static.axis_name is None:
+    *new, mean, var, count, rstd, mul = ops.TRAIN(
+      *averages, momentum, scale, x, *masks, epsilon=static.epsilon, **options
     )
-  # Statistics that all devices share still meet an x that they do not.
-  centre, spread = dispatch.vary_like(x, mean, var)
-  rstd = lax.rsqrt(spread + static.epsilon)
-  y = _normalize(static, x, centre, scale * rstd, bias)
-  return (y, mean, var), (x, scale, bias, mask, centre, rstd, count)
+    centre = mean
+  else:
+    mean, var, count = ops.combine_moments(
+      *ops.MOMENTS(x, *masks, **options), static.axis_name, static.groups
+    )
+    *new, _, _ = reference.blend(momentum, *averages, mean, var)
+    # Statistics that all devices share still meet an x that they do not.
+    centre, spread = dispatch.vary_like(x, mean, var)
+    rstd, mul = reference.factors(spread, scale, static.epsilon)
+  y = _normalize(static, x, centre, mul, bias)
+  return (y, mean, var, tuple(new)), (x, bias, mask, centre, rstd, mul, count)
+
+
+def _train_fwd(static, *args):
+  args = jax.custom_derivatives.custom_vjp_primal_tree_values(args)
+  return _train_and_keep(static, *args)
 
 
 def _train_bwd(static, kept, grads):
-  x, scale, bias, mask, mean, rstd, count = kept
-  dy, dmean, dvar = grads
-  mul = scale * rstd
-  sum_dy, sum_dyx = ops.GRAD_SUMS(x, dy, mean, mul, bias, **static.gate)
-  all_dmean = _over_devices(static, x, -mul * sum_dy, dmean)
-  all_dvar = _over_devices(static, x, -0.5 * mul * rstd**2 * sum_dyx, dvar)
+  x, bias, mask, mean, rstd, mul, count = kept
+  dy, dmean, dvar, _ = grads
+  if _is_zero(dy):
+    (dy,) = dispatch.vary_like(x, jnp.zeros_like(x, static.dtype))
+  dbias, dscale, c0, c1 = ops.GRAD_SUMS(
+    x, dy, mean, mul, bias, rstd, count, **static.gate
+  )
   values = jnp.maximum(count, 1)
-  c0, c1 = all_dmean / values, 2 * all_dvar / values
+  # Zeros that are not known to be some would be added by XLA.
+  direct0 = None if _is_zero(dmean) else dmean / values
+  direct1 = None if _is_zero(dvar) else 2 * dvar / values
+  c0 = _over_devices(static, x, c0, direct0)
+  c1 = _over_devices(static, x, c1, direct1)
   c0, c1 = dispatch.vary_like(x, c0, c1)
   masks = () if mask is None else (mask,)
   (dx,) = ops.GRAD_INPUT(x, dy, mean, mul, bias, c0, c1, *masks, **static.gate)
-  return dx, sum_dyx * rstd, sum_dy, None
+  return dx, dscale, dbias, None, None
 
 
-_train.defvjp(_train_fwd, _train_bwd)
+_train.defvjp(_train_fwd, _train_bwd, symbolic_zeros=True)

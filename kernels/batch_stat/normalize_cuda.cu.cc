@@ -21,13 +21,18 @@ __device__ __forceinline__ A Affine(A apart, A mul, A bias) {
 
 template <typename A>
 struct FinishGradSums {
-  A* sum_dy;
-  A* sum_dyx;
+  GradSumsResults<A> to;
 
   __device__ void operator()(int64_t stat,
                              const A (&sums)[kGradSumsParts]) const {
-    sum_dy[stat] = sums[0];
-    sum_dyx[stat] = sums[1];
+    const A rstd = to.rstd[stat];
+    const A count = to.count[stat];
+    const A dscale = rstd * sums[1];
+    const A share = -to.mul[stat] / (count > 1 ? count : A{1});
+    to.sum_dy[stat] = sums[0];
+    to.dscale[stat] = dscale;
+    to.c0[stat] = share * sums[0];
+    to.c1[stat] = share * rstd * dscale;
   }
 };
 
@@ -259,14 +264,16 @@ cudaError_t LaunchNormalize(cudaStream_t stream, const Geometry& geometry,
 }
 
 template <typename T, typename U>
-cudaError_t LaunchGradSums(
-    cudaStream_t stream, const Geometry& geometry, const typename T::Storage* x,
-    const typename U::Storage* dy, const typename T::Compute* mean,
-    const typename T::Compute* mul, const typename T::Compute* bias, bool relu,
-    typename T::Compute* sum_dy, typename T::Compute* sum_dyx,
-    typename T::Compute* workspace, int64_t splits) {
+cudaError_t LaunchGradSums(cudaStream_t stream, const Geometry& geometry,
+                           const typename T::Storage* x,
+                           const typename U::Storage* dy,
+                           const typename T::Compute* mean,
+                           const typename T::Compute* mul,
+                           const typename T::Compute* bias, bool relu,
+                           const GradSumsResults<typename T::Compute>& results,
+                           typename T::Compute* workspace, int64_t splits) {
   using A = typename T::Compute;
-  const FinishGradSums<A> finish = {sum_dy, sum_dyx};
+  const FinishGradSums<A> finish = {results};
   const auto launch = [&](auto vec, auto last) -> cudaError_t {
     constexpr int kVec = vec();
     constexpr bool kLast = last();
@@ -318,7 +325,7 @@ cudaError_t LaunchGradInput(
   template cudaError_t LaunchGradSums<T, U>(                               \
       cudaStream_t, const Geometry&, const T::Storage*, const U::Storage*, \
       const T::Compute*, const T::Compute*, const T::Compute*, bool,       \
-      T::Compute*, T::Compute*, T::Compute*, int64_t);                     \
+      const GradSumsResults<T::Compute>&, T::Compute*, int64_t);           \
   template cudaError_t LaunchGradInput<T, U>(                              \
       cudaStream_t, const Geometry&, const T::Storage*, const U::Storage*, \
       const T::Compute*, const T::Compute*, const T::Compute*,             \

@@ -2,7 +2,9 @@
 
 Arguments and parameters are those of the functions in `reference`. The four
 primitives behind `batch_norm` are apart because the sums over the batch may
-have to cross devices between them.
+have to cross devices between them. What has a number for each channel is made
+where the sums end: on a GPU, a program of its own for it takes a few
+microseconds.
 """
 
 from collections.abc import Sequence
@@ -20,6 +22,7 @@ from kernels.common import dispatch
 
 # FFI target names, the same on every platform.
 TARGET_UPDATE = "fused_nnx_batch_stat_update"
+TARGET_TRAIN = "fused_nnx_batch_stat_train"
 TARGET_MOMENTS = "fused_nnx_batch_stat_moments"
 TARGET_NORMALIZE = "fused_nnx_batch_stat_normalize"
 TARGET_GRAD_SUMS = "fused_nnx_batch_stat_grad_sums"
@@ -28,6 +31,7 @@ TARGET_GRAD_INPUT = "fused_nnx_batch_stat_grad_input"
 # What the extensions call their handlers.
 HANDLERS = {
   TARGET_UPDATE: "update",
+  TARGET_TRAIN: "train",
   TARGET_MOMENTS: "moments",
   TARGET_NORMALIZE: "normalize",
   TARGET_GRAD_SUMS: "grad_sums",
@@ -56,14 +60,21 @@ def _ints(**attributes: int) -> dict[str, np.int64]:
 # ---- Abstract evaluation.
 
 
-def _update_avals(*avals, feature_axis, batch_axes, accurate):
+def _update_avals(*avals, x_index=3, feature_axis, batch_axes, accurate):
   del accurate
-  x = avals[3]
+  x = avals[x_index]
   shape = _stat_shape(x, feature_axis, batch_axes)
   dtype = reference.compute_dtype(x.dtype)
   averages = dispatch.out_aval(shape, dtype, *avals)
-  batch = dispatch.out_aval(shape, dtype, *avals[3:])
+  batch = dispatch.out_aval(shape, dtype, *avals[x_index:])
   return averages, averages, batch, batch
+
+
+def _train_avals(*avals, epsilon, **params):
+  del epsilon
+  out = _update_avals(*avals, x_index=4, **params)
+  mul = dispatch.out_aval(out[0].shape, out[0].dtype, *avals[3:])
+  return *out, out[2], out[3], mul
 
 
 def _moments_avals(*avals, feature_axis, batch_axes, accurate):
@@ -90,7 +101,7 @@ def _grad_sums_avals(*avals, feature_axis, batch_axes, relu):
     reference.compute_dtype(x.dtype),
     *avals,
   )
-  return out, out
+  return (out,) * 4
 
 
 def _grad_input_avals(*avals, feature_axis, batch_axes, relu):
@@ -184,6 +195,38 @@ def _update(
   )[: len(out)]
 
 
+def _train(
+  cuda,
+  mean,
+  var,
+  momentum,
+  scale,
+  x,
+  *mask,
+  feature_axis,
+  batch_axes,
+  accurate,
+  epsilon,
+):
+  out = _stats_like(x, 7, feature_axis, batch_axes)
+  workspace = _moments_workspace(cuda, x, feature_axis, batch_axes)
+  call = jax.ffi.ffi_call(
+    TARGET_TRAIN, out + workspace, input_output_aliases={0: 0, 1: 1}
+  )
+  return call(
+    mean,
+    var,
+    momentum,
+    scale,
+    x,
+    *mask,
+    **_ints(
+      feature_axis=feature_axis, batch_axes=batch_axes, accurate=accurate
+    ),
+    epsilon=np.float64(epsilon),
+  )[: len(out)]
+
+
 def _moments(cuda, x, *mask, feature_axis, batch_axes, accurate):
   out = _stats_like(x, 3, feature_axis, batch_axes)
   workspace = _moments_workspace(cuda, x, feature_axis, batch_axes)
@@ -207,8 +250,21 @@ def _normalize(x, mean, mul, bias, *, feature_axis, batch_axes, relu, dtype):
   )
 
 
-def _grad_sums(cuda, x, dy, mean, mul, bias, *, feature_axis, batch_axes, relu):
-  out = _stats_like(x, 2, feature_axis, batch_axes)
+def _grad_sums(
+  cuda,
+  x,
+  dy,
+  mean,
+  mul,
+  bias,
+  rstd,
+  count,
+  *,
+  feature_axis,
+  batch_axes,
+  relu,
+):
+  out = _stats_like(x, 4, feature_axis, batch_axes)
   workspace = ()
   if cuda:
     workspace = _workspace(x, _GRAD_SUMS_PARTS, 0, feature_axis, batch_axes)
@@ -218,6 +274,8 @@ def _grad_sums(cuda, x, dy, mean, mul, bias, *, feature_axis, batch_axes, relu):
     mean,
     mul,
     bias,
+    rstd,
+    count,
     **_ints(feature_axis=feature_axis, batch_axes=batch_axes, relu=relu),
   )[: len(out)]
 
@@ -265,7 +323,7 @@ def _slower(x_index: int, avals: Sequence[Any], **params: Any):
 def _normalize_slower_on_cuda(avals: Sequence[Any], **params: Any):
   """Says where XLA's fusion is faster than the kernel that normalises."""
   if avals[0].dtype == jnp.float32 == jnp.dtype(params["dtype"]):
-    return "one fusion computes float32 and the factors it is multiplied with"
+    return "one fusion normalises float32, and takes in what follows"
   return None
 
 
@@ -308,7 +366,8 @@ def _rule(x_index, mask_index, kinds, results, avals, **params):
   Args:
     x_index: Which operand is x.
     mask_index: Which operand is the mask, if there is one.
-    kinds: For each operand but the mask, "x" or "s" for a statistic.
+    kinds: For each operand but the mask, "x", "s" for a statistic or "m" for
+      the momentum.
     results: The same for the results.
     avals: Of the operands.
     **params: Of the op.
@@ -316,7 +375,11 @@ def _rule(x_index, mask_index, kinds, results, avals, **params):
   feature_axis = params["feature_axis"]
   x = avals[x_index]
   names, stat = _factors(x, feature_axis, params["batch_axes"])
-  text = {"x": " ".join(names), "s": " ".join(stat)}
+  text = {
+    "x": " ".join(names),
+    "s": " ".join(stat),
+    "m": " ".join([*stat[:-1], "one"]),
+  }
   operands = [text[kind] for kind in kinds]
   if len(avals) > mask_index:
     mask = _mask_factors(names, avals[mask_index], x, feature_axis)
@@ -359,6 +422,7 @@ def _partition(
   specs = {
     "x": PartitionSpec(*spec),
     "s": PartitionSpec(*spec[:batch_axes], spec[feature_axis]),
+    "m": PartitionSpec(*spec[:batch_axes], None),
   }
   arg_specs = [specs[kind] for kind in kinds]
   if len(infos) > mask_index:
@@ -418,11 +482,19 @@ def _combine_update(call, args, axes, **params):
     x, *mask, implementation=call.keywords["implementation"], **params
   )
   batch_mean, batch_var, _ = combine_moments(*own, axes)
+  return reference.blend(momentum, mean, var, batch_mean, batch_var)
+
+
+def _combine_train(call, args, axes, *, epsilon, **params):
+  mean, var, momentum, scale, x, *mask = args
+  own = MOMENTS(
+    x, *mask, implementation=call.keywords["implementation"], **params
+  )
+  batch_mean, batch_var, count = combine_moments(*own, axes)
   return (
-    momentum * mean + (1 - momentum) * batch_mean,
-    momentum * var + (1 - momentum) * batch_var,
-    batch_mean,
-    batch_var,
+    *reference.blend(momentum, mean, var, batch_mean, batch_var),
+    count,
+    *reference.factors(batch_var, scale, epsilon),
   )
 
 
@@ -506,7 +578,24 @@ UPDATE = dispatch.Op(
     _pallas("update", 3),
   ),
   batching=_batch_rule,
-  partitioning=_partitioning(3, 4, "sssx", "ssss", _combine_update),
+  partitioning=_partitioning(3, 4, "ssmx", "ssss", _combine_update),
+)
+
+TRAIN = dispatch.Op(
+  "batch_stat_train",
+  abstract_eval=_train_avals,
+  reference=reference.train,
+  implementations=(
+    *_implementations(
+      _train,
+      functools.partial(_unsupported, 4),
+      workspace=True,
+      slower=functools.partial(_slower, 4),
+    ),
+    _pallas("train", 4),
+  ),
+  batching=_batch_rule,
+  partitioning=_partitioning(4, 5, "ssmsx", "s" * 7, _combine_train),
 )
 
 MOMENTS = dispatch.Op(
@@ -549,7 +638,7 @@ GRAD_SUMS = dispatch.Op(
     workspace=True,
   ),
   batching=_batch_rule,
-  partitioning=_partitioning(0, 5, "xxsss", "ss", _combine_sums),
+  partitioning=_partitioning(0, 7, "xxsssss", "ssss", _combine_sums),
 )
 
 GRAD_INPUT = dispatch.Op(

@@ -115,7 +115,7 @@ def update(
   Args:
     mean: `[c]`, updated in place.
     var: `[c]`, updated in place.
-    momentum: `[c]`.
+    momentum: `[1]`.
     x: `[..., c]`.
     feature_axis: The last.
     batch_axes: As in `moments`.
@@ -126,7 +126,53 @@ def update(
     The new averages of mean and var, and x's own mean and var, each `[c]`.
   """
   del feature_axis, accurate
+  momentum = jnp.broadcast_to(momentum, mean.shape)
   return tuple(_call(x, batch_axes, (mean, var, momentum), interpret))
+
+
+def train(
+  mean: jax.Array,
+  var: jax.Array,
+  momentum: jax.Array,
+  scale: jax.Array,
+  x: jax.Array,
+  *,
+  feature_axis: int,
+  batch_axes: int,
+  accurate: bool,
+  epsilon: float,
+  interpret: Any = False,
+) -> tuple[jax.Array, ...]:
+  """Computes all that `batch_norm` wants of x; as `reference.train`.
+
+  Args:
+    mean: `[c]`, updated in place.
+    var: `[c]`, updated in place.
+    momentum: `[1]`.
+    scale: `[c]`.
+    x: `[..., c]`.
+    feature_axis: The last.
+    batch_axes: As in `moments`.
+    accurate: As in `moments`.
+    epsilon: Added to the variance.
+    interpret: As in `moments`.
+
+  Returns:
+    What `update` returns, the count of `moments`, and `reference.factors`.
+  """
+  out = update(
+    mean,
+    var,
+    momentum,
+    x,
+    feature_axis=feature_axis,
+    batch_axes=batch_axes,
+    accurate=accurate,
+    interpret=interpret,
+  )
+  size = math.prod(x.shape[batch_axes:feature_axis])
+  count = jnp.full(mean.shape, size, mean.dtype)
+  return (*out, count, *reference.factors(out[3], scale, epsilon))
 
 
 def _columns(features: int) -> int:

@@ -78,6 +78,41 @@ def moments(
   return mean, jnp.maximum(var, 0), count
 
 
+def blend(
+  momentum: jax.Array,
+  mean: jax.Array,
+  var: jax.Array,
+  batch_mean: jax.Array,
+  batch_var: jax.Array,
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+  """Blends a batch's statistics into running averages, all `[c]`.
+
+  Args:
+    momentum: `[1]`, weight of the old averages.
+    mean: Running average of the mean.
+    var: Running average of the variance.
+    batch_mean: The batch's.
+    batch_var: The batch's.
+
+  Returns:
+    The new averages, and the batch's statistics as they are.
+  """
+  return (
+    momentum * mean + (1 - momentum) * batch_mean,
+    momentum * var + (1 - momentum) * batch_var,
+    batch_mean,
+    batch_var,
+  )
+
+
+def factors(
+  var: jax.Array, scale: jax.Array, epsilon: float
+) -> tuple[jax.Array, jax.Array]:
+  """Returns `1 / sqrt(var + epsilon)`, and scale times it, all `[c]`."""
+  rstd = lax.rsqrt(var + epsilon)
+  return rstd, scale * rstd
+
+
 def update(
   mean: jax.Array,
   var: jax.Array,
@@ -94,7 +129,7 @@ def update(
   Args:
     mean: `[c]`, running average of the mean.
     var: `[c]`, running average of the variance.
-    momentum: `[c]`, weight of the old averages.
+    momentum: `[1]`, weight of the old averages.
     x: As in `moments`.
     mask: As in `moments`.
     feature_axis: As in `moments`.
@@ -111,11 +146,50 @@ def update(
     batch_axes=batch_axes,
     accurate=accurate,
   )
+  return blend(momentum, mean, var, batch_mean, batch_var)
+
+
+def train(
+  mean: jax.Array,
+  var: jax.Array,
+  momentum: jax.Array,
+  scale: jax.Array,
+  x: jax.Array,
+  mask: jax.Array | None = None,
+  *,
+  feature_axis: int,
+  batch_axes: int,
+  accurate: bool,
+  epsilon: float,
+) -> tuple[jax.Array, ...]:
+  """Computes all that `batch_norm` wants of x before it normalises it.
+
+  Args:
+    mean: As in `update`.
+    var: As in `update`.
+    momentum: As in `update`.
+    scale: `[c]`.
+    x: As in `moments`.
+    mask: As in `moments`.
+    feature_axis: As in `moments`.
+    batch_axes: As in `moments`.
+    accurate: As in `moments`.
+    epsilon: Added to the variance.
+
+  Returns:
+    What `update` returns, the count of `moments`, and `factors`, each `[c]`.
+  """
+  *own, count = moments(
+    x,
+    mask,
+    feature_axis=feature_axis,
+    batch_axes=batch_axes,
+    accurate=accurate,
+  )
   return (
-    momentum * mean + (1 - momentum) * batch_mean,
-    momentum * var + (1 - momentum) * batch_var,
-    batch_mean,
-    batch_var,
+    *blend(momentum, mean, var, *own),
+    count,
+    *factors(own[1], scale, epsilon),
   )
 
 
@@ -157,11 +231,13 @@ def grad_sums(
   mean: jax.Array,
   mul: jax.Array,
   bias: jax.Array,
+  rstd: jax.Array,
+  count: jax.Array,
   *,
   feature_axis: int,
   batch_axes: int,
   relu: bool,
-) -> tuple[jax.Array, jax.Array]:
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
   """Sums what the gradient of `normalize` needs from the whole batch.
 
   Args:
@@ -170,19 +246,25 @@ def grad_sums(
     mean: As in `normalize`.
     mul: As in `normalize`.
     bias: As in `normalize`.
+    rstd: `[c]`, with which scale made mul.
+    count: `[c]`, of the values that made mean and rstd; 0 is taken for 1.
     feature_axis: As in `normalize`.
     batch_axes: As in `normalize`.
     relu: As in `normalize`.
 
   Returns:
-    The sums of dy and of dy * (x - mean), each `[c]`.
+    The gradients of bias and of scale, and the c0 and c1 of `grad_input` that
+    come from them, each `[c]`.
   """
   axes = reduced_axes(x.ndim, feature_axis, batch_axes)
   dy = _gated(x, dy, mean, mul, bias, feature_axis, batch_axes, relu)
   centred = x.astype(mean.dtype) - expand_stat(
     mean, x, feature_axis, batch_axes
   )
-  return jnp.sum(dy, axis=axes), jnp.sum(dy * centred, axis=axes)
+  sum_dy = jnp.sum(dy, axis=axes)
+  dscale = jnp.sum(dy * centred, axis=axes) * rstd
+  share = -mul / jnp.maximum(count, 1)
+  return sum_dy, dscale, share * sum_dy, share * rstd * dscale
 
 
 def grad_input(

@@ -106,7 +106,7 @@ def update(
   checks.check_not_empty(x, feature_axis)
   mean = checks.check_stat(mean, "mean", x, feature_axis)
   var = checks.check_stat(var, "var", x, feature_axis)
-  momentum = checks.check_momentum(momentum, x, feature_axis)
+  momentum = checks.check_momentum(momentum, x)
   mask = checks.check_mask(mask, x, feature_axis)
   groups = checks.check_axis_groups(axis_name, axis_index_groups)
   ops.UPDATE.check_implementation(implementation)
@@ -120,37 +120,42 @@ def update(
     batch_mean, batch_var, _ = ops.combine_moments(
       own_mean, own_var, count, axis_name, groups
     )
-    out = blend(momentum, old_mean, old_var, batch_mean, batch_var)
+    out = reference.blend(momentum, old_mean, old_var, batch_mean, batch_var)
   return Update(
     out[0].astype(mean.dtype), out[1].astype(var.dtype), out[2], out[3]
   )
 
 
-def blend(
+@jax.custom_jvp
+def blended(
+  averages: tuple[jax.Array, jax.Array],
   momentum: jax.Array,
   mean: jax.Array,
   var: jax.Array,
   batch_mean: jax.Array,
   batch_var: jax.Array,
-) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-  """Blends a batch's statistics into running averages, all `[c]`.
+) -> tuple[jax.Array, jax.Array]:
+  """Gives new averages that are there already the derivatives of `blend`.
 
   Args:
-    momentum: Weight of the old averages.
-    mean: Running average of the mean.
-    var: Running average of the variance.
-    batch_mean: The batch's.
-    batch_var: The batch's.
+    averages: What `reference.blend` makes of the rest.
+    momentum: As in `reference.blend`.
+    mean: As in `reference.blend`.
+    var: As in `reference.blend`.
+    batch_mean: As in `reference.blend`.
+    batch_var: As in `reference.blend`.
 
   Returns:
-    The new averages, and the batch's statistics as they are.
+    The new averages, as they are.
   """
-  return (
-    momentum * mean + (1 - momentum) * batch_mean,
-    momentum * var + (1 - momentum) * batch_var,
-    batch_mean,
-    batch_var,
-  )
+  del momentum, mean, var, batch_mean, batch_var
+  return averages
+
+
+@blended.defjvp
+def _blended_jvp(primals, tangents):
+  _, dout = jax.jvp(reference.blend, primals[1:], tangents[1:])
+  return primals[0], dout[:2]
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
@@ -223,7 +228,7 @@ def _update_jvp(static, primals, tangents):
   batch_mean, batch_var = out[2:]
   dbatch = _stat_tangents(static[0], x, batch_mean, mask, tangents[3])
   _, dout = jax.jvp(
-    blend,
+    reference.blend,
     (momentum, mean, var, batch_mean, batch_var),
     (tangents[2], tangents[0], tangents[1], *dbatch),
   )

@@ -218,6 +218,23 @@ class BatchNormContract(op_contract.OpContract):
     args = (*args[:5], jnp.float32(args[5]))
     test_util.check_grads(loss, args, 1, ["rev"], atol=2e-2, rtol=2e-2)
 
+  @parameterized.parameters("batch_mean", "batch_var", "mean", "var")
+  def test_gradient_goes_through_a_statistic_alone(self, name):
+    x = op_contract.array(np.random.default_rng(16), (5, 3), "float32")
+    weight = jnp.array([1.0, 2.0, 3.0])
+
+    def loss(x):
+      out = self.call(x, *[jnp.ones(3)] * 4)
+      return jnp.vdot(getattr(out, name), weight)
+
+    share = 1 if name.startswith("batch") else 0.1
+    want = jnp.broadcast_to(weight / 5, x.shape)
+    if name.endswith("var"):
+      want = 2 * want * (x - x.mean(0))
+    np.testing.assert_allclose(
+      jax.jit(jax.grad(loss))(x), share * want, rtol=1e-5, atol=1e-6
+    )
+
   def test_second_derivatives(self):
     rng = np.random.default_rng(9)
     x = op_contract.array(rng, (7, 3), "float32")
@@ -351,7 +368,7 @@ class BatchNormContract(op_contract.OpContract):
     checks = [
       export.DisabledSafetyCheck.custom_call(target)
       for target in (
-        ops.TARGET_MOMENTS,
+        ops.TARGET_TRAIN,
         ops.TARGET_NORMALIZE,
         ops.TARGET_GRAD_SUMS,
         ops.TARGET_GRAD_INPUT,
@@ -406,7 +423,7 @@ class BatchNormXlaTest(BatchNormContract):
 class BatchNormCpuTest(BatchNormContract):
   implementation = "cpu"
   target = ops.TARGET_NORMALIZE
-  targets = (ops.TARGET_MOMENTS, ops.TARGET_NORMALIZE)
+  targets = (ops.TARGET_TRAIN, ops.TARGET_NORMALIZE)
 
   def setUp(self):
     op_contract.only_on("cpu")
@@ -438,7 +455,7 @@ class BatchNormCpuTest(BatchNormContract):
     grads = jax.jit(jax.grad(loss, argnums=(0, 1, 2)))
     text = hlo.compiled(grads.lower(*args)).as_text()
     for target in (
-      ops.TARGET_MOMENTS,
+      ops.TARGET_TRAIN,
       ops.TARGET_NORMALIZE,
       ops.TARGET_GRAD_SUMS,
       ops.TARGET_GRAD_INPUT,
@@ -457,7 +474,7 @@ class BatchNormCpuTest(BatchNormContract):
 class BatchNormCudaTest(BatchNormContract):
   implementation = "cuda"
   target = ops.TARGET_NORMALIZE
-  targets = (ops.TARGET_MOMENTS, ops.TARGET_NORMALIZE)
+  targets = (ops.TARGET_TRAIN, ops.TARGET_NORMALIZE)
 
   def setUp(self):
     op_contract.only_on("gpu")
@@ -479,7 +496,7 @@ class ChoiceTest(absltest.TestCase):
     self.assertEqual(
       names,
       [
-        ("batch_stat_moments", "cpu"),
+        ("batch_stat_train", "cpu"),
         ("batch_stat_normalize", "cpu"),
         ("batch_stat_grad_sums", "cpu"),
         ("batch_stat_grad_input", "cpu"),

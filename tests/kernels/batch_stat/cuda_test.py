@@ -19,7 +19,7 @@ from tests.testing import deviceless, hlo
 SHAPE = (32, 56, 56, 256)
 STAT = jax.ShapeDtypeStruct((256,), "float32")
 TARGETS = (
-  ops.TARGET_MOMENTS,
+  ops.TARGET_TRAIN,
   ops.TARGET_NORMALIZE,
   ops.TARGET_GRAD_SUMS,
   ops.TARGET_GRAD_INPUT,
@@ -32,6 +32,13 @@ def batch(dtype="bfloat16", shape=SHAPE, sharding=None):
 
 def size(shape):
   return int(np.prod(shape))
+
+
+def forward(x, scale, bias, mean, var, **options):
+  """Batch norm; the running averages first, so that donation pairs."""
+  return batch_stat.batch_norm(
+    x, scale, bias, mean, var, activation="relu", **options
+  )
 
 
 def train(x, dy, scale, bias, mean, var, **options):
@@ -74,6 +81,38 @@ class CompiledTest(parameterized.TestCase):
     )
 
   @parameterized.product(
+    dtype=("float32", "bfloat16"),
+    momentum=(0.9, jax.ShapeDtypeStruct((), "float32")),
+  )
+  def test_an_update_is_all_that_runs(self, dtype, momentum):
+    def update(mean, var, x, *traced):
+      return batch_stat.update(x, mean, var, *(traced or (momentum,)))
+
+    traced = () if isinstance(momentum, float) else (momentum,)
+    compiled = deviceless.compile_for(
+      deviceless.gpu_devices()[0],
+      update, STAT, STAT, batch(dtype), *traced, donate=(0, 1),
+    )  # fmt: skip
+    deviceless.assert_one_launch(compiled)
+
+  def test_nothing_runs_between_the_kernels_of_training(self):
+    for fn in (forward, train):
+      for dtype, implementation in (
+        ("bfloat16", "auto"),
+        ("float16", "auto"),
+        ("float32", "cuda"),
+      ):
+        x = [batch(dtype)] * (2 if fn is train else 1)
+        args = [*x, *[STAT] * 4]
+        compiled = deviceless.compile_for(
+          deviceless.gpu_devices()[0],
+          functools.partial(fn, implementation=implementation),
+          *args, donate=(len(args) - 2, len(args) - 1),
+        )  # fmt: skip
+        deviceless.assert_one_launch(compiled)
+        self.assertEmpty(hlo.instructions(compiled.as_text(), "copy"))
+
+  @parameterized.product(
     mask_shape=(None, (32, 1, 1, 1), SHAPE), use_fast_variance=(True, False)
   )
   def test_update_takes_masks_and_two_passes(
@@ -105,6 +144,15 @@ class CompiledTest(parameterized.TestCase):
       deviceless.assert_nothing_moves(compiled, size(SHAPE))
       deviceless.assert_in_place(compiled, 2 * 256 * 4)
 
+  def test_float32_is_normalised_in_one_fusion(self):
+    compiled = deviceless.compile_for(
+      deviceless.gpu_devices()[0],
+      forward, batch("float32"), *[STAT] * 4, donate=(3, 4),
+    )  # fmt: skip
+    fusions = hlo.instructions(compiled.as_text(), "fusion")
+    self.assertLen(fusions, 1)
+    self.assertIn("maximum", fusions[0])
+
   def test_float64(self):
     with jax.enable_x64(True):
       x, stat = batch("float64"), jax.ShapeDtypeStruct((256,), "float64")
@@ -120,7 +168,9 @@ class CompiledTest(parameterized.TestCase):
     whole, parts = four_gpus(P(*[None] * axis, "x"))
     x = batch(sharding=parts)
     compiled = deviceless.compile_for(whole, train, x, x, *[STAT] * 4)
-    for target in TARGETS:
+    # Where the sums have to cross, they are not whole where the kernel ends.
+    own = TARGETS[0] if axis == 3 else ops.TARGET_MOMENTS
+    for target in (own, *TARGETS[1:]):
       deviceless.assert_calls(compiled, target)
     deviceless.assert_nothing_moves(compiled, size(SHAPE) // 4)
     sums = hlo.instructions(compiled.as_text(), "all-reduce")

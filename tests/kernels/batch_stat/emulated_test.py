@@ -18,9 +18,17 @@ from kernels.common import dispatch
 from tests.kernels.batch_stat import batch_norm_test, update_test
 from tests.testing import op_contract
 
-_OPS = (ops.UPDATE, ops.MOMENTS, ops.NORMALIZE, ops.GRAD_SUMS, ops.GRAD_INPUT)
+_OPS = (
+  ops.UPDATE,
+  ops.TRAIN,
+  ops.MOMENTS,
+  ops.NORMALIZE,
+  ops.GRAD_SUMS,
+  ops.GRAD_INPUT,
+)
 _TARGETS = (
   "TARGET_UPDATE",
+  "TARGET_TRAIN",
   "TARGET_MOMENTS",
   "TARGET_NORMALIZE",
   "TARGET_GRAD_SUMS",
@@ -114,7 +122,7 @@ class EmulatedUpdateTest(update_test.UpdateContract):
           call(
             stat,
             stat,
-            stat,
+            jnp.zeros(1),
             x,
             **{name: np.int64(value) for name, value in attributes.items()},
           )
@@ -124,7 +132,7 @@ class EmulatedUpdateTest(update_test.UpdateContract):
 class EmulatedBatchNormTest(batch_norm_test.BatchNormContract):
   implementation = "emulated"
   target = "fused_nnx_batch_stat_normalize_emulated"
-  targets = (target, "fused_nnx_batch_stat_moments_emulated")
+  targets = (target, "fused_nnx_batch_stat_train_emulated")
 
   def test_sums_may_be_cut_into_any_number_of_parts(self):
     rng = np.random.default_rng(2)

@@ -27,7 +27,7 @@ from tests.testing import (
 )
 
 PLATFORM = op_contract.PLATFORM
-interpreted.allow(ops, "UPDATE", "MOMENTS")
+interpreted.allow(ops, "UPDATE", "TRAIN", "MOMENTS")
 IMPLEMENTATION = interpreted.NAME if PLATFORM == "cpu" else "pallas"
 KERNEL = deviceless.TPU_KERNEL
 
@@ -79,8 +79,9 @@ class NumbersTest(parameterized.TestCase):
     rng = np.random.default_rng(2)
     x = op_contract.array(rng, (2, 3, 24, 128), "float32") + 3
     mean, var = rng.random((2, 2, 3, 128)).astype(np.float32)
+    momentum = np.full((2, 3, 1), 0.75, np.float32)
     got = ops.UPDATE(
-      mean, var, np.full_like(mean, 0.75), x, feature_axis=3, batch_axes=2,
+      mean, var, momentum, x, feature_axis=3, batch_axes=2,
       accurate=False, implementation=IMPLEMENTATION,
     )  # fmt: skip
     for i in np.ndindex(2, 3):
@@ -120,7 +121,7 @@ class ChoiceTest(parameterized.TestCase):
     )
     self.assertEqual(
       {choice.op: choice.implementation for choice in choices},
-      {"batch_stat_moments": "pallas", "batch_stat_normalize": "xla"},
+      {"batch_stat_train": "pallas", "batch_stat_normalize": "xla"},
     )
 
   def test_one_artifact_serves_every_platform(self):

@@ -401,7 +401,7 @@ class UpdateCpuTest(UpdateContract):
 
   def test_wrong_operands_of_the_handler_are_sentences(self):
     x = jnp.ones((4, 3))
-    stat = jnp.zeros(3)
+    stat, one = jnp.zeros(3), jnp.zeros(1)
     out = (jax.ShapeDtypeStruct((3,), "float32"),) * 4
     attributes = {
       name: np.int64(value)
@@ -422,14 +422,14 @@ class UpdateCpuTest(UpdateContract):
 
     ops.CPU_LIBRARY.load()
     for args, changes, message in (
-      ((stat, stat, stat, x), {"feature_axis": 7}, "`feature_axis` must lie"),
-      ((stat, stat, stat, x), {"batch_axes": 2}, "`feature_axis` must lie"),
-      ((jnp.zeros(2), stat, stat, x), {}, "`mean` must be float32 with 3"),
-      ((stat, jnp.zeros(3, "bfloat16"), stat, x), {}, "`var` must be float32"),
-      ((stat, stat, jnp.zeros(()), x), {}, "`momentum` must be float32 with 3"),
-      ((stat, stat, stat, x.astype("int32")), {}, "`x` must be float64, fl"),
-      ((stat, stat, stat, x, x), {}, "`mask` must be bool with 4 or 12"),
-      ((stat, stat, stat, x, x > 0, x > 0), {}, "At most one `mask`"),
+      ((stat, stat, one, x), {"feature_axis": 7}, "`feature_axis` must lie"),
+      ((stat, stat, one, x), {"batch_axes": 2}, "`feature_axis` must lie"),
+      ((jnp.zeros(2), stat, one, x), {}, "`mean` must be float32 with 3"),
+      ((stat, jnp.zeros(3, "bfloat16"), one, x), {}, "`var` must be float32"),
+      ((stat, stat, stat, x), {}, "`momentum` must be float32 with 1 elements"),
+      ((stat, stat, one, x.astype("int32")), {}, "`x` must be float64, fl"),
+      ((stat, stat, one, x, x), {}, "`mask` must be bool with 4 or 12"),
+      ((stat, stat, one, x, x > 0, x > 0), {}, "At most one `mask`"),
     ):
       with self.assertRaisesRegex(Exception, message):
         run(*args, **changes)

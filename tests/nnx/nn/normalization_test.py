@@ -130,7 +130,7 @@ def test_batch_norm_is_one_kernel_call_with_its_averages():
     return y, nnx.state(model)
 
   text = jax.jit(pure).lower(state, array(4, 3)).as_text()
-  assert hlo.custom_calls(text, "fused_nnx_batch_stat_moments") == 1
+  assert hlo.custom_calls(text, "fused_nnx_batch_stat_train") == 1
   assert hlo.custom_calls(text, "fused_nnx_batch_stat_normalize") == 1
   assert "stablehlo.reduce" not in text
 
