@@ -22,16 +22,20 @@
 #include <cuda_fp8.h>
 #include <cuda_runtime.h>
 
-// Declares `name`, bytes of dynamic shared memory.
+// Declares `name`, bytes of dynamic shared memory. Aligned as memory is read:
+// asynchronous copies to elsewhere ask for each sector twice.
 #define KERNELS_DYNAMIC_SHARED(name) \
-  extern __shared__ __align__(16) unsigned char name[]
+  extern __shared__ __align__(128) unsigned char name[]
 #endif
 
-// Unrolls the loop that follows; the host's compiler would warn of nvcc's form.
+// Unrolls the loop that follows, or leaves it as it is; the host's compiler
+// would warn of nvcc's form.
 #if defined(__CUDACC__)
 #define KERNELS_UNROLL _Pragma("unroll")
+#define KERNELS_NO_UNROLL _Pragma("unroll 1")
 #else
 #define KERNELS_UNROLL
+#define KERNELS_NO_UNROLL
 #endif
 
 namespace kernels::cuda {
@@ -63,6 +67,65 @@ cudaError_t Launch(void (*kernel)(Params...), dim3 grid, dim3 block,
       static_cast<Params>(args)...);
   return cudaGetLastError();
 #endif
+}
+
+// As Launch, for a kernel that may begin while the one before it in the stream,
+// which must be LetNextBegin's, is still running, and that calls
+// WaitForPrevious. Where a device or the build of a kernel does not know of
+// that, it begins when the other has ended.
+template <typename... Params, typename... Args>
+cudaError_t LaunchEarly(void (*kernel)(Params...), dim3 grid, dim3 block,
+                        int shared_bytes, cudaStream_t stream,
+                        const Args&... args) {
+#if defined(KERNELS_CUDA_EMULATION)
+  return Launch(kernel, grid, block, shared_bytes, stream, args...);
+#else
+  cudaFuncAttributes built;
+  cudaError_t error = cudaFuncGetAttributes(&built, kernel);
+  if (error != cudaSuccess) return error;
+  if (built.ptxVersion < 90) {
+    return Launch(kernel, grid, block, shared_bytes, stream, args...);
+  }
+  if (shared_bytes > kSharedWithoutAsking) {
+    error = cudaFuncSetAttribute(
+        kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
+    if (error != cudaSuccess) return error;
+  }
+  cudaLaunchAttribute early = {};
+  early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  early.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config = {};
+  config.gridDim = grid;
+  config.blockDim = block;
+  config.dynamicSmemBytes = static_cast<size_t>(shared_bytes);
+  config.stream = stream;
+  config.attrs = &early;
+  config.numAttrs = 1;
+  return cudaLaunchKernelEx(&config, kernel, static_cast<Params>(args)...);
+#endif
+}
+
+// How many blocks of `kernel` the current device runs at a time.
+template <typename... Params>
+cudaError_t ResidentBlocks(void (*kernel)(Params...), int threads,
+                           int shared_bytes, int* blocks) {
+  int device = 0;
+  cudaError_t error = cudaGetDevice(&device);
+  if (error != cudaSuccess) return error;
+  error =
+      cudaDeviceGetAttribute(blocks, cudaDevAttrMultiProcessorCount, device);
+  if (error != cudaSuccess) return error;
+  if (shared_bytes > kSharedWithoutAsking) {
+    error = cudaFuncSetAttribute(
+        kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
+    if (error != cudaSuccess) return error;
+  }
+  int of_each = 0;
+  error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(
+      &of_each, kernel, threads, static_cast<size_t>(shared_bytes));
+  if (error != cudaSuccess) return error;
+  *blocks *= of_each;
+  return cudaSuccess;
 }
 
 // How many multiprocessors the current device has, for grids that stay.
@@ -272,6 +335,44 @@ __device__ __forceinline__ Vector<T, N> LoadVector(
   return out;
 }
 
+// Adds 1 to `count` and returns what it was. Who comes after, in any block,
+// sees what the threads of this block have written before a barrier before
+// this.
+__device__ __forceinline__ int Arrive(int* count) {
+#if defined(KERNELS_CUDA_EMULATION) || __CUDA_ARCH__ < 700
+  return atomicAdd(count, 1);
+#else
+  int before;
+  asm volatile("atom.acq_rel.gpu.global.add.s32 %0, [%1], 1;"
+               : "=r"(before)
+               : "l"(count)
+               : "memory");
+  return before;
+#endif
+}
+
+// Reads what other blocks of the kernel have written.
+template <typename T, int N>
+__device__ __forceinline__ Vector<T, N> LoadFreshVector(
+    const typename T::Storage* from) {
+#if defined(KERNELS_CUDA_EMULATION)
+  return LoadVector<T, N>(from);
+#else
+  using Words = internal::Words<sizeof(Vector<T, N>)>;
+  typename Words::Type words[Words::kCount];
+  KERNELS_UNROLL
+  for (int i = 0; i < Words::kCount; ++i) {
+    words[i] = __ldcg(reinterpret_cast<const typename Words::Type*>(from) + i);
+  }
+  Vector<T, N> out;
+  std::memcpy(&out, words, sizeof(out));
+  return out;
+#endif
+}
+__device__ __forceinline__ float LoadFresh(const float* from) {
+  return LoadFreshVector<F32, 1>(from).data[0];
+}
+
 // Writes what LoadVector reads.
 template <typename T, int N>
 __device__ __forceinline__ void StoreVector(typename T::Storage* to,
@@ -373,6 +474,23 @@ __device__ __forceinline__ void WaitForCopies() {
   emulation::WaitForCopies(kPending);
 #elif defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
   asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
+#endif
+}
+
+// ---- Kernels that overlap; see LaunchEarly.
+
+// Lets a kernel that is launched early begin. All blocks must call it.
+__device__ __forceinline__ void LetNextBegin() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
+// Waits until the kernel before has ended and what it wrote can be seen. Every
+// thread must call it before it ends, or the kernel after might begin too soon.
+__device__ __forceinline__ void WaitForPrevious() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
 #endif
 }
 

@@ -33,13 +33,15 @@ CUDA_LIBRARY = dispatch.Library(
 # bytes at a time where they are multiples of that, else element by element.
 _MAX_ROW_BYTES = 2048
 _MAX_ODD_DIM = 512
-_HEADER_FLOATS = 8
-_LEAST_PART = 128
-# Blocks that fill a large GPU twice, each with enough keys to be worth its
-# beginning and end; and those that occupy it at all.
-_BLOCKS = 528
-_BUSY_BLOCKS = 96
-_PARTS_OF_UNKNOWN = 64  # where sizes are symbolic
+_LEAST_KEYS = 128  # of a worker
+_WHOLE_KEYS = 256  # of a sequence that is not divided
+# Blocks that a large GPU runs at a time, where each has up to `_FEW_ROWS` rows
+# or more; and those that occupy it at all.
+_FEW_ROWS = 8
+_BLOCKS_OF_FEW_ROWS = 592
+_BLOCKS = 296
+_BUSY_BLOCKS = 192
+_WORKERS_OF_UNKNOWN = 64  # where sizes are symbolic
 
 PALLAS = "kernels.decode_attention.pallas_tpu"
 
@@ -766,32 +768,37 @@ def _cuda_workspace(operands, options):
   b, n, g, t = _sizes(x, options)
   s = x["cache_k"].shape[-3 if options.layout == "bsnh" else -2]
   rows, v_dim = t * g, x["cache_v"].shape[-1]
-  shared = _shared_parts(b, n, rows, x["table"].shape[1] * s)
-  floats = _HEADER_FLOATS + (n * rows * (v_dim + 2) if shared else 0)
-  return jax.ShapeDtypeStruct((b + shared, (floats + 3) // 4 * 4), jnp.float32)
+  workers = _most_workers(b, n, rows, x["table"].shape[1] * s)
+  floats = n * rows * (v_dim + 3) if workers else 0
+  return jax.ShapeDtypeStruct((2 * workers, (floats + 3) // 4 * 4), jnp.float32)
 
 
-def _shared_parts(b, n, rows, capacity):
-  """Returns into how many parts the keys of all sequences are divided, or 0."""
+def _most_workers(b, n, rows, capacity):
+  """Returns among how many the keys of all sequences are divided, at most.
+
+  The kernels take as many as the device keeps busy. 0, if no sequence is.
+  """
   if dispatch.static_size((n, rows)) is None:
-    return _PARTS_OF_UNKNOWN
+    return _WORKERS_OF_UNKNOWN
   # A block takes up to 64 rows; more rows, more blocks without any splitting.
   blocks = max(1, n * -(-rows // 64))
-  shared = -(-_BLOCKS // blocks)
+  workers = -(
+    -(_BLOCKS_OF_FEW_ROWS if rows <= _FEW_ROWS else _BLOCKS) // blocks
+  )
   if dispatch.static_size((b, capacity)) is not None:
-    if rows > 64 and b * blocks >= _BUSY_BLOCKS:
+    if capacity <= _WHOLE_KEYS or (
+      rows > 64 and b * blocks >= _BUSY_BLOCKS // 2
+    ):
       return 0
     keys = b * capacity
     # What parts write should be little beside the keys that they read, unless
     # the device would be idle.
-    shared = min(
-      shared,
-      -(-keys // _LEAST_PART),
-      max(-(-keys // max(1, 16 * rows)), -(-2 * _BUSY_BLOCKS // blocks)),
+    workers = min(
+      workers,
+      -(-keys // _LEAST_KEYS),
+      max(-(-keys // max(1, 16 * rows)), -(-_BUSY_BLOCKS // blocks)),
     )
-    if capacity <= _LEAST_PART:
-      return 0
-  return shared if shared > 1 else 0
+  return workers if workers > 1 else 0
 
 
 def _cuda_unsupported(avals, *, options):

@@ -31,16 +31,10 @@ __device__ __forceinline__ float Weight(float x, float base) {
   return x == MinusInfinity() ? 0.0f : cuda::Exp2(x - base);
 }
 
-__device__ __forceinline__ PartHeader* HeaderOf(const DeviceDecode& decode,
-                                                int64_t part) {
-  return reinterpret_cast<PartHeader*>(decode.workspace +
-                                       part * decode.part_floats);
-}
-
 // Weighted sums of one part, [states, v_dim].
 __device__ __forceinline__ float* SumsOf(const DeviceDecode& decode,
                                          int64_t part) {
-  return decode.workspace + part * decode.part_floats + kHeaderFloats;
+  return decode.workspace + part * decode.part_floats;
 }
 
 // Base and total weight of each row of one part, [states, 2].
@@ -49,10 +43,18 @@ __device__ __forceinline__ float* StatesOf(const DeviceDecode& decode,
   return SumsOf(decode, part) + decode.states() * decode.args.shape.v_dim;
 }
 
+// How many parts of a sequence have come, [states], in that of its first
+// worker.
+__device__ __forceinline__ int* ArrivalsOf(const DeviceDecode& decode,
+                                           int64_t part) {
+  return reinterpret_cast<int*>(StatesOf(decode, part) + 2 * decode.states());
+}
+
+// `first_slot` is that of the device's memory.
 __device__ __forceinline__ kv_cache::Addressing AddressingOf(
-    const DeviceDecode& decode) {
+    const DeviceDecode& decode, int first_slot) {
   kv_cache::Addressing addressing = decode.args.addressing;
-  addressing.first_slot = *decode.first_slot;
+  addressing.first_slot = first_slot;
   return addressing;
 }
 
@@ -76,64 +78,252 @@ __device__ __forceinline__ float Turned(const Rotary& rotary, int64_t position,
   return second ? x * cos + load(other) * sin : x * cos - load(other) * sin;
 }
 
-// Rows [row_begin, row_end) of one key-value head and slots [begin, end) of one
-// sequence: the work of a block.
-struct Block {
-  int64_t part;
-  int64_t sequence;
-  int64_t head;
-  int64_t row_begin;
-  int64_t row_end;
-  int parts;  // of the sequence
-  int begin;
+// ---- Division of the work, on the device, from the lengths of the sequences:
+// the steps of all sequences are numbered, one sequence after the other, and
+// each worker has as many as the others. A long sequence is shared by as many
+// workers as it takes, and a worker has as many short ones as it takes.
+
+// Code that is needed once for many keys is out of line where it can be: to
+// fetch instructions that nobody has run takes longer than to run them.
+
+// What the queries of some tokens of a sequence need.
+struct Needs {
+  int first_query;
+  int num_queries;
+  int padding;
+  int begin;  // slots
   int end;
-  Sequence positions;
-  kv_cache::Addressing addressing;
-  // Row of slot first_slot where the sequence is one block of slots; negative
-  // where that block does not exist.
-  int64_t base;
 };
 
-// Reads the work of this block; false if there is none. Blocks of a part are
-// neighbours, as their heads are in memory.
-__device__ __forceinline__ bool FindBlock(const DeviceDecode& decode,
-                                          int rows_per_block, Block* block) {
+inline __device__ __noinline__ Needs NeedsOf(const DeviceDecode& decode,
+                                             int sequence, int first,
+                                             int last) {
   const DecodeArgs& args = decode.args;
-  const int64_t rows = decode.rows();
+  const int first_slot = *decode.first_slot;  // comes beside the others
+  const Sequence positions = SequenceOf(args, sequence);
+  const Slots slots =
+      NeededSlots(args.masking, args.shape, AddressingOf(decode, first_slot),
+                  positions, first, last);
+  return {static_cast<int>(positions.first_query),
+          static_cast<int>(positions.num_queries),
+          static_cast<int>(positions.padding), static_cast<int>(slots.begin),
+          static_cast<int>(slots.end)};
+}
+
+// A sequence without keys has a step as well: somebody must write its result.
+__device__ __forceinline__ int StepsIn(const Needs& needs) {
+  const int steps = (needs.end - needs.begin + kStep - 1) / kStep;
+  return steps < 1 ? 1 : steps;
+}
+
+__device__ __forceinline__ bool IsDivided(const DeviceDecode& decode,
+                                          int steps) {
+  return decode.parts > 0 && steps > kWholeSteps;
+}
+
+// Adds `value` over the threads before this one, and over all of them. All
+// threads of the block take part.
+template <int kThreads>
+__device__ __forceinline__ int SumBefore(int value, int* all) {
+  __shared__ int warps[kThreads / cuda::kWarp];
+  const int lane = static_cast<int>(threadIdx.x) % cuda::kWarp;
+  const int warp = static_cast<int>(threadIdx.x) / cuda::kWarp;
+  int sum = value;
+  KERNELS_UNROLL
+  for (int by = 1; by < cuda::kWarp; by *= 2) {
+    const int other = __shfl_up_sync(cuda::kAllLanes, sum, by);
+    if (lane >= by) sum += other;
+  }
+  __syncthreads();  // who was here before may still read
+  if (lane == cuda::kWarp - 1) warps[warp] = sum;
+  __syncthreads();
+  int before = 0;
+  *all = 0;
+  KERNELS_UNROLL
+  for (int w = 0; w < kThreads / cuda::kWarp; ++w) {
+    if (w < warp) before += warps[w];
+    *all += warps[w];
+  }
+  return before + sum - value;
+}
+
+// Consecutive steps of a worker.
+struct Range {
+  int sequence;  // of the first
+  int offset;    // steps of that sequence which are not in it
+  int count;
+  int first;   // number of the first
+  int length;  // of every worker's
+};
+
+// All steps of a worker. All threads of a block of kThreads take part.
+template <int kThreads>
+__device__ __forceinline__ Range RangeOf(const DeviceDecode& decode,
+                                         int worker) {
+  __shared__ Range found;
+  const int batch = static_cast<int>(decode.args.addressing.batch);
+  const auto steps_of = [&](int sequence) {
+    return StepsIn(
+        NeedsOf(decode, sequence, 0, static_cast<int>(decode.args.tokens)));
+  };
+  // Each thread counts the steps of some neighbours.
+  const int each = (batch + kThreads - 1) / kThreads;
+  const int from = static_cast<int>(threadIdx.x) * each;
+  const int to = from + each < batch ? from + each : batch;
+  int mine = 0;
+  for (int i = from; i < to; ++i) mine += steps_of(i);
+  if (threadIdx.x == 0) found = {batch, 0, 0, 0, 1};
+  int all;
+  int before = SumBefore<kThreads>(mine, &all);
+  const int workers = static_cast<int>(decode.workers);
+  int length = (all + workers - 1) / workers;
+  if (length < kLeastSteps) length = kLeastSteps;
+  const int first = worker * length;
+  if (first >= before && first < before + mine) {
+    int sequence = from;
+    int steps = steps_of(sequence);
+    while (first >= before + steps) {
+      before += steps;
+      steps = steps_of(++sequence);
+    }
+    Range range = {sequence, first - before, length, first, length};
+    if (range.offset > 0 && !IsDivided(decode, steps)) {
+      // It is the worker's in whose steps it begins.
+      const int rest = steps - range.offset;
+      range = {sequence + 1, 0, length - rest, first + rest, length};
+    }
+    found = range;
+  }
+  __syncthreads();
+  return found;
+}
+
+// What a block works on: of one worker, some rows of one key-value head.
+struct BlockPlace {
+  int worker;
+  int head;
+  int row_begin;
+  int row_end;
+  int first_slot;
+  bool all_rows;
+};
+
+// Blocks of a worker are neighbours, as their heads are in memory.
+__device__ __forceinline__ BlockPlace PlaceOfBlock(const DeviceDecode& decode,
+                                                   int rows_per_block) {
+  const int rows = static_cast<int>(decode.rows());
   const uint32_t row_blocks = cuda::CeilDiv(
       static_cast<uint32_t>(rows), static_cast<uint32_t>(rows_per_block));
-  const uint32_t in_part = static_cast<uint32_t>(args.shape.heads) * row_blocks;
-  const uint32_t part = blockIdx.x / in_part;
-  const uint32_t rest = blockIdx.x - part * in_part;
-  const PartHeader header = *HeaderOf(decode, part);
-  if (header.sequence < 0) return false;
-  block->part = part;
-  block->sequence = header.sequence;
-  block->parts = header.parts;
-  block->head = rest / row_blocks;
-  block->row_begin = static_cast<int64_t>(rest % row_blocks) * rows_per_block;
-  block->row_end = block->row_begin + rows_per_block;
-  if (block->row_end > rows) block->row_end = rows;
-  block->begin = header.begin;
-  block->end = header.end;
-  block->addressing = AddressingOf(decode);
-  block->positions = SequenceOf(args, block->sequence);
-  if (row_blocks > 1) {
-    // Fewer keys than the whole sequence needs, as far as these rows can tell.
-    const Slots needed =
-        NeededSlots(args.masking, args.shape, block->addressing,
-                    block->positions, block->row_begin / args.group,
-                    cuda::CeilDiv(block->row_end, args.group));
-    if (block->begin < needed.begin)
-      block->begin = static_cast<int>(needed.begin);
-    if (block->end > needed.end) block->end = static_cast<int>(needed.end);
+  const uint32_t of_worker =
+      static_cast<uint32_t>(decode.args.shape.heads) * row_blocks;
+  const uint32_t worker = blockIdx.x / of_worker;
+  const uint32_t rest = blockIdx.x - worker * of_worker;
+  const uint32_t head = rest / row_blocks;
+  BlockPlace place;
+  place.worker = static_cast<int>(worker);
+  place.head = static_cast<int>(head);
+  place.row_begin = static_cast<int>(rest - head * row_blocks) * rows_per_block;
+  place.row_end = place.row_begin + rows_per_block;
+  if (place.row_end > rows) place.row_end = rows;
+  place.first_slot = *decode.first_slot;
+  place.all_rows = row_blocks == 1;
+  return place;
+}
+
+// What a block has of one sequence: slots [begin, end), as far as they are for
+// its rows.
+struct Segment {
+  int sequence;
+  int begin;
+  int end;
+  int part;          // where results go; -1: they are of the whole sequence
+  int first_worker;  // of the sequence
+  int parts;
+  int first_query;
+  int num_queries;
+  int padding;
+  // Row of slot first_slot in the caches, of the block's head, where the
+  // sequence is one block of slots; negative where that does not exist.
+  int64_t base;
+
+  __device__ __forceinline__ Sequence positions() const {
+    return {first_query, num_queries, int64_t{first_query} + num_queries,
+            padding};
   }
-  block->base = -1;
-  if (block->addressing.table_width == 1 && block->begin < block->end) {
-    block->base = block->addressing.RowOf(args.shape, block->sequence,
-                                          block->addressing.first_slot);
+};
+
+// Writes the next segments of a block to `segments`, as many as it has threads,
+// and takes them off `range`. Returns how many they are. All threads of the
+// block take part; they must be done with those that were there.
+template <int kThreads>
+__device__ __forceinline__ int TakeSegments(const DeviceDecode& decode,
+                                            const BlockPlace& place,
+                                            Range* range,
+                                            Segment (&segments)[kThreads]) {
+  __shared__ int taken[2];  // segments, steps
+  const DecodeArgs& args = decode.args;
+  const int thread = static_cast<int>(threadIdx.x);
+  const int batch = static_cast<int>(args.addressing.batch);
+  const int sequence = range->sequence + thread;
+  if (thread == 0) taken[0] = taken[1] = 0;
+  Needs needs = {};
+  int steps = 0;
+  if (sequence < batch) {
+    needs = NeedsOf(decode, sequence, 0, static_cast<int>(args.tokens));
+    steps = StepsIn(needs);
   }
-  return true;
+  int all;
+  const int before = SumBefore<kThreads>(steps, &all);
+  const int offset = thread == 0 ? range->offset : 0;
+  const int start = before + offset - range->offset;
+  const int next = before + steps - range->offset;
+  if (sequence < batch && start < range->count) {
+    int take = steps - offset;
+    if (next > range->count && IsDivided(decode, steps)) {
+      take = range->count - start;
+    }
+    Segment segment;
+    segment.sequence = sequence;
+    segment.part = take == steps ? -1 : 2 * place.worker + (offset == 0);
+    const int first = range->first + start - offset;  // step of the sequence
+    segment.first_worker = first / range->length;
+    segment.parts =
+        (first + steps - 1) / range->length - segment.first_worker + 1;
+    segment.begin = needs.begin + offset * kStep;
+    segment.end =
+        take + offset == steps ? needs.end : segment.begin + take * kStep;
+    segment.first_query = needs.first_query;
+    segment.num_queries = needs.num_queries;
+    segment.padding = needs.padding;
+    if (!place.all_rows) {
+      // Fewer keys than the whole sequence needs, as far as rows can tell.
+      const int group = static_cast<int>(args.group);
+      const Needs of_rows = NeedsOf(decode, sequence, place.row_begin / group,
+                                    (place.row_end + group - 1) / group);
+      if (segment.begin < of_rows.begin) segment.begin = of_rows.begin;
+      if (segment.end > of_rows.end) segment.end = of_rows.end;
+    }
+    segment.base = -1;
+    if (args.addressing.table_width == 1) {
+      segment.base = AddressingOf(decode, place.first_slot)
+                         .RowOf(args.shape, sequence, place.first_slot);
+      if (segment.base < 0) segment.end = segment.begin;  // there are no keys
+      segment.base += place.head * args.shape.head_stride();
+    }
+    segments[thread] = segment;
+    if (thread == kThreads - 1 || sequence + 1 == batch ||
+        next >= range->count) {
+      taken[0] = thread + 1;
+      taken[1] = next;
+    }
+  }
+  __syncthreads();
+  const int count = taken[0];
+  range->sequence += count;
+  range->offset = 0;
+  range->count -= taken[1];
+  range->first += taken[1];
+  return count;
 }
 
 // Where one key lies.
@@ -143,24 +333,22 @@ struct Key {
 };
 
 __device__ __forceinline__ Key FindKey(const DeviceDecode& decode,
-                                       const Block& block, int slot) {
+                                       const BlockPlace& place,
+                                       const Segment& segment, int slot) {
   const kv_cache::CacheShape& shape = decode.args.shape;
-  const kv_cache::Addressing& addressing = block.addressing;
   Key key = {-1, -1};
-  if (slot >= block.end) return key;
-  const int64_t last = block.positions.num_keys - 1;
-  const int64_t position = PositionIn(slot, last, addressing.ring);
+  if (slot >= segment.end) return key;
+  const int64_t last = int64_t{segment.first_query} + segment.num_queries - 1;
+  const int64_t position = PositionIn(slot, last, decode.args.addressing.ring);
   if (position < 0 || position > last) return key;
-  int64_t row;
-  if (addressing.table_width == 1) {
-    row = block.base < 0 ? -1
-                         : block.base + (slot - addressing.first_slot) *
-                                            shape.slot_stride();
+  if (decode.args.addressing.table_width == 1) {
+    key.row = segment.base + (slot - place.first_slot) * shape.slot_stride();
   } else {
-    row = addressing.RowOf(shape, block.sequence, slot);
+    const int64_t row = AddressingOf(decode, place.first_slot)
+                            .RowOf(shape, segment.sequence, slot);
+    if (row < 0) return key;
+    key.row = row + place.head * shape.head_stride();
   }
-  if (row < 0) return key;
-  key.row = row + block.head * shape.head_stride();
   key.position = static_cast<int>(position);
   return key;
 }
@@ -199,31 +387,35 @@ struct Query {
 };
 
 // `row` may lie beyond the rows of the block: it sees nothing then.
-__device__ __forceinline__ Query FindQuery(const DeviceDecode& decode,
-                                           const Block& block, int64_t row) {
+inline __device__ __noinline__ Query FindQuery(const DeviceDecode& decode,
+                                               const BlockPlace block,
+                                               const Segment& segment,
+                                               int row) {
   const DecodeArgs& args = decode.args;
   const Masking& masking = args.masking;
   Query query = {false, args.scale, 0, 0, 0, 0.0f, nullptr, nullptr};
   if (row >= block.row_end) return query;
   query.inside = true;
+  const Sequence positions = segment.positions();
   const RowPlace place = PlaceOf(args, row);
   const int64_t token = place.token;
   const int64_t q_head = block.head * args.group + place.in_group;
-  const KeyRange keys = VisibleKeys(masking, block.positions, token);
+  const KeyRange keys = VisibleKeys(masking, positions, token);
   query.begin = static_cast<int>(keys.begin);
   query.end = static_cast<int>(keys.end < INT32_MAX ? keys.end : INT32_MAX);
-  query.position = static_cast<int>(block.positions.first_query + token);
+  query.position = static_cast<int>(positions.first_query + token);
   if (masking.alibi != nullptr) {
-    query.slope = masking.alibi[block.sequence * masking.alibi_stride + q_head];
+    query.slope =
+        masking.alibi[segment.sequence * masking.alibi_stride + q_head];
   }
   if (masking.bias.data != nullptr) {
     const PerLogit<float>& bias = masking.bias;
-    query.bias = bias.data + block.sequence * bias.batch_stride +
+    query.bias = bias.data + segment.sequence * bias.batch_stride +
                  q_head * bias.head_stride + token * bias.token_stride;
   }
   if (masking.mask.data != nullptr) {
     const PerLogit<uint8_t>& mask = masking.mask;
-    query.mask = mask.data + block.sequence * mask.batch_stride +
+    query.mask = mask.data + segment.sequence * mask.batch_stride +
                  q_head * mask.head_stride + token * mask.token_stride;
   }
   return query;
@@ -231,8 +423,9 @@ __device__ __forceinline__ Query FindQuery(const DeviceDecode& decode,
 
 // The binary logarithm of the weight of a key, from its product with the query.
 __device__ __forceinline__ float Logit(const DeviceDecode& decode,
-                                       const Block& block, const Query& query,
-                                       float product, int slot, int position) {
+                                       const BlockPlace& block,
+                                       const Query& query, float product,
+                                       int slot, int position) {
   const Masking& masking = decode.args.masking;
   if (position < query.begin || position >= query.end) return MinusInfinity();
   float x = product * query.factor;
@@ -243,7 +436,7 @@ __device__ __forceinline__ float Logit(const DeviceDecode& decode,
     const int distance = query.position - position;
     x -= query.slope * static_cast<float>(distance < 0 ? -distance : distance);
   }
-  const int64_t here = slot - block.addressing.first_slot;
+  const int64_t here = slot - block.first_slot;
   if (query.bias != nullptr) {
     x += query.bias[here * masking.bias.slot_stride];
   }
@@ -257,20 +450,18 @@ __device__ __forceinline__ float Logit(const DeviceDecode& decode,
 class QueryRowReader {
  public:
   __device__ __forceinline__ QueryRowReader(const DeviceDecode& decode,
-                                            const Block& block, int64_t row)
+                                            int sequence, int head, int row)
       : args_(decode.args) {
     const RowPlace place = PlaceOf(args_, row);
-    from_ = args_.q + QueryRow(args_, block.sequence, block.head, place.token,
-                               place.in_group) *
-                          args_.shape.k_dim *
-                          kv_cache::ElementSize(args_.query_element);
-    position_ =
-        args_.rotary.cos == nullptr
-            ? 0
-            : args_.rotary.where[block.sequence * args_.tokens + place.token];
+    from_ = args_.q +
+            QueryRow(args_, sequence, head, place.token, place.in_group) *
+                args_.shape.k_dim * kv_cache::ElementSize(args_.query_element);
+    position_ = args_.rotary.cos == nullptr
+                    ? 0
+                    : args_.rotary.where[sequence * args_.tokens + place.token];
   }
 
-  __device__ __forceinline__ float At(int64_t i) const {
+  __device__ __noinline__ float At(int64_t i) const {
     const auto load = [&](int64_t j) {
       return kv_cache::LoadElement(args_.query_element, from_, j);
     };
@@ -285,81 +476,260 @@ class QueryRowReader {
   int64_t position_;
 };
 
-// The end of a row's softmax over all of its keys: `factor` turns its weighted
-// sum into the result.
-struct Ending {
-  float factor;
-  float lse;
+// Neighbouring elements of a row: those of a lane.
+template <int kCount>
+struct OfLane {
+  float x[kCount];
 };
 
-__device__ __forceinline__ Ending EndRow(const DecodeArgs& args,
-                                         const Sequence& positions,
-                                         int64_t sequence, int64_t head,
-                                         int64_t row, float base, float total) {
-  float weight = 1.0f;  // of the sums
+// Writes those of a lane, times `factor`, to a row of `dim` elements.
+template <typename T, int kCount>
+__device__ __forceinline__ void StoreRow(void* row, int64_t dim, int d,
+                                         float factor,
+                                         const OfLane<kCount>& values) {
+  typename T::Storage* const to = static_cast<typename T::Storage*>(row) + d;
+  float x[kCount];
+  KERNELS_UNROLL
+  for (int i = 0; i < kCount; ++i) {
+    x[i] = factor == 0.0f ? 0.0f : values.x[i] * factor;
+  }
+  if (dim % kCount == 0) {
+    if (d < dim) {
+      cuda::StoreVector<T, kCount>(to, cuda::VectorFromCompute<T, kCount>(x));
+    }
+  } else {
+    KERNELS_UNROLL
+    for (int i = 0; i < kCount; ++i) {
+      if (d + i < dim) to[i] = cuda::FromCompute<T>(x[i]);
+    }
+  }
+}
+
+// Ends the softmax of a row over all of its keys, and writes elements `d` and
+// after of the result, and the row's logarithm.
+template <int kCount>
+__device__ __forceinline__ void FinishRow(const DeviceDecode& decode,
+                                          const BlockPlace& block,
+                                          const Segment& segment, int row,
+                                          int d, float base, float total,
+                                          const OfLane<kCount>& values) {
+  const DecodeArgs& args = decode.args;
   const RowPlace place = PlaceOf(args, row);
-  if (args.sinks != nullptr && place.token < positions.num_queries) {
-    const float sink = args.sinks[head * args.group + place.in_group] * kLog2E;
+  const int sequence = segment.sequence;
+  const int64_t q_head = block.head * args.group + place.in_group;
+  float weight = 1.0f;  // of the sums
+  if (args.sinks != nullptr && place.token < segment.num_queries) {
+    const float sink = args.sinks[q_head] * kLog2E;
     const float largest = sink > base ? sink : base;
     weight = Weight(base, largest);
     total = total * weight + Weight(sink, largest);
     base = largest;
   }
   // A row without a key has the total 0; its result is 0, not 0 / 0.
-  if (total == 0.0f) return {0.0f, MinusInfinity()};
-  const float factor = weight / total * args.v_scale.OrOne(sequence, head);
-  return {factor, (base + log2f(total)) * kLn2};
+  float factor = 0.0f, lse = MinusInfinity();
+  if (total != 0.0f) {
+    factor = weight / total * args.v_scale.OrOne(sequence, block.head);
+    lse = (base + log2f(total)) * kLn2;
+  }
+  const int64_t dim = args.shape.v_dim;
+  uint8_t* const to =
+      args.out +
+      QueryRow(args, sequence, block.head, place.token, place.in_group) * dim *
+          kv_cache::ElementSize(args.out_element);
+  if (args.out_element == kv_cache::Element::kF32) {
+    StoreRow<F32>(to, dim, d, factor, values);
+  } else if (args.out_element == kv_cache::Element::kBf16) {
+    StoreRow<BF16>(to, dim, d, factor, values);
+  } else {
+    StoreRow<F16>(to, dim, d, factor, values);
+  }
+  if (d == 0) {
+    const int64_t heads = args.shape.heads * args.group;
+    args.lse[(sequence * heads + q_head) * args.tokens + place.token] = lse;
+  }
 }
 
-__device__ __forceinline__ float* LogSumOf(const DecodeArgs& args,
-                                           int64_t sequence, int64_t head,
-                                           int64_t row) {
-  const int64_t heads = args.shape.heads * args.group;
-  const RowPlace place = PlaceOf(args, row);
-  const int64_t q_head = head * args.group + place.in_group;
-  return args.lse + (sequence * heads + q_head) * args.tokens + place.token;
-}
-
-// Writes one row of the block: a warp. `sum(i)`, of kCount, is the weighted sum
-// of element lane + 32 i; `base` and `total` are the row's.
-template <int kCount, typename Sum>
-__device__ __forceinline__ void WriteRow(const DeviceDecode& decode,
-                                         const Block& block, int64_t row,
-                                         float base, float total,
-                                         const Sum& sum) {
+// Writes one row of the block: a warp, whose lanes have kCount weighted sums
+// each; `base` and `total` are the row's.
+template <int kCount>
+__device__ __noinline__ void WriteRow(const DeviceDecode& decode,
+                                      const BlockPlace block,
+                                      const Segment& segment, int row,
+                                      float base, float total,
+                                      const OfLane<kCount> sums) {
   const DecodeArgs& args = decode.args;
   const int64_t dim = args.shape.v_dim;
   const int lane = static_cast<int>(threadIdx.x) % cuda::kWarp;
-  if (block.parts > 1) {
+  const int d = lane * kCount;
+  if (segment.part >= 0) {
     const int64_t state = block.head * decode.rows() + row;
-    float* to = SumsOf(decode, block.part) + state * dim;
-    KERNELS_UNROLL
-    for (int i = 0; i < kCount; ++i) {
-      const int64_t d = lane + i * cuda::kWarp;
-      if (d < dim) to[d] = sum(i);
+    float* const to = SumsOf(decode, segment.part) + state * dim;
+    if (dim % 4 == 0) {
+      StoreRow<F32>(to, dim, d, 1.0f, sums);
+    } else {
+      KERNELS_UNROLL
+      for (int i = 0; i < kCount; ++i) {
+        if (d + i < dim) to[d + i] = sums.x[i];
+      }
     }
     if (lane == 0) {
-      float* states = StatesOf(decode, block.part) + 2 * state;
+      float* states = StatesOf(decode, segment.part) + 2 * state;
       states[0] = base;
       states[1] = total;
     }
     return;
   }
-  const Ending ending = EndRow(args, block.positions, block.sequence,
-                               block.head, row, base, total);
-  uint8_t* to = args.out + QueryRowOf(args, block.sequence, block.head, row) *
-                               dim * kv_cache::ElementSize(args.out_element);
-  KERNELS_UNROLL
-  for (int i = 0; i < kCount; ++i) {
-    const int64_t d = lane + i * cuda::kWarp;
-    const float x = ending.factor == 0.0f ? 0.0f : sum(i) * ending.factor;
-    if (d < dim) {
-      kv_cache::StoreElement(args.out_element, to, d, x, /*scale=*/1.0f);
+  FinishRow(decode, block, segment, row, d, base, total, sums);
+}
+
+// ---- Joining the parts of a sequence: whoever comes last does it, in the
+// order of the parts.
+
+// The index of part `i` of the sequence. The first worker leaves its part to
+// the next, which go on with it.
+__device__ __forceinline__ int64_t PartOf(const Segment& segment, int i) {
+  return 2 * (int64_t{segment.first_worker} + i) + (i == 0);
+}
+
+// Writes a row from its parts: a warp, whose lanes have kCount neighbouring
+// elements each, at a time.
+template <int kCount>
+__device__ __forceinline__ void JoinRow(const DeviceDecode& decode,
+                                        const BlockPlace& place,
+                                        const Segment& segment, int row) {
+  constexpr int kInFlight = 8;
+  const int lane = static_cast<int>(threadIdx.x) % cuda::kWarp;
+  const int dim = static_cast<int>(decode.args.shape.v_dim);
+  const int parts = segment.parts;
+  const int64_t state = place.head * decode.rows() + row;
+  const float* const sums = SumsOf(decode, PartOf(segment, 0)) + state * dim;
+  const float* const states = StatesOf(decode, PartOf(segment, 0)) + 2 * state;
+  // From part 0 the next is one part on, the others are two apart.
+  const auto part_floats = static_cast<uint32_t>(decode.part_floats);
+  const auto after = [&](int part) {
+    return static_cast<uint32_t>(2 * part - (part > 0)) * part_floats;
+  };
+  float largest = MinusInfinity();
+  for (int p = lane; p < parts; p += cuda::kWarp) {
+    largest = fmaxf(largest, cuda::LoadFresh(states + after(p)));
+  }
+  largest = cuda::WarpMax(largest);
+  for (int first = 0; first < dim; first += cuda::kWarp * kCount) {
+    const int d = first + lane * kCount;
+    // Lanes beyond the row read what others read.
+    const float* const from = sums + (d < dim ? d : 0);
+    OfLane<kCount> sum = {};
+    float total = 0.0f;
+    for (int chunk = 0; chunk < parts; chunk += cuda::kWarp) {
+      float weight = 0.0f;  // of part chunk + lane
+      if (chunk + lane < parts) {
+        const float* const mine = states + after(chunk + lane);
+        weight = Weight(cuda::LoadFresh(mine), largest);
+        total += weight * cuda::LoadFresh(mine + 1);
+      }
+      const int end = parts - chunk < cuda::kWarp ? parts - chunk : cuda::kWarp;
+      KERNELS_NO_UNROLL
+      for (int p = 0; p < end; p += kInFlight) {
+        cuda::Vector<F32, kCount> x[kInFlight];
+        KERNELS_UNROLL
+        for (int k = 0; k < kInFlight; ++k) {
+          // The last one again, with the weight 0, where there are no more.
+          const int part = chunk + p + k < parts ? chunk + p + k : parts - 1;
+          x[k] = cuda::LoadFreshVector<F32, kCount>(from + after(part));
+        }
+        KERNELS_UNROLL
+        for (int k = 0; k < kInFlight; ++k) {
+          const float w = __shfl_sync(cuda::kAllLanes, weight, p + k);
+          KERNELS_UNROLL
+          for (int i = 0; i < kCount; ++i) sum.x[i] += w * x[k].data[i];
+        }
+      }
+    }
+    total = cuda::WarpSum(total);
+    FinishRow(decode, place, segment, row, d, largest, total, sum);
+  }
+}
+
+// Joins the parts of a sequence for the rows of this block if the other parts
+// have come. All threads of the block take part, and have written theirs. Out
+// of line, as it is needed once for many keys.
+inline __device__ __noinline__ void JoinIfLast(const DeviceDecode& decode,
+                                               const BlockPlace place,
+                                               const Segment& segment) {
+  __shared__ bool last;
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    int* const arrivals = ArrivalsOf(decode, PartOf(segment, 0)) +
+                          place.head * decode.rows() + place.row_begin;
+    last = cuda::Arrive(arrivals) == segment.parts - 1;
+  }
+  __syncthreads();
+  if (!last) return;
+  const bool wide =
+      decode.args.shape.v_dim % 4 == 0 && decode.part_floats % 4 == 0;
+  for (int row = place.row_begin + static_cast<int>(threadIdx.x) / cuda::kWarp;
+       row < place.row_end; row += kAttendWarps) {
+    if (wide) {
+      JoinRow<4>(decode, place, segment, row);
+    } else {
+      JoinRow<1>(decode, place, segment, row);
     }
   }
-  if (lane == 0) {
-    *LogSumOf(args, block.sequence, block.head, row) = ending.lse;
+}
+
+// ---- On the host.
+
+// How many workers share the keys where blocks of a kernel have `rows` rows
+// each, of which a device runs `resident` at a time; few enough for the
+// workspace.
+inline int64_t WorkersFor(const DeviceDecode& decode, int rows_of_block,
+                          int64_t resident) {
+  const int64_t rows = decode.rows();
+  const int64_t blocks =
+      decode.args.shape.heads * cuda::CeilDiv<int64_t>(rows, rows_of_block);
+  const int64_t batch = decode.args.addressing.batch;
+  // The fewest rounds that keep nearly all of the device busy to the end.
+  int64_t workers = 1, best = 0;
+  for (int64_t rounds = 1; rounds <= 4 && best * 20 < resident * 19; ++rounds) {
+    const int64_t fit = rounds * resident / blocks;
+    const int64_t busy = fit * blocks / rounds;
+    if (busy <= best) continue;
+    best = busy;
+    workers = fit;
   }
+  if (decode.parts == 0) {
+    // Blocks of rows need more keys or fewer: whoever is done takes another.
+    return workers < batch && rows <= rows_of_block ? workers : batch;
+  }
+  const int64_t most = decode.parts / 2;
+  return workers < most ? workers : most;
+}
+
+// Starts an attending kernel, of kAttendThreads, with workers for each head and
+// each block of `rows_of_block` rows, and says how many they are. What is in
+// the cache before the new rows may be read before those are written.
+template <typename Kernel, typename... Args>
+cudaError_t LaunchWorkers(Kernel* kernel, int rows_of_block, int shared_bytes,
+                          cudaStream_t stream, DeviceDecode decode,
+                          const Args&... args) {
+  int resident = 0;
+  const cudaError_t error =
+      cuda::ResidentBlocks(kernel, kAttendThreads, shared_bytes, &resident);
+  if (error != cudaSuccess) return error;
+  decode.workers = WorkersFor(decode, rows_of_block, resident);
+  const int64_t blocks = decode.workers * decode.args.shape.heads *
+                         cuda::CeilDiv<int64_t>(decode.rows(), rows_of_block);
+  const int64_t steps = decode.args.addressing.batch *
+                        (cuda::CeilDiv<int64_t>(decode.slots(), kStep) + 1);
+  if (blocks > INT32_MAX || steps > INT32_MAX / 2) {
+    return cudaErrorInvalidConfiguration;
+  }
+  const dim3 grid(static_cast<unsigned>(blocks));
+  return decode.prepared
+             ? cuda::LaunchEarly(kernel, grid, dim3(kAttendThreads),
+                                 shared_bytes, stream, decode, args...)
+             : cuda::Launch(kernel, grid, dim3(kAttendThreads), shared_bytes,
+                            stream, decode, args...);
 }
 
 }  // namespace decode_attention

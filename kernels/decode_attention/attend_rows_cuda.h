@@ -162,9 +162,11 @@ constexpr int kKeysAtATime = Read::kLoads > 2                        ? 1
 template <typename Read, int kRows>
 constexpr int kQueryFloats = kRows * Read::kMostDim;
 
+// All keys of a block of rows. All threads of the block take part.
 template <typename Read, int kRows>
-__global__ void __launch_bounds__(kAttendThreads, Read::kLoads == 1 ? 4 : 1)
-    AttendKernel(const DeviceDecode decode) {
+__device__ __forceinline__ void AttendRows(const DeviceDecode& decode,
+                                           const BlockPlace& place,
+                                           const Segment segment) {
   constexpr int kLanes = Read::kLanes;
   constexpr int kLoads = Read::kLoads;
   constexpr int kCount = Read::kCount;
@@ -176,8 +178,6 @@ __global__ void __launch_bounds__(kAttendThreads, Read::kLoads == 1 ? 4 : 1)
   KERNELS_DYNAMIC_SHARED(shared);
   __shared__ float bases[kGroups][kRows];
   __shared__ float totals[kGroups][kRows];
-  Block block;
-  if (!FindBlock(decode, kRows, &block)) return;
   const DecodeArgs& args = decode.args;
   const int64_t k_dim = args.shape.k_dim, v_dim = args.shape.v_dim;
   const int thread = static_cast<int>(threadIdx.x);
@@ -203,10 +203,11 @@ __global__ void __launch_bounds__(kAttendThreads, Read::kLoads == 1 ? 4 : 1)
   // position of my_key.
   const auto fetch = [&](int slot, int half) {
     int my_position = -1;
-    if (slot < block.end) {
+    if (slot < segment.end) {
       KERNELS_UNROLL
       for (int u = 0; u < kKeys; ++u) {
-        const Key key = FindKey(decode, block, slot + u * kGroups + group);
+        const Key key =
+            FindKey(decode, place, segment, slot + u * kGroups + group);
         if (u == my_key) my_position = key.position;
         KERNELS_UNROLL
         for (int i = 0; i < kLoads; ++i) {
@@ -221,20 +222,22 @@ __global__ void __launch_bounds__(kAttendThreads, Read::kLoads == 1 ? 4 : 1)
     cuda::CommitCopies();
     return my_position;
   };
-  int next_position = fetch(block.begin, 0);
+  int next_position = fetch(segment.begin, 0);
 
-  const float k_scale = args.k_scale.OrOne(block.sequence, block.head);
-  const float v_scale = args.v_scale.OrOne(block.sequence, block.head);
+  const float k_scale = args.k_scale.OrOne(segment.sequence, place.head);
+  const float v_scale = args.v_scale.OrOne(segment.sequence, place.head);
   for (int i = thread; i < kRows * Read::kMostDim; i += kAttendThreads) {
-    const int64_t row = block.row_begin + i / Read::kMostDim;
+    const int row = place.row_begin + i / Read::kMostDim;
     const int d = i % Read::kMostDim;
-    const bool inside = row < block.row_end;
-    q[i] = inside && d < k_dim
-               ? QueryRowReader(decode, block, row).At(d) * k_scale
-               : 0.0f;
+    const bool inside = row < place.row_end;
+    q[i] =
+        inside && d < k_dim
+            ? QueryRowReader(decode, segment.sequence, place.head, row).At(d) *
+                  k_scale
+            : 0.0f;
     if (args.qv == nullptr) continue;
     const uint8_t* from =
-        args.qv + QueryRowOf(args, block.sequence, block.head, row) * v_dim *
+        args.qv + QueryRowOf(args, segment.sequence, place.head, row) * v_dim *
                       kv_cache::ElementSize(args.query_element);
     qv[i] = inside && d < v_dim
                 ? kv_cache::LoadElement(args.query_element, from, d) * v_scale
@@ -242,7 +245,9 @@ __global__ void __launch_bounds__(kAttendThreads, Read::kLoads == 1 ? 4 : 1)
   }
   __syncthreads();
 
-  const Query query = FindQuery(decode, block, block.row_begin + my_row);
+  // A copy may stay in registers, what a function returns may not.
+  Query query;
+  query = FindQuery(decode, place, segment, place.row_begin + my_row);
   const int first_lane = thread % cuda::kWarp / kLanes * kLanes;
 
   float best = MinusInfinity();
@@ -258,7 +263,7 @@ __global__ void __launch_bounds__(kAttendThreads, Read::kLoads == 1 ? 4 : 1)
   }
 
   int half = 0;
-  for (int slot = block.begin; slot < block.end; slot += kGroups * kKeys) {
+  for (int slot = segment.begin; slot < segment.end; slot += kGroups * kKeys) {
     const int my_position = next_position;
     next_position = fetch(slot + kGroups * kKeys, half ^ 1);
     cuda::WaitForCopies<1>();
@@ -291,7 +296,7 @@ __global__ void __launch_bounds__(kAttendThreads, Read::kLoads == 1 ? 4 : 1)
 
     const int my_slot = slot + my_key * kGroups + group;
     const float x =
-        Logit(decode, block, query, logits[0], my_slot, my_position);
+        Logit(decode, place, query, logits[0], my_slot, my_position);
     float highest = x;
     KERNELS_UNROLL
     for (int lanes = kShare; lanes < kShare * kKeys; lanes *= 2) {
@@ -373,41 +378,59 @@ __global__ void __launch_bounds__(kAttendThreads, Read::kLoads == 1 ? 4 : 1)
     __syncthreads();
   }
   for (int r = warp; r < kRows; r += kAttendWarps) {
-    const int64_t row = block.row_begin + r;
-    if (row >= block.row_end) continue;
+    const int row = place.row_begin + r;
+    if (row >= place.row_end) continue;
     float largest = MinusInfinity();
     for (int i = 0; i < kGroups; ++i) largest = fmaxf(largest, bases[i][r]);
     float all = 0.0f;
     for (int i = 0; i < kGroups; ++i) {
       all += totals[i][r] * Weight(bases[i][r], largest);
     }
-    const float* sums_of_row = q + r * Read::kMostDim + thread % cuda::kWarp;
-    WriteRow<Read::kMostDim / cuda::kWarp>(
-        decode, block, row, largest, all,
-        [&](int i) { return sums_of_row[i * cuda::kWarp]; });
+    constexpr int kCountOfLane = Read::kMostDim / cuda::kWarp;
+    OfLane<kCountOfLane> sums_of_lane;
+    KERNELS_UNROLL
+    for (int i = 0; i < kCountOfLane; ++i) {
+      sums_of_lane.x[i] =
+          q[r * Read::kMostDim + thread % cuda::kWarp * kCountOfLane + i];
+    }
+    WriteRow<kCountOfLane>(decode, place, segment, row, largest, all,
+                           sums_of_lane);
   }
 }
 
 template <typename Read, int kRows>
-cudaError_t LaunchAttendWith(cudaStream_t stream, const DeviceDecode& decode) {
-  const int64_t row_blocks = cuda::CeilDiv<int64_t>(decode.rows(), kRows);
-  const int64_t blocks = decode.parts * decode.args.shape.heads * row_blocks;
-  if (blocks > INT32_MAX) return cudaErrorInvalidConfiguration;
+__global__ void __launch_bounds__(kAttendThreads, Read::kLoads == 1 ? 4 : 1)
+    AttendKernel(const __grid_constant__ DeviceDecode decode) {
+  const BlockPlace place = PlaceOfBlock(decode, kRows);
+  Range range = RangeOf<kAttendThreads>(decode, place.worker);
+  __shared__ Segment segments[kAttendThreads];
+  cuda::WaitForPrevious();
+  while (const int count =
+             TakeSegments<kAttendThreads>(decode, place, &range, segments)) {
+    for (int i = 0; i < count; ++i) {
+      AttendRows<Read, kRows>(decode, place, segments[i]);
+      if (segments[i].part >= 0) JoinIfLast(decode, place, segments[i]);
+      __syncthreads();  // others may still read what is written next
+    }
+  }
+}
+
+template <typename Read, int kRows>
+cudaError_t LaunchAttendWith(cudaStream_t stream, DeviceDecode decode) {
   constexpr int kQueryBytes =
       kQueryFloats<Read, kRows> * static_cast<int>(sizeof(float));
   constexpr int kFetchedBytes = 2 * kKeysAtATime<Read> * Read::kLoads * 2 *
                                 kAttendThreads *
                                 static_cast<int>(sizeof(typename Read::Raw));
-  // Devices of compute capability 7.5 have 64 KB.
-  static_assert(2 * kQueryBytes + kFetchedBytes < 63 << 10);
+  // Devices of compute capability 7.5 have 64 KB, with what kernels declare.
+  static_assert(2 * kQueryBytes + kFetchedBytes < 55 << 10);
   const int queries = decode.args.qv == nullptr ? 1 : 2;
-  return cuda::Launch(AttendKernel<Read, kRows>,
-                      dim3(static_cast<unsigned>(blocks)), dim3(kAttendThreads),
-                      queries * kQueryBytes + kFetchedBytes, stream, decode);
+  return LaunchWorkers(AttendKernel<Read, kRows>, kRows,
+                       queries * kQueryBytes + kFetchedBytes, stream, decode);
 }
 
 template <int kBytes>
-cudaError_t LaunchAttendWide(cudaStream_t stream, const DeviceDecode& decode) {
+cudaError_t LaunchAttendWide(cudaStream_t stream, DeviceDecode decode) {
   const kv_cache::CacheShape& shape = decode.args.shape;
   const int64_t dim = shape.k_dim > shape.v_dim ? shape.k_dim : shape.v_dim;
   const int64_t bytes = dim * kBytes;

@@ -7,8 +7,7 @@
 namespace kernels {
 namespace decode_attention {
 
-cudaError_t LaunchAttendSingle(cudaStream_t stream,
-                               const DeviceDecode& decode) {
+cudaError_t LaunchAttendSingle(cudaStream_t stream, DeviceDecode decode) {
   const kv_cache::CacheShape& shape = decode.args.shape;
   const int64_t dim = shape.k_dim > shape.v_dim ? shape.k_dim : shape.v_dim;
   return dim <= Single<8>::kMostDim

@@ -7,7 +7,7 @@ namespace kernels {
 namespace decode_attention {
 
 template cudaError_t LaunchAttendTensor<kv_cache::Element::kE4m3>(
-    cudaStream_t stream, const DeviceDecode& decode);
+    cudaStream_t stream, DeviceDecode decode);
 
 }  // namespace decode_attention
 }  // namespace kernels

@@ -6,7 +6,7 @@ namespace kernels {
 namespace decode_attention {
 
 template cudaError_t LaunchAttendWide<1>(cudaStream_t stream,
-                                         const DeviceDecode& decode);
+                                         DeviceDecode decode);
 
 }  // namespace decode_attention
 }  // namespace kernels

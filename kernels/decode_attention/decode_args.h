@@ -84,7 +84,7 @@ struct DecodeArgs {
   const uint8_t* new_k;  // [b, t, n, k_dim] or [b, n, t, k_dim]; null: none
   const uint8_t* new_v;
   int64_t tokens;
-  int64_t group;           // query heads that share a key-value head
+  int64_t group;  // query heads that share a key-value head
   kv_cache::PerSequence index;
   kv_cache::PerSequence count;  // query tokens that are not padding
   const int32_t* padding;  // [b] positions on the left to leave out, or null
@@ -174,13 +174,11 @@ KERNELS_HOST_DEVICE inline Slots NeededSlots(
     const Masking& masking, const kv_cache::CacheShape& shape,
     const kv_cache::Addressing& addressing, const Sequence& sequence,
     int64_t first, int64_t last) {
-  int64_t begin = INT64_MAX, end = 0;
-  for (int64_t token = first; token < last; ++token) {
-    const KeyRange keys = VisibleKeys(masking, sequence, token);
-    if (keys.begin == keys.end) continue;
-    if (keys.begin < begin) begin = keys.begin;
-    if (keys.end > end) end = keys.end;
-  }
+  // Both ends of what a query sees move on with its token.
+  if (last > sequence.num_queries) last = sequence.num_queries;
+  if (first >= last) return {0, 0};
+  int64_t begin = VisibleKeys(masking, sequence, first).begin;
+  int64_t end = VisibleKeys(masking, sequence, last - 1).end;
   if (begin >= end) return {0, 0};
   const int64_t ring = addressing.ring;
   if (ring > 0) {

@@ -179,8 +179,8 @@ void Decode::PrepareQueries(int64_t sequence, const uint8_t* from, int64_t dim,
   const int64_t bytes = ElementSize(args_.query_element);
   std::vector<float> natural(pad);
   for (int64_t n = 0; n < heads(); ++n) {
-    const float factor = args_.scale * ReadFactor(args_.element) *
-                         scale.OrOne(sequence, n);
+    const float factor =
+        args_.scale * ReadFactor(args_.element) * scale.OrOne(sequence, n);
     float* head = to + (sequence * heads() + n) * padded_rows * pad;
     float* row = head;
     for (int64_t token = 0; token < args_.tokens; ++token) {

@@ -14,47 +14,40 @@
 namespace kernels {
 namespace decode_attention {
 
-// Keys of a part are a multiple of this, but for the last part of a sequence.
-constexpr int kPartStep = 64;
-// Parts with fewer keys would cost more than they spread.
-constexpr int kLeastPart = 128;
+// Keys are divided among workers in steps of so many, and a worker has so many
+// steps or more.
+constexpr int kStep = 64;
+constexpr int kLeastSteps = 2;
+// Sequences of no more stay whole: parts of them would cost more than they
+// spread.
+constexpr int kWholeSteps = 4;
 // Largest rows of a head, in bytes; in elements, where they are no multiple of
 // 16 bytes or keys are turned when they are read.
 constexpr int kMaxRowBytes = 2048;
 constexpr int kMaxOddDim = 512;
 
-// What each part has in the workspace, in floats: a header, then for each query
-// row of each key-value head a weighted sum of values, then for each of them
-// the logarithm that the sum is relative to, and the sum of the weights.
-constexpr int kHeaderFloats = 8;
-
-struct PartHeader {
-  int32_t sequence;  // -1: a part without work
-  int32_t begin;     // its slots
-  int32_t end;
-  int32_t parts;  // of its sequence
-  // Of the sequence whose number is that of this part.
-  int32_t first_part;
-  int32_t num_parts;
-  int32_t used_parts;  // of all sequences, in the first header
-};
-static_assert(sizeof(PartHeader) <= kHeaderFloats * sizeof(float));
-
 struct DeviceDecode {
   DecodeArgs args;            // of device memory
   const int32_t* first_slot;  // scalar; args.addressing does not have it yet
-  float* workspace;           // [parts, part_floats]
-  int64_t parts;              // the batch size, plus those that share the keys
+  // [parts, part_floats], two for each worker: what it has of a sequence that
+  // it goes on with, and of one that it leaves to the next. In each, for each
+  // query row of each key-value head, a weighted sum of values; then for each
+  // of them the logarithm that the sum is relative to, and the sum of the
+  // weights; then how many parts of the sequence have come, an int32.
+  float* workspace;
+  int64_t parts;  // 0: no sequence is divided
   int64_t part_floats;
+  // Those who share the keys of all sequences, for each head and block of rows.
+  int64_t workers;
+  bool prepared;  // whether a kernel before appends or empties the workspace
 
   // Rows of one key-value head, which share its keys.
   KERNELS_HOST_DEVICE int64_t rows() const { return args.tokens * args.group; }
   KERNELS_HOST_DEVICE int64_t states() const {
     return args.shape.heads * rows();
   }
-  // Sequences are split where there are more parts than sequences.
-  KERNELS_HOST_DEVICE int64_t shared_parts() const {
-    return parts - args.addressing.batch;
+  KERNELS_HOST_DEVICE int64_t slots() const {
+    return args.addressing.table_width * args.shape.block_size;
   }
 };
 
@@ -73,19 +66,19 @@ inline bool CudaFits(const DecodeArgs& args) {
 }
 
 // Starts everything; `update` is null where nothing is appended.
-cudaError_t LaunchDecode(cudaStream_t stream, const DeviceDecode& decode,
+cudaError_t LaunchDecode(cudaStream_t stream, DeviceDecode decode,
                          const kv_cache::DeviceUpdate* update);
 
 // The part of it that attends, a file for each kind of cache: compiling takes
 // long. On tensor cores, which compute capability 8.0 has, for WideRows of up
 // to 256 elements, without qv.
 template <kv_cache::Element kElement>
-cudaError_t LaunchAttendTensor(cudaStream_t stream, const DeviceDecode& decode);
+cudaError_t LaunchAttendTensor(cudaStream_t stream, DeviceDecode decode);
 
 // On other cores: for WideRows, and for the rest.
 template <int kBytes>
-cudaError_t LaunchAttendWide(cudaStream_t stream, const DeviceDecode& decode);
-cudaError_t LaunchAttendSingle(cudaStream_t stream, const DeviceDecode& decode);
+cudaError_t LaunchAttendWide(cudaStream_t stream, DeviceDecode decode);
+cudaError_t LaunchAttendSingle(cudaStream_t stream, DeviceDecode decode);
 
 }  // namespace decode_attention
 }  // namespace kernels

@@ -26,14 +26,16 @@ ffi::Error ReadWorkspace(const Call& call, DeviceDecode* decode) {
   auto workspace = call.workspace.get<F32Buffer>(0);
   if (!workspace.has_value()) return workspace.error();
   const auto dims = (*workspace)->dimensions();
-  const int64_t b = decode->args.addressing.batch;
-  const int64_t joined = decode->states() * (decode->args.shape.v_dim + 2);
+  const int64_t floats = decode->states() * (decode->args.shape.v_dim + 3);
   KERNELS_REQUIRE(
-      dims.size() == 2 && dims[0] >= b &&
-          dims[1] >= kHeaderFloats + (dims[0] > b ? joined : 0),
-      "The workspace must have shape [parts, floats of a part] with at least ",
-      b, " parts, and where they are more, ", kHeaderFloats + joined,
-      " floats, but got ", ShapeText(dims), ".");
+      dims.size() == 2 && dims[0] % 2 == 0 &&
+          (dims[0] == 0 || dims[1] >= floats),
+      "The workspace must have shape [parts, floats of a part] with an even "
+      "number of parts of at least ",
+      floats, " floats, or none, but got ", ShapeText(dims), ".");
+  KERNELS_REQUIRE(dims[0] * dims[1] <= UINT32_MAX,
+                  "The workspace must have at most 2^32 floats, but got ",
+                  ShapeText(dims), ".");
   decode->workspace = (*workspace)->typed_data();
   decode->parts = dims[0];
   decode->part_floats = dims[1];

@@ -53,6 +53,7 @@ class Row:
     layers: How many of it one program has; times are those of one.
     baselines: Further things to compare with, as `call` without its first
       argument.
+    torch: Makes what PyTorch does of so many layers, by name.
   """
 
   name: str
@@ -64,7 +65,7 @@ class Row:
   baselines: dict[str, Callable[..., Arrays]] = dataclasses.field(
     default_factory=dict
   )
-  torch: Callable[[int], Callable[[], Any]] | None = None
+  torch: Callable[[int], dict[str, Callable[[], Any]]] | None = None
 
 
 def device() -> str:
@@ -205,11 +206,11 @@ def measure(row: Row, ours: str = "auto") -> dict[str, Any]:
     record["ms"][name] = statistics.median(samples) * 1e3
     spread[name] = [min(samples) * 1e3, max(samples) * 1e3]
   if row.torch is not None and importlib.util.find_spec("torch") is not None:
-    try:
-      milliseconds = _time_torch(row.torch(row.layers))
-      record["ms"]["torch"] = milliseconds / row.layers
-    except Exception as error:
-      record.setdefault("without", {})["torch"] = str(error)[:300]
+    for name, run in row.torch(row.layers).items():
+      try:
+        record["ms"][name] = _time_torch(run) / row.layers
+      except Exception as error:
+        record.setdefault("without", {})[name] = str(error)[:300]
   record["spread_ms"] = spread
   bandwidth = row.moved / record["ms"]["ours"] * 1e3
   record["gigabytes_per_second"] = bandwidth / 1e9
@@ -219,17 +220,21 @@ def measure(row: Row, ours: str = "auto") -> dict[str, Any]:
 
 
 def _time_torch(run: Callable[[], Any]) -> float:
-  """Returns the milliseconds of a call, by CUDA's events."""
+  """Returns the milliseconds of a call in a CUDA graph, by CUDA's events."""
   import torch
 
   for _ in range(3):
+    run()
+  torch.cuda.synchronize()
+  graph = torch.cuda.CUDAGraph()
+  with torch.cuda.graph(graph):
     run()
   samples = []
   for _ in range(_SAMPLES):
     first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     first.record()
     for _ in range(20):
-      run()
+      graph.replay()
     last.record()
     torch.cuda.synchronize()
     samples.append(first.elapsed_time(last) / 20)
@@ -405,7 +410,11 @@ def _cache_rows(tiny: bool) -> Iterator[Row]:
 
 
 def _torch_attention(batch, length, heads, group, dtype, layers):
-  """Returns what runs PyTorch's attention, on the valid slice alone."""
+  """Returns what runs PyTorch's attention, on the valid slice alone.
+
+  By name: a step with the backend that it chooses, and with its own flash
+  attention, after a copy of the new row into the cache; and attending alone.
+  """
   import torch
 
   kind = getattr(torch, dtype)
@@ -418,14 +427,31 @@ def _torch_attention(batch, length, heads, group, dtype, layers):
     for _ in range(layers)
   ]
 
-  def run():
+  new = torch.randn(batch, heads, 1, 128, dtype=kind, device="cuda")
+
+  def attend():
     with torch.inference_mode():
       for k, v in caches:
         torch.nn.functional.scaled_dot_product_attention(
           q, k, v, enable_gqa=True
         )
 
-  return run
+  def step():
+    with torch.inference_mode():
+      for k, v in caches:
+        k[:, :, -1:] = new
+        v[:, :, -1:] = new
+        torch.nn.functional.scaled_dot_product_attention(
+          q, k, v, enable_gqa=True
+        )
+
+  def flash():
+    from torch.nn import attention
+
+    with attention.sdpa_kernel(attention.SDPBackend.FLASH_ATTENTION):
+      step()
+
+  return {"torch": step, "torch_flash": flash, "torch_alone": attend}
 
 
 def _cudnn(cache_k, cache_v, q, new_k, new_v, index):
@@ -435,6 +461,15 @@ def _cudnn(cache_k, cache_v, q, new_k, new_v, index):
     q, cache_k, cache_v,
     key_value_seq_lengths=index + 1, implementation="cudnn",
   )  # fmt: skip
+  return cache_k, cache_v, out
+
+
+def _attend_alone(scale, cache_k, cache_v, q, new_k, new_v, index):
+  """Attends to all keys but the last, without an update."""
+  del new_k, new_v
+  out = decode_attention.attend(
+    cache_k, cache_v, q, index, k_scale=scale, v_scale=scale
+  )
   return cache_k, cache_v, out
 
 
@@ -483,7 +518,10 @@ def _decode_rows(tiny: bool) -> Iterator[Row]:
       )
 
     spec = (batch, length, heads, group, dtype)
-    half = dtype in ("bfloat16", "float16")
+    alone = functools.partial(
+      _attend_alone, np.float32(1 / 8) if quantised else None
+    )
+    half = {"cudnn": _cudnn} if dtype in ("bfloat16", "float16") else {}
     yield Row(
       name,
       2 * int(np.prod(cache)) * jnp.dtype(dtype).itemsize,
@@ -491,7 +529,7 @@ def _decode_rows(tiny: bool) -> Iterator[Row]:
       call,
       donated=(0, 1),
       layers=layers,
-      baselines={"cudnn": _cudnn} if half else {},
+      baselines={"attend": alone} | half,
       torch=None if quantised else functools.partial(_torch_attention, *spec),
     )
 

@@ -169,8 +169,12 @@ class BrokenProgramTest(parameterized.TestCase):
 
   def test_handler_that_is_not_registered_does_not_compile(self):
     call = functools.partial(
-      api.ffi_update, layout="bsnh", ring=0, aligned=True, uniform=(),
-      target="nowhere"
+      api.ffi_update,
+      layout="bsnh",
+      ring=0,
+      aligned=True,
+      uniform=(),
+      target="nowhere",
     )
     *args, index = arguments()
     with self.assertRaisesRegex(Exception, "nowhere"):
