@@ -306,7 +306,7 @@ def gpu_markdown(named_results: Sequence[tuple[str, Record]]) -> str:
     "Written by `python3 tools/gpu_check.py`, which builds, tests and",
     "measures. Ratios are the other side's time over ours: XLA's own lowering",
     "of the same op; attention by cuDNN (after an update of the cache by us)",
-    "and by PyTorch (its `scaled_dot_product_attention` after copies of the new",
+    "and by PyTorch (`scaled_dot_product_attention` after copies of the new",
     "row into the cache, in a CUDA graph: with the backend that it chooses, and",
     "with its own flash attention); and, `alone`, PyTorch's choice beside ours",
     "where neither updates the cache.",
