@@ -351,6 +351,15 @@ __device__ __forceinline__ int Arrive(int* count) {
 #endif
 }
 
+// Brings what lies at `from` nearer, without waiting for it.
+__device__ __forceinline__ void Prefetch(const void* from) {
+#if !defined(KERNELS_CUDA_EMULATION)
+  asm volatile("prefetch.global.L1 [%0];" ::"l"(from));
+#else
+  static_cast<void>(from);
+#endif
+}
+
 // Reads what other blocks of the kernel have written.
 template <typename T, int N>
 __device__ __forceinline__ Vector<T, N> LoadFreshVector(

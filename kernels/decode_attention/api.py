@@ -35,10 +35,9 @@ _MAX_ROW_BYTES = 2048
 _MAX_ODD_DIM = 512
 _LEAST_KEYS = 128  # of a worker
 _WHOLE_KEYS = 256  # of a sequence that is not divided
-# Blocks that a large GPU runs at a time, where each has up to `_FEW_ROWS` rows
-# or more; and those that occupy it at all.
+# Blocks that a large GPU runs at a time, twice as many where it takes few rows
+# of float32; and those that occupy it at all.
 _FEW_ROWS = 8
-_BLOCKS_OF_FEW_ROWS = 592
 _BLOCKS = 296
 _BUSY_BLOCKS = 192
 _WORKERS_OF_UNKNOWN = 64  # where sizes are symbolic
@@ -768,12 +767,14 @@ def _cuda_workspace(operands, options):
   b, n, g, t = _sizes(x, options)
   s = x["cache_k"].shape[-3 if options.layout == "bsnh" else -2]
   rows, v_dim = t * g, x["cache_v"].shape[-1]
-  workers = _most_workers(b, n, rows, x["table"].shape[1] * s)
+  workers = _most_workers(
+    b, n, rows, x["table"].shape[1] * s, x["cache_k"].dtype
+  )
   floats = n * rows * (v_dim + 3) if workers else 0
   return jax.ShapeDtypeStruct((2 * workers, (floats + 3) // 4 * 4), jnp.float32)
 
 
-def _most_workers(b, n, rows, capacity):
+def _most_workers(b, n, rows, capacity, dtype):
   """Returns among how many the keys of all sequences are divided, at most.
 
   The kernels take as many as the device keeps busy. 0, if no sequence is.
@@ -782,9 +783,8 @@ def _most_workers(b, n, rows, capacity):
     return _WORKERS_OF_UNKNOWN
   # A block takes up to 64 rows; more rows, more blocks without any splitting.
   blocks = max(1, n * -(-rows // 64))
-  workers = -(
-    -(_BLOCKS_OF_FEW_ROWS if rows <= _FEW_ROWS else _BLOCKS) // blocks
-  )
+  twice = rows <= _FEW_ROWS and dtype == jnp.float32
+  workers = -(-_BLOCKS * (2 if twice else 1) // blocks)
   if dispatch.static_size((b, capacity)) is not None:
     if capacity <= _WHOLE_KEYS or (
       rows > 64 and b * blocks >= _BUSY_BLOCKS // 2

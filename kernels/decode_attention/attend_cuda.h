@@ -156,48 +156,6 @@ struct Range {
   int length;  // of every worker's
 };
 
-// All steps of a worker. All threads of a block of kThreads take part.
-template <int kThreads>
-__device__ __forceinline__ Range RangeOf(const DeviceDecode& decode,
-                                         int worker) {
-  __shared__ Range found;
-  const int batch = static_cast<int>(decode.args.addressing.batch);
-  const auto steps_of = [&](int sequence) {
-    return StepsIn(
-        NeedsOf(decode, sequence, 0, static_cast<int>(decode.args.tokens)));
-  };
-  // Each thread counts the steps of some neighbours.
-  const int each = (batch + kThreads - 1) / kThreads;
-  const int from = static_cast<int>(threadIdx.x) * each;
-  const int to = from + each < batch ? from + each : batch;
-  int mine = 0;
-  for (int i = from; i < to; ++i) mine += steps_of(i);
-  if (threadIdx.x == 0) found = {batch, 0, 0, 0, 1};
-  int all;
-  int before = SumBefore<kThreads>(mine, &all);
-  const int workers = static_cast<int>(decode.workers);
-  int length = (all + workers - 1) / workers;
-  if (length < kLeastSteps) length = kLeastSteps;
-  const int first = worker * length;
-  if (first >= before && first < before + mine) {
-    int sequence = from;
-    int steps = steps_of(sequence);
-    while (first >= before + steps) {
-      before += steps;
-      steps = steps_of(++sequence);
-    }
-    Range range = {sequence, first - before, length, first, length};
-    if (range.offset > 0 && !IsDivided(decode, steps)) {
-      // It is the worker's in whose steps it begins.
-      const int rest = steps - range.offset;
-      range = {sequence + 1, 0, length - rest, first + rest, length};
-    }
-    found = range;
-  }
-  __syncthreads();
-  return found;
-}
-
 // What a block works on: of one worker, some rows of one key-value head.
 struct BlockPlace {
   int worker;
@@ -226,6 +184,8 @@ __device__ __forceinline__ BlockPlace PlaceOfBlock(const DeviceDecode& decode,
   place.row_end = place.row_begin + rows_per_block;
   if (place.row_end > rows) place.row_end = rows;
   place.first_slot = *decode.first_slot;
+  // What is read after the lengths, and comes from memory.
+  cuda::Prefetch(decode.args.addressing.layer.data);
   place.all_rows = row_blocks == 1;
   return place;
 }
@@ -252,32 +212,28 @@ struct Segment {
   }
 };
 
-// Writes the next segments of a block to `segments`, as many as it has threads,
-// and takes them off `range`. Returns how many they are. All threads of the
-// block take part; they must be done with those that were there.
+// Writes to `segments` what a block has of the sequence of this thread, which
+// needs `steps`, `before` of them after the beginning of the range's first
+// sequence; so for all threads, of neighbouring sequences. Takes them off
+// `range`, and returns how many segments they are. All threads of the block
+// take part; they must be done with those that were there.
 template <int kThreads>
-__device__ __forceinline__ int TakeSegments(const DeviceDecode& decode,
-                                            const BlockPlace& place,
-                                            Range* range,
-                                            Segment (&segments)[kThreads]) {
+__device__ __forceinline__ int WriteSegments(const DeviceDecode& decode,
+                                             const BlockPlace& place,
+                                             int sequence, const Needs& needs,
+                                             int steps, int before,
+                                             Range* range,
+                                             Segment (&segments)[kThreads]) {
   __shared__ int taken[2];  // segments, steps
   const DecodeArgs& args = decode.args;
-  const int thread = static_cast<int>(threadIdx.x);
   const int batch = static_cast<int>(args.addressing.batch);
-  const int sequence = range->sequence + thread;
-  if (thread == 0) taken[0] = taken[1] = 0;
-  Needs needs = {};
-  int steps = 0;
-  if (sequence < batch) {
-    needs = NeedsOf(decode, sequence, 0, static_cast<int>(args.tokens));
-    steps = StepsIn(needs);
-  }
-  int all;
-  const int before = SumBefore<kThreads>(steps, &all);
-  const int offset = thread == 0 ? range->offset : 0;
+  if (threadIdx.x == 0) taken[0] = taken[1] = 0;
+  __syncthreads();
+  const int number = sequence - range->sequence;
+  const int offset = number == 0 ? range->offset : 0;
   const int start = before + offset - range->offset;
   const int next = before + steps - range->offset;
-  if (sequence < batch && start < range->count) {
+  if (number >= 0 && sequence < batch && start < range->count) {
     int take = steps - offset;
     if (next > range->count && IsDivided(decode, steps)) {
       take = range->count - start;
@@ -310,10 +266,10 @@ __device__ __forceinline__ int TakeSegments(const DeviceDecode& decode,
       if (segment.base < 0) segment.end = segment.begin;  // there are no keys
       segment.base += place.head * args.shape.head_stride();
     }
-    segments[thread] = segment;
-    if (thread == kThreads - 1 || sequence + 1 == batch ||
+    segments[number] = segment;
+    if (number == kThreads - 1 || sequence + 1 == batch ||
         next >= range->count) {
-      taken[0] = thread + 1;
+      taken[0] = number + 1;
       taken[1] = next;
     }
   }
@@ -324,6 +280,76 @@ __device__ __forceinline__ int TakeSegments(const DeviceDecode& decode,
   range->count -= taken[1];
   range->first += taken[1];
   return count;
+}
+
+// The next segments of a block, as many as it has threads; see WriteSegments.
+template <int kThreads>
+__device__ __forceinline__ int TakeSegments(const DeviceDecode& decode,
+                                            const BlockPlace& place,
+                                            Range* range,
+                                            Segment (&segments)[kThreads]) {
+  const int sequence = range->sequence + static_cast<int>(threadIdx.x);
+  Needs needs = {};
+  int steps = 0;
+  if (sequence < decode.args.addressing.batch) {
+    needs = NeedsOf(decode, sequence, 0, static_cast<int>(decode.args.tokens));
+    steps = StepsIn(needs);
+  }
+  int all;
+  const int before = SumBefore<kThreads>(steps, &all);
+  return WriteSegments(decode, place, sequence, needs, steps, before, range,
+                       segments);
+}
+
+// The first segments of a block, and the range that is left; see WriteSegments.
+template <int kThreads>
+__device__ __forceinline__ int FirstSegments(const DeviceDecode& decode,
+                                             const BlockPlace& place,
+                                             Range* range,
+                                             Segment (&segments)[kThreads]) {
+  __shared__ Range found;
+  const int batch = static_cast<int>(decode.args.addressing.batch);
+  const int tokens = static_cast<int>(decode.args.tokens);
+  // Each thread counts the steps of some neighbours.
+  const int each = (batch + kThreads - 1) / kThreads;
+  const int from = static_cast<int>(threadIdx.x) * each;
+  const int to = from + each < batch ? from + each : batch;
+  Needs needs = {};
+  int mine = 0;
+  for (int i = from; i < to; ++i) {
+    needs = NeedsOf(decode, i, 0, tokens);
+    mine += StepsIn(needs);
+  }
+  if (threadIdx.x == 0) found = {batch, 0, 0, 0, 1};
+  int all;
+  const int before = SumBefore<kThreads>(mine, &all);
+  const int workers = static_cast<int>(decode.workers);
+  int length = (all + workers - 1) / workers;
+  if (length < kLeastSteps) length = kLeastSteps;
+  const int first = place.worker * length;
+  if (first >= before && first < before + mine) {
+    int sequence = from, start = before, steps = mine;
+    if (each > 1) {
+      steps = StepsIn(NeedsOf(decode, sequence, 0, tokens));
+      while (first >= start + steps) {
+        start += steps;
+        steps = StepsIn(NeedsOf(decode, ++sequence, 0, tokens));
+      }
+    }
+    Range own = {sequence, first - start, length, first, length};
+    if (own.offset > 0 && !IsDivided(decode, steps)) {
+      // It is the worker's in whose steps it begins.
+      const int rest = steps - own.offset;
+      own = {sequence + 1, 0, length - rest, first + rest, length};
+    }
+    found = own;
+  }
+  __syncthreads();
+  *range = found;
+  if (each > 1) return TakeSegments(decode, place, range, segments);
+  return WriteSegments(decode, place, from, needs, mine,
+                       before - (range->first - range->offset), range,
+                       segments);
 }
 
 // Where one key lies.

@@ -402,11 +402,11 @@ template <typename Read, int kRows>
 __global__ void __launch_bounds__(kAttendThreads, Read::kLoads == 1 ? 4 : 1)
     AttendKernel(const __grid_constant__ DeviceDecode decode) {
   const BlockPlace place = PlaceOfBlock(decode, kRows);
-  Range range = RangeOf<kAttendThreads>(decode, place.worker);
+  Range range;
   __shared__ Segment segments[kAttendThreads];
   cuda::WaitForPrevious();
-  while (const int count =
-             TakeSegments<kAttendThreads>(decode, place, &range, segments)) {
+  int count = FirstSegments(decode, place, &range, segments);
+  for (; count > 0; count = TakeSegments(decode, place, &range, segments)) {
     for (int i = 0; i < count; ++i) {
       AttendRows<Read, kRows>(decode, place, segments[i]);
       if (segments[i].part >= 0) JoinIfLast(decode, place, segments[i]);

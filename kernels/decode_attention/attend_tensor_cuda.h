@@ -298,11 +298,11 @@ __global__ void __launch_bounds__(kAttendThreads,
   unsigned char* const my_ring = rings + warp * W::kWarpBytes;
 
   const BlockPlace place = PlaceOfBlock(decode, row_warps * W::kRows);
-  Range range = RangeOf<kAttendThreads>(decode, place.worker);
+  Range range;
   Copies ring(decode, place, key_warp * kTile, key_warps * kTile, my_ring,
               &found[warp]);
-  while (const int count =
-             TakeSegments<kAttendThreads>(decode, place, &range, segments)) {
+  int count = FirstSegments(decode, place, &range, segments);
+  for (; count > 0; count = TakeSegments(decode, place, &range, segments)) {
     // Where sums lie in the place of the ring, it ends with each segment.
     if constexpr (kFew) ring.Start(segments, count);
     Queries<kElement, kDim, kFew> rows;

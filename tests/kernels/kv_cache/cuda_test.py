@@ -20,6 +20,8 @@ CACHE = (8, 1024, 8, 128)
 # What addresses the rows: a few integers a sequence.
 SMALL = 64 << 10
 
+SCALES = np.linspace(0.1, 0.2, 64, dtype=np.float32).reshape(8, 8)
+
 
 def struct(shape, dtype="bfloat16", sharding=None):
   return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
@@ -83,7 +85,7 @@ class CompiledTest(parameterized.TestCase):
   @parameterized.parameters(
     ("bfloat16", (8,), None, {}), ("bfloat16", (), (), {}),
     ("int8", (8,), (8,), {"k_scale": 0.1, "v_scale": 0.1}),
-    ("int8", (), None, {"k_scale": np.ones(8), "v_scale": np.ones((8, 8))}),
+    ("int8", (), None, {"k_scale": SCALES[0], "v_scale": SCALES}),
   )  # fmt: skip
   def test_a_call_is_all_that_runs(self, dtype, index, lengths, scales):
     def update(*args):
