@@ -307,9 +307,9 @@ def gpu_markdown(named_results: Sequence[tuple[str, Record]]) -> str:
     "measures. Ratios are the other side's time over ours: XLA's own lowering",
     "of the same op; attention by cuDNN (after an update of the cache by us)",
     "and by PyTorch (`scaled_dot_product_attention` after copies of the new",
-    "row into the cache, in a CUDA graph: with the backend that it chooses, and",
-    "with its own flash attention); and, `alone`, PyTorch's choice beside ours",
-    "where neither updates the cache.",
+    "row into the cache, in a CUDA graph: with the backend that it chooses,",
+    "and with its own flash attention); and, `alone`, PyTorch's choice beside",
+    "ours where neither updates the cache.",
     "`of copy` is what part of a plain copy's bandwidth, measured beside it,",
     "ours has.",
   ]

@@ -96,10 +96,18 @@ class EmulatedTest(parameterized.TestCase):
 
   @parameterized.parameters("float32", "bfloat16", "float8_e4m3fn")
   def test_long_sequences_are_split_and_short_ones_are_not(self, dtype):
-    # A part has 128 keys or more.
+    # Those of up to 256 keys are not.
     args = cases.arguments(b=4, s=700, n=2, g=2, h=32, dtype=dtype)
     run(args, [699, 3, 300, 0], sinks=np.float32([0.5, 1, -3, 2]),
         **scales(dtype))  # fmt: skip
+
+  @parameterized.parameters("float32", "bfloat16")
+  def test_more_sequences_than_a_block_has_threads(self, dtype):
+    # Six blocks for two heads: each has some 150 sequences, and 128 threads.
+    args = cases.arguments(b=450, s=300, n=2, g=1, h=16, dtype=dtype)
+    index = np.zeros(450, np.int32)
+    index[[0, 7, 150, 300, 449]] = [5, 299, 64, 280, 290]
+    run(args, index)
 
   def test_parts_of_a_sharded_cache(self):
     """A shard sees slots from `first_slot` on, and leaves the others out."""
