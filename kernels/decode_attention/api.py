@@ -39,7 +39,7 @@ _WHOLE_KEYS = 256  # of a sequence that is not divided
 # of float32; and those that occupy it at all.
 _FEW_ROWS = 8
 _BLOCKS = 296
-_BUSY_BLOCKS = 192
+_BUSY_BLOCKS = 96
 _WORKERS_OF_UNKNOWN = 64  # where sizes are symbolic
 
 PALLAS = "kernels.decode_attention.pallas_tpu"
@@ -786,9 +786,7 @@ def _most_workers(b, n, rows, capacity, dtype):
   twice = rows <= _FEW_ROWS and dtype == jnp.float32
   workers = -(-_BLOCKS * (2 if twice else 1) // blocks)
   if dispatch.static_size((b, capacity)) is not None:
-    if capacity <= _WHOLE_KEYS or (
-      rows > 64 and b * blocks >= _BUSY_BLOCKS // 2
-    ):
+    if capacity <= _WHOLE_KEYS or (rows > 64 and b * blocks >= _BUSY_BLOCKS):
       return 0
     keys = b * capacity
     # What parts write should be little beside the keys that they read, unless

@@ -129,7 +129,10 @@ class ResultsTest(absltest.TestCase):
     (folder / "gpu").mkdir()
     bench = [
       {"row": "decode/B1/float16", "ms": ms, "fraction_of_copy": 0.5}
-      for ms in ({"ours": 2.0, "xla": 4.0, "torch": 1.0}, {"ours": 1, "xla": 1})
+      for ms in (
+        {"ours": 2.0, "xla": 4.0, "torch": 1.0, "torch_flash": 6.0},
+        {"ours": 1, "xla": 1, "attend": 2.0, "torch_alone": 5.0},
+      )
     ]
     result = {
       "device": "a GPU",
@@ -149,8 +152,8 @@ class ResultsTest(absltest.TestCase):
     self.assertIn("7 passed and 1 failed", text)
     self.assertIn("jax 1.2. Measured only: no tests ran.", text)
     self.assertIn(
-      "| decode/B1/float16 | 2.00 | 2.00x | - | 0.50x | 0.50 |\n"
-      "| decode/B1/float16 | 1.00 | 1.00x | - | - | 0.50 |\n",
+      "| decode/B1/float16 | 2.00 | 2.00x | - | 0.50x | 3.00x | - | 0.50 |\n"
+      "| decode/B1/float16 | 1.00 | 1.00x | - | - | - | 2.50x | 0.50 |\n",
       text,
     )
 
