@@ -47,8 +47,15 @@ constexpr int kVectorBytes = 16;
 
 // ---- On the host.
 
-// What a block may have of dynamic shared memory without asking for it.
-constexpr int kSharedWithoutAsking = 48 << 10;
+// What a block may have of dynamic shared memory without asking for it, beside
+// up to 16 KB that its kernel declares.
+constexpr int kSharedWithoutAsking = 32 << 10;
+
+// Returns `error`, and sees to it that the next launch does not return it again.
+inline cudaError_t Forget(cudaError_t error) {
+  if (error != cudaSuccess) cudaGetLastError();
+  return error;
+}
 
 // Starts `kernel` and returns what starting it gave.
 template <typename... Params, typename... Args>
@@ -61,7 +68,7 @@ cudaError_t Launch(void (*kernel)(Params...), dim3 grid, dim3 block,
   if (shared_bytes > kSharedWithoutAsking) {
     const cudaError_t error = cudaFuncSetAttribute(
         kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
-    if (error != cudaSuccess) return error;
+    if (error != cudaSuccess) return Forget(error);
   }
   kernel<<<grid, block, static_cast<size_t>(shared_bytes), stream>>>(
       static_cast<Params>(args)...);
@@ -82,14 +89,14 @@ cudaError_t LaunchEarly(void (*kernel)(Params...), dim3 grid, dim3 block,
 #else
   cudaFuncAttributes built;
   cudaError_t error = cudaFuncGetAttributes(&built, kernel);
-  if (error != cudaSuccess) return error;
+  if (error != cudaSuccess) return Forget(error);
   if (built.ptxVersion < 90) {
     return Launch(kernel, grid, block, shared_bytes, stream, args...);
   }
   if (shared_bytes > kSharedWithoutAsking) {
     error = cudaFuncSetAttribute(
         kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
-    if (error != cudaSuccess) return error;
+    if (error != cudaSuccess) return Forget(error);
   }
   cudaLaunchAttribute early = {};
   early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
@@ -101,7 +108,8 @@ cudaError_t LaunchEarly(void (*kernel)(Params...), dim3 grid, dim3 block,
   config.stream = stream;
   config.attrs = &early;
   config.numAttrs = 1;
-  return cudaLaunchKernelEx(&config, kernel, static_cast<Params>(args)...);
+  return Forget(
+      cudaLaunchKernelEx(&config, kernel, static_cast<Params>(args)...));
 #endif
 }
 
@@ -111,19 +119,19 @@ cudaError_t ResidentBlocks(void (*kernel)(Params...), int threads,
                            int shared_bytes, int* blocks) {
   int device = 0;
   cudaError_t error = cudaGetDevice(&device);
-  if (error != cudaSuccess) return error;
+  if (error != cudaSuccess) return Forget(error);
   error =
       cudaDeviceGetAttribute(blocks, cudaDevAttrMultiProcessorCount, device);
-  if (error != cudaSuccess) return error;
+  if (error != cudaSuccess) return Forget(error);
   if (shared_bytes > kSharedWithoutAsking) {
     error = cudaFuncSetAttribute(
         kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
-    if (error != cudaSuccess) return error;
+    if (error != cudaSuccess) return Forget(error);
   }
   int of_each = 0;
   error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(
       &of_each, kernel, threads, static_cast<size_t>(shared_bytes));
-  if (error != cudaSuccess) return error;
+  if (error != cudaSuccess) return Forget(error);
   *blocks *= of_each;
   return cudaSuccess;
 }

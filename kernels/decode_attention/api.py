@@ -40,7 +40,7 @@ _WHOLE_KEYS = 256  # of a sequence that is not divided
 _FEW_ROWS = 8
 _BLOCKS = 296
 _BUSY_BLOCKS = 96
-_WORKERS_OF_UNKNOWN = 64  # where sizes are symbolic
+_WORKERS_OF_UNKNOWN = 16  # where sizes of the queries are symbolic
 
 PALLAS = "kernels.decode_attention.pallas_tpu"
 

@@ -659,13 +659,14 @@ __device__ __forceinline__ void JoinRow(const DeviceDecode& decode,
         cuda::Vector<F32, kCount> x[kInFlight];
         KERNELS_UNROLL
         for (int k = 0; k < kInFlight; ++k) {
-          // The last one again, with the weight 0, where there are no more.
+          // The last one again, for nothing, where there are no more.
           const int part = chunk + p + k < parts ? chunk + p + k : parts - 1;
           x[k] = cuda::LoadFreshVector<F32, kCount>(from + after(part));
         }
         KERNELS_UNROLL
         for (int k = 0; k < kInFlight; ++k) {
           const float w = __shfl_sync(cuda::kAllLanes, weight, p + k);
+          if (chunk + p + k >= parts) continue;
           KERNELS_UNROLL
           for (int i = 0; i < kCount; ++i) sum.x[i] += w * x[k].data[i];
         }
@@ -692,7 +693,7 @@ inline __device__ __noinline__ void JoinIfLast(const DeviceDecode& decode,
   __syncthreads();
   if (!last) return;
   const bool wide =
-      decode.args.shape.v_dim % 4 == 0 && decode.part_floats % 4 == 0;
+      decode.args.shape.v_dim % 4 == 0;
   for (int row = place.row_begin + static_cast<int>(threadIdx.x) / cuda::kWarp;
        row < place.row_end; row += kAttendWarps) {
     if (wide) {

@@ -447,12 +447,10 @@ cudaError_t LaunchAttendWide(cudaStream_t stream, DeviceDecode decode) {
   if (bytes <= 512) {
     return LaunchAttendWith<Wide<kBytes, 32, 1>, 4>(stream, decode);
   }
-  if (kBytes == 1 || bytes <= 1024) {
+  if (bytes <= 1024) {
     return LaunchAttendWith<Wide<kBytes, 32, 2>, 4>(stream, decode);
   }
-  if constexpr (kBytes != 1) {
-    return LaunchAttendWith<Wide<kBytes, 32, 4>, kBytes>(stream, decode);
-  }
+  return LaunchAttendWith<Wide<kBytes, 32, 4>, kBytes>(stream, decode);
 }
 
 }  // namespace decode_attention

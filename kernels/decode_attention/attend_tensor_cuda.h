@@ -575,11 +575,17 @@ cudaError_t LaunchRows(cudaStream_t stream, DeviceDecode decode) {
   if (error != cudaSuccess) return error;
   using W = Work<kElement, kDim, kFew>;
   // Beside what the kernel declares.
-  most -= 2 << 10;
-  most -=
-      kAttendWarps *
-      static_cast<int>(3 * W::kRows * sizeof(float) +
-                       sizeof(typename Ring<kElement, kDim, kPlain>::Found));
+  most -= static_cast<int>(kAttendThreads * sizeof(Segment)) + (1 << 10);
+  most -= kAttendWarps *
+          static_cast<int>(
+              3 * W::kRows * sizeof(float) +
+              sizeof(typename Ring<kElement, kDim, kPlain>::Found));
+  if constexpr (kFew) {
+    // The sums of few rows want room of their own.
+    if (W::SharedBytes(1) > most) {
+      return LaunchRows<kElement, kDim, kPlain, false>(stream, decode);
+    }
+  }
   int row_warps = kFew ? 1 : RowWarps(decode.rows());
   while (row_warps > 1 && W::SharedBytes(row_warps) > most) row_warps /= 2;
   return LaunchWorkers(AttendTensorKernel<kElement, kDim, kPlain, kFew>,

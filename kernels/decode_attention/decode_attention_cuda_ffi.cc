@@ -29,9 +29,9 @@ ffi::Error ReadWorkspace(const Call& call, DeviceDecode* decode) {
   const int64_t floats = decode->states() * (decode->args.shape.v_dim + 3);
   KERNELS_REQUIRE(
       dims.size() == 2 && dims[0] % 2 == 0 &&
-          (dims[0] == 0 || dims[1] >= floats),
+          (dims[0] == 0 || (dims[1] >= floats && dims[1] % 4 == 0)),
       "The workspace must have shape [parts, floats of a part] with an even "
-      "number of parts of at least ",
+      "number of parts of a multiple of 4 and at least ",
       floats, " floats, or none, but got ", ShapeText(dims), ".");
   KERNELS_REQUIRE(dims[0] * dims[1] <= UINT32_MAX,
                   "The workspace must have at most 2^32 floats, but got ",

@@ -24,8 +24,8 @@ using F32Buffer = ffi::Buffer<ffi::F32>;
 using I32Buffer = ffi::Buffer<ffi::S32>;
 
 // Everything but the new rows and the caches' results, which only the call
-// that appends has. Operands that are not used have no elements, nor has a
-// `table` in which each sequence has the block of its own number.
+// that appends has. Operands that are not used have no elements; nor has a
+// `table`, of shape [0, 0], where each sequence has the block of its number.
 struct Operands {
   ffi::AnyBuffer q;
   I32Buffer index;

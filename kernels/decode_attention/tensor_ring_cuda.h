@@ -149,7 +149,9 @@ class Ring {
     my_keys_[0] = ring_ + KeyPlace(g, t);
     my_keys_[1] = ring_ + KeyPlace(g, t + 4 % S::kPieces) - 4 % S::kPieces;
     my_values_ = ring_ + ValuePlace(2 * t, g % S::kPieces);
-    if constexpr (!kPlain) WaitForNewRows();
+    // Where sequences share a row of the cache, new rows are not only after a
+    // sequence's own.
+    if (!kPlain || args.addressing.table != nullptr) WaitForNewRows();
   }
 
   // Begins with some segments, in shared memory. While one half is worked on,

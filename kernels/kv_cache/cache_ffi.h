@@ -121,11 +121,13 @@ inline ffi::Error ReadAddressing(const ffi::Buffer<ffi::S32>& layer,
                                  Addressing* addressing) {
   KERNELS_RETURN_IF_ERROR(
       ReadPerSequence("layer", layer, batch, &addressing->layer));
-  if (table.element_count() > 0) {
-    const auto dims = table.dimensions();
-    KERNELS_REQUIRE(dims.size() == 2 && dims[0] == batch,
-                    "`table` must have shape [", batch, ", m], but got ",
-                    ShapeText(dims), ".");
+  const auto dims = table.dimensions();
+  const bool given = dims.size() != 2 || dims[0] != 0 || dims[1] != 0;
+  KERNELS_REQUIRE(!given || (dims.size() == 2 && dims[0] == batch),
+                  "`table` must have shape [", batch,
+                  ", m], or [0, 0] where there is none, but got ",
+                  ShapeText(dims), ".");
+  if (given) {
     addressing->table = table.typed_data();
     addressing->table_width = dims[1];
   }

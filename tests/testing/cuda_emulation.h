@@ -363,6 +363,9 @@ cudaError_t Launch(void (*kernel)(Params...), dim3 grid, dim3 block,
       }
     }
   }
+  if (shared_bytes > shared_memory) {
+    failure = "the launch wants more shared memory than there is";
+  }
   if (failure.empty()) return cudaSuccess;
   std::fprintf(stderr, "CUDA emulation: %s.\n", failure.c_str());
   return cudaErrorLaunchFailure;

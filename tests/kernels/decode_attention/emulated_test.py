@@ -80,11 +80,16 @@ class EmulatedTest(parameterized.TestCase):
 
   @parameterized.parameters(
     ("float32", 512), ("bfloat16", 320), ("float16", 576), ("int8", 272),
-    ("float8_e5m2", 640), ("bfloat16", 300),
+    ("float8_e5m2", 640), ("int8", 1040), ("bfloat16", 300),
   )  # fmt: skip
   def test_heads_too_wide_for_tensor_cores(self, dtype, h):
     args = cases.arguments(b=1, s=40, g=2, h=h, dtype=dtype)
     run(args, [33], **scales(dtype))
+
+  def test_sequences_may_share_a_row(self):
+    args = cases.arguments(b=2, s=90, n=2, g=2, h=64, dtype="bfloat16")
+    caches = [cache[:1] for cache in args[:2]]
+    run([*caches, *args[2:]], [80, 33], cache_batch_index=np.int32([0, 0]))
 
   @parameterized.parameters(
     ("bfloat16", 1, 17), ("bfloat16", 5, 4), ("bfloat16", 9, 8),
