@@ -51,7 +51,8 @@ constexpr int kVectorBytes = 16;
 // up to 16 KB that its kernel declares.
 constexpr int kSharedWithoutAsking = 32 << 10;
 
-// Returns `error`, and sees to it that the next launch does not return it again.
+// Returns `error`, and sees to it that the next launch does not return it
+// again.
 inline cudaError_t Forget(cudaError_t error) {
   if (error != cudaSuccess) cudaGetLastError();
   return error;

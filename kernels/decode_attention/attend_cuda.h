@@ -692,8 +692,7 @@ inline __device__ __noinline__ void JoinIfLast(const DeviceDecode& decode,
   }
   __syncthreads();
   if (!last) return;
-  const bool wide =
-      decode.args.shape.v_dim % 4 == 0;
+  const bool wide = decode.args.shape.v_dim % 4 == 0;
   for (int row = place.row_begin + static_cast<int>(threadIdx.x) / cuda::kWarp;
        row < place.row_end; row += kAttendWarps) {
     if (wide) {

@@ -576,10 +576,10 @@ cudaError_t LaunchRows(cudaStream_t stream, DeviceDecode decode) {
   using W = Work<kElement, kDim, kFew>;
   // Beside what the kernel declares.
   most -= static_cast<int>(kAttendThreads * sizeof(Segment)) + (1 << 10);
-  most -= kAttendWarps *
-          static_cast<int>(
-              3 * W::kRows * sizeof(float) +
-              sizeof(typename Ring<kElement, kDim, kPlain>::Found));
+  most -=
+      kAttendWarps *
+      static_cast<int>(3 * W::kRows * sizeof(float) +
+                       sizeof(typename Ring<kElement, kDim, kPlain>::Found));
   if constexpr (kFew) {
     // The sums of few rows want room of their own.
     if (W::SharedBytes(1) > most) {
