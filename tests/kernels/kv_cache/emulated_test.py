@@ -95,11 +95,11 @@ class EmulatedUpdateTest(parameterized.TestCase):
     cache = jnp.zeros((2, 4, 1, 8))
     rows = (jnp.zeros((2, 1, 1, 8)),) * 2
     one = jnp.zeros((2,), jnp.int32)
-    short = jnp.zeros((1,), jnp.int32)
-    with pytest.raises(Exception, match="`index` must have shape"):
+    three = jnp.zeros((3,), jnp.int32)
+    with pytest.raises(Exception, match=r"`index` must have shape \[2\] or"):
       jax.block_until_ready(
         api.ffi_update(
-          cache, cache, *rows, short, one, one, one[:, None], jnp.int32(0),
+          cache, cache, *rows, three, one, one, one[:, None], jnp.int32(0),
           layout="bsnh", ring=0, aligned=True, uniform=(), target=TARGET,
         )
       )  # fmt: skip
