@@ -43,6 +43,22 @@ ffi::Error GetMomentsSplits(const ffi::AnyBuffer& workspace, const Geometry& g,
   return ffi::Error::Success();
 }
 
+// Starts what computes moments, and all that `results` wants of them.
+template <typename T>
+ffi::Error RunMoments(cudaStream_t stream, const Geometry& g,
+                      const ffi::AnyBuffer& x, const Mask& mask, bool accurate,
+                      const MomentsResults<typename T::Compute>& results,
+                      ffi::Result<ffi::AnyBuffer>& workspace,
+                      const char* what) {
+  int64_t splits = 0;
+  KERNELS_RETURN_IF_ERROR(
+      GetMomentsSplits(*workspace, g, ComputeDtype<T>(), &splits));
+  return LaunchStatus(
+      LaunchMoments<T>(stream, g, Data<typename T::Storage>(x), mask, accurate,
+                       results, Data<typename T::Compute>(workspace), splits),
+      what);
+}
+
 ffi::Error UpdateImpl(
     cudaStream_t stream, int64_t feature_axis, int64_t batch_axes,
     int64_t accurate, ffi::AnyBuffer old_mean, ffi::AnyBuffer old_var,
@@ -56,10 +72,6 @@ ffi::Error UpdateImpl(
       [&](auto t, const Geometry& g, const Mask& mask) -> ffi::Error {
         using T = decltype(t);
         using A = typename T::Compute;
-        constexpr ffi::DataType dtype = ComputeDtype<T>();
-        int64_t splits = 0;
-        KERNELS_RETURN_IF_ERROR(
-            GetMomentsSplits(*workspace, g, dtype, &splits));
         MomentsResults<A> results = {};
         results.mean = Data<A>(mean);
         results.var = Data<A>(var);
@@ -68,11 +80,8 @@ ffi::Error UpdateImpl(
         results.old_var = Data<A>(old_var);
         results.new_mean = Data<A>(new_mean);
         results.new_var = Data<A>(new_var);
-        return LaunchStatus(
-            LaunchMoments<T>(stream, g, Data<typename T::Storage>(x), mask,
-                             accurate != 0, results, Data<A>(workspace),
-                             splits),
-            "batch_stat.update");
+        return RunMoments<T>(stream, g, x, mask, accurate != 0, results,
+                             workspace, "batch_stat.update");
       });
 }
 
@@ -91,20 +100,13 @@ ffi::Error TrainImpl(
       [&](auto t, const Geometry& g, const Mask& mask) -> ffi::Error {
         using T = decltype(t);
         using A = typename T::Compute;
-        constexpr ffi::DataType dtype = ComputeDtype<T>();
-        int64_t splits = 0;
-        KERNELS_RETURN_IF_ERROR(
-            GetMomentsSplits(*workspace, g, dtype, &splits));
         const MomentsResults<A> results = {
             Data<A>(mean),     Data<A>(var),      Data<A>(count),
             Data<A>(momentum), Data<A>(old_mean), Data<A>(old_var),
             Data<A>(new_mean), Data<A>(new_var),  static_cast<A>(epsilon),
             Data<A>(scale),    Data<A>(rstd),     Data<A>(mul)};
-        return LaunchStatus(
-            LaunchMoments<T>(stream, g, Data<typename T::Storage>(x), mask,
-                             accurate != 0, results, Data<A>(workspace),
-                             splits),
-            "the statistics of batch_stat");
+        return RunMoments<T>(stream, g, x, mask, accurate != 0, results,
+                             workspace, "the statistics of batch_stat");
       });
 }
 
@@ -120,19 +122,12 @@ ffi::Error MomentsImpl(cudaStream_t stream, int64_t feature_axis,
       [&](auto t, const Geometry& g, const Mask& mask) -> ffi::Error {
         using T = decltype(t);
         using A = typename T::Compute;
-        constexpr ffi::DataType dtype = ComputeDtype<T>();
-        int64_t splits = 0;
-        KERNELS_RETURN_IF_ERROR(
-            GetMomentsSplits(*workspace, g, dtype, &splits));
         MomentsResults<A> results = {};
         results.mean = Data<A>(mean);
         results.var = Data<A>(var);
         results.count = Data<A>(count);
-        return LaunchStatus(
-            LaunchMoments<T>(stream, g, Data<typename T::Storage>(x), mask,
-                             accurate != 0, results, Data<A>(workspace),
-                             splits),
-            "the moments of batch_stat");
+        return RunMoments<T>(stream, g, x, mask, accurate != 0, results,
+                             workspace, "the moments of batch_stat");
       });
 }
 

@@ -328,20 +328,32 @@ template <typename T>
 constexpr int kVectorSize =
     kVectorBytes / static_cast<int>(sizeof(typename T::Storage));
 
+namespace internal {
+
+// N elements from `from`, by `read(address)` of each word.
+template <typename T, int N, typename Read>
+__device__ __forceinline__ Vector<T, N> ReadVector(
+    const typename T::Storage* from, const Read& read) {
+  using Each = Words<sizeof(Vector<T, N>)>;
+  typename Each::Type words[Each::kCount];
+  KERNELS_UNROLL
+  for (int i = 0; i < Each::kCount; ++i) {
+    words[i] = read(reinterpret_cast<const typename Each::Type*>(from) + i);
+  }
+  Vector<T, N> out;
+  std::memcpy(&out, words, sizeof(out));
+  return out;
+}
+
+}  // namespace internal
+
 // Reads N elements from global memory that the kernel does not write; `from`
 // is aligned to them, or to 16 bytes where they are more.
 template <typename T, int N>
 __device__ __forceinline__ Vector<T, N> LoadVector(
     const typename T::Storage* from) {
-  using Words = internal::Words<sizeof(Vector<T, N>)>;
-  typename Words::Type words[Words::kCount];
-  KERNELS_UNROLL
-  for (int i = 0; i < Words::kCount; ++i) {
-    words[i] = __ldg(reinterpret_cast<const typename Words::Type*>(from) + i);
-  }
-  Vector<T, N> out;
-  std::memcpy(&out, words, sizeof(out));
-  return out;
+  return internal::ReadVector<T, N>(
+      from, [](const auto* word) { return __ldg(word); });
 }
 
 // Adds 1 to `count` and returns what it was. Who comes after, in any block,
@@ -373,19 +385,8 @@ __device__ __forceinline__ void Prefetch(const void* from) {
 template <typename T, int N>
 __device__ __forceinline__ Vector<T, N> LoadFreshVector(
     const typename T::Storage* from) {
-#if defined(KERNELS_CUDA_EMULATION)
-  return LoadVector<T, N>(from);
-#else
-  using Words = internal::Words<sizeof(Vector<T, N>)>;
-  typename Words::Type words[Words::kCount];
-  KERNELS_UNROLL
-  for (int i = 0; i < Words::kCount; ++i) {
-    words[i] = __ldcg(reinterpret_cast<const typename Words::Type*>(from) + i);
-  }
-  Vector<T, N> out;
-  std::memcpy(&out, words, sizeof(out));
-  return out;
-#endif
+  return internal::ReadVector<T, N>(
+      from, [](const auto* word) { return __ldcg(word); });
 }
 __device__ __forceinline__ float LoadFresh(const float* from) {
   return LoadFreshVector<F32, 1>(from).data[0];

@@ -73,7 +73,8 @@ def update(
       is slot `p % block_size` of block `block_table[i, p // block_size]`.
       Entries that are not needed may be negative.
     cache_batch_index: `[b]` integers: the row of the cache that each sequence
-      has, where that is not its own number. No row may be named twice.
+      has, where that is not its own number. Sequences that share a row must
+      not write the same slot.
     implementation: "auto", "xla", "cpu", "cuda" or "pallas" (TPU).
 
   Returns:

@@ -453,6 +453,11 @@ T __ldg(const T* from) {
 }
 
 template <typename T>
+T __ldcg(const T* from) {
+  return __ldg(from);
+}
+
+template <typename T>
 T atomicAdd(T* at, T value) {
   const T old = *at;
   *at = old + value;
