@@ -4,6 +4,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <limits>
+#include <memory>
 #include <numeric>
 #include <vector>
 
@@ -29,6 +30,9 @@ constexpr int64_t kPartBytes = int64_t{256} << 10;
 constexpr int64_t kMaxParts = 64;
 constexpr int64_t kMinPartRows = 32;
 constexpr int64_t kWidestVector = 16;
+// Of float32: the statistics of so many columns, and what is read of a few rows
+// side by side, stay in a first-level cache.
+constexpr int64_t kPartColumns = 512;
 constexpr int64_t kMaxFoldedColumns = 4096;
 
 // [n, 1] and [n, 1, m] are a single run: one long loop instead of many short
@@ -44,9 +48,11 @@ Geometry Simplify(Geometry g) {
 // How [outer, channels, inner] is cut into items of work: by shape alone, so
 // that sums come out the same on any number of threads.
 //
-// With the features last (inner is 1), an item is a range of rows. `fold` rows
-// are then taken as one, so that rows of 7 channels become rows of 112 that
-// fill whole vectors; what is left over belongs to the last item.
+// With the features last (inner is 1), an item is a range of rows; of channels
+// too where there are many and `sums` are made of them, which then stay near.
+// `fold` rows are taken as one, so that rows of 7
+// channels become rows of 112 that fill whole vectors; what is left over belongs
+// to the last item.
 //
 // Otherwise an item is a range of channels, and of outer indices where there
 // are few channels.
@@ -60,7 +66,8 @@ struct Cut {
   }
 };
 
-Cut CutWork(const Geometry& g, int64_t element_bytes, bool may_fold) {
+Cut CutWork(const Geometry& g, int64_t element_bytes, bool may_fold,
+            bool sums) {
   const int64_t bytes = g.outer * g.channels * g.inner * element_bytes;
   const int64_t parts = std::clamp<int64_t>(bytes / kPartBytes, 1, kMaxParts);
   Cut cut;
@@ -69,10 +76,13 @@ Cut CutWork(const Geometry& g, int64_t element_bytes, bool may_fold) {
     if (may_fold && g.outer >= 2 * fold &&
         g.channels * fold <= kMaxFoldedColumns) {
       cut.fold = fold;
+    } else if (sums) {
+      cut.channel_parts = std::max<int64_t>(1, g.channels / kPartColumns);
     }
-    // Each part has sums of its own for all channels: keep it worth them.
-    cut.outer_parts =
-        std::clamp<int64_t>(g.outer / cut.fold / kMinPartRows, 1, parts);
+    // Each part has sums of its own for its channels: keep it worth them.
+    cut.outer_parts = std::clamp<int64_t>(
+        g.outer / cut.fold / kMinPartRows, 1,
+        std::max<int64_t>(1, parts / cut.channel_parts));
     return cut;
   }
   cut.channel_parts = std::clamp<int64_t>(parts, 1, g.channels);
@@ -92,31 +102,43 @@ Item GetItem(const Geometry& g, const Cut& cut, int64_t index) {
   const int64_t part = index / cut.channel_parts % cut.outer_parts;
   const int64_t group = index / cut.channel_parts / cut.outer_parts;
   const int64_t outer = g.outer / cut.fold;
+  // Columns are cut between whole vectors.
+  const int64_t unit = g.inner == 1 ? kWidestVector : 1;
+  const auto channel = [&](int64_t i) {
+    return i == cut.channel_parts
+               ? g.channels
+               : g.channels / unit * i / cut.channel_parts * unit;
+  };
   return {group,
           part,
           outer * part / cut.outer_parts,
           outer * (part + 1) / cut.outer_parts,
-          g.channels * channel_part / cut.channel_parts,
-          g.channels * (channel_part + 1) / cut.channel_parts};
+          channel(channel_part),
+          channel(channel_part + 1)};
 }
 
-// A stretch of rows: [rows, columns] at an offset of elements, where `row` is
-// its first row in the whole array and `fold` rows make one.
+// A stretch of rows: [rows, columns], `stride` apart, at an offset of elements;
+// `row` and `channel` are its first in the whole array, and `fold` rows of that
+// make one.
 struct Rows {
-  int64_t at, row, rows, columns, fold;
+  int64_t at, row, rows, channel, columns, stride, fold;
 };
 
 // Calls body(Rows) for the rows of an item, and for those left over.
 template <typename Body>
 void ForRows(const Geometry& g, const Cut& cut, const Item& item, Body&& body) {
   const int64_t first = item.group * g.outer;
-  const int64_t begin = first + item.outer_begin * cut.fold;
-  body(Rows{begin * g.channels, begin, item.outer_end - item.outer_begin,
-            g.channels * cut.fold, cut.fold});
+  const auto stretch = [&](int64_t row, int64_t rows, int64_t fold) {
+    body(Rows{row * g.channels + item.channel_begin, row, rows,
+              item.channel_begin,
+              (item.channel_end - item.channel_begin) * fold, g.channels * fold,
+              fold});
+  };
+  stretch(first + item.outer_begin * cut.fold,
+          item.outer_end - item.outer_begin, cut.fold);
   const int64_t whole = g.outer / cut.fold * cut.fold;
   if (item.part + 1 == cut.outer_parts && whole < g.outer) {
-    body(Rows{(first + whole) * g.channels, first + whole, g.outer - whole,
-              g.channels, 1});
+    stretch(first + whole, g.outer - whole, 1);
   }
 }
 
@@ -146,7 +168,7 @@ class Folded {
   }
 
   const A* Get(int64_t group, const Rows& rows) const {
-    return rows.fold == 1 ? stat_ + group * channels_
+    return rows.fold == 1 ? stat_ + group * channels_ + rows.channel
                           : repeated_.data() + group * channels_ * fold_;
   }
 
@@ -183,21 +205,28 @@ struct Total {
   double kept = 0;
 };
 
-// What the items found: [groups, outer_parts, channels], and for rows, where
-// all channels have the same count, one count a part.
+// Not initialised: whoever reads an element has written it before.
+template <typename A>
+std::unique_ptr<A[]> NewArray(int64_t size) {
+  return std::unique_ptr<A[]>(new A[static_cast<size_t>(size)]);
+}
+
+// What the items found: [groups, outer_parts, channels]. Of rows, where all
+// channels have the same count, the count of channel 0 only.
 template <typename A>
 struct Partial {
-  Partial(const Geometry& g, const Cut& cut)
-      : mean(static_cast<size_t>(g.groups * cut.outer_parts * g.channels)),
-        rest(mean.size()),
-        m2(mean.size()),
-        count(mean.size()) {}
+  explicit Partial(int64_t size)
+      : mean(NewArray<A>(size)),
+        rest(NewArray<A>(size)),
+        m2(NewArray<A>(size)),
+        count(NewArray<int64_t>(size)) {}
 
-  std::vector<A> mean, rest, m2;
-  std::vector<int64_t> count;
+  std::unique_ptr<A[]> mean, rest, m2;
+  std::unique_ptr<int64_t[]> count;
 };
 
-// Moments of an item's rows. With `given`, m2 is taken about `mean`.
+// Moments of an item's rows, into its channels of arrays that have all of them.
+// With `given`, m2 is taken about `mean`.
 template <typename T>
 void RowItemMoments(SimdLevel level, const Geometry& g, const Cut& cut,
                     const Item& item, const typename T::Storage* x,
@@ -205,9 +234,30 @@ void RowItemMoments(SimdLevel level, const Geometry& g, const Cut& cut,
                     typename T::Compute* rest, typename T::Compute* m2,
                     int64_t* count) {
   using A = typename T::Compute;
+  const auto moments = [&](const Rows& rows, A* to_mean, A* to_rest, A* to_m2,
+                           A* scratch) {
+    int64_t kept = 0;
+    KERNELS_SIMD_CALL(
+        level,
+        RowMoments<T>(
+            x + rows.at, mask.data == nullptr ? nullptr : mask.data + rows.row,
+            rows.rows, rows.columns, rows.stride, given, to_mean, to_rest,
+            to_m2, scratch, scratch + rows.columns, &kept));
+    return kept;
+  };
+  if (cut.fold == 1) {
+    const int64_t c = item.channel_begin;
+    const auto scratch = NewArray<A>(2 * (item.channel_end - c));
+    ForRows(g, cut, item, [&](const Rows& rows) {
+      const int64_t kept =
+          moments(rows, mean + c, rest + c, m2 + c, scratch.get());
+      if (c == 0) count[0] = kept;
+    });
+    return;
+  }
   const int64_t columns = g.channels * cut.fold;
-  std::vector<A> scratch(static_cast<size_t>(5 * columns));
-  A* wide_mean = scratch.data();
+  const auto wide = NewArray<A>(5 * columns);
+  A* wide_mean = wide.get();
   A* wide_rest = wide_mean + columns;
   A* wide_m2 = wide_rest + columns;
   Total total(g.channels);
@@ -215,13 +265,8 @@ void RowItemMoments(SimdLevel level, const Geometry& g, const Cut& cut,
     for (int64_t i = 0; given && i < rows.fold; ++i) {
       std::copy_n(mean, g.channels, wide_mean + i * g.channels);
     }
-    int64_t kept = 0;
-    KERNELS_SIMD_CALL(
-        level,
-        RowMoments<T>(
-            x + rows.at, mask.data == nullptr ? nullptr : mask.data + rows.row,
-            rows.rows, rows.columns, given, wide_mean, wide_rest, wide_m2,
-            wide_m2 + columns, wide_m2 + 2 * columns, &kept));
+    const int64_t kept =
+        moments(rows, wide_mean, wide_rest, wide_m2, wide_m2 + columns);
     for (int64_t i = 0; i < rows.fold; ++i) {
       const int64_t at = i * g.channels;
       total.Add(level, wide_mean + at, wide_rest + at, wide_m2 + at, kept);
@@ -232,8 +277,8 @@ void RowItemMoments(SimdLevel level, const Geometry& g, const Cut& cut,
     mean[c] = static_cast<A>(total.mean[i]);
     rest[c] = static_cast<A>(total.mean[i] - static_cast<double>(mean[c]));
     m2[c] = static_cast<A>(total.m2[i]);
-    count[c] = static_cast<int64_t>(total.kept);
   }
+  count[0] = static_cast<int64_t>(total.kept);
 }
 
 // The same for runs, each channel for itself. Also does rows whose mask has
@@ -273,10 +318,10 @@ void CombineParts(SimdLevel level, const Geometry& g, const Cut& cut,
   std::vector<double> kept(static_cast<size_t>(g.channels));
   for (int64_t part = 0; part < cut.outer_parts; ++part) {
     const int64_t at = (group * cut.outer_parts + part) * g.channels;
-    const A* part_mean = partial.mean.data() + at;
-    const A* part_rest = partial.rest.data() + at;
-    const A* part_m2 = partial.m2.data() + at;
-    const int64_t* part_count = partial.count.data() + at;
+    const A* part_mean = partial.mean.get() + at;
+    const A* part_rest = partial.rest.get() + at;
+    const A* part_m2 = partial.m2.get() + at;
+    const int64_t* part_count = partial.count.get() + at;
     if (same_counts) {
       total.Add(level, part_mean, part_rest, part_m2, part_count[0]);
       continue;
@@ -316,19 +361,19 @@ void Moments(const ParallelLoop& loop, SimdLevel level,
   using A = typename T::Compute;
   const Geometry g = Simplify(geometry);
   const int64_t element_bytes = sizeof(typename T::Storage);
-  const Cut cut = CutWork(g, element_bytes, mask.data == nullptr);
+  const Cut cut = CutWork(g, element_bytes, mask.data == nullptr, /*sums=*/true);
   const bool by_rows = g.inner == 1 && !mask.per_channel;
-  Partial<A> partial(g, cut);
+  Partial<A> partial(g.groups * cut.outer_parts * g.channels);
   for (const bool given : {false, true}) {
     if (given && !accurate) break;
     loop(cut.items(g), Bytes(g, element_bytes), [&](int64_t index) {
       const Item item = GetItem(g, cut, index);
       const int64_t at =
           (item.group * cut.outer_parts + item.part) * g.channels;
-      A* part_mean = partial.mean.data() + at;
-      A* part_rest = partial.rest.data() + at;
-      A* part_m2 = partial.m2.data() + at;
-      int64_t* part_count = partial.count.data() + at;
+      A* part_mean = partial.mean.get() + at;
+      A* part_rest = partial.rest.get() + at;
+      A* part_m2 = partial.m2.get() + at;
+      int64_t* part_count = partial.count.get() + at;
       if (given) {
         const A* whole = mean + item.group * g.channels;
         std::copy(whole + item.channel_begin, whole + item.channel_end,
@@ -361,7 +406,7 @@ void NormalizeAll(const ParallelLoop& loop, SimdLevel level,
   const Geometry g = Simplify(geometry);
   const int64_t element_bytes =
       sizeof(typename T::Storage) + sizeof(typename U::Storage);
-  const Cut cut = CutWork(g, element_bytes, /*may_fold=*/true);
+  const Cut cut = CutWork(g, element_bytes, /*may_fold=*/true, /*sums=*/false);
   const Folded<A> means(mean, g, cut.fold);
   const Folded<A> muls(mul, g, cut.fold);
   const Folded<A> biases(bias, g, cut.fold);
@@ -370,10 +415,11 @@ void NormalizeAll(const ParallelLoop& loop, SimdLevel level,
     if (g.inner == 1) {
       ForRows(g, cut, item, [&](const Rows& rows) {
         KERNELS_SIMD_CALL(
-            level, NormalizeRows<T, U>(
-                       x + rows.at, y + rows.at, rows.rows, rows.columns,
-                       means.Get(item.group, rows), muls.Get(item.group, rows),
-                       biases.Get(item.group, rows), relu));
+            level,
+            NormalizeRows<T, U>(
+                x + rows.at, y + rows.at, rows.rows, rows.columns, rows.stride,
+                means.Get(item.group, rows), muls.Get(item.group, rows),
+                biases.Get(item.group, rows), relu));
       });
       return;
     }
@@ -399,7 +445,7 @@ void GradSums(const ParallelLoop& loop, SimdLevel level,
   const Geometry g = Simplify(geometry);
   const int64_t element_bytes =
       sizeof(typename T::Storage) + sizeof(typename U::Storage);
-  const Cut cut = CutWork(g, element_bytes, /*may_fold=*/true);
+  const Cut cut = CutWork(g, element_bytes, /*may_fold=*/true, /*sums=*/true);
   const Folded<A> means(mean, g, cut.fold);
   const Folded<A> muls(mul, g, cut.fold);
   const Folded<A> biases(bias, g, cut.fold);
@@ -414,19 +460,23 @@ void GradSums(const ParallelLoop& loop, SimdLevel level,
     double* own_dy = part_dy.data() + part;
     double* own_dyx = part_dyx.data() + part;
     if (g.inner == 1) {
-      const int64_t columns = g.channels * cut.fold;
-      std::vector<A> wide(static_cast<size_t>(2 * columns));
+      const int64_t width = item.channel_end - item.channel_begin;
+      const auto wide = NewArray<A>(2 * width * cut.fold);
       ForRows(g, cut, item, [&](const Rows& rows) {
-        std::fill(wide.begin(), wide.end(), A{0});
+        std::fill_n(wide.get(), 2 * rows.columns, A{0});
+        const A* sum = wide.get();
         KERNELS_SIMD_CALL(
-            level, GradSumsRows<T, U>(x + rows.at, dy + rows.at, rows.rows,
-                                      rows.columns, means.Get(item.group, rows),
-                                      muls.Get(item.group, rows),
-                                      biases.Get(item.group, rows), relu,
-                                      wide.data(), wide.data() + columns));
-        for (int64_t i = 0; i < rows.columns; ++i) {
-          own_dy[i % g.channels] += wide[static_cast<size_t>(i)];
-          own_dyx[i % g.channels] += wide[static_cast<size_t>(columns + i)];
+            level,
+            GradSumsRows<T, U>(
+                x + rows.at, dy + rows.at, rows.rows, rows.columns, rows.stride,
+                means.Get(item.group, rows), muls.Get(item.group, rows),
+                biases.Get(item.group, rows), relu, wide.get(),
+                wide.get() + rows.columns));
+        for (int64_t i = 0; i < rows.fold; ++i, sum += width) {
+          for (int64_t c = 0; c < width; ++c) {
+            own_dy[item.channel_begin + c] += sum[c];
+            own_dyx[item.channel_begin + c] += sum[rows.columns + c];
+          }
         }
       });
       return;
@@ -472,7 +522,7 @@ void GradInputAll(const ParallelLoop& loop, SimdLevel level,
   const Geometry g = Simplify(geometry);
   const int64_t element_bytes =
       2 * sizeof(typename T::Storage) + sizeof(typename U::Storage);
-  const Cut cut = CutWork(g, element_bytes, mask.data == nullptr);
+  const Cut cut = CutWork(g, element_bytes, mask.data == nullptr, /*sums=*/false);
   const Folded<A> means(mean, g, cut.fold);
   const Folded<A> muls(mul, g, cut.fold);
   const Folded<A> biases(bias, g, cut.fold);
@@ -484,8 +534,8 @@ void GradInputAll(const ParallelLoop& loop, SimdLevel level,
     KERNELS_SIMD_CALL(
         level, GradInputRows<T, U>(
                    x + rows.at, dy + rows.at, kept, dx + rows.at, rows.rows,
-                   rows.columns, means.Get(group, rows), muls.Get(group, rows),
-                   biases.Get(group, rows),
+                   rows.columns, rows.stride, means.Get(group, rows),
+                   muls.Get(group, rows), biases.Get(group, rows),
                    with_stats ? c0s.Get(group, rows) : zeros.data(),
                    with_stats ? c1s.Get(group, rows) : zeros.data(), relu));
   };
@@ -506,8 +556,9 @@ void GradInputAll(const ParallelLoop& loop, SimdLevel level,
         for (int64_t r = 0; r < rows.rows;) {
           int64_t end = r + 1;
           while (end < rows.rows && (kept[end] != 0) == (kept[r] != 0)) ++end;
-          const Rows same{rows.at + r * g.channels, rows.row + r, end - r,
-                          g.channels, 1};
+          Rows same = rows;
+          same.at += r * rows.stride;
+          same.rows = end - r;
           rows_kernel(item.group, same, nullptr, kept[r] != 0);
           r = end;
         }
