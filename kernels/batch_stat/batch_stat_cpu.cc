@@ -90,6 +90,9 @@ Cut CutWork(const Geometry& g, int64_t element_bytes, bool may_fold,
   return cut;
 }
 
+// The sums go over the items from the first to the last, and what comes after
+// them from the last to the first: what was read last is still in a cache.
+
 // One item: a group, a range of (folded) outer indices, a range of channels.
 struct Item {
   int64_t group, part;
@@ -411,7 +414,7 @@ void NormalizeAll(const ParallelLoop& loop, SimdLevel level,
   const Folded<A> muls(mul, g, cut.fold);
   const Folded<A> biases(bias, g, cut.fold);
   loop(cut.items(g), Bytes(g, element_bytes), [&](int64_t index) {
-    const Item item = GetItem(g, cut, index);
+    const Item item = GetItem(g, cut, cut.items(g) - 1 - index);
     if (g.inner == 1) {
       ForRows(g, cut, item, [&](const Rows& rows) {
         KERNELS_SIMD_CALL(
@@ -540,7 +543,7 @@ void GradInputAll(const ParallelLoop& loop, SimdLevel level,
                    with_stats ? c1s.Get(group, rows) : zeros.data(), relu));
   };
   loop(cut.items(g), Bytes(g, element_bytes), [&](int64_t index) {
-    const Item item = GetItem(g, cut, index);
+    const Item item = GetItem(g, cut, cut.items(g) - 1 - index);
     if (g.inner == 1) {
       ForRows(g, cut, item, [&](const Rows& rows) {
         if (mask.data == nullptr) {
