@@ -67,8 +67,12 @@ struct Scales {
   int64_t head_stride = 0;
 
   KERNELS_HOST_DEVICE bool given() const { return data != nullptr; }
+  // Of a sequence's first head.
+  KERNELS_HOST_DEVICE const float* At(int64_t sequence) const {
+    return data + sequence * sequence_stride;
+  }
   KERNELS_HOST_DEVICE float Of(int64_t sequence, int64_t head) const {
-    return data[sequence * sequence_stride + head * head_stride];
+    return At(sequence)[head * head_stride];
   }
   // Of those that there may be none of.
   KERNELS_HOST_DEVICE float OrOne(int64_t sequence, int64_t head) const {

@@ -1,6 +1,5 @@
 #include "kernels/kv_cache/kv_cache_cpu.h"
 
-#include <algorithm>
 #include <cstdint>
 #include <cstring>
 
@@ -11,19 +10,6 @@ namespace kernels {
 namespace kv_cache {
 namespace {
 
-// Converts `n` elements through a small buffer that stays in the first-level
-// cache.
-void Convert(Element from, const uint8_t* src, Element to, uint8_t* dst,
-             int64_t n, float scale) {
-  constexpr int64_t kChunk = 512;
-  float buffer[kChunk];
-  for (int64_t i = 0; i < n; i += kChunk) {
-    const int64_t count = std::min(kChunk, n - i);
-    RowToFloat(from, src + i * ElementSize(from), count, buffer);
-    RowFromFloat(to, buffer, count, scale, dst + i * ElementSize(to));
-  }
-}
-
 // Writes the rows of all heads of one token to the cache row `row` and those
 // after it.
 void WriteToken(const UpdateArgs& args, int64_t sequence, int64_t token,
@@ -32,24 +18,31 @@ void WriteToken(const UpdateArgs& args, int64_t sequence, int64_t token,
   const CacheShape& shape = args.shape;
   const int64_t from_bytes = dim * ElementSize(args.new_element);
   const int64_t to_bytes = dim * ElementSize(args.element);
-  const bool quantize = args.element != args.new_element;
-  if (!shape.heads_first && !quantize) {
-    std::memcpy(
-        cache + row * to_bytes,
-        src + (sequence * args.tokens + token) * shape.heads * from_bytes,
-        shape.heads * to_bytes);
-    return;
-  }
-  for (int64_t n = 0; n < shape.heads; ++n) {
-    const int64_t from =
-        shape.heads_first ? (sequence * shape.heads + n) * args.tokens + token
-                          : (sequence * args.tokens + token) * shape.heads + n;
-    uint8_t* dst = cache + (row + n * shape.head_stride()) * to_bytes;
-    if (quantize) {
-      Convert(args.new_element, src + from * from_bytes, args.element, dst, dim,
-              scale.OrOne(sequence, n));
-    } else {
-      std::memcpy(dst, src + from * from_bytes, to_bytes);
+  // In rows of one head.
+  const int64_t from_stride = shape.heads_first ? args.tokens : 1;
+  src += (sequence * args.tokens * shape.heads +
+          token * (shape.heads_first ? 1 : shape.heads)) *
+         from_bytes;
+  uint8_t* dst = cache + row * to_bytes;
+  if (args.element != args.new_element) {
+    RowConversion rows;
+    rows.from = args.new_element;
+    rows.to = args.element;
+    rows.source = src;
+    rows.target = dst;
+    rows.rows = shape.heads;
+    rows.dim = dim;
+    rows.source_stride = from_stride * dim;
+    rows.target_stride = shape.head_stride() * dim;
+    if (scale.given()) rows.scale = scale.At(sequence);
+    rows.scale_stride = scale.head_stride;
+    ConvertRows(rows);
+  } else if (!shape.heads_first) {
+    std::memcpy(dst, src, shape.heads * to_bytes);
+  } else {
+    for (int64_t n = 0; n < shape.heads; ++n) {
+      std::memcpy(dst + n * shape.head_stride() * to_bytes,
+                  src + n * from_stride * from_bytes, to_bytes);
     }
   }
 }

@@ -12,13 +12,28 @@ namespace kv_cache {
 #define KERNELS_SIMD_BODY "kernels/kv_cache/rows_simd.inc"
 #include "kernels/common/foreach_simd.h"
 
+void ConvertRows(const RowConversion& rows) {
+  KERNELS_SIMD_CALL(CurrentSimdLevel(), ConvertRows(rows));
+}
+
 void RowToFloat(Element element, const void* from, int64_t n, float* to) {
-  KERNELS_SIMD_CALL(CurrentSimdLevel(), ToFloat(element, from, n, to));
+  RowConversion row;
+  row.from = element;
+  row.source = from;
+  row.target = to;
+  row.dim = n;
+  ConvertRows(row);
 }
 
 void RowFromFloat(Element element, const float* from, int64_t n, float scale,
                   void* to) {
-  KERNELS_SIMD_CALL(CurrentSimdLevel(), FromFloat(element, from, n, scale, to));
+  RowConversion row;
+  row.to = element;
+  row.source = from;
+  row.target = to;
+  row.dim = n;
+  row.scale = &scale;
+  ConvertRows(row);
 }
 
 }  // namespace kv_cache

@@ -9,6 +9,24 @@
 namespace kernels {
 namespace kv_cache {
 
+// Rows of elements to be stored as others. Strides are in elements.
+struct RowConversion {
+  Element from = Element::kF32;  // or kBf16 or kF16
+  Element to = Element::kF32;
+  const void* source = nullptr;
+  void* target = nullptr;  // must not overlap the source
+  int64_t rows = 1;
+  int64_t dim = 0;  // elements of a row
+  int64_t source_stride = 0;
+  int64_t target_stride = 0;
+  // Of each row, for quantised elements: they are x / scale. Null: 1.
+  const float* scale = nullptr;
+  int64_t scale_stride = 0;
+};
+
+// Widens, narrows or quantises rows.
+void ConvertRows(const RowConversion& rows);
+
 // Widens `n` elements. `element` must be kF32, kBf16 or kF16.
 void RowToFloat(Element element, const void* from, int64_t n, float* to);
 
