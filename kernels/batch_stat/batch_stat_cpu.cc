@@ -339,18 +339,23 @@ void CombineParts(SimdLevel level, const Geometry& g, const Cut& cut,
       kept[i] += extra;
     }
   }
+  if (same_counts) kept.assign(kept.size(), total.kept);
   for (int64_t c = 0; c < g.channels; ++c) {
+    count[c] = static_cast<A>(kept[static_cast<size_t>(c)]);
+  }
+  // Of neighbours that have as many values.
+  for (int64_t c = 0, end; c < g.channels; c = end) {
     const auto i = static_cast<size_t>(c);
-    const double values = same_counts ? total.kept : kept[i];
-    count[c] = static_cast<A>(values);
-    if (values == 0) {
-      mean[c] = var[c] = std::numeric_limits<A>::quiet_NaN();
+    for (end = c + 1; end < g.channels && count[end] == count[c]; ++end) {
+    }
+    if (kept[i] == 0) {
+      std::fill(mean + c, mean + end, std::numeric_limits<A>::quiet_NaN());
+      std::fill(var + c, var + end, std::numeric_limits<A>::quiet_NaN());
       continue;
     }
-    if (!keep_mean) mean[c] = static_cast<A>(total.mean[i]);
-    // Rounding may leave a constant channel a hair below zero.
-    const double m2 = total.m2[i] < 0 ? 0 : total.m2[i];
-    var[c] = static_cast<A>(m2 / values);
+    KERNELS_SIMD_CALL(
+        level, FinishChannels<A>(&total.mean[i], &total.m2[i], kept[i], end - c,
+                                 keep_mean ? nullptr : mean + c, var + c));
   }
 }
 
@@ -587,6 +592,33 @@ void GradInputAll(const ParallelLoop& loop, SimdLevel level,
   });
 }
 
+template <typename A>
+void Blend(SimdLevel level, A momentum, const A* old, const A* batch,
+           int64_t channels, A* blended) {
+  KERNELS_SIMD_CALL(
+      level, BlendChannels<A>(momentum, old, batch, channels, blended));
+}
+
+template <typename A>
+void Factors(SimdLevel level, const A* var, const A* scale, A epsilon,
+             int64_t channels, A* rstd, A* mul) {
+  KERNELS_SIMD_CALL(
+      level, ScaleChannels<A>(var, scale, epsilon, channels, rstd, mul));
+}
+
+template <typename A>
+void GradFactors(SimdLevel level, const A* mul, const A* rstd, const A* count,
+                 const A* sum_dy, int64_t channels, A* dscale, A* c0, A* c1) {
+  KERNELS_SIMD_CALL(level, GradChannels<A>(mul, rstd, count, sum_dy, channels,
+                                           dscale, c0, c1));
+}
+
+#define KERNELS_INSTANTIATE_CHANNELS(A)                                       \
+  template void Blend<A>(SimdLevel, A, const A*, const A*, int64_t, A*);      \
+  template void Factors<A>(SimdLevel, const A*, const A*, A, int64_t, A*,     \
+                           A*);                                               \
+  template void GradFactors<A>(SimdLevel, const A*, const A*, const A*,       \
+                               const A*, int64_t, A*, A*, A*);
 #define KERNELS_INSTANTIATE_ONE(T)                                            \
   template void Moments<T>(const ParallelLoop&, SimdLevel, const Geometry&,   \
                            const T::Storage*, const Mask&, bool, T::Compute*, \
@@ -606,6 +638,8 @@ void GradInputAll(const ParallelLoop& loop, SimdLevel level,
       const T::Compute*, const T::Compute*, const T::Compute*, const Mask&, \
       bool, T::Storage*);
 
+KERNELS_INSTANTIATE_CHANNELS(double)
+KERNELS_INSTANTIATE_CHANNELS(float)
 KERNELS_INSTANTIATE_ONE(F64)
 KERNELS_INSTANTIATE_ONE(F32)
 KERNELS_INSTANTIATE_ONE(BF16)

@@ -58,6 +58,23 @@ void GradInputAll(const ParallelLoop& loop, SimdLevel level,
                   const typename T::Compute* c0, const typename T::Compute* c1,
                   const Mask& mask, bool relu, typename T::Storage* dx);
 
+// blended = momentum * old + (1 - momentum) * batch, which may be in place.
+template <typename A>
+void Blend(SimdLevel level, A momentum, const A* old, const A* batch,
+           int64_t channels, A* blended);
+
+// rstd = 1 / sqrt(var + epsilon) and mul = scale * rstd.
+template <typename A>
+void Factors(SimdLevel level, const A* var, const A* scale, A epsilon,
+             int64_t channels, A* rstd, A* mul);
+
+// From the sums of GradSums, sum_dyx in `dscale`, to the gradient of the scale,
+// sum_dyx * rstd, and the factors of GradInputAll: with share = -mul / count,
+// or -mul without any value, c0 = share * sum_dy and c1 = share * rstd * dscale.
+template <typename A>
+void GradFactors(SimdLevel level, const A* mul, const A* rstd, const A* count,
+                 const A* sum_dy, int64_t channels, A* dscale, A* c0, A* c1);
+
 }  // namespace kernels::batch_stat
 
 #endif  // KERNELS_BATCH_STAT_BATCH_STAT_CPU_H_

@@ -1,7 +1,5 @@
 #include "kernels/batch_stat/batch_stat_ffi.h"
 
-#include <algorithm>
-#include <cmath>
 #include <cstddef>
 #include <cstdint>
 #include <vector>
@@ -21,13 +19,15 @@ namespace {
 // Blends a batch's statistics into the running averages, which may lie where
 // the new ones go.
 template <typename A>
-void Blend(const Geometry& g, const A* momentum, const A* old_mean,
-           const A* old_var, const A* mean, const A* var, A* new_mean,
-           A* new_var) {
-  for (int64_t i = 0; i < g.groups * g.channels; ++i) {
-    const A keep = momentum[i / g.channels];
-    new_mean[i] = keep * old_mean[i] + (1 - keep) * mean[i];
-    new_var[i] = keep * old_var[i] + (1 - keep) * var[i];
+void BlendGroups(SimdLevel level, const Geometry& g, const A* momentum,
+                 const A* old_mean, const A* old_var, const A* mean,
+                 const A* var, A* new_mean, A* new_var) {
+  for (int64_t group = 0; group < g.groups; ++group) {
+    const int64_t at = group * g.channels;
+    Blend(level, momentum[group], old_mean + at, mean + at, g.channels,
+          new_mean + at);
+    Blend(level, momentum[group], old_var + at, var + at, g.channels,
+          new_var + at);
   }
 }
 
@@ -43,12 +43,14 @@ ffi::Error BatchStatUpdateImpl(
       [&](auto t, const Geometry& g, const Mask& mask) -> ffi::Error {
         using T = decltype(t);
         using A = typename T::Compute;
+        const SimdLevel level = CurrentSimdLevel();
         std::vector<A> count(static_cast<size_t>(g.groups * g.channels));
-        Moments<T>(MakeParallelLoop(pool), CurrentSimdLevel(), g,
+        Moments<T>(MakeParallelLoop(pool), level, g,
                    Data<typename T::Storage>(x), mask, accurate != 0,
                    Data<A>(mean), Data<A>(var), count.data());
-        Blend(g, Data<A>(momentum), Data<A>(old_mean), Data<A>(old_var),
-              Data<A>(mean), Data<A>(var), Data<A>(new_mean), Data<A>(new_var));
+        BlendGroups(level, g, Data<A>(momentum), Data<A>(old_mean),
+                    Data<A>(old_var), Data<A>(mean), Data<A>(var),
+                    Data<A>(new_mean), Data<A>(new_var));
         return ffi::Error::Success();
       });
 }
@@ -68,17 +70,15 @@ ffi::Error BatchStatTrainImpl(
       [&](auto t, const Geometry& g, const Mask& mask) -> ffi::Error {
         using T = decltype(t);
         using A = typename T::Compute;
-        Moments<T>(MakeParallelLoop(pool), CurrentSimdLevel(), g,
+        const SimdLevel level = CurrentSimdLevel();
+        Moments<T>(MakeParallelLoop(pool), level, g,
                    Data<typename T::Storage>(x), mask, accurate != 0,
                    Data<A>(mean), Data<A>(var), Data<A>(count));
-        Blend(g, Data<A>(momentum), Data<A>(old_mean), Data<A>(old_var),
-              Data<A>(mean), Data<A>(var), Data<A>(new_mean), Data<A>(new_var));
-        for (int64_t i = 0; i < g.groups * g.channels; ++i) {
-          const A one =
-              1 / std::sqrt(Data<A>(var)[i] + static_cast<A>(epsilon));
-          Data<A>(rstd)[i] = one;
-          Data<A>(mul)[i] = Data<A>(scale)[i] * one;
-        }
+        BlendGroups(level, g, Data<A>(momentum), Data<A>(old_mean),
+                    Data<A>(old_var), Data<A>(mean), Data<A>(var),
+                    Data<A>(new_mean), Data<A>(new_var));
+        Factors(level, Data<A>(var), Data<A>(scale), static_cast<A>(epsilon),
+                g.groups * g.channels, Data<A>(rstd), Data<A>(mul));
         return ffi::Error::Success();
       });
 }
@@ -133,17 +133,15 @@ ffi::Error BatchStatGradSumsImpl(
         using T = decltype(t);
         using U = decltype(u);
         using A = typename T::Compute;
-        GradSums<T, U>(MakeParallelLoop(pool), CurrentSimdLevel(), g,
+        const SimdLevel level = CurrentSimdLevel();
+        GradSums<T, U>(MakeParallelLoop(pool), level, g,
                        Data<typename T::Storage>(x),
                        Data<typename U::Storage>(dy), Data<A>(mean),
                        Data<A>(mul), Data<A>(bias), relu != 0, Data<A>(sum_dy),
                        Data<A>(dscale));
-        for (int64_t i = 0; i < g.groups * g.channels; ++i) {
-          Data<A>(dscale)[i] *= Data<A>(rstd)[i];
-          const A share = -Data<A>(mul)[i] / std::max(Data<A>(count)[i], A{1});
-          Data<A>(c0)[i] = share * Data<A>(sum_dy)[i];
-          Data<A>(c1)[i] = share * Data<A>(rstd)[i] * Data<A>(dscale)[i];
-        }
+        GradFactors(level, Data<A>(mul), Data<A>(rstd), Data<A>(count),
+                    Data<A>(sum_dy), g.groups * g.channels, Data<A>(dscale),
+                    Data<A>(c0), Data<A>(c1));
         return ffi::Error::Success();
       });
 }
