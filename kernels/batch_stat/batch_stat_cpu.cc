@@ -51,8 +51,8 @@ Geometry Simplify(Geometry g) {
 // With the features last (inner is 1), an item is a range of rows; of channels
 // too where there are many and `sums` are made of them, which then stay near.
 // `fold` rows are taken as one, so that rows of 7
-// channels become rows of 112 that fill whole vectors; what is left over belongs
-// to the last item.
+// channels become rows of 112 that fill whole vectors; what is left over
+// belongs to the last item.
 //
 // Otherwise an item is a range of channels, and of outer indices where there
 // are few channels.
@@ -80,9 +80,9 @@ Cut CutWork(const Geometry& g, int64_t element_bytes, bool may_fold,
       cut.channel_parts = std::max<int64_t>(1, g.channels / kPartColumns);
     }
     // Each part has sums of its own for its channels: keep it worth them.
-    cut.outer_parts = std::clamp<int64_t>(
-        g.outer / cut.fold / kMinPartRows, 1,
-        std::max<int64_t>(1, parts / cut.channel_parts));
+    cut.outer_parts =
+        std::clamp<int64_t>(g.outer / cut.fold / kMinPartRows, 1,
+                            std::max<int64_t>(1, parts / cut.channel_parts));
     return cut;
   }
   cut.channel_parts = std::clamp<int64_t>(parts, 1, g.channels);
@@ -242,10 +242,10 @@ void RowItemMoments(SimdLevel level, const Geometry& g, const Cut& cut,
     int64_t kept = 0;
     KERNELS_SIMD_CALL(
         level,
-        RowMoments<T>(
-            x + rows.at, mask.data == nullptr ? nullptr : mask.data + rows.row,
-            rows.rows, rows.columns, rows.stride, given, to_mean, to_rest,
-            to_m2, scratch, scratch + rows.columns, &kept));
+        RowMoments<T>(x + rows.at,
+                      mask.data == nullptr ? nullptr : mask.data + rows.row,
+                      rows.rows, rows.columns, rows.stride, given, to_mean,
+                      to_rest, to_m2, scratch, scratch + rows.columns, &kept));
     return kept;
   };
   if (cut.fold == 1) {
@@ -369,7 +369,8 @@ void Moments(const ParallelLoop& loop, SimdLevel level,
   using A = typename T::Compute;
   const Geometry g = Simplify(geometry);
   const int64_t element_bytes = sizeof(typename T::Storage);
-  const Cut cut = CutWork(g, element_bytes, mask.data == nullptr, /*sums=*/true);
+  const Cut cut =
+      CutWork(g, element_bytes, mask.data == nullptr, /*sums=*/true);
   const bool by_rows = g.inner == 1 && !mask.per_channel;
   Partial<A> partial(g.groups * cut.outer_parts * g.channels);
   for (const bool given : {false, true}) {
@@ -423,11 +424,11 @@ void NormalizeAll(const ParallelLoop& loop, SimdLevel level,
     if (g.inner == 1) {
       ForRows(g, cut, item, [&](const Rows& rows) {
         KERNELS_SIMD_CALL(
-            level,
-            NormalizeRows<T, U>(
-                x + rows.at, y + rows.at, rows.rows, rows.columns, rows.stride,
-                means.Get(item.group, rows), muls.Get(item.group, rows),
-                biases.Get(item.group, rows), relu));
+            level, NormalizeRows<T, U>(x + rows.at, y + rows.at, rows.rows,
+                                       rows.columns, rows.stride,
+                                       means.Get(item.group, rows),
+                                       muls.Get(item.group, rows),
+                                       biases.Get(item.group, rows), relu));
       });
       return;
     }
@@ -474,12 +475,11 @@ void GradSums(const ParallelLoop& loop, SimdLevel level,
         std::fill_n(wide.get(), 2 * rows.columns, A{0});
         const A* sum = wide.get();
         KERNELS_SIMD_CALL(
-            level,
-            GradSumsRows<T, U>(
-                x + rows.at, dy + rows.at, rows.rows, rows.columns, rows.stride,
-                means.Get(item.group, rows), muls.Get(item.group, rows),
-                biases.Get(item.group, rows), relu, wide.get(),
-                wide.get() + rows.columns));
+            level, GradSumsRows<T, U>(
+                       x + rows.at, dy + rows.at, rows.rows, rows.columns,
+                       rows.stride, means.Get(item.group, rows),
+                       muls.Get(item.group, rows), biases.Get(item.group, rows),
+                       relu, wide.get(), wide.get() + rows.columns));
         for (int64_t i = 0; i < rows.fold; ++i, sum += width) {
           for (int64_t c = 0; c < width; ++c) {
             own_dy[item.channel_begin + c] += sum[c];
@@ -530,7 +530,8 @@ void GradInputAll(const ParallelLoop& loop, SimdLevel level,
   const Geometry g = Simplify(geometry);
   const int64_t element_bytes =
       2 * sizeof(typename T::Storage) + sizeof(typename U::Storage);
-  const Cut cut = CutWork(g, element_bytes, mask.data == nullptr, /*sums=*/false);
+  const Cut cut =
+      CutWork(g, element_bytes, mask.data == nullptr, /*sums=*/false);
   const Folded<A> means(mean, g, cut.fold);
   const Folded<A> muls(mul, g, cut.fold);
   const Folded<A> biases(bias, g, cut.fold);
@@ -595,15 +596,15 @@ void GradInputAll(const ParallelLoop& loop, SimdLevel level,
 template <typename A>
 void Blend(SimdLevel level, A momentum, const A* old, const A* batch,
            int64_t channels, A* blended) {
-  KERNELS_SIMD_CALL(
-      level, BlendChannels<A>(momentum, old, batch, channels, blended));
+  KERNELS_SIMD_CALL(level,
+                    BlendChannels<A>(momentum, old, batch, channels, blended));
 }
 
 template <typename A>
 void Factors(SimdLevel level, const A* var, const A* scale, A epsilon,
              int64_t channels, A* rstd, A* mul) {
-  KERNELS_SIMD_CALL(
-      level, ScaleChannels<A>(var, scale, epsilon, channels, rstd, mul));
+  KERNELS_SIMD_CALL(level,
+                    ScaleChannels<A>(var, scale, epsilon, channels, rstd, mul));
 }
 
 template <typename A>
@@ -613,11 +614,10 @@ void GradFactors(SimdLevel level, const A* mul, const A* rstd, const A* count,
                                            dscale, c0, c1));
 }
 
-#define KERNELS_INSTANTIATE_CHANNELS(A)                                       \
-  template void Blend<A>(SimdLevel, A, const A*, const A*, int64_t, A*);      \
-  template void Factors<A>(SimdLevel, const A*, const A*, A, int64_t, A*,     \
-                           A*);                                               \
-  template void GradFactors<A>(SimdLevel, const A*, const A*, const A*,       \
+#define KERNELS_INSTANTIATE_CHANNELS(A)                                        \
+  template void Blend<A>(SimdLevel, A, const A*, const A*, int64_t, A*);       \
+  template void Factors<A>(SimdLevel, const A*, const A*, A, int64_t, A*, A*); \
+  template void GradFactors<A>(SimdLevel, const A*, const A*, const A*,        \
                                const A*, int64_t, A*, A*, A*);
 #define KERNELS_INSTANTIATE_ONE(T)                                            \
   template void Moments<T>(const ParallelLoop&, SimdLevel, const Geometry&,   \

@@ -70,7 +70,8 @@ void Factors(SimdLevel level, const A* var, const A* scale, A epsilon,
 
 // From the sums of GradSums, sum_dyx in `dscale`, to the gradient of the scale,
 // sum_dyx * rstd, and the factors of GradInputAll: with share = -mul / count,
-// or -mul without any value, c0 = share * sum_dy and c1 = share * rstd * dscale.
+// or -mul without any value, c0 = share * sum_dy and c1 = share * rstd *
+// dscale.
 template <typename A>
 void GradFactors(SimdLevel level, const A* mul, const A* rstd, const A* count,
                  const A* sum_dy, int64_t channels, A* dscale, A* c0, A* c1);

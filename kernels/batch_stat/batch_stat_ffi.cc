@@ -134,11 +134,10 @@ ffi::Error BatchStatGradSumsImpl(
         using U = decltype(u);
         using A = typename T::Compute;
         const SimdLevel level = CurrentSimdLevel();
-        GradSums<T, U>(MakeParallelLoop(pool), level, g,
-                       Data<typename T::Storage>(x),
-                       Data<typename U::Storage>(dy), Data<A>(mean),
-                       Data<A>(mul), Data<A>(bias), relu != 0, Data<A>(sum_dy),
-                       Data<A>(dscale));
+        GradSums<T, U>(
+            MakeParallelLoop(pool), level, g, Data<typename T::Storage>(x),
+            Data<typename U::Storage>(dy), Data<A>(mean), Data<A>(mul),
+            Data<A>(bias), relu != 0, Data<A>(sum_dy), Data<A>(dscale));
         GradFactors(level, Data<A>(mul), Data<A>(rstd), Data<A>(count),
                     Data<A>(sum_dy), g.groups * g.channels, Data<A>(dscale),
                     Data<A>(c0), Data<A>(c1));

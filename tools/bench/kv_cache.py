@@ -9,8 +9,8 @@ scatter and than ours: of a position outside the cache it makes the nearest one
 inside, where they write nothing. `update_int8` quantises to int8 caches and
 `update_layer` writes into one layer of a stacked cache. `update_16` writes into
 16 pairs of caches in one program, as the layers of a decoder do: a call of one
-update is mostly dispatch, and XLA overlaps that of one call with the work of the
-one before where it takes the program for expensive.
+update is mostly dispatch, and XLA overlaps that of one call with the work of
+the one before where it takes the program for expensive.
 """
 
 from collections.abc import Callable, Sequence

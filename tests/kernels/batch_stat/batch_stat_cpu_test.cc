@@ -8,6 +8,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <functional>
+#include <limits>
 #include <thread>
 #include <vector>
 
@@ -165,6 +166,53 @@ void Check(const Geometry& g, const Inputs& in, const Mask& mask, bool relu,
   }
 }
 
+template <typename A>
+void CheckClose(const std::vector<A>& got, size_t i, A want) {
+  const A error = std::numeric_limits<A>::epsilon() * 8;
+  CHECK_THAT(std::fabs(got[i] - want) <= error * std::fabs(want));
+}
+
+// What is done once for each of `n` channels.
+template <typename A>
+void TestChannels(size_t n) {
+  Random random;
+  const auto fill = [&](A at_least) {
+    std::vector<A> values(n);
+    for (A& value : values) value = at_least + std::fabs(A{random.Next()});
+    return values;
+  };
+  const std::vector<A> old = fill(-1), batch = fill(-1), var = fill(0);
+  const std::vector<A> scale = fill(-1), sum_dy = fill(-1), sum_dyx = fill(-1);
+  std::vector<A> count(n);
+  for (size_t i = 0; i < n; ++i) count[i] = static_cast<A>(i % 3);
+  for (const char* name : {"baseline", "avx2", "avx512"}) {
+    if (!kernels::SetSimdLevel(name)) continue;
+    const SimdLevel level = kernels::CurrentSimdLevel();
+    const auto channels = static_cast<int64_t>(n);
+    std::vector<A> blended = old, rstd(n), mul(n), dscale = sum_dyx, c0(n),
+                   c1(n);
+    using namespace kernels::batch_stat;  // NOLINT: three names of one header
+    Blend<A>(level, A{3} / 4, blended.data(), batch.data(), channels,
+             blended.data());
+    Factors<A>(level, var.data(), scale.data(), A{1} / 8, channels, rstd.data(),
+               mul.data());
+    GradFactors<A>(level, mul.data(), rstd.data(), count.data(), sum_dy.data(),
+                   channels, dscale.data(), c0.data(), c1.data());
+    for (size_t i = 0; i < n; ++i) {
+      const A blend = A{3} / 4 * old[i] + A{1} / 4 * batch[i];
+      CHECK_THAT(std::fabs(blended[i] - blend) <=
+                 std::numeric_limits<A>::epsilon() * 4);
+      const A one = 1 / std::sqrt(var[i] + A{1} / 8);
+      const A share = -scale[i] * one / std::fmax(count[i], A{1});
+      CheckClose(rstd, i, one);
+      CheckClose(mul, i, scale[i] * one);
+      CheckClose(dscale, i, sum_dyx[i] * one);
+      CheckClose(c0, i, share * sum_dy[i]);
+      CheckClose(c1, i, share * one * one * sum_dyx[i]);
+    }
+  }
+}
+
 void TestGeometry(const Geometry& g) {
   Random random;
   const auto size = static_cast<size_t>(g.elements());
@@ -200,12 +248,18 @@ void TestGeometry(const Geometry& g) {
 }  // namespace
 
 int main() {
+  for (const size_t n : {1, 16, 37}) {
+    TestChannels<float>(n);
+    TestChannels<double>(n);
+  }
   for (const Geometry& g : {
            Geometry{1, 1, 1, 1},
            Geometry{1, 700, 64, 1},
            Geometry{1, 900, 7, 1},
            Geometry{2, 331, 37, 1},
            Geometry{1, 40, 2000, 1},
+           Geometry{1, 300, 1100, 1},
+           Geometry{2, 200, 1031, 1},
            Geometry{1, 5000, 1, 1},
            Geometry{3, 4, 5, 49},
            Geometry{1, 16, 130, 17},
