@@ -162,6 +162,11 @@ KERNELS_HOST_DEVICE inline int64_t QueryRow(const DecodeArgs& args,
          in_group;
 }
 
+// Rows between neighbouring query heads.
+KERNELS_HOST_DEVICE inline int64_t QueryStride(const DecodeArgs& args) {
+  return args.shape.heads_first ? args.tokens : 1;
+}
+
 // Logical slots [begin, end).
 struct Slots {
   int64_t begin;

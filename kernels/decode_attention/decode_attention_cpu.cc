@@ -176,22 +176,33 @@ void Decode::PrepareQueries(int64_t sequence, const uint8_t* from, int64_t dim,
   const int64_t rows = problem_.rows_per_head();
   const int64_t padded_rows = PaddedRows(rows);
   const int64_t pad = PadToLanes(dim);
-  const int64_t bytes = ElementSize(args_.query_element);
-  std::vector<float> natural(pad);
-  for (int64_t n = 0; n < heads(); ++n) {
-    const float factor =
-        args_.scale * ReadFactor(args_.element) * scale.OrOne(sequence, n);
-    float* head = to + (sequence * heads() + n) * padded_rows * pad;
-    float* row = head;
-    for (int64_t token = 0; token < args_.tokens; ++token) {
-      for (int64_t g = 0; g < args_.group; ++g, row += pad) {
-        const int64_t query = QueryRow(args_, sequence, n, token, g);
-        kv_cache::RowToFloat(args_.query_element, from + query * dim * bytes,
-                             dim, natural.data());
-        if (rotate) Rotate(sequence, token, natural.data());
-        ArrangeRow(args_.element, natural.data(), pad, factor, row);
-      }
+  const int64_t q_heads = problem_.q_heads;
+  std::vector<float> natural(q_heads * pad);
+  kv_cache::RowConversion token_rows;  // of all query heads
+  token_rows.from = args_.query_element;
+  token_rows.target = natural.data();
+  token_rows.rows = q_heads;
+  token_rows.dim = dim;
+  token_rows.source_stride = QueryStride(args_) * dim;
+  token_rows.target_stride = pad;
+  to += sequence * heads() * padded_rows * pad;
+  for (int64_t token = 0; token < args_.tokens; ++token) {
+    token_rows.source = from + QueryRow(args_, sequence, 0, token, 0) * dim *
+                                   ElementSize(args_.query_element);
+    kv_cache::ConvertRows(token_rows);
+    for (int64_t q_head = 0; q_head < q_heads; ++q_head) {
+      const int64_t n = q_head / args_.group;
+      const int64_t row = token * args_.group + q_head - n * args_.group;
+      const float factor =
+          args_.scale * ReadFactor(args_.element) * scale.OrOne(sequence, n);
+      float* one = natural.data() + q_head * pad;
+      if (rotate) Rotate(sequence, token, one);
+      ArrangeRow(args_.element, one, pad, factor,
+                 to + (n * padded_rows + row) * pad);
     }
+  }
+  for (int64_t n = 0; n < heads(); ++n) {
+    float* head = to + n * padded_rows * pad;
     std::fill(head + rows * pad, head + padded_rows * pad, 0.0f);
   }
 }
