@@ -68,16 +68,16 @@ struct Cut {
 
 Cut CutWork(const Geometry& g, int64_t element_bytes, bool may_fold,
             bool sums) {
+  const int64_t most_columns = sums ? 2 * kPartColumns : kMaxFoldedColumns;
   const int64_t bytes = g.outer * g.channels * g.inner * element_bytes;
   const int64_t parts = std::clamp<int64_t>(bytes / kPartBytes, 1, kMaxParts);
   Cut cut;
   if (g.inner == 1) {
     const int64_t fold = kWidestVector / std::gcd(g.channels, kWidestVector);
-    if (may_fold && g.outer >= 2 * fold &&
-        g.channels * fold <= kMaxFoldedColumns) {
+    if (may_fold && g.outer >= 2 * fold && g.channels * fold <= most_columns) {
       cut.fold = fold;
     } else if (sums) {
-      cut.channel_parts = std::max<int64_t>(1, g.channels / kPartColumns);
+      cut.channel_parts = (g.channels + kPartColumns - 1) / kPartColumns;
     }
     // Each part has sums of its own for its channels: keep it worth them.
     cut.outer_parts =
@@ -90,9 +90,6 @@ Cut CutWork(const Geometry& g, int64_t element_bytes, bool may_fold,
   return cut;
 }
 
-// The sums go over the items from the first to the last, and what comes after
-// them from the last to the first: what was read last is still in a cache.
-
 // One item: a group, a range of (folded) outer indices, a range of channels.
 struct Item {
   int64_t group, part;
@@ -100,7 +97,10 @@ struct Item {
   int64_t channel_begin, channel_end;
 };
 
-Item GetItem(const Geometry& g, const Cut& cut, int64_t index) {
+// The sums go over the items from the first to the last, and what comes after
+// them `backwards`: what was read last is still in a cache.
+Item GetItem(const Geometry& g, const Cut& cut, int64_t index, bool backwards) {
+  if (backwards) index = cut.items(g) - 1 - index;
   const int64_t channel_part = index % cut.channel_parts;
   const int64_t part = index / cut.channel_parts % cut.outer_parts;
   const int64_t group = index / cut.channel_parts / cut.outer_parts;
@@ -110,7 +110,7 @@ Item GetItem(const Geometry& g, const Cut& cut, int64_t index) {
   const auto channel = [&](int64_t i) {
     return i == cut.channel_parts
                ? g.channels
-               : g.channels / unit * i / cut.channel_parts * unit;
+               : (g.channels / unit) * i / cut.channel_parts * unit;
   };
   return {group,
           part,
@@ -254,7 +254,7 @@ void RowItemMoments(SimdLevel level, const Geometry& g, const Cut& cut,
     ForRows(g, cut, item, [&](const Rows& rows) {
       const int64_t kept =
           moments(rows, mean + c, rest + c, m2 + c, scratch.get());
-      if (c == 0) count[0] = kept;
+      if (c == 0) count[0] = kept;  // one of the items of these rows says it
     });
     return;
   }
@@ -346,7 +346,10 @@ void CombineParts(SimdLevel level, const Geometry& g, const Cut& cut,
   // Of neighbours that have as many values.
   for (int64_t c = 0, end; c < g.channels; c = end) {
     const auto i = static_cast<size_t>(c);
-    for (end = c + 1; end < g.channels && count[end] == count[c]; ++end) {
+    const auto same = [&](int64_t other) {
+      return kept[static_cast<size_t>(other)] == kept[i];
+    };
+    for (end = c + 1; end < g.channels && same(end); ++end) {
     }
     if (kept[i] == 0) {
       std::fill(mean + c, mean + end, std::numeric_limits<A>::quiet_NaN());
@@ -368,6 +371,13 @@ void Moments(const ParallelLoop& loop, SimdLevel level,
              typename T::Compute* var, typename T::Compute* count) {
   using A = typename T::Compute;
   const Geometry g = Simplify(geometry);
+  if (g.elements() == 0) {
+    const int64_t size = g.groups * g.channels;
+    std::fill_n(mean, size, std::numeric_limits<A>::quiet_NaN());
+    std::fill_n(var, size, std::numeric_limits<A>::quiet_NaN());
+    std::fill_n(count, size, A{0});
+    return;
+  }
   const int64_t element_bytes = sizeof(typename T::Storage);
   const Cut cut =
       CutWork(g, element_bytes, mask.data == nullptr, /*sums=*/true);
@@ -376,7 +386,7 @@ void Moments(const ParallelLoop& loop, SimdLevel level,
   for (const bool given : {false, true}) {
     if (given && !accurate) break;
     loop(cut.items(g), Bytes(g, element_bytes), [&](int64_t index) {
-      const Item item = GetItem(g, cut, index);
+      const Item item = GetItem(g, cut, index, /*backwards=*/given);
       const int64_t at =
           (item.group * cut.outer_parts + item.part) * g.channels;
       A* part_mean = partial.mean.get() + at;
@@ -413,6 +423,7 @@ void NormalizeAll(const ParallelLoop& loop, SimdLevel level,
                   typename U::Storage* y) {
   using A = typename T::Compute;
   const Geometry g = Simplify(geometry);
+  if (g.elements() == 0) return;
   const int64_t element_bytes =
       sizeof(typename T::Storage) + sizeof(typename U::Storage);
   const Cut cut = CutWork(g, element_bytes, /*may_fold=*/true, /*sums=*/false);
@@ -420,7 +431,7 @@ void NormalizeAll(const ParallelLoop& loop, SimdLevel level,
   const Folded<A> muls(mul, g, cut.fold);
   const Folded<A> biases(bias, g, cut.fold);
   loop(cut.items(g), Bytes(g, element_bytes), [&](int64_t index) {
-    const Item item = GetItem(g, cut, cut.items(g) - 1 - index);
+    const Item item = GetItem(g, cut, index, /*backwards=*/true);
     if (g.inner == 1) {
       ForRows(g, cut, item, [&](const Rows& rows) {
         KERNELS_SIMD_CALL(
@@ -452,6 +463,11 @@ void GradSums(const ParallelLoop& loop, SimdLevel level,
               typename T::Compute* sum_dyx) {
   using A = typename T::Compute;
   const Geometry g = Simplify(geometry);
+  if (g.elements() == 0) {
+    std::fill_n(sum_dy, g.groups * g.channels, A{0});
+    std::fill_n(sum_dyx, g.groups * g.channels, A{0});
+    return;
+  }
   const int64_t element_bytes =
       sizeof(typename T::Storage) + sizeof(typename U::Storage);
   const Cut cut = CutWork(g, element_bytes, /*may_fold=*/true, /*sums=*/true);
@@ -463,7 +479,7 @@ void GradSums(const ParallelLoop& loop, SimdLevel level,
       static_cast<size_t>(g.groups * cut.outer_parts * g.channels));
   std::vector<double> part_dyx(part_dy.size());
   loop(cut.items(g), Bytes(g, element_bytes), [&](int64_t index) {
-    const Item item = GetItem(g, cut, index);
+    const Item item = GetItem(g, cut, index, /*backwards=*/false);
     const int64_t part =
         (item.group * cut.outer_parts + item.part) * g.channels;
     double* own_dy = part_dy.data() + part;
@@ -528,6 +544,7 @@ void GradInputAll(const ParallelLoop& loop, SimdLevel level,
                   const Mask& mask, bool relu, typename T::Storage* dx) {
   using A = typename T::Compute;
   const Geometry g = Simplify(geometry);
+  if (g.elements() == 0) return;
   const int64_t element_bytes =
       2 * sizeof(typename T::Storage) + sizeof(typename U::Storage);
   const Cut cut =
@@ -537,7 +554,6 @@ void GradInputAll(const ParallelLoop& loop, SimdLevel level,
   const Folded<A> biases(bias, g, cut.fold);
   const Folded<A> c0s(c0, g, cut.fold);
   const Folded<A> c1s(c1, g, cut.fold);
-  const std::vector<A> zeros(static_cast<size_t>(g.channels));
   const auto rows_kernel = [&](int64_t group, const Rows& rows,
                                const uint8_t* kept, bool with_stats) {
     KERNELS_SIMD_CALL(
@@ -545,11 +561,11 @@ void GradInputAll(const ParallelLoop& loop, SimdLevel level,
                    x + rows.at, dy + rows.at, kept, dx + rows.at, rows.rows,
                    rows.columns, rows.stride, means.Get(group, rows),
                    muls.Get(group, rows), biases.Get(group, rows),
-                   with_stats ? c0s.Get(group, rows) : zeros.data(),
-                   with_stats ? c1s.Get(group, rows) : zeros.data(), relu));
+                   with_stats ? c0s.Get(group, rows) : nullptr,
+                   with_stats ? c1s.Get(group, rows) : nullptr, relu));
   };
   loop(cut.items(g), Bytes(g, element_bytes), [&](int64_t index) {
-    const Item item = GetItem(g, cut, cut.items(g) - 1 - index);
+    const Item item = GetItem(g, cut, index, /*backwards=*/true);
     if (g.inner == 1) {
       ForRows(g, cut, item, [&](const Rows& rows) {
         if (mask.data == nullptr) {
@@ -567,6 +583,7 @@ void GradInputAll(const ParallelLoop& loop, SimdLevel level,
           while (end < rows.rows && (kept[end] != 0) == (kept[r] != 0)) ++end;
           Rows same = rows;
           same.at += r * rows.stride;
+          same.row += r;
           same.rows = end - r;
           rows_kernel(item.group, same, nullptr, kept[r] != 0);
           r = end;
@@ -603,15 +620,15 @@ void Blend(SimdLevel level, A momentum, const A* old, const A* batch,
 template <typename A>
 void Factors(SimdLevel level, const A* var, const A* scale, A epsilon,
              int64_t channels, A* rstd, A* mul) {
-  KERNELS_SIMD_CALL(level,
-                    ScaleChannels<A>(var, scale, epsilon, channels, rstd, mul));
+  KERNELS_SIMD_CALL(
+      level, FactorsOfChannels<A>(var, scale, epsilon, channels, rstd, mul));
 }
 
 template <typename A>
 void GradFactors(SimdLevel level, const A* mul, const A* rstd, const A* count,
                  const A* sum_dy, int64_t channels, A* dscale, A* c0, A* c1) {
-  KERNELS_SIMD_CALL(level, GradChannels<A>(mul, rstd, count, sum_dy, channels,
-                                           dscale, c0, c1));
+  KERNELS_SIMD_CALL(level, GradFactorsOfChannels<A>(mul, rstd, count, sum_dy,
+                                                    channels, dscale, c0, c1));
 }
 
 #define KERNELS_INSTANTIATE_CHANNELS(A)                                        \
