@@ -43,6 +43,7 @@ _SPECS = tuple(
 )
 # Shorter, so that 16 pairs of caches a side fit.
 _LAYERS = 16
+_IN_LAYERS = f"_{_LAYERS}"
 _LAYERS_SPECS = tuple(
   dataclasses.replace(spec, length=512)
   for spec in _SPECS
@@ -146,12 +147,12 @@ def _scatter_layer(cache_k, cache_v, new_k, new_v, index, layer):
 
 
 def _in_layers(update: Callable[..., Any]) -> Callable[..., Any]:
-  """Makes `update` take and return a tuple of caches for K and one for V."""
+  """Makes `update` take tuples, with the arrays of a layer each."""
 
   def update_layers(caches_k, caches_v, new_k, new_v, index):
     pairs = (
-      update(cache_k, cache_v, new_k, new_v, index)
-      for cache_k, cache_v in zip(caches_k, caches_v, strict=True)
+      update(*layer, index)
+      for layer in zip(caches_k, caches_v, new_k, new_v, strict=True)
     )
     return tuple(zip(*pairs, strict=True))
 
@@ -169,7 +170,7 @@ _OPS: dict[str, tuple[Callable[..., Any], ...]] = {
   "update_layer": (_ours_layer, _slice_layer, _scatter_layer),
 }
 _OPS |= {
-  f"{op}_{_LAYERS}": tuple(_in_layers(update) for update in _OPS[op])
+  op + _IN_LAYERS: tuple(_in_layers(update) for update in _OPS[op])
   for op in ("update", "update_int8")
 }
 
@@ -179,10 +180,16 @@ def _build(op: str, spec: arg_specs.ArgSpec) -> harness.Comparison:
   ours, by_slices, by_scatter = _OPS[op]
   new_dtype = "bfloat16" if spec.dtype == "int8" else spec.dtype
   random = np.random.default_rng(0)
-  new_k, new_v = (
-    jnp.asarray(random.standard_normal(spec.new_shape).astype(new_dtype))
-    for _ in range(2)
-  )
+  layers = _LAYERS if op.endswith(_IN_LAYERS) else None
+
+  def of_layers(make: Callable[[], Any]) -> Any:
+    return make() if layers is None else tuple(make() for _ in range(layers))
+
+  def new_rows() -> jax.Array:
+    rows = random.standard_normal(spec.new_shape)
+    return jnp.asarray(rows.astype(new_dtype))
+
+  new_k, new_v = of_layers(new_rows), of_layers(new_rows)
   index = jnp.asarray(
     random.integers(
       spec.length - spec.tokens + 1,
@@ -194,14 +201,9 @@ def _build(op: str, spec: arg_specs.ArgSpec) -> harness.Comparison:
   if spec.layers is not None:
     operands.append(jnp.int32(spec.layers // 2))
 
-  layers = _LAYERS if op.endswith(f"_{_LAYERS}") else None
-
-  def cache_of(make: Callable[[], Any]) -> Any:
-    return make() if layers is None else tuple(make() for _ in range(layers))
-
   def fresh() -> tuple[Any, ...]:
     caches = (
-      cache_of(functools.partial(jnp.full, spec.cache_shape, x, spec.dtype))
+      of_layers(functools.partial(jnp.full, spec.cache_shape, x, spec.dtype))
       for x in (1, 2)
     )
     return *caches, *operands
@@ -216,7 +218,8 @@ def _build(op: str, spec: arg_specs.ArgSpec) -> harness.Comparison:
     )
 
   vmapped = "vmapped " if spec.per_sequence else ""
-  new_size = (new_k.size + new_v.size) * (layers or 1)
+  news = jax.tree.leaves((new_k, new_v))
+  new_size = sum(new.size for new in news)
   cache_aval = jax.ShapeDtypeStruct(spec.cache_shape, spec.dtype)
   return harness.Comparison(
     ours=side("kernels.kv_cache.update", ours),
@@ -225,14 +228,14 @@ def _build(op: str, spec: arg_specs.ArgSpec) -> harness.Comparison:
       side("scatter, jit", by_scatter),
     ],
     floor_traffic=harness.Traffic(
-      read=new_size * new_k.itemsize,
+      read=sum(new.nbytes for new in news),
       written=new_size * jnp.dtype(spec.dtype).itemsize,
     ),
     floor_side=side("dispatch", _dispatch_only),
     floor_name="copy of the new rows, and the dispatch of a donating call",
     details=choice.chosen(
       ours,
-      *(cache_of(lambda: cache_aval) for _ in range(2)),
+      *(of_layers(lambda: cache_aval) for _ in range(2)),
       *operands,
     ),
   )
@@ -265,13 +268,13 @@ def cases(settings: harness.Settings) -> Sequence[harness.Case]:
     if per_sequence or not settings.quick or spec is _QUICK_SPECS[0]
   ]
   rows += [
-    _case("update_16", spec, per_sequence, dtype)
+    _case("update" + _IN_LAYERS, spec, per_sequence, dtype)
     for spec in (_QUICK_SPECS[:1] if settings.quick else _LAYERS_SPECS)
     for per_sequence in ((True,) if settings.quick else (False, True))
     for dtype in (_QUICK_DTYPES if settings.quick else _DTYPES)
   ]
   rows += [
-    _case("update_int8_16", spec, True, "int8")
+    _case("update_int8" + _IN_LAYERS, spec, True, "int8")
     for spec in (() if settings.quick else _LAYERS_SPECS)
   ]
   rows += [
