@@ -253,17 +253,19 @@ void Decode::Append(int64_t sequence) {
   kv_cache::UpdateTokens(update, sequence, first, last);
   if (!rotate_new_keys_) return;
 
-  const int64_t bytes = ElementSize(args_.query_element);
+  const int64_t stride = kv_cache::NewHeadStride(update) * shape.k_dim;
+  kv_cache::RowConversion keys;  // of all heads of a token
+  keys.from = args_.query_element;
+  keys.rows = heads();
+  keys.dim = shape.k_dim;
+  keys.source_stride = keys.target_stride = stride;
   for (int64_t token = first; token < last; ++token) {
+    const int64_t at = kv_cache::NewRow(update, sequence, token) * shape.k_dim;
+    keys.source = args_.new_k + at * ElementSize(args_.query_element);
+    keys.target = rotated_ + at;
+    kv_cache::ConvertRows(keys);
     for (int64_t n = 0; n < heads(); ++n) {
-      const int64_t row = shape.heads_first
-                              ? (sequence * heads() + n) * args_.tokens + token
-                              : (sequence * args_.tokens + token) * heads() + n;
-      float* key = rotated_ + row * shape.k_dim;
-      kv_cache::RowToFloat(args_.query_element,
-                           args_.new_k + row * shape.k_dim * bytes, shape.k_dim,
-                           key);
-      Rotate(sequence, token, key);
+      Rotate(sequence, token, rotated_ + at + n * stride);
     }
   }
   update.new_element = kv_cache::Element::kF32;

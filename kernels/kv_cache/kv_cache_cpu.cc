@@ -18,11 +18,8 @@ void WriteToken(const UpdateArgs& args, int64_t sequence, int64_t token,
   const CacheShape& shape = args.shape;
   const int64_t from_bytes = dim * ElementSize(args.new_element);
   const int64_t to_bytes = dim * ElementSize(args.element);
-  // In rows of one head.
-  const int64_t from_stride = shape.heads_first ? args.tokens : 1;
-  src += (sequence * args.tokens * shape.heads +
-          token * (shape.heads_first ? 1 : shape.heads)) *
-         from_bytes;
+  const int64_t from_stride = NewHeadStride(args);
+  src += NewRow(args, sequence, token) * from_bytes;
   uint8_t* dst = cache + row * to_bytes;
   if (args.element != args.new_element) {
     RowConversion rows;

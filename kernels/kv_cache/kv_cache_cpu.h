@@ -12,6 +12,17 @@
 namespace kernels {
 namespace kv_cache {
 
+// Rows of the new keys, or values: that of a token's first head, and how many
+// lie between neighbouring heads.
+inline int64_t NewRow(const UpdateArgs& args, int64_t sequence, int64_t token) {
+  return args.shape.heads_first
+             ? sequence * args.shape.heads * args.tokens + token
+             : (sequence * args.tokens + token) * args.shape.heads;
+}
+inline int64_t NewHeadStride(const UpdateArgs& args) {
+  return args.shape.heads_first ? args.tokens : 1;
+}
+
 // Writes tokens [first, last) of one sequence. Positions that the cache does
 // not hold are left out.
 void UpdateTokens(const UpdateArgs& args, int64_t sequence, int64_t first,

@@ -16,15 +16,6 @@ void ConvertRows(const RowConversion& rows) {
   KERNELS_SIMD_CALL(CurrentSimdLevel(), ConvertRows(rows));
 }
 
-void RowToFloat(Element element, const void* from, int64_t n, float* to) {
-  RowConversion row;
-  row.from = element;
-  row.source = from;
-  row.target = to;
-  row.dim = n;
-  ConvertRows(row);
-}
-
 void RowFromFloat(Element element, const float* from, int64_t n, float scale,
                   void* to) {
   RowConversion row;

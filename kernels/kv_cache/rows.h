@@ -27,9 +27,6 @@ struct RowConversion {
 // Widens, narrows or quantises rows.
 void ConvertRows(const RowConversion& rows);
 
-// Widens `n` elements. `element` must be kF32, kBf16 or kF16.
-void RowToFloat(Element element, const void* from, int64_t n, float* to);
-
 // Narrows, or quantises as x / scale, `n` elements; `scale` is read for the
 // quantised elements only.
 void RowFromFloat(Element element, const float* from, int64_t n, float scale,

@@ -96,7 +96,12 @@ double ElementValue(Element element, const uint8_t* p) {
     }
     default: {
       float value;
-      kernels::kv_cache::RowToFloat(element, p, 1, &value);
+      kernels::kv_cache::RowConversion one;
+      one.from = element;
+      one.source = p;
+      one.target = &value;
+      one.dim = 1;
+      kernels::kv_cache::ConvertRows(one);
       return value;
     }
   }
@@ -199,10 +204,8 @@ void Check(std::mt19937& rng, Element element, const Sizes& z) {
         for (int64_t j = first; j <= p; ++j) {
           double logit = 0;
           for (int64_t c = 0; c < z.k_dim; ++c) {
-            float value;
-            kernels::kv_cache::RowToFloat(
-                kind, q.data.get() + (row * z.k_dim + c) * ElementSize(kind), 1,
-                &value);
+            const double value = ElementValue(
+                kind, q.data.get() + (row * z.k_dim + c) * ElementSize(kind));
             logit += value * element_at(0, b, j, h / z.group, c) * 0.2;
           }
           logits.push_back(logit);
