@@ -29,12 +29,14 @@ _DTYPES = ("float32", "bfloat16")
 _QUICK_ROWS = tuple(zip(arg_specs.resnet50(4)[1::8], _DTYPES, strict=True))
 
 
-def _flax_statistics(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _flax_statistics(
+  x: jax.Array, mask: jax.Array | None = None
+) -> tuple[jax.Array, jax.Array]:
   """Returns mean and variance as flax.nnx's BatchNorm does by default."""
   x = x.astype(jnp.float32)
   axes = tuple(range(x.ndim - 1))
-  mean = x.mean(axes)
-  mean_of_squares = jnp.square(x).mean(axes)
+  mean = x.mean(axes, where=mask)
+  mean_of_squares = jnp.square(x).mean(axes, where=mask)
   return mean, jnp.maximum(0.0, mean_of_squares - jnp.square(mean))
 
 
@@ -45,8 +47,8 @@ def _blend(mean, var, batch_mean, batch_var):
   )
 
 
-def _flax_update(x, mean, var):
-  return _blend(mean, var, *_flax_statistics(x))
+def _flax_update(x, mean, var, mask=None):
+  return _blend(mean, var, *_flax_statistics(x, mask))
 
 
 def _flax_batch_norm(x, scale, bias, mean, var):
@@ -91,29 +93,61 @@ def _make_input(shape: tuple[int, ...], dtype: str, seed: int) -> jax.Array:
   return jnp.asarray(x.astype(dtype))
 
 
-def _build_update(layer: arg_specs.LayerSpec, dtype: str) -> harness.Comparison:
-  """Builds the row of one layer for the op `update`."""
+def _build_update(
+  mask_of: Callable[[tuple[int, ...]], tuple[int, ...]] | None,
+  layer: arg_specs.LayerSpec,
+  dtype: str,
+) -> harness.Comparison:
+  """Builds the row of one layer for the op `update`.
+
+  Args:
+    mask_of: the shape of a mask for an x of some shape; None for no mask.
+    layer: its shape.
+    dtype: of x.
+  """
   x = _make_input(layer.shape, dtype, seed=0)
   channels = layer.shape[-1]
+  masks = []
+  if mask_of is not None:
+    random = np.random.default_rng(1)
+    masks.append(jnp.asarray(random.random(mask_of(layer.shape)) < 0.8))
 
-  def ours(x, mean, var):
-    return batch_stat.update(x, mean, var, momentum=_MOMENTUM)[:2]
+  def update(implementation, x, mean, var, mask=None):
+    return batch_stat.update(
+      x,
+      mean,
+      var,
+      momentum=_MOMENTUM,
+      mask=mask,
+      implementation=implementation,
+    )[:2]
+
+  ours = functools.partial(update, "auto")
 
   def side(name: str, function: Callable[..., Any]) -> harness.Side:
     step = jax.jit(function, donate_argnums=(1, 2))
     return harness.Side(
       name=name,
-      fresh=lambda: (x, jnp.zeros(channels), jnp.ones(channels)),
+      fresh=lambda: (x, jnp.zeros(channels), jnp.ones(channels), *masks),
       call=lambda state: step(*state),
-      advance=lambda state, result: (state[0], *result),
+      advance=lambda state, result: (state[0], *result, *state[3:]),
     )
+
+  baselines = [side("flax.nnx expression, jit", _flax_update)]
+  details = choice.chosen(ours, *baselines[0].fresh())
+  if details["implementation"] != "cpu":
+    by_name = functools.partial(update, "cpu")
+    baselines.append(side("the same op, implementation cpu", by_name))
 
   return harness.Comparison(
     ours=side("kernels.batch_stat.update", ours),
-    baselines=[side("flax.nnx expression, jit", _flax_update)],
-    floor_traffic=harness.Traffic(read=x.nbytes, written=0),
-    floor_name="one read of x at memory bandwidth",
-    details=choice.chosen(ours, x, jnp.zeros(channels), jnp.ones(channels)),
+    baselines=baselines,
+    floor_traffic=harness.Traffic(
+      read=x.nbytes + sum(mask.nbytes for mask in masks), written=0
+    ),
+    floor_name=f"one read of x{' and the mask' if masks else ''} at memory"
+    " bandwidth",
+    details=details,
   )
 
 
@@ -180,23 +214,35 @@ _TOLERANCES = {
 # Forward: x for the statistics, x again to normalise it, y. Backward: x and dy
 # for the sums, x and dy again, dx.
 _BUILDERS: dict[str, Callable[..., harness.Comparison]] = {
-  "update": _build_update,
+  "update": functools.partial(_build_update, None),
   "batch_norm_fwd": functools.partial(_build_batch_norm, _forward, 2, 1),
   "batch_norm_fwd_bwd": functools.partial(
     _build_batch_norm, _forward_backward, 6, 2
   ),
 }
+# On a few layers: a mask for each position, and one for each element, where
+# `auto` is XLA's by rule.
+_MASKED_BUILDERS: dict[str, Callable[..., harness.Comparison]] = {
+  "update_mask": functools.partial(
+    _build_update, lambda shape: (*shape[:-1], 1)
+  ),
+  "update_feature_mask": functools.partial(_build_update, lambda shape: shape),
+}
+_MASKED_LAYERS = arg_specs.BENCH_LAYERS[1::5]
 
 
 def cases(settings: harness.Settings) -> Sequence[harness.Case]:
   """Returns the rows: every op on every layer in every dtype; quick, in one."""
-  rows = [
-    (layer, dtype) for dtype in _DTYPES for layer in arg_specs.BENCH_LAYERS
-  ]
-  return [
-    harness.Case(
-      NAME, op, layer.name, dtype, functools.partial(build, layer, dtype)
-    )
-    for op, build in _BUILDERS.items()
-    for layer, dtype in (_QUICK_ROWS if settings.quick else rows)
-  ]
+
+  def rows(builders, layers):
+    pairs = [(layer, dtype) for dtype in _DTYPES for layer in layers]
+    return [
+      harness.Case(
+        NAME, op, layer.name, dtype, functools.partial(build, layer, dtype)
+      )
+      for op, build in builders.items()
+      for layer, dtype in (_QUICK_ROWS if settings.quick else pairs)
+    ]
+
+  masked = [] if settings.quick else rows(_MASKED_BUILDERS, _MASKED_LAYERS)
+  return rows(_BUILDERS, arg_specs.BENCH_LAYERS) + masked
