@@ -50,9 +50,8 @@ Geometry Simplify(Geometry g) {
 //
 // With the features last (inner is 1), an item is a range of rows; of channels
 // too where there are many and `sums` are made of them, which then stay near.
-// `fold` rows are taken as one, so that rows of 7
-// channels become rows of 112 that fill whole vectors; what is left over
-// belongs to the last item.
+// `fold` rows are taken as one, so that rows of 7 channels become rows of 112
+// that fill whole vectors; what is left over belongs to the last item.
 //
 // Otherwise an item is a range of channels, and of outer indices where there
 // are few channels.
