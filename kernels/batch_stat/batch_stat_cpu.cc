@@ -185,26 +185,27 @@ int64_t Bytes(const Geometry& g, int64_t element_bytes) {
   return g.elements() * element_bytes;
 }
 
-// Double-precision moments of all channels, merged part by part.
+// Double-precision moments of all channels, merged part by part. With `each`,
+// channels have counts of their own; otherwise count[0] is that of all.
 struct Total {
-  explicit Total(int64_t channels)
-      : mean(static_cast<size_t>(channels)),
-        m2(static_cast<size_t>(channels)) {}
+  Total(int64_t channels, bool each_count)
+      : each(each_count),
+        mean(static_cast<size_t>(channels)),
+        m2(mean.size()),
+        kept(each ? mean.size() : 1) {}
 
   template <typename A>
   void Add(SimdLevel level, const A* part_mean, const A* part_rest,
-           const A* part_m2, int64_t count) {
-    if (count == 0) return;
-    const auto extra = static_cast<double>(count);
+           const A* part_m2, const double* count) {
+    if (!each && *count == 0) return;
     KERNELS_SIMD_CALL(
-        level, CombineMoments<A>(part_mean, part_rest, part_m2, kept, extra,
-                                 static_cast<int64_t>(mean.size()), mean.data(),
-                                 m2.data()));
-    kept += extra;
+        level, CombineMoments<A>(part_mean, part_rest, part_m2, count, each,
+                                 static_cast<int64_t>(mean.size()), kept.data(),
+                                 mean.data(), m2.data()));
   }
 
-  std::vector<double> mean, m2;
-  double kept = 0;
+  bool each;
+  std::vector<double> mean, m2, kept;
 };
 
 // Not initialised: whoever reads an element has written it before.
@@ -213,18 +214,18 @@ std::unique_ptr<A[]> NewArray(int64_t size) {
   return std::unique_ptr<A[]>(new A[static_cast<size_t>(size)]);
 }
 
-// What the items found: [groups, outer_parts, channels]. Of rows, where all
-// channels have the same count, the count of channel 0 only.
+// What the items found: [groups, outer_parts, channels]. Where all channels
+// have the same count, that of channel 0 only.
 template <typename A>
 struct Partial {
   explicit Partial(int64_t size)
       : mean(NewArray<A>(size)),
         rest(NewArray<A>(size)),
         m2(NewArray<A>(size)),
-        count(NewArray<int64_t>(size)) {}
+        count(NewArray<double>(size)) {}
 
   std::unique_ptr<A[]> mean, rest, m2;
-  std::unique_ptr<int64_t[]> count;
+  std::unique_ptr<double[]> count;
 };
 
 // Moments of an item's rows, into its channels of arrays that have all of them.
@@ -234,44 +235,53 @@ void RowItemMoments(SimdLevel level, const Geometry& g, const Cut& cut,
                     const Item& item, const typename T::Storage* x,
                     const Mask& mask, bool given, typename T::Compute* mean,
                     typename T::Compute* rest, typename T::Compute* m2,
-                    int64_t* count) {
+                    double* count) {
   using A = typename T::Compute;
+  const int64_t scratch_size = mask.per_channel ? 4 : 2;  // for each column
   const auto moments = [&](const Rows& rows, A* to_mean, A* to_rest, A* to_m2,
-                           A* scratch) {
-    int64_t kept = 0;
+                           A* scratch, double* kept) {
+    if (mask.per_channel) {
+      KERNELS_SIMD_CALL(level, MaskedRowMoments<T>(
+                                   x + rows.at, mask.data + rows.at, rows.rows,
+                                   rows.columns, rows.stride, given, to_mean,
+                                   to_rest, to_m2, scratch, kept));
+      return;
+    }
+    const uint8_t* kept_rows =
+        mask.data == nullptr ? nullptr : mask.data + rows.row;
     KERNELS_SIMD_CALL(
-        level,
-        RowMoments<T>(x + rows.at,
-                      mask.data == nullptr ? nullptr : mask.data + rows.row,
-                      rows.rows, rows.columns, rows.stride, given, to_mean,
-                      to_rest, to_m2, scratch, scratch + rows.columns, &kept));
-    return kept;
+        level, RowMoments<T>(x + rows.at, kept_rows, rows.rows, rows.columns,
+                             rows.stride, given, to_mean, to_rest, to_m2,
+                             scratch, kept));
   };
   if (cut.fold == 1) {
     const int64_t c = item.channel_begin;
-    const auto scratch = NewArray<A>(2 * (item.channel_end - c));
+    const auto scratch = NewArray<A>(scratch_size * (item.channel_end - c));
     ForRows(g, cut, item, [&](const Rows& rows) {
-      const int64_t kept =
-          moments(rows, mean + c, rest + c, m2 + c, scratch.get());
-      if (c == 0) count[0] = kept;  // one of the items of these rows says it
+      double kept = 0;  // which all items of the same rows find
+      moments(rows, mean + c, rest + c, m2 + c, scratch.get(),
+              mask.per_channel ? count + c : &kept);
+      if (!mask.per_channel && c == 0) *count = kept;
     });
     return;
   }
   const int64_t columns = g.channels * cut.fold;
-  const auto wide = NewArray<A>(5 * columns);
+  const auto wide = NewArray<A>((3 + scratch_size) * columns);
+  const auto wide_count = NewArray<double>(columns);
   A* wide_mean = wide.get();
   A* wide_rest = wide_mean + columns;
   A* wide_m2 = wide_rest + columns;
-  Total total(g.channels);
+  Total total(g.channels, mask.per_channel);
   ForRows(g, cut, item, [&](const Rows& rows) {
     for (int64_t i = 0; given && i < rows.fold; ++i) {
       std::copy_n(mean, g.channels, wide_mean + i * g.channels);
     }
-    const int64_t kept =
-        moments(rows, wide_mean, wide_rest, wide_m2, wide_m2 + columns);
+    moments(rows, wide_mean, wide_rest, wide_m2, wide_m2 + columns,
+            wide_count.get());
     for (int64_t i = 0; i < rows.fold; ++i) {
       const int64_t at = i * g.channels;
-      total.Add(level, wide_mean + at, wide_rest + at, wide_m2 + at, kept);
+      total.Add(level, wide_mean + at, wide_rest + at, wide_m2 + at,
+                wide_count.get() + (total.each ? at : 0));
     }
   });
   for (int64_t c = 0; c < g.channels; ++c) {
@@ -280,16 +290,15 @@ void RowItemMoments(SimdLevel level, const Geometry& g, const Cut& cut,
     rest[c] = static_cast<A>(total.mean[i] - static_cast<double>(mean[c]));
     m2[c] = static_cast<A>(total.m2[i]);
   }
-  count[0] = static_cast<int64_t>(total.kept);
+  std::copy(total.kept.begin(), total.kept.end(), count);
 }
 
-// The same for runs, each channel for itself. Also does rows whose mask has
-// channels, as runs of one.
+// The same for runs, each channel for itself.
 template <typename T>
 void RunItemMoments(SimdLevel level, const Geometry& g, const Item& item,
                     const typename T::Storage* x, const Mask& mask, bool given,
                     typename T::Compute* mean, typename T::Compute* rest,
-                    typename T::Compute* m2, int64_t* count) {
+                    typename T::Compute* m2, double* count) {
   using A = typename T::Compute;
   const int64_t first = item.group * g.outer + item.outer_begin;
   ForRuns(g, item, [&](int64_t c, int64_t at) {
@@ -307,57 +316,27 @@ void RunItemMoments(SimdLevel level, const Geometry& g, const Item& item,
     mean[c] = static_cast<A>(state.mean);
     rest[c] = static_cast<A>(state.mean - static_cast<double>(mean[c]));
     m2[c] = static_cast<A>(state.m2);
-    count[c] = state.kept;
+    count[c] = static_cast<double>(state.kept);
   });
 }
 
 // Combines the parts of one group, in order.
 template <typename A>
 void CombineParts(SimdLevel level, const Geometry& g, const Cut& cut,
-                  int64_t group, bool same_counts, bool keep_mean,
+                  int64_t group, bool each_count, bool keep_mean,
                   const Partial<A>& partial, A* mean, A* var, A* count) {
-  Total total(g.channels);
-  std::vector<double> kept(static_cast<size_t>(g.channels));
+  Total total(g.channels, each_count);
   for (int64_t part = 0; part < cut.outer_parts; ++part) {
     const int64_t at = (group * cut.outer_parts + part) * g.channels;
-    const A* part_mean = partial.mean.get() + at;
-    const A* part_rest = partial.rest.get() + at;
-    const A* part_m2 = partial.m2.get() + at;
-    const int64_t* part_count = partial.count.get() + at;
-    if (same_counts) {
-      total.Add(level, part_mean, part_rest, part_m2, part_count[0]);
-      continue;
-    }
-    for (int64_t c = 0; c < g.channels; ++c) {
-      if (part_count[c] == 0) continue;
-      const auto i = static_cast<size_t>(c);
-      const auto extra = static_cast<double>(part_count[c]);
-      simd_baseline::CombineMoments<A>(part_mean + c, part_rest + c,
-                                       part_m2 + c, kept[i], extra, 1,
-                                       &total.mean[i], &total.m2[i]);
-      kept[i] += extra;
-    }
+    total.Add(level, partial.mean.get() + at, partial.rest.get() + at,
+              partial.m2.get() + at, partial.count.get() + at);
   }
-  if (same_counts) kept.assign(kept.size(), total.kept);
+  total.kept.resize(total.mean.size(), total.kept[0]);
+  KERNELS_SIMD_CALL(level, FinishChannels<A>(total.mean.data(), total.m2.data(),
+                                             total.kept.data(), g.channels,
+                                             keep_mean ? nullptr : mean, var));
   for (int64_t c = 0; c < g.channels; ++c) {
-    count[c] = static_cast<A>(kept[static_cast<size_t>(c)]);
-  }
-  // Of neighbours that have as many values.
-  for (int64_t c = 0, end; c < g.channels; c = end) {
-    const auto i = static_cast<size_t>(c);
-    const auto same = [&](int64_t other) {
-      return kept[static_cast<size_t>(other)] == kept[i];
-    };
-    for (end = c + 1; end < g.channels && same(end); ++end) {
-    }
-    if (kept[i] == 0) {
-      std::fill(mean + c, mean + end, std::numeric_limits<A>::quiet_NaN());
-      std::fill(var + c, var + end, std::numeric_limits<A>::quiet_NaN());
-      continue;
-    }
-    KERNELS_SIMD_CALL(
-        level, FinishChannels<A>(&total.mean[i], &total.m2[i], kept[i], end - c,
-                                 keep_mean ? nullptr : mean + c, var + c));
+    count[c] = static_cast<A>(total.kept[static_cast<size_t>(c)]);
   }
 }
 
@@ -378,9 +357,10 @@ void Moments(const ParallelLoop& loop, SimdLevel level,
     return;
   }
   const int64_t element_bytes = sizeof(typename T::Storage);
-  const Cut cut =
-      CutWork(g, element_bytes, mask.data == nullptr, /*sums=*/true);
-  const bool by_rows = g.inner == 1 && !mask.per_channel;
+  const bool foldable = mask.data == nullptr || mask.per_channel;
+  const Cut cut = CutWork(g, element_bytes, foldable, /*sums=*/true);
+  const bool by_rows = g.inner == 1;
+  const bool each_count = mask.per_channel || !by_rows;
   Partial<A> partial(g.groups * cut.outer_parts * g.channels);
   for (const bool given : {false, true}) {
     if (given && !accurate) break;
@@ -391,7 +371,7 @@ void Moments(const ParallelLoop& loop, SimdLevel level,
       A* part_mean = partial.mean.get() + at;
       A* part_rest = partial.rest.get() + at;
       A* part_m2 = partial.m2.get() + at;
-      int64_t* part_count = partial.count.get() + at;
+      double* part_count = partial.count.get() + at;
       if (given) {
         const A* whole = mean + item.group * g.channels;
         std::copy(whole + item.channel_begin, whole + item.channel_end,
@@ -407,8 +387,8 @@ void Moments(const ParallelLoop& loop, SimdLevel level,
     });
     for (int64_t group = 0; group < g.groups; ++group) {
       const int64_t at = group * g.channels;
-      CombineParts<A>(level, g, cut, group, by_rows, given, partial, mean + at,
-                      var + at, count + at);
+      CombineParts<A>(level, g, cut, group, each_count, given, partial,
+                      mean + at, var + at, count + at);
     }
   }
 }
@@ -546,8 +526,8 @@ void GradInputAll(const ParallelLoop& loop, SimdLevel level,
   if (g.elements() == 0) return;
   const int64_t element_bytes =
       2 * sizeof(typename T::Storage) + sizeof(typename U::Storage);
-  const Cut cut =
-      CutWork(g, element_bytes, mask.data == nullptr, /*sums=*/false);
+  const bool foldable = mask.data == nullptr || mask.per_channel;
+  const Cut cut = CutWork(g, element_bytes, foldable, /*sums=*/false);
   const Folded<A> means(mean, g, cut.fold);
   const Folded<A> muls(mul, g, cut.fold);
   const Folded<A> biases(bias, g, cut.fold);
