@@ -309,17 +309,6 @@ def _unsupported(x_index: int, avals: Sequence[Any], **params: Any):
   return None
 
 
-def _slower(x_index: int, avals: Sequence[Any], **params: Any):
-  """Says where the kernel that computes moments is slower than XLA."""
-  x = avals[x_index]
-  feature_axis = params["feature_axis"]
-  if len(avals) > x_index + 1 and feature_axis == x.ndim - 1:
-    size = x.shape[feature_axis]
-    if size != 1 and avals[-1].shape[feature_axis] == size:
-      return "the mask depends on the features, which are the last axis"
-  return None
-
-
 def _normalize_slower_on_cuda(avals: Sequence[Any], **params: Any):
   """Says where XLA's fusion is faster than the kernel that normalises."""
   if avals[0].dtype == jnp.float32 == jnp.dtype(params["dtype"]):
@@ -529,7 +518,7 @@ def _pallas(function: str, x_index: int) -> dispatch.Implementation:
 
 
 def _implementations(
-  fn, unsupported, *, workspace=False, slower=None, slower_on_cuda=None
+  fn, unsupported, *, workspace=False, slower_on_cuda=None
 ):
   """Returns the CPU's and CUDA's implementations, which share a function.
 
@@ -538,8 +527,7 @@ def _implementations(
       ask for one.
     unsupported: As in `dispatch.Implementation`.
     workspace: Whether the CUDA handler wants one.
-    slower: As in `dispatch.Implementation`, on the CPU.
-    slower_on_cuda: The same on CUDA.
+    slower_on_cuda: As `slower` of `dispatch.Implementation`, on CUDA.
   """
   on_cpu, on_cuda = fn, fn
   if workspace:
@@ -551,7 +539,6 @@ def _implementations(
       fn=on_cpu,
       library=CPU_LIBRARY,
       unsupported=unsupported,
-      slower=slower,
     ),
     dispatch.Implementation(
       name="cuda",
@@ -573,7 +560,6 @@ UPDATE = dispatch.Op(
       _update,
       functools.partial(_unsupported, 3),
       workspace=True,
-      slower=functools.partial(_slower, 3),
     ),
     _pallas("update", 3),
   ),
@@ -590,7 +576,6 @@ TRAIN = dispatch.Op(
       _train,
       functools.partial(_unsupported, 4),
       workspace=True,
-      slower=functools.partial(_slower, 4),
     ),
     _pallas("train", 4),
   ),
@@ -607,7 +592,6 @@ MOMENTS = dispatch.Op(
       _moments,
       functools.partial(_unsupported, 0),
       workspace=True,
-      slower=functools.partial(_slower, 0),
     ),
     _pallas("moments", 0),
   ),
