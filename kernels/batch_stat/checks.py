@@ -33,6 +33,8 @@ def canonical_feature_axis(x: Any, feature_axis: int) -> int:
     raise TypeError(
       f"`feature_axis` must be one integer, but got {feature_axis!r}."
     )
+  if x.ndim == 0:
+    raise ValueError("`x` must have an axis of features, but got a scalar.")
   if not -x.ndim <= feature_axis < x.ndim:
     raise ValueError(
       f"`feature_axis` must lie in [{-x.ndim}, {x.ndim}) for `x` of shape"

@@ -517,9 +517,7 @@ def _pallas(function: str, x_index: int) -> dispatch.Implementation:
   )
 
 
-def _implementations(
-  fn, unsupported, *, workspace=False, slower_on_cuda=None
-):
+def _implementations(fn, unsupported, *, workspace=False, slower_on_cuda=None):
   """Returns the CPU's and CUDA's implementations, which share a function.
 
   Args:

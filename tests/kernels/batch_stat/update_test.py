@@ -325,6 +325,7 @@ class UpdateContract(op_contract.OpContract):
     ({"var": np.zeros(3, "i4")}, TypeError, "`var` must be floating"),
     ({"momentum": 1.5}, ValueError, r"`momentum` must lie in \[0, 1\]"),
     ({"momentum": np.ones(3)}, ValueError, "`momentum` must be a scalar"),
+    ({"x": np.float32(1)}, ValueError, "must have an axis of features"),
     ({"feature_axis": 2}, ValueError, r"`feature_axis` must lie in \[-2, 2\)"),
     ({"feature_axis": (0, 1)}, TypeError, "must be one integer"),
     ({"mask": np.ones(4, bool)}, ValueError, "`mask` must broadcast to the"),
