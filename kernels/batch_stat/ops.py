@@ -309,6 +309,22 @@ def _unsupported(x_index: int, avals: Sequence[Any], **params: Any):
   return None
 
 
+# Bytes of x from which on the memory's speed alone decides, on the CPU.
+_LARGE_BYTES = 2**23
+
+
+def _elementwise_slower(avals: Sequence[Any], **params: Any):
+  """Says where XLA's fusion is faster than a kernel that is elementwise."""
+  del params
+  x = avals[0]
+  if x.dtype.itemsize > 2:
+    return "XLA makes one fusion of it and what follows"
+  size = dispatch.static_size(x.shape)
+  if size is None or size * x.dtype.itemsize >= _LARGE_BYTES:
+    return "`x` is large, and XLA makes one fusion of it and what follows"
+  return None
+
+
 def _normalize_slower_on_cuda(avals: Sequence[Any], **params: Any):
   """Says where XLA's fusion is faster than the kernel that normalises."""
   if avals[0].dtype == jnp.float32 == jnp.dtype(params["dtype"]):
@@ -517,7 +533,9 @@ def _pallas(function: str, x_index: int) -> dispatch.Implementation:
   )
 
 
-def _implementations(fn, unsupported, *, workspace=False, slower_on_cuda=None):
+def _implementations(
+  fn, unsupported, *, workspace=False, slower=None, slower_on_cuda=None
+):
   """Returns the CPU's and CUDA's implementations, which share a function.
 
   Args:
@@ -525,7 +543,8 @@ def _implementations(fn, unsupported, *, workspace=False, slower_on_cuda=None):
       ask for one.
     unsupported: As in `dispatch.Implementation`.
     workspace: Whether the CUDA handler wants one.
-    slower_on_cuda: As `slower` of `dispatch.Implementation`, on CUDA.
+    slower: As in `dispatch.Implementation`, on the CPU.
+    slower_on_cuda: The same on CUDA.
   """
   on_cpu, on_cuda = fn, fn
   if workspace:
@@ -537,6 +556,7 @@ def _implementations(fn, unsupported, *, workspace=False, slower_on_cuda=None):
       fn=on_cpu,
       library=CPU_LIBRARY,
       unsupported=unsupported,
+      slower=slower,
     ),
     dispatch.Implementation(
       name="cuda",
@@ -604,6 +624,7 @@ NORMALIZE = dispatch.Op(
   implementations=_implementations(
     _normalize,
     functools.partial(_unsupported, 0),
+    slower=_elementwise_slower,
     slower_on_cuda=_normalize_slower_on_cuda,
   ),
   batching=_batch_rule,
@@ -627,7 +648,9 @@ GRAD_INPUT = dispatch.Op(
   "batch_stat_grad_input",
   abstract_eval=_grad_input_avals,
   reference=reference.grad_input,
-  implementations=_implementations(_grad_input, _grad_unsupported),
+  implementations=_implementations(
+    _grad_input, _grad_unsupported, slower=_elementwise_slower
+  ),
   batching=_batch_rule,
   partitioning=_partitioning(0, 7, "xxsssss", "x"),
 )

@@ -3,6 +3,9 @@
 The baseline is the expression that flax.nnx's BatchNorm evaluates, in plain
 JAX: jitted, with the running averages donated.
 
+Where XLA normalises, it does so for what follows: `..._residual` adds x to the
+result. `batch_norm_inference_residual` does with the running averages.
+
 A call of one small layer (`..._small`) is mostly dispatch, for which XLA has
 fewer steps in its own program than in one with custom calls; 16 of them in one
 program (`..._small_16`) are what a model has.
@@ -70,6 +73,24 @@ def _ours_batch_norm(x, scale, bias, mean, var):
   )[:3]
 
 
+def _flax_inference(x, scale, bias, mean, var):
+  """The same in evaluation mode."""
+  y = (x - mean) * (lax.rsqrt(var + _EPSILON) * scale) + bias
+  return mean, var, y.astype(x.dtype)
+
+
+def _ours_inference(x, scale, bias, mean, var):
+  return batch_stat.batch_norm(
+    x,
+    scale,
+    bias,
+    mean,
+    var,
+    epsilon=_EPSILON,
+    use_running_average=True,
+  )[:3]
+
+
 def _forward(batch_norm: BatchNorm, x, dy, scale, bias, mean, var):
   """Runs the layer; the gradient `dy` is there to have one signature."""
   del dy
@@ -85,6 +106,16 @@ def _forward_backward(batch_norm: BatchNorm, x, dy, scale, bias, mean, var):
 
   y, pull_back, averages = jax.vjp(normalise, x, scale, bias, has_aux=True)
   return *averages, y, *pull_back(dy)
+
+
+def _with_residual(batch_norm: BatchNorm) -> BatchNorm:
+  """Returns the batch norm with x added to its result."""
+
+  def block(x, *args):
+    *averages, y = batch_norm(x, *args)
+    return *averages, y + x
+
+  return block
 
 
 def _in_layers(batch_norm: BatchNorm) -> BatchNorm:
@@ -175,7 +206,9 @@ def _build_batch_norm(
   step: Callable[..., Any],
   passes_read: int,
   passes_written: int,
+  model: Callable[[BatchNorm], BatchNorm],
   layers: int | None,
+  sides: tuple[BatchNorm, BatchNorm],
   layer: arg_specs.LayerSpec,
   dtype: str,
 ) -> harness.Comparison:
@@ -185,8 +218,9 @@ def _build_batch_norm(
     step: `_forward` or `_forward_backward`.
     passes_read: how often arrays like `x` must be read.
     passes_written: how often they must be written.
-    layers: how many such layers are in one program, one after another; None
-      for one, as it is.
+    model: makes of the batch norm what is measured.
+    layers: how many layers that has; None for one, as it is.
+    sides: ours and the baseline.
     layer: its shape.
     dtype: of `x`, `y` and their gradients.
   """
@@ -200,9 +234,7 @@ def _build_batch_norm(
       averages = (tuple(map(jnp.copy, (one,) * layers)) for one in averages)
     return x, dy, scale, bias, *averages
 
-  ours, baseline = _ours_batch_norm, _flax_batch_norm
-  if layers is not None:
-    ours, baseline = _in_layers(ours), _in_layers(baseline)
+  ours, baseline = map(model, sides)
 
   def side(name: str, batch_norm: BatchNorm) -> harness.Side:
     jitted = jax.jit(functools.partial(step, batch_norm), donate_argnums=(4, 5))
@@ -236,24 +268,30 @@ _PASSES = {
   "batch_norm_fwd": (_forward, 2, 1),
   "batch_norm_fwd_bwd": (_forward_backward, 6, 2),
 }
+_INFERENCE_PASSES = {"batch_norm_inference": (_forward, 1, 1)}
 
 
-def _builders(layers: int | None) -> dict[str, Callable[..., Any]]:
+def _builders(
+  passes: dict[str, Any],
+  model: Callable[[BatchNorm], BatchNorm] = lambda batch_norm: batch_norm,
+  layers: int | None = None,
+  sides: tuple[BatchNorm, BatchNorm] = (_ours_batch_norm, _flax_batch_norm),
+) -> dict[str, Callable[..., harness.Comparison]]:
   return {
-    op: functools.partial(_build_batch_norm, *passes, layers)
-    for op, passes in _PASSES.items()
+    op: functools.partial(_build_batch_norm, *counted, model, layers, sides)
+    for op, counted in passes.items()
   }
 
 
 _UPDATE = {"update": functools.partial(_build_update, None)}
-# On a few layers: a mask for each position, and one for each element.
+# A mask for each position, and one for each element.
 _MASKED = {
   "update_mask": functools.partial(
     _build_update, lambda shape: (*shape[:-1], 1)
   ),
   "update_feature_mask": functools.partial(_build_update, lambda shape: shape),
 }
-_MASKED_LAYERS = arg_specs.BENCH_LAYERS[1::5]
+_SOME_LAYERS = arg_specs.BENCH_LAYERS[1::5]
 # Of a few examples, as of a perceptron.
 _SMALL_LAYERS = tuple(
   arg_specs.LayerSpec(f"{rows}x1x1x{channels}", (rows, 1, 1, channels), 1)
@@ -278,12 +316,19 @@ def cases(settings: harness.Settings) -> Sequence[harness.Case]:
       for layer, dtype in (_QUICK_ROWS if settings.quick else pairs)
     ]
 
-  whole = rows(_UPDATE | _builders(None), arg_specs.BENCH_LAYERS)
+  one = _UPDATE | _builders(_PASSES)
+  whole = rows(one, arg_specs.BENCH_LAYERS)
   if settings.quick:
     return whole
+  residual = _builders(_PASSES, _with_residual) | _builders(
+    _INFERENCE_PASSES,
+    _with_residual,
+    sides=(_ours_inference, _flax_inference),
+  )
   return (
     whole
-    + rows(_MASKED, _MASKED_LAYERS)
-    + rows(_UPDATE | _builders(None), _SMALL_LAYERS, "_small")
-    + rows(_builders(16), _SMALL_LAYERS, "_small_16")
+    + rows(_MASKED, _SOME_LAYERS)
+    + rows(residual, _SOME_LAYERS, "_residual")
+    + rows(one, _SMALL_LAYERS, "_small")
+    + rows(_builders(_PASSES, _in_layers, 16), _SMALL_LAYERS, "_small_16")
   )

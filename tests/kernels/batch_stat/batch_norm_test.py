@@ -481,27 +481,36 @@ class BatchNormCudaTest(BatchNormContract):
     super().setUp()
 
 
-class ChoiceTest(absltest.TestCase):
-  def test_a_training_step_explains_itself(self):
-    x = jnp.ones((64, 32, 32, 64))
-    stat = jnp.ones(64)
+class ChoiceTest(parameterized.TestCase):
+  @parameterized.parameters(
+    ("bfloat16", 64, "cpu", ""),
+    ("bfloat16", 2**16, "xla", "`x` is large, and XLA makes one fusion"),
+    ("float32", 64, "xla", "XLA makes one fusion of it and what follows"),
+    ("float64", 64, "xla", "XLA makes one fusion of it and what follows"),
+  )
+  def test_a_training_step_explains_itself(
+    self, dtype, rows, elementwise, reason
+  ):
+    with jax.enable_x64(dtype == "float64"):
+      x = jax.ShapeDtypeStruct((rows, 64), dtype)
+      stat = jnp.ones(64, "float32")
 
-    def loss(x):
-      return jnp.sum(batch_stat.batch_norm(x, stat, stat, stat, stat).y)
+      def loss(x):
+        y = batch_stat.batch_norm(x, stat, stat, stat, stat).y
+        return jnp.sum(jax.nn.relu(y))
 
-    names = [
-      (choice.op, choice.implementation)
-      for choice in kernels.explain(jax.grad(loss), x, platform="cpu")
-    ]
+      choices = kernels.explain(jax.grad(loss), x, platform="cpu")
     self.assertEqual(
-      names,
+      [(choice.op, choice.implementation) for choice in choices],
       [
         ("batch_stat_train", "cpu"),
-        ("batch_stat_normalize", "cpu"),
+        ("batch_stat_normalize", elementwise),
         ("batch_stat_grad_sums", "cpu"),
-        ("batch_stat_grad_input", "cpu"),
+        ("batch_stat_grad_input", elementwise),
       ],
     )
+    self.assertIn(reason, choices[1].reason)
+    self.assertIn(reason, choices[3].reason)
 
 
 if __name__ == "__main__":

@@ -129,10 +129,11 @@ def test_batch_norm_is_one_kernel_call_with_its_averages():
     y = step(model, x)
     return y, nnx.state(model)
 
-  text = jax.jit(pure).lower(state, array(4, 3)).as_text()
-  assert hlo.custom_calls(text, "fused_nnx_batch_stat_train") == 1
-  assert hlo.custom_calls(text, "fused_nnx_batch_stat_normalize") == 1
-  assert "stablehlo.reduce" not in text
+  for dtype, calls in ((jnp.float32, 0), (jnp.bfloat16, 1)):
+    text = jax.jit(pure).lower(state, array(4, 3, dtype=dtype)).as_text()
+    assert hlo.custom_calls(text, "fused_nnx_batch_stat_train") == 1
+    assert hlo.custom_calls(text, "fused_nnx_batch_stat_normalize") == calls
+    assert "stablehlo.reduce" not in text
 
 
 def test_batch_norm_reads_half_precision_without_a_wide_copy():
