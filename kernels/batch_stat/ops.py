@@ -309,20 +309,25 @@ def _unsupported(x_index: int, avals: Sequence[Any], **params: Any):
   return None
 
 
-# Bytes of x from which on the memory's speed alone decides, on the CPU.
-_LARGE_BYTES = 2**23
+# Bytes of x from which going over memory once more costs the CPU more than a
+# call into a library.
+_FUSED_BYTES = 2**17
 
 
-def _elementwise_slower(avals: Sequence[Any], **params: Any):
+def _normalize_slower(avals: Sequence[Any], **params: Any):
   """Says where XLA's fusion is faster than a kernel that is elementwise."""
   del params
-  x = avals[0]
-  if x.dtype.itemsize > 2:
+  size = dispatch.static_size(avals[0].shape)
+  if size is None or size * avals[0].dtype.itemsize >= _FUSED_BYTES:
     return "XLA makes one fusion of it and what follows"
-  size = dispatch.static_size(x.shape)
-  if size is None or size * x.dtype.itemsize >= _LARGE_BYTES:
-    return "`x` is large, and XLA makes one fusion of it and what follows"
   return None
+
+
+def _grad_input_slower(avals: Sequence[Any], **params: Any):
+  """Says the same of dx, which XLA takes longer for in half precision."""
+  if avals[0].dtype.itemsize == 2:
+    return None
+  return _normalize_slower(avals, **params)
 
 
 def _normalize_slower_on_cuda(avals: Sequence[Any], **params: Any):
@@ -624,7 +629,7 @@ NORMALIZE = dispatch.Op(
   implementations=_implementations(
     _normalize,
     functools.partial(_unsupported, 0),
-    slower=_elementwise_slower,
+    slower=_normalize_slower,
     slower_on_cuda=_normalize_slower_on_cuda,
   ),
   batching=_batch_rule,
@@ -649,7 +654,7 @@ GRAD_INPUT = dispatch.Op(
   abstract_eval=_grad_input_avals,
   reference=reference.grad_input,
   implementations=_implementations(
-    _grad_input, _grad_unsupported, slower=_elementwise_slower
+    _grad_input, _grad_unsupported, slower=_grad_input_slower
   ),
   batching=_batch_rule,
   partitioning=_partitioning(0, 7, "xxsssss", "x"),

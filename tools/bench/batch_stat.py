@@ -278,8 +278,10 @@ def _builders(
   sides: tuple[BatchNorm, BatchNorm] = (_ours_batch_norm, _flax_batch_norm),
 ) -> dict[str, Callable[..., harness.Comparison]]:
   return {
-    op: functools.partial(_build_batch_norm, *counted, model, layers, sides)
-    for op, counted in passes.items()
+    op: functools.partial(
+      _build_batch_norm, step, read, written, model, layers, sides
+    )
+    for op, (step, read, written) in passes.items()
   }
 
 
