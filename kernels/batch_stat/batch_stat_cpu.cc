@@ -65,6 +65,11 @@ struct Cut {
   }
 };
 
+// A mask of rows is no longer one of folded rows.
+bool MayFold(const Mask& mask) {
+  return mask.data == nullptr || mask.per_channel;
+}
+
 Cut CutWork(const Geometry& g, int64_t element_bytes, bool may_fold,
             bool sums) {
   const int64_t most_columns = sums ? 2 * kPartColumns : kMaxFoldedColumns;
@@ -357,8 +362,7 @@ void Moments(const ParallelLoop& loop, SimdLevel level,
     return;
   }
   const int64_t element_bytes = sizeof(typename T::Storage);
-  const bool foldable = mask.data == nullptr || mask.per_channel;
-  const Cut cut = CutWork(g, element_bytes, foldable, /*sums=*/true);
+  const Cut cut = CutWork(g, element_bytes, MayFold(mask), /*sums=*/true);
   const bool by_rows = g.inner == 1;
   const bool each_count = mask.per_channel || !by_rows;
   Partial<A> partial(g.groups * cut.outer_parts * g.channels);
@@ -526,8 +530,7 @@ void GradInputAll(const ParallelLoop& loop, SimdLevel level,
   if (g.elements() == 0) return;
   const int64_t element_bytes =
       2 * sizeof(typename T::Storage) + sizeof(typename U::Storage);
-  const bool foldable = mask.data == nullptr || mask.per_channel;
-  const Cut cut = CutWork(g, element_bytes, foldable, /*sums=*/false);
+  const Cut cut = CutWork(g, element_bytes, MayFold(mask), /*sums=*/false);
   const Folded<A> means(mean, g, cut.fold);
   const Folded<A> muls(mul, g, cut.fold);
   const Folded<A> biases(bias, g, cut.fold);

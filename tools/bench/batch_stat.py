@@ -67,9 +67,9 @@ def _flax_batch_norm(x, scale, bias, mean, var):
   return *averages, y.astype(x.dtype)
 
 
-def _ours_batch_norm(x, scale, bias, mean, var):
+def _ours_batch_norm(x, scale, bias, mean, var, **options):
   return batch_stat.batch_norm(
-    x, scale, bias, mean, var, momentum=_MOMENTUM, epsilon=_EPSILON
+    x, scale, bias, mean, var, momentum=_MOMENTUM, epsilon=_EPSILON, **options
   )[:3]
 
 
@@ -79,16 +79,7 @@ def _flax_inference(x, scale, bias, mean, var):
   return mean, var, y.astype(x.dtype)
 
 
-def _ours_inference(x, scale, bias, mean, var):
-  return batch_stat.batch_norm(
-    x,
-    scale,
-    bias,
-    mean,
-    var,
-    epsilon=_EPSILON,
-    use_running_average=True,
-  )[:3]
+_ours_inference = functools.partial(_ours_batch_norm, use_running_average=True)
 
 
 def _forward(batch_norm: BatchNorm, x, dy, scale, bias, mean, var):
