@@ -212,7 +212,8 @@ __global__ void __launch_bounds__(
   constexpr int kBatchValues = kLast ? kUnroll : kUnroll * kVec;
   constexpr int kRunBatches =
       kRunValues > kBatchValues ? kRunValues / kBatchValues : 1;
-  const Part part = PartOf(walk, blockIdx.x);
+  cuda::LetNextBegin();
+  const Part part = PartOf(walk);
   const Column column = ColumnOf<kVec, kLast>(walk, part.column);
   Cursor cursor = CursorOf<kVec, kLast>(walk, part, column);
   A states[kStates][kMomentsParts] = {};
@@ -293,7 +294,8 @@ __global__ void __launch_bounds__(
   using A = typename T::Compute;
   constexpr int kStates = kStatesOf<kVec, kLast>;
   constexpr int kUnroll = kMomentsTuning<kStates>.unroll / 2;
-  const Part part = PartOf(walk, blockIdx.x);
+  cuda::LetNextBegin();
+  const Part part = PartOf(walk);
   const Column column = ColumnOf<kVec, kLast>(walk, part.column);
   Cursor cursor = CursorOf<kVec, kLast>(walk, part, column);
   A mean[kStates];
@@ -341,10 +343,9 @@ cudaError_t LaunchMoments(cudaStream_t stream, const Geometry& geometry,
     constexpr int kVec = vec();
     constexpr bool kLast = last();
     Walk walk = MakeWalk<kVec, kLast>(geometry);
-    walk.each = CeilDiv<int64_t>(walk.steps, splits);
+    CutInTurns<kVec, kLast>(splits, &walk);
     dim3 grid;
-    KERNELS_RETURN_IF_CUDA_ERROR(
-        GridOf(walk.groups * walk.columns * splits, &grid));
+    KERNELS_RETURN_IF_CUDA_ERROR(GridOf(walk, &grid));
     auto* kernel = mask.data != nullptr ? MomentsKernel<T, kVec, kLast, true>
                                         : MomentsKernel<T, kVec, kLast, false>;
     KERNELS_RETURN_IF_CUDA_ERROR(cuda::Launch(kernel, grid, dim3(kThreads), 0,

@@ -49,7 +49,8 @@ __global__ void __launch_bounds__(
   using A = typename T::Compute;
   constexpr int kStates = kStatesOf<kVec, kLast>;
   constexpr int kUnroll = kGradSumsTuning<kStates>.unroll;
-  const Part part = PartOf(walk, blockIdx.x);
+  cuda::LetNextBegin();
+  const Part part = PartOf(walk);
   const Column column = ColumnOf<kVec, kLast>(walk, part.column);
   Cursor cursor = CursorOf<kVec, kLast>(walk, part, column);
   A mean[kStates], mul[kStates] = {}, bias[kStates] = {};
@@ -101,12 +102,6 @@ __global__ void __launch_bounds__(
                                     partial, finish);
 }
 
-// Elementwise blocks go from the end of x backwards, where the pass before has
-// left what still lies in the cache.
-__device__ __forceinline__ Part LatestPartOf(const Walk& walk) {
-  return PartOf(walk, gridDim.x - 1 - blockIdx.x);
-}
-
 template <typename T, typename U, int kVec, bool kLast>
 __global__ void __launch_bounds__(
     kThreads, (kNormalizeTuning<kStatesOf<kVec, kLast>>.blocks))
@@ -118,7 +113,7 @@ __global__ void __launch_bounds__(
   using A = typename T::Compute;
   constexpr int kStates = kStatesOf<kVec, kLast>;
   constexpr int kUnroll = kNormalizeTuning<kStates>.unroll;
-  const Part part = LatestPartOf(walk);
+  const Part part = PartOf(walk);
   const Column column = ColumnOf<kVec, kLast>(walk, part.column);
   Cursor cursor = CursorOf<kVec, kLast>(walk, part, column);
   A mean[kStates], mul[kStates], bias[kStates];
@@ -172,7 +167,7 @@ __global__ void __launch_bounds__(
   constexpr int kFull = kGradInputTuning<kStates>.unroll;
   // Which values count wants registers as well.
   constexpr int kUnroll = kMasked ? (kFull + 1) / 2 : kFull;
-  const Part part = LatestPartOf(walk);
+  const Part part = PartOf(walk);
   const Column column = ColumnOf<kVec, kLast>(walk, part.column);
   Cursor cursor = CursorOf<kVec, kLast>(walk, part, column);
   A mean[kStates], mul[kStates], bias[kStates] = {}, c0[kStates], c1[kStates];
@@ -224,18 +219,19 @@ __global__ void __launch_bounds__(
 
 // Cuts each column of an elementwise kernel into parts, whole batches of
 // `unroll` steps: enough to fill the device several times, but with work for
-// each. Returns into how many.
-inline cudaError_t CutElementwise(int unroll, Walk* walk, int64_t* splits) {
+// each.
+template <int kVec, bool kLast>
+cudaError_t CutElementwise(int unroll, Walk* walk) {
   int multiprocessors = 0;
   const cudaError_t error = cuda::MultiprocessorCount(&multiprocessors);
   const int64_t wanted = CeilDiv<int64_t>(int64_t{32} * multiprocessors,
                                           walk->groups * walk->columns);
   const int64_t each = CeilDiv<int64_t>(walk->steps, wanted);
-  walk->each =
+  CutInOrder<kVec, kLast>(
       CeilDiv<int64_t>(each < kElementwiseSteps ? each : kElementwiseSteps,
                        unroll) *
-      unroll;
-  *splits = CeilDiv<int64_t>(walk->steps, walk->each);
+          unroll,
+      walk);
   return error;
 }
 
@@ -250,12 +246,10 @@ cudaError_t LaunchNormalize(cudaStream_t stream, const Geometry& geometry,
     constexpr int kVec = vec();
     constexpr bool kLast = last();
     Walk walk = MakeWalk<kVec, kLast>(geometry);
-    int64_t splits = 1;
-    KERNELS_RETURN_IF_CUDA_ERROR(CutElementwise(
-        kNormalizeTuning<kStatesOf<kVec, kLast>>.unroll, &walk, &splits));
+    KERNELS_RETURN_IF_CUDA_ERROR((CutElementwise<kVec, kLast>(
+        kNormalizeTuning<kStatesOf<kVec, kLast>>.unroll, &walk)));
     dim3 grid;
-    KERNELS_RETURN_IF_CUDA_ERROR(
-        GridOf(walk.groups * walk.columns * splits, &grid));
+    KERNELS_RETURN_IF_CUDA_ERROR(GridOf(walk, &grid));
     return cuda::Launch(NormalizeKernel<T, U, kVec, kLast>, grid,
                         dim3(kThreads), 0, stream, walk, x, mean, mul, bias,
                         relu, y);
@@ -278,10 +272,9 @@ cudaError_t LaunchGradSums(cudaStream_t stream, const Geometry& geometry,
     constexpr int kVec = vec();
     constexpr bool kLast = last();
     Walk walk = MakeWalk<kVec, kLast>(geometry);
-    walk.each = CeilDiv<int64_t>(walk.steps, splits);
+    CutInTurns<kVec, kLast>(splits, &walk);
     dim3 grid;
-    KERNELS_RETURN_IF_CUDA_ERROR(
-        GridOf(walk.groups * walk.columns * splits, &grid));
+    KERNELS_RETURN_IF_CUDA_ERROR(GridOf(walk, &grid));
     KERNELS_RETURN_IF_CUDA_ERROR(cuda::Launch(
         GradSumsKernel<T, U, kVec, kLast>, grid, dim3(kThreads), 0, stream,
         walk, x, dy, mean, mul, bias, relu, workspace, splits, finish));
@@ -302,12 +295,10 @@ cudaError_t LaunchGradInput(
     constexpr int kVec = vec();
     constexpr bool kLast = last();
     Walk walk = MakeWalk<kVec, kLast>(geometry);
-    int64_t splits = 1;
-    KERNELS_RETURN_IF_CUDA_ERROR(CutElementwise(
-        kGradInputTuning<kStatesOf<kVec, kLast>>.unroll, &walk, &splits));
+    KERNELS_RETURN_IF_CUDA_ERROR((CutElementwise<kVec, kLast>(
+        kGradInputTuning<kStatesOf<kVec, kLast>>.unroll, &walk)));
     dim3 grid;
-    KERNELS_RETURN_IF_CUDA_ERROR(
-        GridOf(walk.groups * walk.columns * splits, &grid));
+    KERNELS_RETURN_IF_CUDA_ERROR(GridOf(walk, &grid));
     auto* kernel = mask.data != nullptr
                        ? GradInputKernel<T, U, kVec, kLast, true>
                        : GradInputKernel<T, U, kVec, kLast, false>;

@@ -184,7 +184,8 @@ __device__ void EndReduction(const Walk& walk, const Part& part,
 constexpr int kFinishThreads = 1024;
 constexpr int kFinishChannels = 8;
 
-// Adds up the parts that EndReduction left.
+// Adds up the parts that EndReduction left. Its blocks are there before they
+// are needed.
 template <typename Sum, typename A, typename Finish>
 __global__ void __launch_bounds__(kFinishThreads)
     FinishKernel(const A* __restrict__ partial, int64_t splits, int64_t all,
@@ -200,6 +201,7 @@ __global__ void __launch_bounds__(kFinishThreads)
   const int64_t first = static_cast<int64_t>(blockIdx.x) * kFinishChannels;
   const int64_t stat = first + me % kFinishChannels;
   A state[kParts] = {};
+  cuda::WaitForPrevious();
   if (stat < all) {
     for (int64_t split = me / kFinishChannels; split < splits;
          split += kUnroll * by) {
@@ -250,9 +252,9 @@ cudaError_t LaunchFinish(cudaStream_t stream, const A* partial, int64_t splits,
   const cudaError_t error =
       GridOf(CeilDiv<int64_t>(all, kFinishChannels), &grid);
   if (error != cudaSuccess) return error;
-  return cuda::Launch(FinishKernel<Sum, A, Finish>, grid,
-                      dim3(static_cast<unsigned>(warps * cuda::kWarp)), 0,
-                      stream, partial, splits, all, finish);
+  return cuda::LaunchEarly(FinishKernel<Sum, A, Finish>, grid,
+                           dim3(static_cast<unsigned>(warps * cuda::kWarp)), 0,
+                           stream, partial, splits, all, finish);
 }
 
 }  // namespace kernels::batch_stat

@@ -12,6 +12,11 @@
 // - features further in front: a column is one channel, and a step takes the
 //   next 256 vectors of its positions, whatever rows of `inner` they lie in, so
 //   that no thread is idle where rows are short or end within a step.
+//
+// Sums go from the end of x to its start, all parts at the same pace, and what
+// is elementwise from the start to the end. So each of them begins with what
+// the one before has left in the cache, and so does a kernel of XLA's, which
+// goes from the start to the end, before or after.
 
 #ifndef KERNELS_BATCH_STAT_WALK_CUDA_H_
 #define KERNELS_BATCH_STAT_WALK_CUDA_H_
@@ -76,9 +81,12 @@ struct Walk {
   int32_t by;
   int64_t columns;  // of each group
   int64_t steps;    // of each column
-  int64_t each;     // steps of each part of a column
   int64_t vectors;  // of each row of `inner`; features in front only
-  // What a step adds to a Cursor, and what the end of a row adds to `x`.
+  int64_t splits;   // parts of each column
+  // Parts of `each` steps, one after the other from the start; or, where that
+  // is 0, parts that take turns, step by step, from the end.
+  int64_t each;
+  // What going on adds to a Cursor, and what the end of a row adds to `x`.
   int64_t step_x;
   int64_t step_shared;
   int64_t step_vector;
@@ -91,7 +99,7 @@ inline int64_t PowerOfTwoFrom(int64_t n, int64_t most) {
   return power;
 }
 
-// The walk over columns in one part.
+// The walk over columns, still without parts.
 template <int kVec, bool kLast>
 Walk MakeWalk(const Geometry& g) {
   Walk walk = {};
@@ -105,22 +113,51 @@ Walk MakeWalk(const Geometry& g) {
     walk.by = kThreads / walk.bx;
     walk.columns = CeilDiv<int64_t>(vectors, walk.bx);
     walk.steps = CeilDiv<int64_t>(g.outer, walk.by);
-    walk.step_x = walk.by * g.channels;
-    walk.step_shared = walk.by;
   } else {
     walk.bx = kThreads;
     walk.by = 1;
     walk.columns = g.channels;
     walk.vectors = g.inner / kVec;
     walk.steps = CeilDiv<int64_t>(g.outer * walk.vectors, kThreads);
-    walk.step_vector = kThreads % walk.vectors;
-    walk.step_x = kThreads / walk.vectors * g.channels * g.inner +
-                  walk.step_vector * kVec;
-    walk.step_shared = kThreads * kVec;
     walk.wrap_x = (g.channels - 1) * g.inner;
   }
-  walk.each = walk.steps;
   return walk;
+}
+
+// Lets a part go on by `steps` of the column's, back where that is negative.
+template <int kVec, bool kLast>
+void SetPace(int64_t steps, Walk* walk) {
+  if constexpr (kLast) {
+    walk->step_x = steps * walk->by * walk->channels;
+    walk->step_shared = steps * walk->by;
+  } else {
+    const int64_t positions = steps * kThreads;
+    // Back by some vectors is a row more back and the others forward.
+    int64_t forward = positions % walk->vectors;
+    if (forward < 0) forward += walk->vectors;
+    walk->step_vector = forward;
+    walk->step_x = (positions - forward) / walk->vectors * walk->channels *
+                       walk->inner +
+                   forward * kVec;
+    walk->step_shared = positions * kVec;
+  }
+}
+
+// Cuts each column into parts of `each` steps, from the start to the end.
+template <int kVec, bool kLast>
+void CutInOrder(int64_t each, Walk* walk) {
+  walk->each = each;
+  walk->splits = CeilDiv<int64_t>(walk->steps, each);
+  SetPace<kVec, kLast>(1, walk);
+}
+
+// Cuts each column into `splits` parts that take turns, from the end to the
+// start.
+template <int kVec, bool kLast>
+void CutInTurns(int64_t splits, Walk* walk) {
+  walk->each = 0;
+  walk->splits = splits;
+  SetPace<kVec, kLast>(-splits, walk);
 }
 
 // One thread's part of a column: kVec channels, or one.
@@ -148,25 +185,17 @@ __device__ __forceinline__ Column ColumnOf(const Walk& walk, int64_t index) {
   return column;
 }
 
-// What a block has to do: its column, and which of its steps.
+// What a block has to do: its column, and which of its parts.
 struct Part {
   int64_t column;
   int64_t split;
-  int64_t first;
-  int64_t last;
 };
 
 // Blocks that follow one another do what follows in memory, as far as there are
 // parts.
-__device__ __forceinline__ Part PartOf(const Walk& walk, unsigned block) {
-  Part part;
+__device__ __forceinline__ Part PartOf(const Walk& walk) {
   const unsigned columns = static_cast<unsigned>(walk.groups * walk.columns);
-  part.column = block % columns;
-  part.split = block / columns;
-  part.first = part.split * walk.each;
-  part.last =
-      part.first + walk.each < walk.steps ? part.first + walk.each : walk.steps;
-  return part;
+  return {blockIdx.x % columns, blockIdx.x / columns};
 }
 
 // Where one access goes: offsets into x and into a mask that the channels
@@ -211,31 +240,35 @@ template <int kVec, bool kLast>
 __device__ __forceinline__ Cursor CursorOf(const Walk& walk, const Part& part,
                                            const Column& column) {
   const int me = static_cast<int>(threadIdx.x);
+  // Of the column, rows or vectors of positions: in a step, and all.
+  const int64_t unit = kLast ? walk.by : kThreads;
+  const int64_t all = kLast ? walk.outer : walk.outer * walk.vectors;
+  int64_t at = kLast ? me / walk.bx : me;
   Cursor cursor = {};
+  if (walk.each > 0) {
+    at += part.split * walk.each * unit;
+    const int64_t end = (part.split + 1) * walk.each * unit;
+    const int64_t count = (end < all ? end : all) - at;
+    if (count > 0) cursor.left = CeilDiv<int64_t>(count, unit);
+  } else {
+    int64_t step = walk.steps - 1 - part.split;
+    if (step * unit + at >= all) step -= walk.splits;
+    if (step >= 0) cursor.left = step / walk.splits + 1;
+    at += step * unit;
+  }
   if constexpr (kLast) {
-    const int64_t row = part.first * walk.by + me / walk.bx;
-    const int64_t end = part.last * walk.by;
-    const int64_t rows = (end < walk.outer ? end : walk.outer) - row;
-    const int64_t at = column.group * walk.outer + row;
+    at += column.group * walk.outer;
     cursor.place.x = at * walk.channels + column.channel;
     cursor.place.shared = at;
-    if (column.inside && rows > 0) {
-      cursor.left = CeilDiv<int64_t>(rows, walk.by);
-    }
+    if (!column.inside) cursor.left = 0;
   } else {
-    const int64_t position = part.first * kThreads + me;
-    const int64_t end = part.last * kThreads;
-    const int64_t all = walk.outer * walk.vectors;
-    const int64_t row = position / walk.vectors;
-    cursor.vector = position % walk.vectors;
+    const int64_t row = at / walk.vectors;
+    cursor.vector = at % walk.vectors;
     cursor.place.x =
         ((column.group * walk.outer + row) * walk.channels + column.channel) *
             walk.inner +
         cursor.vector * kVec;
-    cursor.place.shared =
-        column.group * walk.outer * walk.inner + position * kVec;
-    const int64_t positions = (end < all ? end : all) - position;
-    if (positions > 0) cursor.left = CeilDiv<int64_t>(positions, kThreads);
+    cursor.place.shared = column.group * walk.outer * walk.inner + at * kVec;
   }
   return cursor;
 }
@@ -320,10 +353,16 @@ cudaError_t DispatchWalk(const Geometry& g, const Body& body,
   return wide ? body(Wide{}, No{}) : body(One{}, No{});
 }
 
+// The grid of so many blocks.
 inline cudaError_t GridOf(int64_t blocks, dim3* grid) {
   if (blocks > INT32_MAX) return cudaErrorInvalidConfiguration;
   *grid = dim3(static_cast<unsigned>(blocks));
   return cudaSuccess;
+}
+
+// The grid that has a block for each part.
+inline cudaError_t GridOf(const Walk& walk, dim3* grid) {
+  return GridOf(walk.groups * walk.columns * walk.splits, grid);
 }
 
 }  // namespace kernels::batch_stat
