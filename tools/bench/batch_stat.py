@@ -6,6 +6,9 @@ JAX: jitted, with the running averages donated.
 Where XLA normalises, it does so for what follows: `..._residual` adds x to the
 result. `batch_norm_inference_residual` does with the running averages.
 
+What comes before can be elementwise as well (`..._prologue`): XLA computes it
+anew wherever x is read, and a custom call reads x from memory.
+
 A call of one small layer (`..._small`) is mostly dispatch, for which XLA has
 fewer steps in its own program than in one with custom calls; 16 of them in one
 program (`..._small_16`) are what a model has.
@@ -109,6 +112,11 @@ def _with_residual(batch_norm: BatchNorm) -> BatchNorm:
   return block
 
 
+def _with_prologue(batch_norm: BatchNorm) -> BatchNorm:
+  """Returns the batch norm of what is elementwise in x."""
+  return lambda x, *args: batch_norm(jax.nn.relu(x), *args)
+
+
 def _in_layers(batch_norm: BatchNorm) -> BatchNorm:
   """Returns the batch norm of several layers, one after another."""
 
@@ -135,6 +143,7 @@ def _make_input(shape: tuple[int, ...], dtype: str, seed: int) -> jax.Array:
 
 def _build_update(
   mask_of: Callable[[tuple[int, ...]], tuple[int, ...]] | None,
+  prologue: Callable[[jax.Array], jax.Array],
   layer: arg_specs.LayerSpec,
   dtype: str,
 ) -> harness.Comparison:
@@ -142,6 +151,7 @@ def _build_update(
 
   Args:
     mask_of: the shape of a mask for an x of some shape; None for no mask.
+    prologue: makes of an array the x whose statistics are taken.
     layer: its shape.
     dtype: of x.
   """
@@ -153,6 +163,7 @@ def _build_update(
     masks.append(jnp.asarray(random.random(mask_of(layer.shape)) < 0.8))
 
   def ours(x, mean, var, mask=None):
+    x = prologue(x)
     return batch_stat.update(x, mean, var, momentum=_MOMENTUM, mask=mask)[:2]
 
   def side(name: str, function: Callable[..., Any]) -> harness.Side:
@@ -164,7 +175,10 @@ def _build_update(
       advance=lambda state, result: (state[0], *result, *state[3:]),
     )
 
-  baseline = side("flax.nnx expression, jit", _flax_update)
+  def expression(x, *args):
+    return _flax_update(prologue(x), *args)
+
+  baseline = side("flax.nnx expression, jit", expression)
   return harness.Comparison(
     ours=side("kernels.batch_stat.update", ours),
     baselines=[baseline],
@@ -276,13 +290,19 @@ def _builders(
   }
 
 
-_UPDATE = {"update": functools.partial(_build_update, None)}
+def _as_it_is(x: jax.Array) -> jax.Array:
+  return x
+
+
+_UPDATE = {"update": functools.partial(_build_update, None, _as_it_is)}
 # A mask for each position, and one for each element.
 _MASKED = {
   "update_mask": functools.partial(
-    _build_update, lambda shape: (*shape[:-1], 1)
+    _build_update, lambda shape: (*shape[:-1], 1), _as_it_is
   ),
-  "update_feature_mask": functools.partial(_build_update, lambda shape: shape),
+  "update_feature_mask": functools.partial(
+    _build_update, lambda shape: shape, _as_it_is
+  ),
 }
 _SOME_LAYERS = arg_specs.BENCH_LAYERS[1::5]
 # Of a few examples, as of a perceptron.
@@ -318,9 +338,13 @@ def cases(settings: harness.Settings) -> Sequence[harness.Case]:
     _with_residual,
     sides=(_ours_inference, _flax_inference),
   )
+  prologue = {
+    "update": functools.partial(_build_update, None, jax.nn.relu)
+  } | _builders(_PASSES, _with_prologue)
   return (
     whole
     + rows(_MASKED, _SOME_LAYERS)
+    + rows(prologue, _SOME_LAYERS, "_prologue")
     + rows(residual, _SOME_LAYERS, "_residual")
     + rows(one, _SMALL_LAYERS, "_small")
     + rows(_builders(_PASSES, _in_layers, 16), _SMALL_LAYERS, "_small_16")
