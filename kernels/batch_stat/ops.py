@@ -309,32 +309,92 @@ def _unsupported(x_index: int, avals: Sequence[Any], **params: Any):
   return None
 
 
+# ---- Where XLA is faster: it makes one fusion of what is elementwise and its
+# neighbours, which a custom call keeps apart, each with a write and a read of a
+# whole array; and some sums it does at the memory's speed.
+
+_FUSES = "XLA makes one fusion of it and what follows"
+
 # Bytes of x from which going over memory once more costs the CPU more than a
 # call into a library.
 _FUSED_BYTES = 2**17
 
+# Bytes of x from which a GPU's sums are the time it takes, not launches.
+_SUMMED_BYTES = 2**22
 
-def _normalize_slower(avals: Sequence[Any], **params: Any):
-  """Says where XLA's fusion is faster than a kernel that is elementwise."""
+
+def _is_small(x: Any, least_bytes: int) -> bool:
+  size = dispatch.static_size(x.shape)
+  return size is not None and size * x.dtype.itemsize < least_bytes
+
+
+def _normalize_slower(avals: Sequence[Any], *, relu: bool, **params: Any):
+  """Says where XLA's fusion is faster than the CPU's kernel that normalises.
+
+  After relu most often nothing elementwise follows, and XLA takes longer in
+  half precision.
+  """
   del params
-  size = dispatch.static_size(avals[0].shape)
-  if size is None or size * avals[0].dtype.itemsize >= _FUSED_BYTES:
-    return "XLA makes one fusion of it and what follows"
-  return None
+  x = avals[0]
+  if _is_small(x, _FUSED_BYTES) or (relu and x.dtype.itemsize == 2):
+    return None
+  return _FUSES
 
 
 def _grad_input_slower(avals: Sequence[Any], **params: Any):
   """Says the same of dx, which XLA takes longer for in half precision."""
-  if avals[0].dtype.itemsize == 2:
+  del params
+  x = avals[0]
+  if _is_small(x, _FUSED_BYTES) or x.dtype.itemsize == 2:
     return None
-  return _normalize_slower(avals, **params)
+  return _FUSES
 
 
-def _normalize_slower_on_cuda(avals: Sequence[Any], **params: Any):
-  """Says where XLA's fusion is faster than the kernel that normalises."""
-  if avals[0].dtype == jnp.float32 == jnp.dtype(params["dtype"]):
-    return "one fusion normalises float32, and takes in what follows"
+def _sums_slower_on_cuda(
+  x_index: int, avals: Sequence[Any], *, feature_axis: int, **params: Any
+):
+  """Says where XLA sums as fast on a GPU, and takes in what makes x."""
+  del params
+  x, *mask = avals[x_index:]
+  if x.dtype == jnp.float32:
+    return (
+      "XLA sums float32 at the memory's speed, and fuses it with what makes it"
+    )
+  if mask:
+    return "XLA sums faster under a mask"
+  if dispatch.static_size(x.shape[feature_axis + 1 :]) != 1:
+    return "XLA sums faster where features are not last"
+  if _is_small(x, _SUMMED_BYTES):
+    return f"XLA sums less than {_SUMMED_BYTES >> 20} MiB with fewer launches"
   return None
+
+
+def _grad_sums_slower_on_cuda(
+  avals: Sequence[Any], *, relu: bool, **params: Any
+):
+  """Says the same of the gradient's sums.
+
+  Without relu in it, dy most often comes from an activation's gradient.
+  """
+  if not relu:
+    return "XLA makes one fusion of the sums and what makes dy"
+  return _sums_slower_on_cuda(0, avals[:1], **params)
+
+
+def _normalize_slower_on_cuda(
+  avals: Sequence[Any], *, relu: bool, **params: Any
+):
+  """Says where XLA's fusion is faster than CUDA's kernel that normalises."""
+  del params
+  x = avals[0]
+  if relu and x.dtype.itemsize == 2 and not _is_small(x, _SUMMED_BYTES):
+    return None
+  return _FUSES
+
+
+def _grad_input_slower_on_cuda(avals: Sequence[Any], **params: Any):
+  del avals, params
+  return _FUSES
 
 
 def _grad_unsupported(avals: Sequence[Any], **params: Any):
@@ -583,6 +643,7 @@ UPDATE = dispatch.Op(
       _update,
       functools.partial(_unsupported, 3),
       workspace=True,
+      slower_on_cuda=functools.partial(_sums_slower_on_cuda, 3),
     ),
     _pallas("update", 3),
   ),
@@ -599,6 +660,7 @@ TRAIN = dispatch.Op(
       _train,
       functools.partial(_unsupported, 4),
       workspace=True,
+      slower_on_cuda=functools.partial(_sums_slower_on_cuda, 4),
     ),
     _pallas("train", 4),
   ),
@@ -615,6 +677,7 @@ MOMENTS = dispatch.Op(
       _moments,
       functools.partial(_unsupported, 0),
       workspace=True,
+      slower_on_cuda=functools.partial(_sums_slower_on_cuda, 0),
     ),
     _pallas("moments", 0),
   ),
@@ -644,6 +707,7 @@ GRAD_SUMS = dispatch.Op(
     _grad_sums,
     _grad_unsupported,
     workspace=True,
+    slower_on_cuda=_grad_sums_slower_on_cuda,
   ),
   batching=_batch_rule,
   partitioning=_partitioning(0, 7, "xxsssss", "ssss", _combine_sums),
@@ -654,7 +718,10 @@ GRAD_INPUT = dispatch.Op(
   abstract_eval=_grad_input_avals,
   reference=reference.grad_input,
   implementations=_implementations(
-    _grad_input, _grad_unsupported, slower=_grad_input_slower
+    _grad_input,
+    _grad_unsupported,
+    slower=_grad_input_slower,
+    slower_on_cuda=_grad_input_slower_on_cuda,
   ),
   batching=_batch_rule,
   partitioning=_partitioning(0, 7, "xxsssss", "x"),

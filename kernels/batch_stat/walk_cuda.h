@@ -136,9 +136,9 @@ void SetPace(int64_t steps, Walk* walk) {
     int64_t forward = positions % walk->vectors;
     if (forward < 0) forward += walk->vectors;
     walk->step_vector = forward;
-    walk->step_x = (positions - forward) / walk->vectors * walk->channels *
-                       walk->inner +
-                   forward * kVec;
+    walk->step_x =
+        (positions - forward) / walk->vectors * walk->channels * walk->inner +
+        forward * kVec;
     walk->step_shared = positions * kVec;
   }
 }

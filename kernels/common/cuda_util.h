@@ -461,17 +461,29 @@ __device__ __forceinline__ Vector<T, N> VectorFromCompute(
 // other threads after a barrier as well.
 
 // Starts a copy of `from`, or of zeros where `valid` is false: nothing is read
-// then. Before compute capability 8.0, copies at once.
+// then. With kOnce, the cache gives up first what is copied: it is not read
+// again. Before compute capability 8.0, copies at once.
+template <bool kOnce>
 __device__ __forceinline__ void CopyAsync(uint4* to, const uint4* from,
                                           bool valid) {
 #if defined(KERNELS_CUDA_EMULATION)
   emulation::CopyAsync(to, valid ? from : nullptr);
 #elif defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
-  asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;"
-               :
-               : "r"(static_cast<uint32_t>(__cvta_generic_to_shared(to))),
-                 "l"(from), "r"(valid ? 16 : 0)
-               : "memory");
+  const auto at = static_cast<uint32_t>(__cvta_generic_to_shared(to));
+  if constexpr (kOnce) {
+    uint64_t policy;
+    asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+    asm volatile(
+        "cp.async.cg.shared.global.L2::cache_hint.L2::128B [%0], [%1], 16, %2, "
+        "%3;" ::"r"(at),
+        "l"(from), "r"(valid ? 16 : 0), "l"(policy)
+        : "memory");
+  } else {
+    asm volatile(
+        "cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(at),
+        "l"(from), "r"(valid ? 16 : 0)
+        : "memory");
+  }
 #else
   *to = valid ? __ldg(from) : make_uint4(0, 0, 0, 0);
 #endif

@@ -18,6 +18,12 @@ namespace decode_attention {
 constexpr int kAttendThreads = 128;
 constexpr int kAttendWarps = kAttendThreads / cuda::kWarp;
 
+// Whether to tell the cache that elements of a size are read once. It makes
+// reading 1 to 2 % faster, but 5 % slower where they are 8 bits: there
+// instructions are what counts (H200).
+template <int kElementBytes>
+constexpr bool kReadOnce = kElementBytes > 1;
+
 // Logarithms are binary inside the kernels.
 constexpr float kLog2E = 1.4426950408889634f;
 constexpr float kLn2 = 0.6931471805599453f;

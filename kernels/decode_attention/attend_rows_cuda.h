@@ -83,7 +83,8 @@ struct Wide {
                                                const Key&, bool, Raw* to) {
     const bool valid = row >= 0 && at < dim;
     const uint8_t* from = cache + (valid ? row * dim + at : 0) * kElementBytes;
-    cuda::CopyAsync(to, reinterpret_cast<const uint4*>(from), valid);
+    cuda::CopyAsync<kReadOnce<kElementBytes>>(
+        to, reinterpret_cast<const uint4*>(from), valid);
   }
   static __device__ __forceinline__ void ToFloat(Element element,
                                                  const Raw& raw,

@@ -309,7 +309,8 @@ class Ring {
       from += row * dim * S::kBytes;
       valid = valid && row >= 0;
     }
-    cuda::CopyAsync(to, reinterpret_cast<const uint4*>(from), valid);
+    cuda::CopyAsync<kReadOnce<S::kBytes>>(
+        to, reinterpret_cast<const uint4*>(from), valid);
   }
 
   const DeviceDecode& decode_;

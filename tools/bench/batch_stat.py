@@ -4,7 +4,10 @@ The baseline is the expression that flax.nnx's BatchNorm evaluates, in plain
 JAX: jitted, with the running averages donated.
 
 Where XLA normalises, it does so for what follows: `..._residual` adds x to the
-result. `batch_norm_inference_residual` does with the running averages.
+result and ends in a ReLU. `batch_norm_inference_residual` does with the running
+averages.
+
+`..._relu` is the batch norm with its ReLU in one, by `activation`.
 
 What comes before can be elementwise as well (`..._prologue`): XLA computes it
 anew wherever x is read, and a custom call reads x from memory.
@@ -82,6 +85,14 @@ def _flax_inference(x, scale, bias, mean, var):
   return mean, var, y.astype(x.dtype)
 
 
+_ours_relu = functools.partial(_ours_batch_norm, activation="relu")
+
+
+def _flax_relu(*args):
+  *averages, y = _flax_batch_norm(*args)
+  return *averages, jax.nn.relu(y)
+
+
 _ours_inference = functools.partial(_ours_batch_norm, use_running_average=True)
 
 
@@ -103,11 +114,11 @@ def _forward_backward(batch_norm: BatchNorm, x, dy, scale, bias, mean, var):
 
 
 def _with_residual(batch_norm: BatchNorm) -> BatchNorm:
-  """Returns the batch norm with x added to its result."""
+  """Returns the end of a residual block whose branch is the batch norm."""
 
   def block(x, *args):
     *averages, y = batch_norm(x, *args)
-    return *averages, y + x
+    return *averages, jax.nn.relu(y + x)
 
   return block
 
@@ -333,6 +344,7 @@ def cases(settings: harness.Settings) -> Sequence[harness.Case]:
   whole = rows(one, arg_specs.BENCH_LAYERS)
   if settings.quick:
     return whole
+  relu = _builders(_PASSES, sides=(_ours_relu, _flax_relu))
   residual = _builders(_PASSES, _with_residual) | _builders(
     _INFERENCE_PASSES,
     _with_residual,
@@ -345,6 +357,7 @@ def cases(settings: harness.Settings) -> Sequence[harness.Case]:
     whole
     + rows(_MASKED, _SOME_LAYERS)
     + rows(prologue, _SOME_LAYERS, "_prologue")
+    + rows(relu, _SOME_LAYERS, "_relu")
     + rows(residual, _SOME_LAYERS, "_residual")
     + rows(one, _SMALL_LAYERS, "_small")
     + rows(_builders(_PASSES, _in_layers, 16), _SMALL_LAYERS, "_small_16")

@@ -51,6 +51,8 @@ class Row:
     call: `call(implementation, *arrays) -> arrays`, the donated ones first.
     donated: Which arrays it donates.
     layers: How many of it one program has; times are those of one.
+    steps: How often `call` does it, one after the other; times are those of
+      one.
     baselines: Further things to compare with, as `call` without its first
       argument.
     torch: Makes what PyTorch does of so many layers, by name.
@@ -62,6 +64,7 @@ class Row:
   call: Callable[..., Arrays]
   donated: tuple[int, ...] = ()
   layers: int = 1
+  steps: int = 1
   baselines: dict[str, Callable[..., Arrays]] = dataclasses.field(
     default_factory=dict
   )
@@ -82,16 +85,32 @@ def _queue(step: Callable[[Any], Any], state: Any, count: int):
   return (time.perf_counter() - start) / count, state
 
 
-def _time(step: Callable[[Any], Any], state: Any) -> list[float]:
-  """Returns some measurements of the seconds of one call."""
-  _, state = _queue(step, state, 2)  # compiles
-  seconds, state = _queue(step, state, 5)
-  count = max(3, min(2000, round(_SAMPLE_SECONDS / seconds)))
-  samples = []
+class _Side:
+  """Measures one thing, a sample at a time.
+
+  Args:
+    step: `state -> (state, results)`.
+    state: The first.
+  """
+
+  def __init__(self, step: Callable[[Any], Any], state: Any):
+    self._step = step
+    _, state = _queue(step, state, 2)  # compiles
+    seconds, self._state = _queue(step, state, 5)
+    self._count = max(3, min(2000, round(_SAMPLE_SECONDS / seconds)))
+    self.samples: list[float] = []
+
+  def sample(self) -> None:
+    """Adds the seconds of one call."""
+    seconds, self._state = _queue(self._step, self._state, self._count)
+    self.samples.append(seconds)
+
+
+def _time(sides: Sequence[_Side]) -> None:
+  """Takes samples of all sides by turns, so that all meet the same clocks."""
   for _ in range(_SAMPLES):
-    seconds, state = _queue(step, state, count)
-    samples.append(seconds)
-  return samples
+    for side in sides:
+      side.sample()
 
 
 def _stepping(call: Callable[..., Arrays], donated: tuple[int, ...]):
@@ -160,8 +179,9 @@ def _difference(got: Arrays, want: Arrays) -> float:
 def _copy_bandwidth() -> float:
   """Returns the bytes a second that a copy reads and writes."""
   x = jnp.ones(_COPY_BYTES // 4, jnp.float32)
-  step = _stepping(jnp.negative, ())
-  return 2 * _COPY_BYTES / statistics.median(_time(step, [(x,)]))
+  side = _Side(_stepping(jnp.negative, ()), [(x,)])
+  _time([side])
+  return 2 * _COPY_BYTES / statistics.median(side.samples)
 
 
 def measure(row: Row, ours: str = "auto") -> dict[str, Any]:
@@ -176,7 +196,8 @@ def measure(row: Row, ours: str = "auto") -> dict[str, Any]:
     and what part of a copy's bandwidth ours has.
   """
   record: dict[str, Any] = {
-    "row": row.name, "bytes": row.moved, "layers": row.layers, "ms": {},
+    "row": row.name, "bytes": row.moved, "layers": row.layers,
+    "steps": row.steps, "ms": {},
   }  # fmt: skip
   calls = {
     "ours": functools.partial(row.call, ours),
@@ -191,20 +212,23 @@ def measure(row: Row, ours: str = "auto") -> dict[str, Any]:
     del arrays
   record["difference"] = _difference(results["ours"], results["xla"])
   del results
-  spread = {}
+  sides = {}
   for name, call in calls.items():
     try:
-      step = _stepping(call, row.donated)  # type: ignore[arg-type]
       state = [row.arguments(whose.get(name, ours)) for _ in range(row.layers)]
-      samples = [s / row.layers for s in _time(step, state)]
+      sides[name] = _Side(_stepping(call, row.donated), state)  # type: ignore[arg-type]
       del state
     except Exception as error:
       if name in ("ours", "xla"):
         raise
       record.setdefault("without", {})[name] = str(error)[:300]
-      continue
-    record["ms"][name] = statistics.median(samples) * 1e3
-    spread[name] = [min(samples) * 1e3, max(samples) * 1e3]
+  _time(list(sides.values()))
+  each = 1e3 / row.layers / row.steps
+  spread = {}
+  for name, side in sides.items():
+    record["ms"][name] = statistics.median(side.samples) * each
+    spread[name] = [min(side.samples) * each, max(side.samples) * each]
+  del sides
   if row.torch is not None and importlib.util.find_spec("torch") is not None:
     for name, run in row.torch(row.layers).items():
       try:
@@ -275,15 +299,15 @@ def _normal(shape: Sequence[int], dtype: str, seed: int) -> jax.Array:
 # ---- batch_stat.
 
 _BATCHES = (
-  # Shape, dtype, feature axis.
-  ((256, 56, 56, 256), "bfloat16", -1),
-  ((128, 112, 112, 64), "float32", -1),
-  ((64, 56, 56, 256), "float16", -1),
-  ((128, 256, 56, 56), "float32", 1),
-  ((128, 256, 56, 56), "bfloat16", 1),
-  ((65536, 1024), "float32", -1),
-  ((32, 28, 28, 512), "float32", -1),
-  ((32, 7, 7, 2048), "bfloat16", -1),
+  # Shape, dtype, feature axis, whether with a residual as well.
+  ((256, 56, 56, 256), "bfloat16", -1, True),
+  ((128, 112, 112, 64), "float32", -1, True),
+  ((64, 56, 56, 256), "float16", -1, False),
+  ((128, 256, 56, 56), "float32", 1, False),
+  ((128, 256, 56, 56), "bfloat16", 1, True),
+  ((65536, 1024), "float32", -1, False),
+  ((32, 28, 28, 512), "float32", -1, True),
+  ((32, 7, 7, 2048), "bfloat16", -1, True),
 )
 
 
@@ -300,13 +324,22 @@ def _forward(axis, implementation, mean, var, x, scale, bias):
   )[:3]  # fmt: skip
 
 
+def _residual(axis, implementation, mean, var, x, scale, bias, residual):
+  """A layer at the end of a residual block."""
+  *averages, y = batch_stat.batch_norm(
+    x, scale, bias, mean, var, 0.9,
+    feature_axis=axis, implementation=implementation,
+  )[:3]  # fmt: skip
+  return *averages, jax.nn.relu(y + residual)
+
+
 def _pull(implementation, pull, dy):
   del implementation
   return pull(dy)
 
 
 def _batch_rows(tiny: bool) -> Iterator[Row]:
-  for shape, dtype, axis in _BATCHES:
+  for shape, dtype, axis, with_residual in _BATCHES:
     name = (
       f"{'x'.join(map(str, shape))}{'' if axis == -1 else '_first'}/{dtype}"
     )
@@ -321,35 +354,45 @@ def _batch_rows(tiny: bool) -> Iterator[Row]:
       del implementation
       stat = jnp.zeros(channels), jnp.ones(channels)
       affine = jnp.linspace(0.5, 1.5, channels), jnp.linspace(-1, 1, channels)
-      return (*stat, _normal(shape, dtype, 0), *affine)[:count]
+      x, residual = (_normal(shape, dtype, seed) for seed in (0, 2))
+      return (*stat, x, *affine, residual)[:count]
 
-    def gradient_of(implementation, arguments=arguments, axis=axis):
-      mean, var, *inputs = arguments(5, implementation)
+    def gradient_of(layer, count, implementation, arguments=arguments):
+      mean, var, *inputs = arguments(count, implementation)
 
-      def forward(*inputs):
-        return _forward(axis, implementation, mean, var, *inputs)[2]
+      def run(*inputs):
+        return layer(implementation, mean, var, *inputs)[2]
 
       # As a program of its own: a model's gradient comes from what follows.
-      y, pull = jax.jit(functools.partial(jax.vjp, forward))(*inputs)
+      y, pull = jax.jit(functools.partial(jax.vjp, run))(*inputs)
       return pull, _normal(y.shape, y.dtype, 1)
 
-    for op, call, passes, make in (
-      (
-        "update",
-        functools.partial(_update, axis),
-        1,
-        functools.partial(arguments, 3),
-      ),
+    update = functools.partial(_update, axis)
+    forward = functools.partial(_forward, axis)
+    residual = functools.partial(_residual, axis)
+    ops: list[tuple[str, Callable[..., Arrays], int, Callable[..., Arrays]]]
+    ops = [
+      ("update", update, 1, functools.partial(arguments, 3)),
       # x for the statistics, x again and y.
-      (
-        "batch_norm",
-        functools.partial(_forward, axis),
-        3,
-        functools.partial(arguments, 5),
-      ),
+      ("batch_norm", forward, 3, functools.partial(arguments, 5)),
       # x and dy for the sums, x, dy and dx.
-      ("batch_norm_grad", _pull, 5, gradient_of),
-    ):
+      (
+        "batch_norm_grad", _pull, 5,
+        functools.partial(gradient_of, forward, 5),
+      ),
+    ]  # fmt: skip
+    if with_residual:
+      ops += [
+        # The residual as well.
+        ("batch_norm_residual", residual, 4, functools.partial(arguments, 6)),
+        # x, dy and y, which is relu's gate, for the sums; x, the gradient
+        # behind the gate, which is the residual's too, and dx.
+        (
+          "batch_norm_residual_grad", _pull, 7,
+          functools.partial(gradient_of, residual, 6),
+        ),
+      ]  # fmt: skip
+    for op, call, passes, make in ops:
       yield Row(
         f"{op}/{name}",
         passes * size,
@@ -375,6 +418,8 @@ def _cache_rows(tiny: bool) -> Iterator[Row]:
     if tiny:
       batch, length = 2, max(8, length // 1024)
     tokens = length if kind == "prefill" else 1
+    # One update is over before a program starts.
+    steps = 8 if kind == "token" else 1
     cache, new = (batch, length, 8, 128), (batch, tokens, 8, 128)
 
     def arguments(
@@ -389,11 +434,15 @@ def _cache_rows(tiny: bool) -> Iterator[Row]:
       rows = (_normal(new, new_dtype, seed) for seed in (0, 1))
       return jnp.zeros(cache, dtype), jnp.zeros(cache, dtype), *rows, index
 
-    def call(implementation, *args, dtype=dtype):
+    def call(implementation, *args, dtype=dtype, steps=steps):
       scale = jnp.float32(1 / 32) if dtype == "int8" else None
-      return kv_cache.update(
-        *args, k_scale=scale, v_scale=scale, implementation=implementation
-      )
+      *caches, new_k, new_v, index = args
+      for step in range(steps):
+        caches = kv_cache.update(
+          *caches, new_k, new_v, index + step,
+          k_scale=scale, v_scale=scale, implementation=implementation,
+        )  # fmt: skip
+      return caches
 
     each = jnp.dtype(dtype).itemsize + jnp.dtype(new_dtype).itemsize
     yield Row(
@@ -403,6 +452,7 @@ def _cache_rows(tiny: bool) -> Iterator[Row]:
       call,
       donated=(0, 1),
       layers=16 if kind == "token" else 1,
+      steps=steps,
     )
 
 

@@ -483,19 +483,25 @@ class BatchNormCudaTest(BatchNormContract):
 
 class ChoiceTest(parameterized.TestCase):
   @parameterized.parameters(
-    ("bfloat16", 64, "cpu", "cpu"),
-    ("bfloat16", 1024, "xla", "cpu"),
-    ("float32", 64, "cpu", "cpu"),
-    ("float32", 512, "xla", "xla"),
-    ("float64", 256, "xla", "xla"),
+    ("bfloat16", 64, None, "cpu", "cpu"),
+    ("bfloat16", 1024, None, "xla", "cpu"),
+    ("bfloat16", 1024, "relu", "cpu", "cpu"),
+    ("float32", 64, None, "cpu", "cpu"),
+    ("float32", 512, None, "xla", "xla"),
+    ("float32", 512, "relu", "xla", "xla"),
+    ("float64", 256, None, "xla", "xla"),
   )
-  def test_a_training_step_explains_itself(self, dtype, rows, forward, back):
+  def test_a_training_step_explains_itself(
+    self, dtype, rows, activation, forward, back
+  ):
     with jax.enable_x64(dtype == "float64"):
       x = jax.ShapeDtypeStruct((rows, 64), dtype)
       stat = jnp.ones(64, "float32")
 
       def loss(x):
-        y = batch_stat.batch_norm(x, stat, stat, stat, stat).y
+        y = batch_stat.batch_norm(
+          x, stat, stat, stat, stat, activation=activation
+        ).y
         return jnp.sum(jax.nn.relu(y))
 
       choices = kernels.explain(jax.grad(loss), x, platform="cpu")

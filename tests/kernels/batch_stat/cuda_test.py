@@ -34,10 +34,10 @@ def size(shape):
   return int(np.prod(shape))
 
 
-def forward(x, scale, bias, mean, var, **options):
+def forward(x, scale, bias, mean, var, activation="relu", **options):
   """Batch norm; the running averages first, so that donation pairs."""
   return batch_stat.batch_norm(
-    x, scale, bias, mean, var, activation="relu", **options
+    x, scale, bias, mean, var, activation=activation, **options
   )
 
 
@@ -45,9 +45,7 @@ def train(x, dy, scale, bias, mean, var, **options):
   """Batch norm, its gradients and its running averages."""
 
   def run(x, scale, bias):
-    out = batch_stat.batch_norm(
-      x, scale, bias, mean, var, activation="relu", **options
-    )
+    out = forward(x, scale, bias, mean, var, **options)
     return out.y, (out.mean, out.var)
 
   y, pull, stats = jax.vjp(run, x, scale, bias, has_aux=True)
@@ -67,7 +65,9 @@ class CompiledTest(parameterized.TestCase):
     ("float16", (32, 256, 28, 28), 1),
   )
   def test_update_is_one_kernel_in_place(self, dtype, shape, feature_axis):
-    update = functools.partial(batch_stat.update, feature_axis=feature_axis)
+    update = functools.partial(
+      batch_stat.update, feature_axis=feature_axis, implementation="cuda"
+    )
     compiled = deviceless.compile_for(
       deviceless.gpu_devices()[0],
       update, batch(dtype, shape), STAT, STAT, donate=(1, 2),
@@ -86,7 +86,9 @@ class CompiledTest(parameterized.TestCase):
   )
   def test_an_update_is_all_that_runs(self, dtype, momentum):
     def update(mean, var, x, *traced):
-      return batch_stat.update(x, mean, var, *(traced or (momentum,)))
+      return batch_stat.update(
+        x, mean, var, *(traced or (momentum,)), implementation="cuda"
+      )
 
     traced = () if isinstance(momentum, float) else (momentum,)
     compiled = deviceless.compile_for(
@@ -97,16 +99,12 @@ class CompiledTest(parameterized.TestCase):
 
   def test_nothing_runs_between_the_kernels_of_training(self):
     for fn in (forward, train):
-      for dtype, implementation in (
-        ("bfloat16", "auto"),
-        ("float16", "auto"),
-        ("float32", "cuda"),
-      ):
+      for dtype in ("bfloat16", "float16", "float32"):
         x = [batch(dtype)] * (2 if fn is train else 1)
         args = [*x, *[STAT] * 4]
         compiled = deviceless.compile_for(
           deviceless.gpu_devices()[0],
-          functools.partial(fn, implementation=implementation),
+          functools.partial(fn, implementation="cuda"),
           *args, donate=(len(args) - 2, len(args) - 1),
         )  # fmt: skip
         deviceless.assert_one_launch(compiled)
@@ -120,8 +118,9 @@ class CompiledTest(parameterized.TestCase):
   ):
     def update(x, mean, var, mask):
       return batch_stat.update(
-        x, mean, var, mask=mask, use_fast_variance=use_fast_variance
-      )
+        x, mean, var, mask=mask, use_fast_variance=use_fast_variance,
+        implementation="cuda",
+      )  # fmt: skip
 
     mask = None if mask_shape is None else batch("bool", mask_shape)
     compiled = deviceless.compile_for(
@@ -144,11 +143,16 @@ class CompiledTest(parameterized.TestCase):
       deviceless.assert_nothing_moves(compiled, size(SHAPE))
       deviceless.assert_in_place(compiled, 2 * 256 * 4)
 
-  def test_float32_is_normalised_in_one_fusion(self):
+  def test_what_follows_is_in_the_fusion_that_normalises(self):
+    def layer(x, residual, *args):
+      mean, var, y = forward(x, *args, activation=None)[:3]
+      return mean, var, jax.nn.relu(y + residual)
+
     compiled = deviceless.compile_for(
       deviceless.gpu_devices()[0],
-      forward, batch("float32"), *[STAT] * 4, donate=(3, 4),
+      layer, batch(), batch(), *[STAT] * 4, donate=(4, 5),
     )  # fmt: skip
+    deviceless.assert_calls(compiled, ops.TARGET_TRAIN)
     fusions = hlo.instructions(compiled.as_text(), "fusion")
     self.assertLen(fusions, 1)
     self.assertIn("maximum", fusions[0])
@@ -157,8 +161,10 @@ class CompiledTest(parameterized.TestCase):
     with jax.enable_x64(True):
       x, stat = batch("float64"), jax.ShapeDtypeStruct((256,), "float64")
       compiled = deviceless.compile_for(
-        deviceless.gpu_devices()[0], train, x, x, *[stat] * 4
-      )
+        deviceless.gpu_devices()[0],
+        functools.partial(train, implementation="cuda"),
+        x, x, *[stat] * 4,
+      )  # fmt: skip
       for target in TARGETS:
         deviceless.assert_calls(compiled, target)
       deviceless.assert_nothing_moves(compiled, size(SHAPE))
@@ -167,7 +173,10 @@ class CompiledTest(parameterized.TestCase):
   def test_four_gpus_exchange_sums_alone(self, axis):
     whole, parts = four_gpus(P(*[None] * axis, "x"))
     x = batch(sharding=parts)
-    compiled = deviceless.compile_for(whole, train, x, x, *[STAT] * 4)
+    compiled = deviceless.compile_for(
+      whole, functools.partial(train, implementation="cuda"),
+      x, x, *[STAT] * 4,
+    )  # fmt: skip
     # Where the sums have to cross, they are not whole where the kernel ends.
     own = TARGETS[0] if axis == 3 else ops.TARGET_MOMENTS
     for target in (own, *TARGETS[1:]):
@@ -190,15 +199,39 @@ class CompiledTest(parameterized.TestCase):
     deviceless.assert_calls(compiled, ops.TARGET_MOMENTS)
     deviceless.assert_nothing_moves(compiled, size(SHAPE) // 4)
 
-  def test_auto_takes_the_kernels_but_where_xla_fuses(self):
-    for dtype in ("bfloat16", "float16", "float32"):
+  @parameterized.named_parameters(
+    ("half", "bfloat16", SHAPE, -1, "relu", "train normalize grad_sums"),
+    ("half_alone", "float16", SHAPE, -1, None, "train"),
+    ("single", "float32", SHAPE, -1, "relu", ""),
+    ("double", "float64", SHAPE, -1, "relu", "train grad_sums"),
+    ("features_first", "bfloat16", (32, 256, 56, 56), 1, "relu", "normalize"),
+    ("small", "bfloat16", (64, 7, 7, 256), -1, "relu", ""),
+  )
+  def test_auto_takes_the_kernels_but_where_xla_is_as_fast(
+    self, dtype, shape, feature_axis, activation, want
+  ):
+    with jax.enable_x64(dtype == "float64"):
+      x = batch(dtype, shape)
       choices = kernels.explain(
-        train, batch(dtype), batch(dtype), *[STAT] * 4, platform="cuda"
-      )
-      got = {choice.op: choice.implementation for choice in choices}
-      normalize = "xla" if dtype == "float32" else "cuda"
-      self.assertEqual(got.pop("batch_stat_normalize"), normalize)
-      self.assertEqual(set(got.values()), {"cuda"})
+        functools.partial(
+          train, activation=activation, feature_axis=feature_axis
+        ),
+        x, x, *[STAT] * 4, platform="cuda",
+      )  # fmt: skip
+    self.assertLen(choices, 4)
+    got = [c.op for c in choices if c.implementation == "cuda"]
+    self.assertEqual(got, [f"batch_stat_{name}" for name in want.split()])
+    for choice in choices:
+      if choice.implementation == "xla":
+        self.assertRegex(choice.reason, "XLA (makes one fusion|sums)")
+
+  def test_auto_takes_no_kernel_under_a_mask(self):
+    (choice,) = kernels.explain(
+      lambda x, mask, *args: batch_stat.update(x, *args, mask=mask),
+      batch(), batch("bool", (32, 1, 1, 1)), STAT, STAT, platform="cuda",
+    )  # fmt: skip
+    self.assertEqual(choice.implementation, "xla")
+    self.assertIn("faster under a mask", choice.reason)
 
   def test_one_artifact_serves_every_platform(self):
     checks = [
@@ -210,12 +243,12 @@ class CompiledTest(parameterized.TestCase):
       jax.jit(batch_stat.update),
       platforms=("cpu", "cuda"),
       disabled_checks=checks,
-    )(jax.ShapeDtypeStruct((n, 256), "float32"), STAT, STAT)
+    )(jax.ShapeDtypeStruct((n, 256), "bfloat16"), STAT, STAT)
     restored = export.deserialize(exported.serialize())
     self.assertEqual(restored.platforms, ("cpu", "cuda"))
     compiled = deviceless.compile_for(
       deviceless.gpu_devices()[0],
-      restored.call, batch("float32", (640, 256)), STAT, STAT,
+      restored.call, batch("bfloat16", (640, 256)), STAT, STAT,
     )  # fmt: skip
     deviceless.assert_calls(compiled, ops.TARGET_UPDATE)
 
