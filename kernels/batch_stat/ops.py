@@ -351,15 +351,20 @@ def _grad_input_slower(avals: Sequence[Any], **params: Any):
 
 
 def _sums_slower_on_cuda(
-  x_index: int, avals: Sequence[Any], *, feature_axis: int, **params: Any
+  x_index: int,
+  avals: Sequence[Any],
+  *,
+  feature_axis: int,
+  accurate: int = False,
+  **params: Any,
 ):
   """Says where XLA sums as fast on a GPU, and takes in what makes x."""
   del params
   x, *mask = avals[x_index:]
   if x.dtype == jnp.float32:
-    return (
-      "XLA sums float32 at the memory's speed, and fuses it with what makes it"
-    )
+    return "XLA sums float32 as fast, in one fusion with what makes it"
+  if accurate:
+    return "XLA sums faster in two passes"
   if mask:
     return "XLA sums faster under a mask"
   if dispatch.static_size(x.shape[feature_axis + 1 :]) != 1:

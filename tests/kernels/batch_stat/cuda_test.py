@@ -225,13 +225,26 @@ class CompiledTest(parameterized.TestCase):
       if choice.implementation == "xla":
         self.assertRegex(choice.reason, "XLA (makes one fusion|sums)")
 
-  def test_auto_takes_no_kernel_under_a_mask(self):
+  @parameterized.parameters(
+    (True, False, "cuda", "written for cuda"),
+    (False, False, "xla", "faster in two passes"),
+    (True, True, "xla", "faster under a mask"),
+  )
+  def test_auto_takes_the_kernel_for_one_pass_without_a_mask(
+    self, use_fast_variance, masked, want, reason
+  ):
+    def update(x, mean, var, *mask):
+      return batch_stat.update(
+        x, mean, var,
+        use_fast_variance=use_fast_variance, mask=mask[0] if mask else None,
+      )  # fmt: skip
+
+    mask = [batch("bool", (32, 1, 1, 1))] * masked
     (choice,) = kernels.explain(
-      lambda x, mask, *args: batch_stat.update(x, *args, mask=mask),
-      batch(), batch("bool", (32, 1, 1, 1)), STAT, STAT, platform="cuda",
-    )  # fmt: skip
-    self.assertEqual(choice.implementation, "xla")
-    self.assertIn("faster under a mask", choice.reason)
+      update, batch(), STAT, STAT, *mask, platform="cuda"
+    )
+    self.assertEqual(choice.implementation, want)
+    self.assertIn(reason, choice.reason)
 
   def test_one_artifact_serves_every_platform(self):
     checks = [
