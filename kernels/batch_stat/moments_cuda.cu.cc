@@ -130,6 +130,7 @@ struct Run {
   A sum[kSums] = {};
   A squares[kSums] = {};
   A number[kMasked ? kStates : 1] = {};
+  bool begun = false;  // under a mask: each `about` is a value that it keeps
 
   template <typename T>
   __device__ __forceinline__ void Begin(const Vector<T, kSums>& first) {
@@ -150,18 +151,42 @@ struct Run {
     }
   }
 
-  // The same for the values that a mask keeps, of which the first is found
-  // here.
+  // Takes the first value that a mask keeps of each channel that has none yet.
+  template <typename T>
+  __device__ __forceinline__ void BeginKept(const Vector<T, kSums>& values,
+                                            const Kept<kSums>& kept) {
+    begun = true;
+    KERNELS_UNROLL
+    for (int s = 0; s < kStates; ++s) {
+      bool found = number[s] > 0;
+      KERNELS_UNROLL
+      for (int j = s; j < (kStates == 1 ? kSums : s + 1); ++j) {
+        if (found || kept.data[j] == 0) continue;
+        about[s] = FiniteOrZero(ToCompute<T>(values.data[j]));
+        found = true;
+      }
+      begun = begun && found;
+    }
+  }
+
+  // As Add, for the values that a mask keeps: most often all or none of them.
   template <typename T>
   __device__ __forceinline__ void AddKept(const Vector<T, kSums>& values,
-                                          const bool (&kept)[kSums]) {
+                                          const Kept<kSums>& kept) {
+    if (AllAre<kSums>(kept, 0)) return;
+    if (!begun) BeginKept<T>(values, kept);
+    if (AllAre<kSums>(kept, 1)) {
+      Add<T>(values);
+      KERNELS_UNROLL
+      for (int s = 0; s < kStates; ++s) number[s] += kSums / kStates;
+      return;
+    }
     KERNELS_UNROLL
     for (int j = 0; j < kSums; ++j) {
       const int s = kStates == 1 ? 0 : j;
-      const A value = ToCompute<T>(values.data[j]);
-      if (kept[j] && number[s] == 0) about[s] = FiniteOrZero(value);
-      const A apart = kept[j] ? value - about[s] : A{0};
-      number[s] += kept[j] ? 1 : 0;
+      const bool counts = kept.data[j] != 0;
+      const A apart = counts ? ToCompute<T>(values.data[j]) - about[s] : A{0};
+      number[s] += counts ? A{1} : A{0};
       sum[j] += apart;
       squares[j] = fma(apart, apart, squares[j]);
     }
@@ -254,7 +279,7 @@ __global__ void __launch_bounds__(
         const int64_t count = cursor.left;
         Place places[kUnroll];
         Vector<T, kVec> values[kUnroll];
-        bool kept[kUnroll][kVec];
+        Kept<kVec> kept[kUnroll];
         cursor.Take<kLast>(walk, places);
         LoadAll<T, kVec, false>(x, places, count, values);
         LoadKept<kVec, kLast>(mask, places, count, kept);
@@ -305,7 +330,7 @@ __global__ void __launch_bounds__(
     const int64_t count = cursor.left;
     Place places[kUnroll];
     Vector<T, kVec> values[kUnroll];
-    bool kept[kUnroll][kVec];
+    Kept<kVec> kept[kUnroll];
     cursor.Take<kLast>(walk, places);
     LoadAll<T, kVec, false>(x, places, count, values);
     LoadKept<kVec, kLast>(mask, places, count, kept);
@@ -316,7 +341,7 @@ __global__ void __launch_bounds__(
       for (int j = 0; j < kVec; ++j) {
         const int s = kLast ? j : 0;
         const A apart = ToCompute<T>(values[k].data[j]) - mean[s];
-        sums[s] += kept[k][j] ? apart * apart : A{0};
+        sums[s] += kept[k].data[j] != 0 ? apart * apart : A{0};
       }
     }
     KERNELS_UNROLL

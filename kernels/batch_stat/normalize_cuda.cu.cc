@@ -177,7 +177,7 @@ __global__ void __launch_bounds__(
   LoadStats<A, kStates>(c0_, walk, column, c0);
   LoadStats<A, kStates>(c1_, walk, column, c1);
   const auto write = [&](const Place& place, const Vector<T, kVec>& xs,
-                         const Vector<U, kVec>& dys, const bool (&kept)[kVec]) {
+                         const Vector<U, kVec>& dys, const Kept<kVec>& kept) {
     A out[kVec];
     KERNELS_UNROLL
     for (int j = 0; j < kVec; ++j) {
@@ -185,7 +185,9 @@ __global__ void __launch_bounds__(
       const A apart = ToCompute<T>(xs.data[j]) - mean[s];
       A grad = static_cast<A>(ToCompute<U>(dys.data[j]));
       if (relu && !(Affine(apart, mul[s], bias[s]) > 0)) grad = 0;
-      const A through = !kMasked || kept[j] ? fma(c1[s], apart, c0[s]) : A{0};
+      const A through = !kMasked || kept.data[j] != 0
+                            ? fma(c1[s], apart, c0[s])
+                            : A{0};
       out[j] = fma(mul[s], grad, through);
     }
     StreamVector<T, kVec>(dx + place.x, VectorFromCompute<T, kVec>(out));
@@ -195,7 +197,7 @@ __global__ void __launch_bounds__(
     Place places[kUnroll];
     Vector<T, kVec> xs[kUnroll];
     Vector<U, kVec> dys[kUnroll];
-    bool kept[kUnroll][kVec] = {};
+    Kept<kVec> kept[kUnroll] = {};
     cursor.Take<kLast>(walk, places);
     if (count >= kUnroll) {
       LoadAll<T, kVec, true>(x, places, kUnroll, xs);

@@ -22,6 +22,7 @@
 #define KERNELS_BATCH_STAT_WALK_CUDA_H_
 
 #include <cstdint>
+#include <cstring>
 #include <type_traits>
 
 #include "kernels/batch_stat/geometry.h"
@@ -289,16 +290,38 @@ __device__ __forceinline__ void LoadAll(const typename T::Storage* from,
   }
 }
 
+// Which elements of an access count: bytes, which are 0 where one does not, and
+// of a mask of XLA's 1 where it does.
+template <int kVec>
+using Kept = Vector<Bool, kVec>;
+
+template <int kVec>
+__device__ __forceinline__ bool AllAre(const Kept<kVec>& kept, uint8_t byte) {
+  Kept<kVec> same;
+  KERNELS_UNROLL
+  for (int j = 0; j < kVec; ++j) same.data[j] = byte;
+  using Word = typename cuda::internal::Word<kVec>::Type;
+  Word words[2];
+  std::memcpy(&words[0], &kept, sizeof(Word));
+  std::memcpy(&words[1], &same, sizeof(Word));
+  if constexpr (kVec == 8) {
+    return words[0].x == words[1].x && words[0].y == words[1].y;
+  } else {
+    return words[0] == words[1];
+  }
+}
+
 // Whether each element of the places counts: it is one of the first `count`
 // places, and the mask keeps it.
 template <int kVec, bool kLast, int kCount>
 __device__ __forceinline__ void LoadKept(const Mask& mask,
                                          const Place (&places)[kCount],
                                          int64_t count,
-                                         bool (&kept)[kCount][kVec]) {
+                                         Kept<kVec> (&kept)[kCount]) {
   KERNELS_UNROLL
   for (int k = 0; k < kCount; ++k) {
-    Vector<Bool, kVec> bytes = {};
+    Kept<kVec>& bytes = kept[k];
+    bytes = {};
     if (k < count) {
       if (mask.data == nullptr) {
         KERNELS_UNROLL
@@ -313,8 +336,6 @@ __device__ __forceinline__ void LoadKept(const Mask& mask,
         bytes = LoadVector<Bool, kVec>(mask.data + places[k].shared);
       }
     }
-    KERNELS_UNROLL
-    for (int j = 0; j < kVec; ++j) kept[k][j] = bytes.data[j] != 0;
   }
 }
 
