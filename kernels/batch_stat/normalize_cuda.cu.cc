@@ -12,8 +12,8 @@
 
 namespace kernels::batch_stat {
 
-// What Normalize gives before relu; the gradient's gate asks the same, to the
-// last bit.
+// What Normalize gives before relu; the gates of the gradient's kernels ask the
+// same, to the last bit.
 template <typename A>
 __device__ __forceinline__ A Affine(A apart, A mul, A bias) {
   return fma(apart, mul, bias);
@@ -225,7 +225,7 @@ __global__ void __launch_bounds__(
 template <int kVec, bool kLast>
 cudaError_t CutElementwise(int unroll, Walk* walk) {
   int multiprocessors = 0;
-  const cudaError_t error = cuda::MultiprocessorCount(&multiprocessors);
+  KERNELS_RETURN_IF_CUDA_ERROR(cuda::MultiprocessorCount(&multiprocessors));
   const int64_t wanted = CeilDiv<int64_t>(int64_t{32} * multiprocessors,
                                           walk->groups * walk->columns);
   const int64_t each = CeilDiv<int64_t>(walk->steps, wanted);
@@ -234,7 +234,7 @@ cudaError_t CutElementwise(int unroll, Walk* walk) {
                        unroll) *
           unroll,
       walk);
-  return error;
+  return cudaSuccess;
 }
 
 template <typename T, typename U>

@@ -185,10 +185,11 @@ constexpr int kFinishThreads = 1024;
 constexpr int kFinishChannels = 8;
 
 // Adds up the parts that EndReduction left. Its blocks are there before they
-// are needed.
+// are needed, while `partial` is still written: it is not what the compiler may
+// take for constant, as with __restrict__.
 template <typename Sum, typename A, typename Finish>
 __global__ void __launch_bounds__(kFinishThreads)
-    FinishKernel(const A* __restrict__ partial, int64_t splits, int64_t all,
+    FinishKernel(const A* partial, int64_t splits, int64_t all,
                  Finish finish) {
   constexpr int kParts = Sum::kParts;
   constexpr int kUnroll = 32 / static_cast<int>(sizeof(A));

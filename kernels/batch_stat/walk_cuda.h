@@ -14,9 +14,9 @@
 //   that no thread is idle where rows are short or end within a step.
 //
 // Sums go from the end of x to its start, all parts at the same pace, and what
-// is elementwise from the start to the end. So each of them begins with what
-// the one before has left in the cache, and so does a kernel of XLA's, which
-// goes from the start to the end, before or after.
+// is elementwise from the start to the end. So where all columns run at once,
+// each of them begins with what the one before has left in the cache, and so
+// does a kernel of XLA's, which goes from the start to the end, before or after.
 
 #ifndef KERNELS_BATCH_STAT_WALK_CUDA_H_
 #define KERNELS_BATCH_STAT_WALK_CUDA_H_
@@ -192,8 +192,7 @@ struct Part {
   int64_t split;
 };
 
-// Blocks that follow one another do what follows in memory, as far as there are
-// parts.
+// Blocks that follow one another have neighbouring columns.
 __device__ __forceinline__ Part PartOf(const Walk& walk) {
   const unsigned columns = static_cast<unsigned>(walk.groups * walk.columns);
   return {blockIdx.x % columns, blockIdx.x / columns};
@@ -300,15 +299,11 @@ __device__ __forceinline__ bool AllAre(const Kept<kVec>& kept, uint8_t byte) {
   Kept<kVec> same;
   KERNELS_UNROLL
   for (int j = 0; j < kVec; ++j) same.data[j] = byte;
-  using Word = typename cuda::internal::Word<kVec>::Type;
-  Word words[2];
-  std::memcpy(&words[0], &kept, sizeof(Word));
-  std::memcpy(&words[1], &same, sizeof(Word));
-  if constexpr (kVec == 8) {
-    return words[0].x == words[1].x && words[0].y == words[1].y;
-  } else {
-    return words[0] == words[1];
-  }
+  uint64_t words[2] = {};
+  static_assert(sizeof(kept) <= sizeof(words[0]));
+  std::memcpy(&words[0], &kept, sizeof(kept));
+  std::memcpy(&words[1], &same, sizeof(same));
+  return words[0] == words[1];
 }
 
 // Whether each element of the places counts: it is one of the first `count`

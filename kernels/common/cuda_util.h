@@ -80,7 +80,8 @@ cudaError_t Launch(void (*kernel)(Params...), dim3 grid, dim3 block,
 // As Launch, for a kernel that may begin while the one before it in the stream,
 // which must be LetNextBegin's, is still running, and that calls
 // WaitForPrevious. Where a device or the build of a kernel does not know of
-// that, it begins when the other has ended.
+// that, it begins when the other has ended. What the other writes must not be
+// `const __restrict__` in it, nor read by LoadVector.
 template <typename... Params, typename... Args>
 cudaError_t LaunchEarly(void (*kernel)(Params...), dim3 grid, dim3 block,
                         int shared_bytes, cudaStream_t stream,
@@ -461,8 +462,8 @@ __device__ __forceinline__ Vector<T, N> VectorFromCompute(
 // other threads after a barrier as well.
 
 // Starts a copy of `from`, or of zeros where `valid` is false: nothing is read
-// then. With kOnce, the cache gives up first what is copied: it is not read
-// again. Before compute capability 8.0, copies at once.
+// then. With kOnce, the cache gives up first what is copied, as what is not
+// read again. Before compute capability 8.0, copies at once.
 template <bool kOnce>
 __device__ __forceinline__ void CopyAsync(uint4* to, const uint4* from,
                                           bool valid) {

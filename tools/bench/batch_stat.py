@@ -128,6 +128,10 @@ def _with_prologue(batch_norm: BatchNorm) -> BatchNorm:
   return lambda x, *args: batch_norm(jax.nn.relu(x), *args)
 
 
+def _as_it_is(part: Any) -> Any:
+  return part
+
+
 def _in_layers(batch_norm: BatchNorm) -> BatchNorm:
   """Returns the batch norm of several layers, one after another."""
 
@@ -289,7 +293,7 @@ _INFERENCE_PASSES = {"batch_norm_inference": (_forward, 1, 1)}
 
 def _builders(
   passes: dict[str, Any],
-  model: Callable[[BatchNorm], BatchNorm] = lambda batch_norm: batch_norm,
+  model: Callable[[BatchNorm], BatchNorm] = _as_it_is,
   layers: int | None = None,
   sides: tuple[BatchNorm, BatchNorm] = (_ours_batch_norm, _flax_batch_norm),
 ) -> dict[str, Callable[..., harness.Comparison]]:
@@ -299,10 +303,6 @@ def _builders(
     )
     for op, (step, read, written) in passes.items()
   }
-
-
-def _as_it_is(x: jax.Array) -> jax.Array:
-  return x
 
 
 _UPDATE = {"update": functools.partial(_build_update, None, _as_it_is)}

@@ -184,6 +184,35 @@ def _copy_bandwidth() -> float:
   return 2 * _COPY_BYTES / statistics.median(side.samples)
 
 
+def _sample(
+  row: Row, calls: dict[str, Callable[..., Arrays]], whose: dict[str, str]
+) -> tuple[dict[str, list[float]], dict[str, str]]:
+  """Measures the sides of a row, whose arrays are all there until it returns.
+
+  Args:
+    row: What.
+    calls: The sides by name; "ours" and "xla" must work.
+    whose: For which implementation the arguments of each are made.
+
+  Returns:
+    The seconds of a call by side, some samples of each; and by those of the
+    others that do not work, why.
+  """
+  sides, without = {}, {}
+  for name, call in calls.items():
+    try:
+      sides[name] = _Side(
+        _stepping(call, row.donated),
+        [row.arguments(whose[name]) for _ in range(row.layers)],
+      )
+    except Exception as error:
+      if name in ("ours", "xla"):
+        raise
+      without[name] = str(error)[:300]
+  _time(list(sides.values()))
+  return {name: side.samples for name, side in sides.items()}, without
+
+
 def measure(row: Row, ours: str = "auto") -> dict[str, Any]:
   """Measures one row.
 
@@ -204,37 +233,29 @@ def measure(row: Row, ours: str = "auto") -> dict[str, Any]:
     "xla": functools.partial(row.call, "xla"),
     **row.baselines,
   }
-  whose = {"xla": "xla"}
+  # For whom the arguments are.
+  whose = {name: name if name in ("xla", "cuda") else ours for name in calls}
   results = {}
   for name in ("ours", "xla"):
-    arrays = row.arguments(whose.get(name, ours))
+    arrays = row.arguments(whose[name])
     results[name] = jax.jit(calls[name])(*arrays)
     del arrays
   record["difference"] = _difference(results["ours"], results["xla"])
   del results
-  sides = {}
-  for name, call in calls.items():
-    try:
-      state = [row.arguments(whose.get(name, ours)) for _ in range(row.layers)]
-      sides[name] = _Side(_stepping(call, row.donated), state)  # type: ignore[arg-type]
-      del state
-    except Exception as error:
-      if name in ("ours", "xla"):
-        raise
-      record.setdefault("without", {})[name] = str(error)[:300]
-  _time(list(sides.values()))
+  samples, without = _sample(row, calls, whose)
   each = 1e3 / row.layers / row.steps
   spread = {}
-  for name, side in sides.items():
-    record["ms"][name] = statistics.median(side.samples) * each
-    spread[name] = [min(side.samples) * each, max(side.samples) * each]
-  del sides
+  for name, seconds in samples.items():
+    record["ms"][name] = statistics.median(seconds) * each
+    spread[name] = [min(seconds) * each, max(seconds) * each]
   if row.torch is not None and importlib.util.find_spec("torch") is not None:
     for name, run in row.torch(row.layers).items():
       try:
         record["ms"][name] = _time_torch(run) / row.layers
       except Exception as error:
-        record.setdefault("without", {})[name] = str(error)[:300]
+        without[name] = str(error)[:300]
+  if without:
+    record["without"] = without
   record["spread_ms"] = spread
   bandwidth = row.moved / record["ms"]["ours"] * 1e3
   record["gigabytes_per_second"] = bandwidth / 1e9
@@ -346,7 +367,8 @@ def _batch_rows(tiny: bool) -> Iterator[Row]:
     if tiny:
       shape = tuple(min(size, 8) for size in shape)
     channels = shape[axis]
-    size = int(np.prod(shape)) * np.dtype(jnp.dtype(dtype)).itemsize
+    itemsize = jnp.dtype(dtype).itemsize
+    size = int(np.prod(shape)) * itemsize
 
     def arguments(
       count, implementation, shape=shape, dtype=dtype, channels=channels
@@ -370,7 +392,7 @@ def _batch_rows(tiny: bool) -> Iterator[Row]:
     update = functools.partial(_update, axis)
     forward = functools.partial(_forward, axis)
     residual = functools.partial(_residual, axis)
-    ops: list[tuple[str, Callable[..., Arrays], int, Callable[..., Arrays]]]
+    ops: list[tuple[str, Callable[..., Arrays], float, Callable[..., Arrays]]]
     ops = [
       ("update", update, 1, functools.partial(arguments, 3)),
       # x for the statistics, x again and y.
@@ -385,21 +407,23 @@ def _batch_rows(tiny: bool) -> Iterator[Row]:
       ops += [
         # The residual as well.
         ("batch_norm_residual", residual, 4, functools.partial(arguments, 6)),
-        # x, dy and y, which is relu's gate, for the sums; x, the gradient
-        # behind the gate, which is the residual's too, and dx.
+        # x, dy and the gate's bytes for the sums; the gradient behind the gate,
+        # which is the residual's, written and read; x again and dx.
         (
-          "batch_norm_residual_grad", _pull, 7,
+          "batch_norm_residual_grad", _pull, 6 + 1 / itemsize,
           functools.partial(gradient_of, residual, 6),
         ),
       ]  # fmt: skip
     for op, call, passes, make in ops:
       yield Row(
         f"{op}/{name}",
-        passes * size,
+        round(passes * size),
         make,
         call,
         donated=() if call is _pull else (0, 1),
         layers=16 if size < 2**26 else 4,
+        # "auto" takes XLA for some.
+        baselines={"cuda": functools.partial(call, "cuda")},
       )
 
 

@@ -51,6 +51,37 @@ class MeasureTest(absltest.TestCase):
     )
     self.assertIn("of a copy, differs by 5.0e-01", gpu.text(record))
 
+  def test_times_are_those_of_one_step_of_one_layer(self):
+    def queue(step, state, count):
+      del count
+      return 12e-3, step(state)[0]
+
+    with mock.patch.object(gpu, "_queue", queue):
+      record = gpu.measure(tiny(layers=2, steps=3))
+    self.assertAlmostEqual(record["ms"]["ours"], 2.0)
+    self.assertAlmostEqual(record["ms"]["xla"], 2.0)
+    self.assertAlmostEqual(record["gigabytes_per_second"], 96 / 2e-3 / 1e9)
+
+  def test_sides_take_turns(self):
+    order = []
+    sides = [mock.Mock(sample=lambda n=n: order.append(n)) for n in "ab"]
+    gpu._time(sides)
+    self.assertEqual(order, ["a", "b"] * gpu._SAMPLES)
+
+  def test_arguments_are_made_for_whom_they_are_for(self):
+    asked = []
+
+    def arguments(implementation):
+      asked.append(implementation)
+      return jnp.zeros(8), jnp.arange(8.0)
+
+    both = {name: lambda total, x: (total, x) for name in ("cuda", "other")}
+    gpu.measure(tiny(arguments=arguments, baselines=both))
+    # To compare results, and then to measure.
+    self.assertEqual(
+      asked, ["auto", "xla"] + ["auto", "xla", "cuda", "auto"]
+    )
+
   def test_difference_is_of_whole_arrays(self):
     want = jnp.ones(10000), jnp.full((2, 8), 2.0, "bfloat16"), jnp.arange(3)
     self.assertEqual(gpu._difference(want, want), 0)
