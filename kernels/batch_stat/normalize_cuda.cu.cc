@@ -185,9 +185,8 @@ __global__ void __launch_bounds__(
       const A apart = ToCompute<T>(xs.data[j]) - mean[s];
       A grad = static_cast<A>(ToCompute<U>(dys.data[j]));
       if (relu && !(Affine(apart, mul[s], bias[s]) > 0)) grad = 0;
-      const A through = !kMasked || kept.data[j] != 0
-                            ? fma(c1[s], apart, c0[s])
-                            : A{0};
+      const A through =
+          !kMasked || kept.data[j] != 0 ? fma(c1[s], apart, c0[s]) : A{0};
       out[j] = fma(mul[s], grad, through);
     }
     StreamVector<T, kVec>(dx + place.x, VectorFromCompute<T, kVec>(out));

@@ -189,8 +189,7 @@ constexpr int kFinishChannels = 8;
 // take for constant, as with __restrict__.
 template <typename Sum, typename A, typename Finish>
 __global__ void __launch_bounds__(kFinishThreads)
-    FinishKernel(const A* partial, int64_t splits, int64_t all,
-                 Finish finish) {
+    FinishKernel(const A* partial, int64_t splits, int64_t all, Finish finish) {
   constexpr int kParts = Sum::kParts;
   constexpr int kUnroll = 32 / static_cast<int>(sizeof(A));
   constexpr int kWarps = kFinishThreads / cuda::kWarp;

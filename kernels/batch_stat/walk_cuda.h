@@ -16,7 +16,8 @@
 // Sums go from the end of x to its start, all parts at the same pace, and what
 // is elementwise from the start to the end. So where all columns run at once,
 // each of them begins with what the one before has left in the cache, and so
-// does a kernel of XLA's, which goes from the start to the end, before or after.
+// does a kernel of XLA's, which goes from the start to the end, before or
+// after.
 
 #ifndef KERNELS_BATCH_STAT_WALK_CUDA_H_
 #define KERNELS_BATCH_STAT_WALK_CUDA_H_

@@ -18,10 +18,10 @@ namespace decode_attention {
 constexpr int kAttendThreads = 128;
 constexpr int kAttendWarps = kAttendThreads / cuda::kWarp;
 
-// Whether to tell the GPU's cache that elements of a size are read once. It makes
-// attending 1 to 2 % faster, also for 512 query rows, whose blocks read the same
-// keys one after the other; but 5 % slower where elements are 8 bits: there
-// instructions are what counts (H200).
+// Whether to tell the GPU's cache that elements of a size are read once. It
+// makes attending 1 to 2 % faster, also for 512 query rows, whose blocks read
+// the same keys one after the other; but 5 % slower where elements are 8 bits:
+// there instructions are what counts (H200).
 template <int kElementBytes>
 constexpr bool kReadOnce = kElementBytes > 1;
 

@@ -78,9 +78,7 @@ class MeasureTest(absltest.TestCase):
     both = {name: lambda total, x: (total, x) for name in ("cuda", "other")}
     gpu.measure(tiny(arguments=arguments, baselines=both))
     # To compare results, and then to measure.
-    self.assertEqual(
-      asked, ["auto", "xla"] + ["auto", "xla", "cuda", "auto"]
-    )
+    self.assertEqual(asked, ["auto", "xla"] + ["auto", "xla", "cuda", "auto"])
 
   def test_difference_is_of_whole_arrays(self):
     want = jnp.ones(10000), jnp.full((2, 8), 2.0, "bfloat16"), jnp.arange(3)
