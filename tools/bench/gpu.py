@@ -228,7 +228,7 @@ def measure(row: Row, ours: str = "auto") -> dict[str, Any]:
     "row": row.name, "bytes": row.moved, "layers": row.layers,
     "steps": row.steps, "ms": {},
   }  # fmt: skip
-  calls = {
+  calls: dict[str, Callable[..., Arrays]] = {
     "ours": functools.partial(row.call, ours),
     "xla": functools.partial(row.call, "xla"),
     **row.baselines,
