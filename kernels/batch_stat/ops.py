@@ -320,8 +320,8 @@ _FUSES = "XLA makes one fusion of it and what follows"
 _FUSED_BYTES = 2**17
 
 # Bytes of x from which a GPU is faster with the kernels. Below, launches are
-# what counts: on an H200, 2 MB took 1.07 times as long as with XLA, 6.4 MB 0.7 to
-# 1.2 times, most often less.
+# what counts: on an H200, 2 MB took 1.07 times as long as with XLA, 6.4 MB 0.7
+# to 1.2 times, most often less.
 _SUMMED_BYTES = 2**22
 
 
