@@ -223,7 +223,9 @@ class CompiledTest(parameterized.TestCase):
     self.assertEqual(got, [f"batch_stat_{name}" for name in want.split()])
     for choice in choices:
       if choice.implementation == "xla":
-        self.assertRegex(choice.reason, "XLA (makes one fusion|sums|is as fast)")
+        self.assertRegex(
+          choice.reason, "XLA (makes one fusion|sums|is as fast)"
+        )
 
   @parameterized.parameters(
     (True, False, "cuda", "written for cuda"),
