@@ -1,15 +1,17 @@
 """Decode attention for TPUs in Pallas: reads the valid prefix, once.
 
-One grid step is a sequence. It walks over the tiles of the cache that hold keys
-which a query of the sequence sees, two of them in flight, the first of the next
-sequence included, and keeps the running maximum and sum of an online softmax.
+One grid step is a sequence, or as many query tokens of a long one as fast
+memory holds. It walks over the tiles of the cache that hold keys which one of
+its queries sees, two of them in flight, the first of the next step included,
+and keeps the running maximum and sum of an online softmax.
 
 The cache comes with its axes in the order in which XLA keeps it, see
 `kv_cache.pallas_tpu`. In the orders "bnsh" and "bnhs" each head's keys are a
-matrix. In "bsnh" the keys of all heads are one matrix `[slots * n, h]`, which
-is multiplied as it lies; products of a query with other heads' keys are masked
-away. A decode step has few query rows, so that this costs less than the cache's
-bytes do.
+matrix. In "bsnh" they are taken out of the tile head by head where there are
+many queries. A decode step has few, and then the keys of all heads are one
+matrix `[slots * n, h]`, which is multiplied as it lies; products of a query
+with other heads' keys are masked away, which costs less than the cache's bytes
+do.
 
 Everything that depends on positions is reduced, in plain JAX, to an interval of
 key positions for each query row.
@@ -37,6 +39,24 @@ _TILE_BYTES = 1 << 20
 # Of the logits of one tile, in float32; some five such arrays live at once.
 _LOGIT_BYTES = 1 << 20
 
+# Of what a grid step holds for its query rows, beside logits.
+_ROW_BYTES = 8 << 20
+
+# Query rows up to which all heads' keys are multiplied at once: a matrix unit
+# takes as many while it loads the next keys.
+_ROWS_AT_ONCE = 128
+
+# Slots of a tile at most. With many rows multiplying hides the DMAs, and a large
+# tile only takes long to compile.
+_SLOTS = 1024
+_SLOTS_OF_MANY_ROWS = 256
+
+# Rows of a tile of registers, of any dtype that queries have.
+_ROW_TILE = 16
+
+# Prefetched scalars lie in a memory of a megabyte.
+_MAX_STEPS = 1 << 14
+
 # Operands that the kernel has no place for.
 _NOT_SERVED = {
   "bias": "`bias` is given",
@@ -50,8 +70,10 @@ class _Tiling(NamedTuple):
 
   Attributes:
     order: Of the cache's axes: "bsnh", "bnsh" or "bnhs".
-    groups: Matrices of keys that a tile holds: 1 for "bsnh", else n.
-    rows: Query rows of each, padded to whole tiles of registers.
+    groups: Matrices of keys that a tile holds: 1 of all heads', or n.
+    steps: Among which the query tokens of a sequence are divided.
+    tokens: Of one step.
+    rows: Query rows of a matrix, padded to whole tiles of registers.
     slots: Of the cache in one tile.
     keys: Columns of logits: slots, or slots * n.
     per_block: Tiles in a row or block of the cache.
@@ -60,6 +82,8 @@ class _Tiling(NamedTuple):
 
   order: str
   groups: int
+  steps: int
+  tokens: int
   rows: int
   slots: int
   keys: int
@@ -70,36 +94,71 @@ class _Tiling(NamedTuple):
 def _tiling(cache_k, cache_v, q, options) -> _Tiling | str:
   """Cuts the work, or says why it cannot be cut."""
   geometry = layout_lib.Geometry.of(cache_k, cache_v, options.layout)
-  heads_first = options.layout == "bnsh"
-  rows = math.prod(q.shape[2:4] if heads_first else q.shape[1:4])
-  rows = -(-rows // 16) * 16
+  heads = geometry.heads
+  at = (3, 1) if options.layout == "bsnh" else (2, 3)
+  group, tokens = (q.shape[i] for i in at)
   order = cache_tpu.order(cache_k, options.layout)
-  width = geometry.heads if order == "bsnh" else 1
   itemsize = jnp.dtype(cache_k.dtype).itemsize
-  slot_bytes = geometry.heads * max(geometry.k_dim, geometry.v_dim) * itemsize
+  slot_bytes = heads * max(geometry.k_dim, geometry.v_dim) * itemsize
   parts = 1
   if cache_k.dtype != jnp.float32 and (
     q.dtype != jnp.bfloat16 or "rope_cos" in options.fields
   ):
     parts = 3
-  logit_bytes = 4 * rows * parts * width
+  at_once = order == "bsnh" and (
+    heads * group * tokens <= _ROWS_AT_ONCE
+    or cache_tpu.LANES * slot_bytes > 2 * _TILE_BYTES
+  )
+  groups, width = (1, heads) if at_once else (heads, 1)
   fewest = 1 << (-(-cache_tpu.LANES // width) - 1).bit_length()
-  slots = min(_TILE_BYTES // slot_bytes, _LOGIT_BYTES // logit_bytes, 1024)
+  if fewest * slot_bytes > 2 * _TILE_BYTES:
+    return f"a slot has {slot_bytes} bytes, too many for tiles of {fewest} slots"
+  most = min(
+    _LOGIT_BYTES // (4 * parts * width * fewest),
+    _ROW_BYTES // (groups * _row_bytes(geometry, cache_k.dtype, parts)),
+  )
+  most = most // _ROW_TILE * _ROW_TILE
+  of_token = group * width
+  if of_token > most:
+    return (
+      f"there are {of_token} query rows for each key, more than the {most} that"
+      " one tile takes"
+    )
+  steps = -(-tokens // (most // of_token))
+  tokens = -(-tokens // steps)
+  rows = -(-tokens * of_token // _ROW_TILE) * _ROW_TILE
+  slots = min(
+    _TILE_BYTES // slot_bytes,
+    _LOGIT_BYTES // (4 * rows * parts * width),
+    _SLOTS if groups * rows <= _ROWS_AT_ONCE else _SLOTS_OF_MANY_ROWS,
+  )
   slots = max(1 << slots.bit_length() - 1 if slots else 0, fewest)
-  if slots * slot_bytes > 2 * _TILE_BYTES:
-    return f"a slot has {slot_bytes} bytes, too many for tiles of {slots} slots"
-  if slots * logit_bytes > _LOGIT_BYTES:
-    return f"there are {rows} query rows for each key, more than one tile takes"
   slots = min(slots, geometry.block_size)
   return _Tiling(
     order=order,
-    groups=1 if order == "bsnh" else geometry.heads,
+    groups=groups,
+    steps=steps,
+    tokens=tokens,
     rows=rows,
     slots=slots,
     keys=slots * width,
     per_block=-(-geometry.block_size // slots),
     parts=parts,
   )
+
+
+def _row_bytes(geometry, dtype, parts):
+  """Returns what one query row takes of fast memory, beside its logits."""
+
+  def padded(dim, itemsize):
+    return -(-dim // cache_tpu.LANES) * cache_tpu.LANES * itemsize
+
+  in_flight = 2 * (
+    parts * padded(geometry.k_dim, 4 if dtype == jnp.float32 else 2)
+    + padded(geometry.v_dim, 4)
+    + 64  # numbers and logarithm, in lines of their own
+  )
+  return in_flight + padded(geometry.v_dim, 4) + 3 * padded(1, 4)
 
 
 def unsupported(
@@ -131,7 +190,11 @@ def unsupported(
   if why is not None:
     return why
   tiling = _tiling(cache_k, cache_v, q, options)
-  return tiling if isinstance(tiling, str) else None
+  if isinstance(tiling, str):
+    return tiling
+  if (steps := q.shape[0] * tiling.steps) > _MAX_STEPS:
+    return f"the queries take {steps} steps, more than {_MAX_STEPS}"
+  return None
 
 
 def append_and_attend(
@@ -182,15 +245,17 @@ def attend(
   slopes = jnp.zeros((1, 1, 1), jnp.float32)
   if "alibi_slopes" in x:
     slopes = x["alibi_slopes"]
-  floats = rows.columns(factor[:, :, None, None], slopes[..., None])
   head = jnp.arange(n, dtype=jnp.int32)[None, :, None, None]
-  ints = rows.columns(*(a[:, None, None] for a in per_row), head)
+  numbers = rows.numbers(
+    *(a[:, None, None] for a in per_row), head, factor[:, :, None, None],
+    slopes[..., None],
+  )  # fmt: skip
 
   out, lse = _flash(
-    places, whole, ints, floats, rows.fold(q), cache_k, cache_v,
+    places, whole, numbers, rows.fold(q), cache_k, cache_v,
     options=options, tiling=tiling, interpret=interpret,
   )  # fmt: skip
-  out, lse = rows.unfold(out), rows.unfold(lse)[..., 0]
+  out, lse = rows.unfold(out), rows.unfold(lse[:, :, 0])
   if "v_scale" in x:
     out *= x["v_scale"][:, :, None, None, None]
   if "sinks" in x:
@@ -216,23 +281,39 @@ class _Rows(NamedTuple):
   tiling: _Tiling
 
   def fold(self, a: jax.Array) -> jax.Array:
-    """Returns `[b, groups, rows, ...]`."""
-    used = self.n * self.g * self.t // self.tiling.groups
-    a = a.reshape(self.b, self.tiling.groups, used, *a.shape[4:])
-    pad = [(0, 0)] * a.ndim
-    pad[2] = (0, self.tiling.rows - used)
-    return jnp.pad(a, pad)
+    """Returns `[b * steps, groups, rows, ...]`."""
+    steps, tokens = self.tiling.steps, self.tiling.tokens
+    a = _pad_axis(a, 3, steps * tokens)
+    a = a.reshape(*a.shape[:3], steps, tokens, *a.shape[4:])
+    a = jnp.moveaxis(a, 3, 1)
+    a = a.reshape(self.b * steps, self.tiling.groups, -1, *a.shape[5:])
+    return _pad_axis(a, 2, self.tiling.rows)
 
   def unfold(self, a: jax.Array) -> jax.Array:
     """Undoes `fold`."""
-    used = self.n * self.g * self.t // self.tiling.groups
-    return a[:, :, :used].reshape(self.b, self.n, self.g, self.t, *a.shape[3:])
+    steps, tokens = self.tiling.steps, self.tiling.tokens
+    a = a[:, :, : self.n * self.g * tokens // self.tiling.groups]
+    a = a.reshape(self.b, steps, self.n, self.g, tokens, *a.shape[3:])
+    a = jnp.moveaxis(a, 1, 3)
+    a = a.reshape(*a.shape[:3], steps * tokens, *a.shape[5:])
+    return a[:, :, :, : self.t]
 
-  def columns(self, *values: jax.Array) -> jax.Array:
-    """Puts numbers of each row side by side: `[b, groups, rows, columns]`."""
+  def numbers(self, *values: jax.Array) -> jax.Array:
+    """Folds numbers of 32 bits: `[b * steps, groups, values, rows]`, integers.
+
+    Not side by side, where each row would take a whole line of memory.
+    """
     full = (self.b, self.n, self.g, self.t)
-    stacked = [jnp.broadcast_to(value, full) for value in values]
-    return self.fold(jnp.stack(stacked, axis=-1))
+    folded = [self.fold(jnp.broadcast_to(value, full)) for value in values]
+    return jnp.stack(
+      [lax.bitcast_convert_type(value, jnp.int32) for value in folded], axis=2
+    )
+
+
+def _pad_axis(a, axis, size):
+  pad = [(0, 0)] * a.ndim
+  pad[axis] = (0, size - a.shape[axis])
+  return jnp.pad(a, pad)
 
 
 def _angles(x):
@@ -244,7 +325,7 @@ def _places(x, options, tiling, tokens):
   """Turns positions into what the kernel needs of each sequence and row.
 
   Returns:
-    Scalars for each sequence, one after the other: layer, first and last tile,
+    Scalars for each step, one after the other: layer, first and last tile,
     what to add to a slot for the position of its key, the last slot before the
     ring's seam, and the interval of positions that some query sees. Then the
     table, flat. Then for each token the interval that it sees, `[b, t]` each,
@@ -253,12 +334,20 @@ def _places(x, options, tiling, tokens):
   geometry = layout_lib.Geometry.of(x["cache_k"], x["cache_v"], options.layout)
   count = jnp.clip(x["count"], 0, tokens)
   first = reference.first_query(x, options, count)
-  token = jnp.arange(tokens, dtype=jnp.int32)
+  batch = len(count)
+
+  def of_steps(a):
+    return jnp.repeat(a, tiling.steps)
+
+  step = jnp.tile(jnp.arange(tiling.steps, dtype=jnp.int32), batch)
+  token = jnp.arange(tiling.tokens, dtype=jnp.int32)
+  token += step[:, None] * tiling.tokens
+  first, count = of_steps(first), of_steps(count)
   p = first[:, None] + token
   num_keys = first + count
   low = jnp.zeros_like(p)
   if "left_padding" in x:
-    low = jnp.maximum(low, x["left_padding"][:, None])
+    low = jnp.maximum(low, of_steps(x["left_padding"])[:, None])
   if options.window_left >= 0:
     low = jnp.maximum(low, p - options.window_left)
   if options.chunk:
@@ -268,7 +357,7 @@ def _places(x, options, tiling, tokens):
     high = jnp.minimum(high, p + 1)
   if options.window_right >= 0:
     high = jnp.minimum(high, p + options.window_right + 1)
-  layer = x["layer"]
+  layer = of_steps(x["layer"])
   real = (token < count[:, None]) & (
     (layer >= 0) & (layer < geometry.layers) & (num_keys > 0)
   )[:, None]
@@ -305,15 +394,16 @@ def _places(x, options, tiling, tokens):
     jnp.clip(layer, 0, geometry.layers - 1), first_tile, last_tile,
     turn + first_slot, seam, all_low, all_high,
   )  # fmt: skip
-  return scalars, x["table"].reshape(-1), (low, high, p)
+  per_row = [a.reshape(batch, -1)[:, :tokens] for a in (low, high, p)]
+  return scalars, x["table"].reshape(-1), per_row
 
 
 def _flash(
-  places, table, ints, floats, q, cache_k, cache_v, *, options, tiling,
-  interpret,
+  places, table, numbers, q, cache_k, cache_v, *, options, tiling, interpret,
 ):  # fmt: skip
-  """Calls the kernel; returns out `[b, groups, rows, h]`, lse `[..., 128]`."""
-  batch = q.shape[0]
+  """Calls the kernel; returns out `[steps, groups, rows, h]`, lse `[..., rows]`.
+  """
+  steps = q.shape[0]
   if cache_k.dtype == jnp.float32:
     terms = [q]
   else:
@@ -328,7 +418,7 @@ def _flash(
   heads = tiling.keys // tiling.slots
   columns = jnp.stack([column // heads, column % heads])
   caches = [
-    cache_tpu.bring(cache, options.layout, tiling.order, interpret)
+    cache_tpu.stay(cache_tpu.reorder(cache, options.layout, tiling.order), interpret)
     for cache in (cache_k, cache_v)
   ]
 
@@ -350,23 +440,20 @@ def _flash(
       options=options,
       tiling=tiling,
       block_size=caches[0].shape[tiling.order.index("s") - 4],
-      width=table.shape[0] // batch,
+      width=table.shape[0] * tiling.steps // steps,
       alibi="alibi_slopes" in options.fields,
     ),
     grid_spec=pltpu.PrefetchScalarGridSpec(
       num_scalar_prefetch=len(places) + 1,
-      grid=(batch,),
+      grid=(steps,),
       in_specs=[
-        each(*ints.shape[1:]),
-        each(*floats.shape[1:]),
+        each(*numbers.shape[1:]),
         each(*q.shape[1:]),
         pl.BlockSpec(columns.shape, lambda b, *_: (0, 0)),
         in_place,
         in_place,
       ],
-      out_specs=[
-        each(groups, rows, v_dim), each(groups, rows, cache_tpu.LANES)
-      ],
+      out_specs=[each(groups, rows, v_dim), each(groups, 1, rows)],
       scratch_shapes=[
         *map(tiles, caches),
         pltpu.VMEM((groups, rows, cache_tpu.LANES), jnp.float32),
@@ -377,20 +464,20 @@ def _flash(
       ],
     ),
     out_shape=[
-      jax.ShapeDtypeStruct((batch, groups, rows, v_dim), jnp.float32),
-      jax.ShapeDtypeStruct((batch, groups, rows, cache_tpu.LANES), jnp.float32),
+      jax.ShapeDtypeStruct((steps, groups, rows, v_dim), jnp.float32),
+      jax.ShapeDtypeStruct((steps, groups, 1, rows), jnp.float32),
     ],
     compiler_params=pltpu.CompilerParams(
       dimension_semantics=("arbitrary",)
     ),
     interpret=interpret,
     name="decode_attention_flash",
-  )(*places, table, ints, floats, q, columns, *caches)  # fmt: skip
+  )(*places, table, numbers, q, columns, *caches)  # fmt: skip
 
 
 def _flash_kernel(
   layer, first, last, turn, seam, all_low, all_high, table,
-  ints, floats, q, columns, cache_k, cache_v, out, lse,
+  numbers, q, columns, cache_k, cache_v, out, lse,
   tile_k, tile_v, largest, total, weighted, steps, sems,
   *, options, tiling, block_size, width, alibi,
 ):  # fmt: skip
@@ -401,7 +488,7 @@ def _flash_kernel(
   def locate(b, i):
     """Returns block, whether it is there, slot in it, and slots seen before."""
     page = lax.div(i, jnp.int32(tiling.per_block))
-    block = table[b * width + page]
+    block = table[lax.div(b, jnp.int32(tiling.steps)) * width + page]
     wanted = (i - page * tiling.per_block) * tiling.slots
     start = jnp.minimum(wanted, block_size - tiling.slots)
     there = (block >= 0) & (block < blocks)
@@ -477,15 +564,20 @@ def _flash_kernel(
     column = columns[0:1, :]
     keys_at = position(column)
     fresh = (column >= repeated) & there
+    at_once = tiling.keys > tiling.slots
     for group in range(tiling.groups):
-      if tiling.order == "bsnh":
+      if at_once:
         keys = tile_k[buffer].reshape(tiling.keys, tile_k.shape[-1])
         values = tile_v[buffer].reshape(tiling.keys, tile_v.shape[-1])
+      elif tiling.order == "bsnh":
+        keys, values = (
+          _factor(tile[buffer])[:, group] for tile in (tile_k, tile_v)
+        )
       else:
         keys, values = tile_k[buffer, group], tile_v[buffer, group]
       _step(
-        ints[group], floats[group], q[group], keys, values, keys_at, fresh,
-        columns[1:2, :] if tiling.order == "bsnh" else None,
+        numbers[group], q[group], keys, values, keys_at, fresh,
+        columns[1:2, :] if at_once else None,
         largest.at[group], total.at[group], weighted.at[group],
         options=options, tiling=tiling, alibi=alibi,
       )  # fmt: skip
@@ -493,17 +585,19 @@ def _flash_kernel(
   some = total[:, :, 0:1] > 0
   safe = jnp.where(some, total[:, :, 0:1], 1.0)
   out[...] = weighted[...] / safe
-  lse[...] = jnp.where(
-    some, largest[:, :, 0:1] + jnp.log(safe), -jnp.inf
-  ) + jnp.zeros_like(lse)
+  logarithms = jnp.where(some, largest[:, :, 0:1] + jnp.log(safe), -jnp.inf)
+  for group in range(tiling.groups):
+    lse[group] = logarithms[group].T
 
 
 def _step(
-  ints, floats, q, keys, values, keys_at, fresh, key_head, largest, total,
+  numbers, q, keys, values, keys_at, fresh, key_head, largest, total,
   weighted, *, options, tiling, alibi,
 ):  # fmt: skip
   """Adds one tile of keys to the running softmax."""
-  low, high, own, head = (ints[:, i : i + 1] for i in range(4))
+  by_row = numbers.T
+  low, high, own, head = (by_row[:, i : i + 1] for i in range(4))
+  floats = lax.bitcast_convert_type(by_row[:, 4:6], jnp.float32)
   visible = (keys_at >= low) & (keys_at < high) & fresh
   if key_head is not None:
     visible &= key_head == head
@@ -546,13 +640,18 @@ def _sum_of(terms, count):
   return out
 
 
+def _factor(a):
+  """Returns what is multiplied: float32, or bfloat16 for all that is shorter."""
+  return a if a.dtype == jnp.float32 else a.astype(jnp.bfloat16)
+
+
 def _dot(a, b, axis):
   """Contracts the last axis of a with one of b, in products that are exact."""
-  exact = b.dtype == jnp.float32
+  b = _factor(b)
   return lax.dot_general(
     a,
-    b if exact else b.astype(jnp.bfloat16),
+    b,
     (((1,), (axis,)), ((), ())),
-    precision=lax.Precision.HIGHEST if exact else None,
+    precision=lax.Precision.HIGHEST if b.dtype == jnp.float32 else None,
     preferred_element_type=jnp.float32,
   )

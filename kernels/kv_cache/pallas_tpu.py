@@ -72,15 +72,11 @@ def reorder(x: jax.Array, before: str, after: str) -> jax.Array:
   return x.transpose(*range(lead), *axes)
 
 
-def bring(cache: jax.Array, before: str, after: str, interpret: Any) -> Any:
-  """Reorders a cache for a kernel, and keeps it where it is.
-
-  XLA moves what is transposed to fast memory if it fits, and back again.
-  """
-  moved = reorder(cache, before, after)
-  if before == after or interpret:
-    return moved
-  return pltpu.with_memory_space_constraint(moved, pltpu.HBM)
+def stay(cache: jax.Array, interpret: Any) -> Any:
+  """Keeps XLA from moving a cache that fits to fast memory, all of it."""
+  if interpret:
+    return cache
+  return pltpu.with_memory_space_constraint(cache, pltpu.HBM)
 
 
 def cache_problem(cache_k: Any, cache_v: Any, layout: str) -> str | None:
@@ -186,9 +182,11 @@ def update(
   )
   slot = jnp.where(write & held, slot, -1)
   to = order(cache_k, layout)
-  cache_k, cache_v = (
-    bring(cache, layout, to, interpret) for cache in (cache_k, cache_v)
-  )
+  if to != layout:  # else it is the operand, which is written where it is
+    cache_k, cache_v = (
+      stay(reorder(cache, layout, to), interpret)
+      for cache in (cache_k, cache_v)
+    )
   places = (layer, block, slot)
   if to == "bsnh":
     caches = _write_rows(cache_k, cache_v, new_k, new_v, places, interpret)

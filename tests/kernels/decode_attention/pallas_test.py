@@ -4,7 +4,9 @@ Numbers come from the interpreter on the CPU, and from the device where there is
 one; programs from libtpu, which wants no device.
 """
 
+import contextlib
 import functools
+from unittest import mock
 
 from absl.testing import parameterized
 import jax
@@ -16,7 +18,7 @@ import pytest
 
 import kernels
 from kernels import decode_attention as da
-from kernels.decode_attention import api, arg_specs
+from kernels.decode_attention import api, arg_specs, pallas_tpu
 from tests.kernels.decode_attention import oracle
 from tests.kernels.kv_cache import oracle as cache_oracle
 from tests.testing import deviceless, interpreted, op_contract, tolerances
@@ -117,6 +119,22 @@ def run(args, index, **kwargs):
   return got
 
 
+@contextlib.contextmanager
+def few_rows_at_a_time():
+  """Makes steps short; yields a list of how the work is cut."""
+  cut, made = pallas_tpu._tiling, []
+
+  def spy(*args):
+    made.append(cut(*args))
+    return made[-1]
+
+  with (
+    mock.patch.object(pallas_tpu, "_ROW_BYTES", 310_000),
+    mock.patch.object(pallas_tpu, "_tiling", spy),
+  ):
+    yield made
+
+
 class NumbersTest(parameterized.TestCase):
   def setUp(self):
     super().setUp()
@@ -152,6 +170,42 @@ class NumbersTest(parameterized.TestCase):
       sizes |= {"s": 640, "n": 4, "h": 192}
     args = arguments(t=3, g=3, b=2, **sizes)
     run(args, [sizes["s"] - 3, 300], layout=LAYOUTS[case])
+
+  @parameterized.product(case=CASES, dtype=("float32", "bfloat16", "int8"))
+  def test_prompts_in_several_steps(self, case, dtype):
+    scales = {}
+    if dtype == "int8":
+      scales = {"k_scale": np.float32(0.02), "v_scale": np.float32(0.03)}
+    layout = LAYOUTS[case]
+    args = arguments(t=21, dtype=dtype, **SIZES[case])
+    if not scales:
+      args = spoil(args, [0, 13, 40], layout)
+    with few_rows_at_a_time() as cut:
+      run(
+        args, [0, 13, 40], layout=layout, lengths=np.int32([21, 0, 15]),
+        window=11, **scales,
+      )  # fmt: skip
+    self.assertGreater(cut[-1].steps, 2)
+
+  @parameterized.parameters(*CASES)
+  def test_prompts_in_pages_and_in_a_ring(self, case):
+    sizes = {"s": 32} | SIZES[case] | {"t": 21, "rows": 7, "lead": (2,)}
+    layout = LAYOUTS[case]
+    table = np.int32([[5, 0, 2], [3, -1, -1], [1, 6, 4]])
+    size = 128 if case == "columns" else sizes["s"]
+    args = arguments(**sizes | {"s": size})
+    with few_rows_at_a_time() as cut:
+      for ring in ({}, {"ring": True, "window": 9}):
+        run(
+          args, [size - 8, 2, 3 * size - 21], layout=layout, layer=1,
+          block_table=table, **ring,
+        )  # fmt: skip
+    self.assertGreater(cut[-1].steps, 2)
+
+  @parameterized.parameters(1, 4)
+  def test_prompts_whose_heads_are_taken_apart(self, heads):
+    # In one step: as many rows as no kernel of a decode step has.
+    run(arguments(t=35, b=2, n=heads, g=4), [3, 20], softcap=5.0)
 
   @parameterized.parameters(*CASES)
   def test_what_a_query_sees(self, case):
@@ -218,7 +272,7 @@ class ChoiceTest(parameterized.TestCase):
     ({"h": 64}, {}, "does not fill tiles"),
     ({"dtype": "float16"}, {}, "float16, which Mosaic does not take"),
     ({"t": 0}, {}, "there are no queries"),
-    ({"t": 40, "g": 40}, {}, "6400 query rows"),
+    ({"g": 600}, {}, "600 query rows for each key, more than the 496"),
     ({}, {"bias": np.zeros((1, 1, 1, 64), np.float32)}, "`bias` is given"),
     ({}, {"mask": np.ones((1, 1, 1, 64), bool)}, "`mask` is given"),
     ({}, {"qv": np.zeros((3, 1, 8, 128), np.float32)}, "`qv` is given"),
@@ -239,6 +293,15 @@ class ChoiceTest(parameterized.TestCase):
     self.assertEqual(choice.implementation, "xla")
     self.assertIn(reason, choice.reason)
 
+  def test_more_steps_than_scalars_can_be_kept_for_go_to_xla(self):
+    k, v, q, *_ = (
+      jax.ShapeDtypeStruct((1 << 15, *a.shape[1:]), a.dtype)
+      for a in arguments()
+    )
+    [choice] = kernels.explain(da.attend, k, v, q, 5, platform="tpu")
+    self.assertEqual(choice.implementation, "xla")
+    self.assertIn("32768 steps, more than 16384", choice.reason)
+
   def test_every_real_model_is_explained(self):
     for spec in arg_specs.ARG_SPECS:
       layer = None if spec.layers is None else 0
@@ -246,7 +309,7 @@ class ChoiceTest(parameterized.TestCase):
         da.decode_attention, layer=layer, **spec.scales()
       )
       [choice] = kernels.explain(decode, *spec.shapes(), platform="tpu")
-      served = spec.dtype != "float16" and spec.tokens < 256
+      served = spec.dtype != "float16"
       self.assertEqual(
         choice.implementation, "pallas" if served else "xla", spec.name
       )
@@ -309,6 +372,19 @@ class CompiledTest(deviceless.TpuTest):
       da.decode_attention, layout=LAYOUTS[case], **scales
     )
     self.check(chip, step, *structs(case, dtype))
+
+  @parameterized.product(chip=CHIPS, dtype=DTYPES)
+  def test_prompts(self, chip, dtype):
+    scales = {}
+    if dtype in cache_oracle.QUANTIZED:
+      scales = {"k_scale": 0.05, "v_scale": 0.05}
+    step = functools.partial(da.decode_attention, **scales)
+    self.check(chip, step, *structs(dtype=dtype, tokens=96))
+
+  @parameterized.product(chip=CHIPS, case=("tiles", "columns"))
+  def test_prompts_in_other_orders(self, chip, case):
+    step = functools.partial(da.decode_attention, layout=LAYOUTS[case])
+    self.check(chip, step, *structs(case, tokens=96))
 
   def test_shapes_of_real_models(self):
     for spec in arg_specs.ARG_SPECS:
