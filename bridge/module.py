@@ -290,14 +290,31 @@ class Module(nnx.Module, metaclass=ModuleMeta):
     return stream()
 
   def param(
-    self, name: str, init_fn: Callable[..., Any], *args: Any, **kwargs: Any
+    self,
+    name: str,
+    init_fn: Callable[..., Any],
+    *args: Any,
+    unbox: bool = True,
+    **kwargs: Any,
   ) -> nnx.Param[Any]:
     """A parameter: the one in the variables, or a new one.
+
+    Example:
+
+      >>> import bridge, nnx
+      >>> class Model(bridge.Module):
+      ...   @bridge.compact
+      ...   def __call__(self):
+      ...     init = nnx.initializers.ones_init()
+      ...     return self.param("w", init, (2,), unbox=False).value
+      >>> Model().init_with_output(0)[0]
+      Array([1., 1.], dtype=float32)
 
     Args:
       name: its name.
       init_fn: makes its value of a key and `args` and `kwargs`.
       *args: more arguments of `init_fn`.
+      unbox: Linen's, without effect: metadata is the Variable's.
       **kwargs: keyword arguments of it.
 
     Returns:
@@ -308,6 +325,7 @@ class Module(nnx.Module, metaclass=ModuleMeta):
         something else; or if the parameter has another shape than `init_fn`
         gives.
     """
+    del unbox
     self._bound(f"make the parameter `{name}`")
     variable = self._variable(
       "params",
@@ -324,6 +342,7 @@ class Module(nnx.Module, metaclass=ModuleMeta):
     name: str,
     init_fn: Callable[..., Any] | None = None,
     *args: Any,
+    unbox: bool = True,
     **kwargs: Any,
   ) -> nnx.Variable[Any]:
     """A variable of any collection: the one that is there, or a new one.
@@ -333,6 +352,7 @@ class Module(nnx.Module, metaclass=ModuleMeta):
       name: its name.
       init_fn: makes its value of `args` and `kwargs`.
       *args: arguments of `init_fn`.
+      unbox: see `param`.
       **kwargs: keyword arguments of it.
 
     Returns:
@@ -341,6 +361,7 @@ class Module(nnx.Module, metaclass=ModuleMeta):
     Raises:
       ValueError: as `param`, or if it is new and there is no `init_fn`.
     """
+    del unbox
     self._bound(f"make the variable `{name}`")
     kind = nnx.variable_type_from_name(col, allow_register=True)
     if init_fn is None:
@@ -459,13 +480,33 @@ class Module(nnx.Module, metaclass=ModuleMeta):
     rngs: Any = None,
     *args: Any,
     method: Callable[..., Any] | str = "__call__",
+    mutable: Any = True,
     **kwargs: Any,
   ) -> tuple[Any, dict[str, Any]]:
     """Makes the variables; see `apply`.
 
+    Example:
+
+      >>> import bridge, jax.numpy as jnp, nnx
+      >>> class Model(bridge.Module):
+      ...   @bridge.compact
+      ...   def __call__(self, x):
+      ...     return x * self.param("w", nnx.initializers.ones_init(), ())
+      >>> y, variables = Model().init_with_output(0, jnp.ones(()), mutable=True)
+      >>> list(variables["params"])
+      ['w']
+
+    Args:
+      rngs: see `apply`.
+      *args: likewise.
+      method: likewise.
+      mutable: accepted as in Flax: all variables are made and returned.
+      **kwargs: see `apply`.
+
     Returns:
       What the method returned, and the variables by collection.
     """
+    del mutable
     return self._run({}, args, kwargs, rngs, method, True, True)
 
   def bind(

@@ -243,8 +243,8 @@ def nnx_attrs_to_linen_vars(attributes: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def with_partitioning(
-  initializer: Callable[..., Any],
-  sharding: Any,
+  fn: Callable[..., Any],
+  names: Any,
   mesh: jax.sharding.Mesh | None = None,
   **metadata: Any,
 ) -> Callable[..., Any]:
@@ -260,8 +260,8 @@ def with_partitioning(
     'Partitioned'
 
   Args:
-    initializer: an initializer.
-    sharding: the names of the axes.
+    fn: an initializer.
+    names: the names of the axes.
     mesh: the mesh; by default the one that is active.
     **metadata: more metadata of the Variable.
 
@@ -269,5 +269,5 @@ def with_partitioning(
     An initializer that returns a `VariableMetadata`.
   """
   return nnx.with_partitioning(
-    initializer, sharding, mesh, linen_meta_type=meta.Partitioned, **metadata
+    fn, names, mesh, linen_meta_type=meta.Partitioned, **metadata
   )

@@ -605,7 +605,7 @@ class Einsum(Module):
       the input, its second the kernel. None, if each call gives it.
     kernel_shape: the shape of the kernel.
     bias_shape: the shape of the bias: the axes of the result that come from the
-      kernel. There is none, if None.
+      kernel, or the size of the only one. There is none, if None.
     dtype: the dtype to compute in; of inputs and parameters, if None.
     param_dtype: the dtype of the parameters.
     precision: of the product, as in `jnp.einsum`.
@@ -631,7 +631,7 @@ class Einsum(Module):
     self,
     einsum_str: str | None,
     kernel_shape: Sequence[int],
-    bias_shape: Sequence[int] | None = None,
+    bias_shape: Sequence[int] | int | None = None,
     *,
     dtype: dtypes.Dtype | None = None,
     param_dtype: dtypes.Dtype = jnp.float32,
@@ -654,13 +654,14 @@ class Einsum(Module):
     )
     self.bias = None
     if bias_shape is not None:
+      bias_shape = _as_tuple(bias_shape)
       self.bias = Param(
         initialize(bias_init, rngs.params(), bias_shape, param_dtype),
         **bias_metadata,
       )
     self.einsum_str = einsum_str
     self.kernel_shape = tuple(kernel_shape)
-    self.bias_shape = None if bias_shape is None else tuple(bias_shape)
+    self.bias_shape = bias_shape
     self.dtype = dtype
     self.param_dtype = param_dtype
     self.precision = precision

@@ -52,6 +52,10 @@ class LoRA(Module):
     >>> x = jnp.ones((5, 3))
     >>> bool((layer(x) == base(x)).all())  # `lora_b` starts at 0
     True
+    >>> init = nnx.initializers.lecun_normal()  # of Flax 0.10
+    >>> layer = nnx.LoRA(3, 2, 4, kernel_init=init, rngs=nnx.Rngs(1))
+    >>> bool((layer.lora_b.value != 0).all())
+    True
 
   Args:
     in_features: k, the size of the last axis of the input.
@@ -68,6 +72,8 @@ class LoRA(Module):
     rngs: the stream `params` gives the keys of the matrices.
     a_metadata: metadata of `lora_a`.
     b_metadata: metadata of `lora_b`.
+    kernel_init: Flax 0.10's word for both initializers, in place of them if not
+      None.
 
   Attributes:
     lora_a: `LoRAParam`, `[k, r]`.
@@ -90,7 +96,10 @@ class LoRA(Module):
     rngs: Rngs,
     a_metadata: Mapping[str, Any] = NO_METADATA,
     b_metadata: Mapping[str, Any] = NO_METADATA,
+    kernel_init: Initializer | None = None,
   ):
+    if kernel_init is not None:
+      a_initializer = b_initializer = kernel_init
     self.in_features = in_features
     self.out_features = out_features
     self.dtype = dtype
@@ -122,11 +131,11 @@ class LoRA(Module):
       `[..., c]`.
 
     Raises:
-      TypeError: if `base_module` cannot be called.
+      ValueError: if `base_module` cannot be called.
     """
     base = self.base_module
     if base is not None and not callable(base):
-      raise TypeError(
+      raise ValueError(
         "`base_module` must be callable, but it is a"
         f" `{type(base).__name__}`. Give its class a `__call__`."
       )
@@ -162,6 +171,12 @@ class LoRALinear(Linear):
     ((3, 4), (3, 2))
     >>> layer(jnp.ones((5, 3))).shape
     (5, 4)
+    >>> init = nnx.initializers.lecun_normal()  # of Flax 0.10
+    >>> layer = nnx.LoRALinear(
+    ...   3, 4, lora_rank=2, lora_kernel_init=init, rngs=nnx.Rngs(0)
+    ... )
+    >>> bool((layer.lora.lora_b.value != 0).all())
+    True
 
   Args:
     in_features: k, the size of the last axis of the input.
@@ -176,6 +191,8 @@ class LoRALinear(Linear):
     rngs: the stream `params` gives all keys.
     a_metadata: metadata of `lora_a`.
     b_metadata: metadata of `lora_b`.
+    lora_kernel_init: Flax 0.10's word for both initializers, in place of them
+      if not None.
     **kwargs: the keywords of `Linear`.
 
   Attributes:
@@ -199,6 +216,7 @@ class LoRALinear(Linear):
     rngs: Rngs,
     a_metadata: Mapping[str, Any] = NO_METADATA,
     b_metadata: Mapping[str, Any] = NO_METADATA,
+    lora_kernel_init: Initializer | None = None,
     **kwargs: Any,
   ):
     super().__init__(in_features, out_features, rngs=rngs, **kwargs)
@@ -215,6 +233,7 @@ class LoRALinear(Linear):
       rngs=rngs,
       a_metadata=a_metadata,
       b_metadata=b_metadata,
+      kernel_init=lora_kernel_init,
     )
 
   def __call__(self, x: jax.Array, out_sharding: Any = None) -> jax.Array:

@@ -167,10 +167,17 @@ class _Cell(RNNCellBase):
   ) -> Any:
     """Makes the carry to start with.
 
+    Example:
+
+      >>> import nnx
+      >>> cell = nnx.GRUCell(3, 2, rngs=nnx.Rngs(0))
+      >>> cell.initialize_carry((1, 3))
+      Array([[0., 0.]], dtype=float32)
+
     Args:
       input_shape: `(..., in_features)`, of the input of one step.
       rngs: its stream `carry`, or this stream, gives the keys; the cell's own,
-        if None.
+        if None. Not needed for zeros and what else takes no key.
       carry_init: `(key, shape, dtype) -> array`; the cell's, if None, and
         without any zeros.
 
@@ -178,23 +185,32 @@ class _Cell(RNNCellBase):
       `[..., hidden_features]`, or for an LSTM the pair of memory and output.
 
     Raises:
-      ValueError: if neither the call nor the cell has `rngs`.
+      ValueError: if `carry_init` takes keys and neither the call nor the cell
+        has `rngs`.
     """
-    if rngs is None:
-      rngs = self.rngs
-      if rngs is None:
-        raise ValueError(
-          "`initialize_carry` must have `rngs`, but they are None in the call"
-          " and in the cell. Pass `rngs=nnx.Rngs(seed)`."
-        )
+    rngs = self.rngs if rngs is None else rngs
     if isinstance(rngs, Rngs):
       rngs = rngs.carry
     carry_init = carry_init or self.carry_init or initializers.zeros
     shape = (*input_shape[:-1], self.hidden_features)
-    carries = tuple(
-      initialize(carry_init, rngs(), shape, self.param_dtype)
-      for _ in range(self._num_carries)
-    )
+    try:
+      carries = tuple(
+        initialize(
+          carry_init,
+          None if rngs is None else rngs(),
+          shape,
+          self.param_dtype,
+        )
+        for _ in range(self._num_carries)
+      )
+    except TypeError as error:
+      if rngs is not None:
+        raise
+      # jax refuses None as a key.
+      raise ValueError(
+        "`initialize_carry` must have `rngs`, since `carry_init` takes keys, but"
+        " they are None in the call and in the cell. Pass `rngs=nnx.Rngs(seed)`."
+      ) from error
     return carries if len(carries) > 1 else carries[0]
 
   @property
@@ -625,8 +641,8 @@ def _streams(cell: Any, only: filters.Filter) -> list[tuple[Any, ...]]:
   ]
 
 
-def _carry_stream(rngs: Rngs | RngStream | bool) -> RngStream | None:
-  if rngs is True:
+def _carry_stream(rngs: Rngs | RngStream | bool | None) -> RngStream | None:
+  if rngs is True or rngs is None:
     return RngStream(0, tag="carry")
   if rngs is False:
     return None
@@ -664,8 +680,8 @@ class RNN(Module):
     broadcast_rngs: a filter of the cell's random streams that give the same
       keys in each step.
     rngs: where the keys of the first carry come from: a fork of the stream
-      `carry`, this stream, if True one of the seed 0, if False what each call
-      brings.
+      `carry`, this stream, if True, or None as in Flax 0.10, one of the seed 0,
+      if False what each call brings.
   """
 
   def __init__(
@@ -679,7 +695,7 @@ class RNN(Module):
     unroll: int = 1,
     state_axes: Mapping[str, Any] | None = None,
     broadcast_rngs: filters.Filter = None,
-    rngs: Rngs | RngStream | bool = True,
+    rngs: Rngs | RngStream | bool | None = True,
   ):
     self.cell = cell
     self.time_major = time_major
@@ -836,7 +852,7 @@ class Bidirectional(Module):
     merge_fn: Callable[[jax.Array, jax.Array], jax.Array] = _concatenate,
     time_major: bool = False,
     return_carry: bool = False,
-    rngs: Rngs | RngStream | bool = True,
+    rngs: Rngs | RngStream | bool | None = True,
   ):
     self.forward_rnn = forward_rnn
     self.backward_rnn = backward_rnn

@@ -1,5 +1,7 @@
 """bridge.Module: setup and compact; flax.nnx.bridge is the oracle."""
 
+import inspect
+
 from absl.testing import absltest, parameterized
 from flax import linen as nn
 from flax import nnx as fnnx
@@ -93,6 +95,26 @@ class OracleTest(parameterized.TestCase):
       result, theirs.apply(weights, X, rngs=0), rtol=1e-6
     )
     self.assertEqual(y.shape, expected_y.shape)
+
+  def test_keywords_of_linen(self):
+    for library, bridge_ in ((nnx, bridge), (fnnx, fnnx.bridge)):
+
+      class Model(bridge_.Module):
+        @bridge_.compact
+        def __call__(self, x):
+          init = library.initializers.ones_init()
+          w = self.param("w", init, (2,), unbox=False)
+          n = self.variable("counts", "n", jnp.zeros, (), unbox=False)
+          return x * w[...] + n[...]
+
+      y, variables = Model().init_with_output(0, X, mutable=["params"])
+      np.testing.assert_array_equal(y, X)
+      self.assertEqual(shapes(variables), {"params": {"w": (2,)}, "counts": {"n": ()}})
+    names = [
+      list(inspect.signature(function).parameters)[:3]
+      for function in (bridge.with_partitioning, fnnx.bridge.with_partitioning)
+    ]
+    self.assertEqual(*names)
 
   def test_all_public_names(self):
     modules = {"module", "interop", "wrappers"}

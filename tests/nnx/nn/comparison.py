@@ -286,10 +286,12 @@ def assert_same_signature(
   """
 
   def parameters(function):
-    return [
+    found = [
       (p.name, p.kind.name, _simple(p.default))
       for p in inspect.signature(function).parameters.values()
     ]
+    # `**kwargs`, which Python has last, goes first: ours may have more before.
+    return sorted(found, key=lambda p: p[1] != "VAR_KEYWORD")
 
   mine, other = parameters(ours), parameters(theirs)
   assert mine[: len(other)] == other, function_name(ours)

@@ -1,7 +1,9 @@
 """LoRA, against flax.nnx."""
 
+from flax import nnx as flax_nnx
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 import nnx
@@ -70,6 +72,27 @@ def test_filters_tell_its_parameters_from_others():
   assert issubclass(nnx.LoRAParam, nnx.Param)
 
 
+def test_one_initializer_for_both_matrices_as_in_flax_0_10():
+  init = jax.nn.initializers.lecun_normal()
+  lora = nnx.LoRA(4, 2, 3, kernel_init=init, rngs=nnx.Rngs(7))
+  linear = nnx.LoRALinear(
+    4,
+    3,
+    lora_rank=2,
+    kernel_init=jax.nn.initializers.ones,
+    lora_kernel_init=init,
+    rngs=nnx.Rngs(7),
+  )
+  assert (linear.kernel.value == 1).all()
+  for layer, keys_before in ((lora, 0), (linear.lora, 2)):
+    keys = flax_nnx.Rngs(7)
+    for _ in range(keys_before):
+      keys.params()
+    a, b = init(keys.params(), (4, 2)), init(keys.params(), (2, 3))
+    np.testing.assert_array_equal(layer.lora_a.value, a)
+    np.testing.assert_array_equal(layer.lora_b.value, b)
+
+
 def test_keywords_go_to_the_base():
   class Base(nnx.Module):
     def __call__(self, x, factor=1.0):
@@ -82,5 +105,12 @@ def test_keywords_go_to_the_base():
 
 def test_a_base_that_cannot_be_called_is_refused():
   layer = nnx.LoRA(3, 2, 3, base_module=nnx.Module(), rngs=nnx.Rngs(0))
-  with pytest.raises(TypeError, match="must be callable, but it is a `Module`"):
+  with pytest.raises(
+    ValueError, match="must be callable, but it is a `Module`"
+  ):
     layer(array(2, 3))
+  theirs = flax_nnx.LoRA(
+    3, 2, 3, base_module=flax_nnx.Module(), rngs=flax_nnx.Rngs(0)
+  )
+  with pytest.raises(ValueError):
+    theirs(array(2, 3))

@@ -69,7 +69,37 @@ def test_carries(name):
       np.testing.assert_array_equal(a, b)
   assert ours.num_feature_axes == theirs.num_feature_axes == 1
   with pytest.raises(ValueError, match="`initialize_carry` must have `rngs`"):
-    ours.initialize_carry((2, 3))
+    ours.initialize_carry((2, 3), carry_init=jax.nn.initializers.normal())
+  with pytest.raises(ValueError):
+    theirs.initialize_carry((2, 3), carry_init=jax.nn.initializers.normal())
+
+
+@pytest.mark.parametrize("name", CELLS)
+@pytest.mark.parametrize(
+  ("init", "value"),
+  [
+    (None, 0),
+    (jax.nn.initializers.ones, 1),
+    (jax.nn.initializers.constant(3), 3),
+  ],
+)
+def test_carries_that_take_no_keys_need_no_streams(name, init, value):
+  # As Flax 0.10's cells, which kept the streams that they were made with.
+  cell = getattr(nnx, name)(3, 4, carry_init=init, rngs=nnx.Rngs(0))
+  for carry in (
+    cell.initialize_carry((2, 3)),
+    cell.initialize_carry((2, 3), cell.rngs),
+  ):
+    leaves = jax.tree.leaves(carry)
+    assert len({id(leaf) for leaf in leaves}) == len(leaves)
+    for leaf in leaves:
+      np.testing.assert_array_equal(leaf, jnp.full((2, 4), value))
+
+
+def test_errors_of_initializers_with_keys_stay_as_they_are():
+  cell = nnx.GRUCell(3, 4, rngs=nnx.Rngs(0))
+  with pytest.raises(TypeError, match="argument"):
+    cell.initialize_carry((2, 3), nnx.Rngs(0), lambda key: key)
 
 
 @pytest.mark.parametrize("name", CELLS)
@@ -105,6 +135,19 @@ def test_metadata_reaches_the_parameters(name):
 def test_the_lstm_may_have_half_precision_parameters():
   pair = comparison.pair("LSTMCell", 3, 4, param_dtype=HALF)
   assert pair[0].hi.kernel.dtype == HALF
+
+
+def test_rnns_take_no_streams_as_in_flax_0_10():
+  x = array(2, 5, 3)
+  for make in (
+    lambda cell, rngs: nnx.RNN(cell, rngs=rngs),
+    lambda cell, rngs: nnx.Bidirectional(
+      nnx.RNN(cell, rngs=rngs), nnx.RNN(cell, rngs=rngs), rngs=rngs
+    ),
+  ):
+    cell = nnx.GRUCell(3, 4, rngs=nnx.Rngs(0))
+    got, want = (make(cell, rngs)(x) for rngs in (None, True))
+    np.testing.assert_array_equal(got, want)
 
 
 def rnn_pair(cell="GRUCell", **options):

@@ -35,9 +35,11 @@ LAYERS = {
   "WeightNorm": ("__init__", "__call__"),
 }
 
-# What ours take after Flax's parameters; of those, what newer releases of Flax
-# than the oldest have come first.
+# What ours take after Flax's parameters, spellings of Flax 0.10 among them; of
+# those, what newer releases of Flax than the oldest have come first.
 OWN = {
+  "LoRA.__init__": ("kernel_init",),
+  "LoRALinear.__init__": ("lora_kernel_init",),
   "MultiHeadAttention.__init__": (
     "window",
     "softcap",
