@@ -15,6 +15,16 @@ import jax
 import nnx
 
 
+class _Metadata(dict[str, Any]):
+  """Metadata of a Variable, whose annotation is found by each of its names."""
+
+  def __missing__(self, name: str) -> Any:
+    stored = nnx.partitioning.sharding_key(self)
+    if stored is None or name not in nnx.partitioning.SHARDING_KEYS:
+      raise KeyError(name)
+    return self[stored]
+
+
 class NNXMeta(struct.PyTreeNode, meta.AxisMetadata[Any]):
   """The Linen box of a Variable whose kind or metadata must not be lost.
 
@@ -30,7 +40,8 @@ class NNXMeta(struct.PyTreeNode, meta.AxisMetadata[Any]):
   Attributes:
     var_type: the kind of Variable.
     value: its value.
-    metadata: its metadata.
+    metadata: its metadata; `metadata["sharding"]` of a Variable that came from
+      `nnx` is its annotation, whichever of its names that was given by.
   """
 
   var_type: type[nnx.Variable[Any]] = struct.field(pytree_node=False)
@@ -69,7 +80,7 @@ class NNXMeta(struct.PyTreeNode, meta.AxisMetadata[Any]):
       # Without an annotation no name is needed; the hooks run all the same.
       params = {meta.PARTITION_NAME: None, **params}
     change(variable, index, params)
-    return self.replace(metadata=variable.get_metadata())
+    return self.replace(metadata=_Metadata(variable.get_metadata()))
 
   def get_partition_spec(self) -> jax.sharding.PartitionSpec:
     """Returns how the value is to be laid out on a mesh."""
@@ -111,7 +122,7 @@ def to_linen_var(variable: nnx.Variable[Any]) -> Any:
   if box is None:
     if not _needs_box(metadata):
       return value
-    return NNXMeta(type(variable), value, metadata)
+    return NNXMeta(type(variable), value, _Metadata(metadata))
   if hasattr(box, "from_nnx_metadata"):
     return box.from_nnx_metadata({"value": value, **metadata})
   fields = {k: v for k, v in metadata.items() if k != "linen_meta_type"}

@@ -33,12 +33,15 @@ _MISSING = object()
 
 
 class _Predicate:
-  """Value semantics for the predicate classes: equal type, equal contents."""
+  """Value semantics for the predicate classes: equal type, equal contents.
 
-  __slots__ = ()
+  What a program adds to an object, a `__doc__` for instance, does not count.
+  """
+
+  _fields: tuple[str, ...] = ()
 
   def _contents(self) -> tuple[AnyValue, ...]:
-    return tuple(getattr(self, name) for name in self.__slots__)
+    return tuple(getattr(self, name) for name in self._fields)
 
   def __call__(self, path: PathParts, value: AnyValue) -> bool:
     raise NotImplementedError
@@ -66,7 +69,7 @@ class OfType(_Predicate):
     type: the type, or a tuple of types.
   """
 
-  __slots__ = ("type",)
+  _fields = ("type",)
 
   def __init__(self, type: type):
     self.type = type
@@ -88,7 +91,7 @@ class WithTag(_Predicate):
     tag: the string that the tag must equal.
   """
 
-  __slots__ = ("tag",)
+  _fields = ("tag",)
 
   def __init__(self, tag: str):
     self.tag = tag
@@ -123,7 +126,7 @@ class PathContains(_Predicate):
       that the text of a part contains the text of `key`.
   """
 
-  __slots__ = ("key", "exact")
+  _fields = ("key", "exact")
 
   def __init__(self, key: Key, exact: bool = True):
     self.key = key
@@ -152,7 +155,7 @@ class PathIn(_Predicate):
     *paths: the paths, each a tuple of keys.
   """
 
-  __slots__ = ("paths",)
+  _fields = ("paths",)
 
   def __init__(self, *paths: PathParts):
     self.paths = frozenset(paths)
@@ -167,7 +170,7 @@ class PathIn(_Predicate):
 class _Combination(_Predicate):
   """A predicate made of several."""
 
-  __slots__ = ("predicates",)
+  _fields = ("predicates",)
 
   def __init__(self, *filters: Filter):
     self.predicates = tuple(map(to_predicate, filters))
@@ -189,8 +192,6 @@ class Any(_Combination):
     *filters: any filters; with none, nothing is selected.
   """
 
-  __slots__ = ()
-
   def __call__(self, path: PathParts, value: AnyValue) -> bool:
     return any(predicate(path, value) for predicate in self.predicates)
 
@@ -207,8 +208,6 @@ class All(_Combination):
   Args:
     *filters: any filters; with none, everything is selected.
   """
-
-  __slots__ = ()
 
   def __call__(self, path: PathParts, value: AnyValue) -> bool:
     return all(predicate(path, value) for predicate in self.predicates)
@@ -227,7 +226,7 @@ class Not(_Predicate):
     filter: any filter.
   """
 
-  __slots__ = ("predicate",)
+  _fields = ("predicate",)
 
   def __init__(self, filter: Filter, /):
     self.predicate = to_predicate(filter)
@@ -246,8 +245,6 @@ class Everything(_Predicate):
     True
   """
 
-  __slots__ = ()
-
   def __call__(self, path: PathParts, value: AnyValue) -> bool:
     return True
 
@@ -261,8 +258,6 @@ class Nothing(_Predicate):
     >>> nnx.Nothing()((), 1)
     False
   """
-
-  __slots__ = ()
 
   def __call__(self, path: PathParts, value: AnyValue) -> bool:
     return False

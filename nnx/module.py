@@ -29,7 +29,8 @@ Filter = filters_lib.Filter
 Key = filters_lib.Key
 PathParts = filters_lib.PathParts
 
-_CAPTURES = "_captures"
+# The name that it has in Flax, whose guides show it.
+_CAPTURES = "__captures__"
 
 
 def _append(values: tuple[Any, ...], value: Any) -> tuple[Any, ...]:
@@ -318,6 +319,31 @@ def _not_found_error(names: set[str]) -> ValueError:
     "Could not find at least one instance of the following attributes:"
     f" {sorted(names)}. Pass `raise_if_not_found=False` if they may be missing."
   )
+
+
+def first_from(*args: A | None, error_msg: str) -> A:
+  """The first argument that is not None: of a call, or else of the layer.
+
+  Example:
+
+    >>> from nnx.module import first_from
+    >>> first_from(None, False, error_msg="say `deterministic`")
+    False
+
+  Args:
+    *args: the candidates.
+    error_msg: what to say if all of them are None.
+
+  Returns:
+    The first that is not None.
+
+  Raises:
+    ValueError: if all of them are None.
+  """
+  for arg in args:
+    if arg is not None:
+      return arg
+  raise ValueError(error_msg)
 
 
 def iter_modules(

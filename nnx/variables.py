@@ -534,12 +534,20 @@ class Variable(_engine.VariableBase, reprs.Displayable, Generic[A]):
 
   def _init_slow(
     self,
-    value: A | VariableMetadata[A] | type[Variable[A]],
+    value: A | VariableMetadata[A] | type[Variable[A]] = MISSING,
     state_value: Any = MISSING,
     /,
     **metadata: Any,
   ):
     """The constructor where there is more to do than to store a value."""
+    if (value is MISSING) != ("value" in metadata):
+      raise TypeError(
+        f"`{type(self).__name__}` must be given one value, as the first"
+        f" argument or as `value=`, but got"
+        f" {'none' if value is MISSING else 'both'}."
+      )
+    if value is MISSING:
+      value = metadata.pop("value")
     if state_value is not MISSING:  # `VariableState(type, value)` of Flax 0.10
       if not (isinstance(value, type) and issubclass(value, Variable)):
         raise TypeError(

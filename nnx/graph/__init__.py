@@ -42,6 +42,7 @@ from nnx.graph.functional import vars_as as vars_as
 from nnx.graph.functional import with_vars as with_vars
 from nnx.graph.modes import set_graph_mode as set_graph_mode
 from nnx.graph.modes import set_graph_updates as set_graph_updates
+from nnx.graph.registry import Key as Key
 from nnx.graph.registry import (
   register_graph_node_type as register_graph_node_type,
 )

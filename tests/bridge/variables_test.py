@@ -101,6 +101,22 @@ def test_partition_spec():
   assert box.get_partition_spec() == jax.sharding.PartitionSpec("a", None)
 
 
+@pytest.mark.parametrize("given", ["sharding", "sharding_names", "out_sharding"])
+def test_an_annotation_is_found_by_each_of_its_names(given):
+  box = bridge.to_linen_var(
+    nnx.Param(jnp.ones((2, 3)), unit="m", **{given: ("a", None)})
+  )
+  added = box.add_axis(0, {nn.PARTITION_NAME: "layers"})
+  for name in ("sharding", "sharding_names", "out_sharding"):
+    assert box.metadata[name] == ("a", None)
+    assert added.metadata[name] == ("layers", "a", None)
+  assert box.metadata == {given: ("a", None), "unit": "m"}
+  plain = bridge.to_linen_var(nnx.Param(1.0, unit="m"))
+  for metadata, name in ((box.metadata, "u"), (plain.metadata, "sharding")):
+    with pytest.raises(KeyError, match=name):
+      metadata[name]
+
+
 def test_axes_are_added_and_removed():
   box = bridge.NNXMeta(
     nnx.Param, jnp.ones((2, 3)), {"out_sharding": ("a", None)}

@@ -108,6 +108,21 @@ class FiltersTest(parameterized.TestCase):
     self.assertNotEqual(nnx.OfType(int), nnx.OfType(str))
     self.assertNotEqual(nnx.PathContains("a"), nnx.PathContains("a", False))
 
+  @parameterized.parameters(nnx, flax_nnx)
+  def test_combinations_differ_by_what_they_combine(self, library):
+    for kind in (library.Any, library.All):
+      of_params, of_stats = kind(library.Param), kind(library.BatchStat)
+      self.assertNotEqual(of_params, of_stats)
+      self.assertLen({of_params: 0, of_stats: 1}, 2)
+    self.assertNotEqual(library.Not(library.Param), library.Not("a"))
+
+  @parameterized.parameters(nnx, flax_nnx)
+  def test_a_program_may_describe_its_filter(self, library):
+    described = library.Any(library.Param, "frozen")
+    described.__doc__ = "What is not trained."
+    self.assertEqual(described.__doc__, "What is not trained.")
+    self.assertEqual(described, library.Any(library.Param, "frozen"))
+
   @parameterized.parameters(
     (nnx.OfType(int), "OfType(<class 'int'>)"),
     (nnx.WithTag("a"), "WithTag('a')"),

@@ -4,11 +4,13 @@ import warnings
 
 from absl.testing import absltest, parameterized
 from flax import nnx as flax_nnx
+from flax.nnx import module as flax_module
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 import nnx
+from nnx import module as nnx_module
 
 
 def define(lib):
@@ -135,6 +137,14 @@ class WalkTest(parameterized.TestCase):
       ValueError, "must be an object of nnx or a pytree node, but got"
     ):
       list(nnx.iter_children(3))
+
+
+class FirstFromTest(parameterized.TestCase):
+  @parameterized.parameters(nnx_module.first_from, flax_module.first_from)
+  def test_as_flax(self, first_from):
+    self.assertIs(first_from(None, False, True, error_msg="no"), False)
+    with self.assertRaisesRegex(ValueError, "say it"):
+      first_from(None, None, error_msg="say it")
 
 
 class ModesTest(parameterized.TestCase):
@@ -350,6 +360,16 @@ class CaptureTest(parameterized.TestCase):
     self.assertEqual(result, 6.0)
     self.assertEqual(kept.y.value, (6.0,))
     self.assertEqual(set(vars(model)), {"w", "noise"})
+
+  @parameterized.parameters(nnx, flax_nnx)
+  def test_what_is_kept_so_far_is_seen(self, library):
+    def forward(model):
+      (kept,) = model.__captures__
+      model.sow(library.Intermediate, "x", 1.0)
+      return type(kept), kept.get_value()
+
+    seen, _ = library.capture(library.Intermediate)(forward)(library.Module())
+    self.assertEqual(seen, (library.Intermediate, {"x": (1.0,)}))
 
   def test_method_outputs(self):
     _, kept = nnx.capture(

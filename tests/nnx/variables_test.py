@@ -104,6 +104,28 @@ class ValueTest(parameterized.TestCase):
     self.assertEqual(ours.dtype, theirs[...].dtype)
     np.testing.assert_array_equal(ours[...], theirs[...])
 
+  @parameterized.parameters(nnx, flax_nnx)
+  def test_value_by_name(self, library):
+    class Positive(library.Param):
+      def __init__(self, value, **metadata):
+        super().__init__(value=value, kind="positive", **metadata)
+
+    p = Positive(jnp.ones(2), axis="embed")
+    self.assertEqual((p.shape, p.kind, p.axis), ((2,), "positive", "embed"))
+
+  @parameterized.parameters(nnx, flax_nnx)
+  def test_one_value_must_be_given(self, library):
+    with self.assertRaises(TypeError):
+      library.Param(axis="embed")
+    with self.assertRaises(TypeError):
+      library.Param(1, value=2)
+
+  def test_how_many_values_were_given(self):
+    with self.assertRaisesRegex(TypeError, "one value, .* but got none"):
+      nnx.Param()
+    with self.assertRaisesRegex(TypeError, "one value, .* but got both"):
+      nnx.Param(1, value=2)
+
   def test_augmented_assignment(self):
     p = nnx.Param(jnp.ones(2))
     p[...] += 1
