@@ -237,18 +237,31 @@ class GpuCheckTest(parameterized.TestCase):
         check, _ = self.check(*arguments, "--shards=2")
         self.assertEqual(check.run("tests"), status not in shards)
 
-  def test_a_row_or_an_extension_that_fails_fails_its_step(self):
-    fake = types.SimpleNamespace(
+  def fake_bench(self):
+    gpu = types.SimpleNamespace(
       rows=lambda: [types.SimpleNamespace(name="a")], text=str
     )
+    return mock.patch.dict(
+      sys.modules, {"tools.bench": types.SimpleNamespace(gpu=gpu)}
+    )
+
+  def test_nothing_to_do_is_no_success(self):
+    self.write("tests/kernels/op/BUILD", _BUILD)
+    check, results = self.check("--filter=opp", "--bench-filter=aa")
+    self.assertFalse(check.run("tests"))
+    with self.fake_bench():
+      self.assertFalse(check.run("bench"))
+    errors = results()["errors"]
+    self.assertIn("`--filter` must be a part", errors["tests"])
+    self.assertIn("no name has `aa`", errors["bench"])
+
+  def test_a_row_or_an_extension_that_fails_fails_its_step(self):
     for record, good in (
       ({"row": "a"}, True),
       ({"row": "a", "error": ""}, False),
     ):
       with (
-        mock.patch.dict(
-          sys.modules, {"tools.bench": types.SimpleNamespace(gpu=fake)}
-        ),
+        self.fake_bench(),
         mock.patch.object(
           gpu_check, "run_rows", lambda *_, r=record: iter([{"device": ""}, r])
         ),
