@@ -7,6 +7,7 @@ one; programs from libtpu, which wants no device.
 import functools
 import subprocess
 import sys
+from unittest import mock
 
 from absl.testing import parameterized
 import jax
@@ -18,7 +19,7 @@ import pytest
 
 import kernels
 from kernels import kv_cache
-from kernels.kv_cache import api, arg_specs
+from kernels.kv_cache import api, arg_specs, pallas_tpu
 from tests.kernels.kv_cache import oracle as oracles
 from tests.testing import deviceless, hlo, interpreted, op_contract
 
@@ -121,6 +122,46 @@ class NumbersTest(parameterized.TestCase):
     args = arguments(rows=5, dtype="bfloat16", **SIZES[case])
     rows = np.int32([4, 0, 2])
     run(args, [3, 31, 400], layout=LAYOUTS[case], cache_batch_index=rows)
+
+  @parameterized.parameters(*CASES)
+  def test_rows_that_sequences_share(self, case):
+    # Slots side by side: where these are in one tile, it is rewritten by one
+    # sequence after the other.
+    args = arguments(rows=2, **SIZES[case])
+    rows = np.int32([1, 0, 1])
+    run(args, [3, 3, 4], layout=LAYOUTS[case], cache_batch_index=rows)
+
+  @parameterized.parameters(("tiles", 1 << 16), ("columns", 1 << 19))
+  def test_more_sequences_than_are_rewritten_abreast(self, case, num_bytes):
+    with mock.patch.object(pallas_tpu, "_TILES_BYTES", num_bytes):  # of two
+      args = arguments(b=5, **SIZES[case] | {"n": 2})
+      run(args, [0, 13, 31, 2, 7], layout=LAYOUTS[case])
+
+  @parameterized.product(case=CASES, ring=(False, True))
+  def test_parts_of_a_sharded_cache(self, case, ring):
+    """A part has slots from `first_slot` on, and leaves the others alone."""
+    layout = LAYOUTS[case]
+    args = arguments(t=2, **SIZES[case])
+    axis = layout.index("s")
+    slots = args[0].shape[axis]
+    index = np.int32([2, slots // 2 - 1, slots - (1 if ring else 2)])
+    ones = np.ones(3, np.int32)
+    parts = []
+    for first in (0, slots // 2):
+      part = np.arange(first, first + slots // 2)
+      parts.append(
+        api.UPDATE(
+          *(jnp.take(cache, part, axis) for cache in args[:2]), *args[2:],
+          index, 2 * ones, 0 * ones, np.arange(3, dtype=np.int32)[:, None],
+          np.int32(first),
+          layout=layout, ring=slots if ring else 0, aligned=True, uniform=(),
+          implementation=IMPLEMENTATION,
+        )
+      )  # fmt: skip
+    want = oracles.update(*args, index, layout=layout, ring=ring)
+    for *got, expected in zip(*parts, want, strict=True):
+      np.testing.assert_array_equal(np.concatenate(got, axis), expected)
+    assert not interpreted.races_found()
 
   @parameterized.parameters(*CASES)
   def test_what_vmap_makes_of_it(self, case):
