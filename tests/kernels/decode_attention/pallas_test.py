@@ -16,7 +16,7 @@ import pytest
 
 import kernels
 from kernels import decode_attention as da
-from kernels.decode_attention import api, arg_specs
+from kernels.decode_attention import api, arg_specs, reference
 from tests.kernels.decode_attention import oracle
 from tests.kernels.kv_cache import oracle as cache_oracle
 from tests.testing import deviceless, interpreted, op_contract, tolerances
@@ -166,6 +166,9 @@ class NumbersTest(parameterized.TestCase):
   def test_chunks_that_are_not_causal(self):
     run(arguments(t=4), [0, 20, 60], causal=False, chunk=9)
 
+  def test_window_on_both_sides(self):
+    run(arguments(t=6), [0, 20, 58], causal=False, window=(5, 2))
+
   @parameterized.parameters(*CASES)
   def test_ring(self, case):
     sizes = SIZES[case]
@@ -188,6 +191,57 @@ class NumbersTest(parameterized.TestCase):
       args, [2 * size - 2, 2, 3 * size - 5], layout=LAYOUTS[case], layer=1,
       block_table=table,
     )  # fmt: skip
+
+  @parameterized.product(case=CASES, paged=(False, True))
+  def test_parts_of_a_sharded_cache(self, case, paged):
+    """A part has some of the slots, or of the blocks, and leaves others out."""
+    layout, h = LAYOUTS[case], SIZES[case].get("h", 128)
+    half = 128 if case == "columns" else 32
+    slots_axis = layout.index("s")
+    axis = 0 if paged else slots_axis
+    index = np.int32([half + 9, half - 5])  # with the query's own key
+    table = np.int32([[3, 1], [2, 0]]) if paged else np.int32([[0], [1]])
+    sizes = SIZES[case] | {"b": 2, "s": half if paged else 2 * half}
+    k, v, q, *_ = arguments(rows=4 if paged else 2, **sizes)
+    want = oracle.attend(
+      k, v, q, index - 1, [1, 1], layout=layout,
+      block_table=table if paged else None,
+    )  # fmt: skip
+    # A sequence of `half` keys and more fills its first half.
+    used = [0, 9, half - 5, half] if paged else index
+    k, v, q = spoil((k, v, q), used, layout)
+    q = q.reshape((2, 4, 2, 1, h) if layout == "bnsh" else (2, 1, 4, 2, h))
+    options = reference.Options(
+      fields=("cache_k", "cache_v", "q", "index", "count", "layer", "table",
+              "first_slot"),
+      layout=layout, ring=0, aligned=not paged, uniform=(),
+      scale=1 / np.sqrt(h), causal=True, window_left=-1, window_right=-1,
+      chunk=0, softcap=0.0, interleaved=False, rotate_keys=False,
+      out_dtype="float32",
+    )  # fmt: skip
+    ones = np.ones(2, np.int32)
+    outs, lses = [], []
+    for first in (0, k.shape[axis] // 2):
+      part = np.arange(first, first + k.shape[axis] // 2)
+      out, lse = api.ATTEND(
+        jnp.take(k, part, axis), jnp.take(v, part, axis), q, index, ones,
+        0 * ones, table - first if paged else table,
+        np.int32(0 if paged else first),
+        options=options, implementation=IMPLEMENTATION,
+      )  # fmt: skip
+      assert np.isfinite(np.asarray(out)).all()
+      outs.append(out)
+      lses.append(lse)
+    assert not interpreted.races_found()
+    lse = np.logaddexp(*lses)
+    weights = [np.exp(each - lse)[..., None] for each in lses]
+    if layout == "bsnh":
+      weights = [w.transpose(0, 3, 1, 2, 4) for w in weights]
+    out = sum(w * each for w, each in zip(weights, outs))
+    for got, expected, reduced in zip((out, lse), want, (4, 64)):
+      tolerances.assert_close(
+        got.reshape(expected.shape), expected, "float32", reduced=reduced
+      )
 
   def test_rotation(self):
     cos, sin = (np.asarray(a) for a in da.rope_tables(64, 128))
