@@ -5,6 +5,7 @@ one; programs from libtpu, which wants no device.
 """
 
 import functools
+from unittest import mock
 
 from absl.testing import parameterized
 import jax
@@ -16,7 +17,7 @@ import pytest
 
 import kernels
 from kernels import decode_attention as da
-from kernels.decode_attention import api, arg_specs, reference
+from kernels.decode_attention import api, arg_specs, pallas_tpu, reference
 from tests.kernels.decode_attention import oracle
 from tests.kernels.kv_cache import oracle as cache_oracle
 from tests.testing import deviceless, interpreted, op_contract, tolerances
@@ -260,6 +261,44 @@ class NumbersTest(parameterized.TestCase):
     tolerances.assert_close(lse, want_lse, "float32", reduced=64)
 
 
+class PlacesTest(parameterized.TestCase):
+  """Which tiles of a cache are read; nothing is compiled."""
+
+  def setUp(self):
+    super().setUp()
+    if PLATFORM != "cpu":
+      self.skipTest("the same on every platform")
+
+  @parameterized.parameters(
+    ({}, [(0, 0), (0, 3), (0, 7)]),
+    ({"window": 100}, [(0, 0), (3, 3), (7, 7)]),
+    ({"window": 600}, [(0, 0), (2, 3), (6, 7)]),
+    ({"left_padding": np.int32([0, 700, 4000])}, [(0, 0), (1, 3), (7, 7)]),
+    ({"ring": True}, [(0, 0), (0, 3), (0, 7)]),
+  )
+  def test_tiles_without_a_visible_key_are_not(self, kwargs, want):
+    args = structs(slots=4096)
+    index = np.int32([0, 1900, 4095])
+    tiles = []
+
+    def keep(places, *rest, tiling, **options):
+      del options
+      self.assertEqual(tiling.slots, 512)
+      _, first, last, *_ = places
+      tiles.extend(zip(first.tolist(), last.tolist()))
+      raise InterruptedError
+
+    arrays = [jnp.zeros((3, *a.shape[1:]), a.dtype) for a in args[:5]]
+    with (
+      mock.patch.object(pallas_tpu, "_flash", keep),
+      self.assertRaises(InterruptedError),
+    ):
+      da.attend(
+        *arrays[:3], index + 1, implementation=interpreted.NAME, **kwargs
+      )
+    self.assertEqual(tiles, want)
+
+
 class ChoiceTest(parameterized.TestCase):
   """What the rule says; nothing is compiled."""
 
@@ -327,7 +366,9 @@ class ChoiceTest(parameterized.TestCase):
 CHIPS = tuple(deviceless.TPU_TOPOLOGIES)
 
 
-def structs(case="rows", dtype="bfloat16", tokens=1, layers=None, group=4):
+def structs(
+  case="rows", dtype="bfloat16", tokens=1, layers=None, group=4, slots=16384
+):
   """Returns the arguments of a layer whose cache no fast memory holds."""
   h = SIZES[case].get("h", 128)
 
@@ -336,7 +377,7 @@ def structs(case="rows", dtype="bfloat16", tokens=1, layers=None, group=4):
     axes = (length, heads) if by_token else (heads, length)
     return (8, *axes, h)
 
-  cache = shaped(16384, 8)
+  cache = shaped(slots, 8)
   if layers is not None:
     cache = (layers, *cache)
   kind = "bfloat16" if dtype in cache_oracle.QUANTIZED else dtype
