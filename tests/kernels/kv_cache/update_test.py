@@ -291,6 +291,21 @@ class TransformTest(PlatformTest):
       assert_same([g[i] for g in got], want)
 
   @parameterized.parameters(*IMPLEMENTATIONS)
+  def test_vmap_keeps_layers_that_do_not_exist_apart(self, implementation):
+    args = [jnp.stack([x, x * 2, x + 1]) for x in arguments()]
+    args[:2] = (jnp.stack([x] * 2, 1) for x in args[:2])
+
+    def update(*args):
+      *args, layer = args
+      return kv_cache.update(
+        *args, 0, layer=layer, implementation=implementation
+      )
+
+    # Those of the next, and of the one before, do exist.
+    got = jax.jit(jax.vmap(update))(*args, jnp.array([2, 5, -1]))
+    assert_same(got, args[:2])
+
+  @parameterized.parameters(*IMPLEMENTATIONS)
   def test_nested_vmap_over_other_axes(self, implementation):
     k, v, new_k, new_v = arguments()
     update = functools.partial(kv_cache.update, implementation=implementation)
