@@ -89,8 +89,8 @@ def run(args, index, **kwargs):
     tolerance = tolerances.eps(cache_k.dtype)
     where = index[:, None] + np.arange(tokens)
     new_k = oracle.rotate_tokens(
-      new_k, where, rope_cos=kwargs["rope_cos"], rope_sin=kwargs["rope_sin"],
-      layout=layout,
+      new_k, where, layout=layout,
+      **{name: kwargs[name] for name in kwargs if name.startswith("rope_")},
     ).astype(cache_k.dtype)  # fmt: skip
   elif "k_scale" in kwargs:
     tolerance = 1.0  # XLA divides by multiplying: the last bit may differ
@@ -244,10 +244,14 @@ class NumbersTest(parameterized.TestCase):
         got.reshape(expected.shape), expected, "float32", reduced=reduced
       )
 
-  def test_rotation(self):
+  @parameterized.parameters(False, True)
+  def test_rotation(self, interleaved):
     cos, sin = (np.asarray(a) for a in da.rope_tables(64, 128))
     args = arguments(t=2, dtype="bfloat16")
-    run(args, [3, 0, 50], rope_cos=cos, rope_sin=sin)
+    run(
+      args, [3, 0, 50], rope_cos=cos, rope_sin=sin,
+      rope_interleaved=interleaved,
+    )  # fmt: skip
 
   def test_attend_alone(self):
     k, v, q, *_ = arguments(t=2)
