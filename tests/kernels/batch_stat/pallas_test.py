@@ -20,6 +20,7 @@ from kernels import batch_stat
 from kernels.batch_stat import ops
 from tests.testing import (
   deviceless,
+  hlo,
   interpreted,
   op_contract,
   oracles,
@@ -154,6 +155,8 @@ class CompiledTest(deviceless.TpuTest):
     deviceless.assert_in_place(compiled, 2 * num_bytes)
     deviceless.assert_small_temporaries(compiled, 64 * num_bytes)
     deviceless.assert_nothing_moves(compiled, x.size)
+    # Donation alone would have the averages copied back.
+    self.assertEmpty(hlo.instructions(compiled.as_text(), "copy"))
 
   @parameterized.product(
     chip=CHIPS,
