@@ -71,6 +71,11 @@ class EmulatedUpdateTest(parameterized.TestCase):
     args = cases.arguments(b=2, s=700, t=600, n=4, h=64)
     check((*args, np.array([3, 650])))
 
+  @parameterized.product(layout=("bsnh", "bnsh"), ring=(False, True))
+  def test_parts_of_a_sharded_cache(self, layout, ring):
+    args = cases.arguments(t=2, layout=layout)
+    cases.check_parts(args, "emulated", layout, ring)
+
   @parameterized.parameters(*oracle.QUANTIZED)
   def test_quantises_special_values(self, dtype):
     special = np.float32(

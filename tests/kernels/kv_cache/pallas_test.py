@@ -20,6 +20,7 @@ import pytest
 import kernels
 from kernels import kv_cache
 from kernels.kv_cache import api, arg_specs, pallas_tpu
+from tests.kernels.kv_cache import cases
 from tests.kernels.kv_cache import oracle as oracles
 from tests.testing import deviceless, hlo, interpreted, op_contract
 
@@ -139,28 +140,9 @@ class NumbersTest(parameterized.TestCase):
 
   @parameterized.product(case=CASES, ring=(False, True))
   def test_parts_of_a_sharded_cache(self, case, ring):
-    """A part has slots from `first_slot` on, and leaves the others alone."""
     layout = LAYOUTS[case]
     args = arguments(t=2, **SIZES[case])
-    axis = layout.index("s")
-    slots = args[0].shape[axis]
-    index = np.int32([2, slots // 2 - 1, slots - (1 if ring else 2)])
-    ones = np.ones(3, np.int32)
-    parts = []
-    for first in (0, slots // 2):
-      part = np.arange(first, first + slots // 2)
-      parts.append(
-        api.UPDATE(
-          *(jnp.take(cache, part, axis) for cache in args[:2]), *args[2:],
-          index, 2 * ones, 0 * ones, np.arange(3, dtype=np.int32)[:, None],
-          np.int32(first),
-          layout=layout, ring=slots if ring else 0, aligned=True, uniform=(),
-          implementation=IMPLEMENTATION,
-        )
-      )  # fmt: skip
-    want = oracles.update(*args, index, layout=layout, ring=ring)
-    for *got, expected in zip(*parts, want, strict=True):
-      np.testing.assert_array_equal(np.concatenate(got, axis), expected)
+    cases.check_parts(args, IMPLEMENTATION, layout, ring)
     assert not interpreted.races_found()
 
   @parameterized.parameters(*CASES)

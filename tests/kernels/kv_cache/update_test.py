@@ -70,6 +70,15 @@ class UpdateTest(PlatformTest):
     got = jitted(OURS, layer=layer)(*args, index)
     assert_same(got, oracle(*args, np.asarray(index), layer=layer))
 
+  @parameterized.product(
+    implementation=IMPLEMENTATIONS,
+    layout=("bsnh", "bnsh"),
+    ring=(False, True),
+  )
+  def test_parts_of_a_sharded_cache(self, implementation, layout, ring):
+    args = arguments(t=2, layout=layout)
+    cases.check_parts(args, implementation, layout, ring)
+
   @parameterized.parameters(*IMPLEMENTATIONS)
   def test_every_feature_on_random_shapes(self, implementation):
     @hypothesis.given(problems())
