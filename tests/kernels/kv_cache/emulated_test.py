@@ -96,6 +96,15 @@ class EmulatedUpdateTest(parameterized.TestCase):
     row = np.asarray(got)[0, 1, 0].astype(np.float32)
     assert (row == 0).all() if dtype == "int8" else np.isnan(row).all()
 
+  @parameterized.parameters(*oracle.QUANTIZED)
+  def test_quotients_are_rounded_as_those_of_a_division(self, dtype):
+    # Half-way between two codes: one bit less, and it is the other one.
+    scale = np.float32(0.007)
+    new = jnp.asarray((np.arange(-128, 128) + 0.5) * scale, "float32")
+    cache = jnp.ones((1, 2, 1, 256), dtype)
+    new = new[None, None, None]
+    check((cache, cache, new, -new, 1), k_scale=scale, v_scale=np.float32(0.3))
+
   def test_wrong_shapes_are_refused(self):
     cache = jnp.zeros((2, 4, 1, 8))
     rows = (jnp.zeros((2, 1, 1, 8)),) * 2
