@@ -329,6 +329,12 @@ class Check:
   def _tests(self, folder: pathlib.Path) -> bool:
     options = self._options
     print("Testing", flush=True)
+    files = [x for x in test_files(self._targets) if options.filter in x]
+    if not files:
+      raise SystemExit(
+        "gpu_check.py: `--filter` must be a part of a test file's path, but no"
+        f" path has `{options.filter}`."
+      )
     before = self.results.get("tests", []) if options.resume else []
     rows = [row for row in before if not row.get("cut_off")]
     self.results["tests"] = rows
@@ -349,10 +355,9 @@ class Check:
     with futures.ThreadPoolExecutor(options.processes) as pool:
       running = [
         pool.submit(run, file, shard)
-        for file in test_files(self._targets)
+        for file in files
         for shard in range(options.shards)
-        if options.filter in file
-        and (file, f"{shard} of {options.shards}") not in had
+        if (file, f"{shard} of {options.shards}") not in had
       ]
       for done in futures.as_completed(running):
         row = done.result()
@@ -384,11 +389,13 @@ class Check:
     rows = list(before)
     self.results["bench"] = rows
     had = {row["row"] for row in rows}
-    names = [
-      row.name
-      for row in gpu.rows()
-      if options.bench_filter in row.name and row.name not in had
-    ]
+    chosen = [x.name for x in gpu.rows() if options.bench_filter in x.name]
+    if not chosen:
+      raise SystemExit(
+        "gpu_check.py: `--bench-filter` must be a part of a row's name, but no"
+        f" name has `{options.bench_filter}`."
+      )
+    names = [name for name in chosen if name not in had]
     command = [sys.executable, "-m", "tools.bench.gpu"]
     if options.rehearse:
       command.append("--tiny")

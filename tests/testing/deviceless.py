@@ -177,7 +177,8 @@ def assert_calls(compiled: Any, target: str) -> None:
 
 def assert_one_launch(compiled: Any) -> None:
   """Fails if XLA has programs of its own in a GPU's: each is a launch."""
-  if found := re.findall(r"%(\S+) = .*\bfusion\(", compiled.as_text()):
+  launches = r"%(\S+) = .*\b(?:fusion|copy|copy-start)\("
+  if found := re.findall(launches, compiled.as_text()):
     raise AssertionError(f"XLA launches {', '.join(found)}")
 
 

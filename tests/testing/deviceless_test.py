@@ -110,6 +110,27 @@ def write_one_row(cache, new, index, *, wait=True, interpret=False):
   )(index, new, cache)
 
 
+def read_tile(x, *, early):
+  """Copies x through fast memory; broken if it reads what is being copied."""
+
+  def kernel(x, out, tile, sem):
+    copy = pltpu.make_async_copy(x, tile, sem)
+    copy.start()
+    if early:
+      out[...] = tile[...]
+    copy.wait()
+    if not early:
+      out[...] = tile[...]
+
+  return pl.pallas_call(
+    kernel,
+    in_specs=[pl.BlockSpec(memory_space=pl.ANY)],
+    out_shape=jax.ShapeDtypeStruct(x.shape, x.dtype),
+    scratch_shapes=[pltpu.VMEM(x.shape, x.dtype), pltpu.SemaphoreType.DMA],
+    interpret=interpreted.PARAMS,
+  )(x)
+
+
 class BrokenOnTheCpuTest(parameterized.TestCase):
   """What the checks catch on the CPU."""
 
@@ -141,6 +162,14 @@ class BrokenOnTheCpuTest(parameterized.TestCase):
       cache, new, index, wait=wait, interpret=interpreted.PARAMS
     )
     self.assertEqual(np.asarray(got)[0, 3].sum() == 128, wait)
+
+  @parameterized.parameters(True, False)
+  def test_interpreter_finds_races_and_memory_that_was_not_written(self, early):
+    interpreted.reset()
+    self.addCleanup(interpreted.reset)
+    got = read_tile(np.ones((8, 128), np.float32), early=early)
+    self.assertEqual(np.isnan(np.asarray(got)).all(), early)
+    self.assertEqual(interpreted.races_found(), early)
 
 
 @pytest.mark.deviceless

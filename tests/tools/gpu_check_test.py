@@ -6,9 +6,10 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import types
 from unittest import mock
 
-from absl.testing import absltest
+from absl.testing import absltest, parameterized
 
 from tools import gpu_build, gpu_check
 
@@ -30,15 +31,20 @@ op_test(name = "tpu_test", srcs = ["tpu_test.py"], platforms = ["tpu"])
 """
 _COMMON = 'cc_library(name = "common", srcs = ["common.cc"], deps = [":x"])'
 _PYTEST_MAIN = """
-import os, pathlib, sys
-assert os.environ["REQUIRE_DEVICE"] == "1"
+import os, pathlib, sys, time
+want = {"REQUIRE_DEVICE": "1", "TEST_PLATFORM": "gpu"}
+assert {name: os.environ[name] for name in want} == want
+assert os.environ["JAX_PLATFORMS"].startswith("cuda")  # no other, if it fails
 print("looking at", sys.argv[1])
 if sys.argv[1] == "dies.py":
   sys.exit("no such thing")
+if sys.argv[1] == "sleeps.py":
+  time.sleep(60)
 pathlib.Path(os.environ["XML_OUTPUT_FILE"]).write_text('''
 <testsuites><testsuite>
 <testcase classname="a" name="good"/>
 <testcase classname="a" name="bad"><failure>3 is not 4</failure></testcase>
+<testcase classname="a" name="set_up"><error>no GPU</error></testcase>
 <testcase classname="a" name="away"><skipped message="for the cpu alone"/>
 </testcase></testsuite></testsuites>''')
 sys.exit(1)
@@ -63,7 +69,7 @@ for row in sys.argv[1:]:
 """
 
 
-class GpuCheckTest(absltest.TestCase):
+class GpuCheckTest(parameterized.TestCase):
   def setUp(self):
     super().setUp()
     self.root = pathlib.Path(self.enter_context(tempfile.TemporaryDirectory()))
@@ -93,12 +99,18 @@ class GpuCheckTest(absltest.TestCase):
     with mock.patch.object(gpu_check, "ROOT", self.root):
       row = gpu_check.run_tests("t.py", 0, 2, self.root, 60)
       died = gpu_check.run_tests("dies.py", 1, 2, self.root, 60)
+      slept = gpu_check.run_tests("sleeps.py", 1, 2, self.root, 2)
     self.assertEqual(
       (row["status"], row["passed"], row["failed"], row["skipped"]),
-      (1, 1, 1, {"for the cpu alone": 1}),
+      (1, 1, 2, {"for the cpu alone": 1}),
     )
-    self.assertEqual(row["failures"], {"a.bad": "3 is not 4"})
+    self.assertEqual(
+      row["failures"], {"a.bad": "3 is not 4", "a.set_up": "no GPU"}
+    )
+    self.assertEqual((died["status"], died["passed"]), (1, 0))
     self.assertIn("no such thing", died["failures"]["no report"])
+    self.assertIsNone(slept["status"])
+    self.assertIn("looking at sleeps.py", slept["failures"]["no report"])
 
   def test_an_extension_that_cannot_be_built_costs_no_other(self):
     self.write(
@@ -207,6 +219,74 @@ class GpuCheckTest(absltest.TestCase):
       [(row["file"][-4:], row["status"]) for row in results()["tests"]],
       [("a.py", 0), ("b.py", 0), ("c.py", 0)],
     )
+
+  # What pytest says of failures, what a signal leaves, the limit of a shard.
+  @parameterized.parameters(1, -11, None)
+  def test_tests_that_do_not_pass_fail_the_step(self, status):
+    self.write("tests/kernels/op/BUILD", _BUILD)
+    row = {
+      "file": "", "shard": "", "seconds": 1, "passed": 9, "failed": 0,
+      "skipped": {}, "failures": {},
+    }  # fmt: skip
+    arguments = ("--seconds=1", "--limit=100")
+    for shards in ([0, 0], [0, status], [status, 0]):
+      rows = iter([row | {"status": each} for each in shards])
+      with mock.patch.object(
+        gpu_check, "run_tests", lambda *_, r=rows: next(r)
+      ):
+        check, _ = self.check(*arguments, "--shards=2")
+        self.assertEqual(check.run("tests"), status not in shards)
+
+  def fake_bench(self):
+    gpu = types.SimpleNamespace(
+      rows=lambda: [types.SimpleNamespace(name="a")], text=str
+    )
+    return mock.patch.dict(
+      sys.modules, {"tools.bench": types.SimpleNamespace(gpu=gpu)}
+    )
+
+  def test_nothing_to_do_is_no_success(self):
+    self.write("tests/kernels/op/BUILD", _BUILD)
+    check, results = self.check("--filter=opp", "--bench-filter=aa")
+    self.assertFalse(check.run("tests"))
+    with self.fake_bench():
+      self.assertFalse(check.run("bench"))
+    errors = results()["errors"]
+    self.assertIn("`--filter` must be a part", errors["tests"])
+    self.assertIn("no name has `aa`", errors["bench"])
+
+  def test_a_row_or_an_extension_that_fails_fails_its_step(self):
+    for record, good in (
+      ({"row": "a"}, True),
+      ({"row": "a", "error": ""}, False),
+    ):
+      with (
+        self.fake_bench(),
+        mock.patch.object(
+          gpu_check, "run_rows", lambda *_, r=record: iter([{"device": ""}, r])
+        ),
+      ):
+        self.assertEqual(self.check()[0].run("bench"), good)
+    for failures, good in (({}, True), ({"_op_cuda": "no"}, False)):
+      with (
+        mock.patch.object(gpu_build, "find_nvcc", lambda: self.root / "nvcc"),
+        mock.patch.object(
+          gpu_build.Builder, "build", lambda *_, f=failures: ([], f)
+        ),
+      ):
+        check, _ = self.check("--architecture=90")
+        self.assertEqual(check.run("build"), good)
+
+  def test_a_step_that_fails_is_the_exit_status(self):
+    for bad in (None, *gpu_check.STEPS):
+      with (
+        mock.patch.object(gpu_check, "ROOT", self.root),
+        mock.patch.object(
+          gpu_check.Check, "run", lambda self, step, bad=bad: step != bad
+        ),
+      ):
+        status = gpu_check.main([f"--json={self.root}/results.json"])
+      self.assertEqual(status, 0 if bad is None else 1)
 
   def test_what_is_missing_is_named(self):
     with (

@@ -255,6 +255,21 @@ class BatchNormContract(op_contract.OpContract):
       penalty(loss), penalty(plain), rtol=1e-3, atol=1e-4
     )
 
+  @parameterized.parameters(0, 1)
+  def test_relu_passes_no_gradient_on_where_it_is_zero(self, feature_axis):
+    x = jnp.full((24, 24), 3.0)
+    scale, zeros, ones = jnp.ones(24) * 2, jnp.zeros(24), jnp.ones(24)
+
+    def loss(x, scale, bias):
+      y = self.call(
+        x, scale, bias, zeros, ones, feature_axis=feature_axis,
+        activation="relu",
+      ).y  # fmt: skip
+      return jnp.sum(y)
+
+    for grad in jax.jit(jax.grad(loss, (0, 1, 2)))(x, scale, zeros):
+      np.testing.assert_array_equal(grad, jnp.zeros_like(grad))
+
   @parameterized.product(dtype=_DTYPES, relu=(False, True))
   def test_inference_uses_the_running_averages(self, dtype, relu):
     rng = np.random.default_rng(10)

@@ -256,11 +256,11 @@ class CompiledTest(parameterized.TestCase):
     (n,) = export.symbolic_shape("n")
     exported = export.export(
       jax.jit(batch_stat.update),
-      platforms=("cpu", "cuda"),
+      platforms=("cpu", "cuda", "tpu"),
       disabled_checks=checks,
     )(jax.ShapeDtypeStruct((n, 256), "bfloat16"), STAT, STAT)
     restored = export.deserialize(exported.serialize())
-    self.assertEqual(restored.platforms, ("cpu", "cuda"))
+    self.assertEqual(restored.platforms, ("cpu", "cuda", "tpu"))
     compiled = deviceless.compile_for(
       deviceless.gpu_devices()[0],
       restored.call, batch("bfloat16", (640, 256)), STAT, STAT,

@@ -17,9 +17,10 @@ import pytest
 
 import kernels
 from kernels import batch_stat
-from kernels.batch_stat import ops
+from kernels.batch_stat import ops, pallas_tpu
 from tests.testing import (
   deviceless,
+  hlo,
   interpreted,
   op_contract,
   oracles,
@@ -30,6 +31,8 @@ PLATFORM = op_contract.PLATFORM
 interpreted.allow(ops, "UPDATE", "TRAIN", "MOMENTS")
 IMPLEMENTATION = interpreted.NAME if PLATFORM == "cpu" else "pallas"
 KERNEL = deviceless.TPU_KERNEL
+# Those of a block of 128 features.
+ROWS = pallas_tpu._BLOCK // 128
 
 
 def check(got, x, mean, var, momentum):
@@ -55,9 +58,13 @@ class NumbersTest(parameterized.TestCase):
 
   @parameterized.product(
     dtype=("float32", "bfloat16"),
-    # One block; several, the last one short; merged axes; one value.
-    shape=((7, 16), (1100, 640), (5, 16, 130), (1, 8)),
-  )
+    # One block; several of features, and of rows, the last one short or whole;
+    # merged axes; one value.
+    shape=(
+      (7, 16), (1100, 640), (2 * ROWS + 1, 128), (2 * ROWS, 128), (5, 16, 130),
+      (1, 8),
+    ),
+  )  # fmt: skip
   def test_matches_the_oracle(self, dtype, shape):
     rng = np.random.default_rng(0)
     x = op_contract.array(rng, shape, dtype)
@@ -65,9 +72,38 @@ class NumbersTest(parameterized.TestCase):
     got = batch_stat.update(x, mean, var, 0.75, implementation=IMPLEMENTATION)
     check(got, x, mean, var, 0.75)
 
+  def test_blocks_of_different_means_are_merged(self):
+    rng = np.random.default_rng(4)
+    x = rng.normal(size=(2 * ROWS + 9, 128)).astype(np.float32)
+    x[ROWS:] += 3
+    x[2 * ROWS :] -= 40
+    mean, var = rng.random((2, 128)).astype(np.float32)
+    got = batch_stat.update(x, mean, var, 0.75, implementation=IMPLEMENTATION)
+    check(got, x, mean, var, 0.75)
+
+  def test_what_batch_norm_wants_besides(self):
+    rng = np.random.default_rng(5)
+    x = op_contract.array(rng, (33, 128), "float32")
+    mean, var, scale = rng.random((3, 128)).astype(np.float32)
+    momentum = np.float32([0.75])
+    params = {"feature_axis": 1, "batch_axes": 0, "accurate": False}
+    params["implementation"] = IMPLEMENTATION
+    *update, count, rstd, mul = ops.TRAIN(
+      mean, var, momentum, scale, x, epsilon=0.1, **params
+    )
+    check(batch_stat.Update(*update), x, mean, var, 0.75)
+    want = oracles.batch_norm(x)
+    np.testing.assert_allclose(rstd, (want.var + 0.1) ** -0.5, rtol=1e-4)
+    np.testing.assert_allclose(mul, scale * np.asarray(rstd), rtol=1e-6)
+    own_mean, own_var, own_count = ops.MOMENTS(x, **params)
+    np.testing.assert_array_equal(own_mean, update[2])
+    np.testing.assert_array_equal(own_var, update[3])
+    for each in (count, own_count):
+      np.testing.assert_array_equal(each, np.full(128, 33, np.float32))
+
   def test_one_pass_loses_nothing_to_a_large_mean(self):
     rng = np.random.default_rng(1)
-    x = (rng.normal(size=(1300, 128)) + 3e3).astype(np.float32)
+    x = (rng.normal(size=(2 * ROWS, 128)) + 3e3).astype(np.float32)
     got = batch_stat.update(
       x, np.zeros(128), np.ones(128), implementation=IMPLEMENTATION
     )
@@ -154,6 +190,8 @@ class CompiledTest(deviceless.TpuTest):
     deviceless.assert_in_place(compiled, 2 * num_bytes)
     deviceless.assert_small_temporaries(compiled, 64 * num_bytes)
     deviceless.assert_nothing_moves(compiled, x.size)
+    # Donation alone would have the averages copied back.
+    self.assertEmpty(hlo.instructions(compiled.as_text(), "copy"))
 
   @parameterized.product(
     chip=CHIPS,

@@ -5,7 +5,7 @@ import functools
 
 from absl.testing import parameterized
 import jax
-from jax import lax
+from jax import export, lax
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 import numpy as np
@@ -153,6 +153,23 @@ class CompiledTest(parameterized.TestCase):
     )  # fmt: skip
     deviceless.assert_calls(compiled, api.ATTEND_TARGET)
     deviceless.assert_nothing_moves(compiled, size(cache.shape))
+
+  def test_one_artifact_serves_every_platform(self):
+    args = SPEC.shapes()
+    exported = export.export(
+      jax.jit(da.decode_attention),
+      platforms=("cpu", "cuda", "tpu"),
+      disabled_checks=[
+        export.DisabledSafetyCheck.custom_call(name)
+        for name in (api.APPEND_TARGET, deviceless.TPU_KERNEL)
+      ],
+    )(*args)
+    self.assertIn(deviceless.TPU_KERNEL, exported.mlir_module())
+    restored = export.deserialize(exported.serialize())
+    compiled = deviceless.compile_for(
+      deviceless.gpu_devices()[0], restored.call, *args, donate=(0, 1)
+    )
+    assert_fused(compiled, args[:2])
 
   def test_auto_takes_the_kernel_where_there_is_one(self):
     [choice] = kernels.explain(

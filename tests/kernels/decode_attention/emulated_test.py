@@ -200,6 +200,24 @@ class EmulatedTest(parameterized.TestCase):
       api._cuda_workspace = original
 
 
+class WorkersTest(parameterized.TestCase):
+  @parameterized.parameters(
+    # Few long sequences: as many blocks as a large GPU runs, or more than it
+    # has multiprocessors.
+    (1, 8, 4, 32768, "bfloat16", 37),
+    (4, 8, 4, 32768, "float32", 74),
+    (64, 8, 4, 2048, "bfloat16", 37),
+    (2, 1, 8, 4096, "float32", 64),
+    (1, 8, 512, 4096, "bfloat16", 2),
+    # Short ones, and enough query rows.
+    (128, 8, 8, 256, "bfloat16", 0),
+    (8, 8, 512, 4096, "bfloat16", 0),
+  )
+  def test_long_caches_are_divided(self, b, n, rows, capacity, dtype, want):
+    got = api._most_workers(b, n, rows, capacity, jnp.dtype(dtype))
+    self.assertEqual(got, want)
+
+
 class UnsupportedTest(parameterized.TestCase):
   @parameterized.parameters(
     ("float32", 640, False, "multiple of 16 bytes"),

@@ -18,7 +18,7 @@ import pytest
 
 import kernels
 from kernels import decode_attention as da
-from kernels.decode_attention import api, arg_specs, pallas_tpu
+from kernels.decode_attention import api, arg_specs, pallas_tpu, reference
 from tests.kernels.decode_attention import oracle
 from tests.kernels.kv_cache import oracle as cache_oracle
 from tests.testing import deviceless, interpreted, op_contract, tolerances
@@ -90,8 +90,8 @@ def run(args, index, **kwargs):
     tolerance = tolerances.eps(cache_k.dtype)
     where = index[:, None] + np.arange(tokens)
     new_k = oracle.rotate_tokens(
-      new_k, where, rope_cos=kwargs["rope_cos"], rope_sin=kwargs["rope_sin"],
-      layout=layout,
+      new_k, where, layout=layout,
+      **{name: kwargs[name] for name in kwargs if name.startswith("rope_")},
     ).astype(cache_k.dtype)  # fmt: skip
   elif "k_scale" in kwargs:
     tolerance = 1.0  # XLA divides by multiplying: the last bit may differ
@@ -220,6 +220,9 @@ class NumbersTest(parameterized.TestCase):
   def test_chunks_that_are_not_causal(self):
     run(arguments(t=4), [0, 20, 60], causal=False, chunk=9)
 
+  def test_window_on_both_sides(self):
+    run(arguments(t=6), [0, 20, 58], causal=False, window=(5, 2))
+
   @parameterized.parameters(*CASES)
   def test_ring(self, case):
     sizes = SIZES[case]
@@ -243,10 +246,65 @@ class NumbersTest(parameterized.TestCase):
       block_table=table,
     )  # fmt: skip
 
-  def test_rotation(self):
+  @parameterized.product(case=CASES, paged=(False, True))
+  def test_parts_of_a_sharded_cache(self, case, paged):
+    """A part has some of the slots, or of the blocks, and leaves others out."""
+    layout, h = LAYOUTS[case], SIZES[case].get("h", 128)
+    half = 128 if case == "columns" else 32
+    slots_axis = layout.index("s")
+    axis = 0 if paged else slots_axis
+    index = np.int32([half + 9, half - 5])  # with the query's own key
+    table = np.int32([[3, 1], [2, 0]]) if paged else np.int32([[0], [1]])
+    sizes = SIZES[case] | {"b": 2, "s": half if paged else 2 * half}
+    k, v, q, *_ = arguments(rows=4 if paged else 2, **sizes)
+    want = oracle.attend(
+      k, v, q, index - 1, [1, 1], layout=layout,
+      block_table=table if paged else None,
+    )  # fmt: skip
+    # A sequence of `half` keys and more fills its first half.
+    used = [0, 9, half - 5, half] if paged else index
+    k, v, q = spoil((k, v, q), used, layout)
+    q = q.reshape((2, 4, 2, 1, h) if layout == "bnsh" else (2, 1, 4, 2, h))
+    options = reference.Options(
+      fields=("cache_k", "cache_v", "q", "index", "count", "layer", "table",
+              "first_slot"),
+      layout=layout, ring=0, aligned=not paged, uniform=(),
+      scale=1 / np.sqrt(h), causal=True, window_left=-1, window_right=-1,
+      chunk=0, softcap=0.0, interleaved=False, rotate_keys=False,
+      out_dtype="float32",
+    )  # fmt: skip
+    ones = np.ones(2, np.int32)
+    outs, lses = [], []
+    for first in (0, k.shape[axis] // 2):
+      part = np.arange(first, first + k.shape[axis] // 2)
+      out, lse = api.ATTEND(
+        jnp.take(k, part, axis), jnp.take(v, part, axis), q, index, ones,
+        0 * ones, table - first if paged else table,
+        np.int32(0 if paged else first),
+        options=options, implementation=IMPLEMENTATION,
+      )  # fmt: skip
+      assert np.isfinite(np.asarray(out)).all()
+      outs.append(out)
+      lses.append(lse)
+    assert not interpreted.races_found()
+    lse = np.logaddexp(*lses)
+    weights = [np.exp(each - lse)[..., None] for each in lses]
+    if layout == "bsnh":
+      weights = [w.transpose(0, 3, 1, 2, 4) for w in weights]
+    out = sum(w * each for w, each in zip(weights, outs))
+    for got, expected, reduced in zip((out, lse), want, (4, 64)):
+      tolerances.assert_close(
+        got.reshape(expected.shape), expected, "float32", reduced=reduced
+      )
+
+  @parameterized.parameters(False, True)
+  def test_rotation(self, interleaved):
     cos, sin = (np.asarray(a) for a in da.rope_tables(64, 128))
     args = arguments(t=2, dtype="bfloat16")
-    run(args, [3, 0, 50], rope_cos=cos, rope_sin=sin)
+    run(
+      args, [3, 0, 50], rope_cos=cos, rope_sin=sin,
+      rope_interleaved=interleaved,
+    )  # fmt: skip
 
   def test_attend_alone(self):
     k, v, q, *_ = arguments(t=2)
@@ -258,6 +316,44 @@ class NumbersTest(parameterized.TestCase):
     want, want_lse = oracle.attend(k, v, q, index - 2, [2] * 3)
     tolerances.assert_close(out, want, "float32", reduced=4)
     tolerances.assert_close(lse, want_lse, "float32", reduced=64)
+
+
+class PlacesTest(parameterized.TestCase):
+  """Which tiles of a cache are read; nothing is compiled."""
+
+  def setUp(self):
+    super().setUp()
+    if PLATFORM != "cpu":
+      self.skipTest("the same on every platform")
+
+  @parameterized.parameters(
+    ({}, [(0, 0), (0, 3), (0, 7)]),
+    ({"window": 100}, [(0, 0), (3, 3), (7, 7)]),
+    ({"window": 600}, [(0, 0), (2, 3), (6, 7)]),
+    ({"left_padding": np.int32([0, 700, 4000])}, [(0, 0), (1, 3), (7, 7)]),
+    ({"ring": True}, [(0, 0), (0, 3), (0, 7)]),
+  )
+  def test_tiles_without_a_visible_key_are_not(self, kwargs, want):
+    args = structs(slots=4096)
+    index = np.int32([0, 1900, 4095])
+    tiles = []
+
+    def keep(places, *rest, tiling, **options):
+      del options
+      self.assertEqual(tiling.slots, 512)
+      _, first, last, *_ = places
+      tiles.extend(zip(first.tolist(), last.tolist()))
+      raise InterruptedError
+
+    arrays = [jnp.zeros((3, *a.shape[1:]), a.dtype) for a in args[:5]]
+    with (
+      mock.patch.object(pallas_tpu, "_flash", keep),
+      self.assertRaises(InterruptedError),
+    ):
+      da.attend(
+        *arrays[:3], index + 1, implementation=interpreted.NAME, **kwargs
+      )
+    self.assertEqual(tiles, want)
 
 
 class ChoiceTest(parameterized.TestCase):
@@ -336,7 +432,9 @@ class ChoiceTest(parameterized.TestCase):
 CHIPS = tuple(deviceless.TPU_TOPOLOGIES)
 
 
-def structs(case="rows", dtype="bfloat16", tokens=1, layers=None, group=4):
+def structs(
+  case="rows", dtype="bfloat16", tokens=1, layers=None, group=4, slots=16384
+):
   """Returns the arguments of a layer whose cache no fast memory holds."""
   h = SIZES[case].get("h", 128)
 
@@ -345,7 +443,7 @@ def structs(case="rows", dtype="bfloat16", tokens=1, layers=None, group=4):
     axes = (length, heads) if by_token else (heads, length)
     return (8, *axes, h)
 
-  cache = shaped(16384, 8)
+  cache = shaped(slots, 8)
   if layers is not None:
     cache = (layers, *cache)
   kind = "bfloat16" if dtype in cache_oracle.QUANTIZED else dtype

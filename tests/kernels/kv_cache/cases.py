@@ -1,8 +1,11 @@
 """Arguments of `kv_cache.update` for tests of its implementations."""
 
 from hypothesis import strategies as st
+import jax
+import jax.numpy as jnp
 import numpy as np
 
+from kernels.kv_cache import api
 from tests.kernels.kv_cache import oracle
 
 FLOATS, QUANTIZED, random = oracle.FLOATS, oracle.QUANTIZED, oracle.random
@@ -27,6 +30,35 @@ def assert_same(got, want):
   for g, w in zip(got, want, strict=True):
     assert g.dtype == w.dtype and g.shape == w.shape
     np.testing.assert_array_equal(bits(g), bits(w))
+
+
+def check_parts(args, implementation, layout="bsnh", ring=False):
+  """Updates the halves of a cache of 3 rows that is split along its length.
+
+  A part has slots from `first_slot` on, and leaves the others alone.
+  """
+  axis = layout.index("s")
+  slots, tokens = args[0].shape[axis], args[2].shape[axis]
+  index = [2, slots // 2 - 1, slots - (1 if ring else tokens)]
+  index = np.asarray(index, np.int32)
+  ones = np.ones(3, np.int32)
+
+  @jax.jit
+  def update(first, *args):
+    return api.UPDATE(
+      *args, index, tokens * ones, 0 * ones,
+      np.arange(3, dtype=np.int32)[:, None], first,
+      layout=layout, ring=slots if ring else 0, aligned=True, uniform=(),
+      implementation=implementation,
+    )  # fmt: skip
+
+  parts = []
+  for first in (0, slots // 2):
+    part = np.arange(first, first + slots // 2)
+    caches = (jnp.take(cache, part, axis) for cache in args[:2])
+    parts.append(update(np.int32(first), *caches, *args[2:]))
+  got = [np.concatenate(halves, axis) for halves in zip(*parts)]
+  assert_same(got, oracle.update(*args, index, layout=layout, ring=ring))
 
 
 @st.composite

@@ -4,7 +4,7 @@ import functools
 
 from absl.testing import parameterized
 import jax
-from jax import lax
+from jax import export, lax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -142,6 +142,23 @@ class CompiledTest(parameterized.TestCase):
   def test_auto_takes_the_kernel(self):
     [choice] = kernels.explain(kv_cache.update, *arguments(), platform="cuda")
     self.assertEqual(choice.implementation, "cuda")
+
+  def test_one_artifact_serves_every_platform(self):
+    args = arguments()
+    exported = export.export(
+      jax.jit(kv_cache.update),
+      platforms=("cpu", "cuda", "tpu"),
+      disabled_checks=[
+        export.DisabledSafetyCheck.custom_call(name)
+        for name in (api.TARGET, deviceless.TPU_KERNEL)
+      ],
+    )(*args)
+    self.assertIn(deviceless.TPU_KERNEL, exported.mlir_module())
+    restored = export.deserialize(exported.serialize())
+    compiled = deviceless.compile_for(
+      deviceless.gpu_devices()[0], restored.call, *args, donate=(0, 1)
+    )
+    assert_only_writes_rows(compiled, args[:2])
 
 
 @pytest.mark.deviceless

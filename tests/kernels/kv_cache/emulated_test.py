@@ -71,6 +71,11 @@ class EmulatedUpdateTest(parameterized.TestCase):
     args = cases.arguments(b=2, s=700, t=600, n=4, h=64)
     check((*args, np.array([3, 650])))
 
+  @parameterized.product(layout=("bsnh", "bnsh"), ring=(False, True))
+  def test_parts_of_a_sharded_cache(self, layout, ring):
+    args = cases.arguments(t=2, layout=layout)
+    cases.check_parts(args, "emulated", layout, ring)
+
   @parameterized.parameters(*oracle.QUANTIZED)
   def test_quantises_special_values(self, dtype):
     special = np.float32(
@@ -90,6 +95,15 @@ class EmulatedUpdateTest(parameterized.TestCase):
     )  # fmt: skip
     row = np.asarray(got)[0, 1, 0].astype(np.float32)
     assert (row == 0).all() if dtype == "int8" else np.isnan(row).all()
+
+  @parameterized.parameters(*oracle.QUANTIZED)
+  def test_quotients_are_rounded_as_those_of_a_division(self, dtype):
+    # Half-way between two codes: one bit less, and it is the other one.
+    scale = np.float32(0.007)
+    new = jnp.asarray((np.arange(-128, 128) + 0.5) * scale, "float32")
+    cache = jnp.ones((1, 2, 1, 256), dtype)
+    new = new[None, None, None]
+    check((cache, cache, new, -new, 1), k_scale=scale, v_scale=np.float32(0.3))
 
   def test_wrong_shapes_are_refused(self):
     cache = jnp.zeros((2, 4, 1, 8))

@@ -7,6 +7,7 @@ one; programs from libtpu, which wants no device.
 import functools
 import subprocess
 import sys
+from unittest import mock
 
 from absl.testing import parameterized
 import jax
@@ -18,7 +19,8 @@ import pytest
 
 import kernels
 from kernels import kv_cache
-from kernels.kv_cache import api, arg_specs
+from kernels.kv_cache import api, arg_specs, pallas_tpu
+from tests.kernels.kv_cache import cases
 from tests.kernels.kv_cache import oracle as oracles
 from tests.testing import deviceless, hlo, interpreted, op_contract
 
@@ -121,6 +123,27 @@ class NumbersTest(parameterized.TestCase):
     args = arguments(rows=5, dtype="bfloat16", **SIZES[case])
     rows = np.int32([4, 0, 2])
     run(args, [3, 31, 400], layout=LAYOUTS[case], cache_batch_index=rows)
+
+  @parameterized.parameters(*CASES)
+  def test_rows_that_sequences_share(self, case):
+    # Slots side by side: where these are in one tile, it is rewritten by one
+    # sequence after the other.
+    args = arguments(rows=2, **SIZES[case])
+    rows = np.int32([1, 0, 1])
+    run(args, [3, 3, 4], layout=LAYOUTS[case], cache_batch_index=rows)
+
+  @parameterized.parameters(("tiles", 1 << 16), ("columns", 1 << 19))
+  def test_more_sequences_than_are_rewritten_abreast(self, case, num_bytes):
+    with mock.patch.object(pallas_tpu, "_TILES_BYTES", num_bytes):  # of two
+      args = arguments(b=5, **SIZES[case] | {"n": 2})
+      run(args, [0, 13, 31, 2, 7], layout=LAYOUTS[case])
+
+  @parameterized.product(case=CASES, ring=(False, True))
+  def test_parts_of_a_sharded_cache(self, case, ring):
+    layout = LAYOUTS[case]
+    args = arguments(t=2, **SIZES[case])
+    cases.check_parts(args, IMPLEMENTATION, layout, ring)
+    assert not interpreted.races_found()
 
   @parameterized.parameters(*CASES)
   def test_what_vmap_makes_of_it(self, case):

@@ -70,6 +70,15 @@ class UpdateTest(PlatformTest):
     got = jitted(OURS, layer=layer)(*args, index)
     assert_same(got, oracle(*args, np.asarray(index), layer=layer))
 
+  @parameterized.product(
+    implementation=IMPLEMENTATIONS,
+    layout=("bsnh", "bnsh"),
+    ring=(False, True),
+  )
+  def test_parts_of_a_sharded_cache(self, implementation, layout, ring):
+    args = arguments(t=2, layout=layout)
+    cases.check_parts(args, implementation, layout, ring)
+
   @parameterized.parameters(*IMPLEMENTATIONS)
   def test_every_feature_on_random_shapes(self, implementation):
     @hypothesis.given(problems())
@@ -289,6 +298,21 @@ class TransformTest(PlatformTest):
       kwargs["block_table"] = np.array([[2], [0], [1]]) if paged else None
       want = oracle(*(x[i] for x in args), index[i], **kwargs)
       assert_same([g[i] for g in got], want)
+
+  @parameterized.parameters(*IMPLEMENTATIONS)
+  def test_vmap_keeps_layers_that_do_not_exist_apart(self, implementation):
+    args = [jnp.stack([x, x * 2, x + 1]) for x in arguments()]
+    args[:2] = (jnp.stack([x] * 2, 1) for x in args[:2])
+
+    def update(*args):
+      *args, layer = args
+      return kv_cache.update(
+        *args, 0, layer=layer, implementation=implementation
+      )
+
+    # Those of the next, and of the one before, do exist.
+    got = jax.jit(jax.vmap(update))(*args, jnp.array([2, 5, -1]))
+    assert_same(got, args[:2])
 
   @parameterized.parameters(*IMPLEMENTATIONS)
   def test_nested_vmap_over_other_axes(self, implementation):
