@@ -2,6 +2,7 @@
 #ifndef KERNELS_KV_CACHE_UPDATE_PLAN_H_
 #define KERNELS_KV_CACHE_UPDATE_PLAN_H_
 
+#include <algorithm>
 #include <cstdint>
 
 #include "kernels/common/host_device.h"
@@ -16,8 +17,10 @@ namespace kv_cache {
 class Divisor {
  public:
   Divisor() = default;
+  // A divisor that no number reaches is one like another.
   explicit Divisor(int64_t divisor)
-      : divisor_(divisor < 1 ? 1 : static_cast<uint32_t>(divisor)) {
+      : divisor_(static_cast<uint32_t>(
+            std::clamp<int64_t>(divisor, 1, int64_t{1} << 31))) {
     int bits = 0;
     while ((uint64_t{1} << bits) < divisor_) ++bits;
     shift_ = bits - 1;

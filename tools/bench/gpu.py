@@ -37,6 +37,9 @@ _SAMPLES = 7
 _SAMPLE_SECONDS = 0.04
 _COPY_BYTES = 2**30
 
+# Between ours and XLA's results, see `_difference`; rounding is 1e-3 at most.
+_LARGEST_DIFFERENCE = 1e-2
+
 Arrays = tuple[Any, ...]
 
 
@@ -223,6 +226,9 @@ def measure(row: Row, ours: str = "auto") -> dict[str, Any]:
   Returns:
     Milliseconds of every side, the difference between ours and XLA's results,
     and what part of a copy's bandwidth ours has.
+
+  Raises:
+    ValueError: If ours and XLA's results differ by more than rounding.
   """
   record: dict[str, Any] = {
     "row": row.name, "bytes": row.moved, "layers": row.layers,
@@ -242,6 +248,11 @@ def measure(row: Row, ours: str = "auto") -> dict[str, Any]:
     del arrays
   record["difference"] = _difference(results["ours"], results["xla"])
   del results
+  if not record["difference"] < _LARGEST_DIFFERENCE:
+    raise ValueError(
+      f"`{row.name}` must have results within {_LARGEST_DIFFERENCE} of XLA's, but"
+      f" differs by {record['difference']}: it is wrong, so it is not timed."
+    )
   samples, without = _sample(row, calls, whose)
   each = 1e3 / row.layers / row.steps
   spread = {}

@@ -207,6 +207,36 @@ class CompiledTest(deviceless.TpuTest):
     )  # fmt: skip
     self.check(compiled, x, stat)
 
+  @parameterized.parameters(
+    ((4096, 512), -1, "float16", False),
+    ((4096, 512), -1, "float32", True),
+    ((64, 256, 28, 28), 1, "bfloat16", False),
+    ((64, 28, 28, 256), -1, "float32", False),
+  )
+  def test_what_is_left_to_xla(self, shape, axis, dtype, masked):
+    x = jax.ShapeDtypeStruct(shape, dtype)
+    stat = jax.ShapeDtypeStruct((shape[axis],), "float32")
+    mask = jax.ShapeDtypeStruct((shape[0], 1), "bool") if masked else None
+
+    def step(mean, var, x, scale, bias, mask):
+      def loss(x, scale, bias):
+        out = batch_stat.batch_norm(
+          x, scale, bias, mean, var, mask=mask, feature_axis=axis
+        )
+        return jnp.sum(out.y.astype(jnp.float32) ** 3), (out.mean, out.var)
+
+      grads, stats = jax.grad(loss, argnums=(0, 1, 2), has_aux=True)(
+        x, scale, bias
+      )
+      return *stats, grads
+
+    compiled = deviceless.compile_for(
+      deviceless.tpu_devices("v5e")[0], step, stat, stat, x, stat, stat, mask,
+      donate=(0, 1),
+    )  # fmt: skip
+    self.assertEqual(hlo.custom_calls(compiled.as_text(), KERNEL), 0)
+    deviceless.assert_in_place(compiled, 2 * 4 * stat.size)
+
   @parameterized.parameters(*CHIPS)
   def test_update_in_a_scan(self, chip):
     xs = jax.ShapeDtypeStruct((4, 1024, 512), "float32")

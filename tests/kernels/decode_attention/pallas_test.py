@@ -21,7 +21,13 @@ from kernels import decode_attention as da
 from kernels.decode_attention import api, arg_specs, pallas_tpu, reference
 from tests.kernels.decode_attention import oracle
 from tests.kernels.kv_cache import oracle as cache_oracle
-from tests.testing import deviceless, interpreted, op_contract, tolerances
+from tests.testing import (
+  deviceless,
+  hlo,
+  interpreted,
+  op_contract,
+  tolerances,
+)
 
 PLATFORM = op_contract.PLATFORM
 interpreted.allow(api, "APPEND", "ATTEND")
@@ -498,6 +504,25 @@ class CompiledTest(deviceless.TpuTest):
         deviceless.assert_calls(compiled, KERNEL)
         deviceless.assert_in_place(compiled, 2 * num_bytes)
         deviceless.assert_nothing_moves(compiled, args[0].size)
+
+  @parameterized.parameters(
+    ("float16", {}),
+    ("bfloat16", {"bias": np.zeros((1, 1, 1, 16384), np.float32)}),
+    ("bfloat16", {"mask": np.ones((1, 1, 1, 16384), bool)}),
+    ("bfloat16", {"qv": np.zeros((8, 1, 32, 128), jnp.bfloat16)}),
+    ("bfloat16", {"rope_cached_keys": True}),
+  )
+  def test_what_is_left_to_xla(self, dtype, kwargs):
+    if "rope_cached_keys" in kwargs:
+      cos, sin = da.rope_tables(16384, 64)
+      kwargs |= {"rope_cos": cos, "rope_sin": sin}
+    args = structs(dtype=dtype)
+    step = functools.partial(da.decode_attention, **kwargs)
+    compiled = self.compile_for_one("v5e", step, *args)
+    self.assertEqual(hlo.custom_calls(compiled.as_text(), KERNEL), 0)
+    deviceless.assert_in_place(
+      compiled, 2 * args[0].size * args[0].dtype.itemsize
+    )
 
   @parameterized.product(chip=CHIPS, case=CASES)
   def test_options(self, chip, case):

@@ -284,6 +284,16 @@ class CompiledTest(deviceless.TpuTest):
     update = functools.partial(kv_cache.update, layout=LAYOUTS[case], **scales)
     self.check(chip, update, *structs(case, dtype))
 
+  @parameterized.parameters(("rows", 1), ("rows", 9), ("tiles", 1))
+  def test_float16_is_left_to_xla(self, case, tokens):
+    args = structs(case, "float16", tokens)
+    update = functools.partial(kv_cache.update, layout=LAYOUTS[case])
+    compiled = self.compile_for_one("v5e", update, *args)
+    self.assertEqual(hlo.custom_calls(compiled.as_text(), KERNEL), 0)
+    num_bytes = args[0].size * args[0].dtype.itemsize
+    deviceless.assert_in_place(compiled, 2 * num_bytes)
+    deviceless.assert_small_temporaries(compiled, num_bytes // 8)
+
   @parameterized.product(chip=CHIPS, case=CASES)
   def test_a_long_run_of_tokens(self, chip, case):
     update = functools.partial(kv_cache.update, layout=LAYOUTS[case])

@@ -36,6 +36,7 @@ class MeasureTest(absltest.TestCase):
     patch = functools.partial(mock.patch.object, gpu)
     self.enter_context(patch("_SAMPLE_SECONDS", 1e-4))
     self.enter_context(patch("_COPY_BYTES", 2**16))
+    self.enter_context(patch("_LARGEST_DIFFERENCE", 1.0))
 
   def test_record_compares_and_counts(self):
     def broken(total, x):
@@ -91,6 +92,15 @@ class MeasureTest(absltest.TestCase):
     self.assertAlmostEqual(gpu._difference(got, want), 0.5)
     zeros = (jnp.zeros(4),)
     self.assertAlmostEqual(gpu._difference((jnp.ones(4),), zeros), 2)
+
+  def test_what_is_wrong_is_not_timed(self):
+    def nan(implementation, total, x):
+      return total + (jnp.nan if implementation == "auto" else 1), x
+
+    with mock.patch.object(gpu, "_LARGEST_DIFFERENCE", 0.4):
+      for changes, words in (({}, "differs by 0.5"), ({"call": nan}, "by nan")):
+        with self.assertRaisesRegex(ValueError, words):
+          gpu.measure(tiny(**changes))
 
   def test_what_is_not_a_number_never_passes(self):
     good = jnp.ones(4)
