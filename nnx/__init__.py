@@ -4,6 +4,8 @@ Modules are Python objects whose state lives in Variables; `split`, `merge`,
 `update` and the transforms carry it in and out of jax.
 """
 
+import sys as _sys
+
 # `state`, `variables` and `display` are functions that take the names of
 # modules. What imports those modules by name, the engine's side, must come
 # before the functions, as it does in alphabetical order.
@@ -257,6 +259,18 @@ from nnx.variables import var_defaults as var_defaults
 from nnx.variables import variable_name_from_type as variable_name_from_type
 from nnx.variables import variable_type_from_name as variable_type_from_name
 from nnx.variables import with_metadata as with_metadata
+
+# Importable by their second names too: `from nnx.variablelib import Param`.
+for _name in (
+  "filterlib",
+  "graphlib",
+  "pytreelib",
+  "reprlib",
+  "rnglib",
+  "statelib",
+  "variablelib",
+):
+  _sys.modules[f"{__name__}.{_name}"] = globals()[_name]
 
 
 def __getattr__(name: str):

@@ -52,11 +52,11 @@ def _canonical_padding(padding: Padding, rank: int) -> Any:
   )
 
 
-def _check_mask(mask: Any, kernel_shape: tuple[int, ...]) -> None:
-  if mask is not None and mask.shape != kernel_shape:
+def _check_mask(layer: Any) -> None:
+  if layer.mask is not None and layer.mask.shape != layer.kernel_shape:
     raise ValueError(
-      f"`mask` must have the shape of the kernel, {kernel_shape}, but got"
-      f" {mask.shape}."
+      f"`mask` must have the shape of the kernel, {layer.kernel_shape}, but got"
+      f" {layer.mask.shape}."
     )
 
 
@@ -252,7 +252,7 @@ class Conv(Module):
       ValueError: if `mask` or `padding` do not fit the kernel.
     """
     rank = len(self.kernel_size)
-    _check_mask(self.mask, self.kernel_shape)
+    _check_mask(self)
     padding = _canonical_padding(self.padding, rank)
     if padding == "CAUSAL" and rank != 1:
       raise ValueError(
@@ -450,7 +450,7 @@ class ConvTranspose(Module):
       ValueError: if `mask` or `padding` do not fit the kernel.
     """
     rank = len(self.kernel_size)
-    _check_mask(self.mask, self.kernel_shape)
+    _check_mask(self)
     arguments = (
       inputs,
       self.kernel.value,

@@ -101,7 +101,9 @@ def test_partition_spec():
   assert box.get_partition_spec() == jax.sharding.PartitionSpec("a", None)
 
 
-@pytest.mark.parametrize("given", ["sharding", "sharding_names", "out_sharding"])
+@pytest.mark.parametrize(
+  "given", ["sharding", "sharding_names", "out_sharding"]
+)
 def test_an_annotation_is_found_by_each_of_its_names(given):
   box = bridge.to_linen_var(
     nnx.Param(jnp.ones((2, 3)), unit="m", **{given: ("a", None)})

@@ -1,5 +1,6 @@
 """The names of flax.nnx that programs use are here, `compat` and all."""
 
+import importlib
 import types
 
 from absl.testing import absltest
@@ -57,6 +58,13 @@ class NamesTest(absltest.TestCase):
       self.assertContainsSubset(names, public(getattr(flax_nnx, name)))
       self.assertContainsSubset(names, public(getattr(nnx, name)))
     self.assertTrue(callable(nnx.state) and callable(nnx.variables))
+
+  def test_modules_are_imported_by_the_names_of_flax(self):
+    for name, names in LIBRARIES.items():
+      for library in ("nnx", "flax.nnx"):
+        module = importlib.import_module(f"{library}.{name}")
+        self.assertContainsSubset(names, public(module))
+      self.assertIs(importlib.import_module(f"nnx.{name}"), getattr(nnx, name))
 
   def test_a_switch_is_for_a_block_or_a_function(self):
     for library in (nnx, flax_nnx):

@@ -1,8 +1,12 @@
 """Convolutions, against flax.nnx."""
 
+import types
+
+from flax import nnx as flax_nnx
 import jax
 from jax import lax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 import nnx
@@ -148,6 +152,26 @@ def test_metadata_reaches_the_parameters(name):
     rngs=nnx.Rngs(0),
   )
   assert (layer.kernel.tag, layer.bias.tag) == (1, 2)
+
+
+@pytest.mark.parametrize("library", [nnx, flax_nnx])
+def test_a_stand_in_with_another_kernel(library):
+  names = (
+    "bias", "conv_general_dilated", "dtype", "feature_group_count",
+    "in_features", "input_dilation", "kernel_dilation", "mask", "padding",
+    "precision", "preferred_element_type", "promote_dtype", "strides",
+    "use_bias",
+  )  # fmt: skip
+  layer = library.Conv(3, 4, (5,), rngs=library.Rngs(0))
+  cropped = types.SimpleNamespace(
+    kernel_size=(3,),
+    kernel=library.Param(layer.kernel[1:4]),
+    **{name: getattr(layer, name) for name in names},
+  )
+  x = jnp.asarray(array(2, 8, 3))
+  smaller = library.Conv(3, 4, (3,), rngs=library.Rngs(0))
+  smaller.kernel = cropped.kernel
+  np.testing.assert_allclose(library.Conv.__call__(cropped, x), smaller(x))
 
 
 @pytest.mark.parametrize("name", ["Conv", "ConvTranspose"])
