@@ -4,6 +4,7 @@ Modules are Python objects whose state lives in Variables; `split`, `merge`,
 `update` and the transforms carry it in and out of jax.
 """
 
+import importlib as _importlib
 import sys as _sys
 
 # `state`, `variables` and `display` are functions that take the names of
@@ -274,10 +275,6 @@ for _name in (
 
 
 def __getattr__(name: str):
-  # `nnx.bridge`, as the documents spell it. It imports flax, so only when asked
-  # for; the one place where this package looks up to one above it.
-  if name == "bridge":
-    import bridge
-
-    return bridge
+  if name == "bridge":  # imports flax, so only when asked for
+    return _importlib.import_module("nnx.bridge")
   raise AttributeError(f"module `nnx` has no attribute `{name}`")

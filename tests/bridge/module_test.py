@@ -1,5 +1,6 @@
 """bridge.Module: setup and compact; flax.nnx.bridge is the oracle."""
 
+import importlib
 import inspect
 
 from absl.testing import absltest, parameterized
@@ -120,6 +121,11 @@ class OracleTest(parameterized.TestCase):
     modules = {"module", "interop", "wrappers"}
     theirs = {n for n in dir(fnnx.bridge) if not n.startswith("_")} - modules
     self.assertEmpty(theirs - set(dir(bridge)))
+
+  def test_name_in_nnx(self):
+    named = importlib.import_module("nnx.bridge")
+    self.assertIs(named, bridge)
+    self.assertIs(nnx.bridge, bridge)
 
 
 class ModuleTest(absltest.TestCase):

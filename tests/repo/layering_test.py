@@ -55,8 +55,8 @@ ORDER = (
 )
 
 EXCEPTIONS = {
-  # The spec spells the bridge `nnx.bridge`, which one lazy attribute answers.
-  ("nnx", "bridge"),
+  # The spec spells the bridge `nnx.bridge`.
+  ("nnx.bridge", "bridge"),
   # It runs the bench where there is a GPU and no Bazel.
   ("tools.gpu_check", "tools.bench.gpu"),
   # Initializers run once, as tests do, and compile as they do.

@@ -35,7 +35,7 @@ import os, pathlib, sys, time
 want = {"REQUIRE_DEVICE": "1", "TEST_PLATFORM": "gpu"}
 assert {name: os.environ[name] for name in want} == want
 assert os.environ["JAX_PLATFORMS"].startswith("cuda")  # no other, if it fails
-print("looking at", sys.argv[1])
+print("looking at", sys.argv[1], flush=True)
 if sys.argv[1] == "dies.py":
   sys.exit("no such thing")
 if sys.argv[1] == "sleeps.py":
@@ -99,7 +99,7 @@ class GpuCheckTest(parameterized.TestCase):
     with mock.patch.object(gpu_check, "ROOT", self.root):
       row = gpu_check.run_tests("t.py", 0, 2, self.root, 60)
       died = gpu_check.run_tests("dies.py", 1, 2, self.root, 60)
-      slept = gpu_check.run_tests("sleeps.py", 1, 2, self.root, 2)
+      slept = gpu_check.run_tests("sleeps.py", 1, 2, self.root, 5)
     self.assertEqual(
       (row["status"], row["passed"], row["failed"], row["skipped"]),
       (1, 1, 2, {"for the cpu alone": 1}),
@@ -281,6 +281,7 @@ class GpuCheckTest(parameterized.TestCase):
     for bad in (None, *gpu_check.STEPS):
       with (
         mock.patch.object(gpu_check, "ROOT", self.root),
+        mock.patch.object(gpu_check, "NEEDED", ()),
         mock.patch.object(
           gpu_check.Check, "run", lambda self, step, bad=bad: step != bad
         ),

@@ -56,6 +56,17 @@ bool Flattener::Add(PyObject* value, Mode mode) {
 
 bool Flattener::AddStatic(PyObject* value) {
   roots_.push_back(static_cast<int32_t>(nodes_.size()));
+  // Unlike an attribute, an argument must have a hash, as for `jax.jit`.
+  if (PyObject_Hash(value) == -1) {
+    if (PyErr_ExceptionMatches(PyExc_TypeError)) {
+      PyErr_Clear();
+      PyErr_Format(PyExc_TypeError,
+                   "Static arguments must be hashable, but got %R of type %s. "
+                   "Pass a tuple or a frozen dataclass.",
+                   value, Py_TYPE(value)->tp_name);
+    }
+    return false;
+  }
   return VisitStatic(value);
 }
 
@@ -104,19 +115,8 @@ bool Flattener::VisitStatic(PyObject* value) {
   node.aux = Ref::Borrow(value);
   node.atomic = IsAtomic(value);
   if (!node.atomic && hash_statics_) {
-    const Py_hash_t hash = PyObject_Hash(value);
-    if (hash == -1) {
-      if (PyErr_ExceptionMatches(PyExc_TypeError)) {
-        PyErr_Clear();
-        PyErr_Format(
-            PyExc_TypeError,
-            "Static attributes must be hashable, but `%s` is %R of type %s. "
-            "Make it hashable (a tuple, a frozen dataclass), or mark it as "
-            "data with `nnx.data(...)` if it holds arrays.",
-            PathText(path_).c_str(), value, Py_TYPE(value)->tp_name);
-      }
-      return false;
-    }
+    const Py_hash_t hash = StaticHash(value);
+    if (hash == -1) return false;
     nodes_[position].hash = hash;
   }
   Close(position, 0);

@@ -179,7 +179,7 @@ int Matcher::FinishDeferred() {
   for (const Deferred& item : deferred_) {
     if (item.hash != -1) {
       // Also for one and the same object: it may have changed in place.
-      const Py_hash_t hash = PyObject_Hash(item.given.get());
+      const Py_hash_t hash = StaticHash(item.given.get());
       if (hash == -1) return -1;
       if (hash != item.hash) return 0;
     }

@@ -1,5 +1,7 @@
 #include "nnx/graph/cc/statics.h"
 
+#include "nnx/graph/cc/py_ref.h"
+
 namespace nnx::graph {
 namespace {
 
@@ -32,6 +34,14 @@ bool SameTypes(PyObject* a, PyObject* b) {
 
 bool IsAtomic(PyObject* value) {
   return IsNativeScalar(value) || IsIdentityCompared(value);
+}
+
+Py_hash_t StaticHash(PyObject* value) {
+  const Py_hash_t hash = PyObject_Hash(value);
+  if (hash != -1 || !PyErr_ExceptionMatches(PyExc_TypeError)) return hash;
+  PyErr_Clear();
+  Ref text = Ref::Steal(PyObject_Repr(value));
+  return text ? PyObject_Hash(text.get()) : -1;
 }
 
 int StaticEqual(PyObject* a, PyObject* b) {

@@ -34,6 +34,12 @@ inline bool NativeEqual(PyObject* a, PyObject* b) {
 // Whether comparing with the value runs no Python code.
 bool IsAtomic(PyObject* value);
 
+// The hash; of what it prints, if the value has none (a config that is not
+// frozen, a slice, a set), so that a change in place is seen. Equal values that
+// print differently are taken for different ones. -1 with an error set. Runs
+// Python code.
+Py_hash_t StaticHash(PyObject* value);
+
 // 1, 0, -1. Runs Python code.
 int StaticEqual(PyObject* a, PyObject* b);
 

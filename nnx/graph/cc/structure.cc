@@ -129,7 +129,9 @@ Py_hash_t StructureHash(PyObject* self) {
     if (PyDict_CheckExact(node.aux.get()) && node.kind != NodeKind::kStatic) {
       if (!MixMapping(node.aux.get(), &hash)) return -1;
     } else {
-      const Py_hash_t part = PyObject_Hash(node.aux.get());
+      const bool hashed = node.kind == NodeKind::kStatic && !node.atomic;
+      const Py_hash_t part =
+          hashed ? node.hash : PyObject_Hash(node.aux.get());
       if (part == -1) return -1;
       hash = Mix(hash, static_cast<size_t>(part));
     }
@@ -334,7 +336,7 @@ bool RestoreNode(PyObject* record, Node* node) {
   if (node->kind != NodeKind::kStatic) return true;
   node->atomic = IsAtomic(aux);
   // Hashes of strings differ between processes.
-  if (!node->atomic) node->hash = PyObject_Hash(aux);
+  if (!node->atomic) node->hash = StaticHash(aux);
   return node->hash != -1;
 }
 
