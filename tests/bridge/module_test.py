@@ -98,19 +98,20 @@ class OracleTest(parameterized.TestCase):
     self.assertEqual(y.shape, expected_y.shape)
 
   def test_keywords_of_linen(self):
-    for library, bridge_ in ((nnx, bridge), (fnnx, fnnx.bridge)):
+    for bridge_ in (bridge, fnnx.bridge):
 
       class Model(bridge_.Module):
         @bridge_.compact
         def __call__(self, x):
-          init = library.initializers.ones_init()
-          w = self.param("w", init, (2,), unbox=False)
+          w = self.param("w", jax.nn.initializers.ones, (2,), unbox=False)
           n = self.variable("counts", "n", jnp.zeros, (), unbox=False)
           return x * w[...] + n[...]
 
       y, variables = Model().init_with_output(0, X, mutable=["params"])
       np.testing.assert_array_equal(y, X)
-      self.assertEqual(shapes(variables), {"params": {"w": (2,)}, "counts": {"n": ()}})
+      self.assertEqual(
+        shapes(variables), {"params": {"w": (2,)}, "counts": {"n": ()}}
+      )
     names = [
       list(inspect.signature(function).parameters)[:3]
       for function in (bridge.with_partitioning, fnnx.bridge.with_partitioning)
