@@ -19,7 +19,6 @@ key positions for each query row.
 
 from collections.abc import Sequence
 import functools
-import math
 from typing import Any, NamedTuple
 
 import jax
@@ -112,7 +111,9 @@ def _tiling(cache_k, cache_v, q, options) -> _Tiling | str:
   groups, width = (1, heads) if at_once else (heads, 1)
   fewest = 1 << (-(-cache_tpu.LANES // width) - 1).bit_length()
   if fewest * slot_bytes > 2 * _TILE_BYTES:
-    return f"a slot has {slot_bytes} bytes, too many for tiles of {fewest} slots"
+    return (
+      f"a slot has {slot_bytes} bytes, too many for tiles of {fewest} slots"
+    )
   most = min(
     _LOGIT_BYTES // (4 * parts * width * fewest),
     _ROW_BYTES // (groups * _row_bytes(geometry, cache_k.dtype, parts)),
@@ -401,8 +402,7 @@ def _places(x, options, tiling, tokens):
 def _flash(
   places, table, numbers, q, cache_k, cache_v, *, options, tiling, interpret,
 ):  # fmt: skip
-  """Calls the kernel; returns out `[steps, groups, rows, h]`, lse `[..., rows]`.
-  """
+  """Calls the kernel; returns out `[steps, groups, rows, h]`, lse `[..., rows]`."""
   steps = q.shape[0]
   if cache_k.dtype == jnp.float32:
     terms = [q]
@@ -418,7 +418,9 @@ def _flash(
   heads = tiling.keys // tiling.slots
   columns = jnp.stack([column // heads, column % heads])
   caches = [
-    cache_tpu.stay(cache_tpu.reorder(cache, options.layout, tiling.order), interpret)
+    cache_tpu.stay(
+      cache_tpu.reorder(cache, options.layout, tiling.order), interpret
+    )
     for cache in (cache_k, cache_v)
   ]
 

@@ -236,7 +236,7 @@ def test_a_forbidden_import_is_seen(module, imported):
     ("nnx.nn.linear", "kernels.kv_cache"),
     ("nnx.nn.linear", "nnx.module"),
     ("nnx.module", "jax.numpy"),
-    ("nnx", "bridge"),
+    ("nnx.bridge", "bridge"),
     ("kernels.kv_cache.api", "kernels.kv_cache.reference"),
     ("kernels.kv_cache.api", "kernels.common.dispatch"),
     ("bridge.to_nnx", "flax.linen"),

@@ -130,8 +130,7 @@ Py_hash_t StructureHash(PyObject* self) {
       if (!MixMapping(node.aux.get(), &hash)) return -1;
     } else {
       const bool hashed = node.kind == NodeKind::kStatic && !node.atomic;
-      const Py_hash_t part =
-          hashed ? node.hash : PyObject_Hash(node.aux.get());
+      const Py_hash_t part = hashed ? node.hash : PyObject_Hash(node.aux.get());
       if (part == -1) return -1;
       hash = Mix(hash, static_cast<size_t>(part));
     }
