@@ -402,7 +402,11 @@ def _places(x, options, tiling, tokens):
 def _flash(
   places, table, numbers, q, cache_k, cache_v, *, options, tiling, interpret,
 ):  # fmt: skip
-  """Calls the kernel; returns out `[steps, groups, rows, h]`, lse `[..., rows]`."""
+  """Calls the kernel.
+
+  Returns:
+    Out `[steps, groups, rows, h]` and lse `[steps, groups, 1, rows]`.
+  """
   steps = q.shape[0]
   if cache_k.dtype == jnp.float32:
     terms = [q]
@@ -643,7 +647,7 @@ def _sum_of(terms, count):
 
 
 def _factor(a):
-  """Returns what is multiplied: float32, or bfloat16 for all that is shorter."""
+  """Returns what is multiplied: float32, or bfloat16 if it is shorter."""
   return a if a.dtype == jnp.float32 else a.astype(jnp.bfloat16)
 
 

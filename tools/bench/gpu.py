@@ -250,8 +250,8 @@ def measure(row: Row, ours: str = "auto") -> dict[str, Any]:
   del results
   if not record["difference"] < _LARGEST_DIFFERENCE:
     raise ValueError(
-      f"`{row.name}` must have results within {_LARGEST_DIFFERENCE} of XLA's, but"
-      f" differs by {record['difference']}: it is wrong, so it is not timed."
+      f"`{row.name}` must have results within {_LARGEST_DIFFERENCE} of XLA's,"
+      f" but differs by {record['difference']}: it is wrong, and not timed."
     )
   samples, without = _sample(row, calls, whose)
   each = 1e3 / row.layers / row.steps
