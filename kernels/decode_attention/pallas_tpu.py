@@ -45,8 +45,8 @@ _ROW_BYTES = 8 << 20
 # takes as many while it loads the next keys.
 _ROWS_AT_ONCE = 128
 
-# Slots of a tile at most. With many rows multiplying hides the DMAs, and a large
-# tile only takes long to compile.
+# Slots of a tile at most. With many rows multiplying hides the DMAs, and a
+# large tile only takes long to compile.
 _SLOTS = 1024
 _SLOTS_OF_MANY_ROWS = 256
 
