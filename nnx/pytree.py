@@ -58,15 +58,19 @@ class Marker:
 
   __slots__ = ("value", "is_data")
 
-  # One that is hidden in a container must not pass for a static value.
-  __hash__ = None
-
   def __init__(self, value: Any, is_data: bool):
     self.value = value
     self.is_data = is_data
 
   def __repr__(self) -> str:
     return f"nnx.{'data' if self.is_data else 'static'}({self.value!r})"
+
+  def __hash__(self) -> int:
+    # One that is hidden in a container must not pass for a static value.
+    raise ValueError(
+      "`nnx.data(...)` and `nnx.static(...)` must be assigned to attributes, but"
+      f" a container holds `{self!r}`. Wrap the whole container."
+    )
 
 
 _DATA, _STATIC = "nnx.Data", "nnx.Static"
