@@ -215,6 +215,10 @@ from nnx.training.optimizer import OptState as OptState
 from nnx.training.optimizer import OptVariable as OptVariable
 from nnx.training.train_state import TrainState as TrainState
 from nnx.transforms.carry import Carry as Carry
+from nnx.transforms.combinators import Jit as Jit
+from nnx.transforms.combinators import Remat as Remat
+from nnx.transforms.combinators import Scan as Scan
+from nnx.transforms.combinators import Vmap as Vmap
 from nnx.transforms.control_flow import cond as cond
 from nnx.transforms.control_flow import fori_loop as fori_loop
 from nnx.transforms.control_flow import switch as switch

@@ -523,6 +523,15 @@ def _split_shape(splits: Shape) -> tuple[int, ...]:
   return (splits,) if isinstance(splits, int) else tuple(splits)
 
 
+def _next_keys(stream: RngStream) -> jax.Array:
+  """The next key of each key of a stream that has several."""
+  next_key = _next_key
+  for _ in stream.count.shape:
+    next_key = jax.vmap(next_key)
+  keys, stream.count.value = next_key(stream.key.value, stream.count.value)
+  return keys
+
+
 def _decorator(transform: Callable[..., Any], in_place: bool) -> Any:
   """Applies a function like `split_rngs` to the arguments of a function."""
 
@@ -554,6 +563,9 @@ def split_rngs(
 
   Without an object it is a decorator, which splits the streams among the
   arguments of a function for the time of a call.
+
+  A stream that has `splits` keys, as a layer has that was made under a `vmap`
+  over split streams, goes on from the next key of each of them.
 
   Example:
 
@@ -604,8 +616,10 @@ def split_rngs(
   predicate = filters_lib.to_predicate(only)
 
   def split(stream: RngStream) -> tuple[jax.Array, jax.Array]:
-    key = random.split(stream(), splits)
     shape = stream.count.shape
+    if shape and shape == _split_shape(splits):
+      return _next_keys(stream), _zeros(shape)
+    key = random.split(stream(), splits)
     if squeeze:
       key = key[0]
     else:

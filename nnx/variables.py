@@ -442,14 +442,10 @@ def _unary(operation: Callable[[Any], Any]) -> Callable[..., Any]:
   return method
 
 
-def _no_in_place(symbol: str) -> Callable[..., Any]:
+def _in_place(operation: Callable[[Any, Any], Any]) -> Callable[..., Any]:
   def method(self, other):
-    raise NotImplementedError(
-      f"`variable {symbol} x` must not be used, since it would rebind a name"
-      " to what may be another Variable, but got it on a"
-      f" `{type(self).__name__}`. Use `variable[...] {symbol} x` or"
-      f" `variable.value {symbol} x`."
-    )
+    self.value = operation(self.value, _unwrap(other))
+    return self
 
   return method
 
@@ -1277,19 +1273,19 @@ class Variable(_engine.VariableBase, reprs.Displayable, Generic[A]):
   __rxor__ = _reflected(operator.xor)
   __ror__ = _reflected(operator.or_)
 
-  __iadd__ = _no_in_place("+=")
-  __isub__ = _no_in_place("-=")
-  __imul__ = _no_in_place("*=")
-  __imatmul__ = _no_in_place("@=")
-  __itruediv__ = _no_in_place("/=")
-  __ifloordiv__ = _no_in_place("//=")
-  __imod__ = _no_in_place("%=")
-  __ipow__ = _no_in_place("**=")
-  __ilshift__ = _no_in_place("<<=")
-  __irshift__ = _no_in_place(">>=")
-  __iand__ = _no_in_place("&=")
-  __ixor__ = _no_in_place("^=")
-  __ior__ = _no_in_place("|=")
+  __iadd__ = _in_place(operator.iadd)
+  __isub__ = _in_place(operator.isub)
+  __imul__ = _in_place(operator.imul)
+  __imatmul__ = _in_place(operator.imatmul)
+  __itruediv__ = _in_place(operator.itruediv)
+  __ifloordiv__ = _in_place(operator.ifloordiv)
+  __imod__ = _in_place(operator.imod)
+  __ipow__ = _in_place(operator.ipow)
+  __ilshift__ = _in_place(operator.ilshift)
+  __irshift__ = _in_place(operator.irshift)
+  __iand__ = _in_place(operator.iand)
+  __ixor__ = _in_place(operator.ixor)
+  __ior__ = _in_place(operator.ior)
 
   __neg__ = _unary(operator.neg)
   __pos__ = _unary(operator.pos)

@@ -276,6 +276,38 @@ class RngsTest(parameterized.TestCase):
     keys = jax.vmap(f)(stream.key.value, stream.count.value)
     self.assertEqual(keys.shape, (3,))
 
+  @parameterized.parameters(True, False)
+  def test_split_rngs_of_streams_that_are_split(self, in_place):
+    # As in 0.10, whose layers shared the one stream, which was not split: a
+    # layer made under vmap is called under vmap the way it was made.
+    axes = nnx.StateAxes({nnx.RngState: 0, ...: None})
+
+    @nnx.split_rngs(splits=3)
+    @nnx.vmap(in_axes=(axes,), out_axes=axes)
+    def make(rngs):
+      return nnx.Dropout(0.5, deterministic=False, rngs=rngs)
+
+    @nnx.split_rngs(splits=3, graph_updates=in_place)
+    @nnx.vmap(in_axes=(axes, None))
+    def call(dropout, x):
+      return dropout(x)
+
+    dropout = make(nnx.Rngs(0))
+    stream = dropout.rngs
+    keys = stream.key.value
+    self.assertEqual(keys.shape, (3,))
+    x = jnp.ones(64)
+    first, second = call(dropout, x), call(dropout, x)
+    self.assertFalse(jnp.array_equal(first, second))
+    for i, j in ((0, 1), (0, 2), (1, 2)):
+      self.assertFalse(jnp.array_equal(first[i], first[j]))
+    np.testing.assert_array_equal(stream.count.value, [2, 2, 2])
+    self.assertTrue(jnp.array_equal(stream.key.value, keys))
+    with nnx.split_rngs(dropout, splits=3):
+      expected = jax.vmap(jax.random.fold_in, (0, None))(keys, 2)
+      self.assertTrue(jnp.array_equal(stream.key.value, expected))
+      np.testing.assert_array_equal(stream.count.value, [0, 0, 0])
+
   def test_under_nnx_transforms(self):
     rngs, same = nnx.Rngs(0), nnx.Rngs(0)
     self.assertEqual(data(nnx.jit(lambda r: r.params())(rngs)), data(same()))

@@ -263,13 +263,49 @@ class OperatorsTest(parameterized.TestCase):
     operator.ixor,
     operator.ior,
   )
-  def test_in_place_is_refused_as_in_flax(self, op):
-    with self.assertRaises(NotImplementedError):
-      op(flax_nnx.Param(1), 1)
-    with self.assertRaisesRegex(
-      NotImplementedError, r"got it on a `Param`. Use `variable\[...\] \S+= x`"
-    ):
-      op(nnx.Param(1), 1)
+  def test_in_place_writes_the_value_as_in_flax_0_10(self, op):
+    # 0.12 refuses it.
+    matrix = op is operator.imatmul
+    x = jnp.ones((2, 2)) if matrix else jnp.array([6, 7])
+    y = jnp.full((2, 2), 2.0) if matrix else jnp.array([1, 2])
+    if op is operator.itruediv:
+      x, y = x.astype(float), y.astype(float)
+    for other in (y, nnx.Param(y)):
+      module = nnx.Dict(p=nnx.Param(x))
+      before = module.p
+      before = op(before, other)
+      self.assertIs(before, module.p)
+      self.assertIsInstance(module.p, nnx.Param)
+      np.testing.assert_array_equal(module.p.value, op(x, y))
+
+  def test_in_place_runs_hooks_and_writes_refs(self):
+    p = nnx.Param(
+      jnp.float32(1),
+      get_value_hooks=lambda _, x: x + 1,
+      set_value_hooks=lambda _, x: x * 2,
+    )
+    p += 3
+    self.assertEqual(p.raw_value, 10)
+    ref = nnx.Param(jnp.float32(1), ref=True)
+    kept = ref.raw_value
+    ref += 2
+    self.assertIs(ref.raw_value, kept)
+    self.assertEqual(ref.value, 3)
+
+  def test_in_place_on_an_attribute(self):
+    class Counter(nnx.Module):
+      def __init__(self):
+        self.count = nnx.Variable(jnp.array(0))
+
+      def __call__(self):
+        self.count += 1
+
+    counter = Counter()
+    count = counter.count
+    nnx.jit(Counter.__call__)(counter)
+    counter()
+    self.assertIs(counter.count, count)
+    self.assertEqual(count.value, 2)
 
   def test_unhashable_as_in_flax(self):
     for lib in (nnx, flax_nnx):
