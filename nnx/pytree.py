@@ -68,8 +68,8 @@ class Marker:
   def __hash__(self) -> int:
     # One that is hidden in a container must not pass for a static value.
     raise ValueError(
-      "`nnx.data(...)` and `nnx.static(...)` must be assigned to attributes, but"
-      f" a container holds `{self!r}`. Wrap the whole container."
+      "`nnx.data(...)` and `nnx.static(...)` must be assigned to attributes,"
+      f" but a container holds `{self!r}`. Wrap the whole container."
     )
 
 

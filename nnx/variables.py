@@ -443,6 +443,8 @@ def _unary(operation: Callable[[Any], Any]) -> Callable[..., Any]:
 
 
 def _in_place(operation: Callable[[Any, Any], Any]) -> Callable[..., Any]:
+  """`v += x` is `v.value = v.value + x`, as in Flax 0.10; 0.12 refuses it."""
+
   def method(self, other):
     self.value = operation(self.value, _unwrap(other))
     return self
@@ -479,7 +481,7 @@ class Variable(_engine.VariableBase, reprs.Displayable, Generic[A]):
   Reading and writing: `v.value` or `v[...]` is the value after the hooks,
   `v[...] = x` keeps shape and dtype, `v.value = x` replaces the value, and
   `v.raw_value` goes past the hooks. Metadata are attributes. Arithmetic, and
-  attributes of arrays such as `shape`, work on the value.
+  attributes of arrays such as `shape`, work on the value; `v += x` sets it.
 
   A subclass may define `on_set_value(self, value)` and the other hooks as
   methods, or override `get_value`, `set_value` or `create_value`.
@@ -492,8 +494,9 @@ class Variable(_engine.VariableBase, reprs.Displayable, Generic[A]):
     ...   pass
     >>> gain = Gain(jnp.ones(2), axis="embed")
     >>> gain[...] *= 3
+    >>> gain += 1
     >>> gain + 1, gain.shape, gain.axis
-    (Array([4., 4.], dtype=float32), (2,), 'embed')
+    (Array([5., 5.], dtype=float32), (2,), 'embed')
 
   Args:
     value: any value: an array, a pytree of arrays, or a `VariableMetadata`.
@@ -1273,19 +1276,19 @@ class Variable(_engine.VariableBase, reprs.Displayable, Generic[A]):
   __rxor__ = _reflected(operator.xor)
   __ror__ = _reflected(operator.or_)
 
-  __iadd__ = _in_place(operator.iadd)
-  __isub__ = _in_place(operator.isub)
-  __imul__ = _in_place(operator.imul)
-  __imatmul__ = _in_place(operator.imatmul)
-  __itruediv__ = _in_place(operator.itruediv)
-  __ifloordiv__ = _in_place(operator.ifloordiv)
-  __imod__ = _in_place(operator.imod)
-  __ipow__ = _in_place(operator.ipow)
-  __ilshift__ = _in_place(operator.ilshift)
-  __irshift__ = _in_place(operator.irshift)
-  __iand__ = _in_place(operator.iand)
-  __ixor__ = _in_place(operator.ixor)
-  __ior__ = _in_place(operator.ior)
+  __iadd__ = _in_place(operator.add)
+  __isub__ = _in_place(operator.sub)
+  __imul__ = _in_place(operator.mul)
+  __imatmul__ = _in_place(operator.matmul)
+  __itruediv__ = _in_place(operator.truediv)
+  __ifloordiv__ = _in_place(operator.floordiv)
+  __imod__ = _in_place(operator.mod)
+  __ipow__ = _in_place(operator.pow)
+  __ilshift__ = _in_place(operator.lshift)
+  __irshift__ = _in_place(operator.rshift)
+  __iand__ = _in_place(operator.and_)
+  __ixor__ = _in_place(operator.xor)
+  __ior__ = _in_place(operator.or_)
 
   __neg__ = _unary(operator.neg)
   __pos__ = _unary(operator.pos)

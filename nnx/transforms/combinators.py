@@ -21,7 +21,6 @@ from nnx.transforms import scan as scan_lib
 from nnx.transforms import vmap as vmap_lib
 from nnx.transforms.carry import Carry
 
-
 _ALL_MAPPED: Mapping[Any, Any] = types.MappingProxyType({...: 0})
 
 

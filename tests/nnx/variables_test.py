@@ -292,6 +292,13 @@ class OperatorsTest(parameterized.TestCase):
     self.assertIs(ref.raw_value, kept)
     self.assertEqual(ref.value, 3)
 
+  def test_in_place_leaves_arrays_of_numpy_alone(self):
+    array = np.ones(2)
+    p = nnx.Param(array)
+    p += 1
+    np.testing.assert_array_equal(array, 1)
+    np.testing.assert_array_equal(p.value, 2)
+
   def test_in_place_on_an_attribute(self):
     class Counter(nnx.Module):
       def __init__(self):

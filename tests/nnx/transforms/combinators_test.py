@@ -74,7 +74,10 @@ class JitAndRematTest(absltest.TestCase):
     block = Block(3, rngs=nnx.Rngs(0))
     module = nnx.Remat(module_constructor=lambda: block)
     x = jnp.ones((2, 3))
-    loss = lambda m: m(x).sum()
+
+    def loss(module):
+      return module(x).sum()
+
     expected = nnx.grad(loss)(block)
     grads = nnx.grad(loss)(module)["remat_module"]
     jax.tree.map(np.testing.assert_allclose, grads, expected)
