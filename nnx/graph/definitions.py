@@ -23,7 +23,8 @@ class GraphDef(_engine.StructureBase, Generic[Node]):
   Holds the classes, the attribute names, the static attributes, the metadata of
   the Variables and which references are shared. It is immutable, hashable,
   compares by value, pickles, and is a pytree of jax without leaves, so it can
-  be closed over or passed to a jitted function.
+  be closed over or passed to a jitted function. What a static attribute prints
+  stands for its hash if it has none.
 
   Example:
 

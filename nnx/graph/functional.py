@@ -116,8 +116,8 @@ def split(
     The graphdef, and a State for each filter.
 
   Raises:
-    ValueError: if no filter selects a leaf, or if `...` is not the last filter.
-    TypeError: if a static attribute is not hashable.
+    ValueError: if no filter selects a leaf, if `...` is not the last filter, or
+      if a container holds a value marked by `nnx.data` or `nnx.static`.
   """
   del graph
   graphdef, mappings = _engine.split(
@@ -310,7 +310,8 @@ def graphdef(node: Any, /, *, graph: bool | None = None) -> GraphDef[Any]:
     The graphdef.
 
   Raises:
-    TypeError: if a static attribute is not hashable.
+    ValueError: if a container holds a value marked by `nnx.data` or
+      `nnx.static`.
   """
   del graph
   return _engine.graphdef(node)

@@ -269,7 +269,7 @@ class Optimizer(Pytree, Generic[M]):
     if keeps_model:
       wrt = old_wrt[0] if old_wrt else Param
     if isinstance(wrt, list):
-      wrt = tuple(wrt)  # a static attribute must be hashable
+      wrt = tuple(wrt)  # a filter must be hashable
     params = functional.state(model, wrt)
     if isinstance(params, State) and not params and functional.state(model):
       raise ValueError(

@@ -578,7 +578,7 @@ def jit(
     A `JitWrapped`, with `lower`, `trace`, `eval_shape` and `clear_cache`.
 
   Raises:
-    TypeError: if a static attribute or argument is not hashable.
+    TypeError: if a static argument is not hashable.
     ValueError: if an option does not fit the function or its arguments.
     TraceContextError: if the function changes a Module or Variable that it was
       not given.
