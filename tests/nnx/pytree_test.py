@@ -188,6 +188,16 @@ class StatusTest(parameterized.TestCase):
     ):
       nnx.split(node)
 
+  def test_data_under_a_mark_that_says_static_is_refused(self):
+    for value in (jnp.ones(1), nnx.Param(1), nnx.State({})):
+      node = Node(a=nnx.static((1, 2)))
+      node.a = value
+      for function in (nnx.split, nnx.graphdef, nnx.jit(lambda node: None)):
+        with self.assertRaisesRegex(
+          ValueError, "A static attribute must hold no data, but `.*a` is"
+        ):
+          function(node)
+
   def test_check_pytree(self):
     nnx.check_pytree(Record(1))
     with self.assertRaisesRegex(

@@ -115,6 +115,16 @@ bool Flattener::VisitStatic(PyObject* value) {
   node.aux = Ref::Borrow(value);
   node.atomic = IsAtomic(value);
   if (!node.atomic && hash_statics_) {
+    const TypeInfo* info = GetTypeInfo(Py_TYPE(value));
+    if (!info) return false;
+    if (info->kind == TypeKind::kArray || info->kind == TypeKind::kVariable ||
+        info->kind == TypeKind::kState) {
+      PyErr_Format(PyExc_ValueError,
+                   "A static attribute must hold no data, but `%s` is %R of "
+                   "type %s. Mark the attribute as data: `nnx.data(...)`.",
+                   PathText(path_).c_str(), value, Py_TYPE(value)->tp_name);
+      return false;
+    }
     const Py_hash_t hash = StaticHash(value);
     if (hash == -1) return false;
     nodes_[position].hash = hash;
