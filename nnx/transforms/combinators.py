@@ -118,7 +118,28 @@ class LiftedModule(Module):
     return construct
 
 
-class Jit(LiftedModule):
+class _OfMethods(LiftedModule):
+  """One whose methods are transformed, but not how its Module is made."""
+
+  _transform: Callable[..., Any]
+
+  def __init__(
+    self,
+    module_constructor: Callable[..., Any],
+    *,
+    module_init_args: tuple[Any, ...] = (),
+    module_init_kwargs: Mapping[str, Any] | None = None,
+    **options: Any,
+  ):
+    self._transformed = _by_method(
+      functools.partial(type(self)._transform, **options)
+    )
+    self.module_constructor = module_constructor
+    inside = module_constructor(*module_init_args, **module_init_kwargs or {})
+    setattr(self, self._inside, inside)
+
+
+class Jit(_OfMethods):
   """A Module whose methods are compiled by `nnx.jit`.
 
   Example:
@@ -137,23 +158,10 @@ class Jit(LiftedModule):
   """
 
   _inside = "jit_module"
-
-  def __init__(
-    self,
-    module_constructor: Callable[..., Any],
-    *,
-    module_init_args: tuple[Any, ...] = (),
-    module_init_kwargs: Mapping[str, Any] | None = None,
-    **options: Any,
-  ):
-    self._transformed = _by_method(functools.partial(jit_lib.jit, **options))
-    self.module_constructor = module_constructor
-    self.jit_module = module_constructor(
-      *module_init_args, **(module_init_kwargs or {})
-    )
+  _transform = staticmethod(jit_lib.jit)
 
 
-class Remat(LiftedModule):
+class Remat(_OfMethods):
   """A Module whose methods are under `nnx.remat`.
 
   Example:
@@ -172,22 +180,7 @@ class Remat(LiftedModule):
   """
 
   _inside = "remat_module"
-
-  def __init__(
-    self,
-    module_constructor: Callable[..., Any],
-    *,
-    module_init_args: tuple[Any, ...] = (),
-    module_init_kwargs: Mapping[str, Any] | None = None,
-    **options: Any,
-  ):
-    self._transformed = _by_method(
-      functools.partial(remat_lib.remat, **options)
-    )
-    self.module_constructor = module_constructor
-    self.remat_module = module_constructor(
-      *module_init_args, **(module_init_kwargs or {})
-    )
+  _transform = staticmethod(remat_lib.remat)
 
 
 class _Mapping:
