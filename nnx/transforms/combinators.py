@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 import functools
+import operator
 import types
 from typing import Any
 
@@ -35,8 +36,7 @@ class _Method:
     return _Method(self._lifted, (*self._steps, (getattr, name)))
 
   def __getitem__(self, key: Any) -> _Method:
-    item = (lambda node, key: node[key]), key
-    return _Method(self._lifted, (*self._steps, item))
+    return _Method(self._lifted, (*self._steps, (operator.getitem, key)))
 
   def __call__(self, *args: Any, **kwargs: Any) -> Any:
     lifted = self._lifted
@@ -231,6 +231,12 @@ class _Mapping:
     def axes_of(count: int) -> list[Any]:
       whole = not isinstance(in_axes, (tuple, list))
       axes = [in_axes] * count if whole else list(in_axes)
+      if len(axes) != count:
+        raise ValueError(
+          "`in_axes` must have an entry for the Module and for each positional"
+          f" argument, but has {len(axes)} for the Module and {count - 1}"
+          " arguments."
+        )
       if carry_argnum is not None:
         if count <= carry_argnum:
           raise TypeError(

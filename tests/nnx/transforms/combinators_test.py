@@ -60,12 +60,21 @@ class JitAndRematTest(absltest.TestCase):
     np.testing.assert_array_equal(module(jnp.ones((1, 3)), scale=0), 0)
 
   def test_call_reaches_what_is_below(self):
+    traces = []
+
+    class Counted(Block):
+      def __call__(self, x, **kwargs):
+        traces.append(1)
+        return super().__call__(x, **kwargs)
+
     class Outer(nnx.Module):
       def __init__(self):
-        self.blocks = nnx.List([Block(3, rngs=nnx.Rngs(0))])
+        self.blocks = nnx.List([Counted(3, rngs=nnx.Rngs(0))])
 
     module = nnx.Jit.constructor(Outer)()
+    module.call.blocks[0](jnp.ones((1, 3)))
     y = module.call.blocks[0](jnp.ones((1, 3)))
+    self.assertLen(traces, 1)
     np.testing.assert_allclose(
       y, module.jit_module.blocks[0](jnp.ones((1, 3))), rtol=1e-6
     )
@@ -147,6 +156,19 @@ class VmapTest(parameterized.TestCase):
     lifted, y = make(False)
     np.testing.assert_array_equal(y[0], y[1])
     self.assertFalse(np.array_equal(y, lifted(x)))
+
+  def test_arguments_must_have_axes(self):
+    lifted = nnx.Vmap(
+      Block,
+      module_init_args=(3,),
+      module_init_kwargs={"rngs": nnx.Rngs(0)},
+      in_axes=(0, 0),
+      axis_size=2,
+    )
+    with self.assertRaisesRegex(
+      ValueError, "has 2 for the Module and 2 arguments"
+    ):
+      lifted(jnp.ones((2, 3)), jnp.ones((2, 3)))
 
   def test_size_must_be_known(self):
     with self.assertRaisesRegex(
