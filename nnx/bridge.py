@@ -6,6 +6,9 @@ package above it.
 
 import sys
 
-import bridge
-
-sys.modules[__name__] = bridge
+# Its modules too, or `import nnx.bridge.variables` would make them anew.
+sys.modules |= {
+  f"nnx.{name}": module
+  for name, module in sys.modules.items()
+  if name == "bridge" or name.startswith("bridge.")
+}

@@ -617,13 +617,17 @@ def split_rngs(
 
   def split(stream: RngStream) -> tuple[jax.Array, jax.Array]:
     shape = stream.count.shape
-    if shape and shape == _split_shape(splits):
-      return _next_keys(stream), _zeros(shape)
+    wanted = _split_shape(splits)
+    if shape and shape[: len(wanted)] == wanted:
+      key = _next_keys(stream)
+      if squeeze:
+        key, shape = key[0], shape[1:]
+      return key, _zeros(shape)
     key = random.split(stream(), splits)
     if squeeze:
       key = key[0]
     else:
-      shape = (*_split_shape(splits), *shape)
+      shape = (*wanted, *shape)
     return key, _zeros(shape)
 
   if in_place:

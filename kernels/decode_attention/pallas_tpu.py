@@ -490,6 +490,8 @@ def _flash_kernel(
   b = pl.program_id(0)
   *lead, blocks, _, _, _ = cache_k.shape
   slots_axis = tiling.order.index("s") - 1
+  # The last tile of a block has slots of the tile before as well.
+  overlap = 1 if block_size % tiling.slots else 0
 
   def locate(b, i):
     """Returns block, whether it is there, slot in it, and slots seen before."""
@@ -558,7 +560,10 @@ def _flash_kernel(
 
     # Nothing that no query sees may reach a product: it may be NaN.
     @pl.when(
-      (i == first[b]) | ends | jnp.logical_not(there) | bool(options.ring)
+      (i <= first[b] + overlap)
+      | ends
+      | jnp.logical_not(there)
+      | bool(options.ring)
     )
     def _():
       shape = tile_v.shape[1:]

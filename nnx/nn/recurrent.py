@@ -208,9 +208,9 @@ class _Cell(RNNCellBase):
         raise
       # jax refuses None as a key.
       raise ValueError(
-        "`initialize_carry` must have `rngs`, since `carry_init` takes keys,"
-        " but they are None in the call and in the cell. Pass"
-        " `rngs=nnx.Rngs(seed)`."
+        "`initialize_carry` must have `rngs` for a `carry_init` that takes"
+        " keys, but they are None in the call and in the cell, and it raised:"
+        f" {error}. Pass `rngs=nnx.Rngs(seed)`."
       ) from error
     return carries if len(carries) > 1 else carries[0]
 

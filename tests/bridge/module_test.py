@@ -127,6 +127,9 @@ class OracleTest(parameterized.TestCase):
     named = importlib.import_module("nnx.bridge")
     self.assertIs(named, bridge)
     self.assertIs(nnx.bridge, bridge)
+    for name in ("module", "variables"):
+      named = importlib.import_module(f"nnx.bridge.{name}")
+      self.assertIs(named, getattr(bridge, name))
 
 
 class ModuleTest(absltest.TestCase):

@@ -188,8 +188,24 @@ class StatusTest(parameterized.TestCase):
     ):
       nnx.split(node)
 
+  def test_static_that_prints_its_address_needs_a_hash(self):
+    class Equal:
+      def __eq__(self, other):
+        return type(other) is type(self)
+
+    with self.assertRaisesRegex(
+      TypeError, "must have a hash or print what they hold, but `a` is <.*Equal"
+    ):
+      nnx.split(Node(a=Equal()))
+
   def test_data_under_a_mark_that_says_static_is_refused(self):
-    for value in (jnp.ones(1), nnx.Param(1), nnx.State({})):
+    @dataclasses.dataclass
+    class Holder:
+      table: object
+
+    for value in (
+      jnp.ones(1), nnx.Param(1), nnx.State({}), Holder(np.ones(1)),
+    ):  # fmt: skip
       node = Node(a=nnx.static((1, 2)))
       node.a = value
       for function in (nnx.split, nnx.graphdef, nnx.jit(lambda node: None)):

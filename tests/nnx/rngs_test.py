@@ -316,6 +316,22 @@ class RngsTest(parameterized.TestCase):
     self.assertLen(set(values.tolist()), 3)
     self.assertEqual(rngs.default.key.shape, ())
 
+  def test_streams_that_are_split_several_times(self):
+    rngs = nnx.Rngs(0)
+    nnx.split_rngs(rngs, splits=(2, 3))
+    before = rngs.default.key.value
+    with nnx.split_rngs(rngs, splits=2):
+      self.assertEqual(rngs.default.key.shape, (2, 3))
+      self.assertFalse((rngs.default.key.value == before).any())
+    with self.assertRaisesRegex(ValueError, "single key"):
+      nnx.split_rngs(rngs, splits=3)
+    rngs = nnx.Rngs(0)
+    nnx.split_rngs(rngs, splits=1)
+    with nnx.split_rngs(rngs, splits=1, squeeze=True):
+      self.assertEqual(rngs.default.key.shape, ())
+      self.assertEqual(rngs.default.count.shape, ())
+    self.assertEqual(rngs.default.key.shape, (1,))
+
   def test_decorators(self):
     @nnx.split_rngs(splits=3, only="params")
     def shapes(rngs, *, other):

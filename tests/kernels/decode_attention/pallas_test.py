@@ -208,6 +208,19 @@ class NumbersTest(parameterized.TestCase):
         )  # fmt: skip
     self.assertGreater(cut[-1].steps, 2)
 
+  def test_slots_that_two_tiles_have(self):
+    # The last tile of a block begins before the one before it ends, here in
+    # what left padding hides.
+    args = arguments(b=1, s=600, rows=2)
+    for cache in (0, 1):
+      args[cache] = np.array(args[cache])
+      args[cache][0, :100] = np.nan
+    with mock.patch.object(pallas_tpu, "_SLOTS", 512):
+      run(
+        args, [900], block_table=np.int32([[0, 1]]),
+        left_padding=np.int32([100]),
+      )  # fmt: skip
+
   @parameterized.parameters(1, 4)
   def test_prompts_whose_heads_are_taken_apart(self, heads):
     # In one step: as many rows as no kernel of a decode step has.
