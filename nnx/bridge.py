@@ -6,9 +6,10 @@ package above it.
 
 import sys
 
+import bridge
+
 # Its modules too, or `import nnx.bridge.variables` would make them anew.
-sys.modules |= {
-  f"nnx.{name}": module
-  for name, module in sys.modules.items()
-  if name == "bridge" or name.startswith("bridge.")
-}
+for _name, _module in tuple(sys.modules.items()):
+  if _name.startswith("bridge."):
+    sys.modules[f"nnx.{_name}"] = _module
+sys.modules[__name__] = bridge
