@@ -3,11 +3,11 @@
 from kernels import batch_stat, decode_attention, kv_cache
 from kernels.common.dispatch import (
   Choice,
-  explain,
   implementations,
   register,
   xla_only,
 )
+from kernels.common.explain import explain
 
 __all__ = [
   "Choice",

@@ -31,10 +31,9 @@ import types
 from typing import Any
 
 import jax
-from jax.experimental import custom_partitioning as custom_partitioning_lib
 from jax.interpreters import ad, batching, mlir
 
-from kernels.common import jax_private
+from kernels.common import jax_private, partitioner
 
 AUTO = "auto"
 XLA = "xla"
@@ -163,11 +162,11 @@ class Partitioning:
 
   Attributes:
     rule: `rule(avals, **params) -> (sharding_rule, need_replication_factors)`,
-      a Shardy rule as `custom_partitioning.def_partition` takes it; the factors
+      a Shardy rule as JAX's `custom_partitioning` takes it; the factors
       in order of appearance.
     partition: `partition(mesh, arg_infos, result_infos, call, **params) ->
       (fn, result_specs, arg_specs)`. The infos have `shape`, `dtype` and
-      `sharding.spec`. `fn` runs on each device's part and may use collectives
+      `sharding.spec`, and there are none of the results. `fn` runs on each device's part and may use collectives
       over the mesh's axis names; `call(*args, **params)` is the op itself on
       the part. The specs are PartitionSpecs, one for each array. A dimension
       that the kernel cannot split must be left whole in `arg_specs` here, in
@@ -193,6 +192,21 @@ class Choice:
   implementation: str
   platform: str
   reason: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Placement:
+  """On what an op runs at some place in a program.
+
+  Attributes:
+    split: Whether the compiler splits the op over several devices: not so on
+      one device, and not inside a `shard_map` over all axes of its mesh.
+    mesh: The mesh whose axes are explicit, but for those of a `shard_map`
+      around, or None.
+  """
+
+  split: bool = False
+  mesh: Any = None
 
 
 def out_aval(shape: Sequence[Any], dtype: Any, *inputs: Any) -> Any:
@@ -279,12 +293,14 @@ class Op:
       again in it (it carries the `implementation` over). None: vmap raises.
     partitioning: How implementations other than the reference are split over
       devices under `jit`. None: XLA gathers their operands.
+    static_types: Dataclasses among the parameters, by the parameter's name.
     not_differentiable: The sentence of the TypeError that differentiating
       raises. None: the reference is differentiated instead. Callers that want
       better wrap the op in `jax.custom_jvp` or `jax.custom_vjp`; the reference
       then still serves derivatives of derivatives.
 
-  Every `params` value must be hashable.
+  Every `params` value must be hashable; with `partitioning`, it must also be
+  made of what `partitioner.encode` takes.
   """
 
   def __init__(
@@ -296,12 +312,14 @@ class Op:
     implementations: Sequence[Implementation] = (),
     batching: Callable[..., Any] | None = None,
     partitioning: Partitioning | None = None,
+    static_types: Mapping[str, type] | None = None,
     not_differentiable: str | None = None,
   ):
     self.name = name
     self.reference = reference
     self.implementations = {impl.name: impl for impl in implementations}
     self.partitioning = partitioning
+    self.static_types = dict(static_types or {})
     self.primitive = jax_private.Primitive(name)
     self.primitive.multiple_results = True
     self._define(abstract_eval, batching, not_differentiable)
@@ -340,6 +358,7 @@ class Op:
     self,
     platform: str,
     avals: Sequence[Any],
+    placement: Placement = Placement(),
     *,
     implementation: str = AUTO,
     **params: Any,
@@ -349,6 +368,35 @@ class Op:
     Raises:
       ValueError: If the named `implementation` cannot run there.
     """
+    choice = self._choose(
+      platform, avals, implementation=implementation, **params
+    )
+    name = choice.implementation
+    if self._can_be_placed(name, placement):
+      return choice
+    if implementation != AUTO:
+      raise ValueError(
+        f"`implementation={name!r}` of {self.name} cannot be split over"
+        f" devices by the compiler for {platform}. Call it inside"
+        " `shard_map` or on a mesh with explicit axes, or use"
+        " implementation='auto'."
+      )
+    return dataclasses.replace(
+      choice,
+      implementation=XLA,
+      reason=f"{name} is not used because the compiler for {platform} splits"
+      f" the program over devices here and cannot split {name}.",
+    )
+
+  def _can_be_placed(self, name: str, placement: Placement) -> bool:
+    if name == XLA or not placement.split:
+      return True
+    if self.implementations[name].partitionable:
+      return True
+    return placement.mesh is not None and self.partitioning is not None
+
+  def _choose(self, platform, avals, *, implementation, **params) -> Choice:
+    """Chooses for one device."""
     choice = functools.partial(Choice, self.name, platform=platform)
     if _lowering.xla_only:
       return choice(XLA, reason="Inside `xla_only`, nothing else is.")
@@ -392,13 +440,7 @@ class Op:
       return list(abstract_eval(*avals, **params))
 
     prim.def_abstract_eval(abstract)
-    prim.def_impl(
-      lambda *args, **params: _jitted(
-        prim, tuple(sorted(params.items())), _lowering.xla_only
-      )(*args)
-    )
-    if self.partitioning is not None:
-      jax_private.require_devices(prim)
+    prim.def_impl(self._run)
     mlir.register_lowering(prim, self._lowering_rule(None))
     for platform in PLATFORMS:
       mlir.register_lowering(
@@ -430,93 +472,87 @@ class Op:
 
     ad.primitive_jvps[prim] = jvp
 
+  def _run(self, *args, **params):
+    """Runs the op outside of any trace."""
+    program = _jitted(
+      self.primitive, tuple(sorted(params.items())), _lowering.xla_only
+    )
+    if not jax.config.jax_disable_jit:
+      return program(*args)
+    # The program is how the op runs, and no function of the user's.
+    with jax.disable_jit(False):
+      return program(*args)
+
   def _lowering_rule(self, platform: str | None):
     def rule(ctx, *args, implementation, **params):
-      choice = self.choose(
+      placement = Placement(
+        jax_private.split_by_compiler(ctx),
+        jax_private.explicit_mesh(ctx.avals_in),
+      )
+      name = self.choose(
         platform or "this platform",
         ctx.avals_in,
+        placement,
         implementation=implementation,
         **params,
-      )
-      name = choice.implementation
-      sorted_params = tuple(sorted(params.items()))
-      if name != XLA and not self.implementations[name].partitionable:
-        if not jax_private.split_by_compiler(ctx):
-          fn = self._function(name, sorted_params)
-          return jax_private.lower_plainly(fn, ctx, *args)
-        mesh = jax_private.explicit_mesh(ctx.avals_in)
-        if mesh is not None and self.partitioning is not None:
-          fn = functools.partial(_call_on_mesh, self, name, sorted_params, mesh)
-          return mlir.lower_fun(fn, multiple_results=True)(ctx, *args)
-        if implementation != AUTO:
-          raise ValueError(
-            f"`implementation={name!r}` of {self.name} cannot be split over"
-            f" devices by the compiler for {platform}. Call it inside"
-            " `shard_map` or on a mesh with explicit axes, or use"
-            " implementation='auto'."
+      ).implementation
+      fn = self._function(name, params)
+      if name != XLA and not placement.split:
+        return jax_private.lower_plainly(fn, ctx, *args)
+      if name != XLA and self.partitioning is not None:
+        if self.implementations[name].partitionable:
+          return jax_private.partitioned_call(
+            ctx,
+            args,
+            partitioner.TARGET,
+            partitioner.note(self.name, name, platform, params),
+            *self.partitioning.rule(ctx.avals_in, **params),
           )
-        name = XLA
-      fn = self._function(name, sorted_params)
+        fn = functools.partial(
+          _call_on_mesh, self, name, params, placement.mesh
+        )
       return mlir.lower_fun(fn, multiple_results=True)(ctx, *args)
 
     return rule
 
-  def _function(self, name: str, params: tuple[tuple[str, Any], ...]):
+  def _function(self, name: str, params: Mapping[str, Any]):
     """Returns the positional function that runs implementation `name`."""
-    if name == XLA:
-      return functools.partial(self.reference, **dict(params))
-    implementation = self.implementations[name]
-    fn = functools.partial(implementation.fn, **dict(params))
-    if self.partitioning is None or not implementation.partitionable:
-      return fn
-    return functools.partial(_call_partitioned, self, name, params, fn)
+    fn = self.reference if name == XLA else self.implementations[name].fn
+    return functools.partial(fn, **params)
+
+  def split(
+    self,
+    implementation: str,
+    params: Mapping[str, Any],
+    mesh: Any,
+    parts: Sequence[Any],
+  ) -> tuple[Callable[..., Any], Any, Any]:
+    """Splits one call over a mesh; see `Partitioning.partition`."""
+    assert self.partitioning is not None
+    call = functools.partial(self, implementation=implementation)
+    return self.partitioning.partition(mesh, parts, None, call, **params)
 
 
-def _call_partitioned(op: Op, name, params, fn, *args):
-  """Calls `fn` in a wrapper that tells XLA how to split it."""
-  kwargs = dict(params)
-  avals = [jax.typeof(arg) for arg in args]
-  part = op.partitioning
-  assert part is not None
-  rule, whole = part.rule(avals, **kwargs)
+def op_of(primitive: Any) -> Op | None:
+  """Returns the op whose primitive this is, or None."""
+  op = _OPS.get(primitive.name)
+  return op if op is not None and op.primitive is primitive else None
 
-  def tupled(*xs):
-    return tuple(fn(*xs))
 
-  def partition(mesh, arg_infos, result_infos):
-    call = functools.partial(op, implementation=name)
-    local, result_specs, arg_specs = part.partition(
-      mesh, arg_infos, result_infos, call, **kwargs
-    )
-    # The mesh to answer with is the one that the shardings name.
-    mesh = arg_infos[0].sharding.mesh
-    named = functools.partial(jax.sharding.NamedSharding, mesh)
-    return (
-      mesh,
-      jax_private.without_mesh(lambda *xs: tuple(local(*xs))),
-      tuple(map(named, result_specs)),
-      tuple(map(named, arg_specs)),
-    )
-
-  wrapped = custom_partitioning_lib.custom_partitioning(tupled)
-  wrapped.def_partition(
-    partition=partition,
-    sharding_rule=rule,
-    need_replication_factors=tuple(whole),
-  )
-  return wrapped(*args)
+def _split(parts, op, implementation, params):
+  """Splits a call of which the compiler has the names and the parameters."""
+  op = _OPS[op]
+  params = {
+    name: partitioner.decode(value, op.static_types.get(name))
+    for name, value in params.items()
+  }
+  return op.split(implementation, params, parts[0].sharding.mesh, parts)
 
 
 def _call_on_mesh(op: Op, name, params, mesh, *args):
   """Splits an op over a mesh whose axes are explicit, as XLA would be told."""
-  kwargs = dict(params)
-  part = op.partitioning
-  assert part is not None
   avals = [jax.typeof(arg) for arg in args]
-  call = functools.partial(op, implementation=name)
-  local, result_specs, arg_specs = part.partition(
-    mesh, avals, None, call, **kwargs
-  )
+  local, result_specs, arg_specs = op.split(name, params, mesh, avals)
   args = [
     jax.sharding.reshard(arg, jax.sharding.NamedSharding(mesh, spec))
     for arg, spec in zip(args, arg_specs)
@@ -530,7 +566,12 @@ def _call_on_mesh(op: Op, name, params, mesh, *args):
   )(*args)
 
 
-@functools.cache
+# Programs of ops that are called without `jit`. One takes some tens of
+# kilobytes, and a user may come with a new softcap at every call.
+_PROGRAMS = 256
+
+
+@jax_private.cache(_PROGRAMS)
 def _jitted(prim, params, xla_only):
   del xla_only  # compiled apart, as it is lowered otherwise
   return jax.jit(functools.partial(prim.bind, **dict(params)))
@@ -551,7 +592,16 @@ def register() -> None:
 
 
 @contextlib.contextmanager
-def xla_only() -> Iterator[None]:
+def _lowering_with(xla_only: bool) -> Iterator[None]:
+  before = _lowering.xla_only
+  _lowering.xla_only = xla_only
+  try:
+    yield
+  finally:
+    _lowering.xla_only = before
+
+
+def xla_only() -> contextlib.AbstractContextManager[None]:
   """Programs that this thread lowers inside run every op as plain XLA.
 
   For tools that look into a program, such as `cost_analysis`, to which a fused
@@ -570,12 +620,14 @@ def xla_only() -> Iterator[None]:
     >>> "custom_call" in lowered.as_text()
     False
   """
-  before = _lowering.xla_only
-  _lowering.xla_only = True
-  try:
-    yield
-  finally:
-    _lowering.xla_only = before
+  return _lowering_with(xla_only=True)
+
+
+# A call that is split was lowered outside of `xla_only`, wherever its parts
+# are.
+_PARTITIONER = partitioner.Partitioner(
+  _split, functools.partial(_lowering_with, xla_only=False)
+)
 
 
 def implementations() -> dict[str, dict[str, str]]:
@@ -598,79 +650,3 @@ def implementations() -> dict[str, dict[str, str]]:
       row[impl.name] = missing or ", ".join(impl.platforms)
     table[name] = row
   return table
-
-
-def explain(
-  fn: Callable[..., Any],
-  *args: Any,
-  platform: str | None = None,
-  **kwargs: Any,
-) -> list[Choice]:
-  """Tells which implementation each op in a program gets, and why.
-
-  Nothing is compiled or run. Arrays among the arguments may be
-  `jax.ShapeDtypeStruct`s; everything else is passed to `fn` as it is.
-
-  Args:
-    fn: Any function that JAX can trace: an op of this package, or a whole
-      training step.
-    *args: Its arguments.
-    platform: "cpu", "cuda", "rocm" or "tpu". The default backend's, if None.
-    **kwargs: Its keyword arguments.
-
-  Returns:
-    One `Choice` for each use of an op, in order of appearance.
-
-  Example:
-    >>> import jax, kernels
-    >>> x = jax.ShapeDtypeStruct((128, 256), "float32")
-    >>> stat = jax.ShapeDtypeStruct((256,), "float32")
-    >>> [choice] = kernels.explain(
-    ...   kernels.batch_stat.update, x, stat, stat, implementation="xla"
-    ... )
-    >>> choice.implementation, choice.reason
-    ('xla', 'It was asked for.')
-  """
-  platform = platform or jax.default_backend()
-  if platform == "gpu":
-    platform = "cuda"
-  leaves, treedef = jax.tree.flatten((args, kwargs))
-  traced = [
-    i
-    for i, leaf in enumerate(leaves)
-    if hasattr(leaf, "shape") and hasattr(leaf, "dtype")
-  ]
-
-  def call(arrays):
-    full = list(leaves)
-    for i, array in zip(traced, arrays):
-      full[i] = array
-    fn_args, fn_kwargs = jax.tree.unflatten(treedef, full)
-    return fn(*fn_args, **fn_kwargs)
-
-  closed = jax.make_jaxpr(call)([leaves[i] for i in traced])
-  choices: list[Choice] = []
-  _visit(closed.jaxpr, platform, choices)
-  return choices
-
-
-def _visit(jaxpr, platform, choices):
-  for eqn in jaxpr.eqns:
-    op = _OPS.get(eqn.primitive.name)
-    if op is not None and op.primitive is eqn.primitive:
-      avals = [var.aval for var in eqn.invars]
-      choices.append(op.choose(platform, avals, **eqn.params))
-    for inner in _inner_jaxprs(eqn.params.values()):
-      _visit(inner, platform, choices)
-
-
-def _inner_jaxprs(values):
-  from jax.extend import core as extend_core  # here, as it imports Pallas
-
-  for value in values:
-    if isinstance(value, extend_core.ClosedJaxpr):
-      yield value.jaxpr
-    elif isinstance(value, extend_core.Jaxpr):
-      yield value
-    elif isinstance(value, (tuple, list)):
-      yield from _inner_jaxprs(value)

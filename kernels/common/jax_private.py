@@ -4,26 +4,29 @@ Tried with jax 0.10.2 and 0.12.0.1.
 """
 
 from collections.abc import Callable, Sequence
+import functools
 from typing import Any
 
 import jax
 from jax._src import config as _config
 from jax._src import core as _core
-from jax._src import dispatch as _dispatch
+from jax._src import custom_partitioning_sharding_rule as _rules
+from jax._src import sharding_impls as _sharding_impls
+from jax._src import util as _util
+from jax._src import xla_bridge as _xla_bridge
+from jax._src.interpreters import mlir as _mlir
+from jax._src.lib import xla_client as _xla_client
 from jax.interpreters import mlir
+import numpy as np
 
 
-def require_devices(primitive) -> None:
-  """Makes JAX tell the lowering rule of `primitive` which devices are used.
-
-  JAX leaves the devices out while lowering, unless it finds a primitive in the
-  program that is known to need them, such as `custom_partitioning`. A primitive
-  whose lowering rule calls `custom_partitioning` has to be known as well.
+def cache(size: int) -> Callable[..., Any]:
+  """Returns a decorator like `functools.lru_cache`; `jax.clear_caches` clears.
 
   Args:
-    primitive: A `jax.extend.core.Primitive`.
+    size: How many results are kept.
   """
-  _dispatch.prim_requires_devices_during_lowering.add(primitive)
+  return _util.cache(max_size=size, trace_context_in_key=False)
 
 
 def split_by_compiler(ctx: Any) -> bool:
@@ -128,6 +131,145 @@ def without_mesh(fn: Callable[..., Any]) -> Callable[..., Any]:
       return fn(*args)
 
   return wrapped
+
+
+def tile_assignment(sharding: Any, rank: int) -> tuple[np.ndarray, list[int]]:
+  """Reads how the compiler assigns an array's tiles to devices.
+
+  Args:
+    sharding: An HloSharding, or None for an array that is not split.
+    rank: Of the array.
+
+  Returns:
+    Numbers of the devices, with an axis for each axis of the array and further
+    ones along which devices hold the same, and which of the further ones
+    `shard_map` has split by.
+  """
+  if sharding is not None:
+    sharding = _xla_client.HloSharding.v3_to_v2_sharding(sharding)
+  if sharding is None or not sharding.is_tiled():
+    return np.zeros((1,) * rank, int), []
+  tiles = np.reshape(
+    sharding.tile_assignment_devices(), sharding.tile_assignment_dimensions()
+  )
+  manual = _xla_client.OpSharding.Type.MANUAL
+  kinds = sharding.subgroup_types()
+  return tiles, [rank + i for i, kind in enumerate(kinds) if kind == manual]
+
+
+def register_partitioner(
+  target: str, partition: Callable[..., Any], infer: Callable[..., Any]
+) -> None:
+  """Has the compiler ask how custom calls of `target` are split.
+
+  Both functions are given, for the operands, their shapes, their dtypes and
+  their HloShardings, and the text that the call has.
+
+  Args:
+    target: Name of the custom call.
+    partition: Returns the module that runs on each device, as `lower_part` makes
+      it, the NamedShardings that the operands must have, and the results'.
+    infer: Returns the results' NamedShardings. Only asked without Shardy.
+  """
+
+  def called(fn, arg_shapes, shardings, text):
+    shapes = [shape.dimensions() for shape in arg_shapes]
+    dtypes = [shape.numpy_dtype() for shape in arg_shapes]
+    return fn(shapes, dtypes, shardings, text.decode())
+
+  def to_hlo(shardings, shapes):
+    return [
+      sharding._to_xla_hlo_sharding(len(shape.dimensions()))
+      for sharding, shape in zip(shardings, shapes, strict=True)
+    ]
+
+  def of_results(shardings, shape):
+    if not shape.is_tuple():
+      return to_hlo(shardings, [shape])[0]
+    return _xla_client.HloSharding.tuple_sharding(
+      shape, to_hlo(shardings, shape.tuple_shapes())
+    )
+
+  def on_partition(arg_shapes, arg_shardings, shape, sharding, text):
+    del sharding
+    module, args, results = called(partition, arg_shapes, arg_shardings, text)
+    return module, to_hlo(args, arg_shapes), of_results(results, shape)
+
+  def on_infer(arg_shapes, arg_shardings, shape, text):
+    return of_results(called(infer, arg_shapes, arg_shardings, text), shape)
+
+  register = functools.partial(
+    _xla_client.register_custom_call_partitioner,
+    target,
+    lambda sharding, shape, text: sharding,
+    on_partition,
+    on_infer,
+    can_side_effecting_have_replicated_sharding=True,
+  )
+  register()
+  _xla_bridge.register_plugin_callbacks(register)
+
+
+def partitioned_call(
+  ctx: Any,
+  args: Sequence[Any],
+  target: str,
+  text: str,
+  rule: str,
+  whole: Sequence[str],
+) -> Sequence[Any]:
+  """Lowers to a custom call that the compiler asks how to split.
+
+  Args:
+    ctx: Of the lowering rule.
+    args: Of the lowering rule.
+    target: Name of the custom call; see `register_partitioner`.
+    text: Of the call.
+    rule: Shardy's rule for it, as `custom_partitioning` takes it.
+    whole: Factors of the rule that cannot be split.
+  """
+  types = [
+    _mlir.aval_to_ir_type(ctx.module_context, aval) for aval in ctx.avals_out
+  ]
+  call = _mlir.custom_call(
+    target, result_types=types, operands=args, backend_config=text
+  )
+  call.attributes["sdy.sharding_rule"] = _rules.sdy_sharding_rule_to_mlir(
+    _rules.str_to_sdy_sharding_rule(
+      rule, need_replication_factors=tuple(whole)
+    ),
+    [arg.type for arg in args],
+    types,
+  )
+  return call.results
+
+
+def lower_part(
+  fn: Callable[..., Any], avals: Sequence[Any], mesh: Any, platform: str
+) -> bytes:
+  """Lowers what runs on each device of a partitioned call.
+
+  Args:
+    fn: Returns a sequence of arrays; may use collectives over the mesh's axes.
+    avals: Of its arguments, this device's parts.
+    mesh: An abstract mesh.
+    platform: To lower for.
+
+  Returns:
+    The module's bytecode.
+  """
+  plain = without_mesh(lambda *args: tuple(fn(*args)))
+  jaxpr = jax.make_jaxpr(plain, axis_env=list(mesh.shape.items()))(*avals)
+  names = frozenset(mesh.axis_names)
+  with _core.extend_axis_env_nd(mesh.shape.items()):
+    module = _mlir.build_mlir_module_helper(
+      jaxpr,
+      name="partitioned",
+      platforms=(platform,),
+      backend=None,
+      axis_context=_sharding_impls.SPMDAxisContext(mesh, names),
+    )
+  return _mlir.module_to_bytecode(module)
 
 
 # `jax.extend.core` has this class too, but its package imports Pallas, which

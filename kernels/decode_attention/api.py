@@ -1084,6 +1084,7 @@ def _make_op(name, abstract_eval, function):
     ),
     batching=_batching,
     partitioning=dispatch.Partitioning(_sharding_rule, _partition),
+    static_types={"options": reference.Options},
   )
   ad.primitive_jvps[op.primitive] = _make_jvp(op, function)
   checks.add_checkify_rule(op, _violations)
