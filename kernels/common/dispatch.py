@@ -505,7 +505,9 @@ class Op:
             ctx,
             args,
             partitioner.TARGET,
-            partitioner.note(self.name, name, platform, params),
+            partitioner.note(
+              self.name, name, platform, params, jax_private.axes_around(ctx)
+            ),
             *self.partitioning.rule(ctx.avals_in, **params),
           )
         fn = functools.partial(

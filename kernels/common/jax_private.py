@@ -5,6 +5,7 @@ Tried with jax 0.10.2 and 0.12.0.1.
 
 from collections.abc import Callable, Sequence
 import functools
+import math
 from typing import Any
 
 import jax
@@ -133,7 +134,24 @@ def without_mesh(fn: Callable[..., Any]) -> Callable[..., Any]:
   return wrapped
 
 
-def tile_assignment(sharding: Any, rank: int) -> tuple[np.ndarray, list[int]]:
+def axes_around(ctx: Any) -> tuple[tuple[str, int, bool], ...]:
+  """Returns the mesh of the `shard_map`s that a lowering rule is inside of.
+
+  Args:
+    ctx: Of the lowering rule.
+
+  Returns:
+    For each axis its name, its size and whether one of them splits it by hand.
+    Nothing outside of `shard_map`.
+  """
+  axes = ctx.module_context.axis_context
+  manual = getattr(axes, "manual_axes", ())
+  if not manual:
+    return ()
+  return tuple((n, size, n in manual) for n, size in axes.mesh.shape.items())
+
+
+def tile_assignment(sharding: Any, rank: int) -> np.ndarray:
   """Reads how the compiler assigns an array's tiles to devices.
 
   Args:
@@ -141,20 +159,26 @@ def tile_assignment(sharding: Any, rank: int) -> tuple[np.ndarray, list[int]]:
     rank: Of the array.
 
   Returns:
-    Numbers of the devices, with an axis for each axis of the array and further
-    ones along which devices hold the same, and which of the further ones
-    `shard_map` has split by.
+    Numbers of the devices, with an axis for each axis of the array and perhaps
+    one more, along which devices hold the same.
   """
   if sharding is not None:
     sharding = _xla_client.HloSharding.v3_to_v2_sharding(sharding)
   if sharding is None or not sharding.is_tiled():
-    return np.zeros((1,) * rank, int), []
-  tiles = np.reshape(
+    return np.zeros((1,) * rank, int)
+  return np.reshape(
     sharding.tile_assignment_devices(), sharding.tile_assignment_dimensions()
   )
-  manual = _xla_client.OpSharding.Type.MANUAL
-  kinds = sharding.subgroup_types()
-  return tiles, [rank + i for i, kind in enumerate(kinds) if kind == manual]
+
+
+def hlo_sharding(sharding: jax.sharding.NamedSharding, rank: int) -> Any:
+  """Returns the HloSharding that a sharding stands for.
+
+  Args:
+    sharding: Of an array, perhaps on an abstract mesh.
+    rank: Of the array.
+  """
+  return sharding._to_xla_hlo_sharding(rank)
 
 
 def register_partitioner(
@@ -179,7 +203,7 @@ def register_partitioner(
 
   def to_hlo(shardings, shapes):
     return [
-      sharding._to_xla_hlo_sharding(len(shape.dimensions()))
+      hlo_sharding(sharding, len(shape.dimensions()))
       for sharding, shape in zip(shardings, shapes, strict=True)
     ]
 
@@ -220,6 +244,11 @@ def partitioned_call(
 ) -> Sequence[Any]:
   """Lowers to a custom call that the compiler asks how to split.
 
+  Inside a `shard_map` over some of a mesh's axes, the compiler splits the call
+  over the others' devices, and numbers those in the order in which the first
+  result lies on them. A result more, of which nothing else is known, makes that
+  the mesh's order.
+
   Args:
     ctx: Of the lowering rule.
     args: Of the lowering rule.
@@ -228,9 +257,14 @@ def partitioned_call(
     rule: Shardy's rule for it, as `custom_partitioning` takes it.
     whole: Factors of the rule that cannot be split.
   """
-  types = [
-    _mlir.aval_to_ir_type(ctx.module_context, aval) for aval in ctx.avals_out
-  ]
+  avals = list(ctx.avals_out)
+  around = axes_around(ctx)
+  if around:
+    free = [(name, size) for name, size, manual in around if not manual]
+    count = math.prod(size for _, size in free)
+    avals.insert(0, jax.core.ShapedArray((count,), np.bool_))
+    rule = rule.replace("-> ", "-> numbering, ")
+  types = [_mlir.aval_to_ir_type(ctx.module_context, aval) for aval in avals]
   call = _mlir.custom_call(
     target, result_types=types, operands=args, backend_config=text
   )
@@ -241,33 +275,52 @@ def partitioned_call(
     [arg.type for arg in args],
     types,
   )
-  return call.results
+  if not around:
+    return call.results
+  names, sizes, _ = zip(*around)
+  mesh = jax.sharding.AbstractMesh(sizes, names)
+  specs = [jax.sharding.PartitionSpec(tuple(name for name, _ in free))]
+  for aval in ctx.avals_out:
+    open_ = (jax.sharding.PartitionSpec.UNCONSTRAINED,) * len(aval.shape)
+    specs.append(jax.sharding.PartitionSpec(*open_))
+  shardings = _sharding_impls.SdyArrayList(
+    tuple(
+      jax.sharding.NamedSharding(mesh, spec)._to_sdy_sharding(len(aval.shape))
+      for spec, aval in zip(specs, avals)
+    )
+  )
+  _mlir.set_sharding(ctx.module_context, call, shardings)
+  return call.results[1:]
 
 
 def lower_part(
-  fn: Callable[..., Any], avals: Sequence[Any], mesh: Any, platform: str
+  fn: Callable[..., Any],
+  avals: Sequence[Any],
+  axes: Sequence[tuple[str, int]],
+  platform: str,
 ) -> bytes:
   """Lowers what runs on each device of a partitioned call.
 
   Args:
     fn: Returns a sequence of arrays; may use collectives over the mesh's axes.
     avals: Of its arguments, this device's parts.
-    mesh: An abstract mesh.
+    axes: Names and sizes of the axes of a mesh of all devices, in order.
     platform: To lower for.
 
   Returns:
     The module's bytecode.
   """
   plain = without_mesh(lambda *args: tuple(fn(*args)))
-  jaxpr = jax.make_jaxpr(plain, axis_env=list(mesh.shape.items()))(*avals)
-  names = frozenset(mesh.axis_names)
-  with _core.extend_axis_env_nd(mesh.shape.items()):
+  jaxpr = jax.make_jaxpr(plain, axis_env=list(axes))(*avals)
+  names, sizes = zip(*axes) if axes else ((), ())
+  mesh = jax.sharding.AbstractMesh(sizes, names)
+  with _core.extend_axis_env_nd(axes):
     module = _mlir.build_mlir_module_helper(
       jaxpr,
       name="partitioned",
       platforms=(platform,),
       backend=None,
-      axis_context=_sharding_impls.SPMDAxisContext(mesh, names),
+      axis_context=_sharding_impls.SPMDAxisContext(mesh, frozenset(names)),
     )
   return _mlir.module_to_bytecode(module)
 

@@ -13,12 +13,13 @@ the user's, who may have reshaped an array or be inside a `shard_map` over some
 other axes.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 import contextlib
 import dataclasses
 import functools
 import itertools
 import json
+import math
 from typing import Any
 
 import jax
@@ -90,7 +91,11 @@ def decode(value: Any, kind: type | None = None) -> Any:
 
 
 def note(
-  op: str, implementation: str, platform: str, params: dict[str, Any]
+  op: str,
+  implementation: str,
+  platform: str,
+  params: Mapping[str, Any],
+  around: Sequence[tuple[str, int, bool]],
 ) -> str:
   """Writes the text that a call is split from.
 
@@ -99,30 +104,34 @@ def note(
     implementation: What runs on each device.
     platform: That it is lowered for.
     params: Static parameters of the op.
+    around: See `jax_private.axes_around`.
   """
-  return json.dumps(
-    {
-      "op": op,
-      "implementation": implementation,
-      "platform": platform,
-      "params": {name: encode(value) for name, value in params.items()},
-      "x64": jax.config.jax_enable_x64,
-    },
-    sort_keys=True,
-  )
+  fields = {
+    "op": op,
+    "implementation": implementation,
+    "platform": platform,
+    "params": {name: encode(value) for name, value in params.items()},
+    "around": [(size, manual) for _, size, manual in around],
+    "x64": bool(jax.config.jax_enable_x64),
+  }
+  return json.dumps(fields, sort_keys=True)
 
 
-def _digits(line: np.ndarray) -> list[tuple[int, int]]:
-  """Writes `line[i]` as a sum of the digits of i, each times a weight.
+def _digits(tiles: np.ndarray, axis: int) -> list[tuple[int, int]]:
+  """Writes who has tile i of an axis as a sum of i's digits, each times a weight.
 
   Args:
-    line: Numbers of the devices that hold the tiles along an axis, less the
-      first one's.
+    tiles: Numbers of the devices.
+    axis: Of them.
 
   Returns:
     For each digit of i its weight and how many values it has; the most
     significant digit first.
   """
+  line = np.moveaxis(tiles, axis, 0).reshape(tiles.shape[axis], -1)[:, 0]
+  line = line - line[0]
+  if not np.all(line[1:]):
+    return []
   digits = []
   while len(line) > 1:
     weight, count = int(line[1]), 1
@@ -133,88 +142,105 @@ def _digits(line: np.ndarray) -> list[tuple[int, int]]:
   return digits[::-1]
 
 
-class _Tiles:
-  """How an array lies on devices, as digits of their numbers.
-
-  Attributes:
-    axes: For each axis of the array, digits as of `_digits`.
-    manual: Digits that `shard_map` has split by.
-    devices: How many there are, or 1 if the array is not split.
-  """
-
-  def __init__(self, sharding: Any, rank: int):
-    tiles, manual = jax_private.tile_assignment(sharding, rank)
-    lines = [
-      np.moveaxis(tiles, axis, 0).reshape(size, -1)[:, 0]
-      for axis, size in enumerate(tiles.shape)
-    ]
-    digits = [_digits(line - line[0]) for line in lines]
-    self.axes = digits[:rank]
-    self.manual = [digit for axis in manual for digit in digits[axis]]
-    self.devices = tiles.size
-
-  def cuts(self) -> set[int]:
-    """Returns the weights between which mesh axes lie."""
-    digits = [*itertools.chain.from_iterable(self.axes), *self.manual]
-    return {w * n for w, n in digits} | {w for w, _ in digits}
-
-
-def _chain(cuts: set[int]) -> bool:
-  """Returns whether each divides the next."""
-  ordered = sorted(cuts)
-  return all(b % a == 0 for a, b in itertools.pairwise(ordered))
+def _weights(sizes: Sequence[int]) -> list[int]:
+  """Returns how far apart neighbours along the axes of a mesh are."""
+  return [math.prod(sizes[i + 1 :]) for i in range(len(sizes))]
 
 
 def read_shardings(
-  shapes: Sequence[tuple[int, ...]], shardings: Sequence[Any]
+  shapes: Sequence[tuple[int, ...]],
+  shardings: Sequence[Any],
+  sizes: Sequence[int] = (),
 ) -> list[jax.sharding.NamedSharding]:
   """Finds a mesh for shardings that have none.
 
   Args:
     shapes: Of the arrays.
     shardings: An HloSharding, or None, for each of them.
+    sizes: Of a mesh whose axes the axes of the result must be parts of.
 
   Returns:
-    A NamedSharding on a common abstract mesh for each array. Where no mesh fits
-    all, later arrays count as not split.
+    A NamedSharding on a common abstract mesh for each array. An array that does
+    not fit the mesh of those before it counts as not split.
   """
-  tiles = [_Tiles(s, len(shape)) for shape, s in zip(shapes, shardings)]
-  cuts = {1, max(one.devices for one in tiles)}
-  known = []
-  for one in tiles:
-    known.append(_chain(cuts | one.cuts()))
-    if known[-1]:
-      cuts |= one.cuts()
-  weights = sorted(cuts, reverse=True)[1:]
-  sizes = [b // a for b, a in zip(sorted(cuts, reverse=True), weights)]
+  tiles = [
+    _holders(sharding, len(shape))
+    for shape, sharding in zip(shapes, shardings)
+  ]
+  arrays = [
+    [_digits(array, axis) for axis in range(len(shape))]
+    for array, shape in zip(tiles, shapes)
+  ]
+  # Products of the sizes of the last axes: of one, of two, and so on.
+  devices = max(math.prod(sizes), *(array.size for array in tiles))
+  cuts = {1, *_weights(sizes), devices}
+  for digits in itertools.chain.from_iterable(arrays):
+    more = {*cuts, *(w for w, _ in digits), *(w * n for w, n in digits)}
+    if all(b % a == 0 for a, b in itertools.pairwise(sorted(more))):
+      cuts = more
+  cuts = sorted(cuts)
+  weights = cuts[-2::-1]
+  mesh = jax.sharding.AbstractMesh(
+    tuple(b // a for a, b in itertools.pairwise(cuts))[::-1],
+    tuple(map(_name, weights)),
+  )
 
-  def names(digits):
-    return tuple(
-      f"d{weight}"
+  def entry(digits):
+    names = [
+      _name(weight)
       for low, count in digits
       for weight in weights
       if low <= weight < low * count
-    )
+    ]
+    return tuple(names) or None
 
-  manual = {name for one in tiles for name in names(one.manual)}
-  kinds = jax.sharding.AxisType
-  mesh = jax.sharding.AbstractMesh(
-    tuple(sizes),
-    tuple(f"d{weight}" for weight in weights),
-    axis_types=tuple(
-      kinds.Manual if f"d{weight}" in manual else kinds.Auto
-      for weight in weights
-    ),
-  )
-  return [
-    jax.sharding.NamedSharding(
-      mesh,
-      jax.sharding.PartitionSpec(
-        *(names(digits) or None if fits else None for digits in one.axes)
-      ),
+  def place(axes, array):
+    entries = [entry(digits) for digits in axes]
+    sharding = jax.sharding.NamedSharding(
+      mesh, jax.sharding.PartitionSpec(*entries)
     )
-    for one, fits in zip(tiles, known)
-  ]
+    back = jax_private.hlo_sharding(sharding, len(axes))
+    if np.array_equal(_holders(back, len(axes)), array):
+      return sharding
+    return jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+
+  return list(map(place, arrays, tiles))
+
+
+def _holders(sharding: Any, rank: int) -> np.ndarray:
+  """Returns the devices that hold each tile, in ascending order."""
+  tiles = jax_private.tile_assignment(sharding, rank)
+  return np.sort(tiles.reshape(*tiles.shape[:rank], -1))
+
+
+def _name(weight: int) -> str:
+  return f"d{weight}"
+
+
+def _all_axes(
+  mesh: jax.sharding.AbstractMesh, around: Sequence[tuple[int, bool]]
+) -> list[tuple[str, int]]:
+  """Returns the axes of the mesh of all devices.
+
+  Args:
+    mesh: Of the devices that a call is split over.
+    around: Of the `shard_map` around it, the size of each axis and whether it
+      is split by hand.
+  """
+  if not around:
+    return list(mesh.shape.items())
+  weights = _weights([1 if manual else size for size, manual in around])
+  axes = []
+  for i, ((size, manual), low) in enumerate(zip(around, weights)):
+    if manual:
+      axes.append((f"manual{i}", size))
+      continue
+    axes += [
+      (name, count)
+      for name, count in mesh.shape.items()
+      if low <= int(name[1:]) < low * size
+    ]
+  return axes
 
 
 class Partitioner:
@@ -238,24 +264,36 @@ class Partitioner:
 
   def _infer(self, shapes, dtypes, shardings, text):
     fields = json.loads(text)
-    del fields["platform"], fields["x64"]
-    return self._answer(shapes, dtypes, shardings, **fields)[2]
+    return self._answer(shapes, dtypes, shardings, fields)[2]
 
   def _partition(self, shapes, dtypes, shardings, text):
     fields = json.loads(text)
-    platform = fields.pop("platform")
-    with self._scope(), jax.enable_x64(fields.pop("x64")):
-      fn, args, results = self._answer(shapes, dtypes, shardings, **fields)
+    with self._scope(), jax.enable_x64(fields["x64"]):
+      fn, args, results = self._answer(shapes, dtypes, shardings, fields)
       avals = [
         jax.core.ShapedArray(sharding.shard_shape(shape), dtype)
         for sharding, shape, dtype in zip(args, shapes, dtypes)
       ]
-      module = jax_private.lower_part(fn, avals, args[0].mesh, platform)
+      axes = _all_axes(args[0].mesh, fields["around"])
+      module = jax_private.lower_part(fn, avals, axes, fields["platform"])
     return module, args, results
 
-  def _answer(self, shapes, dtypes, shardings, **fields):
-    named = read_shardings(shapes, shardings)
-    parts = list(map(Part, shapes, dtypes, named))
-    fn, result_specs, arg_specs = self._split(parts, **fields)
-    place = functools.partial(jax.sharding.NamedSharding, named[0].mesh)
-    return fn, list(map(place, arg_specs)), list(map(place, result_specs))
+  def _answer(self, shapes, dtypes, shardings, fields):
+    sizes = [size for size, manual in fields["around"] if not manual]
+    named = read_shardings(shapes, shardings, sizes)
+    mesh = named[0].mesh
+    fn, result_specs, arg_specs = self._split(
+      list(map(Part, shapes, dtypes, named)),
+      *(fields[name] for name in ("op", "implementation", "params")),
+    )
+    place = functools.partial(jax.sharding.NamedSharding, mesh)
+    results = list(map(place, result_specs))
+    if not fields["around"]:
+      return fn, list(map(place, arg_specs)), results
+    # The result that numbers the devices; see `jax_private.partitioned_call`.
+    numbering = place(jax.sharding.PartitionSpec(mesh.axis_names))
+    return (
+      lambda *args: (jax.numpy.zeros((1,), bool), *fn(*args)),
+      list(map(place, arg_specs)),
+      [numbering, *results],
+    )
