@@ -59,17 +59,20 @@ ffi::Error RunMoments(cudaStream_t stream, const Geometry& g,
       what);
 }
 
-ffi::Error UpdateImpl(
-    cudaStream_t stream, int64_t feature_axis, int64_t batch_axes,
-    int64_t accurate, ffi::AnyBuffer old_mean, ffi::AnyBuffer old_var,
-    ffi::AnyBuffer momentum, ffi::AnyBuffer x, ffi::RemainingArgs rest,
-    ffi::Result<ffi::AnyBuffer> new_mean, ffi::Result<ffi::AnyBuffer> new_var,
-    ffi::Result<ffi::AnyBuffer> mean, ffi::Result<ffi::AnyBuffer> var,
-    ffi::Result<ffi::AnyBuffer> workspace) {
+ffi::Error UpdateImpl(cudaStream_t stream, const ffi::Dictionary& attributes,
+                      ffi::AnyBuffer old_mean, ffi::AnyBuffer old_var,
+                      ffi::AnyBuffer momentum, ffi::AnyBuffer x,
+                      ffi::RemainingArgs rest,
+                      ffi::Result<ffi::AnyBuffer> new_mean,
+                      ffi::Result<ffi::AnyBuffer> new_var,
+                      ffi::Result<ffi::AnyBuffer> mean,
+                      ffi::Result<ffi::AnyBuffer> var,
+                      ffi::Result<ffi::AnyBuffer> workspace) {
   return CheckUpdate(
-      feature_axis, batch_axes, old_mean, old_var, momentum, x, rest, *new_mean,
-      *new_var, *mean, *var,
-      [&](auto t, const Geometry& g, const Mask& mask) -> ffi::Error {
+      attributes,
+      {old_mean, old_var, momentum, x, rest, *new_mean, *new_var, *mean, *var},
+      [&](auto t, const Options& options, const Geometry& g,
+          const Mask& mask) -> ffi::Error {
         using T = decltype(t);
         using A = typename T::Compute;
         MomentsResults<A> results = {};
@@ -80,85 +83,97 @@ ffi::Error UpdateImpl(
         results.old_var = Data<A>(old_var);
         results.new_mean = Data<A>(new_mean);
         results.new_var = Data<A>(new_var);
-        return RunMoments<T>(stream, g, x, mask, accurate != 0, results,
+        return RunMoments<T>(stream, g, x, mask, options.accurate != 0, results,
                              workspace, "batch_stat.update");
       });
 }
 
 ffi::Error TrainImpl(
-    cudaStream_t stream, int64_t feature_axis, int64_t batch_axes,
-    int64_t accurate, double epsilon, ffi::AnyBuffer old_mean,
-    ffi::AnyBuffer old_var, ffi::AnyBuffer momentum, ffi::AnyBuffer scale,
-    ffi::AnyBuffer x, ffi::RemainingArgs rest,
+    cudaStream_t stream, const ffi::Dictionary& attributes,
+    ffi::AnyBuffer old_mean, ffi::AnyBuffer old_var, ffi::AnyBuffer momentum,
+    ffi::AnyBuffer scale, ffi::AnyBuffer x, ffi::RemainingArgs rest,
     ffi::Result<ffi::AnyBuffer> new_mean, ffi::Result<ffi::AnyBuffer> new_var,
     ffi::Result<ffi::AnyBuffer> mean, ffi::Result<ffi::AnyBuffer> var,
     ffi::Result<ffi::AnyBuffer> count, ffi::Result<ffi::AnyBuffer> rstd,
     ffi::Result<ffi::AnyBuffer> mul, ffi::Result<ffi::AnyBuffer> workspace) {
   return CheckTrain(
-      feature_axis, batch_axes, old_mean, old_var, momentum, scale, x, rest,
-      *new_mean, *new_var, *mean, *var, *count, *rstd, *mul,
-      [&](auto t, const Geometry& g, const Mask& mask) -> ffi::Error {
+      attributes,
+      {old_mean, old_var, momentum, x, rest, *new_mean, *new_var, *mean, *var},
+      scale, *count, *rstd, *mul,
+      [&](auto t, const Options& options, const Geometry& g,
+          const Mask& mask) -> ffi::Error {
         using T = decltype(t);
         using A = typename T::Compute;
-        const MomentsResults<A> results = {
-            Data<A>(mean),     Data<A>(var),      Data<A>(count),
-            Data<A>(momentum), Data<A>(old_mean), Data<A>(old_var),
-            Data<A>(new_mean), Data<A>(new_var),  static_cast<A>(epsilon),
-            Data<A>(scale),    Data<A>(rstd),     Data<A>(mul)};
-        return RunMoments<T>(stream, g, x, mask, accurate != 0, results,
+        const MomentsResults<A> results = {Data<A>(mean),
+                                           Data<A>(var),
+                                           Data<A>(count),
+                                           Data<A>(momentum),
+                                           Data<A>(old_mean),
+                                           Data<A>(old_var),
+                                           Data<A>(new_mean),
+                                           Data<A>(new_var),
+                                           static_cast<A>(options.epsilon),
+                                           Data<A>(scale),
+                                           Data<A>(rstd),
+                                           Data<A>(mul)};
+        return RunMoments<T>(stream, g, x, mask, options.accurate != 0, results,
                              workspace, "the statistics of batch_stat");
       });
 }
 
-ffi::Error MomentsImpl(cudaStream_t stream, int64_t feature_axis,
-                       int64_t batch_axes, int64_t accurate, ffi::AnyBuffer x,
-                       ffi::RemainingArgs rest,
+ffi::Error MomentsImpl(cudaStream_t stream, const ffi::Dictionary& attributes,
+                       ffi::AnyBuffer x, ffi::RemainingArgs rest,
                        ffi::Result<ffi::AnyBuffer> mean,
                        ffi::Result<ffi::AnyBuffer> var,
                        ffi::Result<ffi::AnyBuffer> count,
                        ffi::Result<ffi::AnyBuffer> workspace) {
-  return CheckMoments(
-      feature_axis, batch_axes, x, rest, *mean, *var, *count,
-      [&](auto t, const Geometry& g, const Mask& mask) -> ffi::Error {
-        using T = decltype(t);
-        using A = typename T::Compute;
-        MomentsResults<A> results = {};
-        results.mean = Data<A>(mean);
-        results.var = Data<A>(var);
-        results.count = Data<A>(count);
-        return RunMoments<T>(stream, g, x, mask, accurate != 0, results,
-                             workspace, "the moments of batch_stat");
-      });
+  return CheckMoments(attributes, x, rest, *mean, *var, *count,
+                      [&](auto t, const Options& options, const Geometry& g,
+                          const Mask& mask) -> ffi::Error {
+                        using T = decltype(t);
+                        using A = typename T::Compute;
+                        MomentsResults<A> results = {};
+                        results.mean = Data<A>(mean);
+                        results.var = Data<A>(var);
+                        results.count = Data<A>(count);
+                        return RunMoments<T>(
+                            stream, g, x, mask, options.accurate != 0, results,
+                            workspace, "the moments of batch_stat");
+                      });
 }
 
-ffi::Error NormalizeImpl(cudaStream_t stream, int64_t feature_axis,
-                         int64_t batch_axes, int64_t relu, ffi::AnyBuffer x,
-                         ffi::AnyBuffer mean, ffi::AnyBuffer mul,
-                         ffi::AnyBuffer bias, ffi::Result<ffi::AnyBuffer> y) {
+ffi::Error NormalizeImpl(cudaStream_t stream, const ffi::Dictionary& attributes,
+                         ffi::AnyBuffer x, ffi::AnyBuffer mean,
+                         ffi::AnyBuffer mul, ffi::AnyBuffer bias,
+                         ffi::Result<ffi::AnyBuffer> y) {
   return CheckNormalize(
-      feature_axis, batch_axes, x, mean, mul, bias, "y", *y,
-      [&](auto t, auto u, const Geometry& g) -> ffi::Error {
+      attributes, x, mean, mul, bias, *y,
+      [&](auto t, auto u, const Options& options,
+          const Geometry& g) -> ffi::Error {
         using T = decltype(t);
         using U = decltype(u);
         using A = typename T::Compute;
         return LaunchStatus(
             LaunchNormalize<T, U>(stream, g, Data<typename T::Storage>(x),
                                   Data<A>(mean), Data<A>(mul), Data<A>(bias),
-                                  relu != 0, Data<typename U::Storage>(y)),
+                                  options.relu != 0,
+                                  Data<typename U::Storage>(y)),
             "batch_stat's normalisation");
       });
 }
 
 ffi::Error GradSumsImpl(
-    cudaStream_t stream, int64_t feature_axis, int64_t batch_axes, int64_t relu,
-    ffi::AnyBuffer x, ffi::AnyBuffer dy, ffi::AnyBuffer mean,
-    ffi::AnyBuffer mul, ffi::AnyBuffer bias, ffi::AnyBuffer rstd,
-    ffi::AnyBuffer count, ffi::Result<ffi::AnyBuffer> sum_dy,
-    ffi::Result<ffi::AnyBuffer> dscale, ffi::Result<ffi::AnyBuffer> c0,
-    ffi::Result<ffi::AnyBuffer> c1, ffi::Result<ffi::AnyBuffer> workspace) {
+    cudaStream_t stream, const ffi::Dictionary& attributes, ffi::AnyBuffer x,
+    ffi::AnyBuffer dy, ffi::AnyBuffer mean, ffi::AnyBuffer mul,
+    ffi::AnyBuffer bias, ffi::AnyBuffer rstd, ffi::AnyBuffer count,
+    ffi::Result<ffi::AnyBuffer> sum_dy, ffi::Result<ffi::AnyBuffer> dscale,
+    ffi::Result<ffi::AnyBuffer> c0, ffi::Result<ffi::AnyBuffer> c1,
+    ffi::Result<ffi::AnyBuffer> workspace) {
   return CheckGradSums(
-      feature_axis, batch_axes, x, dy, mean, mul, bias, rstd, count, *sum_dy,
-      *dscale, *c0, *c1, [&](auto t, auto u, const Geometry& g) -> ffi::Error {
+      attributes, x, dy, mean, mul, bias, rstd, count, *sum_dy, *dscale, *c0,
+      *c1,
+      [&](auto t, auto u, const Options& options,
+          const Geometry& g) -> ffi::Error {
         using T = decltype(t);
         using U = decltype(u);
         using A = typename T::Compute;
@@ -172,22 +187,22 @@ ffi::Error GradSumsImpl(
         return LaunchStatus(
             LaunchGradSums<T, U>(stream, g, Data<typename T::Storage>(x),
                                  Data<typename U::Storage>(dy), Data<A>(mean),
-                                 Data<A>(mul), Data<A>(bias), relu != 0,
+                                 Data<A>(mul), Data<A>(bias), options.relu != 0,
                                  results, Data<A>(workspace), splits),
             "the sums of batch_stat's gradient");
       });
 }
 
-ffi::Error GradInputImpl(cudaStream_t stream, int64_t feature_axis,
-                         int64_t batch_axes, int64_t relu, ffi::AnyBuffer x,
-                         ffi::AnyBuffer dy, ffi::AnyBuffer mean,
-                         ffi::AnyBuffer mul, ffi::AnyBuffer bias,
-                         ffi::AnyBuffer c0, ffi::AnyBuffer c1,
-                         ffi::RemainingArgs rest,
+ffi::Error GradInputImpl(cudaStream_t stream, const ffi::Dictionary& attributes,
+                         ffi::AnyBuffer x, ffi::AnyBuffer dy,
+                         ffi::AnyBuffer mean, ffi::AnyBuffer mul,
+                         ffi::AnyBuffer bias, ffi::AnyBuffer c0,
+                         ffi::AnyBuffer c1, ffi::RemainingArgs rest,
                          ffi::Result<ffi::AnyBuffer> dx) {
   return CheckGradInput(
-      feature_axis, batch_axes, x, dy, mean, mul, bias, c0, c1, rest, *dx,
-      [&](auto t, auto u, const Geometry& g, const Mask& mask) -> ffi::Error {
+      attributes, x, dy, mean, mul, bias, c0, c1, rest, *dx,
+      [&](auto t, auto u, const Options& options, const Geometry& g,
+          const Mask& mask) -> ffi::Error {
         using T = decltype(t);
         using U = decltype(u);
         using A = typename T::Compute;
@@ -195,7 +210,7 @@ ffi::Error GradInputImpl(cudaStream_t stream, int64_t feature_axis,
             LaunchGradInput<T, U>(stream, g, Data<typename T::Storage>(x),
                                   Data<typename U::Storage>(dy), Data<A>(mean),
                                   Data<A>(mul), Data<A>(bias), Data<A>(c0),
-                                  Data<A>(c1), mask, relu != 0,
+                                  Data<A>(c1), mask, options.relu != 0,
                                   Data<typename T::Storage>(dx)),
             "batch_stat's gradient");
       });

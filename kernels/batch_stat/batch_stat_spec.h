@@ -8,9 +8,12 @@
 #ifndef KERNELS_BATCH_STAT_BATCH_STAT_SPEC_H_
 #define KERNELS_BATCH_STAT_BATCH_STAT_SPEC_H_
 
+#include <cmath>
 #include <cstdint>
+#include <string>
 #include <string_view>
 #include <utility>
+#include <vector>
 
 #include "kernels/batch_stat/geometry.h"
 #include "kernels/common/element_types.h"
@@ -25,9 +28,7 @@ namespace kernels::batch_stat {
 template <typename Binding>
 auto UpdateSpec(Binding binding) {
   return std::move(binding)
-      .template Attr<int64_t>("feature_axis")
-      .template Attr<int64_t>("batch_axes")
-      .template Attr<int64_t>("accurate")
+      .Attrs()                          // feature_axis, batch_axes, accurate
       .template Arg<ffi::AnyBuffer>()   // running mean
       .template Arg<ffi::AnyBuffer>()   // running var
       .template Arg<ffi::AnyBuffer>()   // momentum
@@ -42,10 +43,7 @@ auto UpdateSpec(Binding binding) {
 template <typename Binding>
 auto TrainSpec(Binding binding) {
   return std::move(binding)
-      .template Attr<int64_t>("feature_axis")
-      .template Attr<int64_t>("batch_axes")
-      .template Attr<int64_t>("accurate")
-      .template Attr<double>("epsilon")
+      .Attrs()  // feature_axis, batch_axes, accurate, epsilon
       .template Arg<ffi::AnyBuffer>()   // running mean
       .template Arg<ffi::AnyBuffer>()   // running var
       .template Arg<ffi::AnyBuffer>()   // momentum
@@ -64,9 +62,7 @@ auto TrainSpec(Binding binding) {
 template <typename Binding>
 auto MomentsSpec(Binding binding) {
   return std::move(binding)
-      .template Attr<int64_t>("feature_axis")
-      .template Attr<int64_t>("batch_axes")
-      .template Attr<int64_t>("accurate")
+      .Attrs()                          // feature_axis, batch_axes, accurate
       .template Arg<ffi::AnyBuffer>()   // x
       .RemainingArgs()                  // mask
       .template Ret<ffi::AnyBuffer>()   // mean
@@ -77,9 +73,7 @@ auto MomentsSpec(Binding binding) {
 template <typename Binding>
 auto NormalizeSpec(Binding binding) {
   return std::move(binding)
-      .template Attr<int64_t>("feature_axis")
-      .template Attr<int64_t>("batch_axes")
-      .template Attr<int64_t>("relu")
+      .Attrs()                          // feature_axis, batch_axes, relu
       .template Arg<ffi::AnyBuffer>()   // x
       .template Arg<ffi::AnyBuffer>()   // mean
       .template Arg<ffi::AnyBuffer>()   // mul
@@ -90,9 +84,7 @@ auto NormalizeSpec(Binding binding) {
 template <typename Binding>
 auto GradSumsSpec(Binding binding) {
   return std::move(binding)
-      .template Attr<int64_t>("feature_axis")
-      .template Attr<int64_t>("batch_axes")
-      .template Attr<int64_t>("relu")
+      .Attrs()                          // feature_axis, batch_axes, relu
       .template Arg<ffi::AnyBuffer>()   // x
       .template Arg<ffi::AnyBuffer>()   // dy
       .template Arg<ffi::AnyBuffer>()   // mean
@@ -109,9 +101,7 @@ auto GradSumsSpec(Binding binding) {
 template <typename Binding>
 auto GradInputSpec(Binding binding) {
   return std::move(binding)
-      .template Attr<int64_t>("feature_axis")
-      .template Attr<int64_t>("batch_axes")
-      .template Attr<int64_t>("relu")
+      .Attrs()                          // feature_axis, batch_axes, relu
       .template Arg<ffi::AnyBuffer>()   // x
       .template Arg<ffi::AnyBuffer>()   // dy
       .template Arg<ffi::AnyBuffer>()   // mean
@@ -139,182 +129,241 @@ T* Data(ffi::Result<ffi::AnyBuffer>& buffer) {
   return static_cast<T*>(buffer->untyped_data());
 }
 
-inline ffi::Error GetGeometry(const ffi::AnyBuffer& x, int64_t feature_axis,
-                              int64_t batch_axes, Geometry* geometry) {
-  const auto dims = x.dimensions();
-  const auto rank = static_cast<int64_t>(dims.size());
-  KERNELS_REQUIRE(
-      batch_axes >= 0 && batch_axes <= feature_axis && feature_axis < rank,
-      "`feature_axis` must lie in [", batch_axes, ", ", rank,
-      ") for `x` of shape ", ShapeText(dims), ", but got ", feature_axis, ".");
-  *geometry = {DimsProduct(dims, 0, batch_axes),
-               DimsProduct(dims, batch_axes, feature_axis), dims[feature_axis],
-               DimsProduct(dims, feature_axis + 1, rank)};
+// The options of a call. A handler reads those that it has: of `accurate`,
+// `relu` and `epsilon`, the ones that it does not have stay as they are here.
+struct Options {
+  int64_t feature_axis = 0;
+  int64_t batch_axes = 0;
+  int64_t accurate = 0;
+  int64_t relu = 0;
+  double epsilon = 0.0;
+};
+
+// Reads the attributes that every handler has, and `more`.
+template <typename... T>
+ffi::Error ReadOptions(const ffi::Dictionary& attributes, Options* options,
+                       const Attribute<T>&... more) {
+  KERNELS_RETURN_IF_ERROR(ReadAttributes(
+      attributes, Attribute("feature_axis", &options->feature_axis),
+      Attribute("batch_axes", &options->batch_axes), more...));
+  KERNELS_REQUIRE(options->accurate == 0 || options->accurate == 1,
+                  "`accurate` must be 0 or 1, but got ", options->accurate,
+                  ".");
+  KERNELS_REQUIRE(options->relu == 0 || options->relu == 1,
+                  "`relu` must be 0 or 1, but got ", options->relu, ".");
+  KERNELS_REQUIRE(options->epsilon >= 0.0 && std::isfinite(options->epsilon),
+                  "`epsilon` must be finite and not negative, but got ",
+                  options->epsilon, ".");
   return ffi::Error::Success();
 }
 
-inline ffi::Error CheckStat(const ffi::AnyBuffer& stat, std::string_view name,
-                            const Geometry& g, ffi::DataType dtype) {
-  KERNELS_REQUIRE(
-      stat.element_type() == dtype &&
-          static_cast<int64_t>(stat.element_count()) == g.groups * g.channels,
-      "`", name, "` must be ", DtypeName(dtype), " with ",
-      g.groups * g.channels, " elements, one for each feature of `x`, but got ",
-      DtypeName(stat.element_type()), ShapeText(stat.dimensions()), ".");
-  return ffi::Error::Success();
-}
+// What the other arrays of a call must be like.
+class Batch {
+ public:
+  Batch(const ffi::AnyBuffer& x, const Options& options)
+      : x_(x), options_(options) {}
 
-inline ffi::Error CheckMomentum(const ffi::AnyBuffer& momentum,
-                                const Geometry& g, ffi::DataType dtype) {
-  KERNELS_REQUIRE(
-      momentum.element_type() == dtype &&
-          static_cast<int64_t>(momentum.element_count()) == g.groups,
-      "`momentum` must be ", DtypeName(dtype), " with ", g.groups,
-      " elements, one for each batch, but got ",
-      DtypeName(momentum.element_type()), ShapeText(momentum.dimensions()),
-      ".");
-  return ffi::Error::Success();
-}
+  // What decides that, for an error.
+  std::string operator()() const {
+    return StrCat(" to go with `x` ", TypeText(x_), ", `feature_axis` ",
+                  options_.feature_axis, " and `batch_axes` ",
+                  options_.batch_axes);
+  }
 
-inline ffi::Error CheckSameShape(const ffi::AnyBuffer& other,
-                                 std::string_view name,
-                                 const ffi::AnyBuffer& x) {
-  KERNELS_REQUIRE(other.element_count() == x.element_count(), "`", name,
-                  "` must have the shape of `x`, ", ShapeText(x.dimensions()),
-                  ", but got ", ShapeText(other.dimensions()), ".");
-  return ffi::Error::Success();
-}
+  ffi::Error GetGeometry(Geometry* geometry) {
+    const auto dims = x_.dimensions();
+    const auto rank = static_cast<int64_t>(dims.size());
+    const int64_t axis = options_.feature_axis;
+    const int64_t batch_axes = options_.batch_axes;
+    KERNELS_REQUIRE(0 <= batch_axes && batch_axes <= axis && axis < rank,
+                    "`batch_axes` and `feature_axis` must satisfy 0 <= "
+                    "`batch_axes` <= `feature_axis` < the number of axes of "
+                    "`x` ",
+                    TypeText(x_), ", but got ", batch_axes, " and ", axis, ".");
+    *geometry = {DimsProduct(dims, 0, batch_axes),
+                 DimsProduct(dims, batch_axes, axis), dims[axis],
+                 DimsProduct(dims, axis + 1, rank)};
+    groups_.assign(dims.begin(), dims.begin() + batch_axes);
+    return ffi::Error::Success();
+  }
 
-inline ffi::Error GetMask(ffi::RemainingArgs rest, const Geometry& g,
-                          Mask* mask) {
-  if (rest.size() == 0) return ffi::Error::Success();
-  KERNELS_REQUIRE(rest.size() == 1,
-                  "At most one `mask` must be given, but got ", rest.size(),
-                  " more operands.");
-  const auto buffer = rest.get<ffi::AnyBuffer>(0);
-  if (buffer.has_error()) return buffer.error();
-  const auto count = static_cast<int64_t>(buffer->element_count());
-  const int64_t positions = g.groups * g.outer * g.inner;
-  KERNELS_REQUIRE(buffer->element_type() == ffi::DataType::PRED &&
-                      (count == positions || count == positions * g.channels),
-                  "`mask` must be bool with ", positions, " or ",
-                  positions * g.channels, " elements, but got ",
-                  DtypeName(buffer->element_type()),
-                  ShapeText(buffer->dimensions()), ".");
-  mask->data = static_cast<const uint8_t*>(buffer->untyped_data());
-  mask->per_channel = count != positions;
-  return ffi::Error::Success();
-}
+  // One number for each feature.
+  ffi::Error RequireStat(std::string_view name, const ffi::AnyBuffer& stat,
+                         ffi::DataType dtype) const {
+    return RequirePerGroup(name, stat, dtype,
+                           x_.dimensions()[options_.feature_axis]);
+  }
 
-// Calls body(T{}, U{}) for the dtypes of x and y that are instantiated.
-template <typename Body>
-ffi::Error DispatchPair(ffi::DataType x, ffi::DataType y, Body&& body) {
-  return DispatchFloat(x, "x", [&](auto t) -> ffi::Error {
-    using T = decltype(t);
-    if constexpr (sizeof(typename T::Storage) == 2) {
-      if (y == ffi::DataType::F32) return body(t, F32{});
-    }
-    KERNELS_REQUIRE(x == y, "`y` must be ", DtypeName(x), " like `x`",
-                    sizeof(typename T::Storage) == 2 ? " or float32" : "",
-                    ", but got ", DtypeName(y), ".");
-    return body(t, t);
-  });
-}
+  // One number for each batch.
+  ffi::Error RequireMomentum(const ffi::AnyBuffer& momentum,
+                             ffi::DataType dtype) const {
+    return RequirePerGroup("momentum", momentum, dtype, 1);
+  }
 
-// Each checks what the spec of its name binds, and calls body(T{}, geometry,
-// mask), or without a mask where there is none, T being the tag of x's dtype;
-// or body(T{}, U{}, ...), U being that of y's or dy's.
+  ffi::Error RequireLike(std::string_view name, const ffi::AnyBuffer& array,
+                         ffi::DataType dtype) const {
+    return RequireArray(name, array, dtype, x_.dimensions(), *this);
+  }
 
-template <typename Body>
-ffi::Error CheckUpdate(int64_t feature_axis, int64_t batch_axes,
-                       const ffi::AnyBuffer& old_mean,
-                       const ffi::AnyBuffer& old_var,
-                       const ffi::AnyBuffer& momentum, const ffi::AnyBuffer& x,
-                       ffi::RemainingArgs rest, const ffi::AnyBuffer& new_mean,
-                       const ffi::AnyBuffer& new_var,
-                       const ffi::AnyBuffer& mean, const ffi::AnyBuffer& var,
-                       Body&& body) {
+  ffi::Error GetMask(ffi::RemainingArgs rest, Mask* mask) const {
+    if (rest.size() == 0) return ffi::Error::Success();
+    KERNELS_REQUIRE(rest.size() == 1,
+                    "At most one `mask` must be given, but got ", rest.size(),
+                    " more operands.");
+    const auto buffer = rest.get<ffi::AnyBuffer>(0);
+    if (buffer.has_error()) return buffer.error();
+    const auto dims = x_.dimensions();
+    std::vector<int64_t> sizes(dims.begin(), dims.end());
+    mask->per_channel = SameShape(buffer->dimensions(), sizes);
+    if (!mask->per_channel) sizes[options_.feature_axis] = 1;
+    mask->data = static_cast<const uint8_t*>(buffer->untyped_data());
+    return RequireArray("mask", *buffer, ffi::DataType::PRED, sizes, *this);
+  }
+
+ private:
+  ffi::Error RequirePerGroup(std::string_view name, const ffi::AnyBuffer& array,
+                             ffi::DataType dtype, int64_t size) const {
+    std::vector<int64_t> sizes = groups_;
+    sizes.push_back(size);
+    return RequireArray(name, array, dtype, sizes, *this);
+  }
+
+  const ffi::AnyBuffer& x_;
+  const Options& options_;
+  std::vector<int64_t> groups_;
+};
+
+// Each checks what the spec of its name binds, and calls body(T{}, options,
+// geometry, mask), or without a mask where there is none, T being the tag of
+// x's dtype; or body(T{}, U{}, ...), U being that of y's or dy's.
+
+// Of the handlers that compute moments: `require(batch, dtype)` checks the
+// statistics.
+template <typename Require, typename Body, typename... T>
+ffi::Error CheckSums(const ffi::Dictionary& attributes, const ffi::AnyBuffer& x,
+                     ffi::RemainingArgs rest, Require&& require, Body&& body,
+                     Options* options, const Attribute<T>&... more) {
   Geometry g;
   Mask mask;
-  KERNELS_RETURN_IF_ERROR(GetGeometry(x, feature_axis, batch_axes, &g));
-  KERNELS_RETURN_IF_ERROR(GetMask(rest, g, &mask));
+  KERNELS_RETURN_IF_ERROR(ReadOptions(
+      attributes, options, Attribute("accurate", &options->accurate), more...));
+  Batch batch(x, *options);
+  KERNELS_RETURN_IF_ERROR(batch.GetGeometry(&g));
+  KERNELS_RETURN_IF_ERROR(batch.GetMask(rest, &mask));
   return DispatchFloat(x.element_type(), "x", [&](auto t) -> ffi::Error {
-    constexpr ffi::DataType dtype = ComputeDtype<decltype(t)>();
-    KERNELS_RETURN_IF_ERROR(CheckStat(old_mean, "mean", g, dtype));
-    KERNELS_RETURN_IF_ERROR(CheckStat(old_var, "var", g, dtype));
-    KERNELS_RETURN_IF_ERROR(CheckStat(new_mean, "the new mean", g, dtype));
-    KERNELS_RETURN_IF_ERROR(CheckStat(new_var, "the new var", g, dtype));
-    KERNELS_RETURN_IF_ERROR(CheckStat(mean, "the batch mean", g, dtype));
-    KERNELS_RETURN_IF_ERROR(CheckStat(var, "the batch var", g, dtype));
-    KERNELS_RETURN_IF_ERROR(CheckMomentum(momentum, g, dtype));
-    return body(t, g, mask);
+    KERNELS_RETURN_IF_ERROR(require(batch, ComputeDtype<decltype(t)>()));
+    return body(t, *options, g, mask);
   });
 }
 
+// The arrays of UpdateSpec.
+struct UpdateArrays {
+  const ffi::AnyBuffer &old_mean, &old_var, &momentum, &x;
+  ffi::RemainingArgs rest;
+  const ffi::AnyBuffer &new_mean, &new_var, &mean, &var;
+
+  ffi::Error Require(const Batch& batch, ffi::DataType dtype) const {
+    KERNELS_RETURN_IF_ERROR(batch.RequireStat("mean", old_mean, dtype));
+    KERNELS_RETURN_IF_ERROR(batch.RequireStat("var", old_var, dtype));
+    KERNELS_RETURN_IF_ERROR(batch.RequireMomentum(momentum, dtype));
+    KERNELS_RETURN_IF_ERROR(batch.RequireStat("new_mean", new_mean, dtype));
+    KERNELS_RETURN_IF_ERROR(batch.RequireStat("new_var", new_var, dtype));
+    KERNELS_RETURN_IF_ERROR(batch.RequireStat("batch_mean", mean, dtype));
+    return batch.RequireStat("batch_var", var, dtype);
+  }
+};
+
 template <typename Body>
-ffi::Error CheckTrain(int64_t feature_axis, int64_t batch_axes,
-                      const ffi::AnyBuffer& old_mean,
-                      const ffi::AnyBuffer& old_var,
-                      const ffi::AnyBuffer& momentum,
-                      const ffi::AnyBuffer& scale, const ffi::AnyBuffer& x,
-                      ffi::RemainingArgs rest, const ffi::AnyBuffer& new_mean,
-                      const ffi::AnyBuffer& new_var, const ffi::AnyBuffer& mean,
-                      const ffi::AnyBuffer& var, const ffi::AnyBuffer& count,
-                      const ffi::AnyBuffer& rstd, const ffi::AnyBuffer& mul,
-                      Body&& body) {
-  return CheckUpdate(
-      feature_axis, batch_axes, old_mean, old_var, momentum, x, rest, new_mean,
-      new_var, mean, var,
-      [&](auto t, const Geometry& g, const Mask& mask) -> ffi::Error {
-        constexpr ffi::DataType dtype = ComputeDtype<decltype(t)>();
-        KERNELS_RETURN_IF_ERROR(CheckStat(scale, "scale", g, dtype));
-        KERNELS_RETURN_IF_ERROR(CheckStat(count, "count", g, dtype));
-        KERNELS_RETURN_IF_ERROR(CheckStat(rstd, "rstd", g, dtype));
-        KERNELS_RETURN_IF_ERROR(CheckStat(mul, "mul", g, dtype));
-        return body(t, g, mask);
-      });
+ffi::Error CheckUpdate(const ffi::Dictionary& attributes,
+                       const UpdateArrays& arrays, Body&& body) {
+  Options options;
+  return CheckSums(
+      attributes, arrays.x, arrays.rest,
+      [&](const Batch& batch, ffi::DataType dtype) {
+        return arrays.Require(batch, dtype);
+      },
+      body, &options);
 }
 
 template <typename Body>
-ffi::Error CheckMoments(int64_t feature_axis, int64_t batch_axes,
+ffi::Error CheckTrain(const ffi::Dictionary& attributes,
+                      const UpdateArrays& arrays, const ffi::AnyBuffer& scale,
+                      const ffi::AnyBuffer& count, const ffi::AnyBuffer& rstd,
+                      const ffi::AnyBuffer& mul, Body&& body) {
+  Options options;
+  return CheckSums(
+      attributes, arrays.x, arrays.rest,
+      [&](const Batch& batch, ffi::DataType dtype) -> ffi::Error {
+        KERNELS_RETURN_IF_ERROR(arrays.Require(batch, dtype));
+        KERNELS_RETURN_IF_ERROR(batch.RequireStat("scale", scale, dtype));
+        KERNELS_RETURN_IF_ERROR(batch.RequireStat("count", count, dtype));
+        KERNELS_RETURN_IF_ERROR(batch.RequireStat("rstd", rstd, dtype));
+        return batch.RequireStat("mul", mul, dtype);
+      },
+      body, &options, Attribute("epsilon", &options.epsilon));
+}
+
+template <typename Body>
+ffi::Error CheckMoments(const ffi::Dictionary& attributes,
                         const ffi::AnyBuffer& x, ffi::RemainingArgs rest,
                         const ffi::AnyBuffer& mean, const ffi::AnyBuffer& var,
                         const ffi::AnyBuffer& count, Body&& body) {
+  Options options;
+  return CheckSums(
+      attributes, x, rest,
+      [&](const Batch& batch, ffi::DataType dtype) -> ffi::Error {
+        KERNELS_RETURN_IF_ERROR(batch.RequireStat("mean", mean, dtype));
+        KERNELS_RETURN_IF_ERROR(batch.RequireStat("var", var, dtype));
+        return batch.RequireStat("count", count, dtype);
+      },
+      body, &options);
+}
+
+// Of the handlers that go over x and `other`, which is of x's dtype or of that
+// of the statistics: `require(batch, dtype)` checks what else there is, and
+// body(T{}, U{}, options, geometry, batch) is called.
+template <typename Require, typename Body>
+ffi::Error CheckPair(const ffi::Dictionary& attributes, const ffi::AnyBuffer& x,
+                     const ffi::AnyBuffer& mean, const ffi::AnyBuffer& mul,
+                     const ffi::AnyBuffer& bias, std::string_view other_name,
+                     const ffi::AnyBuffer& other, Require&& require,
+                     Body&& body) {
+  Options options;
   Geometry g;
-  Mask mask;
-  KERNELS_RETURN_IF_ERROR(GetGeometry(x, feature_axis, batch_axes, &g));
-  KERNELS_RETURN_IF_ERROR(GetMask(rest, g, &mask));
+  KERNELS_RETURN_IF_ERROR(
+      ReadOptions(attributes, &options, Attribute("relu", &options.relu)));
+  Batch batch(x, options);
+  KERNELS_RETURN_IF_ERROR(batch.GetGeometry(&g));
   return DispatchFloat(x.element_type(), "x", [&](auto t) -> ffi::Error {
-    constexpr ffi::DataType dtype = ComputeDtype<decltype(t)>();
-    KERNELS_RETURN_IF_ERROR(CheckStat(mean, "mean", g, dtype));
-    KERNELS_RETURN_IF_ERROR(CheckStat(var, "var", g, dtype));
-    KERNELS_RETURN_IF_ERROR(CheckStat(count, "count", g, dtype));
-    return body(t, g, mask);
+    using T = decltype(t);
+    constexpr ffi::DataType dtype = ComputeDtype<T>();
+    const bool wide = sizeof(typename T::Storage) == 2 &&
+                      other.element_type() == ffi::DataType::F32;
+    KERNELS_RETURN_IF_ERROR(batch.RequireLike(
+        other_name, other, wide ? ffi::DataType::F32 : x.element_type()));
+    KERNELS_RETURN_IF_ERROR(batch.RequireStat("mean", mean, dtype));
+    KERNELS_RETURN_IF_ERROR(batch.RequireStat("mul", mul, dtype));
+    KERNELS_RETURN_IF_ERROR(batch.RequireStat("bias", bias, dtype));
+    KERNELS_RETURN_IF_ERROR(require(batch, dtype));
+    if constexpr (sizeof(typename T::Storage) == 2) {
+      if (wide) return body(t, F32{}, options, g);
+    }
+    return body(t, t, options, g);
   });
 }
 
 template <typename Body>
-ffi::Error CheckNormalize(int64_t feature_axis, int64_t batch_axes,
+ffi::Error CheckNormalize(const ffi::Dictionary& attributes,
                           const ffi::AnyBuffer& x, const ffi::AnyBuffer& mean,
                           const ffi::AnyBuffer& mul, const ffi::AnyBuffer& bias,
-                          std::string_view other_name,
-                          const ffi::AnyBuffer& other, Body&& body) {
-  Geometry g;
-  KERNELS_RETURN_IF_ERROR(GetGeometry(x, feature_axis, batch_axes, &g));
-  KERNELS_RETURN_IF_ERROR(CheckSameShape(other, other_name, x));
-  return DispatchPair(
-      x.element_type(), other.element_type(),
-      [&](auto t, auto u) -> ffi::Error {
-        constexpr ffi::DataType dtype = ComputeDtype<decltype(t)>();
-        KERNELS_RETURN_IF_ERROR(CheckStat(mean, "mean", g, dtype));
-        KERNELS_RETURN_IF_ERROR(CheckStat(mul, "mul", g, dtype));
-        KERNELS_RETURN_IF_ERROR(CheckStat(bias, "bias", g, dtype));
-        return body(t, u, g);
-      });
+                          const ffi::AnyBuffer& y, Body&& body) {
+  return CheckPair(
+      attributes, x, mean, mul, bias, "y", y,
+      [](const Batch&, ffi::DataType) { return ffi::Error::Success(); }, body);
 }
 
 template <typename Body>
-ffi::Error CheckGradSums(int64_t feature_axis, int64_t batch_axes,
+ffi::Error CheckGradSums(const ffi::Dictionary& attributes,
                          const ffi::AnyBuffer& x, const ffi::AnyBuffer& dy,
                          const ffi::AnyBuffer& mean, const ffi::AnyBuffer& mul,
                          const ffi::AnyBuffer& bias, const ffi::AnyBuffer& rstd,
@@ -322,40 +371,37 @@ ffi::Error CheckGradSums(int64_t feature_axis, int64_t batch_axes,
                          const ffi::AnyBuffer& sum_dy,
                          const ffi::AnyBuffer& dscale, const ffi::AnyBuffer& c0,
                          const ffi::AnyBuffer& c1, Body&& body) {
-  return CheckNormalize(
-      feature_axis, batch_axes, x, mean, mul, bias, "dy", dy,
-      [&](auto t, auto u, const Geometry& g) -> ffi::Error {
-        constexpr ffi::DataType dtype = ComputeDtype<decltype(t)>();
-        KERNELS_RETURN_IF_ERROR(CheckStat(rstd, "rstd", g, dtype));
-        KERNELS_RETURN_IF_ERROR(CheckStat(count, "count", g, dtype));
-        KERNELS_RETURN_IF_ERROR(CheckStat(sum_dy, "sum_dy", g, dtype));
-        KERNELS_RETURN_IF_ERROR(CheckStat(dscale, "dscale", g, dtype));
-        KERNELS_RETURN_IF_ERROR(CheckStat(c0, "c0", g, dtype));
-        KERNELS_RETURN_IF_ERROR(CheckStat(c1, "c1", g, dtype));
-        return body(t, u, g);
-      });
+  return CheckPair(
+      attributes, x, mean, mul, bias, "dy", dy,
+      [&](const Batch& batch, ffi::DataType dtype) -> ffi::Error {
+        KERNELS_RETURN_IF_ERROR(batch.RequireStat("rstd", rstd, dtype));
+        KERNELS_RETURN_IF_ERROR(batch.RequireStat("count", count, dtype));
+        KERNELS_RETURN_IF_ERROR(batch.RequireStat("sum_dy", sum_dy, dtype));
+        KERNELS_RETURN_IF_ERROR(batch.RequireStat("dscale", dscale, dtype));
+        KERNELS_RETURN_IF_ERROR(batch.RequireStat("c0", c0, dtype));
+        return batch.RequireStat("c1", c1, dtype);
+      },
+      body);
 }
 
 template <typename Body>
-ffi::Error CheckGradInput(int64_t feature_axis, int64_t batch_axes,
+ffi::Error CheckGradInput(const ffi::Dictionary& attributes,
                           const ffi::AnyBuffer& x, const ffi::AnyBuffer& dy,
                           const ffi::AnyBuffer& mean, const ffi::AnyBuffer& mul,
                           const ffi::AnyBuffer& bias, const ffi::AnyBuffer& c0,
                           const ffi::AnyBuffer& c1, ffi::RemainingArgs rest,
                           const ffi::AnyBuffer& dx, Body&& body) {
-  KERNELS_RETURN_IF_ERROR(CheckSameShape(dx, "dx", x));
-  KERNELS_REQUIRE(dx.element_type() == x.element_type(), "`dx` must be ",
-                  DtypeName(x.element_type()), " like `x`, but got ",
-                  DtypeName(dx.element_type()), ".");
-  return CheckNormalize(
-      feature_axis, batch_axes, x, mean, mul, bias, "dy", dy,
-      [&](auto t, auto u, const Geometry& g) -> ffi::Error {
-        constexpr ffi::DataType dtype = ComputeDtype<decltype(t)>();
-        Mask mask;
-        KERNELS_RETURN_IF_ERROR(GetMask(rest, g, &mask));
-        KERNELS_RETURN_IF_ERROR(CheckStat(c0, "c0", g, dtype));
-        KERNELS_RETURN_IF_ERROR(CheckStat(c1, "c1", g, dtype));
-        return body(t, u, g, mask);
+  Mask mask;
+  return CheckPair(
+      attributes, x, mean, mul, bias, "dy", dy,
+      [&](const Batch& batch, ffi::DataType dtype) -> ffi::Error {
+        KERNELS_RETURN_IF_ERROR(batch.RequireStat("c0", c0, dtype));
+        KERNELS_RETURN_IF_ERROR(batch.RequireStat("c1", c1, dtype));
+        KERNELS_RETURN_IF_ERROR(batch.RequireLike("dx", dx, x.element_type()));
+        return batch.GetMask(rest, &mask);
+      },
+      [&](auto t, auto u, const Options& options, const Geometry& g) {
+        return body(t, u, options, g, mask);
       });
 }
 

@@ -18,6 +18,8 @@
 #include <mutex>
 #include <utility>
 
+#include "kernels/common/subnormals.h"
+
 #ifdef __SANITIZE_THREAD__
 #include <sanitizer/tsan_interface.h>
 #endif
@@ -78,6 +80,8 @@ class Task {
 // helpers are worth it: one for every `inline_bytes`. `Pool` needs `int64_t
 // num_threads()` and `Schedule(task&&)`. `body` must not throw.
 //
+// Within `body`, arithmetic is that of WithSubnormals.
+//
 // The split into items is the caller's, so results do not depend on the number
 // of threads as long as items are independent.
 template <typename Pool, typename Body>
@@ -90,6 +94,7 @@ void ParallelFor(Pool& pool, int64_t n, int64_t total_bytes, Body&& body,
           : std::min({static_cast<int64_t>(pool.num_threads()) - 1, n - 1,
                       by_size - 1});
   if (helpers <= 0) {
+    const WithSubnormals subnormals;
     for (int64_t i = 0; i < n; ++i) body(i);
     return;
   }
@@ -104,6 +109,7 @@ void ParallelFor(Pool& pool, int64_t n, int64_t total_bytes, Body&& body,
   auto state = std::make_shared<State>();
   auto* body_ptr = &body;
   auto work = [state, body_ptr, n]() {
+    const WithSubnormals subnormals;
     for (int64_t i; (i = state->next.fetch_add(1)) < n;) {
       (*body_ptr)(i);
       if (state->done.fetch_add(1) + 1 == n) {

@@ -4,6 +4,7 @@
 
 #include "kernels/common/ffi_util.h"
 #include "kernels/common/pybind_util.h"
+#include "kernels/common/subnormals.h"
 #include "kernels/decode_attention/decode_attention_cpu.h"
 #include "kernels/decode_attention/decode_attention_ffi.h"
 #include "kernels/kv_cache/cache_ffi.h"
@@ -14,9 +15,13 @@ namespace decode_attention {
 namespace {
 
 ffi::Error Run(ffi::ThreadPool pool, const Call& call) {
+  const WithSubnormals subnormals;
   DecodeArgs args = {};
   KERNELS_RETURN_IF_ERROR(ReadDecode(call, &args));
-  args.addressing.first_slot = call.x.first_slot.typed_data()[0];
+  KERNELS_REQUIRE(call.workspace.size() == 0,
+                  "There must be no result after `lse`, but got ",
+                  call.workspace.size(), " more.");
+  args.addressing.first_slot = *Data<int32_t>(call.x.first_slot);
   args.cache_k = call.out_k != nullptr
                      ? kv_cache::InPlace(call.cache_k, *call.out_k)
                      : static_cast<uint8_t*>(call.cache_k.untyped_data());

@@ -23,20 +23,21 @@ ffi::Error ReadWorkspace(const Call& call, DeviceDecode* decode) {
       call.workspace.size() == 1,
       "There must be one result after `lse`, the workspace, but got ",
       call.workspace.size(), ".");
-  auto workspace = call.workspace.get<F32Buffer>(0);
+  auto workspace = call.workspace.get<ffi::AnyBuffer>(0);
   if (!workspace.has_value()) return workspace.error();
   const auto dims = (*workspace)->dimensions();
   const int64_t floats = decode->states() * (decode->args.shape.v_dim + 3);
   KERNELS_REQUIRE(
-      dims.size() == 2 && dims[0] % 2 == 0 &&
+      (*workspace)->element_type() == ffi::DataType::F32 && dims.size() == 2 &&
+          dims[0] % 2 == 0 &&
           (dims[0] == 0 || (dims[1] >= floats && dims[1] % 4 == 0)),
-      "The workspace must have shape [parts, floats of a part] with an even "
+      "`workspace` must be float32[parts, floats of a part] with an even "
       "number of parts of a multiple of 4 and at least ",
-      floats, " floats, or none, but got ", ShapeText(dims), ".");
+      floats, " floats, or none, but got ", TypeText(**workspace), ".");
   KERNELS_REQUIRE(dims[0] * dims[1] <= UINT32_MAX,
-                  "The workspace must have at most 2^32 floats, but got ",
+                  "`workspace` must have at most 2^32 floats, but got ",
                   ShapeText(dims), ".");
-  decode->workspace = (*workspace)->typed_data();
+  decode->workspace = static_cast<float*>((*workspace)->untyped_data());
   decode->parts = dims[0];
   decode->part_floats = dims[1];
   return ffi::Error::Success();
@@ -47,7 +48,7 @@ ffi::Error Run(cudaStream_t stream, const Call& call) {
   DecodeArgs& args = decode.args;
   KERNELS_RETURN_IF_ERROR(ReadDecode(call, &args));
   KERNELS_RETURN_IF_ERROR(ReadWorkspace(call, &decode));
-  decode.first_slot = call.x.first_slot.typed_data();
+  decode.first_slot = Data<int32_t>(call.x.first_slot);
   KERNELS_REQUIRE(CudaFits(args),
                   "Rows of a head must be a multiple of 16 bytes and at most ",
                   kMaxRowBytes, ", or have at most ", kMaxOddDim,

@@ -15,7 +15,7 @@ namespace kv_cache {
 // not, the rest of the cache still has to be there.
 inline ffi::Error InPlaceOnDevice(cudaStream_t stream,
                                   const ffi::AnyBuffer& from,
-                                  ffi::AnyBuffer& to, uint8_t** out) {
+                                  const ffi::AnyBuffer& to, uint8_t** out) {
   *out = static_cast<uint8_t*>(to.untyped_data());
   if (from.untyped_data() == to.untyped_data() || from.size_bytes() == 0) {
     return ffi::Error::Success();

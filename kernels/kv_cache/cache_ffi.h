@@ -9,6 +9,7 @@
 #include <cstring>
 #include <initializer_list>
 #include <optional>
+#include <string>
 #include <string_view>
 #include <vector>
 
@@ -38,18 +39,41 @@ inline std::optional<Element> ElementOf(ffi::DataType dtype) {
   }
 }
 
-// Fails unless `buffer` has exactly these sizes.
-template <typename AnyOrTypedBuffer>
-ffi::Error RequireShape(std::string_view name, const AnyOrTypedBuffer& buffer,
-                        std::initializer_list<int64_t> sizes) {
-  const auto dims = buffer.dimensions();
-  if (dims.size() != sizes.size() ||
-      !std::equal(sizes.begin(), sizes.end(), dims.begin())) {
-    return InvalidArgument("`", name, "` must have shape ",
-                           ShapeText(std::vector<int64_t>(sizes)), ", but got ",
-                           ShapeText(dims), ".");
+// The arrays that the sizes of a call are read off: with what the others are
+// compared, for errors.
+struct SizedBy {
+  const ffi::AnyBuffer& cache_k;
+  std::string_view rows_name;  // new_k or q
+  const ffi::AnyBuffer& rows;
+  bool heads_first;
+
+  std::string operator()() const {
+    return StrCat(" to go with `cache_k` ", TypeText(cache_k), ", `", rows_name,
+                  "` ", TypeText(rows), " and `heads_first` ",
+                  heads_first ? "true" : "false");
   }
-  return ffi::Error::Success();
+};
+
+// Fails unless `array`, which does not count, is the empty one that stands for
+// nothing.
+inline ffi::Error RequireNone(std::string_view name,
+                              const ffi::AnyBuffer& array, ffi::DataType dtype,
+                              std::string_view why) {
+  const std::vector<int64_t> none(array.dimensions().size(), 0);
+  return RequireArray(name, array, dtype, none,
+                      [&] { return StrCat(" where ", why); });
+}
+
+// Whether an operand that may be left out is there.
+inline bool Given(const ffi::AnyBuffer& array) {
+  const auto dims = array.dimensions();
+  return std::any_of(dims.begin(), dims.end(),
+                     [](int64_t size) { return size != 0; });
+}
+
+template <typename T>
+const T* Data(const ffi::AnyBuffer& array) {
+  return static_cast<const T*>(array.untyped_data());
 }
 
 // Reads element type and sizes off the caches `[..., r, s, n, h]`.
@@ -84,57 +108,77 @@ inline ffi::Error ReadCaches(const ffi::AnyBuffer& cache_k,
   return ffi::Error::Success();
 }
 
+// Checks that a result is like the cache that it takes the place of.
+inline ffi::Error RequireUpdated(std::string_view name,
+                                 const ffi::AnyBuffer& updated,
+                                 std::string_view cache_name,
+                                 const ffi::AnyBuffer& cache) {
+  return RequireArray(name, updated, cache.element_type(), cache.dimensions(),
+                      [&] { return StrCat(" like `", cache_name, "`"); });
+}
+
 // Reads a number for each of `batch` sequences, or for all.
 inline ffi::Error ReadPerSequence(std::string_view name,
-                                  const ffi::Buffer<ffi::S32>& buffer,
-                                  int64_t batch, PerSequence* out) {
-  const auto dims = buffer.dimensions();
-  KERNELS_REQUIRE(dims.size() == 1 && (dims[0] == batch || dims[0] == 1), "`",
-                  name, "` must have shape [", batch, "] or [1], but got ",
-                  ShapeText(dims), ".");
-  out->data = buffer.typed_data();
-  out->stride = dims[0] == 1 ? 0 : 1;
+                                  const ffi::AnyBuffer& array, int64_t batch,
+                                  const SizedBy& sized_by, PerSequence* out) {
+  const bool shared = SameShape(array.dimensions(), std::vector<int64_t>{1});
+  KERNELS_RETURN_IF_ERROR(RequireArray(name, array, ffi::DataType::S32,
+                                       {shared ? 1 : batch}, sized_by));
+  out->data = Data<int32_t>(array);
+  out->stride = shared ? 0 : 1;
   return ffi::Error::Success();
 }
 
-// Reads the scales of `heads` of each of `batch` sequences, or of all.
-inline ffi::Error ReadScales(std::string_view name,
-                             const ffi::Buffer<ffi::F32>& buffer, int64_t batch,
-                             int64_t heads, Scales* out) {
-  const auto dims = buffer.dimensions();
-  KERNELS_REQUIRE(dims.size() == 2 && (dims[0] == batch || dims[0] == 1) &&
-                      (dims[1] == heads || dims[1] == 1),
-                  "`", name, "` must have shape [", batch, ", ", heads,
-                  "], or 1 for any of them, but got ", ShapeText(dims), ".");
-  out->data = buffer.typed_data();
-  out->sequence_stride = dims[0] == 1 ? 0 : dims[1];
-  out->head_stride = dims[1] == 1 ? 0 : 1;
+// Reads the scales of `heads` of each of `batch` sequences, or of all; there
+// must be none where nothing is quantised.
+inline ffi::Error ReadScales(std::string_view name, const ffi::AnyBuffer& array,
+                             bool quantized, int64_t batch, int64_t heads,
+                             const SizedBy& sized_by, Scales* out) {
+  if (!quantized) {
+    return RequireArray(name, array, ffi::DataType::F32, {0, 0}, sized_by);
+  }
+  const auto dims = array.dimensions();
+  const bool of_all = dims.size() == 2 && dims[0] == 1;
+  const bool of_heads = dims.size() == 2 && dims[1] == 1;
+  KERNELS_RETURN_IF_ERROR(
+      RequireArray(name, array, ffi::DataType::F32,
+                   {of_all ? 1 : batch, of_heads ? 1 : heads}, sized_by));
+  out->data = Data<float>(array);
+  out->sequence_stride = of_all ? 0 : dims[1];
+  out->head_stride = of_heads ? 0 : 1;
   return ffi::Error::Success();
 }
 
 // Reads what addresses the caches of `batch` sequences. Leaves out the value of
 // `first_slot`, which may lie in a device's memory.
-inline ffi::Error ReadAddressing(const ffi::Buffer<ffi::S32>& layer,
-                                 const ffi::Buffer<ffi::S32>& table,
-                                 const ffi::Buffer<ffi::S32>& first_slot,
-                                 int64_t batch, int64_t ring,
+inline ffi::Error ReadAddressing(const ffi::AnyBuffer& layer,
+                                 const ffi::AnyBuffer& table,
+                                 const ffi::AnyBuffer& first_slot,
+                                 const CacheShape& shape, int64_t batch,
+                                 int64_t ring, const SizedBy& sized_by,
                                  Addressing* addressing) {
   KERNELS_RETURN_IF_ERROR(
-      ReadPerSequence("layer", layer, batch, &addressing->layer));
+      ReadPerSequence("layer", layer, batch, sized_by, &addressing->layer));
   const auto dims = table.dimensions();
-  const bool given = dims.size() != 2 || dims[0] != 0 || dims[1] != 0;
-  KERNELS_REQUIRE(!given || (dims.size() == 2 && dims[0] == batch),
-                  "`table` must have shape [", batch,
-                  ", m], or [0, 0] where there is none, but got ",
-                  ShapeText(dims), ".");
+  const bool given = dims.size() != 2 || Given(table);
+  KERNELS_RETURN_IF_ERROR(RequireArray(
+      "table", table, ffi::DataType::S32,
+      {given ? batch : 0, dims.size() == 2 ? dims[1] : 1}, sized_by));
+  KERNELS_REQUIRE(given || batch == 0 || batch == shape.blocks,
+                  "`table` must not be empty where `cache_k` has ",
+                  shape.blocks, " rows for ", batch, " sequences", sized_by(),
+                  ".");
   if (given) {
-    addressing->table = table.typed_data();
+    addressing->table = Data<int32_t>(table);
     addressing->table_width = dims[1];
   }
-  KERNELS_REQUIRE(first_slot.element_count() == 1,
-                  "`first_slot` must be a scalar, but got ",
-                  ShapeText(first_slot.dimensions()), ".");
-  KERNELS_REQUIRE(ring >= 0, "`ring` must not be negative, but got ", ring,
+  KERNELS_RETURN_IF_ERROR(
+      RequireArray("first_slot", first_slot, ffi::DataType::S32,
+                   std::initializer_list<int64_t>{}, sized_by));
+  const int64_t slots = addressing->table_width * shape.block_size;
+  KERNELS_REQUIRE(ring == 0 || ring >= std::max<int64_t>(slots, 1),
+                  "`ring` must be 0, or at least ", slots,
+                  ", the slots of a sequence", sized_by(), ", but got ", ring,
                   ".");
   addressing->batch = batch;
   addressing->ring = ring;
@@ -143,7 +187,7 @@ inline ffi::Error ReadAddressing(const ffi::Buffer<ffi::S32>& layer,
 
 // XLA gives a result that aliases an operand the operand's buffer. Should it
 // not, the rest of the cache still has to be there.
-inline uint8_t* InPlace(const ffi::AnyBuffer& from, ffi::AnyBuffer& to) {
+inline uint8_t* InPlace(const ffi::AnyBuffer& from, const ffi::AnyBuffer& to) {
   if (from.untyped_data() != to.untyped_data() && from.size_bytes() > 0) {
     std::memcpy(to.untyped_data(), from.untyped_data(), from.size_bytes());
   }

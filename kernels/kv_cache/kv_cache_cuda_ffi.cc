@@ -18,34 +18,25 @@ namespace kernels {
 namespace kv_cache {
 namespace {
 
-ffi::Error UpdateImpl(
-    cudaStream_t stream, ffi::AnyBuffer cache_k, ffi::AnyBuffer cache_v,
-    ffi::AnyBuffer new_k, ffi::AnyBuffer new_v, ffi::Buffer<ffi::S32> index,
-    ffi::Buffer<ffi::S32> count, ffi::Buffer<ffi::S32> layer,
-    ffi::Buffer<ffi::S32> table, ffi::Buffer<ffi::S32> first_slot,
-    ffi::Buffer<ffi::F32> k_scale, ffi::Buffer<ffi::F32> v_scale,
-    ffi::Result<ffi::AnyBuffer> out_k, ffi::Result<ffi::AnyBuffer> out_v,
-    int64_t ring, bool heads_first) {
-  UpdateArgs args = {};
-  KERNELS_RETURN_IF_ERROR(ReadUpdate(cache_k, cache_v, new_k, new_v, index,
-                                     count, layer, table, first_slot, k_scale,
-                                     v_scale, ring, heads_first, &args));
+ffi::Error Run(cudaStream_t stream, const UpdateArrays& x, UpdateArgs* args) {
   KERNELS_RETURN_IF_ERROR(
-      InPlaceOnDevice(stream, cache_k, *out_k, &args.cache_k));
+      InPlaceOnDevice(stream, x.cache_k, x.out_k, &args->cache_k));
   KERNELS_RETURN_IF_ERROR(
-      InPlaceOnDevice(stream, cache_v, *out_v, &args.cache_v));
+      InPlaceOnDevice(stream, x.cache_v, x.out_v, &args->cache_v));
   DeviceUpdate update;
-  KERNELS_REQUIRE(PlanUpdate(args, first_slot.typed_data(),
+  KERNELS_REQUIRE(PlanUpdate(*args, Data<int32_t>(x.first_slot),
                              /*turn_keys=*/false, &update),
                   "`new_k` and `new_v` must be written in at most ", kMaxItems,
-                  " accesses, but got ", ShapeText(new_k.dimensions()),
+                  " accesses, but got ", ShapeText(x.new_k.dimensions()),
                   ". Write them in several calls.");
   return LaunchStatus(LaunchUpdate(stream, update), "kv_cache_update");
 }
 
+constexpr auto kUpdate = UpdateImpl<cudaStream_t, Run>;
+
 }  // namespace
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(KvCacheUpdateCuda, UpdateImpl,
+XLA_FFI_DEFINE_HANDLER_SYMBOL(KvCacheUpdateCuda, kUpdate,
                               BindUpdate(ffi::Ffi::Bind().Ctx<Stream>()),
                               {kGraphCompatible});
 

@@ -15,80 +15,128 @@
 namespace kernels {
 namespace kv_cache {
 
+// The arrays of the handler, in their order.
+struct UpdateArrays {
+  ffi::AnyBuffer cache_k;
+  ffi::AnyBuffer cache_v;
+  ffi::AnyBuffer new_k;
+  ffi::AnyBuffer new_v;
+  ffi::AnyBuffer index;
+  ffi::AnyBuffer count;
+  ffi::AnyBuffer layer;
+  ffi::AnyBuffer table;
+  ffi::AnyBuffer first_slot;
+  ffi::AnyBuffer k_scale;
+  ffi::AnyBuffer v_scale;
+  ffi::AnyBuffer out_k;
+  ffi::AnyBuffer out_v;
+};
+
+// Reads the new rows `[b, t, n, h]` or `[b, n, t, h]`.
+inline ffi::Error RequireNewRows(const ffi::AnyBuffer& new_k,
+                                 const ffi::AnyBuffer& new_v,
+                                 ffi::DataType dtype, const CacheShape& shape,
+                                 int64_t batch, int64_t tokens,
+                                 const SizedBy& sized_by) {
+  const int64_t n = shape.heads;
+  const int64_t second = shape.heads_first ? n : tokens;
+  const int64_t third = shape.heads_first ? tokens : n;
+  KERNELS_RETURN_IF_ERROR(RequireArray(
+      "new_k", new_k, dtype, {batch, second, third, shape.k_dim}, sized_by));
+  return RequireArray("new_v", new_v, dtype,
+                      {batch, second, third, shape.v_dim}, sized_by);
+}
+
 // Everything but the caches' pointers and the value of `first_slot`, which
 // depend on where the memory is.
-inline ffi::Error ReadUpdate(
-    const ffi::AnyBuffer& cache_k, const ffi::AnyBuffer& cache_v,
-    const ffi::AnyBuffer& new_k, const ffi::AnyBuffer& new_v,
-    const ffi::Buffer<ffi::S32>& index, const ffi::Buffer<ffi::S32>& count,
-    const ffi::Buffer<ffi::S32>& layer, const ffi::Buffer<ffi::S32>& table,
-    const ffi::Buffer<ffi::S32>& first_slot,
-    const ffi::Buffer<ffi::F32>& k_scale, const ffi::Buffer<ffi::F32>& v_scale,
-    int64_t ring, bool heads_first, UpdateArgs* out) {
+inline ffi::Error ReadUpdate(const ffi::Dictionary& attributes,
+                             const UpdateArrays& x, UpdateArgs* out) {
   UpdateArgs& args = *out;
+  int64_t ring = 0;
+  bool heads_first = false;
   KERNELS_RETURN_IF_ERROR(
-      ReadCaches(cache_k, cache_v, heads_first, &args.element, &args.shape));
-  const auto dims = new_k.dimensions();
+      ReadAttributes(attributes, Attribute("ring", &ring),
+                     Attribute("heads_first", &heads_first)));
+  KERNELS_RETURN_IF_ERROR(ReadCaches(x.cache_k, x.cache_v, heads_first,
+                                     &args.element, &args.shape));
+  KERNELS_RETURN_IF_ERROR(
+      RequireUpdated("out_k", x.out_k, "cache_k", x.cache_k));
+  KERNELS_RETURN_IF_ERROR(
+      RequireUpdated("out_v", x.out_v, "cache_v", x.cache_v));
+  const SizedBy sized_by = {x.cache_k, "new_k", x.new_k, heads_first};
+  const auto dims = x.new_k.dimensions();
   KERNELS_REQUIRE(dims.size() == 4, "`new_k` must have 4 axes, but got ",
-                  ShapeText(dims), ".");
+                  TypeText(x.new_k), ".");
   const int64_t b = dims[0];
-  KERNELS_RETURN_IF_ERROR(
-      ReadAddressing(layer, table, first_slot, b, ring, &args.addressing));
-  const CacheShape& shape = args.shape;
   args.tokens = heads_first ? dims[2] : dims[1];
-  const std::optional<Element> new_element = ElementOf(new_k.element_type());
+  const std::optional<Element> new_element = ElementOf(x.new_k.element_type());
   const bool quantized = IsQuantized(args.element);
   KERNELS_REQUIRE(
-      new_element.has_value() &&
-          (quantized ? !IsQuantized(*new_element)
-                     : *new_element == args.element) &&
-          new_k.element_type() == new_v.element_type(),
-      "`new_k` and `new_v` must have the dtype of the cache, or be floating if "
+      new_element.has_value() && (quantized ? !IsQuantized(*new_element)
+                                            : *new_element == args.element),
+      "`new_k` must have the dtype of the cache, or be floating if "
       "that is quantised, but got ",
-      DtypeName(new_k.element_type()), " and ", DtypeName(new_v.element_type()),
-      " for a cache of ", DtypeName(cache_k.element_type()), ".");
+      TypeText(x.new_k), " for `cache_k` ", TypeText(x.cache_k), ".");
   args.new_element = *new_element;
-  const int64_t t = args.tokens;
-  const int64_t n = shape.heads;
+  KERNELS_RETURN_IF_ERROR(RequireNewRows(x.new_k, x.new_v,
+                                         x.new_k.element_type(), args.shape, b,
+                                         args.tokens, sized_by));
+  KERNELS_RETURN_IF_ERROR(ReadAddressing(x.layer, x.table, x.first_slot,
+                                         args.shape, b, ring, sized_by,
+                                         &args.addressing));
   KERNELS_RETURN_IF_ERROR(
-      heads_first ? RequireShape("new_k", new_k, {b, n, t, shape.k_dim})
-                  : RequireShape("new_k", new_k, {b, t, n, shape.k_dim}));
+      ReadPerSequence("index", x.index, b, sized_by, &args.index));
   KERNELS_RETURN_IF_ERROR(
-      heads_first ? RequireShape("new_v", new_v, {b, n, t, shape.v_dim})
-                  : RequireShape("new_v", new_v, {b, t, n, shape.v_dim}));
-  KERNELS_RETURN_IF_ERROR(ReadPerSequence("index", index, b, &args.index));
-  KERNELS_RETURN_IF_ERROR(ReadPerSequence("count", count, b, &args.count));
-  if (quantized) {
-    KERNELS_RETURN_IF_ERROR(
-        ReadScales("k_scale", k_scale, b, n, &args.k_scale));
-    KERNELS_RETURN_IF_ERROR(
-        ReadScales("v_scale", v_scale, b, n, &args.v_scale));
-  }
-
-  args.new_k = static_cast<const uint8_t*>(new_k.untyped_data());
-  args.new_v = static_cast<const uint8_t*>(new_v.untyped_data());
+      ReadPerSequence("count", x.count, b, sized_by, &args.count));
+  KERNELS_RETURN_IF_ERROR(ReadScales("k_scale", x.k_scale, quantized, b,
+                                     args.shape.heads, sized_by,
+                                     &args.k_scale));
+  KERNELS_RETURN_IF_ERROR(ReadScales("v_scale", x.v_scale, quantized, b,
+                                     args.shape.heads, sized_by,
+                                     &args.v_scale));
+  args.new_k = Data<uint8_t>(x.new_k);
+  args.new_v = Data<uint8_t>(x.new_v);
   return ffi::Error::Success();
+}
+
+// The handler; `kRun` does it in a platform's context.
+template <typename Context,
+          ffi::Error (*kRun)(Context, const UpdateArrays&, UpdateArgs*)>
+ffi::Error UpdateImpl(Context context, ffi::AnyBuffer cache_k,
+                      ffi::AnyBuffer cache_v, ffi::AnyBuffer new_k,
+                      ffi::AnyBuffer new_v, ffi::AnyBuffer index,
+                      ffi::AnyBuffer count, ffi::AnyBuffer layer,
+                      ffi::AnyBuffer table, ffi::AnyBuffer first_slot,
+                      ffi::AnyBuffer k_scale, ffi::AnyBuffer v_scale,
+                      ffi::Result<ffi::AnyBuffer> out_k,
+                      ffi::Result<ffi::AnyBuffer> out_v,
+                      const ffi::Dictionary& attributes) {
+  const UpdateArrays arrays = {cache_k, cache_v, new_k, new_v,      index,
+                               count,   layer,   table, first_slot, k_scale,
+                               v_scale, *out_k,  *out_v};
+  UpdateArgs args = {};
+  KERNELS_RETURN_IF_ERROR(ReadUpdate(attributes, arrays, &args));
+  return kRun(context, arrays, &args);
 }
 
 // The arrays and options of the handler, after its context.
 template <typename Binding>
 auto BindUpdate(Binding binding) {
   return std::move(binding)
-      .template Arg<ffi::AnyBuffer>()         // cache_k
-      .template Arg<ffi::AnyBuffer>()         // cache_v
-      .template Arg<ffi::AnyBuffer>()         // new_k
-      .template Arg<ffi::AnyBuffer>()         // new_v
-      .template Arg<ffi::Buffer<ffi::S32>>()  // index
-      .template Arg<ffi::Buffer<ffi::S32>>()  // count
-      .template Arg<ffi::Buffer<ffi::S32>>()  // layer
-      .template Arg<ffi::Buffer<ffi::S32>>()  // table
-      .template Arg<ffi::Buffer<ffi::S32>>()  // first_slot
-      .template Arg<ffi::Buffer<ffi::F32>>()  // k_scale
-      .template Arg<ffi::Buffer<ffi::F32>>()  // v_scale
-      .template Ret<ffi::AnyBuffer>()         // cache_k
-      .template Ret<ffi::AnyBuffer>()         // cache_v
-      .template Attr<int64_t>("ring")
-      .template Attr<bool>("heads_first");
+      .template Arg<ffi::AnyBuffer>()  // cache_k
+      .template Arg<ffi::AnyBuffer>()  // cache_v
+      .template Arg<ffi::AnyBuffer>()  // new_k
+      .template Arg<ffi::AnyBuffer>()  // new_v
+      .template Arg<ffi::AnyBuffer>()  // index
+      .template Arg<ffi::AnyBuffer>()  // count
+      .template Arg<ffi::AnyBuffer>()  // layer
+      .template Arg<ffi::AnyBuffer>()  // table
+      .template Arg<ffi::AnyBuffer>()  // first_slot
+      .template Arg<ffi::AnyBuffer>()  // k_scale
+      .template Arg<ffi::AnyBuffer>()  // v_scale
+      .template Ret<ffi::AnyBuffer>()  // out_k
+      .template Ret<ffi::AnyBuffer>()  // out_v
+      .Attrs();                        // ring, heads_first
 }
 
 }  // namespace kv_cache
