@@ -13,7 +13,7 @@ from tests.kernels.kv_cache import oracle as cache_oracle
 pick, chance = data.pick, data.chance
 
 # What goes to the update, and what only attention takes.
-_UPDATE_OPTIONS = (
+UPDATE_OPTIONS = (
   "layer", "layout", "ring", "k_scale", "v_scale", "block_table",
   "cache_batch_index",
 )  # fmt: skip
@@ -261,7 +261,7 @@ def _check_caches(problem, args, got, index, counts, kwargs):
   options = {
     name: value
     for name, value in (p.static | kwargs).items()
-    if name in _UPDATE_OPTIONS
+    if name in UPDATE_OPTIONS
   }
   want = cache_oracle.update(
     cache_k, cache_v, new_k, new_v, index, lengths=counts, **options

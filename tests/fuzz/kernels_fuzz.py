@@ -2,11 +2,21 @@
 
 import sys
 
-from tests.fuzz import kernels_attention, kernels_cache, worker
+from tests.fuzz import (
+  kernels_artifacts,
+  kernels_attention,
+  kernels_cache,
+  kernels_statistics,
+  kernels_wrong,
+  worker,
+)
 
 FAMILIES: dict[str, worker.Family] = {
+  **kernels_artifacts.FAMILIES,
   **kernels_attention.FAMILIES,
   **kernels_cache.FAMILIES,
+  **kernels_statistics.FAMILIES,
+  **kernels_wrong.FAMILIES,
 }
 
 if __name__ == "__main__":
