@@ -6,7 +6,8 @@
 # anywhere else bazelisk does the same from .bazelversion.
 #
 #   usage: install_bazel_debian.sh [PREFIX]
-#   default prefix: ${XDG_CACHE_HOME:-~/.cache}/fused_nnx/bazel
+#   default prefix: ${XDG_CACHE_HOME:-~/.cache}/fused_nnx/bazel; a directory that
+#                   this script did not make must be empty
 #   DEBIAN_MIRROR   the archive, if not the one in apt's own configuration
 #   BAZEL_SUITES    the suites to look in, "forky sid" by default
 set -euo pipefail
@@ -18,6 +19,8 @@ KEYRING=/usr/share/keyrings/debian-archive-keyring.gpg
 # libblake3 is an undeclared need of Bazel's JNI library.
 PACKAGES="bazel-bootstrap bazel-rules-shell libblake3-0"
 JRE=openjdk-21-jre-headless
+# A directory with this file in it was made here, and may be removed.
+MARKER=.install_bazel_debian
 
 if [ -x "$PREFIX/bin/bazel" ]; then
   echo "$PREFIX/bin/bazel"
@@ -38,7 +41,7 @@ done
 
 # One installer at a time; whoever waited finds the other's work done.
 mkdir -p "$(dirname "$PREFIX")"
-exec 9> "$PREFIX.lock"
+exec 9>> "$PREFIX.lock"
 flock 9
 if [ -x "$PREFIX/bin/bazel" ]; then
   echo "$PREFIX/bin/bazel"
@@ -46,9 +49,18 @@ if [ -x "$PREFIX/bin/bazel" ]; then
 fi
 
 # Everything is made here and renamed at the end.  What a killed installer left
-# is removed under the lock, so that it can only be dead.
+# is removed under the lock, so that it can only be dead; nothing else is.
 WORK=$PREFIX.new
-rm -rf "$WORK" "$PREFIX"
+for directory in "$PREFIX" "$WORK"; do
+  if [ ! -L "$directory" ] && [ -f "$directory/$MARKER" ]; then
+    rm -rf "$directory"
+  elif [ -e "$directory" ] || [ -L "$directory" ]; then
+    rmdir "$directory" 2>/dev/null ||
+      die "no Bazel here, and \`$directory\`, which this script did not make, is not an empty directory: name another PREFIX or remove it yourself"
+  fi
+done
+mkdir "$WORK"
+touch "$WORK/$MARKER"
 trap 'rm -rf "$WORK"' EXIT
 trap 'exit 130' INT TERM HUP
 ROOT=$WORK/root
@@ -56,6 +68,7 @@ APT=$WORK/apt
 DEBS=$APT/cache/archives
 LOG=$WORK/log
 mkdir -p "$ROOT" "$APT/lists/partial" "$DEBS/partial" "$WORK/patchelf"
+touch "$ROOT/$MARKER"
 
 echo "Installing Bazel 7 into $PREFIX, once (about 170 MB to fetch)" >&2
 
@@ -69,7 +82,7 @@ archives() {
   fi
   {
     apt-get indextargets --format '$(REPO_URI)' 'Created-By: Packages' 'Origin: Debian' 2>/dev/null || true
-    python3 - <<'PY'
+    python3 -I - <<'PY'
 import glob, os, re, subprocess
 
 def setting(name, default):
@@ -99,8 +112,10 @@ PY
   } | sed 's:/*$::' | grep -v -e security -e '^cdrom:' | awk 'NF && !seen[$0]++'
 }
 
-# A configuration of apt's own that touches nothing of the host's, except that
-# the host's proxies and certificates hold.
+# A configuration of apt's own that touches nothing of the host's.  Of the host's
+# options those hold that say how to reach an archive, by name: others switch the
+# checks of signatures and certificates off.
+REACH='Proxy|Proxy-?Auto-?Detect|CaInfo|CaPath|CrlFile|SslCert|SslKey|Timeout'
 {
   cat <<EOF
 Dir::Etc::main "/dev/null";
@@ -117,8 +132,8 @@ APT::Install-Recommends "false";
 APT::Sandbox::User "";
 Debug::NoLocking "true";
 EOF
-  apt-config dump | grep '^Acquire::' |
-    grep -v -E '^Acquire::(IndexTargets|Changelogs|CompressionTypes|Languages)' || true
+  apt-config dump |
+    grep -i -E "^Acquire::(Retries|ForceIPv[46]|(https?|ftp|socks5h?)(::[^ ]+)?::($REACH)(::[^ ]+)?) " || true
   echo 'Acquire::Languages "none";'
   echo 'Acquire::Check-Valid-Until "false";'
 } > "$APT/apt.conf"
@@ -194,7 +209,7 @@ find "$jvm" -type l -lname '/etc/*' | while read -r link; do
   ln -sfn "$PREFIX$(readlink "$link")" "$link"
 done
 
-python3 - "$ROOT" "$PREFIX" "$cacerts" <<'PY'
+python3 -I - "$ROOT" "$PREFIX" "$cacerts" <<'PY'
 import base64, hashlib, os, re, struct, sys, zipfile
 
 root, prefix, cacerts = sys.argv[1:]
@@ -258,7 +273,7 @@ EOF
 chmod +x bin/bazel
 
 cd "$(dirname "$PREFIX")"
-mv "$ROOT" "$PREFIX"
+mv -T "$ROOT" "$PREFIX"
 if ! "$PREFIX/bin/bazel" --version >&2; then
   rm -rf "$PREFIX"
   die "no Bazel here, and the one that $archive ($suite) offers does not start on this machine"

@@ -10,6 +10,16 @@ from kernels.batch_stat import reference
 from kernels.common import dispatch
 
 
+def require_array(name: str, value: Any) -> jax.Array:
+  """Returns `value` as a JAX array; raises TypeError for what is not one."""
+  try:
+    return jnp.asarray(value)
+  except (TypeError, ValueError) as error:
+    raise TypeError(
+      f"`{name}` must be an array, but got `{type(value).__name__}`."
+    ) from error
+
+
 def canonical_feature_axis(x: Any, feature_axis: int) -> int:
   """Checks x and its feature axis.
 
@@ -69,7 +79,7 @@ def check_stat(stat: Any, name: str, x: Any, feature_axis: int) -> jax.Array:
     TypeError: If it is not floating.
     ValueError: If it has another shape.
   """
-  stat = jnp.asarray(stat)
+  stat = require_array(name, stat)
   if not jnp.issubdtype(stat.dtype, jnp.floating):
     raise TypeError(f"`{name}` must be floating, but got {stat.dtype.name}.")
   if stat.shape != (x.shape[feature_axis],):
@@ -92,10 +102,16 @@ def check_momentum(momentum: Any, x: Any) -> jax.Array:
     `[1]`, in the dtype of the statistics.
 
   Raises:
+    TypeError: If it is not a real number.
     ValueError: If it is known to be outside, or is not a scalar.
   """
-  if not isinstance(momentum, jax.core.Tracer):
-    value = np.asarray(momentum)
+  known = not isinstance(momentum, jax.core.Tracer)
+  value = np.asarray(momentum) if known else momentum
+  if not any(
+    jnp.issubdtype(value.dtype, kind) for kind in (jnp.floating, jnp.integer)
+  ):
+    raise TypeError(f"`momentum` must be a real number, but got {momentum!r}.")
+  if known:
     if value.ndim == 0 and not 0 <= value <= 1:
       raise ValueError(f"`momentum` must lie in [0, 1], but got {value}.")
   momentum = jnp.asarray(momentum, reference.compute_dtype(x.dtype))
@@ -123,7 +139,7 @@ def check_mask(mask: Any, x: Any, feature_axis: int) -> jax.Array | None:
   """
   if mask is None:
     return None
-  mask = jnp.asarray(mask)
+  mask = require_array("mask", mask)
   fits = mask.ndim <= x.ndim and all(
     m == n or m == 1 for m, n in zip(mask.shape[::-1], x.shape[::-1])
   )
@@ -182,15 +198,35 @@ def check_result_dtype(dtype: Any, x: Any) -> np.dtype:
   Raises:
     TypeError: If it is not floating.
   """
-  dtype = np.dtype(x.dtype if dtype is None else dtype)
-  if not jnp.issubdtype(dtype, jnp.floating):
-    raise TypeError(f"`dtype` must be floating, but got {dtype.name}.")
-  return dtype
+  if dtype is None:
+    return np.dtype(x.dtype)
+  try:
+    known = np.dtype(dtype)
+  except TypeError as error:
+    raise TypeError(f"`dtype` must be floating, but got {dtype!r}.") from error
+  if not jnp.issubdtype(known, jnp.floating):
+    raise TypeError(f"`dtype` must be floating, but got {known.name}.")
+  return known
 
 
 def check_epsilon(epsilon: Any) -> float:
-  """Returns epsilon; raises ValueError unless it is a number, not negative."""
-  epsilon = float(epsilon)
-  if not epsilon >= 0:
-    raise ValueError(f"`epsilon` must not be negative, but got {epsilon}.")
-  return epsilon
+  """Returns epsilon.
+
+  Args:
+    epsilon: A finite number that is not negative.
+
+  Raises:
+    TypeError: If it is not a number.
+    ValueError: If it is negative, infinite or NaN.
+  """
+  try:
+    number = float(epsilon)
+  except (TypeError, ValueError) as error:
+    raise TypeError(
+      f"`epsilon` must be a number, but got `{epsilon!r}`."
+    ) from error
+  if not 0 <= number < np.inf:
+    raise ValueError(
+      f"`epsilon` must not be negative, infinite or NaN, but got {number}."
+    )
+  return number

@@ -150,7 +150,7 @@ def batch_norm(
     [[ 1. 10.]
      [ 3. 30.]]
   """
-  x = jnp.asarray(x)
+  x = checks.require_array("x", x)
   feature_axis = checks.canonical_feature_axis(x, feature_axis)
   stat_dtype = reference.compute_dtype(x.dtype)
   mean = checks.check_stat(mean, "mean", x, feature_axis)

@@ -95,14 +95,14 @@ def attend(
   out = np.zeros((batch, tokens, heads, values.shape[-1]))
   lse = np.full((batch, heads, tokens), -np.inf)
   full = (batch, heads, tokens, capacity)
-  bias = np.broadcast_to(0.0 if bias is None else np.asarray(bias), full)
+  bias = np.broadcast_to(0.0 if bias is None else np.float64(bias), full)
   mask = np.broadcast_to(True if mask is None else np.asarray(mask), full)
   left_padding = np.broadcast_to(left_padding, (batch,))
   slopes = np.broadcast_to(
-    0.0 if alibi_slopes is None else alibi_slopes, (batch, heads)
+    0.0 if alibi_slopes is None else np.float64(alibi_slopes), (batch, heads)
   )
   scales = [
-    np.broadcast_to(1.0 if s is None else s, (batch, kv_heads))
+    np.broadcast_to(1.0 if s is None else np.float64(s), (batch, kv_heads))
     for s in (k_scale, v_scale)
   ]
   if isinstance(window, int):
@@ -145,6 +145,8 @@ def attend(
       if softcap:
         logit = softcap * np.tanh(logit / softcap)
       logit += bias[b, head, i, slot] - slopes[b, head] * abs(p - j)
+      if np.isneginf(logit):
+        continue
       logits.append(logit)
       rows.append(value)
     if sinks is not None:

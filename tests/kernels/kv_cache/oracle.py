@@ -71,6 +71,8 @@ def update(
     for b in range(batch):
       for t in range(counts[b]):
         slot = int(index[b]) + t
+        if slot < 0:
+          continue
         if ring:
           slot %= size * width
         if not 0 <= slot < size * width:

@@ -1,0 +1,23 @@
+"""The fuzzer of the kernels; `worker` says how to run it."""
+
+import sys
+
+from tests.fuzz import (
+  kernels_artifacts,
+  kernels_attention,
+  kernels_cache,
+  kernels_statistics,
+  kernels_wrong,
+  worker,
+)
+
+FAMILIES: dict[str, worker.Family] = {
+  **kernels_artifacts.FAMILIES,
+  **kernels_attention.FAMILIES,
+  **kernels_cache.FAMILIES,
+  **kernels_statistics.FAMILIES,
+  **kernels_wrong.FAMILIES,
+}
+
+if __name__ == "__main__":
+  sys.exit(worker.main("tests.fuzz.kernels_fuzz"))
