@@ -6,9 +6,12 @@ import collections
 from collections.abc import Callable, Mapping, Sequence
 import dataclasses
 import functools
+import operator
+import types
 from typing import Any
 
-from flax import core, linen
+from flax import core, linen, serialization
+from flax import nnx as flax_nnx
 from flax.core import meta
 import jax
 import jax.numpy as jnp
@@ -23,6 +26,14 @@ import nnx
 COLLECTION = "nnx"
 _GRAPHDEF = "graphdef"
 _ARRAYS = "arrays"
+# Metadata of the key of several random streams in one: how many.
+_SHAPE = "stream_shape"
+
+# It has no arrays, and its classes and functions are those of the program.
+for _type in (nnx.GraphDef, nnx.graph.NodeDef):
+  serialization.register_serialization_state(
+    _type, lambda _: {}, lambda target, _: target, override=True
+  )
 
 
 class ToLinen(linen.Module):
@@ -31,7 +42,8 @@ class ToLinen(linen.Module):
   `init` makes the Module, once. Its Variables become Linen variables in the
   collections that go with their types, and its structure, a
   `nnx.graph.NodeDef`, goes into the collection `nnx`. `apply` merges the two:
-  it never constructs the Module again.
+  it never constructs the Module again. If `nnx` is mutable there, it returns
+  what the call has made of the structure.
 
   Example:
 
@@ -50,6 +62,10 @@ class ToLinen(linen.Module):
   the keys that the Linen module is given under their names, or else under
   `params`.
 
+  To `flax.serialization` the graphdef is empty: restored into variables that
+  have one, it is theirs. Without one, or where it is not stored, each `apply`
+  makes the Module again to learn its structure.
+
   Args:
     nnx_class: the class of the Module, or a function that makes it.
     args: its arguments.
@@ -59,9 +75,13 @@ class ToLinen(linen.Module):
       type, the value and the metadata; `None` for bare values.
     metadata_fn: in place of it, a function from a Variable to what is stored.
     abstract_init: if there is no stored graphdef, whether to make the Module
-      abstractly, without computing its arrays, to get one. It is kept for later
-      calls either way.
+      abstractly, without computing its arrays, to get one.
     store_graphdef: whether to store the graphdef among the variables.
+
+  Raises:
+    TypeError: if `nnx_class` makes no Modules, or another argument is not of
+      its type.
+    ValueError: if `rngs` are among `kwargs`.
   """
 
   nnx_class: Callable[..., nnx.Module]
@@ -96,12 +116,25 @@ class ToLinen(linen.Module):
       ValueError: if variables of the Module are missing.
     """
     method = _method_of(self.nnx_class, nnx_method)
-    if not self.is_initializing():
-      module, defaulted = self._load()
-      result = method(module, *args, **kwargs)
-      _check_streams(self, defaulted)
-      self._store(module)
-      return result
+    if self.is_initializing():
+      return self._initialize(method, args, kwargs)
+    module, layout, defaulted = self._load()
+    result = method(module, *args, **kwargs)
+    _check_streams(self, defaulted)
+    self._store(module)
+    self._store_changes(module, layout)
+    return result
+
+  def _initialize(
+    self,
+    method: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+  ) -> Any:
+    """Calls the Module in `init`: makes it, unless an earlier call has."""
+    module = self._made_before()
+    if module is not None:
+      return method(module, *args, **kwargs)
     module = self._make()
     # As in Linen, what the call itself changes is not part of `init`; but Linen
     # modules inside of the Module get their variables in the call.
@@ -111,12 +144,8 @@ class ToLinen(linen.Module):
     if _holds_linen(module):
       nnx.pop(module, nnx.Intermediate)
       stored = module
-    # A lifted `init` may not hand this collection on: then `apply` makes it.
-    if self.store_graphdef and self.is_mutable_collection(COLLECTION):
-      graphdef, arrays = _structure(stored)
-      self.put_variable(COLLECTION, _GRAPHDEF, graphdef)
-      if arrays:
-        self.put_variable(COLLECTION, _ARRAYS, arrays)
+    if self._stores_structure():
+      self._put_structure(*_structure(stored))
     self._store(stored)
     return result
 
@@ -127,8 +156,17 @@ class ToLinen(linen.Module):
         return fields["kwargs"][name]
       method = getattr(fields.get("nnx_class"), name, None)
       if callable(method):
-        return functools.partial(self.__call__, nnx_method=method)
+
+        def call(self: ToLinen, *args: Any, **kwargs: Any) -> Any:
+          return self(*args, nnx_method=method, **kwargs)
+
+        # A bound method, which `apply(..., method=name)` binds anew.
+        return types.MethodType(call, self)
     return super().__getattribute__(name)
+
+  def __post_init__(self) -> None:
+    _check_arguments(self)
+    super().__post_init__()
 
   def _make(self) -> nnx.Module:
     """Constructs the Module, with the keys of this Linen module."""
@@ -138,20 +176,33 @@ class ToLinen(linen.Module):
       if "default" not in keys and "params" in keys:
         keys["default"] = keys["params"]
       kwargs["rngs"] = nnx.Rngs(**keys)
-    return self.nnx_class(*self.args, **kwargs)
+    return _checked(self, self.nnx_class(*self.args, **kwargs))
 
-  def _load(self) -> tuple[nnx.Module, dict[str, list[nnx.Variable[Any]]]]:
+  def _made_before(self) -> nnx.Module | None:
+    """The Module that an earlier call in the same `init` has made, if any."""
+    collections_ = self.scope.variables()
+    made = any(
+      collections_[name] for name in collections_ if name != COLLECTION
+    )
+    if not made or _is_tabulated() or self._shares_scope():
+      return None
+    module = self._load()[0]
+    return None if _holds_linen(module) else module
+
+  def _load(self) -> tuple[nnx.Module, Layout, dict[str, list]]:
     """The Module of the stored graphdef and the current variables.
 
-    Also returns, by name, the counters of the random streams for which there
-    was no key.
+    Also returns the layout of its graphdef and, by name, the counters of the
+    random streams for which there was no key.
     """
     given = dict(self.scope.variables())
     stored = given.pop(COLLECTION, {})
     graphdef = stored.get(_GRAPHDEF)
     arrays = stored.get(_ARRAYS, {})
-    if graphdef is None:
-      graphdef, arrays = _rebuilt(self)
+    is_shared = self._shares_scope()
+    if is_shared or not isinstance(graphdef, nnx.GraphDef):
+      graphdef, rebuilt = _rebuilt(self, needs_arrays=not arrays)
+      arrays = arrays or rebuilt
     layout = _layout(graphdef)
     state: dict[Any, Any] = {}
     for slot in layout.slots:
@@ -161,6 +212,8 @@ class ToLinen(linen.Module):
       value = _lookup(source, slot.path)
       if value is _MISSING:
         raise ValueError(_missing_text(self, slot, given))
+      if slot.boxed and isinstance(value, Mapping) and [*value] == ["value"]:
+        value = value["value"]  # what a checkpoint makes of a box
       if isinstance(value, meta.AxisMetadata):
         value = variables_lib.to_nnx_var(slot.collection, value)
       elif isinstance(value, np.ndarray):  # of a checkpoint, perhaps read-only
@@ -171,35 +224,37 @@ class ToLinen(linen.Module):
     for collection, tree in given.items():
       if _size(tree) == layout.sizes.get(collection, 0):
         continue  # all of them found their slots
-      for path, value in _leaves(tree):
-        if (collection, *map(str, path)) not in layout.known:
-          variable = variables_lib.to_nnx_var(collection, value)
-          if not _add(module, path, variable):
-            raise ValueError(
-              f"The variables given to {_describe(self)} must be its own, but"
-              f" `{'/'.join(map(str, path))}` in the collection `{collection}`"
-              " has no place in it. Leave it out, or pass the variables that"
-              " `init` returned."
-            )
-    return module, defaulted
+      for path, value in _unplaced(tree, (collection,), layout.known):
+        variable = variables_lib.to_nnx_var(collection, value)
+        if not is_shared and not _add(module, path[1:], variable):
+          raise ValueError(
+            f"The variables given to {_describe(self)} must be its own, but"
+            f" `{'/'.join(map(str, path[1:]))}` in the collection"
+            f" `{collection}` has no place in it. Leave it out, or pass the"
+            " variables that `init` returned."
+          )
+    return module, layout, defaulted
 
   def _seed(self, layout: Layout, state: dict[Any, Any]) -> dict[str, list]:
     """Puts fresh random streams into `state`."""
     defaulted: dict[str, list] = {}
-    for tag, paths in layout.streams.items():
+    for tag, streams in layout.streams.items():
       # A Module made of one key has one stream, `default`, for everything.
       others = ("dropout", *sorted(self.scope.rngs)) if tag == "default" else ()
       names = (tag, "params", *others)
       name = next((n for n in names if self.has_rng(n)), None)
       if name is None:
-        keys = [jax.random.key(0)] * len(paths)
+        keys = [jax.random.key(0)] * len(streams)
       else:
         key = self.make_rng(name)
         if not jax.dtypes.issubdtype(key.dtype, jax.dtypes.prng_key):
           key = jax.random.wrap_key_data(key)
-        keys = [key] if len(paths) == 1 else jax.random.split(key, len(paths))
-      for path, key in zip(paths, keys):
-        count = nnx.RngCount(np.zeros((), np.uint32), tag=tag)
+        size = len(streams)
+        keys = [key] if size == 1 else jax.random.split(key, size)
+      for (path, shape), key in zip(streams, keys):
+        if shape:
+          key = jax.random.split(key, shape)
+        count = nnx.RngCount(np.zeros(shape, np.uint32), tag=tag)
         metadata = {to_nnx.NO_KEY: True} if name is None else {}
         _put(state, (*path, "key"), nnx.RngKey(key, tag=tag, **metadata))
         _put(state, (*path, "count"), count)
@@ -224,6 +279,52 @@ class ToLinen(linen.Module):
       for name, value in tree.items():
         self.put_variable(collection, name, value)
 
+  def _stores_structure(self) -> bool:
+    # A lifted `init` may not hand this collection on; then `apply` makes it. A
+    # table of `nn.tabulate` shows arrays alone.
+    return (
+      self.store_graphdef
+      and self.is_mutable_collection(COLLECTION)
+      and not _is_tabulated()
+      and not self._shares_scope()
+    )
+
+  def _shares_scope(self) -> bool:
+    """Whether its variables are among its parent's, by `nn.share_scope`."""
+    parent = self.parent
+    return isinstance(parent, linen.Module) and parent.scope is self.scope
+
+  def _put_structure(self, graphdef: nnx.GraphDef, arrays: Any) -> None:
+    self.put_variable(COLLECTION, _GRAPHDEF, graphdef)
+    if arrays:
+      self.put_variable(COLLECTION, _ARRAYS, arrays)
+
+  def _store_changes(self, module: nnx.Module, layout: Layout) -> None:
+    """Stores what a call has changed that is not in Variables."""
+    if not self._stores_structure():
+      return
+
+    def is_lost(path: tuple[Any, ...], value: Any) -> bool:
+      # New, and either of one call only or not among what `apply` returns.
+      if not isinstance(value, nnx.Variable) or isinstance(value, nnx.RngState):
+        return False
+      name = nnx.variable_name_from_type(type(value), allow_register=True)
+      if (name, *map(str, path)) in layout.known:
+        return False
+      is_mutable = self.is_mutable_collection(name)
+      return isinstance(value, nnx.Intermediate) or not is_mutable
+
+    nnx.pop(module, is_lost)
+    graphdef, arrays = _structure(module)
+    stored = self.scope.variables().get(COLLECTION, {})
+    before = jax.tree.leaves(stored.get(_ARRAYS, {}))
+    after = jax.tree.leaves(arrays)
+    is_same = len(before) == len(after) and all(
+      map(operator.is_, before, after)
+    )
+    if graphdef != stored.get(_GRAPHDEF) or not is_same:
+      self._put_structure(graphdef, arrays)
+
   def _boxed(self, variable: nnx.Variable[Any]) -> Any:
     """What is stored for a Variable."""
     if self.metadata_fn is not None:
@@ -231,9 +332,19 @@ class ToLinen(linen.Module):
     if self.metadata_type is None:
       return variable.raw_value
     boxed = variables_lib.to_linen_var(variable)
-    if type(boxed) is variables_lib.NNXMeta:
-      return self.metadata_type(boxed.var_type, boxed.value, boxed.metadata)
-    return boxed
+    if type(boxed) is not variables_lib.NNXMeta:
+      return boxed
+    if _is_tabulated():
+      return boxed.value
+    box = self.metadata_type(boxed.var_type, boxed.value, boxed.metadata)
+    if isinstance(box, meta.AxisMetadata) and box.unbox() is not boxed.value:
+      raise ValueError(
+        f"`metadata_type` of {_describe(self)} must make a box whose `unbox()`"
+        " is the second of its arguments `(type, value, metadata)`, but"
+        f" `{type(box).__name__}` does not. Use `metadata_fn` to store a"
+        " Variable in a box of another kind."
+      )
+    return box
 
 
 _MISSING = object()
@@ -245,6 +356,7 @@ class Slot:
 
   collection: str | None  # None: an array that is a plain attribute
   path: tuple[Any, ...]
+  boxed: bool = False  # whether it has metadata
 
 
 @dataclasses.dataclass(frozen=True)
@@ -252,23 +364,24 @@ class Layout:
   """The leaves of a graphdef: stored ones, and random streams by name."""
 
   slots: tuple[Slot, ...]
-  streams: Mapping[str, list[tuple[Any, ...]]]
+  streams: Mapping[str, list[tuple[Any, Any]]]  # paths and shapes
   known: frozenset[tuple[str, ...]]  # collections and paths, as strings
   sizes: Mapping[str, int]  # how many slots a collection has
 
 
-@functools.lru_cache(maxsize=1024)
+@functools.lru_cache(maxsize=128)
 def _layout(graphdef: nnx.GraphDef) -> Layout:
   slots: list[Slot] = []
-  streams: dict[str, list[tuple[Any, ...]]] = {}
+  streams: dict[str, list[tuple[Any, Any]]] = {}
   for path, type_, metadata in graphdef.leaf_records():
     if type_ is None:
       slots.append(Slot(None, path))
     elif issubclass(type_, nnx.RngKey):
-      streams.setdefault(metadata["tag"], []).append(path[:-1])
+      stream = (path[:-1], metadata.get(_SHAPE, ()))
+      streams.setdefault(metadata["tag"], []).append(stream)
     elif not issubclass(type_, nnx.RngState):
       name = nnx.variable_name_from_type(type_, allow_register=True)
-      slots.append(Slot(name, path))
+      slots.append(Slot(name, path, variables_lib.needs_box(metadata)))
   known = frozenset(
     (slot.collection, *map(str, slot.path)) for slot in slots if slot.collection
   )
@@ -278,31 +391,25 @@ def _layout(graphdef: nnx.GraphDef) -> Layout:
 
 def _structure(module: nnx.Module) -> tuple[nnx.GraphDef, dict[Any, Any]]:
   """The graphdef of a Module, and its arrays that are not in Variables."""
+  for _, key in nnx.to_flat_state(nnx.state(module, nnx.RngKey)):
+    if key.shape:  # of several layers; no value says so when it is seeded anew
+      key.set_metadata(_SHAPE, key.shape)
   graphdef, _, arrays = nnx.split(module, nnx.Variable, ...)
   return graphdef, arrays.raw_mapping
 
 
-@functools.lru_cache(maxsize=256)
-def _built(
-  nnx_class: Any, args: tuple, kwargs: tuple, skip_rng: bool, abstract: bool
+def _rebuilt(
+  model: ToLinen, needs_arrays: bool
 ) -> tuple[nnx.GraphDef, dict[Any, Any]]:
+  """The structure of a Module whose graphdef was not stored."""
+
   def build():
-    rngs = {} if skip_rng else {"rngs": nnx.Rngs(0)}
-    return _structure(nnx_class(*args, **dict(kwargs), **rngs))
+    rngs = {} if model.skip_rng else {"rngs": nnx.Rngs(0)}
+    made = model.nnx_class(*model.args, **model.kwargs, **rngs)
+    return _structure(_checked(model, made))
 
-  return jax.eval_shape(build) if abstract else build()
-
-
-def _rebuilt(model: ToLinen) -> tuple[nnx.GraphDef, dict[Any, Any]]:
-  """The structure of a Module whose graphdef was not stored: made once."""
-  graphdef, arrays = _built(
-    model.nnx_class,
-    tuple(model.args),
-    tuple(sorted(model.kwargs.items())),
-    model.skip_rng,
-    model.abstract_init,
-  )
-  if arrays and model.abstract_init:
+  graphdef, arrays = jax.eval_shape(build) if model.abstract_init else build()
+  if arrays and needs_arrays and model.abstract_init:
     raise ValueError(
       f"{_describe(model)} has arrays that are not in Variables, so its stored"
       " graphdef is needed, but the variables have no collection `nnx`. Keep it"
@@ -310,6 +417,78 @@ def _rebuilt(model: ToLinen) -> tuple[nnx.GraphDef, dict[Any, Any]]:
       " `abstract_init=False`."
     )
   return graphdef, arrays
+
+
+def _is_tabulated() -> bool:
+  """Whether `nn.tabulate` is looking."""
+  return bool(linen.module._context.call_info_stack)
+
+
+def _check_arguments(model: ToLinen) -> None:
+  cls = model.nnx_class
+  kind = type(cls).__name__
+  if isinstance(cls, (nnx.Pytree, flax_nnx.Pytree)):
+    raise TypeError(
+      "`nnx_class` must be a class of Modules, but got an instance of"
+      f" `{kind}`: pass `ToLinen({kind}, args=...)`."
+    )
+  if isinstance(cls, linen.Module) or _is_class_of(cls, linen.Module):
+    name = kind if isinstance(cls, linen.Module) else cls.__name__
+    raise TypeError(
+      f"`nnx_class` must be a class of `nnx`, but got `{name}` of Linen: it"
+      " needs no bridge, use it as it is."
+    )
+  if _is_class_of(cls, flax_nnx.Pytree):
+    raise TypeError(
+      f"`nnx_class` must be a class of `nnx`, but got `{cls.__name__}` of"
+      " `flax.nnx`: pass a function that returns `bridge.from_flax_nnx(...)` of"
+      " an object of it."
+    )
+  if not callable(cls):
+    raise TypeError(
+      "`nnx_class` must be a class of Modules or a function that makes one, but"
+      f" got {cls!r}."
+    )
+  if not isinstance(model.args, (tuple, list)):
+    raise TypeError(
+      "`args` must be a tuple of arguments of the Module, but got"
+      f" {model.args!r}: write `args=(...,)`, or use `to_linen`."
+    )
+  if not isinstance(model.kwargs, Mapping):
+    raise TypeError(
+      "`kwargs` must map names to arguments of the Module, but got"
+      f" {model.kwargs!r}."
+    )
+  if "rngs" in model.kwargs and not model.skip_rng:
+    raise ValueError(
+      "`kwargs` must not have `rngs`, since the keys given to `init` make them:"
+      " leave it out, or pass `skip_rng=True` to keep yours."
+    )
+  for name in ("metadata_type", "metadata_fn"):
+    value = getattr(model, name)
+    if value is not None and not callable(value):
+      raise TypeError(
+        f"`{name}` must be a class or function, or None, but got {value!r}."
+      )
+  if _is_class_of(model.metadata_type, meta.Partitioned):
+    raise TypeError(
+      "`metadata_type` must take the type, value and metadata of a Variable,"
+      f" but got `{model.metadata_type.__name__}`: pass a function of the"
+      " Variable as `metadata_fn` instead."
+    )
+
+
+def _is_class_of(value: Any, base: type) -> bool:
+  return isinstance(value, type) and issubclass(value, base)
+
+
+def _checked(model: ToLinen, made: Any) -> Any:
+  if not isinstance(made, nnx.Pytree):
+    raise TypeError(
+      f"`nnx_class` of {_describe(model)} must make a Module of `nnx`, but made"
+      f" an object of type `{type(made).__module__}.{type(made).__name__}`."
+    )
+  return made
 
 
 def _holds_linen(module: nnx.Module) -> bool:
@@ -389,13 +568,16 @@ def _size(tree: Any) -> int:
   )
 
 
-def _leaves(tree: Any, path: tuple[Any, ...] = ()):
-  """The leaves of nested mappings."""
+def _unplaced(tree: Any, path: tuple[Any, ...], known: frozenset[Any]):
+  """The leaves of nested mappings that are at or below no known path."""
   for key, value in tree.items():
+    here = (*path, key)
+    if tuple(map(str, here)) in known:
+      continue
     if isinstance(value, Mapping):
-      yield from _leaves(value, (*path, key))
+      yield from _unplaced(value, here, known)
     else:
-      yield (*path, key), value
+      yield here, value
 
 
 def _add(module: nnx.Module, path: tuple[Any, ...], value: Any) -> bool:

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 import contextlib
-import functools
 import threading
+import types
 from typing import Any
 
 from flax import errors, linen
+from flax import nnx as flax_nnx
 from flax.core import meta
 import jax
 
-from bridge import linen_errors, replay
+from bridge import linen_errors
 from bridge import variables as variables_lib
 import nnx
 
@@ -26,7 +27,7 @@ NO_KEY = "no_key"
 
 class _Context(threading.local):
   initializing = False
-  mutable: Any = None  # what a bridge.Module around may write
+  mutable: Any = None  # what a bridge.Module around lets be written
 
 
 _context = _Context()
@@ -45,8 +46,8 @@ def running(initializing: bool, mutable: Any = None) -> Iterator[None]:
 
   Args:
     initializing: whether they initialise the modules.
-    mutable: the collections that they may write, True for all; if None or
-      False, as outside.
+    mutable: the collections that they may write, in any of Linen's forms; None
+      if nobody says.
   """
   before = _context.initializing, _context.mutable
   _context.initializing, _context.mutable = initializing, mutable
@@ -85,10 +86,7 @@ def lazy_init(fn: Any, *args: Any, **kwargs: Any) -> Any:
   Raises:
     ValueError: if `fn` is neither a Module nor a method of one.
   """
-  called = fn
-  while isinstance(called, functools.partial):
-    called = called.func
-  owner = getattr(called, "__self__", called)
+  owner = getattr(fn, "__self__", fn)
   if not isinstance(owner, nnx.Module) or not callable(fn):
     raise ValueError(
       "`fn` must be a Module that can be called, or a method bound to a Module,"
@@ -119,24 +117,28 @@ class ToNNX(nnx.Module):
 
   Args:
     module: the Linen module.
-    rngs: the random streams, or a key for `params`. A copy is kept, and gives
-      the Linen module its keys.
+    rngs: the random streams, keys by name, or a key for `params`. A copy is
+      kept, and gives the Linen module its keys.
+
+  Raises:
+    TypeError: if `module` is no instance of a Linen module.
   """
 
   def __init__(
-    self, module: linen.Module, rngs: nnx.Rngs | jax.Array | None = None
+    self,
+    module: linen.Module,
+    rngs: nnx.Rngs | jax.Array | Mapping[str, jax.Array] | None = None,
   ):
     if not isinstance(module, linen.Module):
-      raise TypeError(
-        "`module` must be an instance of a Linen module, but got"
-        f" {module!r} of type {type(module).__name__}."
-      )
+      raise TypeError(_not_linen_text(module))
     if module.parent is not None:
       # Made inside of another Linen module, which must not count it as its own.
       module = module.clone(parent=None)
     self.to_nnx__module = module
     if isinstance(rngs, nnx.Rngs):
       rngs = rngs.fork()
+    elif isinstance(rngs, Mapping):
+      rngs = nnx.Rngs(**rngs)
     elif rngs is not None:
       rngs = nnx.Rngs(params=rngs)
     self.to_nnx__rngs = rngs
@@ -161,11 +163,16 @@ class ToNNX(nnx.Module):
 
   def __getattr__(self, name: str) -> Any:
     module = vars(self).get("to_nnx__module")
-    if name in _fields(module):
+    if _has_field(module, name):
       return getattr(module, name)
     method = getattr(type(module), name, None)
     if not name.startswith("_") and callable(method):
-      return functools.partial(self.__call__, method=method)
+
+      def call(self: ToNNX, *args: Any, **kwargs: Any) -> Any:
+        return self(*args, method=method, **kwargs)
+
+      # A bound method, so that `lazy_init` sees whose it is.
+      return types.MethodType(call, self)
     if module is not None and not _is_initialised(self):
       raise AttributeError(
         f"{_describe(self)} has no attribute `{name}`: it has no variables yet."
@@ -180,7 +187,7 @@ class ToNNX(nnx.Module):
     # So that `model.train()`, `model.eval()` and the like reach the fields of
     # the Linen module, such as `deterministic` and `use_running_average`.
     module = vars(self).get("to_nnx__module")
-    if name in _fields(module) and name not in vars(self):
+    if _has_field(module, name) and name not in vars(self):
       super().__setattr__("to_nnx__module", module.clone(**{name: value}))
     else:
       super().__setattr__(name, value)
@@ -250,8 +257,8 @@ class ToNNX(nnx.Module):
     if mutable is None:
       mutable = _default_mutable(variables)
     try:
-      result = replay.apply(
-        module, variables, args, kwargs, keys, method, mutable
+      result = module.apply(
+        variables, *args, rngs=keys, method=method, mutable=mutable, **kwargs
       )
     except _MISSING_VARIABLES as error:
       if _is_initialised(self):
@@ -378,14 +385,26 @@ def _with_boxes(model: ToNNX, tree: Any, path: tuple[Any, ...]) -> Any:
   return box.replace_boxed(tree) if isinstance(box, meta.AxisMetadata) else tree
 
 
-def _fields(module: linen.Module | None) -> frozenset[str]:
-  """The names of a Linen module's own fields."""
-  return _fields_of(type(module)) if module is not None else frozenset()
+def _has_field(module: linen.Module | None, name: str) -> bool:
+  """Whether a Linen module has a field of its own of this name."""
+  return module is not None and (
+    name in type(module).__dataclass_fields__ and name not in ("parent", "name")
+  )
 
 
-@functools.cache
-def _fields_of(cls: type[linen.Module]) -> frozenset[str]:
-  return frozenset(cls.__dataclass_fields__) - {"parent", "name"}
+def _not_linen_text(value: Any) -> str:
+  text = "`module` must be an instance of a Linen module, but got "
+  if isinstance(value, type) and issubclass(value, linen.Module):
+    name = value.__name__
+    return (
+      f"{text}the class `{name}`. Make one: `ToNNX({name}(...), rngs=...)`."
+    )
+  text += f"an object of type `{type(value).__name__}`."
+  if isinstance(value, nnx.Module):
+    return f"{text} It is a Module of `nnx` already: use it as it is."
+  if isinstance(value, flax_nnx.Module):
+    return f"{text} Convert it by `bridge.from_flax_nnx`."
+  return f"{text} Pass one, as in `ToNNX(linen.Dense(4), rngs=nnx.Rngs(0))`."
 
 
 def _describe(model: ToNNX) -> str:
@@ -411,8 +430,8 @@ def _default_mutable(variables: Mapping[str, Any]) -> Any:
   stack = linen.module._context.module_stack
   if stack and stack[-1] is not None and stack[-1].scope is not None:
     return stack[-1].scope.mutable
-  if _context.mutable is True:
-    return True
+  if _context.mutable is not None:
+    return _context.mutable
   return [name for name in variables if name != "params"] or False
 
 

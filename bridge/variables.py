@@ -93,7 +93,8 @@ class NNXMeta(struct.PyTreeNode, meta.AxisMetadata[Any]):
     return self.var_type.from_metadata(self.value, dict(self.metadata))
 
 
-def _needs_box(metadata: Mapping[str, Any]) -> bool:
+def needs_box(metadata: Mapping[str, Any]) -> bool:
+  """Whether metadata of a Variable would be lost without a box."""
   return any(
     not (key.startswith("on_") and not value) for key, value in metadata.items()
   )
@@ -120,7 +121,7 @@ def to_linen_var(variable: nnx.Variable[Any]) -> Any:
   value = variable.get_value()
   box = metadata.get("linen_meta_type")
   if box is None:
-    if not _needs_box(metadata):
+    if not needs_box(metadata):
       return value
     return NNXMeta(type(variable), value, _Metadata(metadata))
   if hasattr(box, "from_nnx_metadata"):
