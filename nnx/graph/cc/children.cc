@@ -30,10 +30,8 @@ Ref AsMapping(PyObject* value) {
   if (PyDict_Check(value)) return Ref::Borrow(value);
   if (IsVariable(value)) return Ref();
   const Runtime& rt = GetRuntime();
-  if (rt.state && PyType_IsSubtype(Py_TYPE(value), rt.state)) {
-    return Ref::Steal(PyObject_GetAttr(value, rt.s_mapping));
-  }
-  return Ref();
+  if (!rt.state || !PyType_IsSubtype(Py_TYPE(value), rt.state)) return Ref();
+  return StateMapping(value);
 }
 
 bool OpenPytree(PyObject* value, Ref* children, Ref* treedef, Ref* keys) {
@@ -57,10 +55,22 @@ bool OpenPytree(PyObject* value, Ref* children, Ref* treedef, Ref* keys) {
   return true;
 }
 
+namespace {
+
+// For a key that was in a dict a moment ago.
+bool MissingItem() {
+  if (!PyErr_Occurred()) {
+    PyErr_SetString(PyExc_RuntimeError, "A dict changed while it was walked.");
+  }
+  return false;
+}
+
+}  // namespace
+
 bool OpenCustom(PyObject* value, TypeInfo* info, Ref* keys,
                 std::vector<Ref>* children, Ref* metadata) {
-  Ref flattened =
-      Ref::Steal(PyObject_CallOneArg(info->custom->flatten.get(), value));
+  const Ref flatten = info->custom->flatten;
+  Ref flattened = Ref::Steal(PyObject_CallOneArg(flatten.get(), value));
   if (!flattened) return false;
   if (!PyTuple_Check(flattened.get()) ||
       PyTuple_GET_SIZE(flattened.get()) != 2) {
@@ -102,7 +112,7 @@ bool OpenCustom(PyObject* value, TypeInfo* info, Ref* keys,
   for (Py_ssize_t i = 0; i < size; ++i) {
     children->push_back(Ref::Borrow(
         PyDict_GetItemWithError(dict.get(), PyTuple_GET_ITEM(keys->get(), i))));
-    if (!children->back()) return false;
+    if (!children->back()) return MissingItem();
   }
   *metadata = Ref::Borrow(PyTuple_GET_ITEM(flattened.get(), 1));
   return true;
@@ -125,12 +135,7 @@ bool OpenMapping(PyObject* mapping, Ref* keys, std::vector<Ref>* children) {
   for (Py_ssize_t i = 0; i < size; ++i) {
     children->push_back(Ref::Borrow(
         PyDict_GetItemWithError(mapping, PyTuple_GET_ITEM(keys->get(), i))));
-    if (children->back()) continue;
-    if (!PyErr_Occurred()) {
-      PyErr_SetString(PyExc_RuntimeError,
-                      "A dict changed while it was walked.");
-    }
-    return false;
+    if (!children->back()) return MissingItem();
   }
   return true;
 }
@@ -154,8 +159,9 @@ int OpenNode(PyObject* value, Ref* keys, std::vector<Ref>* children) {
       }
       return 1;
     case TypeKind::kObject: {
-      PyObject* dict = ObjectDict(AsObject(value));
-      return dict && OpenMapping(dict, keys, children) ? 1 : -1;
+      // Owned: `__dict__` can be assigned.
+      Ref dict = Ref::Borrow(ObjectDict(AsObject(value)));
+      return dict && OpenMapping(dict.get(), keys, children) ? 1 : -1;
     }
     case TypeKind::kDict:
       return OpenMapping(value, keys, children) ? 1 : -1;
@@ -186,10 +192,14 @@ int HoldsData(PyObject* value) {
   if (!guard.entered()) return -1;
   TypeInfo* info = GetTypeInfo(Py_TYPE(value));
   if (!info) return -1;
+  // Each item is owned while it is looked at, which may run Python code that
+  // takes it out. Those that such code puts in are not looked at.
   auto any_of = [](PyObject* sequence) {
     const Py_ssize_t size = PySequence_Fast_GET_SIZE(sequence);
-    for (Py_ssize_t i = 0; i < size; ++i) {
-      const int holds = HoldsData(PySequence_Fast_GET_ITEM(sequence, i));
+    for (Py_ssize_t i = 0; i < size && i < PySequence_Fast_GET_SIZE(sequence);
+         ++i) {
+      const Ref item = Ref::Borrow(PySequence_Fast_GET_ITEM(sequence, i));
+      const int holds = HoldsData(item.get());
       if (holds != 0) return holds;
     }
     return 0;
@@ -206,10 +216,13 @@ int HoldsData(PyObject* value) {
     case TypeKind::kNamedTuple:
       return any_of(value);
     case TypeKind::kDict: {
-      PyObject *key, *item;
+      const Py_ssize_t size = PyDict_GET_SIZE(value);
+      PyObject *key, *borrowed;
       Py_ssize_t position = 0;
-      while (PyDict_Next(value, &position, &key, &item)) {
-        const int holds = HoldsData(item);
+      for (Py_ssize_t i = 0;
+           i < size && PyDict_Next(value, &position, &key, &borrowed); ++i) {
+        const Ref item = Ref::Borrow(borrowed);
+        const int holds = HoldsData(item.get());
         if (holds != 0) return holds;
       }
       return 0;

@@ -2,6 +2,7 @@
 
 #include "nnx/graph/cc/children.h"
 #include "nnx/graph/cc/objects.h"
+#include "nnx/graph/cc/owned_items.h"
 #include "nnx/graph/cc/path.h"
 #include "nnx/graph/cc/recursion_guard.h"
 #include "nnx/graph/cc/runtime.h"
@@ -230,18 +231,18 @@ bool Flattener::VisitObject(PyObject* value, TypeInfo* info) {
   if (!PushIndexed(value, NodeKind::kObject, &position)) return false;
   if (position < 0) return true;
   ObjectObject* object = AsObject(value);
-  PyObject* dict = ObjectDict(object);
+  // Owned: `__dict__` can be assigned.
+  const Ref dict = Ref::Borrow(ObjectDict(object));
   if (!dict) return false;
   const size_t base = arena_.size();
-  Layout* layout = FindLayout(info, dict, &arena_);
+  Layout* layout = FindLayout(info, dict.get(), &arena_);
   if (!layout) return false;
   Ref keys = layout->keys;
   const Py_ssize_t size = PyTuple_GET_SIZE(keys.get());
   // From here on Python code may run, which could change the dictionary.
-  std::vector<Ref> values;
-  values.reserve(size);
+  const size_t held = held_.size();
   for (Py_ssize_t i = 0; i < size; ++i) {
-    values.push_back(Ref::Borrow(arena_[base + i]));
+    held_.push_back(Ref::Borrow(arena_[base + i]));
   }
   arena_.resize(base);
   Ref status = Ref::Borrow(object->status);
@@ -258,9 +259,10 @@ bool Flattener::VisitObject(PyObject* value, TypeInfo* info) {
   bool ok = true;
   for (Py_ssize_t i = 0; ok && i < size; ++i) {
     PyObject* key = PyTuple_GET_ITEM(keys.get(), i);
-    PyObject* child = values[i].get();
+    PyObject* child = held_[held + i].get();
     PyObject* marked =
         status ? PyDict_GetItemWithError(status.get(), key) : nullptr;
+    if (status && !marked && PyErr_Occurred()) return false;
     path_.push_back(key);
     if (marked == Py_False) {
       ok = VisitStatic(child);
@@ -277,6 +279,7 @@ bool Flattener::VisitObject(PyObject* value, TypeInfo* info) {
   }
   --depth_indexed_;
   if (!ok) return false;
+  held_.resize(held);
   Close(position, static_cast<int32_t>(size));
   return true;
 }
@@ -296,13 +299,17 @@ bool Flattener::VisitSequence(PyObject* value, NodeKind kind, Mode mode) {
     if (!FieldNames(value, &names)) return false;
     nodes_[position].keys = names;
   }
-  int32_t count = 0;
-  for (; count < PySequence_Fast_GET_SIZE(value); ++count) {
-    Ref item = Ref::Borrow(PySequence_Fast_GET_ITEM(value, count));
-    Ref key = Ref::Steal(PyLong_FromLong(count));
-    if (!key || !VisitChild(key.get(), item.get(), mode)) return false;
+  const size_t held = held_.size();
+  AppendItems(value, &held_);
+  const auto size = static_cast<int32_t>(held_.size() - held);
+  for (int32_t i = 0; i < size; ++i) {
+    Ref key = Ref::Steal(PyLong_FromLong(i));
+    if (!key || !VisitChild(key.get(), held_[held + i].get(), mode)) {
+      return false;
+    }
   }
-  Close(position, count);
+  held_.resize(held);
+  Close(position, size);
   return true;
 }
 

@@ -77,6 +77,7 @@ class Flattener {
   std::vector<int32_t> tops_;
   std::vector<int32_t> leaf_nodes_;
   std::vector<PyObject*> arena_;
+  std::vector<Ref> held_;  // the items of the containers that are open
   std::vector<PyObject*> path_;
   std::unordered_map<PyObject*, int32_t> seen_;
 };

@@ -25,6 +25,9 @@ struct Entry {
   Ref compiled;  // (tuple of kept leaves[, tuple of donated leaves]) -> Packed
   std::vector<int32_t> kept;     // leaf numbers; used when anything is donated
   std::vector<int32_t> donated;  // leaf numbers
+  // The plan that was last found to fit what has this structure: mostly the
+  // only one there is.
+  mutable Ref checked_plan;
 };
 
 struct JitFunction {
@@ -129,13 +132,14 @@ int TryEntry(const Entry& entry, const Arguments& arguments, Call* call) {
 
 int IsStaticRoot(JitFunction* self, Py_ssize_t position, Py_ssize_t nargs,
                  PyObject* names) {
-  if (PySet_GET_SIZE(self->statics) == 0) return 0;
+  const Ref statics = Ref::Borrow(self->statics);
+  if (PySet_GET_SIZE(statics.get()) == 0) return 0;
   if (position >= nargs) {
-    return PySet_Contains(self->statics,
+    return PySet_Contains(statics.get(),
                           PyTuple_GET_ITEM(names, position - nargs));
   }
   Ref key = Ref::Steal(PyLong_FromSsize_t(position));
-  return key ? PySet_Contains(self->statics, key.get()) : -1;
+  return key ? PySet_Contains(statics.get(), key.get()) : -1;
 }
 
 // Walks the arguments the slow way and finds or makes the entry for them.
@@ -174,11 +178,12 @@ std::shared_ptr<Entry> SlowEntry(JitFunction* self, const Arguments& arguments,
   if (!leaves || !objects) return nullptr;
   Ref no_names = Ref::Steal(PyTuple_New(0));
   PyObject* names = arguments.names ? arguments.names.get() : no_names.get();
+  const Ref make_entry = Ref::Borrow(self->make_entry);
   Ref made;
   {
     CallFrame frame(AsStructure(structure.get()), call->objects.data());
     made = Ref::Steal(PyObject_CallFunctionObjArgs(
-        self->make_entry, structure.get(), leaves.get(), names, objects.get(),
+        make_entry.get(), structure.get(), leaves.get(), names, objects.get(),
         nullptr));
   }
   if (!made) return nullptr;
@@ -239,7 +244,8 @@ Ref PickDonated(JitFunction* self, const Call& call, const Entry& entry) {
   for (size_t i = 0; i < entry.donated.size(); ++i) {
     PyObject* leaf = call.leaves[entry.donated[i]];
     if (used.insert(leaf).second) continue;
-    PyObject* copy = PyObject_CallOneArg(self->copy_array, leaf);
+    const Ref copy_array = Ref::Borrow(self->copy_array);
+    PyObject* copy = PyObject_CallOneArg(copy_array.get(), leaf);
     if (!copy) return Ref();
     PyTuple_SetItem(donated.get(), static_cast<Py_ssize_t>(i), copy);
   }
@@ -271,14 +277,31 @@ PyObject* RunEntry(JitFunction* self, const Entry& entry, const Call& call) {
     return nullptr;
   }
   auto* result = reinterpret_cast<Packed*>(packed.get());
+  if (result->plan != entry.checked_plan.get()) {
+    if (!CheckApplies(result->plan, call.objects.data(), call.objects.size(),
+                      call.leaves.size())) {
+      return nullptr;
+    }
+    entry.checked_plan = Ref::Borrow(result->plan);
+  }
   return Apply(result->plan, call.objects.data(), call.leaves.data(),
                PySequence_Fast_ITEMS(result->outputs))
       .release();
 }
 
+// Whether `__init__` has run, and the collector not yet.
+bool CheckInitialised(JitFunction* self) {
+  if (self->make_entry) return true;
+  PyErr_SetString(PyExc_TypeError,
+                  "A JitFunction must be initialised before it is called, but "
+                  "its `__init__` has not run.");
+  return false;
+}
+
 PyObject* JitVectorcall(PyObject* callable, PyObject* const* args,
                         size_t nargsf, PyObject* kwnames) {
   JitFunction* self = AsJit(callable);
+  if (!CheckInitialised(self)) return nullptr;
   const Py_ssize_t nargs = PyVectorcall_NARGS(nargsf);
   Arguments arguments;
   if (!GatherArguments(args, nargs, kwnames, &arguments)) return nullptr;
@@ -299,11 +322,12 @@ PyObject* JitVectorcall(PyObject* callable, PyObject* const* args,
 }
 
 PyObject* JitNew(PyTypeObject* type, PyObject*, PyObject*) {
-  PyObject* self = type->tp_alloc(type, 0);
+  Ref statics = Ref::Steal(PyFrozenSet_New(nullptr));
+  PyObject* self = statics ? type->tp_alloc(type, 0) : nullptr;
   if (!self) return nullptr;
   AsJit(self)->vectorcall = JitVectorcall;
   AsJit(self)->entries = new std::vector<std::shared_ptr<Entry>>();
-  AsJit(self)->statics = PyFrozenSet_New(nullptr);
+  AsJit(self)->statics = statics.release();
   return self;
 }
 
@@ -341,6 +365,7 @@ int JitTraverse(PyObject* self, visitproc visit, void* arg) {
     Py_VISIT(entry->structure.get());
     Py_VISIT(entry->names.get());
     Py_VISIT(entry->compiled.get());
+    Py_VISIT(entry->checked_plan.get());
   }
   return 0;
 }
@@ -360,12 +385,15 @@ int JitClear(PyObject* self) {
 void JitDealloc(PyObject* self) {
   PyTypeObject* type = Py_TYPE(self);
   PyObject_GC_UnTrack(self);
+  // It may be made of another, and so on.
+  Py_TRASHCAN_BEGIN(self, JitDealloc);
   if (AsJit(self)->weaklist) PyObject_ClearWeakRefs(self);
   JitClear(self);
   Py_CLEAR(AsJit(self)->statics);
   delete AsJit(self)->entries;
   type->tp_free(self);
   Py_DECREF(type);
+  Py_TRASHCAN_END;
 }
 
 PyObject* JitDescrGet(PyObject* self, PyObject* instance, PyObject*) {
@@ -388,6 +416,7 @@ PyObject* JitCacheSize(PyObject* self, PyObject*) {
 PyObject* JitPrepare(PyObject* callable, PyObject* const* args,
                      Py_ssize_t nargs, PyObject* kwnames) {
   JitFunction* self = AsJit(callable);
+  if (!CheckInitialised(self)) return nullptr;
   Arguments arguments;
   if (!GatherArguments(args, nargs, kwnames, &arguments)) return nullptr;
   Call call;

@@ -21,13 +21,36 @@ TypeMap& Types() {
   return *types;
 }
 
-PyObject* DropType(PyObject* key, PyObject*) {
-  auto* type = static_cast<PyTypeObject*>(PyLong_AsVoidPtr(key));
-  Types().erase(type);
-  Py_RETURN_NONE;
-}
+PyObject* DropType(PyObject* key, PyObject*);
 
 PyMethodDef drop_type_def = {"_drop_type", DropType, METH_O, nullptr};
+
+// The entry goes when the class goes; a class defined in a function must be
+// collectable.
+Ref WatchType(PyTypeObject* type) {
+  Ref key = Ref::Steal(PyLong_FromVoidPtr(type));
+  if (!key) return Ref();
+  Ref callback = Ref::Steal(PyCFunction_New(&drop_type_def, key.get()));
+  if (!callback) return Ref();
+  return Ref::Steal(PyWeakref_NewRef(reinterpret_cast<PyObject*>(type),
+                                     callback.get()));
+}
+
+PyObject* DropType(PyObject* key, PyObject*) {
+  auto* type = static_cast<PyTypeObject*>(PyLong_AsVoidPtr(key));
+  auto entry = Types().find(type);
+  if (entry == Types().end()) Py_RETURN_NONE;
+  // The collector tells of a class that it is about to take apart before it
+  // calls the finalisers, whose structures still point at the entry.
+  if (Py_REFCNT(type) > 0) {
+    entry->second.weakref = WatchType(type);
+    if (!entry->second.weakref) return nullptr;
+    Py_RETURN_NONE;
+  }
+  // What goes with the entry may run Python code, which must not find it.
+  const auto dropped = Types().extract(entry);
+  Py_RETURN_NONE;
+}
 
 bool IsNamedTupleType(PyTypeObject* type) {
   return PyType_IsSubtype(type, &PyTuple_Type) &&
@@ -169,16 +192,10 @@ TypeInfo* FindTypeInfo(PyTypeObject* type) {
 
 TypeInfo* GetTypeInfo(PyTypeObject* type) {
   if (TypeInfo* info = FindTypeInfo(type)) return info;
+  const Ref held = Ref::Borrow(reinterpret_cast<PyObject*>(type));
   TypeInfo info;
   if (!Classify(type, &info)) return nullptr;
-  // The entry goes when the class goes; a class defined in a function must be
-  // collectable.
-  Ref key = Ref::Steal(PyLong_FromVoidPtr(type));
-  if (!key) return nullptr;
-  Ref callback = Ref::Steal(PyCFunction_New(&drop_type_def, key.get()));
-  if (!callback) return nullptr;
-  info.weakref = Ref::Steal(
-      PyWeakref_NewRef(reinterpret_cast<PyObject*>(type), callback.get()));
+  info.weakref = WatchType(type);
   if (!info.weakref) return nullptr;
   return &Types().emplace(type, std::move(info)).first->second;
 }

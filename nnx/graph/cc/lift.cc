@@ -3,6 +3,7 @@
 #include "nnx/graph/cc/flatten.h"
 #include "nnx/graph/cc/match.h"
 #include "nnx/graph/cc/objects.h"
+#include "nnx/graph/cc/recursion_guard.h"
 #include "nnx/graph/cc/runtime.h"
 #include "nnx/graph/cc/unflatten.h"
 
@@ -39,6 +40,22 @@ std::vector<int32_t> TopNodes(const Structure* structure) {
 }
 
 namespace {
+
+// Whether an object can be written to as the node says.
+bool IsOfKind(const Node& node, PyObject* object) {
+  switch (node.kind) {
+    case NodeKind::kVariable:
+      return IsVariable(object);
+    case NodeKind::kObject:
+      return IsObject(object);
+    case NodeKind::kList:
+      return PyList_CheckExact(object);
+    case NodeKind::kDict:
+      return PyDict_CheckExact(object);
+    default:
+      return true;
+  }
+}
 
 // Whether nothing but leaves differs between the copies now and then, and if
 // so, the Variables whose leaf was replaced. 1, 0, -1.
@@ -95,6 +112,8 @@ class LeafMatcher {
 
   // `old_position`: -1 if there was nothing in this place.
   bool Match(int32_t position, int32_t old_position) {
+    RecursionGuard guard;
+    if (!guard.entered()) return false;
     const Node& node = after_[position];
     if (node.kind == NodeKind::kRef) return true;
     if (node.index >= 0) {
@@ -151,6 +170,38 @@ class LeafMatcher {
 };
 
 }  // namespace
+
+bool CheckObjects(const Structure* structure, PyObject* const* objects,
+                  size_t count, const std::vector<int32_t>* origin) {
+  for (const Node& node : *structure->nodes) {
+    if (node.index < 0 || node.kind == NodeKind::kRef) continue;
+    const int32_t number = origin ? (*origin)[node.index] : node.index;
+    if (number < 0) continue;
+    if (static_cast<size_t>(number) >= count ||
+        !IsOfKind(node, objects[number])) {
+      PyErr_SetString(PyExc_ValueError,
+                      "`objects` must be those of the structure, but one is "
+                      "missing or of another kind.");
+      return false;
+    }
+  }
+  return true;
+}
+
+bool CheckApplies(PyObject* plan, PyObject* const* objects, size_t num_objects,
+                  size_t num_leaves) {
+  const Plan::Data& data = PlanData(plan);
+  for (int32_t source : data.sources) {
+    if (source < 0 && static_cast<size_t>(~source) >= num_leaves) {
+      PyErr_SetString(PyExc_ValueError,
+                      "`leaves` must be those that were packed, but some are "
+                      "missing.");
+      return false;
+    }
+  }
+  return CheckObjects(AsStructure(data.structure.get()), objects, num_objects,
+                      &data.origin);
+}
 
 Ref Pack(const Structure* before, const std::vector<int32_t>& tops,
          PyObject* const* objects, PyObject* const* leaves, PyObject* result) {
@@ -285,7 +336,7 @@ Ref Apply(PyObject* plan, PyObject* const* objects, PyObject* const* leaves,
     result = build.Build();
     if (!result) return Ref();
   }
-  return result;
+  return build.Commit() ? result : Ref();
 }
 
 // --- Python functions
@@ -302,6 +353,12 @@ bool CheckTuple(PyObject* value, Py_ssize_t size, const char* name) {
 
 PyObject* const* Items(PyObject* tuple) { return PySequence_Fast_ITEMS(tuple); }
 
+bool CheckObjectTuple(const Structure* structure, PyObject* objects) {
+  return CheckTuple(objects, structure->num_indices, "objects") &&
+         CheckObjects(structure, Items(objects), structure->num_indices,
+                      /*origin=*/nullptr);
+}
+
 Ref ToTuple(std::vector<Ref>& values) {
   Ref tuple = Ref::Steal(PyTuple_New(static_cast<Py_ssize_t>(values.size())));
   if (!tuple) return Ref();
@@ -310,6 +367,18 @@ Ref ToTuple(std::vector<Ref>& values) {
                      Ref(values[i]).release());
   }
   return tuple;
+}
+
+// Whether a structure is that of arguments, as `flatten` makes it: one that
+// `split` makes in a context may refer to objects that are not there.
+bool CheckClosed(PyObject* value) {
+  if (!CheckStructure(value)) return false;
+  if (AsStructure(value)->num_outer == 0) return true;
+  PyErr_Format(PyExc_ValueError,
+               "`structure` must be complete, but it refers to %d objects of "
+               "earlier splits of its context.",
+               AsStructure(value)->num_outer);
+  return false;
 }
 
 // flatten(values, static=()) -> (structure, leaves, objects)
@@ -349,7 +418,7 @@ PyObject* UnflattenFunction(PyObject*, PyObject* const* args,
                     "tuple of leaves.");
     return nullptr;
   }
-  if (!CheckStructure(args[0])) return nullptr;
+  if (!CheckClosed(args[0])) return nullptr;
   const Structure* structure = AsStructure(args[0]);
   if (!CheckTuple(args[1], structure->num_leaves, "leaves")) return nullptr;
   Unflattener build(*structure->nodes, Items(args[1]), nullptr,
@@ -375,9 +444,9 @@ PyObject* PackFunction(PyObject*, PyObject* const* args, Py_ssize_t nargs) {
                     "`pack` takes a structure, objects, leaves and a result.");
     return nullptr;
   }
-  if (!CheckStructure(args[0])) return nullptr;
+  if (!CheckClosed(args[0])) return nullptr;
   const Structure* structure = AsStructure(args[0]);
-  if (!CheckTuple(args[1], structure->num_indices, "objects") ||
+  if (!CheckObjectTuple(structure, args[1]) ||
       !CheckTuple(args[2], structure->num_leaves, "leaves")) {
     return nullptr;
   }
@@ -395,20 +464,9 @@ PyObject* ApplyFunction(PyObject*, PyObject* const* args, Py_ssize_t nargs) {
     return nullptr;
   }
   auto* packed = reinterpret_cast<Packed*>(args[0]);
-  const Plan::Data& data = PlanData(packed->plan);
-  for (int32_t index : data.origin) {
-    if (index >= PyTuple_GET_SIZE(args[1])) {
-      PyErr_SetString(PyExc_ValueError,
-                      "`objects` are not those that were packed.");
-      return nullptr;
-    }
-  }
-  for (int32_t source : data.sources) {
-    if (source < 0 && ~source >= PyTuple_GET_SIZE(args[2])) {
-      PyErr_SetString(PyExc_ValueError,
-                      "`leaves` are not those that were packed.");
-      return nullptr;
-    }
+  if (!CheckApplies(packed->plan, Items(args[1]), PyTuple_GET_SIZE(args[1]),
+                    PyTuple_GET_SIZE(args[2]))) {
+    return nullptr;
   }
   return Apply(packed->plan, Items(args[1]), Items(args[2]),
                Items(packed->outputs))
@@ -461,8 +519,8 @@ PyObject* FramedFunction(PyObject*, PyObject* const* args, Py_ssize_t nargs) {
                     "`framed` takes a structure, objects and a function.");
     return nullptr;
   }
-  if (!CheckStructure(args[0]) ||
-      !CheckTuple(args[1], AsStructure(args[0])->num_indices, "objects")) {
+  if (!CheckClosed(args[0]) ||
+      !CheckObjectTuple(AsStructure(args[0]), args[1])) {
     return nullptr;
   }
   CallFrame frame(AsStructure(args[0]), Items(args[1]));
@@ -477,7 +535,7 @@ PyObject* MatchesFunction(PyObject*, PyObject* const* args, Py_ssize_t nargs) {
                     "`matches` takes a structure and a tuple of values.");
     return nullptr;
   }
-  if (!CheckStructure(args[0])) return nullptr;
+  if (!CheckClosed(args[0])) return nullptr;
   const Structure* structure = AsStructure(args[0]);
   if (!CheckTuple(args[1], structure->num_roots, "values")) return nullptr;
   {

@@ -3,6 +3,7 @@
 
 #include <Python.h>
 
+#include <cstddef>
 #include <cstdint>
 #include <vector>
 
@@ -21,6 +22,14 @@ Ref Pack(const Structure* structure, const std::vector<int32_t>& tops,
 // result. `objects` and `leaves` are those of the call.
 Ref Apply(PyObject* plan, PyObject* const* objects, PyObject* const* leaves,
           PyObject* const* outputs);
+
+// Whether `objects` can be written to as those of a structure. `origin`: index
+// in the structure -> index among them, or -1; null: the same.
+bool CheckObjects(const Structure* structure, PyObject* const* objects,
+                  size_t count, const std::vector<int32_t>* origin);
+// Whether a plan can be applied to objects and leaves.
+bool CheckApplies(PyObject* plan, PyObject* const* objects, size_t num_objects,
+                  size_t num_leaves);
 
 // Positions of the outermost nodes with an identity.
 std::vector<int32_t> TopNodes(const Structure* structure);

@@ -5,6 +5,7 @@
 #include "nnx/graph/cc/arguments.h"
 #include "nnx/graph/cc/children.h"
 #include "nnx/graph/cc/objects.h"
+#include "nnx/graph/cc/owned_items.h"
 #include "nnx/graph/cc/path.h"
 #include "nnx/graph/cc/recursion_guard.h"
 #include "nnx/graph/cc/selection.h"
@@ -26,26 +27,25 @@ class MappingSplitter {
       (*mappings)[number] = Ref::Steal(PyDict_Copy(mapping));
       return static_cast<bool>((*mappings)[number]);
     }
-    PyObject *key, *value;
-    Py_ssize_t position = 0;
-    while (PyDict_Next(mapping, &position, &key, &value)) {
-      path_.push_back(Ref::Borrow(key));
-      Ref held = Ref::Borrow(value);
+    const size_t held = held_.size();
+    AppendPairs(mapping, &held_);
+    const size_t end = held_.size();
+    for (size_t i = held; i < end; i += 2) {
+      PyObject *key = held_[i].get(), *value = held_[i + 1].get();
+      path_.push_back(held_[i]);
       Ref inner = AsMapping(value);
       if (PyErr_Occurred()) return false;
       if (inner) {
         Mappings children(mappings->size());
         if (!Split(inner.get(), &children) ||
-            !InsertChildren(mappings, path_.back().get(), children)) {
+            !InsertChildren(mappings, key, children)) {
           return false;
         }
       } else {
         const int number = selector_.Select(path_, value);
         if (number < 0) return false;
         if (number < selector_.size()) {
-          if (!Insert(mappings, number, path_.back().get(), value)) {
-            return false;
-          }
+          if (!Insert(mappings, number, key, value)) return false;
         } else if (exhaustive_) {
           RaiseUnselected(path_, value);
           return false;
@@ -53,6 +53,7 @@ class MappingSplitter {
       }
       path_.pop_back();
     }
+    held_.resize(held);
     return true;
   }
 
@@ -75,6 +76,7 @@ class MappingSplitter {
   const Selector& selector_;
   const bool exhaustive_;
   std::vector<Ref> path_;
+  std::vector<Ref> held_;  // the items of the mappings that are open
 };
 
 // split_mapping(mapping, filters, exhaustive) -> [mapping, ...]
@@ -114,17 +116,18 @@ bool HoldsOnlyVariables(PyObject* mapping) {
   return PyDict_GET_SIZE(mapping) > 0;
 }
 
-// `path` is that of `target`.
-bool MergeInto(PyObject* target, PyObject* source, std::vector<Ref>* path) {
+// `path` is that of `target`; `held` has the items of the mappings above.
+bool MergeInto(PyObject* target, PyObject* source, std::vector<Ref>* path,
+               std::vector<Ref>* held) {
   RecursionGuard guard;
   if (!guard.entered()) return false;
-  PyObject *key_item, *value_item;
-  Py_ssize_t position = 0;
-  while (PyDict_Next(source, &position, &key_item, &value_item)) {
-    path->push_back(Ref::Borrow(key_item));
-    PyObject* key = path->back().get();
-    Ref value = Ref::Borrow(value_item);
-    Ref inner = AsMapping(value.get());
+  const size_t start = held->size();
+  AppendPairs(source, held);
+  const size_t end = held->size();
+  for (size_t i = start; i < end; i += 2) {
+    path->push_back((*held)[i]);
+    PyObject *key = (*held)[i].get(), *value = (*held)[i + 1].get();
+    Ref inner = AsMapping(value);
     if (!inner && PyErr_Occurred()) return false;
     Ref existing = Ref::Borrow(PyDict_GetItemWithError(target, key));
     if (!existing && PyErr_Occurred()) return false;
@@ -134,7 +137,7 @@ bool MergeInto(PyObject* target, PyObject* source, std::vector<Ref>* path) {
       return false;
     }
     if (!inner) {
-      if (PyDict_SetItem(target, key, value.get()) < 0) return false;
+      if (PyDict_SetItem(target, key, value) < 0) return false;
     } else if (!existing && HoldsOnlyVariables(inner.get())) {
       Ref copy = Ref::Steal(PyDict_Copy(inner.get()));
       if (!copy || PyDict_SetItem(target, key, copy.get()) < 0) return false;
@@ -145,10 +148,11 @@ bool MergeInto(PyObject* target, PyObject* source, std::vector<Ref>* path) {
           return false;
         }
       }
-      if (!MergeInto(existing.get(), inner.get(), path)) return false;
+      if (!MergeInto(existing.get(), inner.get(), path, held)) return false;
     }
     path->pop_back();
   }
+  held->resize(start);
   return true;
 }
 
@@ -167,8 +171,8 @@ PyObject* MergeMappingsFunction(PyObject*, PyObject* const* args,
       }
       return nullptr;
     }
-    std::vector<Ref> path;
-    if (!MergeInto(target.get(), mapping.get(), &path)) return nullptr;
+    std::vector<Ref> path, held;
+    if (!MergeInto(target.get(), mapping.get(), &path, &held)) return nullptr;
   }
   return target.release();
 }

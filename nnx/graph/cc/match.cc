@@ -3,10 +3,29 @@
 #include "nnx/graph/cc/children.h"
 #include "nnx/graph/cc/layout.h"
 #include "nnx/graph/cc/objects.h"
+#include "nnx/graph/cc/recursion_guard.h"
 #include "nnx/graph/cc/runtime.h"
 #include "nnx/graph/cc/statics.h"
 
 namespace nnx::graph {
+namespace {
+
+// A key of another class could run Python code when it is compared.
+bool IsPlainKey(PyObject* key) {
+  return PyUnicode_CheckExact(key) || PyLong_CheckExact(key);
+}
+
+// Whether looking up a plain key runs no Python code.
+bool HasPlainKeys(PyObject* dict) {
+  PyObject *key, *value;
+  Py_ssize_t position = 0;
+  while (PyDict_Next(dict, &position, &key, &value)) {
+    if (!IsPlainKey(key)) return false;
+  }
+  return true;
+}
+
+}  // namespace
 
 bool Matcher::Match(PyObject* value) { return Visit(value); }
 
@@ -33,19 +52,20 @@ bool Matcher::VisitStatic(const Node& node, PyObject* value) {
            NativeEqual(recorded, value);
   }
   if (Py_TYPE(recorded) != Py_TYPE(value)) return false;
-  deferred_.push_back({recorded, node.hash, Ref::Borrow(value)});
+  deferred_.push_back({node.aux, node.hash, Ref::Borrow(value)});
   return true;
 }
 
 bool Matcher::VisitMetadata(PyObject* recorded, PyObject* given) {
   const Py_ssize_t size = PyDict_GET_SIZE(given);
   if (!recorded) return size == 0;
-  if (PyDict_GET_SIZE(recorded) != size) return false;
+  if (PyDict_GET_SIZE(recorded) != size || !HasPlainKeys(recorded)) {
+    return false;
+  }
   PyObject *key, *value;
   Py_ssize_t position = 0;
   while (PyDict_Next(given, &position, &key, &value)) {
-    // Other keys could run Python code when they are compared.
-    if (!PyUnicode_CheckExact(key) && !PyLong_CheckExact(key)) return false;
+    if (!IsPlainKey(key)) return false;
     PyObject* expected = PyDict_GetItemWithError(recorded, key);
     if (!expected) {
       PyErr_Clear();
@@ -56,7 +76,7 @@ bool Matcher::VisitMetadata(PyObject* recorded, PyObject* given) {
     if (IsNativeScalar(value)) {
       if (!NativeEqual(expected, value)) return false;
     } else {
-      deferred_.push_back({expected, -1, Ref::Borrow(value)});
+      deferred_.push_back({Ref::Borrow(expected), -1, Ref::Borrow(value)});
     }
   }
   return true;
@@ -64,6 +84,14 @@ bool Matcher::VisitMetadata(PyObject* recorded, PyObject* given) {
 
 bool Matcher::Visit(PyObject* value) {
   const Node& node = nodes_[position_++];
+  if (node.children == 0) return VisitNode(node, value);
+  RecursionGuard guard;
+  if (guard.entered()) return VisitNode(node, value);
+  PyErr_Clear();  // the slow walk will raise it
+  return false;
+}
+
+bool Matcher::VisitNode(const Node& node, PyObject* value) {
   PyTypeObject* type = Py_TYPE(value);
   switch (node.kind) {
     case NodeKind::kStatic:
@@ -154,11 +182,13 @@ bool Matcher::Visit(PyObject* value) {
       Ref mapping = node.kind == NodeKind::kState ? StoredMapping(value)
                                                   : Ref::Borrow(value);
       if (!mapping) return false;
-      if (PyDict_GET_SIZE(mapping.get()) != node.children) return false;
+      if (PyDict_GET_SIZE(mapping.get()) != node.children ||
+          !HasPlainKeys(mapping.get())) {
+        return false;
+      }
       for (int32_t i = 0; i < node.children; ++i) {
         PyObject* key = PyTuple_GET_ITEM(node.keys.get(), i);
-        // Other keys could run Python code when they are compared.
-        if (!PyUnicode_CheckExact(key) && !PyLong_CheckExact(key)) return false;
+        if (!IsPlainKey(key)) return false;
         PyObject* child = PyDict_GetItemWithError(mapping.get(), key);
         if (!child) {
           PyErr_Clear();
@@ -183,7 +213,7 @@ int Matcher::FinishDeferred() {
       if (hash == -1) return -1;
       if (hash != item.hash) return 0;
     }
-    const int equal = StaticEqual(item.recorded, item.given.get());
+    const int equal = StaticEqual(item.recorded.get(), item.given.get());
     if (equal != 1) return equal;
   }
   return 1;

@@ -30,6 +30,7 @@ class Matcher {
 
  private:
   bool Visit(PyObject* value);
+  bool VisitNode(const Node& node, PyObject* value);
   bool VisitStatic(const Node& node, PyObject* value);
   bool VisitMetadata(PyObject* recorded, PyObject* given);
   bool Index(const Node& node, PyObject* value);
@@ -41,7 +42,7 @@ class Matcher {
   const uint64_t epoch_ = NextEpoch();
   std::vector<PyObject*> arena_;
   struct Deferred {
-    PyObject* recorded;
+    Ref recorded;
     Py_hash_t hash;
     Ref given;
   };

@@ -8,6 +8,7 @@
 #include "nnx/graph/cc/flatten.h"
 #include "nnx/graph/cc/objects.h"
 #include "nnx/graph/cc/path.h"
+#include "nnx/graph/cc/recursion_guard.h"
 #include "nnx/graph/cc/runtime.h"
 #include "nnx/graph/cc/structure.h"
 #include "nnx/graph/cc/unflatten.h"
@@ -121,6 +122,8 @@ class Provider {
 
   // `used` counts the keys of `mapping` that a node asked for.
   bool Provide(int32_t position, PyObject* mapping, Py_ssize_t* used) {
+    RecursionGuard guard;
+    if (!guard.entered()) return false;
     const Node& node = nodes_[position];
     int32_t child = position + 1;
     for (int32_t i = 0; i < node.children; ++i, child = nodes_[child].end) {
@@ -137,7 +140,9 @@ class Provider {
   }
 
   bool ProvideChild(int32_t child, PyObject* mapping, Py_ssize_t* used) {
-    PyObject* value = PyDict_GetItemWithError(mapping, path_.back().get());
+    const Ref held = Ref::Borrow(
+        PyDict_GetItemWithError(mapping, path_.back().get()));
+    PyObject* value = held.get();
     if (!value) {
       if (PyErr_Occurred()) return false;
       if (!HasLeaves(nodes_, child)) return true;
@@ -269,7 +274,7 @@ PyObject* MergeFunction(PyObject*, PyObject* const* args, Py_ssize_t nargs) {
     build.Declare(i, seen[i].get());
   }
   Ref result = build.Build();
-  if (!result) return nullptr;
+  if (!result || !build.Commit()) return nullptr;
   if (nargs == 5 && args[3] != Py_None &&
       !Extend(args[3], build.objects(), structure->num_outer)) {
     return nullptr;

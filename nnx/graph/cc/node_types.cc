@@ -57,6 +57,10 @@ PyObject* IsCustomNodeFunction(PyObject*, PyObject* value) {
 
 // forget_type(type): classifies it anew when it is next met.
 PyObject* ForgetTypeFunction(PyObject*, PyObject* type) {
+  if (!PyType_Check(type)) {
+    PyErr_Format(PyExc_TypeError, "`type` must be a class, but got %R.", type);
+    return nullptr;
+  }
   ForgetType(reinterpret_cast<PyTypeObject*>(type));
   Py_RETURN_NONE;
 }

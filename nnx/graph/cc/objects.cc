@@ -111,20 +111,15 @@ void ClearShared(GraphObject* self) {
 long ClassFlags(PyTypeObject* type, PyObject* name) {
   PyObject* flags = _PyType_Lookup(type, name);
   if (!flags || !PyLong_Check(flags)) return 0;
-  return PyLong_AsLong(flags);
+  int overflow = 0;  // without an error: then every flag is set
+  return PyLong_AsLongAndOverflow(flags, &overflow);
 }
 
 // --- VariableBase
 
 PyObject* VariableNew(PyTypeObject* type, PyObject*, PyObject*) {
-  Ref self = Ref::Steal(type->tp_alloc(type, 0));
-  if (!self) return nullptr;
-  VariableObject* variable = AsVariable(self.get());
-  variable->raw = Py_None;
-  Py_INCREF(Py_None);
-  variable->metadata = PyDict_New();
-  if (!variable->metadata || !RecordTrace(variable)) return nullptr;
-  RecordOrigin(variable);
+  Ref self = NewVariable(type, Py_None, nullptr, 0, nullptr);
+  if (self) RecordOrigin(AsGraphObject(self.get()));
   return self.release();
 }
 
@@ -168,6 +163,8 @@ int VariableClear(PyObject* self) {
 void VariableDealloc(PyObject* self) {
   PyTypeObject* type = Py_TYPE(self);
   PyObject_GC_UnTrack(self);
+  // A Variable may hold a Variable, and so on.
+  Py_TRASHCAN_BEGIN(self, VariableDealloc);
   VariableObject* variable = AsVariable(self);
   if (variable->weaklist) PyObject_ClearWeakRefs(self);
   Py_CLEAR(variable->raw);
@@ -175,6 +172,7 @@ void VariableDealloc(PyObject* self) {
   ClearShared(variable);
   type->tp_free(self);
   Py_DECREF(type);
+  Py_TRASHCAN_END;
 }
 
 PyObject* VariableGetValue(PyObject* self, void*) {
@@ -291,7 +289,8 @@ int VariableAssignSubscript(PyObject* self, PyObject* key, PyObject* value) {
   }
   VariableObject* variable = AsVariable(self);
   if (key == Py_Ellipsis && variable->hook_flags == 0) {
-    const int same = SameAbstractValue(variable->raw, value);
+    const Ref raw = Ref::Borrow(variable->raw);
+    const int same = SameAbstractValue(raw.get(), value);
     if (same < 0) return -1;
     if (same) {
       if (!CheckCanUpdate(self)) return -1;
@@ -319,7 +318,11 @@ PyObject* VariableGetAttr(PyObject* self, PyObject* name) {
     return found;
   }
   if (PyErr_Occurred()) return nullptr;
-  return PyObject_CallMethodOneArg(self, GetRuntime().s_getattr_slow, name);
+  // Found as other attributes are it would be looked up for ever where a class
+  // has none.
+  Ref method =
+      Ref::Steal(PyObject_GenericGetAttr(self, GetRuntime().s_getattr_slow));
+  return method ? PyObject_CallOneArg(method.get(), name) : nullptr;
 }
 
 int VariableSetAttr(PyObject* self, PyObject* name, PyObject* value) {
@@ -430,14 +433,15 @@ int ObjectSetAttr(PyObject* self, PyObject* name, PyObject* value) {
                       PyType_IsSubtype(Py_TYPE(value), rt.attribute_marker);
   if (!marked && ClassFlags(Py_TYPE(self), rt.s_setattr_flags) == 0) {
     if (PyObject_GenericSetAttr(self, name, value) < 0) return -1;
-    ObjectObject* object = AsObject(self);
-    if (!object->status) return 0;
+    // Owned: a name that is compared in Python can put another in its place.
+    const Ref status = Ref::Borrow(AsObject(self)->status);
+    if (!status) return 0;
     // An assignment leaves an earlier mark by the user as it is, not that of
     // what stood in the place of data.
-    PyObject* mark = PyDict_GetItemWithError(object->status, name);
+    PyObject* mark = PyDict_GetItemWithError(status.get(), name);
     if (!mark) return PyErr_Occurred() ? -1 : 0;
     if (value && mark != Py_Ellipsis) return 0;
-    return PyDict_DelItem(object->status, name);
+    return PyDict_DelItem(status.get(), name);
   }
   Ref result = Ref::Steal(
       value ? PyObject_CallMethodObjArgs(self, rt.s_setattr_slow, name, value,
@@ -608,26 +612,30 @@ PyObject* ObjectDict(ObjectObject* object) {
 
 Ref NewVariable(PyTypeObject* type, PyObject* raw, PyObject* metadata,
                 uint8_t hook_flags, const GraphObject* origin) {
+  // All at hand before the collector, and so Python code, can see the object.
+  const Ref held = Ref::Borrow(reinterpret_cast<PyObject*>(type));
+  Ref value = Ref::Borrow(raw);
+  Ref copy = Ref::Steal(metadata ? PyDict_Copy(metadata) : PyDict_New());
+  if (!copy) return Ref();
   Ref self = Ref::Steal(type->tp_alloc(type, 0));
   if (!self) return Ref();
   VariableObject* variable = AsVariable(self.get());
-  Py_INCREF(raw);
-  variable->raw = raw;
-  variable->metadata = metadata ? PyDict_Copy(metadata) : PyDict_New();
+  variable->raw = value.release();
+  variable->metadata = copy.release();
   variable->hook_flags = hook_flags;
-  if (!variable->metadata || !RecordTrace(variable)) return Ref();
+  if (!RecordTrace(variable)) return Ref();
   CopyOrigin(variable, origin);
   return self;
 }
 
 Ref NewObject(PyTypeObject* type, PyObject* status, const GraphObject* origin) {
+  const Ref held = Ref::Borrow(reinterpret_cast<PyObject*>(type));
+  Ref copy = status ? Ref::Steal(PyDict_Copy(status)) : Ref();
+  if (status && !copy) return Ref();
   Ref self = Ref::Steal(type->tp_alloc(type, 0));
   if (!self) return Ref();
   ObjectObject* object = AsObject(self.get());
-  if (status) {
-    object->status = PyDict_Copy(status);
-    if (!object->status) return Ref();
-  }
+  object->status = copy.release();
   if (!RecordTrace(object)) return Ref();
   CopyOrigin(object, origin);
   return self;

@@ -6,6 +6,7 @@
 #include "nnx/graph/cc/children.h"
 #include "nnx/graph/cc/layout.h"
 #include "nnx/graph/cc/objects.h"
+#include "nnx/graph/cc/owned_items.h"
 #include "nnx/graph/cc/runtime.h"
 
 namespace nnx::graph {
@@ -88,9 +89,10 @@ Ref MarksKey(PyObject* status) {
   if (!status) return Ref::Steal(PyTuple_New(0));
   Ref marks = Ref::Steal(PyDict_New());
   if (!marks) return Ref();
-  PyObject *name, *mark;
-  Py_ssize_t position = 0;
-  while (PyDict_Next(status, &position, &name, &mark)) {
+  std::vector<Ref> items;
+  AppendPairs(status, &items);
+  for (size_t i = 0; i < items.size(); i += 2) {
+    PyObject *name = items[i].get(), *mark = items[i + 1].get();
     if (!IsStandIn(mark) && PyDict_SetItem(marks.get(), name, mark) < 0) {
       return Ref();
     }
@@ -107,10 +109,11 @@ PyObject* ObjectFlatten(PyObject*, PyObject* self) {
   }
   ObjectObject* object = AsObject(self);
   TypeInfo* info = GetTypeInfo(Py_TYPE(self));
-  PyObject* dict = ObjectDict(object);
+  // Owned, as all that follows may run Python code that assigns to them.
+  const Ref dict = Ref::Borrow(ObjectDict(object));
   if (!info || !dict) return nullptr;
   std::vector<PyObject*> arena;
-  Layout* layout = FindLayout(info, dict, &arena);
+  Layout* layout = FindLayout(info, dict.get(), &arena);
   if (!layout) return nullptr;
   Ref keys = layout->keys;
   std::vector<Ref> values;
@@ -119,14 +122,16 @@ PyObject* ObjectFlatten(PyObject*, PyObject* self) {
   Ref names = Ref::Steal(PyList_New(0));
   Ref statics = Ref::Steal(PyList_New(0));
   Ref static_values = Ref::Steal(PyList_New(0));
-  Ref status = MarksKey(object->status);
-  if (!children || !names || !statics || !static_values || !status) {
+  const Ref status = Ref::Borrow(object->status);
+  Ref marks = MarksKey(status.get());
+  if (!children || !names || !statics || !static_values || !marks) {
     return nullptr;
   }
   for (size_t i = 0; i < values.size(); ++i) {
     PyObject* key = PyTuple_GET_ITEM(keys.get(), static_cast<Py_ssize_t>(i));
     PyObject* marked =
-        object->status ? PyDict_GetItemWithError(object->status, key) : nullptr;
+        status ? PyDict_GetItemWithError(status.get(), key) : nullptr;
+    if (status && !marked && PyErr_Occurred()) return nullptr;
     const int data = marked ? marked != Py_False : HoldsData(values[i].get());
     if (data < 0) return nullptr;
     if (PyList_Append(data ? names.get() : statics.get(), key) < 0 ||
@@ -143,7 +148,7 @@ PyObject* ObjectFlatten(PyObject*, PyObject* self) {
     if (!part) return nullptr;
   }
   return Py_BuildValue("(O(OOOO))", parts[0].get(), parts[1].get(),
-                       parts[2].get(), parts[3].get(), status.get());
+                       parts[2].get(), parts[3].get(), marks.get());
 }
 
 PyObject* ObjectUnflatten(PyObject* cls, PyObject* const* args,
@@ -158,6 +163,13 @@ PyObject* ObjectUnflatten(PyObject* cls, PyObject* const* args,
   }
   Ref children = Ref::Steal(PySequence_Tuple(args[1]));
   if (!children) return nullptr;
+  if (PyTuple_GET_SIZE(statics) != PyTuple_GET_SIZE(static_values)) {
+    PyErr_Format(PyExc_ValueError,
+                 "There must be a value for each static attribute, but got "
+                 "%zd for %zd.",
+                 PyTuple_GET_SIZE(static_values), PyTuple_GET_SIZE(statics));
+    return nullptr;
+  }
   if (PyTuple_GET_SIZE(children.get()) != PyTuple_GET_SIZE(names)) {
     PyErr_Format(PyExc_ValueError,
                  "`children` must have %zd items, but got "
@@ -184,11 +196,11 @@ PyObject* ObjectUnflatten(PyObject* cls, PyObject* const* args,
   Ref self =
       NewObject(reinterpret_cast<PyTypeObject*>(cls), status.get(), nullptr);
   if (!self) return nullptr;
-  PyObject* dict = ObjectDict(AsObject(self.get()));
+  const Ref dict = Ref::Borrow(ObjectDict(AsObject(self.get())));
   if (!dict) return nullptr;
-  auto fill = [dict](PyObject* keys, PyObject* values) {
+  auto fill = [&dict](PyObject* keys, PyObject* values) {
     for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(keys); ++i) {
-      if (PyDict_SetItem(dict, PyTuple_GET_ITEM(keys, i),
+      if (PyDict_SetItem(dict.get(), PyTuple_GET_ITEM(keys, i),
                          PyTuple_GET_ITEM(values, i)) < 0) {
         return false;
       }
@@ -217,18 +229,22 @@ PyObject* MakeObjectUnflatten(PyObject*, PyObject* cls) {
 // state_flatten(state) -> (values, keys), in canonical order
 PyObject* StateFlatten(PyObject*, PyObject* state) {
   Ref mapping = AsMapping(state);
-  if (!mapping) return nullptr;
-  Ref keys = CanonicalKeys(mapping.get());
-  if (!keys) return nullptr;
-  const Py_ssize_t size = PyTuple_GET_SIZE(keys.get());
-  Ref values = Ref::Steal(PyTuple_New(size));
+  if (!mapping) {
+    if (!PyErr_Occurred()) {
+      PyErr_Format(PyExc_TypeError,
+                   "`state` must be a State or a dict, but got %s.",
+                   Py_TYPE(state)->tp_name);
+    }
+    return nullptr;
+  }
+  Ref keys;
+  std::vector<Ref> items;
+  if (!OpenMapping(mapping.get(), &keys, &items)) return nullptr;
+  Ref values = Ref::Steal(PyTuple_New(static_cast<Py_ssize_t>(items.size())));
   if (!values) return nullptr;
-  for (Py_ssize_t i = 0; i < size; ++i) {
-    PyObject* value =
-        PyDict_GetItemWithError(mapping.get(), PyTuple_GET_ITEM(keys.get(), i));
-    if (!value) return nullptr;
-    Py_INCREF(value);
-    PyTuple_SET_ITEM(values.get(), i, value);
+  for (size_t i = 0; i < items.size(); ++i) {
+    PyTuple_SET_ITEM(values.get(), static_cast<Py_ssize_t>(i),
+                     items[i].release());
   }
   return PyTuple_Pack(2, values.get(), keys.get());
 }

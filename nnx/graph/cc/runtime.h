@@ -29,6 +29,8 @@ struct Runtime {
   PyTypeObject* attribute_marker = nullptr;
   PyTypeObject* state = nullptr;
   PyTypeObject* structure = nullptr;  // NodeDef
+  // What `structure` must derive from, as the engine makes its instances.
+  PyTypeObject* structure_base = nullptr;
   // Directory prefix of the library: frames below it are never the line a user
   // wrote.
   std::string library_prefix;

@@ -9,6 +9,7 @@
 #include "nnx/graph/cc/layout.h"
 #include "nnx/graph/cc/objects.h"
 #include "nnx/graph/cc/path.h"
+#include "nnx/graph/cc/recursion_guard.h"
 #include "nnx/graph/cc/selection.h"
 #include "nnx/graph/cc/structure.h"
 
@@ -51,6 +52,8 @@ class MappingBuilder {
 
  private:
   bool Build(int32_t position, Mappings* mappings) {
+    RecursionGuard guard;
+    if (!guard.entered()) return false;
     const Node& node = walk_.nodes()[position];
     int32_t child = position + 1;
     for (int32_t i = 0; i < node.children; ++i) {
@@ -171,6 +174,8 @@ class Popper {
         popped_(walk.objects().size(), false) {}
 
   bool Select(int32_t position, Mappings* mappings) {
+    RecursionGuard guard;
+    if (!guard.entered()) return false;
     const Node& node = walk_.nodes()[position];
     int32_t child = position + 1;
     for (int32_t i = 0; i < node.children;
@@ -221,9 +226,11 @@ class Popper {
         }
         continue;
       }
-      PyObject* dict = IsObject(owner.get()) ? ObjectDict(AsObject(owner.get()))
-                                             : owner.get();
-      if (!dict || PyDict_DelItem(dict, key.get()) < 0) return false;
+      // Owned: a key that is compared in Python can assign to `__dict__`.
+      const Ref dict = IsObject(owner.get())
+                           ? Ref::Borrow(ObjectDict(AsObject(owner.get())))
+                           : owner;
+      if (!dict || PyDict_DelItem(dict.get(), key.get()) < 0) return false;
     }
     return true;
   }

@@ -1,7 +1,10 @@
 #include "nnx/graph/cc/structure.h"
 
 #include <cstring>
+#include <limits>
+#include <utility>
 
+#include "nnx/graph/cc/owned_items.h"
 #include "nnx/graph/cc/recursion_guard.h"
 #include "nnx/graph/cc/runtime.h"
 #include "nnx/graph/cc/statics.h"
@@ -99,11 +102,11 @@ size_t Mix(size_t hash, size_t value) {
 // Metadata is hashed by its names alone: values may be unhashable, and equality
 // looks at them anyway.
 bool MixMapping(PyObject* mapping, size_t* hash) {
-  PyObject *key, *value;
-  Py_ssize_t position = 0;
+  std::vector<Ref> items;
+  AppendPairs(mapping, &items);
   size_t sum = 0;
-  while (PyDict_Next(mapping, &position, &key, &value)) {
-    const Py_hash_t part = PyObject_Hash(key);
+  for (size_t i = 0; i < items.size(); i += 2) {
+    const Py_hash_t part = PyObject_Hash(items[i].get());
     if (part == -1) return false;
     sum += Mix(17, static_cast<size_t>(part));
   }
@@ -200,10 +203,15 @@ PyObject* StructureRecords(PyObject* self, void*) {
   if (!records) return nullptr;
   Py_ssize_t count = 0;
   for (const Node& node : *structure->nodes) {
+    // A copy of what is in a structure, which never changes.
+    const bool own = node.aux && node.kind != NodeKind::kStatic &&
+                     PyDict_CheckExact(node.aux.get());
+    Ref aux = own ? Ref::Steal(PyDict_Copy(node.aux.get())) : node.aux;
+    if (own && !aux) return nullptr;
     PyObject* record =
         Py_BuildValue("(siiiOOOOOi)", KindName(node), node.index, node.leaf,
                       node.children, OrNone(node.type), OrNone(node.keys),
-                      OrNone(node.aux), node.reference ? Py_True : Py_False,
+                      OrNone(aux), node.reference ? Py_True : Py_False,
                       node.atomic ? Py_True : Py_False, node.hook_flags);
     if (!record) return nullptr;
     PyTuple_SET_ITEM(records.get(), count++, record);
@@ -244,53 +252,95 @@ bool IsTypeBelow(const Ref& type, PyTypeObject* base) {
          PyType_IsSubtype(reinterpret_cast<PyTypeObject*>(type.get()), base);
 }
 
-// Whether a record has what building its kind of node reads.
+// Attribute names, which are compared without running Python code.
+bool ArePlainKeys(PyObject* keys) {
+  for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(keys); ++i) {
+    PyObject* key = PyTuple_GET_ITEM(keys, i);
+    if (!PyUnicode_CheckExact(key) && !PyLong_CheckExact(key)) return false;
+  }
+  return true;
+}
+
+bool IsType(const Ref& type, PyTypeObject* wanted) {
+  return type.get() == reinterpret_cast<PyObject*>(wanted);
+}
+
+// Whether a record has what a walk reads of its kind of node, and nothing that
+// one would take for something else.
 bool IsComplete(const Node& node) {
-  const bool named =
-      node.keys && PyTuple_GET_SIZE(node.keys.get()) == node.children;
+  const bool named = static_cast<bool>(node.keys);
+  const bool container = node.index < 0 && node.leaf < 0;
   const bool dict_or_null = !node.aux || PyDict_CheckExact(node.aux.get());
+  if (named && PyTuple_GET_SIZE(node.keys.get()) != node.children) return false;
+  const bool may_refer =
+      node.kind == NodeKind::kList || node.kind == NodeKind::kDict;
+  if (may_refer ? node.reference != (node.index >= 0) : node.reference) {
+    return false;
+  }
   switch (node.kind) {
     case NodeKind::kStatic:
-      return node.aux && node.children == 0;
+      return container && node.aux && node.children == 0;
     case NodeKind::kLeaf:
-      return node.leaf >= 0 && node.children == 0;
+      return node.index < 0 && node.leaf >= 0 && node.children == 0;
     case NodeKind::kRef:
-      return node.index >= 0 && node.children == 0;
+      return node.index >= 0 && node.leaf < 0 && node.children == 0;
     case NodeKind::kVariable:
       return IsTypeBelow(node.type, g_variable_base) && node.index >= 0 &&
-             dict_or_null && node.children == (node.leaf >= 0 ? 0 : 1);
+             dict_or_null && !named &&
+             node.children == (node.leaf >= 0 ? 0 : 1);
     case NodeKind::kObject:
       return IsTypeBelow(node.type, g_object_base) && node.index >= 0 &&
-             dict_or_null && named;
+             node.leaf < 0 && dict_or_null && named &&
+             ArePlainKeys(node.keys.get());
     case NodeKind::kList:
-      return true;
-    case NodeKind::kTuple:
-    case NodeKind::kNamedTuple:
-      return IsTypeBelow(node.type, &PyTuple_Type) && node.index < 0 &&
-             (!node.keys || named);
+      return IsType(node.type, &PyList_Type) && node.leaf < 0 && !named;
     case NodeKind::kDict:
-      return named;
+      return IsType(node.type, &PyDict_Type) && node.leaf < 0 && named;
+    case NodeKind::kTuple:
+      return IsType(node.type, &PyTuple_Type) && container && !named;
+    case NodeKind::kNamedTuple:
+      return IsTypeBelow(node.type, &PyTuple_Type) && container;
     case NodeKind::kState:
       return GetRuntime().state && IsTypeBelow(node.type, GetRuntime().state) &&
-             node.index < 0 && named;
+             container && named;
     case NodeKind::kPytree:
-      return node.aux && node.index < 0 && (!node.keys || named);
+      return node.aux && container;
     case NodeKind::kCustom:
       return node.info && node.info->kind == TypeKind::kCustom && node.aux &&
-             node.index >= 0 && named;
+             node.index >= 0 && node.leaf < 0 && named;
   }
   return false;
+}
+
+// Whether `updates` has a number for each object.
+bool AreUpdates(PyObject* updates, int32_t num_indices) {
+  if (!updates) return true;
+  if (PyTuple_GET_SIZE(updates) != num_indices) return false;
+  for (Py_ssize_t i = 0; i < num_indices; ++i) {
+    PyObject* number = PyTuple_GET_ITEM(updates, i);
+    int overflow = 0;
+    if (!PyLong_CheckExact(number) ||
+        PyLong_AsLongAndOverflow(number, &overflow) < -1 || overflow != 0) {
+      return false;
+    }
+  }
+  return true;
 }
 
 // Whether records make a structure that can be built: damaged ones must not
 // lead a walk out of a vector. Counts leaves and indices.
 bool IsValid(Structure* structure) {
   std::vector<Node>& nodes = *structure->nodes;
+  const auto size = static_cast<int64_t>(nodes.size());
+  if (structure->num_roots < 0 || structure->num_outer < 0 ||
+      size + structure->num_outer > std::numeric_limits<int32_t>::max()) {
+    return false;
+  }
   int32_t position = 0;
   for (int32_t i = 0; i < structure->num_roots && position >= 0; ++i) {
     position = CloseRestored(&nodes, position);
   }
-  if (position != static_cast<int32_t>(nodes.size())) return false;
+  if (position != size) return false;
   structure->num_leaves = 0;
   structure->num_indices = structure->num_outer;
   for (const Node& node : nodes) {
@@ -302,8 +352,7 @@ bool IsValid(Structure* structure) {
       return false;
     }
   }
-  return !structure->updates ||
-         PyTuple_GET_SIZE(structure->updates) == structure->num_indices;
+  return AreUpdates(structure->updates, structure->num_indices);
 }
 
 bool RestoreNode(PyObject* record, Node* node) {
@@ -346,28 +395,22 @@ PyObject* StructureRestore(PyObject* cls, PyObject* args) {
                         &num_roots, &num_outer, &updates)) {
     return nullptr;
   }
-  auto* type = reinterpret_cast<PyTypeObject*>(cls);
-  Ref self = Ref::Steal(type->tp_alloc(type, 0));
-  if (!self) return nullptr;
-  Structure* structure = AsStructure(self.get());
-  structure->nodes = new std::vector<Node>();
-  structure->hash = -1;
-  structure->num_roots = num_roots;
-  structure->num_outer = num_outer < 0 ? 0 : num_outer;
-  if (PyTuple_CheckExact(updates)) {
-    Py_INCREF(updates);
-    structure->updates = updates;
-  }
-  for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(records); ++i) {
-    structure->nodes->emplace_back();
-    if (!RestoreNode(PyTuple_GET_ITEM(records, i), &structure->nodes->back())) {
-      if (!PyErr_Occurred()) {
-        PyErr_SetString(PyExc_ValueError, "`records` must hold tuples.");
-      }
-      return nullptr;
+  // All of the structure before there is an object: hashing a static value may
+  // run Python code, which must find none that is half made.
+  std::vector<Node> nodes(PyTuple_GET_SIZE(records));
+  for (size_t i = 0; i < nodes.size(); ++i) {
+    if (RestoreNode(PyTuple_GET_ITEM(records, i), &nodes[i])) continue;
+    if (!PyErr_Occurred()) {
+      PyErr_SetString(PyExc_ValueError, "`records` must hold tuples.");
     }
+    return nullptr;
   }
-  if (!IsValid(structure)) {
+  Structure checked = {};
+  checked.nodes = &nodes;
+  checked.num_roots = num_roots;
+  checked.num_outer = num_outer;
+  checked.updates = PyTuple_CheckExact(updates) ? updates : nullptr;
+  if (!IsValid(&checked)) {
     if (!PyErr_Occurred()) {
       PyErr_SetString(
           PyExc_ValueError,
@@ -376,6 +419,17 @@ PyObject* StructureRestore(PyObject* cls, PyObject* args) {
     }
     return nullptr;
   }
+  auto* type = reinterpret_cast<PyTypeObject*>(cls);
+  Ref self = Ref::Steal(type->tp_alloc(type, 0));
+  if (!self) return nullptr;
+  Structure* structure = AsStructure(self.get());
+  structure->nodes = new std::vector<Node>(std::move(nodes));
+  structure->num_leaves = checked.num_leaves;
+  structure->num_indices = checked.num_indices;
+  structure->num_roots = num_roots;
+  structure->num_outer = num_outer;
+  structure->updates = Ref::Borrow(checked.updates).release();
+  structure->hash = -1;
   return self.release();
 }
 
@@ -440,6 +494,7 @@ bool InitStructure(PyObject* module) {
   Ref type = Ref::Steal(PyType_FromSpec(&structure_spec));
   if (!type) return false;
   g_structure_type = reinterpret_cast<PyTypeObject*>(type.get());
+  GetRuntime().structure_base = g_structure_type;
   return PyModule_AddObject(module, "StructureBase", type.release()) == 0;
 }
 

@@ -15,7 +15,7 @@ namespace nnx::graph {
 class Unflattener {
  public:
   // `leaves` by number. `reuse` (may be null): existing objects by index, which
-  // are filled in place; null entries are made.
+  // `Commit` fills in place; null entries are made.
   Unflattener(const std::vector<Node>& nodes, PyObject* const* leaves,
               PyObject* const* reuse, int32_t num_indices)
       : nodes_(nodes), leaves_(leaves), reuse_(reuse), made_(num_indices) {}
@@ -30,6 +30,10 @@ class Unflattener {
 
   // Builds the node at the current position and moves past it.
   Ref Build();
+  // Writes to the existing objects, when all is built: a refused write, or
+  // Python code that raises while it builds, leaves all of them as they were.
+  // Only the functions of a custom node can still raise in between.
+  bool Commit();
   // Builds or reuses: objects by index after building.
   const std::vector<Ref>& objects() const { return made_; }
   // Declares an object for references without building it.
@@ -38,7 +42,20 @@ class Unflattener {
   }
 
  private:
+  // An existing object and what it will hold. Of a Variable: the value; an
+  // object or dict: a dict; a list: a tuple; a custom node: a tuple of pairs.
+  // `adopted`: a Variable will be as one that was given, or take a value alone.
+  struct Pending {
+    const Node* node;
+    Ref object;
+    Ref contents;
+    bool adopted;
+  };
+
   Ref Adopt(const Node& node, PyObject* value);
+  bool DeclareInside(int32_t* position, PyObject* value);
+  bool CanWrite(const Pending& pending) const;
+  bool Write(const Pending& pending) const;
   Ref BuildVariable(const Node& node);
   Ref BuildObject(const Node& node);
   Ref BuildSequence(const Node& node);
@@ -46,11 +63,13 @@ class Unflattener {
   Ref BuildPytree(const Node& node);
   Ref BuildCustom(const Node& node);
   Ref Children(const Node& node);  // tuple
+  bool BuildItems(const Node& node, PyObject* dict);
 
   const std::vector<Node>& nodes_;
   PyObject* const* leaves_;
   PyObject* const* reuse_;
   std::vector<Ref> made_;
+  std::vector<Pending> pending_;
   const std::vector<PyObject*>* provided_ = nullptr;
   PyObject* const* origins_ = nullptr;
   int32_t position_ = 0;

@@ -7,6 +7,7 @@
 #include "nnx/graph/cc/flatten.h"
 #include "nnx/graph/cc/layout.h"
 #include "nnx/graph/cc/objects.h"
+#include "nnx/graph/cc/owned_items.h"
 #include "nnx/graph/cc/path.h"
 #include "nnx/graph/cc/recursion_guard.h"
 #include "nnx/graph/cc/runtime.h"
@@ -14,6 +15,27 @@
 
 namespace nnx::graph {
 namespace {
+
+// Puts an error aside, and sets it again at the end.
+class KeptError {
+ public:
+#if PY_VERSION_HEX >= 0x030C0000
+  KeptError() : error_(PyErr_GetRaisedException()) {}
+  ~KeptError() { PyErr_SetRaisedException(error_); }
+#else
+  KeptError() { PyErr_Fetch(&type_, &error_, &traceback_); }
+  ~KeptError() { PyErr_Restore(type_, error_, traceback_); }
+#endif
+  KeptError(const KeptError&) = delete;
+  KeptError& operator=(const KeptError&) = delete;
+
+ private:
+#if PY_VERSION_HEX < 0x030C0000
+  PyObject* type_ = nullptr;
+  PyObject* traceback_ = nullptr;
+#endif
+  PyObject* error_ = nullptr;
+};
 
 // Checks a whole update before any of it is done.
 class Updater {
@@ -33,14 +55,15 @@ class Updater {
       }
       return false;
     }
-    PyObject *key, *value;
-    Py_ssize_t position = 0;
-    while (PyDict_Next(mapping.get(), &position, &key, &value)) {
-      path_.push_back(Ref::Borrow(key));
-      Ref held = Ref::Borrow(value);
-      if (!PlanItem(node, key, value)) return false;
+    const size_t held = held_.size();
+    AppendPairs(mapping.get(), &held_);
+    const size_t end = held_.size();
+    for (size_t i = held; i < end; i += 2) {
+      path_.push_back(held_[i]);
+      if (!PlanItem(node, held_[i].get(), held_[i + 1].get())) return false;
       path_.pop_back();
     }
+    held_.resize(held);
     return true;
   }
 
@@ -56,8 +79,15 @@ class Updater {
         return false;
       }
     }
+    // Items first, as only writing them may run Python code that raises: then
+    // those that were written get back what they had.
+    for (size_t i = 0; i < writes_.size(); ++i) {
+      if (IsVariable(writes_[i].owner.get()) || RunItem(writes_[i])) continue;
+      Undo(i);
+      return false;
+    }
     for (const Write& write : writes_) {
-      if (!RunWrite(write)) return false;
+      if (IsVariable(write.owner.get()) && !RunVariable(write)) return false;
     }
     return true;
   }
@@ -67,6 +97,7 @@ class Updater {
     Ref owner;  // Variable: its value; else the item `key`
     Ref key;
     Ref value;
+    Ref old;  // what the item was; null: there was none
   };
 
   bool PlanVariable(PyObject* variable, PyObject* value) {
@@ -80,7 +111,8 @@ class Updater {
                    Py_TYPE(value)->tp_name);
       return false;
     }
-    writes_.push_back({Ref::Borrow(variable), Ref(), Ref::Borrow(value)});
+    writes_.push_back(
+        {Ref::Borrow(variable), Ref(), Ref::Borrow(value), Ref()});
     return true;
   }
 
@@ -106,9 +138,10 @@ class Updater {
       return Ref::Borrow(PySequence_Fast_GET_ITEM(node, index));
     }
     if (IsObject(node)) {
-      PyObject* dict = ObjectDict(AsObject(node));
+      // Owned: a key that is compared in Python can assign to `__dict__`.
+      const Ref dict = Ref::Borrow(ObjectDict(AsObject(node)));
       if (!dict) return Ref();
-      return Ref::Borrow(PyDict_GetItemWithError(dict, key));
+      return Ref::Borrow(PyDict_GetItemWithError(dict.get(), key));
     }
     Ref mapping = AsMapping(node);
     if (mapping) return Child(mapping.get(), key, owner);
@@ -171,7 +204,7 @@ class Updater {
       return false;
     }
     if (!CanAssign(owner.get())) return false;
-    writes_.push_back({owner, Ref::Borrow(key), Ref::Borrow(value)});
+    writes_.push_back({owner, Ref::Borrow(key), Ref::Borrow(value), current});
     return true;
   }
 
@@ -215,36 +248,56 @@ class Updater {
                          source->hook_flags, source);
       if (!copy) return false;
     }
-    writes_.push_back({Ref::Borrow(owner), Ref::Borrow(key), copy});
+    writes_.push_back({Ref::Borrow(owner), Ref::Borrow(key), copy, Ref()});
     return true;
   }
 
-  bool RunWrite(const Write& write) {
-    PyObject* owner = write.owner.get();
+  bool RunVariable(const Write& write) {
+    VariableObject* variable = AsVariable(write.owner.get());
     PyObject* value = write.value.get();
-    if (IsVariable(owner)) {
-      if (IsVariable(value)) {
-        return AssignVariable(AsVariable(owner), AsVariable(value));
+    if (IsVariable(value)) return AssignVariable(variable, AsVariable(value));
+    SetRaw(variable, value);
+    return true;
+  }
+
+  bool RunItem(const Write& write) {
+    return SetItem(write.owner.get(), write.key.get(), write.value.get());
+  }
+
+  // Takes back the first writes of items, and keeps the error that is set.
+  void Undo(size_t count) {
+    const KeptError error;
+    while (count > 0) {
+      const Write& write = writes_[--count];
+      if (IsVariable(write.owner.get())) continue;
+      if (!SetItem(write.owner.get(), write.key.get(), write.old.get())) {
+        PyErr_Clear();
       }
-      SetRaw(AsVariable(owner), value);
-      return true;
     }
+  }
+
+  // `value`: null deletes.
+  bool SetItem(PyObject* owner, PyObject* key, PyObject* value) {
     if (IsObject(owner)) {
-      PyObject* dict = ObjectDict(AsObject(owner));
-      return dict && PyDict_SetItem(dict, write.key.get(), value) == 0;
+      const Ref dict = Ref::Borrow(ObjectDict(AsObject(owner)));
+      if (!dict) return false;
+      return (value ? PyDict_SetItem(dict.get(), key, value)
+                    : PyDict_DelItem(dict.get(), key)) == 0;
     }
     const TypeInfo* info = GetTypeInfo(Py_TYPE(owner));
     if (!info) return false;
     if (info->kind == TypeKind::kCustom) {
-      Ref set_key = info->custom->set_key;
+      const Ref set_key = info->custom->set_key;
       return static_cast<bool>(Ref::Steal(PyObject_CallFunctionObjArgs(
-          set_key.get(), owner, write.key.get(), value, nullptr)));
+          set_key.get(), owner, key, value, nullptr)));
     }
-    return PyObject_SetItem(owner, write.key.get(), value) == 0;
+    return (value ? PyObject_SetItem(owner, key, value)
+                  : PyObject_DelItem(owner, key)) == 0;
   }
 
   std::vector<Write> writes_;
   std::vector<Ref> path_;
+  std::vector<Ref> held_;  // the items of the mappings that are open
 };
 
 // update(value, state)
