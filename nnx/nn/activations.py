@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-import functools
 from typing import Any
 
 import jax
@@ -34,6 +33,7 @@ from jax.nn import swish as swish
 import jax.numpy as jnp
 from jax.numpy import tanh as tanh
 
+from nnx import eager
 from nnx.module import Module
 from nnx.nn import dtypes
 from nnx.nn.initializers import NO_METADATA
@@ -100,7 +100,7 @@ def _prelu(inputs: jax.Array, slope: jax.Array) -> jax.Array:
   return jnp.where(inputs >= 0, inputs, slope * inputs)
 
 
-@functools.partial(jax.jit, inline=True)
+@eager.one_call
 def _prelu_in_dtype_of_inputs(inputs: jax.Array, slope: jax.Array) -> jax.Array:
   inputs = jnp.asarray(inputs)
   return _prelu(inputs, slope.astype(inputs.dtype))

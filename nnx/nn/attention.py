@@ -458,6 +458,7 @@ class MultiHeadAttention(Module):
         and not sow_weights
         and self.precision is None
         and self.attention_fn is dot_product_attention
+        and dot_product.is_as_imported()
         and query.dtype in (jnp.float32, jnp.bfloat16, jnp.float16)
       ):
         buffers, x = decoding.append_and_attend(

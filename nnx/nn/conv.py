@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-import functools
 from typing import Any
 
 import jax
 from jax import lax
 import jax.numpy as jnp
 
+from nnx import eager
 from nnx.module import Module
 from nnx.nn import dtypes
 from nnx.nn.initializers import (
@@ -23,6 +23,9 @@ from nnx.rngs import Rngs
 from nnx.variables import Param
 
 Padding = str | int | Sequence[int | tuple[int, int]]
+
+# As it was imported, and the default; see `eager.current`.
+_CONV_GENERAL_DILATED = lax.conv_general_dilated
 
 # Paddings that `jnp.pad` makes before the convolution, by its names for them.
 _PAD_MODES = {"CIRCULAR": "wrap", "REFLECT": "reflect"}
@@ -100,7 +103,7 @@ def _convolve(
     options["preferred_element_type"] = preferred_element_type
   last = spatial + 1
   data_axes = (0, last, *range(1, last))
-  y = conv_general_dilated(
+  y = eager.current(conv_general_dilated)(
     inputs,
     kernel,
     strides,
@@ -118,9 +121,7 @@ def _convolve(
   return y if len(batch) == 1 else y.reshape((*batch, *y.shape[1:]))
 
 
-_compiled_convolve = functools.partial(
-  jax.jit, static_argnums=tuple(range(4, 13)), inline=True
-)(_convolve)
+_one_convolve = eager.one_call(_convolve, static_argnums=tuple(range(4, 13)))
 
 
 class Conv(Module):
@@ -276,9 +277,9 @@ class Conv(Module):
     )
     if (
       self.promote_dtype is dtypes.promote_dtype
-      and self.conv_general_dilated is lax.conv_general_dilated
+      and self.conv_general_dilated is _CONV_GENERAL_DILATED
     ):
-      return _compiled_convolve(*arguments)
+      return _one_convolve(*arguments)
     return _convolve(*arguments, self.promote_dtype, self.conv_general_dilated)
 
 
@@ -329,9 +330,9 @@ def _convolve_transposed(
   return y if len(batch) == 1 else y.reshape((*batch, *y.shape[1:]))
 
 
-_compiled_convolve_transposed = functools.partial(
-  jax.jit, static_argnums=tuple(range(4, 11)), inline=True
-)(_convolve_transposed)
+_one_convolve_transposed = eager.one_call(
+  _convolve_transposed, static_argnums=tuple(range(4, 11))
+)
 
 
 class ConvTranspose(Module):
@@ -465,5 +466,5 @@ class ConvTranspose(Module):
       self.preferred_element_type,
     )
     if self.promote_dtype is dtypes.promote_dtype:
-      return _compiled_convolve_transposed(*arguments)
+      return _one_convolve_transposed(*arguments)
     return _convolve_transposed(*arguments, self.promote_dtype)

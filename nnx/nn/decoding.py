@@ -1,7 +1,7 @@
 """A step of attention with a cache: append keys and values, and attend.
 
-Functions of arrays. Without `jit` each is one compiled call; inside a trace
-they are inlined.
+Functions of arrays, which run as `nnx.eager` says: outside of traces each is
+one compiled call.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import math
 import jax
 import jax.numpy as jnp
 
+from nnx import eager
 from nnx.nn import dot_product, rotary
 
 # By how much later keys and values may exceed those that the scales were made
@@ -198,7 +199,7 @@ def _written(
   return cache.at[jnp.arange(batch)[:, None], slots].set(new, mode="drop")
 
 
-@functools.partial(jax.jit, static_argnames="options", inline=True)
+@functools.partial(eager.one_call, static_argnames="options")
 def append(
   buffers: Buffers,
   query: jax.Array,
@@ -281,7 +282,7 @@ def append(
   )
 
 
-@functools.partial(jax.jit, static_argnames="options", inline=True)
+@functools.partial(eager.one_call, static_argnames="options")
 def append_and_attend(
   buffers: Buffers,
   query: jax.Array,

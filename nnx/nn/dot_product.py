@@ -16,6 +16,7 @@ import jax
 from jax import random
 import jax.numpy as jnp
 
+from nnx import eager
 from nnx.module import Module
 from nnx.nn import dtypes
 from nnx.variables import Intermediate
@@ -317,9 +318,24 @@ def _plain_attention(
   return out.reshape((*batch, *out.shape[-3:])) if len(batch) > 1 else out
 
 
-_compiled_attention = functools.partial(
-  jax.jit, static_argnums=(5, 6, 7, 8), inline=True
-)(_plain_attention)
+_one_attention = eager.one_call(_plain_attention, static_argnums=(5, 6, 7, 8))
+
+
+def is_as_imported() -> bool:
+  """Whether functions of jax that attention calls are those of its import.
+
+  Where they are not, a kernel in their place would hide the difference.
+
+  Example:
+
+    >>> from unittest import mock
+    >>> import jax.numpy as jnp
+    >>> from nnx.nn import dot_product
+    >>> with mock.patch.object(jnp, "einsum"):
+    ...   dot_product.is_as_imported()
+    False
+  """
+  return eager.as_imported(_one_attention)
 
 
 def _check_qkv(query, key, value):
@@ -412,7 +428,7 @@ def dot_product_attention(
       dtype,
     )
     if promote_dtype is dtypes.promote_dtype:
-      return _compiled_attention(*arguments)
+      return _one_attention(*arguments)
     return _plain_attention(*arguments, promote_dtype)
   query, key, value = promote_dtype((query, key, value), dtype=dtype)
   _check_qkv(query, key, value)

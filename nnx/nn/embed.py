@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from nnx import eager
 from nnx.module import Module
 from nnx.nn import dtypes, initializers
 from nnx.nn.initializers import NO_METADATA, Initializer, initialize
@@ -131,7 +132,7 @@ def _take(table: jax.Array, inputs: jax.Array, one: bool) -> jax.Array:
   return jnp.take(table, inputs, axis=0)
 
 
-@functools.partial(jax.jit, static_argnums=(2, 3), inline=True)
+@functools.partial(eager.one_call, static_argnums=(2, 3))
 def _look_up(
   table: jax.Array, inputs: jax.Array, one: bool, dtype: dtypes.Dtype
 ) -> jax.Array:
@@ -139,7 +140,7 @@ def _look_up(
   return _take(table, inputs, one)
 
 
-@functools.partial(jax.jit, static_argnums=(2, 3), inline=True)
+@functools.partial(eager.one_call, static_argnums=(2, 3))
 def _attend(
   query: jax.Array, table: jax.Array, dtype: dtypes.Dtype, out_sharding: Any
 ) -> jax.Array:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-import functools
 import types
 from typing import Any
 
@@ -27,6 +26,8 @@ from jax.nn.initializers import variance_scaling as variance_scaling
 from jax.nn.initializers import xavier_normal as xavier_normal
 from jax.nn.initializers import xavier_uniform as xavier_uniform
 from jax.nn.initializers import zeros as zeros
+
+from nnx import eager
 
 # (key, shape, dtype) -> array or VariableMetadata.
 Initializer = Callable[..., Any]
@@ -66,10 +67,10 @@ default_kernel_init = lecun_normal()
 default_lora_init = he_uniform()
 default_recurrent_init = orthogonal()
 
-# One compiled call in place of about ten. Only for initializers whose numbers
+# One call in place of about ten (`eager`). Only for initializers whose numbers
 # stay the same to the bit, which a product at the end of `normal` does not.
-_COMPILED = {
-  init: functools.partial(jax.jit, static_argnums=(1, 2), inline=True)(init)
+_ONE_CALL = {
+  init: eager.one_call(init, static_argnums=(1, 2))
   for init in (
     default_kernel_init,
     default_lora_init,
@@ -105,7 +106,7 @@ def initialize(
   Returns:
     What `init` returns: an array, or a `VariableMetadata` around one.
   """
-  compiled = _COMPILED.get(init)
-  if compiled is None:
+  one_call = _ONE_CALL.get(init)
+  if one_call is None:
     return init(key, shape, dtype)
-  return compiled(key, tuple(shape), dtype)
+  return one_call(key, tuple(shape), dtype)

@@ -1,16 +1,14 @@
 """Linear maps of features: `Linear`, `LinearGeneral`, `Einsum`.
 
 The arithmetic is in functions of arrays. With the default `promote_dtype` and
-product they run as one compiled call, so that a layer used without `jit` costs
-one dispatch; inside a trace they are inlined. With other functions, which may
-do anything, they run as they are.
+product they run as `nnx.eager` says: as one compiled call outside of traces.
+With other functions, which may do anything, they run as they are.
 """
 
 from __future__ import annotations
 
 import collections.abc
 from collections.abc import Callable, Iterator, Mapping, Sequence
-import functools
 import math
 from typing import Any
 
@@ -18,6 +16,7 @@ import jax
 from jax import lax
 import jax.numpy as jnp
 
+from nnx import eager
 from nnx.module import Module
 from nnx.nn import dtypes
 from nnx.nn.initializers import (
@@ -33,6 +32,10 @@ from nnx.variables import Param, VariableMetadata
 DotGeneral = Callable[..., jax.Array]
 
 default_bias_init = zeros_init()
+
+# As they were imported, and the layers' defaults; see `eager.current`.
+_DOT_GENERAL = lax.dot_general
+_EINSUM = jnp.einsum
 
 
 def _as_tuple(value: int | Sequence[int]) -> tuple[int, ...]:
@@ -84,7 +87,7 @@ def linear(
   options: dict[str, Any] = {"out_sharding": out_sharding}
   if preferred_element_type is not None:
     options["preferred_element_type"] = preferred_element_type
-  y = dot_general(
+  y = eager.current(dot_general)(
     inputs,
     kernel,
     (((inputs.ndim - 1,), (0,)), ((), ())),
@@ -94,9 +97,7 @@ def linear(
   return y if bias is None else y + _over_last_axes(bias, y.ndim)
 
 
-_linear = functools.partial(jax.jit, static_argnums=(3, 4, 5, 6), inline=True)(
-  linear
-)
+_linear = eager.one_call(linear, static_argnums=(3, 4, 5, 6))
 
 
 class Linear(Module):
@@ -209,7 +210,7 @@ class Linear(Module):
     )
     if (
       self.promote_dtype is dtypes.promote_dtype
-      and self.dot_general is lax.dot_general
+      and self.dot_general is _DOT_GENERAL
     ):
       return _linear(*arguments)
     return linear(*arguments, self.promote_dtype, self.dot_general)
@@ -298,7 +299,7 @@ def linear_general(
   if preferred_element_type is not None:
     options["preferred_element_type"] = preferred_element_type
   first = len(batch_axis)
-  y = dot_general(
+  y = eager.current(dot_general)(
     inputs,
     kernel,
     (
@@ -316,9 +317,9 @@ def linear_general(
   return y + jnp.reshape(bias, (*ones, *features))
 
 
-_linear_general = functools.partial(
-  jax.jit, static_argnums=(3, 4, 5, 6, 7, 8, 9), inline=True
-)(linear_general)
+_linear_general = eager.one_call(
+  linear_general, static_argnums=(3, 4, 5, 6, 7, 8, 9)
+)
 
 
 def _initialize_flat(
@@ -486,7 +487,7 @@ class LinearGeneral(Module):
     if self.dot_general_cls is not None:
       dot_general = self.dot_general_cls()
     else:
-      dot_general = self.dot_general or lax.dot_general
+      dot_general = self.dot_general or _DOT_GENERAL
     return linear_general(*arguments, self.promote_dtype, dot_general)
 
 
@@ -578,15 +579,15 @@ def einsum(
   options: dict[str, Any] = {"out_sharding": out_sharding}
   if preferred_element_type is not None:
     options["preferred_element_type"] = preferred_element_type
-  y = einsum_op(equation, inputs, kernel, precision=precision, **options)
+  y = eager.current(einsum_op)(
+    equation, inputs, kernel, precision=precision, **options
+  )
   if bias is None:
     return y
   return y + jnp.reshape(bias, _bias_shape(equation, inputs.ndim, kernel_shape))
 
 
-_einsum = functools.partial(
-  jax.jit, static_argnums=(3, 4, 5, 6, 7, 8), inline=True
-)(einsum)
+_einsum = eager.one_call(einsum, static_argnums=(3, 4, 5, 6, 7, 8))
 
 
 class Einsum(Module):
@@ -710,9 +711,6 @@ class Einsum(Module):
       self.preferred_element_type,
       out_sharding,
     )
-    if (
-      self.promote_dtype is dtypes.promote_dtype
-      and self.einsum_op is jnp.einsum
-    ):
+    if self.promote_dtype is dtypes.promote_dtype and self.einsum_op is _EINSUM:
       return _einsum(*arguments)
     return einsum(*arguments, self.promote_dtype, self.einsum_op)

@@ -9,6 +9,7 @@ from typing import Any, Generic, TypeVar
 import jax
 import jax.numpy as jnp
 
+from nnx import eager
 from nnx.module import Module
 from nnx.nn import dtypes, initializers
 from nnx.nn.initializers import (
@@ -148,7 +149,7 @@ class LoRA(Module):
     return y if base is None else y + base(promoted, **kwargs)
 
 
-@functools.partial(jax.jit, static_argnums=3, inline=True)
+@functools.partial(eager.one_call, static_argnums=3)
 def _lora(
   x: jax.Array, a: jax.Array, b: jax.Array, dtype: dtypes.Dtype | None
 ) -> tuple[jax.Array, jax.Array]:

@@ -1,20 +1,20 @@
 """Layers that bring features to mean 0 and variance 1, or weights to norm 1.
 
-The arithmetic is in functions of arrays, which without `jit` run as one
-compiled call and inside a trace are inlined.
+The arithmetic is in functions of arrays, which run as `nnx.eager` says: as
+one compiled call outside of traces.
 """
 
 from __future__ import annotations
 
 import collections.abc
 from collections.abc import Mapping, Sequence
-import functools
 from typing import Any
 
 import jax
 from jax import lax
 import jax.numpy as jnp
 
+from nnx import eager
 from nnx.module import Module
 from nnx.nn import dtypes, initializers
 from nnx.nn.initializers import NO_METADATA, Initializer, initialize
@@ -218,7 +218,7 @@ class _Norm(Module):
       self.use_fast_variance,
     )
     if self.promote_dtype is dtypes.promote_dtype:
-      return _compiled_norm(*arguments)
+      return _one_norm(*arguments)
     return _norm(*arguments, self.promote_dtype)
 
 
@@ -408,9 +408,7 @@ def _batch_norm_inference(
   return normalize(x, mean, var, scale, bias, others, axis, dtype, epsilon)
 
 
-_infer = functools.partial(jax.jit, static_argnums=(5, 6, 7), inline=True)(
-  _batch_norm_inference
-)
+_infer = eager.one_call(_batch_norm_inference, static_argnums=(5, 6, 7))
 
 
 def _batch_norm_training(
@@ -454,9 +452,9 @@ def _batch_norm_training(
   return out.y, out.mean, out.var
 
 
-_train = functools.partial(
-  jax.jit, static_argnums=(7, 8, 9, 10, 11, 12), inline=True
-)(_batch_norm_training)
+_train = eager.one_call(
+  _batch_norm_training, static_argnums=(7, 8, 9, 10, 11, 12)
+)
 
 
 # What a norm computes of x, scale, bias and mask.
@@ -480,9 +478,7 @@ def _norm(
   )
 
 
-_compiled_norm = functools.partial(
-  jax.jit, static_argnums=tuple(range(4, 12)), inline=True
-)(_norm)
+_one_norm = eager.one_call(_norm, static_argnums=tuple(range(4, 12)))
 
 
 def _group_norm(
@@ -505,9 +501,9 @@ def _group_norm(
   )
 
 
-_compiled_group_norm = functools.partial(
-  jax.jit, static_argnums=tuple(range(4, 11)), inline=True
-)(_group_norm)
+_one_group_norm = eager.one_call(
+  _group_norm, static_argnums=tuple(range(4, 11))
+)
 
 
 class LayerNorm(_Norm):
@@ -796,7 +792,7 @@ class GroupNorm(_Norm):
       self.use_fast_variance,
     )
     if self.promote_dtype is dtypes.promote_dtype:
-      return _compiled_group_norm(*arguments)
+      return _one_group_norm(*arguments)
     return _group_norm(*arguments, self.promote_dtype)
 
 

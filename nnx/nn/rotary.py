@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from nnx import eager
 from nnx.module import Module
 from nnx.nn.dot_product import dot_product_attention
 from nnx.variables import Variable
@@ -109,7 +110,7 @@ def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
   return turned.astype(x.dtype)
 
 
-@functools.partial(jax.jit, static_argnums=(2, 3), inline=True)
+@functools.partial(eager.one_call, static_argnums=(2, 3))
 def rotate_from_start(
   query: jax.Array, key: jax.Array, base: float, scale: float = 1.0
 ) -> tuple[jax.Array, jax.Array]:

@@ -10,6 +10,7 @@ import jax
 from jax import lax, random
 import jax.numpy as jnp
 
+from nnx import eager
 from nnx.module import Module
 from nnx.rngs import Rngs, RngStream
 
@@ -139,7 +140,7 @@ class Dropout(Module):
       self.deterministic = deterministic
 
 
-@functools.partial(jax.jit, static_argnums=3, inline=True)
+@functools.partial(eager.one_call, static_argnums=3)
 def _drop(
   key: jax.Array, inputs: jax.Array, keep_prob: Any, dims: tuple[int, ...]
 ) -> jax.Array:

@@ -10,8 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from nnx import eager, spmd
 from nnx import rngs as rngs_lib
-from nnx import spmd
 from nnx.graph import _engine, preorder
 from nnx.transforms import carry as carry_lib
 from nnx.transforms import jit as jit_lib
@@ -215,8 +215,9 @@ class _Kept(jit_lib.Options):
   and that is a new one at every call here: so the whole scan is a jitted
   function, which has all arrays as arguments. Where that would make a
   difference to the function scanned, the scan runs by itself: under a trace,
-  where arguments are values that jit would trace and scan does not, and where
-  arrays come from outside, whose later values a compiled loop would not see.
+  where arguments are values that jit would trace and scan does not, where
+  arrays come from outside, whose later values a compiled loop would not see,
+  and where functions of jax have been replaced (`nnx.eager`).
   """
 
   def __init__(self, run: Callable[..., Any], in_axes: Any):
@@ -233,6 +234,7 @@ class _Kept(jit_lib.Options):
       or jax.config.jax_disable_jit
       or not lift.outside_of_traces()
       or not self.all_are_arrays(args)
+      or not eager.functions_are_as_imported()
     ):
       return self.fun(*args)
     if self.entries > _MOST_KEPT:
