@@ -314,7 +314,12 @@ def lower_part(
   jaxpr = jax.make_jaxpr(plain, axis_env=list(axes))(*avals)
   names, sizes = zip(*axes) if axes else ((), ())
   mesh = jax.sharding.AbstractMesh(sizes, names)
-  with _core.extend_axis_env_nd(axes):
+  # Stack frames are numbered anew in each module, and this one becomes part of
+  # another.
+  with (
+    _core.extend_axis_env_nd(axes),
+    _config.traceback_in_locations_limit(0),
+  ):
     module = _mlir.build_mlir_module_helper(
       jaxpr,
       name="partitioned",
