@@ -564,6 +564,7 @@ def _call_on_mesh(op: Op, name, params, mesh, *args):
     mesh=mesh,
     in_specs=tuple(arg_specs),
     out_specs=tuple(result_specs),
+    axis_names=jax_private.free_axes(mesh),
     check_vma=False,
   )(*args)
 
