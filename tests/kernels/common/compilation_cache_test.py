@@ -1,4 +1,4 @@
-"""The persistent compilation cache tells programs apart and finds them again."""
+"""The persistent compilation cache tells programs apart and finds them."""
 
 import json
 import os

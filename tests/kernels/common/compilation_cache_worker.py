@@ -138,8 +138,8 @@ def _mesh(kind):
   return jax.make_mesh((4, 2), ("a", "b"), axis_types=(kind,) * 2)
 
 
-def _placed(mesh, args, spec=P("a")):
-  return [jax.device_put(arg, NamedSharding(mesh, spec)) for arg in args]
+def _placed(mesh, args):
+  return [jax.device_put(arg, NamedSharding(mesh, P("a"))) for arg in args]
 
 
 def single(jit, case):
@@ -196,7 +196,9 @@ def _run_as(implementation, fn, *args):
   """Runs a case by another implementation than it asks for."""
 
   def call(op, *args, **params):
-    return op.primitive.bind(*args, **params | {"implementation": implementation})
+    return op.primitive.bind(
+      *args, **params | {"implementation": implementation}
+    )
 
   with mock.patch.object(dispatch.Op, "__call__", call):
     return fn(*args)

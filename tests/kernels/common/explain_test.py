@@ -18,9 +18,12 @@ CACHE = jax.ShapeDtypeStruct((8, 128, 2, 128), "float32")
 ROWS = jax.ShapeDtypeStruct((8, 1, 2, 128), "float32")
 
 
-
 def update(cache, rows):
   return kv_cache.update(cache, cache, rows, rows, 3)
+
+
+def named(cache, rows):
+  return kv_cache.update(cache, cache, rows, rows, 3, implementation="pallas")
 
 
 def lowered_to(fn, args, platform):
@@ -34,8 +37,8 @@ def lowered_to(fn, args, platform):
   return "xla"
 
 
-def on(mesh, spec=P("a")):
-  sharding = NamedSharding(mesh, spec)
+def on(mesh):
+  sharding = NamedSharding(mesh, P("a"))
   return [
     jax.device_put(jnp.zeros(x.shape, x.dtype), sharding) for x in (CACHE, ROWS)
   ]
@@ -151,18 +154,10 @@ class ExplainTest(parameterized.TestCase):
     )
     [choice] = kernels.explain(update, CACHE, ROWS, platform="cpu")
     self.assertEqual(choice.reason, "It is written for cpu and takes these.")
-    named = lambda *args: kv_cache.update(
-      args[0], args[0], args[1], args[1], 3, implementation="pallas"
-    )
     [choice] = kernels.explain(named, CACHE, ROWS, platform="tpu")
     self.assertRegex(choice.reason, "^It was asked for. It depends .* this is")
 
   def test_what_is_refused_is_refused(self):
-    def named(cache, rows):
-      return kv_cache.update(
-        cache, cache, rows, rows, 3, implementation="pallas"
-      )
-
     args = on(mesh_of(AUTO, AUTO))
     for call in (kernels.explain, None):
       with self.assertRaisesRegex(
