@@ -166,8 +166,8 @@ class Partitioning:
       in order of appearance.
     partition: `partition(mesh, arg_infos, result_infos, call, **params) ->
       (fn, result_specs, arg_specs)`. The infos have `shape`, `dtype` and
-      `sharding.spec`, and there are none of the results. `fn` runs on each device's part and may use collectives
-      over the mesh's axis names; `call(*args, **params)` is the op itself on
+      `sharding.spec`, and there are none of the results. `fn` runs on each
+      device's part and may use collectives over the mesh's axis names; `call(*args, **params)` is the op itself on
       the part. The specs are PartitionSpecs, one for each array. A dimension
       that the kernel cannot split must be left whole in `arg_specs` here, in
       addition to being named in the rule, or the result is silently wrong.
@@ -251,7 +251,7 @@ def vary_like(x: Any, *arrays: Any) -> list[Any]:
     if array is not None and varying:
       missing = varying - jax_private.varying_axes(jax.typeof(array))
       if missing:
-        array = jax.lax.pcast(array, tuple(missing), to="varying")
+        array = jax.lax.pcast(array, tuple(sorted(missing)), to="varying")
     out.append(array)
   return out
 
@@ -564,16 +564,17 @@ def _call_on_mesh(op: Op, name, params, mesh, *args):
     mesh=mesh,
     in_specs=tuple(arg_specs),
     out_specs=tuple(result_specs),
+    axis_names=jax_private.free_axes(mesh),
     check_vma=False,
   )(*args)
 
 
-# Programs of ops that are called without `jit`. One takes some tens of
-# kilobytes, and a user may come with a new softcap at every call.
-_PROGRAMS = 256
+# How many programs of ops that are called without `jit` are kept: a user may
+# come with a new softcap at every call.
+PROGRAMS = 256
 
 
-@jax_private.cache(_PROGRAMS)
+@jax_private.cache(PROGRAMS)
 def _jitted(prim, params, xla_only):
   del xla_only  # compiled apart, as it is lowered otherwise
   return jax.jit(functools.partial(prim.bind, **dict(params)))

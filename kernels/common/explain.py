@@ -108,7 +108,7 @@ class _Explainer:
         self.choices.append(self._choose(op, eqn, split, bool(manual)))
       inner_split, inner = split, manual
       if eqn.primitive.name == "shard_map":
-        inner = manual | frozenset(eqn.params["manual_axes"])
+        inner = manual | jax_private.newly_manual_axes(eqn)
         inner_split = inner != frozenset(eqn.params["mesh"].axis_names)
       for inner_jaxpr in _inner_jaxprs(eqn.params.values()):
         self.visit(inner_jaxpr, inner_split, inner)

@@ -52,13 +52,38 @@ def explicit_mesh(avals: Sequence[Any]) -> Any:
     avals: Abstract values.
 
   Returns:
-    An abstract mesh all axes of which are explicit, or None.
+    An abstract mesh all axes of which are explicit, but for those of a
+    `shard_map` around; or None.
   """
+  explicit = jax.sharding.AxisType.Explicit
   for aval in avals:
     mesh = aval.sharding.mesh
-    if not mesh.empty and mesh.are_all_axes_explicit:
+    if set(_free(mesh).values()) == {explicit}:
       return mesh
   return None
+
+
+def free_axes(mesh: Any) -> set[str]:
+  """Returns the axes of an abstract mesh that no `shard_map` around splits by.
+
+  Args:
+    mesh: An abstract mesh.
+  """
+  return set(_free(mesh))
+
+
+def _free(mesh: Any) -> dict[str, Any]:
+  kinds = zip(mesh.axis_names, mesh.axis_types)
+  return {n: k for n, k in kinds if k != jax.sharding.AxisType.Manual}
+
+
+def newly_manual_axes(eqn: Any) -> frozenset[str]:
+  """Returns the mesh axes that a `shard_map` in a jaxpr splits by.
+
+  Args:
+    eqn: Its equation.
+  """
+  return frozenset(eqn.params["newly_manual_axes"])
 
 
 def lower_plainly(
@@ -191,8 +216,8 @@ def register_partitioner(
 
   Args:
     target: Name of the custom call.
-    partition: Returns the module that runs on each device, as `lower_part` makes
-      it, the NamedShardings that the operands must have, and the results'.
+    partition: Returns the module that runs on each device, as `lower_part`
+      makes it, the NamedShardings that the operands must have, and the results'.
     infer: Returns the results' NamedShardings. Only asked without Shardy.
   """
 
@@ -314,7 +339,12 @@ def lower_part(
   jaxpr = jax.make_jaxpr(plain, axis_env=list(axes))(*avals)
   names, sizes = zip(*axes) if axes else ((), ())
   mesh = jax.sharding.AbstractMesh(sizes, names)
-  with _core.extend_axis_env_nd(axes):
+  # Stack frames are numbered anew in each module, and this one becomes part of
+  # another.
+  with (
+    _core.extend_axis_env_nd(axes),
+    _config.traceback_in_locations_limit(0),
+  ):
     module = _mlir.build_mlir_module_helper(
       jaxpr,
       name="partitioned",

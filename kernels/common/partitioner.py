@@ -118,7 +118,7 @@ def note(
 
 
 def _digits(tiles: np.ndarray, axis: int) -> list[tuple[int, int]]:
-  """Writes who has tile i of an axis as a sum of i's digits, each times a weight.
+  """Writes who has tile i of an axis as a sum of i's digits times weights.
 
   Args:
     tiles: Numbers of the devices.
@@ -164,8 +164,7 @@ def read_shardings(
     not fit the mesh of those before it counts as not split.
   """
   tiles = [
-    _holders(sharding, len(shape))
-    for shape, sharding in zip(shapes, shardings)
+    _holders(sharding, len(shape)) for shape, sharding in zip(shapes, shardings)
   ]
   arrays = [
     [_digits(array, axis) for axis in range(len(shape))]

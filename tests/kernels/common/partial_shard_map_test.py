@@ -89,9 +89,7 @@ class PartialShardMapTest(parameterized.TestCase):
       )
       return out.batch_mean[None]
 
-    got, _ = self.run_on(
-      mesh, run, "b", P("b"), P("b"), [P(("b", "a"))], x
-    )
+    got, _ = self.run_on(mesh, run, "b", P("b"), P("b"), [P(("b", "a"))], x)
     want = np.asarray(x, np.float64).reshape(4, 24, 8).mean(1)
     np.testing.assert_allclose(got, want, rtol=1e-5)
 
@@ -122,7 +120,9 @@ class PartialShardMapTest(parameterized.TestCase):
     want = jax.grad(loss, argnums=(0, 2, 3))(x, dy, scale, bias, None, "xla")
     for g, w in zip(got, want):
       np.testing.assert_allclose(g, w, rtol=1e-4, atol=1e-4)
-    self.assertEqual(hlo.custom_calls(text, "fused_nnx_batch_stat_grad_sums"), 1)
+    self.assertEqual(
+      hlo.custom_calls(text, "fused_nnx_batch_stat_grad_sums"), 1
+    )
 
   @parameterized.parameters("a", "b")
   def test_module_with_batch_norm(self, manual):
