@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from kernels.batch_stat import reference
-from kernels.common import dispatch
+from kernels.common import dispatch, options
 
 
 def canonical_feature_axis(x: Any, feature_axis: int) -> int:
@@ -29,7 +29,9 @@ def canonical_feature_axis(x: Any, feature_axis: int) -> int:
       f"`x` must be floating, but got {x.dtype.name}. Convert it with"
       " `x.astype`."
     )
-  if not isinstance(feature_axis, (int, np.integer)):
+  if isinstance(feature_axis, (bool, np.bool_)) or not isinstance(
+    feature_axis, (int, np.integer)
+  ):
     raise TypeError(
       f"`feature_axis` must be one integer, but got {feature_axis!r}."
     )
@@ -92,12 +94,16 @@ def check_momentum(momentum: Any, x: Any) -> jax.Array:
     `[1]`, in the dtype of the statistics.
 
   Raises:
+    TypeError: If it is no number.
     ValueError: If it is known to be outside, or is not a scalar.
   """
-  if not isinstance(momentum, jax.core.Tracer):
-    value = np.asarray(momentum)
-    if value.ndim == 0 and not 0 <= value <= 1:
-      raise ValueError(f"`momentum` must lie in [0, 1], but got {value}.")
+  if not isinstance(momentum, jax.core.Tracer) and np.ndim(momentum) == 0:
+    options.number("momentum", momentum, least=0, most=1)
+  kind = jnp.asarray(momentum).dtype
+  if not (
+    jnp.issubdtype(kind, jnp.integer) or jnp.issubdtype(kind, jnp.floating)
+  ):
+    raise TypeError(f"`momentum` must be a real number, but got {kind.name}.")
   momentum = jnp.asarray(momentum, reference.compute_dtype(x.dtype))
   if momentum.ndim != 0:
     raise ValueError(
@@ -164,7 +170,9 @@ def check_axis_groups(axis_name: Any, axis_index_groups: Any) -> Any:
 
 def check_activation(activation: str | None) -> bool:
   """Returns whether relu is asked for; raises ValueError for anything else."""
-  if activation not in (None, "relu"):
+  if not (activation is None or isinstance(activation, str)) or (
+    activation not in (None, "relu")
+  ):
     raise ValueError(
       f"`activation` must be None or 'relu', but got {activation!r}. Apply"
       " another one to the result."
@@ -189,8 +197,5 @@ def check_result_dtype(dtype: Any, x: Any) -> np.dtype:
 
 
 def check_epsilon(epsilon: Any) -> float:
-  """Returns epsilon; raises ValueError unless it is a number, not negative."""
-  epsilon = float(epsilon)
-  if not epsilon >= 0:
-    raise ValueError(f"`epsilon` must not be negative, but got {epsilon}.")
-  return epsilon
+  """Returns epsilon; raises unless it is a finite number, not negative."""
+  return options.number("epsilon", epsilon, least=0)

@@ -103,17 +103,22 @@ bool SameShape(const Dims& dims, const Sizes& sizes) {
          std::equal(sizes.begin(), sizes.end(), dims.begin());
 }
 
+template <typename Sizes>
+bool IsArray(const ffi::AnyBuffer& array, ffi::DataType dtype,
+             const Sizes& sizes) {
+  return array.element_type() == dtype && SameShape(array.dimensions(), sizes);
+}
+
 template <typename Sizes, typename Context>
 ffi::Error RequireArray(std::string_view name, const ffi::AnyBuffer& array,
                         ffi::DataType dtype, const Sizes& sizes,
                         const Context& context) {
-  if (array.element_type() == dtype && SameShape(array.dimensions(), sizes)) {
-    return ffi::Error::Success();
-  }
+  if (IsArray(array, dtype, sizes)) return ffi::Error::Success();
+  const std::vector<int64_t> shape(sizes.begin(), sizes.end());
   return InvalidArgument(
-      "`", name, "` must be ", DtypeName(dtype),
-      ShapeText(std::vector<int64_t>(sizes.begin(), sizes.end())), context(),
-      ", but got ", TypeText(array), ".");
+      "`", name, "` must ",
+      shape.empty() ? "be a scalar" : "have shape " + ShapeText(shape), " of ",
+      DtypeName(dtype), context(), ", but got ", TypeText(array), ".");
 }
 
 template <typename Context>

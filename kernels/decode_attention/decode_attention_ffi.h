@@ -282,7 +282,7 @@ inline ffi::Error ReadDecode(const Call& call, DecodeArgs* decode) {
   const bool first = options.heads_first;
   KERNELS_RETURN_IF_ERROR(kv_cache::ReadCaches(
       call.cache_k, call.cache_v, first, &args.element, &args.shape));
-  const SizedBy sized_by = {call.cache_k, "q", x.q, first};
+  const SizedBy sized_by = {call.cache_k, call.cache_v, "q", x.q, first};
   const auto dims = x.q.dimensions();
   KERNELS_REQUIRE(dims.size() == 5, "`q` must have 5 axes, but got ",
                   TypeText(x.q), ".");

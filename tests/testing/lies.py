@@ -159,11 +159,14 @@ def check(
   assert values.keys() == call.attributes.keys(), call.attributes
   call.run()
   told = 0
+  # A call whose only result is empty is no call.
+  alone = len(results) == 1
   for field, names in (("operands", operands), ("results", results)):
     types = getattr(call, field)
     for i, (name, right) in enumerate(zip(names, types)):
       for wrong in wrong_types(right):
-        if fits(name, wrong):
+        empty = field == "results" and alone and 0 in wrong.shape
+        if fits(name, wrong) or empty:
           continue
         lying = (*types[:i], wrong, *types[i + 1 :])
         _refuse(
