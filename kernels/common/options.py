@@ -81,7 +81,8 @@ def number(
       wanted = "be positive and finite"
     else:
       wanted = "not be negative, and finite"
-    raise ValueError(f"`{name}` must {wanted}, but got {value}.")
+    shown = value if math.isfinite(result) else result
+    raise ValueError(f"`{name}` must {wanted}, but got {shown}.")
   return result
 
 

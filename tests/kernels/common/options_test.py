@@ -141,9 +141,12 @@ class TakenTest(parameterized.TestCase):
   def test_what_is_larger_than_any_position_is_no_limit(self, implementation):
     rng = np.random.default_rng(0)
     cache = rng.normal(size=(1, 8, 1, 4)).astype(np.float32)
-    call = lambda **kwargs: decode_attention.attend(
-      cache, cache, cache[:, :2], 7, implementation=implementation, **kwargs
-    )
+
+    def call(**kwargs):
+      return decode_attention.attend(
+        cache, cache, cache[:, :2], 7, implementation=implementation, **kwargs
+      )
+
     want = call()
     for most in (2**31 - 2, 2**31 - 1, 2**31, 2**40, 2**70):
       np.testing.assert_array_equal(call(window=most), want)
