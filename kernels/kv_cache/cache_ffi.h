@@ -55,16 +55,6 @@ struct SizedBy {
   }
 };
 
-// Fails unless `array`, which does not count, is the empty one that stands for
-// nothing.
-inline ffi::Error RequireNone(std::string_view name,
-                              const ffi::AnyBuffer& array, ffi::DataType dtype,
-                              std::string_view why) {
-  const std::vector<int64_t> none(array.dimensions().size(), 0);
-  return RequireArray(name, array, dtype, none,
-                      [&] { return StrCat(" where ", why); });
-}
-
 // Whether an operand that may be left out is there.
 inline bool Given(const ffi::AnyBuffer& array) {
   const auto dims = array.dimensions();

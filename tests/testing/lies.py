@@ -176,6 +176,8 @@ def check(
     more = (*types, Type((3,), jnp.dtype("float32")))
     for other in (more, types[: -1 - (optional if field == "operands" else 0)]):
       lie = f"{len(other)} {field}"
+      if field == "results" and not other:
+        continue
       _refuse(dataclasses.replace(call, **{field: other}), None, lie)
       told += 1
   for name, attributes in _wrong_attributes(call.attributes, values):

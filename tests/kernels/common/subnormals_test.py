@@ -161,7 +161,10 @@ class DecodeAttentionTest(parameterized.TestCase):
     big = 2.0**15 if dtype == "float16" else 2.0**120
     scale = 1e-3 / (UNITS[dtype] * big)
     value = np.eye(5, h, dtype=np.float32).astype(jnp.dtype(dtype))
-    for queries, keys in ((q, np.sign(k) * big), (np.sign(q) * big, k)):
+    cases = [(q, np.sign(k) * big), (np.sign(q) * big, k)]
+    if dtype == "float32":
+      cases.pop()  # the queries, times the factor, would be infinite
+    for queries, keys in cases:
       with simd("decode_attention", level):
         out = jax.jit(
           lambda q, k: decode_attention.attend(
