@@ -144,18 +144,19 @@ struct Attribute {
 template <typename T>
 ffi::Error ReadAttribute(const ffi::Dictionary& given,
                          const Attribute<T>& wanted) {
-  if (!given.contains<T>(wanted.name)) {
-    return InvalidArgument(
-        "The attribute `", wanted.name, "` must be a scalar of ",
-        std::is_same_v<T, bool>      ? "bool"
-        : std::is_same_v<T, int64_t> ? "int64"
-        : std::is_same_v<T, float>   ? "float32"
-                                     : "float64",
-        given.contains(wanted.name) ? ", but has another type."
-                                    : ", but is not there.");
+  const ffi::ErrorOr<T> value = given.get<T>(wanted.name);
+  if (value.has_value()) {
+    *wanted.value = *value;
+    return ffi::Error::Success();
   }
-  *wanted.value = *given.get<T>(wanted.name);
-  return ffi::Error::Success();
+  return InvalidArgument("The attribute `", wanted.name,
+                         "` must be a scalar of ",
+                         std::is_same_v<T, bool>      ? "bool"
+                         : std::is_same_v<T, int64_t> ? "int64"
+                         : std::is_same_v<T, float>   ? "float32"
+                                                      : "float64",
+                         given.contains(wanted.name) ? ", but has another type."
+                                                     : ", but is not there.");
 }
 
 // Reads all attributes of a call; another one is an error.
