@@ -176,10 +176,9 @@ class Batch {
     const int64_t axis = options_.feature_axis;
     const int64_t batch_axes = options_.batch_axes;
     KERNELS_REQUIRE(0 <= batch_axes && batch_axes <= axis && axis < rank,
-                    "`batch_axes` and `feature_axis` must satisfy 0 <= "
-                    "`batch_axes` <= `feature_axis` < the number of axes of "
-                    "`x` ",
-                    TypeText(x_), ", but got ", batch_axes, " and ", axis, ".");
+                    "`feature_axis` must lie in [`batch_axes`, ", rank,
+                    "), and `batch_axes` not be negative, for `x` ",
+                    TypeText(x_), ", but got ", axis, " and ", batch_axes, ".");
     *geometry = {DimsProduct(dims, 0, batch_axes),
                  DimsProduct(dims, batch_axes, axis), dims[axis],
                  DimsProduct(dims, axis + 1, rank)};
@@ -217,7 +216,15 @@ class Batch {
     mask->per_channel = SameShape(buffer->dimensions(), sizes);
     if (!mask->per_channel) sizes[options_.feature_axis] = 1;
     mask->data = static_cast<const uint8_t*>(buffer->untyped_data());
-    return RequireArray("mask", *buffer, ffi::DataType::PRED, sizes, *this);
+    const int64_t size = x_.element_count();
+    KERNELS_REQUIRE(
+        IsArray(*buffer, ffi::DataType::PRED, sizes),
+        "`mask` must be bool with ",
+        dims[options_.feature_axis] == 0 ? 0
+                                         : size / dims[options_.feature_axis],
+        " or ", size, " elements, of x's shape with or without ", "features",
+        (*this)(), ", but got ", TypeText(*buffer), ".");
+    return ffi::Error::Success();
   }
 
  private:
@@ -225,7 +232,12 @@ class Batch {
                              ffi::DataType dtype, int64_t size) const {
     std::vector<int64_t> sizes = groups_;
     sizes.push_back(size);
-    return RequireArray(name, array, dtype, sizes, *this);
+    KERNELS_REQUIRE(IsArray(array, dtype, sizes), "`", name, "` must be ",
+                    DtypeName(dtype), " with ",
+                    DimsProduct(sizes, 0, static_cast<int64_t>(sizes.size())),
+                    " elements, of shape ", ShapeText(sizes), ",", (*this)(),
+                    ", but got ", TypeText(array), ".");
+    return ffi::Error::Success();
   }
 
   const ffi::AnyBuffer& x_;

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from kernels.batch_stat import reference
-from kernels.common import dispatch
+from kernels.common import dispatch, options
 
 
 def require_array(name: str, value: Any) -> jax.Array:
@@ -39,7 +39,9 @@ def canonical_feature_axis(x: Any, feature_axis: int) -> int:
       f"`x` must be floating, but got {x.dtype.name}. Convert it with"
       " `x.astype`."
     )
-  if not isinstance(feature_axis, (int, np.integer)):
+  if isinstance(feature_axis, (bool, np.bool_)) or not isinstance(
+    feature_axis, (int, np.integer)
+  ):
     raise TypeError(
       f"`feature_axis` must be one integer, but got {feature_axis!r}."
     )
@@ -102,18 +104,16 @@ def check_momentum(momentum: Any, x: Any) -> jax.Array:
     `[1]`, in the dtype of the statistics.
 
   Raises:
-    TypeError: If it is not a real number.
+    TypeError: If it is no number.
     ValueError: If it is known to be outside, or is not a scalar.
   """
-  known = not isinstance(momentum, jax.core.Tracer)
-  value = np.asarray(momentum) if known else momentum
-  if not any(
-    jnp.issubdtype(value.dtype, kind) for kind in (jnp.floating, jnp.integer)
+  if not isinstance(momentum, jax.core.Tracer) and np.ndim(momentum) == 0:
+    options.number("momentum", momentum, least=0, most=1)
+  kind = jnp.asarray(momentum).dtype
+  if not (
+    jnp.issubdtype(kind, jnp.integer) or jnp.issubdtype(kind, jnp.floating)
   ):
-    raise TypeError(f"`momentum` must be a real number, but got {momentum!r}.")
-  if known:
-    if value.ndim == 0 and not 0 <= value <= 1:
-      raise ValueError(f"`momentum` must lie in [0, 1], but got {value}.")
+    raise TypeError(f"`momentum` must be a real number, but got {kind.name}.")
   momentum = jnp.asarray(momentum, reference.compute_dtype(x.dtype))
   if momentum.ndim != 0:
     raise ValueError(
@@ -180,7 +180,9 @@ def check_axis_groups(axis_name: Any, axis_index_groups: Any) -> Any:
 
 def check_activation(activation: str | None) -> bool:
   """Returns whether relu is asked for; raises ValueError for anything else."""
-  if activation not in (None, "relu"):
+  if not (activation is None or isinstance(activation, str)) or (
+    activation not in (None, "relu")
+  ):
     raise ValueError(
       f"`activation` must be None or 'relu', but got {activation!r}. Apply"
       " another one to the result."
@@ -210,23 +212,5 @@ def check_result_dtype(dtype: Any, x: Any) -> np.dtype:
 
 
 def check_epsilon(epsilon: Any) -> float:
-  """Returns epsilon.
-
-  Args:
-    epsilon: A finite number that is not negative.
-
-  Raises:
-    TypeError: If it is not a number.
-    ValueError: If it is negative, infinite or NaN.
-  """
-  try:
-    number = float(epsilon)
-  except (TypeError, ValueError) as error:
-    raise TypeError(
-      f"`epsilon` must be a number, but got `{epsilon!r}`."
-    ) from error
-  if not 0 <= number < np.inf:
-    raise ValueError(
-      f"`epsilon` must not be negative, infinite or NaN, but got {number}."
-    )
-  return number
+  """Returns epsilon; raises unless it is a finite number, not negative."""
+  return options.number("epsilon", epsilon, least=0)

@@ -9,7 +9,7 @@ from jax import export, lax
 import jax.numpy as jnp
 
 from kernels.batch_stat import checks, ops, reference, running_average
-from kernels.common import dispatch
+from kernels.common import dispatch, options
 
 
 class BatchNorm(NamedTuple):
@@ -151,6 +151,10 @@ def batch_norm(
      [ 3. 30.]]
   """
   x = checks.require_array("x", x)
+  use_running_average = options.boolean(
+    "use_running_average", use_running_average
+  )
+  x = jnp.asarray(x)
   feature_axis = checks.canonical_feature_axis(x, feature_axis)
   stat_dtype = reference.compute_dtype(x.dtype)
   mean = checks.check_stat(mean, "mean", x, feature_axis)
@@ -165,7 +169,7 @@ def batch_norm(
   groups = checks.check_axis_groups(axis_name, axis_index_groups)
   static = _Static(
     feature_axis=feature_axis,
-    accurate=not use_fast_variance,
+    accurate=not options.boolean("use_fast_variance", use_fast_variance),
     relu=checks.check_activation(activation),
     dtype=checks.check_result_dtype(dtype, x),
     epsilon=checks.check_epsilon(epsilon),

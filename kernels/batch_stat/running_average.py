@@ -9,7 +9,7 @@ from jax import export
 import jax.numpy as jnp
 
 from kernels.batch_stat import checks, ops, reference
-from kernels.common import dispatch
+from kernels.common import dispatch, options
 
 
 class Update(NamedTuple):
@@ -112,6 +112,7 @@ def update(
   ops.UPDATE.check_implementation(implementation)
   dtype = reference.compute_dtype(x.dtype)
   old_mean, old_var = mean.astype(dtype), var.astype(dtype)
+  use_fast_variance = options.boolean("use_fast_variance", use_fast_variance)
   static = (feature_axis, not use_fast_variance, implementation)
   if axis_name is None:
     out = _update(static, old_mean, old_var, momentum, x, mask)

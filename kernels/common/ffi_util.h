@@ -103,17 +103,22 @@ bool SameShape(const Dims& dims, const Sizes& sizes) {
          std::equal(sizes.begin(), sizes.end(), dims.begin());
 }
 
+template <typename Sizes>
+bool IsArray(const ffi::AnyBuffer& array, ffi::DataType dtype,
+             const Sizes& sizes) {
+  return array.element_type() == dtype && SameShape(array.dimensions(), sizes);
+}
+
 template <typename Sizes, typename Context>
 ffi::Error RequireArray(std::string_view name, const ffi::AnyBuffer& array,
                         ffi::DataType dtype, const Sizes& sizes,
                         const Context& context) {
-  if (array.element_type() == dtype && SameShape(array.dimensions(), sizes)) {
-    return ffi::Error::Success();
-  }
+  if (IsArray(array, dtype, sizes)) return ffi::Error::Success();
+  const std::vector<int64_t> shape(sizes.begin(), sizes.end());
   return InvalidArgument(
-      "`", name, "` must be ", DtypeName(dtype),
-      ShapeText(std::vector<int64_t>(sizes.begin(), sizes.end())), context(),
-      ", but got ", TypeText(array), ".");
+      "`", name, "` must ",
+      shape.empty() ? "be a scalar" : "have shape " + ShapeText(shape), " of ",
+      DtypeName(dtype), context(), ", but got ", TypeText(array), ".");
 }
 
 template <typename Context>
@@ -139,18 +144,19 @@ struct Attribute {
 template <typename T>
 ffi::Error ReadAttribute(const ffi::Dictionary& given,
                          const Attribute<T>& wanted) {
-  if (!given.contains<T>(wanted.name)) {
-    return InvalidArgument(
-        "The attribute `", wanted.name, "` must be a scalar of ",
-        std::is_same_v<T, bool>      ? "bool"
-        : std::is_same_v<T, int64_t> ? "int64"
-        : std::is_same_v<T, float>   ? "float32"
-                                     : "float64",
-        given.contains(wanted.name) ? ", but has another type."
-                                    : ", but is not there.");
+  const ffi::ErrorOr<T> value = given.get<T>(wanted.name);
+  if (value.has_value()) {
+    *wanted.value = *value;
+    return ffi::Error::Success();
   }
-  *wanted.value = *given.get<T>(wanted.name);
-  return ffi::Error::Success();
+  return InvalidArgument("The attribute `", wanted.name,
+                         "` must be a scalar of ",
+                         std::is_same_v<T, bool>      ? "bool"
+                         : std::is_same_v<T, int64_t> ? "int64"
+                         : std::is_same_v<T, float>   ? "float32"
+                                                      : "float64",
+                         given.contains(wanted.name) ? ", but has another type."
+                                                     : ", but is not there.");
 }
 
 // Reads all attributes of a call; another one is an error.

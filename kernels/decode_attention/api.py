@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from kernels.common import dispatch
+from kernels.common import options as options_lib
 from kernels.decode_attention import reference
 from kernels.kv_cache import checks
 from kernels.kv_cache import layout as layout_lib
@@ -303,6 +304,10 @@ def merge(
   Returns:
     The result over both sets, of `out_a`'s dtype, and its logarithms.
 
+  Raises:
+    TypeError: If an operand is not floating, or the results' dtypes differ.
+    ValueError: If the shapes do not go together; none is broadcast.
+
   Example:
     >>> import jax.numpy as jnp
     >>> from kernels import decode_attention
@@ -312,6 +317,31 @@ def merge(
     >>> out.tolist(), round(float(lse), 4)
     ([2.0], 0.6931)
   """
+  named = {"out_a": out_a, "lse_a": lse_a, "out_b": out_b, "lse_b": lse_b}
+  for name, value in named.items():
+    named[name] = layout_lib.require_array(name, value)
+    if not jnp.issubdtype(named[name].dtype, jnp.floating):
+      raise TypeError(
+        f"`{name}` must be floating, but got `{layout_lib.text(named[name])}`."
+      )
+  out_a, lse_a, out_b, lse_b = named.values()
+  if out_a.ndim == 0 or out_b.shape != out_a.shape:
+    raise ValueError(
+      "`out_a` and `out_b` must have the same shape [..., h], but got"
+      f" `{layout_lib.text(out_a)}` and `{layout_lib.text(out_b)}`."
+    )
+  if out_b.dtype != out_a.dtype:
+    raise TypeError(
+      "`out_a` and `out_b` must have the same dtype, but got"
+      f" `{layout_lib.text(out_a)}` and `{layout_lib.text(out_b)}`. Cast one."
+    )
+  for name, lse in (("lse_a", lse_a), ("lse_b", lse_b)):
+    if lse.shape != out_a.shape[:-1]:
+      raise ValueError(
+        f"`{name}` must have the shape of `out_a` without its last axis,"
+        f" [{', '.join(map(str, out_a.shape[:-1]))}], but got"
+        f" `{layout_lib.text(lse)}`. Transpose it where the layout differs."
+      )
   lse = jnp.logaddexp(lse_a, lse_b)
   base = jnp.where(jnp.isneginf(lse), 0.0, lse)
   weight_a = jnp.exp(lse_a - base)[..., None]
@@ -344,36 +374,82 @@ def rope_tables(
   Returns:
     `rope_cos` and `rope_sin`, `[positions, dim // 2]`.
 
+  Raises:
+    TypeError: If an option is no number.
+    ValueError: If a number is out of range.
+
   Example:
     >>> from kernels import decode_attention
     >>> cos, sin = decode_attention.rope_tables(8, 64)
     >>> cos.shape, float(cos[0, 0]), round(float(sin[1, 0]), 4)
     ((8, 32), 1.0, 0.8415)
   """
+  positions = options_lib.integer("positions", positions, 1)
+  dim = options_lib.integer("dim", dim, 2)
   if dim % 2:
     raise ValueError(f"`dim` must be even, but got `{dim}`.")
+  theta = options_lib.number("theta", theta, least=0, exclusive=True)
+  scale = options_lib.number("scale", scale, least=0, exclusive=True)
+  if not jnp.issubdtype(dtype, jnp.floating):
+    raise TypeError(f"`dtype` must be floating, but got `{dtype!r}`.")
   # In float64 on the host: float32 loses digits at large positions.
   rates = theta ** (-np.arange(0, dim, 2, dtype=np.float64) / dim)
   angles = np.arange(positions, dtype=np.float64)[:, None] / scale * rates
   return jnp.asarray(np.cos(angles), dtype), jnp.asarray(np.sin(angles), dtype)
 
 
+# Distances of positions are smaller, so that this much is no limit.
+_NO_LIMIT = 2**31 - 1
+
+
 def _window(window, causal):
+  """Returns how many keys before and after its own a query sees, or -1."""
   if window is None:
     return -1, -1
-  if isinstance(window, int):
-    if window < 1:
+  if isinstance(window, (tuple, list)):
+    pair = [options_lib.integer("window", size) for size in window]
+    if len(pair) != 2 or min(pair) < -1:
       raise ValueError(
-        f"`window` must be at least 1, the query's own key, but got `{window}`."
+        "`window` must be a pair of numbers that are at least 0, or -1 for no"
+        f" limit, but got `{window}`."
       )
-    return window - 1, -1 if causal else 0
-  left, right = window
-  if left < -1 or right < -1:
-    raise ValueError(
-      "`window` must be a pair of numbers that are at least 0, or -1 for no"
-      f" limit, but got `{window}`."
-    )
+  else:
+    own = options_lib.integer("window", window)
+    if own < 1:
+      raise ValueError(
+        f"`window` must be at least 1, the query's own key, but got {own}."
+      )
+    pair = [own - 1, -1 if causal else 0]
+  left, right = (-1 if size >= _NO_LIMIT else size for size in pair)
   return left, right
+
+
+def _numbers(scale, softcap, chunk, k_dim):
+  """Returns the factor of the logits, their cap and the chunk; 0 for none."""
+  if scale is None:
+    scale = 1.0 / math.sqrt(k_dim)
+  else:
+    scale = options_lib.number("scale", scale)
+    if not abs(scale) <= _LARGEST:
+      raise ValueError(f"`scale` must be a finite float32, but got `{scale}`.")
+  if softcap is None:
+    softcap = 0.0
+  else:
+    softcap = options_lib.number("softcap", softcap, least=0, exclusive=True)
+    if not _LEAST <= softcap <= _LARGEST:
+      raise ValueError(
+        f"`softcap` must be a positive and finite float32, but got `{softcap}`."
+      )
+  if chunk is None:
+    chunk = 0
+  else:
+    chunk = options_lib.integer("chunk", chunk, 1)
+    chunk = 0 if chunk > _NO_LIMIT else chunk
+  return scale, softcap, chunk
+
+
+_LARGEST = float(np.finfo(np.float32).max)
+_LEAST = float(np.finfo(np.float32).tiny)
 
 
 def _per_logit(name, value, sizes, dtype):
@@ -445,10 +521,10 @@ def _queries(name, value, cache, batch, tokens, dim, dtype):
 def _rope_operands(x, cos, sin, where, options, batch, tokens, k_dim, index):
   """Adds the operands of rotary embedding to `x`."""
   if cos is None and sin is None:
-    if where is not None or options["rotate_keys"]:
+    if where is not None or options["rotate_keys"] or options["interleaved"]:
       raise ValueError(
-        "`rope_positions` and `rope_cached_keys` must not be given without"
-        " `rope_cos` and `rope_sin`."
+        "`rope_positions`, `rope_cached_keys` and `rope_interleaved` must not"
+        " be given without `rope_cos` and `rope_sin`."
       )
     return
   if cos is None or sin is None:
@@ -474,8 +550,7 @@ def _rope_operands(x, cos, sin, where, options, batch, tokens, k_dim, index):
   if where is None:
     x["rope_positions"] = index[:, None] + steps
     return
-  where = layout_lib.require_array("rope_positions", where)
-  if where.ndim == 2:
+  if np.ndim(where) == 2:
     x["rope_positions"] = layout_lib.integers(
       "rope_positions", where, batch, (tokens,)
     )
@@ -492,6 +567,9 @@ def _call(
   implementation,
 ):  # fmt: skip
   """Checks and canonicalises the arguments and runs the op."""
+  return_lse = options_lib.boolean("return_lse", return_lse)
+  options_lib.one_of("layout", layout, layout_lib.LAYOUTS)
+  ring = options_lib.boolean("ring", ring)
   q = layout_lib.require_array("q", q)
   if q.ndim != 4:
     axes = "[b, t, heads, h]" if layout != "bnsh" else "[b, heads, t, h]"
@@ -550,11 +628,9 @@ def _call(
   if cache.scales:
     x["k_scale"], x["v_scale"] = cache.scales
 
+  causal = options_lib.boolean("causal", causal)
   left, right = _window(window, causal)
-  if chunk is not None and chunk < 1:
-    raise ValueError(f"`chunk` must be at least 1, but got `{chunk}`.")
-  if softcap is not None and not softcap > 0:
-    raise ValueError(f"`softcap` must be positive, but got `{softcap}`.")
+  scale, softcap, chunk = _numbers(scale, softcap, chunk, g.k_dim)
   if (
     ring
     and tokens != 1
@@ -572,14 +648,14 @@ def _call(
     "ring": cache.ring,
     "aligned": cache.aligned,
     "uniform": cache.uniform + layout_lib.uniform_axes(1, count=lengths),
-    "scale": float(1.0 / math.sqrt(g.k_dim) if scale is None else scale),
-    "causal": bool(causal),
-    "window_left": int(left),
-    "window_right": int(right),
-    "chunk": int(chunk or 0),
-    "softcap": float(softcap or 0.0),
-    "interleaved": bool(rope_interleaved),
-    "rotate_keys": bool(rope_cached_keys),
+    "scale": scale,
+    "causal": causal,
+    "window_left": left,
+    "window_right": right,
+    "chunk": chunk,
+    "softcap": softcap,
+    "interleaved": options_lib.boolean("rope_interleaved", rope_interleaved),
+    "rotate_keys": options_lib.boolean("rope_cached_keys", rope_cached_keys),
     "out_dtype": jnp.dtype(q.dtype if out_dtype is None else out_dtype).name,
   }
   if static["out_dtype"] not in layout_lib.FLOAT_DTYPES:

@@ -31,7 +31,8 @@ ffi::Error ReadWorkspace(const Call& call, DeviceDecode* decode) {
       (*workspace)->element_type() == ffi::DataType::F32 && dims.size() == 2 &&
           dims[0] % 2 == 0 &&
           (dims[0] == 0 || (dims[1] >= floats && dims[1] % 4 == 0)),
-      "`workspace` must be float32[parts, floats of a part] with an even "
+      "The workspace must have shape [parts, floats of a part] of float32, "
+      "`workspace`, with an even "
       "number of parts of a multiple of 4 and at least ",
       floats, " floats, or none, but got ", TypeText(**workspace), ".");
   KERNELS_REQUIRE(dims[0] * dims[1] <= UINT32_MAX,

@@ -25,7 +25,6 @@ using kv_cache::Element;
 using kv_cache::ElementOf;
 using kv_cache::Given;
 using kv_cache::IsQuantized;
-using kv_cache::RequireNone;
 using kv_cache::SizedBy;
 
 // Everything but the new rows and the caches' results, which only the call
@@ -128,17 +127,17 @@ inline ffi::Error ReadRotary(const Operands& x, const Options& options,
                              const DecodeArgs& args, const SizedBy& sized_by,
                              Rotary* rotary) {
   if (!Given(x.cos)) {
-    constexpr std::string_view kWhy = "`rope_cos` has no elements";
     KERNELS_RETURN_IF_ERROR(
         RequireArray("rope_cos", x.cos, ffi::DataType::F32, {0, 0}, sized_by));
+    const auto without = [] { return " where `rope_cos` has no elements"; };
     KERNELS_RETURN_IF_ERROR(
-        RequireNone("rope_sin", x.sin, ffi::DataType::F32, kWhy));
-    KERNELS_RETURN_IF_ERROR(RequireNone("rope_positions", x.rope_positions,
-                                        ffi::DataType::S32, kWhy));
-    KERNELS_REQUIRE(!options.rotate_keys, "`rotate_keys` must be false where ",
-                    kWhy, ".");
-    KERNELS_REQUIRE(!options.interleaved, "`interleaved` must be false where ",
-                    kWhy, ".");
+        RequireArray("rope_sin", x.sin, ffi::DataType::F32, {0, 0}, without));
+    KERNELS_RETURN_IF_ERROR(RequireArray("rope_positions", x.rope_positions,
+                                         ffi::DataType::S32, {0, 0}, without));
+    KERNELS_REQUIRE(!options.rotate_keys, "`rotate_keys` must be false",
+                    without(), ".");
+    KERNELS_REQUIRE(!options.interleaved, "`interleaved` must be false",
+                    without(), ".");
     return ffi::Error::Success();
   }
   const auto dims = x.cos.dimensions();
@@ -282,7 +281,7 @@ inline ffi::Error ReadDecode(const Call& call, DecodeArgs* decode) {
   const bool first = options.heads_first;
   KERNELS_RETURN_IF_ERROR(kv_cache::ReadCaches(
       call.cache_k, call.cache_v, first, &args.element, &args.shape));
-  const SizedBy sized_by = {call.cache_k, "q", x.q, first};
+  const SizedBy sized_by = {call.cache_k, call.cache_v, "q", x.q, first};
   const auto dims = x.q.dimensions();
   KERNELS_REQUIRE(dims.size() == 5, "`q` must have 5 axes, but got ",
                   TypeText(x.q), ".");

@@ -357,7 +357,8 @@ def _places(x, options, tiling, tokens):
   if options.causal:
     high = jnp.minimum(high, p + 1)
   if options.window_right >= 0:
-    high = jnp.minimum(high, p + options.window_right + 1)
+    # A difference: the sum may leave int32.
+    high = p + jnp.minimum(high - p, options.window_right + 1)
   layer = of_steps(x["layer"])
   real = (token < count[:, None]) & (
     (layer >= 0) & (layer < geometry.layers) & (num_keys > 0)

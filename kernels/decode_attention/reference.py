@@ -89,8 +89,14 @@ def rotate(
 
 
 def first_query(x: dict[str, Any], options: Options, count: Any) -> Any:
-  """Returns the position `[b]` of query token 0; `count` is `[b]`."""
-  return x["index"] if options.appends else x["index"] - count
+  """Returns the position `[b]` of query token 0; `count` is `[b]`.
+
+  Not below minus the number of tokens, where nothing is seen either.
+  """
+  tokens = x["q"].shape[1 if options.layout == "bsnh" else 3]
+  if options.appends:
+    return jnp.maximum(x["index"], -tokens)
+  return jnp.maximum(x["index"], count - tokens) - count
 
 
 def _rows(cache, x, options, geometry):
@@ -122,6 +128,16 @@ def _rows(cache, x, options, geometry):
   return rows.reshape(b, m * s, *rows.shape[3:]), held
 
 
+def _in_chunk(first, token, chunk):
+  """Returns `(first + token) % chunk`, which does not leave int32."""
+  start = (first % chunk)[:, None, None]
+  token_in_chunk = token % chunk
+  room = chunk - start
+  return jnp.where(
+    token_in_chunk < room, start + token_in_chunk, token_in_chunk - room
+  )
+
+
 def attend(*operands: jax.Array, options: Options) -> tuple[jax.Array, ...]:
   """Attends over the valid keys of a cache; the primitive's operands.
 
@@ -146,7 +162,6 @@ def attend(*operands: jax.Array, options: Options) -> tuple[jax.Array, ...]:
   tokens = q.shape[3]
   count = jnp.clip(x["count"], 0, tokens)
   first = first_query(x, options, count)
-  position = first[:, None] + jnp.arange(tokens, dtype=jnp.int32)
   keys, held = _rows(x["cache_k"], x, options, geometry)
   values, _ = _rows(x["cache_v"], x, options, geometry)
   keys, values = keys.astype(jnp.float32), values.astype(jnp.float32)
@@ -155,25 +170,29 @@ def attend(*operands: jax.Array, options: Options) -> tuple[jax.Array, ...]:
     values *= x["v_scale"][:, None, :, None]
 
   slot = x["first_slot"] + jnp.arange(keys.shape[1], dtype=jnp.int32)
-  num_keys = (first + count)[:, None]
+  # Positions of keys and queries count from query token 0 on: in a ring, where
+  # that is may be near the end of int32, and what is added to it beyond.
+  ahead = count[:, None] - 1  # of the last key
   if options.ring:
-    last = num_keys - 1
-    key_position = last - (last - slot) % options.ring
+    start = first[:, None] % options.ring
+    j = ahead - (start + ahead - slot) % options.ring
   else:
-    key_position = jnp.broadcast_to(slot, held.shape)
-  held &= (key_position >= 0) & (key_position < num_keys)
+    j = slot - first[:, None]
+  held &= (j >= -first[:, None]) & (j <= ahead)
+  most = jnp.iinfo(jnp.int32).max - tokens
   if "left_padding" in x:
-    held &= key_position >= x["left_padding"][:, None]
-  p, j = position[:, :, None], key_position[:, None, :]
-  visible = held[:, None] & (jnp.arange(tokens) < count[:, None])[..., None]
+    held &= j >= (jnp.minimum(x["left_padding"], most) - first)[:, None]
+  key_offset, j = j, j[:, None, :]
+  p = jnp.arange(tokens, dtype=jnp.int32)[:, None]
+  visible = held[:, None] & (p[:, 0] < count[:, None])[..., None]
   if options.causal:
     visible &= j <= p
   if options.window_left >= 0:
     visible &= j >= p - options.window_left
   if options.window_right >= 0:
-    visible &= j <= p + options.window_right
+    visible &= j <= p + min(options.window_right, most)
   if options.chunk:
-    visible &= j >= p - p % options.chunk
+    visible &= j >= p - _in_chunk(first, p, options.chunk)
   # What no query sees may be anything, even NaN.
   seen = jnp.any(visible, axis=1)[..., None, None]
   keys, values = jnp.where(seen, keys, 0.0), jnp.where(seen, values, 0.0)
@@ -187,7 +206,11 @@ def attend(*operands: jax.Array, options: Options) -> tuple[jax.Array, ...]:
     cos, sin = (a[:, None, None] for a in angles(x["rope_positions"]))
     q = rotate(q, cos, sin, options.interleaved)
     if options.rotate_keys:
-      cos, sin = (a[:, :, None] for a in angles(key_position))
+      # Beyond the last row it is the last one.
+      rows = x["rope_cos"].shape[0]
+      offset = jnp.minimum(key_offset, rows - first[:, None])
+      where = offset + first[:, None]
+      cos, sin = (a[:, :, None] for a in angles(where))
       keys = rotate(keys, cos, sin, options.interleaved)
 
   def dot(spec, a, b):

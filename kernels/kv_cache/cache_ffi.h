@@ -43,26 +43,17 @@ inline std::optional<Element> ElementOf(ffi::DataType dtype) {
 // compared, for errors.
 struct SizedBy {
   const ffi::AnyBuffer& cache_k;
+  const ffi::AnyBuffer& cache_v;
   std::string_view rows_name;  // new_k or q
   const ffi::AnyBuffer& rows;
   bool heads_first;
 
   std::string operator()() const {
-    return StrCat(" to go with `cache_k` ", TypeText(cache_k), ", `", rows_name,
-                  "` ", TypeText(rows), " and `heads_first` ",
-                  heads_first ? "true" : "false");
+    return StrCat(" to go with `cache_k` ", TypeText(cache_k), ", `cache_v` ",
+                  TypeText(cache_v), ", `", rows_name, "` ", TypeText(rows),
+                  " and `heads_first` ", heads_first ? "true" : "false");
   }
 };
-
-// Fails unless `array`, which does not count, is the empty one that stands for
-// nothing.
-inline ffi::Error RequireNone(std::string_view name,
-                              const ffi::AnyBuffer& array, ffi::DataType dtype,
-                              std::string_view why) {
-  const std::vector<int64_t> none(array.dimensions().size(), 0);
-  return RequireArray(name, array, dtype, none,
-                      [&] { return StrCat(" where ", why); });
-}
 
 // Whether an operand that may be left out is there.
 inline bool Given(const ffi::AnyBuffer& array) {
@@ -176,6 +167,8 @@ inline ffi::Error ReadAddressing(const ffi::AnyBuffer& layer,
       RequireArray("first_slot", first_slot, ffi::DataType::S32,
                    std::initializer_list<int64_t>{}, sized_by));
   const int64_t slots = addressing->table_width * shape.block_size;
+  KERNELS_REQUIRE(ring >= 0, "`ring` must not be negative, but got ", ring,
+                  ".");
   KERNELS_REQUIRE(ring == 0 || ring >= std::max<int64_t>(slots, 1),
                   "`ring` must be 0, or at least ", slots,
                   ", the slots of a sequence", sized_by(), ", but got ", ring,

@@ -111,7 +111,9 @@ def position_violations(
   first = 0 if reads else (index // size)[:, None]
   used = busy[:, None] & (entry >= first) & (entry <= last // size)
   if ring:
-    used = busy[:, None] & (last >= length) | used
+    # Not of `last`, which may have left int32.
+    all_around = busy & (index > length - count)
+    used |= all_around[:, None]
   yield (
     xp.any(used & ((table < 0) | (table >= geometry.blocks))),
     "`block_table` (or `cache_batch_index`) must name blocks in"

@@ -9,6 +9,8 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 import numpy as np
 
+from kernels.common import options
+
 FLOAT_DTYPES = ("float32", "bfloat16", "float16")
 QUANTIZED_DTYPES = ("int8", "float8_e4m3fn", "float8_e5m2")
 LAYOUTS = ("bsnh", "bnsh")
@@ -109,27 +111,93 @@ def require_array(name: str, value: Any) -> jax.Array:
     ) from error
 
 
-def integers(name: str, value: Any, batch: Any, tail: tuple = ()) -> jax.Array:
-  """Returns int32 `[b, *tail]` from an integer scalar or `[b, *tail]` array."""
-  array = require_array(name, value)
-  if not jnp.issubdtype(array.dtype, jnp.integer):
-    raise TypeError(f"`{name}` must hold integers, but got `{text(array)}`.")
+# Positions, blocks and layers are int32 in the kernels.
+_INT32 = np.iinfo(np.int32)
+
+# A position that is in no cache, and that a number of tokens may be added to or
+# taken from without leaving int32.
+NOWHERE = -(2**30)
+
+
+def _int32(name: str, value: Any, beyond: int | None) -> jax.Array:
+  """Returns integers as int32; see `integers`."""
+  wide = value
+  if not isinstance(value, jax.Array):
+    # Before JAX sees them: without x64 it would cut them to 32 bits.
+    try:
+      wide = np.asarray(value)
+    except (TypeError, ValueError):
+      wide = require_array(name, value)
+    if wide.dtype.kind == "O":  # integers beyond 64 bits, or no array
+      whole = all(isinstance(one, int) for one in wide.flat)
+      wide = wide if whole and wide.size else require_array(name, value)
+    elif wide.size == 0 and not isinstance(value, np.ndarray):
+      wide = require_array(name, value)  # of nothing, the dtype is a guess
+  kind = wide.dtype
+  objects = kind.kind == "O"
+  if not objects and not jnp.issubdtype(kind, jnp.integer):
+    shown = wide if isinstance(wide, jax.Array) else require_array(name, value)
+    raise TypeError(f"`{name}` must hold integers, but got `{text(shown)}`.")
+  fits = not objects and (
+    np.iinfo(kind).max <= _INT32.max and np.iinfo(kind).min >= _INT32.min
+  )
+  if fits:
+    return jnp.asarray(wide, jnp.int32)
+  if concrete(wide):
+    known = np.asarray(wide)
+    outside = known[(known > _INT32.max) | (known < _INT32.min)]
+    if outside.size:
+      raise ValueError(
+        f"`{name}` must lie in [-2^31, 2^31), but got {outside.flat[0]}."
+      )
+    return jnp.asarray(known.astype(np.int32))
+  if beyond is None:
+    least = 0 if np.iinfo(kind).min == 0 else _INT32.min
+    return jnp.clip(wide, least, _INT32.max).astype(jnp.int32)
+  outside = wide > _INT32.max
+  if np.iinfo(kind).min < 0:
+    outside |= wide < _INT32.min
+  return jnp.where(outside, beyond, wide.astype(jnp.int32)).astype(jnp.int32)
+
+
+def integers(
+  name: str,
+  value: Any,
+  batch: Any,
+  tail: tuple = (),
+  beyond: int | None = None,
+) -> jax.Array:
+  """Returns int32 `[b, *tail]` from an integer scalar or `[b, *tail]` array.
+
+  Args:
+    name: Of the argument.
+    value: Integers of any width.
+    batch: b.
+    tail: Sizes after b.
+    beyond: What stands for numbers that int32 cannot hold and that are not
+      known yet; the nearest that it can hold, if None.
+
+  Returns:
+    `[b, *tail]`.
+
+  Raises:
+    TypeError: If they are no integers.
+    ValueError: If the shape does not fit, or a number that is known lies
+      outside of int32.
+  """
+  array = _int32(name, value, beyond)
   if array.ndim == 0 and not tail:
-    return jnp.broadcast_to(array.astype(jnp.int32), (batch,))
+    return jnp.broadcast_to(array, (batch,))
   if array.shape != (batch, *tail):
     expected = ", ".join(map(str, (batch, *tail)))
     raise ValueError(
       f"`{name}` must be {'' if tail else 'a scalar or '}of shape [{expected}],"
-      f" one for each sequence, but got `{text(array)}`."
+      f" one for each sequence, but got `{text(require_array(name, value))}`."
     )
-  return array.astype(jnp.int32)
+  return array
 
 
 def _check_caches(cache_k, cache_v, stacked, layout):
-  if layout not in LAYOUTS:
-    raise ValueError(
-      f"`layout` must be 'bsnh' or 'bnsh', but got `{layout!r}`."
-    )
   rank = 5 if stacked else 4
   for name, cache in (("cache_k", cache_k), ("cache_v", cache_v)):
     if cache.ndim != rank:
@@ -249,18 +317,24 @@ def canonicalize(
     TypeError: If a dtype does not fit.
     ValueError: If a shape or an option does not fit.
   """
+  options.one_of("layout", layout, LAYOUTS)
+  ring = options.boolean("ring", ring)
   cache_k = require_array("cache_k", cache_k)
   cache_v = require_array("cache_v", cache_v)
   _check_caches(cache_k, cache_v, layer is not None, layout)
   if layer is None:
     layers = jnp.zeros((batch,), jnp.int32)
   else:
-    layer = require_array("layer", layer)
-    if layer.ndim != 0 or not jnp.issubdtype(layer.dtype, jnp.integer):
+    kind = layer if hasattr(layer, "dtype") else np.asarray(layer)
+    of_integers = (
+      jnp.issubdtype(kind.dtype, jnp.integer) or kind.dtype.kind == "O"
+    )
+    if np.ndim(layer) != 0 or not of_integers:
       raise TypeError(
-        f"`layer` must be an integer scalar, but got `{text(layer)}`."
+        "`layer` must be an integer scalar, but got"
+        f" `{text(require_array('layer', layer))}`."
       )
-    layers = jnp.broadcast_to(layer.astype(jnp.int32), (batch,))
+    layers = integers("layer", layer, batch)
   g = Geometry.of(cache_k, cache_v, layout)
 
   if block_table is not None and cache_batch_index is not None:
@@ -270,17 +344,22 @@ def canonicalize(
     )
   aligned = False
   if block_table is not None:
-    table = require_array("block_table", block_table)
-    if table.ndim != 2:
+    shape = np.shape(block_table)
+    if len(shape) != 2:
+      table = require_array("block_table", block_table)
       raise ValueError(
         f"`block_table` must have 2 axes [{batch}, blocks of a sequence], but"
         f" got `{text(table)}`."
       )
-    table = integers("block_table", table, batch, table.shape[1:])
+    table = integers("block_table", block_table, batch, shape[1:])
   elif cache_batch_index is not None:
-    table = integers(
-      "cache_batch_index", jnp.atleast_1d(cache_batch_index), batch
-    )[:, None]
+    if np.ndim(cache_batch_index) == 0:
+      cache_batch_index = (
+        cache_batch_index[None]
+        if isinstance(cache_batch_index, jax.Array)
+        else [cache_batch_index]
+      )
+    table = integers("cache_batch_index", cache_batch_index, batch)[:, None]
   else:
     aligned = True
     if g.blocks != batch:
@@ -311,7 +390,7 @@ def canonicalize(
   return Cache(
     cache_k,
     cache_v,
-    integers("index", index, batch),
+    integers("index", index, batch, beyond=NOWHERE),
     layers,
     table,
     scales,
@@ -379,13 +458,16 @@ def written(
     xp: `jax.numpy` or `numpy`.
 
   Returns:
-    `(position, write)`, both `[b, t]`.
+    `(position, write)`, both `[b, t]`; positions in a ring less whole turns of
+    it.
   """
   token = xp.arange(tokens, dtype=xp.int32)
   count = xp.clip(count, 0, tokens)
   write = token < count[:, None]
   if ring:
     write &= token >= count[:, None] - ring
+    # Whole turns less, which is the same slot and does not leave int32.
+    index = xp.where(index >= 0, index % ring, index)
   return index[:, None] + token, write
 
 

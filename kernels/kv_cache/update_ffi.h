@@ -63,7 +63,8 @@ inline ffi::Error ReadUpdate(const ffi::Dictionary& attributes,
       RequireUpdated("out_k", x.out_k, "cache_k", x.cache_k));
   KERNELS_RETURN_IF_ERROR(
       RequireUpdated("out_v", x.out_v, "cache_v", x.cache_v));
-  const SizedBy sized_by = {x.cache_k, "new_k", x.new_k, heads_first};
+  const SizedBy sized_by = {x.cache_k, x.cache_v, "new_k", x.new_k,
+                            heads_first};
   const auto dims = x.new_k.dimensions();
   KERNELS_REQUIRE(dims.size() == 4, "`new_k` must have 4 axes, but got ",
                   TypeText(x.new_k), ".");

@@ -140,8 +140,8 @@ class Provider {
   }
 
   bool ProvideChild(int32_t child, PyObject* mapping, Py_ssize_t* used) {
-    const Ref held = Ref::Borrow(
-        PyDict_GetItemWithError(mapping, path_.back().get()));
+    const Ref held =
+        Ref::Borrow(PyDict_GetItemWithError(mapping, path_.back().get()));
     PyObject* value = held.get();
     if (!value) {
       if (PyErr_Occurred()) return false;

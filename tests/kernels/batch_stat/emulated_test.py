@@ -15,7 +15,7 @@ import pytest
 
 from kernels.batch_stat import ops
 from kernels.common import dispatch
-from tests.kernels.batch_stat import batch_norm_test, update_test
+from tests.kernels.batch_stat import batch_norm_test, lies, update_test
 from tests.testing import op_contract
 
 _OPS = (
@@ -159,3 +159,11 @@ class SplitsTest(parameterized.TestCase):
   def test_work_is_cut_by_shape(self, shape, dtype, feature_axis, want):
     x = jax.ShapeDtypeStruct(shape, dtype)
     self.assertEqual(ops.splits(x, feature_axis, 0), want)
+
+
+class HandlersTest(parameterized.TestCase):
+  @parameterized.parameters("float32", "bfloat16")
+  def test_every_lie_is_refused_by_name(self, dtype):
+    handlers = {f"{k}_emulated": v for k, v in ops.HANDLERS.items()}
+    told = lies.check("emulated", dtype, handlers, workspace=True)
+    self.assertGreater(told, 300)

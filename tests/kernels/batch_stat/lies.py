@@ -43,7 +43,8 @@ VALUES = {
 
 def _fits(dtype: str, name: str, wrong: lies.Type) -> bool:
   """Whether an array may have this type beside the one that it has."""
-  if name in ("y", "dy") and dtype in ("bfloat16", "float16"):
+  if name in ("x", "y", "dy") and dtype in ("bfloat16", "float16"):
+    # y and dy may be of the statistics' dtype; and x, where only sums are made.
     return wrong == lies.Type((4, 5, 3), jnp.dtype("float32"))
   # The sums may be cut into any number of parts.
   return (

@@ -15,6 +15,7 @@
 #include "kernels/common/cpu_features.h"
 #include "kernels/common/parallel_for.h"
 #include "kernels/common/simd_prelude.h"
+#include "kernels/common/subnormals.h"
 
 namespace kernels {
 #define KERNELS_SIMD_BODY "tests/kernels/common/simd_body.inc"
@@ -198,6 +199,20 @@ void TestConversions(kernels::SimdLevel level) {
   }
 }
 
+// As XLA sets the threads that handlers run on.
+class FlushSubnormals {
+ public:
+#if defined(__x86_64__)
+  FlushSubnormals() : before_(_mm_getcsr()) { _mm_setcsr(before_ | 0x8040); }
+  ~FlushSubnormals() { _mm_setcsr(before_); }
+
+ private:
+  unsigned before_;
+#else
+  ~FlushSubnormals() {}
+#endif
+};
+
 void TestLevels() {
   CHECK_THAT(!kernels::SetSimdLevel("sse9"));
   for (const char* name : {"baseline", "avx2", "avx512", "auto"}) {
@@ -207,7 +222,37 @@ void TestLevels() {
     }
     std::printf("conversions with %s\n", name);
     TestConversions(kernels::CurrentSimdLevel());
+    FlushSubnormals flush;
+    TestConversions(kernels::CurrentSimdLevel());
   }
+}
+
+// Half of the smallest normal float, where the compiler cannot see it.
+float Half() {
+  volatile float smallest = std::numeric_limits<float>::min();
+  volatile float half = smallest * 0.5f;
+  return half;
+}
+
+void TestSubnormals() {
+  CHECK_THAT(Bits(Half()) != 0);
+  FlushSubnormals flush;
+#if defined(__x86_64__)
+  CHECK_THAT(Bits(Half()) == 0);
+#endif
+  {
+    const kernels::WithSubnormals subnormals;
+    CHECK_THAT(Bits(Half()) != 0);
+  }
+#if defined(__x86_64__)
+  CHECK_THAT(Bits(Half()) == 0);
+#endif
+  EagerPool pool(3);
+  std::vector<uint32_t> bits(64);
+  kernels::ParallelFor(pool, 64, int64_t{1} << 30, [&](int64_t i) {
+    bits[static_cast<size_t>(i)] = Bits(Half());
+  });
+  for (const uint32_t one : bits) CHECK_THAT(one != 0);
 }
 
 }  // namespace
@@ -215,5 +260,6 @@ void TestLevels() {
 int main() {
   TestParallelFor();
   TestLevels();
+  TestSubnormals();
   return 0;
 }

@@ -16,7 +16,7 @@ import pytest
 from kernels import decode_attention as da
 from kernels.common import dispatch
 from kernels.decode_attention import api, arg_specs, reference
-from tests.kernels.decode_attention import cases, oracle
+from tests.kernels.decode_attention import cases, lies, oracle
 from tests.testing import tolerances
 
 TARGETS = ("decode_append_emulated", "decode_attend_emulated")
@@ -198,6 +198,16 @@ class EmulatedTest(parameterized.TestCase):
         )
     finally:
       api._cuda_workspace = original
+
+
+class HandlersTest(parameterized.TestCase):
+  @parameterized.parameters(
+    ("float32", "bsnh", True, True), ("int8", "bnsh", False, True),
+    ("bfloat16", "bnsh", True, False),
+  )  # fmt: skip
+  def test_every_lie_is_refused_by_name(self, dtype, layout, many, appends):
+    told = lies.check("emulated", dtype, layout, many, appends)
+    self.assertGreater(told, 250)
 
 
 class WorkersTest(parameterized.TestCase):

@@ -16,7 +16,7 @@ import pytest
 from kernels import kv_cache
 from kernels.common import dispatch
 from kernels.kv_cache import api
-from tests.kernels.kv_cache import cases, oracle
+from tests.kernels.kv_cache import cases, lies, oracle
 
 TARGET = "kv_cache_update_emulated"
 LIBRARY = dispatch.Library(
@@ -117,3 +117,10 @@ class EmulatedUpdateTest(parameterized.TestCase):
           layout="bsnh", ring=0, aligned=True, uniform=(), target=TARGET,
         )
       )  # fmt: skip
+
+  @parameterized.parameters(
+    ("float32", "bsnh", False), ("int8", "bnsh", False),
+    ("bfloat16", "bnsh", True),
+  )  # fmt: skip
+  def test_every_lie_is_refused_by_name(self, dtype, layout, paged):
+    self.assertGreater(lies.check("emulated", dtype, layout, paged), 150)

@@ -47,6 +47,9 @@ def check(implementation: str, dtype: str, layout: str, paged: bool) -> int:
   if paged:
     values["ring"] = (-1, np.iinfo(np.int64).min)
   return lies.check(
-    call, operands=OPERANDS, results=RESULTS, values=values,
-    fits=functools.partial(fits, dtype)
+    call,
+    operands=OPERANDS,
+    results=RESULTS,
+    values=values,
+    fits=functools.partial(fits, dtype),
   )
