@@ -376,6 +376,19 @@ def _window(window, causal):
   return left, right
 
 
+def _out_dtype(value):
+  try:
+    name = jnp.dtype(value).name
+  except TypeError:
+    name = value  # is none of those below
+  if name not in layout_lib.FLOAT_DTYPES:
+    raise TypeError(
+      f"`out_dtype` must be one of {', '.join(layout_lib.FLOAT_DTYPES)}, but"
+      f" got `{name}`."
+    )
+  return name
+
+
 def _per_logit(name, value, sizes, dtype):
   """Returns `[b, n, g, t, s]` of an operand `[b, n * g, t, s]`."""
   array = layout_lib.require_array(name, value)
@@ -580,13 +593,8 @@ def _call(
     "softcap": float(softcap or 0.0),
     "interleaved": bool(rope_interleaved),
     "rotate_keys": bool(rope_cached_keys),
-    "out_dtype": jnp.dtype(q.dtype if out_dtype is None else out_dtype).name,
+    "out_dtype": _out_dtype(q.dtype if out_dtype is None else out_dtype),
   }
-  if static["out_dtype"] not in layout_lib.FLOAT_DTYPES:
-    raise TypeError(
-      f"`out_dtype` must be one of {', '.join(layout_lib.FLOAT_DTYPES)}, but"
-      f" got `{static['out_dtype']}`."
-    )
   position = cache.index if new is not None else cache.index - count
   _rope_operands(
     x, rope_cos, rope_sin, rope_positions, static, batch, tokens, g.k_dim,
@@ -601,14 +609,16 @@ def _call(
     x["sinks"] = _heads("sinks", sinks, g.heads, group)
   sizes = (batch, g.heads, group, tokens, cache.capacity)
   if bias is not None:
-    if not jnp.issubdtype(jnp.asarray(bias).dtype, jnp.floating):
+    bias = layout_lib.require_array("bias", bias)
+    if not jnp.issubdtype(bias.dtype, jnp.floating):
       raise TypeError(
         f"`bias` must be floating, but got `{layout_lib.text(bias)}`. Pass a"
         " bool array as `mask`."
       )
     x["bias"] = _per_logit("bias", bias, sizes, jnp.float32)
   if mask is not None:
-    if jnp.asarray(mask).dtype != jnp.bool_:
+    mask = layout_lib.require_array("mask", mask)
+    if mask.dtype != jnp.bool_:
       raise TypeError(
         f"`mask` must be bool, but got `{layout_lib.text(mask)}`."
       )
@@ -663,6 +673,8 @@ def _violations(
       options.ring, reads=True, xp=xp,
     )  # fmt: skip
   else:
+    yield checks.count_violation(count, tokens, xp=xp)
+    yield checks.layer_violation(geometry, x["layer"], xp=xp)
     length = x["table"].shape[1] * geometry.block_size
     outside = x["index"] < 0
     if not options.ring:
