@@ -376,19 +376,6 @@ def _window(window, causal):
   return left, right
 
 
-def _out_dtype(value):
-  try:
-    name = jnp.dtype(value).name
-  except TypeError:
-    name = value  # is none of those below
-  if name not in layout_lib.FLOAT_DTYPES:
-    raise TypeError(
-      f"`out_dtype` must be one of {', '.join(layout_lib.FLOAT_DTYPES)}, but"
-      f" got `{name}`."
-    )
-  return name
-
-
 def _per_logit(name, value, sizes, dtype):
   """Returns `[b, n, g, t, s]` of an operand `[b, n * g, t, s]`."""
   array = layout_lib.require_array(name, value)
@@ -497,6 +484,16 @@ def _rope_operands(x, cos, sin, where, options, batch, tokens, k_dim, index):
     x["rope_positions"] = first[:, None] + steps
 
 
+def _known_dtype(name, value):
+  try:
+    return jnp.dtype(value)
+  except TypeError as error:
+    raise TypeError(
+      f"`{name}` must be one of {', '.join(layout_lib.FLOAT_DTYPES)}, but got"
+      f" `{value!r}`."
+    ) from error
+
+
 def _call(
   cache_k, cache_v, q, new, index, *, lengths, layer, layout, ring, k_scale,
   v_scale, block_table, cache_batch_index, left_padding, scale, causal, window,
@@ -531,6 +528,8 @@ def _call(
       f" `{layout_lib.text(q)}`. Cast it first."
     )
   q, group = _queries("q", q, cache, batch, tokens, g.k_dim, None)
+  if out_dtype is not None:
+    out_dtype = _known_dtype("out_dtype", out_dtype)
   count = layout_lib.integers(
     "lengths", tokens if lengths is None else lengths, batch
   )
@@ -593,8 +592,13 @@ def _call(
     "softcap": float(softcap or 0.0),
     "interleaved": bool(rope_interleaved),
     "rotate_keys": bool(rope_cached_keys),
-    "out_dtype": _out_dtype(q.dtype if out_dtype is None else out_dtype),
+    "out_dtype": jnp.dtype(q.dtype if out_dtype is None else out_dtype).name,
   }
+  if static["out_dtype"] not in layout_lib.FLOAT_DTYPES:
+    raise TypeError(
+      f"`out_dtype` must be one of {', '.join(layout_lib.FLOAT_DTYPES)}, but"
+      f" got `{static['out_dtype']}`."
+    )
   position = cache.index if new is not None else cache.index - count
   _rope_operands(
     x, rope_cos, rope_sin, rope_positions, static, batch, tokens, g.k_dim,
