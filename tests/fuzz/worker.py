@@ -42,6 +42,9 @@ Family = Callable[[np.random.Generator], Case]
 # Of a program's cases, the one that makes the program itself.
 _PROGRAM = -1
 
+# Seconds that a worker may take to begin.
+_START = 600.0
+
 # Seconds after which a run says how far it is.
 _SILENCE = 60.0
 
@@ -184,9 +187,11 @@ class _Worker:
       self._process.stdin.flush()
     except BrokenPipeError:
       pass  # it died: its own words follow
+    # A new worker imports the fuzzer first, and what that needs.
+    patience = _START
     while True:
       try:
-        line = self._lines.get(timeout=plan.patience)
+        line = self._lines.get(timeout=patience)
       except queue.Empty:
         self._process.kill()
         self._process.wait()
@@ -196,10 +201,11 @@ class _Worker:
         self._process.wait()
         return at + 1, (at, f"{self._end()}\n{self.errors()}")
       what = json.loads(line)
+      patience = plan.patience
       if "at" in what:
         at = what["at"]
       elif "finding" in what:
-        self._lines.get(timeout=plan.patience)  # that it is done
+        self._lines.get(timeout=_START)  # that it is done
         return at + 1, (at, what["finding"])
       else:
         return at + 1, None
