@@ -1,8 +1,10 @@
 #!/bin/bash
 # What a reviewer runs: format, lint, types, layering, then every test.
-#   usage: tools/check.sh [--fix] [--no-tests]
+#   usage: tools/check.sh [--fix] [--no-tests | --alone]
 #   --fix       write the formatters' changes instead of asking for them
 #   --no-tests  stop before the tests
+#   --alone     run each Python test case in a process that ran no other one; for
+#               a night, as all that cases share is made for each anew
 # The tools are fetched once, at the versions and hashes written here.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -12,13 +14,14 @@ BUILDIFIER_SHA256=b96ea9b13003036c801f52bee6f9b0314738f8432e5cb9d814c89f59292604
 LOCK=tools/build_defs/requirements_check_lock.txt
 
 fix=
-tests=1
+tests=together
 for option in "$@"; do
   case $option in
     --fix) fix=1 ;;
     --no-tests) tests= ;;
+    --alone) tests=alone ;;
     *)
-      echo "check.sh: \`$option\` is no option; there are --fix and --no-tests" >&2
+      echo "check.sh: \`$option\` is no option; there are --fix, --no-tests and --alone" >&2
       exit 2
       ;;
   esac
@@ -78,9 +81,13 @@ step "ruff lint" "$bin/bin/ruff" check --quiet .
 step clang-format "$bin/clang_format/data/bin/clang-format" --dry-run --Werror "${cc_files[@]}"
 step types env PYTHONPATH="$bin" "$python" -m mypy --no-error-summary
 step layering tools/bazel test //tests/repo:layering_test
-if [ -n "$tests" ]; then
-  step tests tools/bazel test //...
-fi
+case $tests in
+  together) step tests tools/bazel test //... ;;
+  alone)
+    step "tests, each alone" tools/bazel test --test_lang_filters=py \
+      --test_env=NNX_ALONE=1 --test_timeout=14400 //...
+    ;;
+esac
 
 if [ "${#failed[@]}" -gt 0 ]; then
   (IFS=,; echo "check.sh: failed: ${failed[*]}") >&2

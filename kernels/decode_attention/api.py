@@ -559,6 +559,16 @@ def _rope_operands(x, cos, sin, where, options, batch, tokens, k_dim, index):
     x["rope_positions"] = first[:, None] + steps
 
 
+def _known_dtype(name, value):
+  try:
+    return jnp.dtype(value)
+  except TypeError as error:
+    raise TypeError(
+      f"`{name}` must be one of {', '.join(layout_lib.FLOAT_DTYPES)}, but got"
+      f" `{value!r}`."
+    ) from error
+
+
 def _call(
   cache_k, cache_v, q, new, index, *, lengths, layer, layout, ring, k_scale,
   v_scale, block_table, cache_batch_index, left_padding, scale, causal, window,
@@ -596,6 +606,8 @@ def _call(
       f" `{layout_lib.text(q)}`. Cast it first."
     )
   q, group = _queries("q", q, cache, batch, tokens, g.k_dim, None)
+  if out_dtype is not None:
+    out_dtype = _known_dtype("out_dtype", out_dtype)
   count = layout_lib.integers(
     "lengths", tokens if lengths is None else lengths, batch
   )
@@ -677,14 +689,16 @@ def _call(
     x["sinks"] = _heads("sinks", sinks, g.heads, group)
   sizes = (batch, g.heads, group, tokens, cache.capacity)
   if bias is not None:
-    if not jnp.issubdtype(jnp.asarray(bias).dtype, jnp.floating):
+    bias = layout_lib.require_array("bias", bias)
+    if not jnp.issubdtype(bias.dtype, jnp.floating):
       raise TypeError(
         f"`bias` must be floating, but got `{layout_lib.text(bias)}`. Pass a"
         " bool array as `mask`."
       )
     x["bias"] = _per_logit("bias", bias, sizes, jnp.float32)
   if mask is not None:
-    if jnp.asarray(mask).dtype != jnp.bool_:
+    mask = layout_lib.require_array("mask", mask)
+    if mask.dtype != jnp.bool_:
       raise TypeError(
         f"`mask` must be bool, but got `{layout_lib.text(mask)}`."
       )
@@ -739,6 +753,8 @@ def _violations(
       options.ring, reads=True, xp=xp,
     )  # fmt: skip
   else:
+    yield checks.count_violation(count, tokens, xp=xp)
+    yield checks.layer_violation(geometry, x["layer"], xp=xp)
     length = x["table"].shape[1] * geometry.block_size
     outside = x["index"] < 0
     if not options.ring:

@@ -57,6 +57,27 @@ def add_checkify_rule(
   _checkify.error_checks[primitive] = rule
 
 
+def count_violation(count: Any, tokens: int, *, xp: Any = jnp) -> Violation:
+  """Says whether `count` `[b]` is more than there are tokens, or negative."""
+  return (
+    xp.any((count < 0) | (count > tokens)),
+    f"`lengths` must lie in [0, {tokens}], the number of tokens, but got"
+    " {lengths}.",
+    {"lengths": count},
+  )
+
+
+def layer_violation(
+  geometry: layout_lib.Geometry, layer: Any, *, xp: Any = jnp
+) -> Violation:
+  """Says whether `layer` `[b]` is none of the cache's."""
+  return (
+    xp.any((layer < 0) | (layer >= geometry.layers)),
+    f"`layer` must lie in [0, {geometry.layers}), but got {{layer}}.",
+    {"layer": layer[:1]},
+  )
+
+
 def position_violations(
   geometry: layout_lib.Geometry,
   index: Any,
@@ -83,12 +104,7 @@ def position_violations(
     xp: `jax.numpy` or `numpy`.
   """
   length = table.shape[1] * geometry.block_size
-  yield (
-    xp.any((count < 0) | (count > tokens)),
-    f"`lengths` must lie in [0, {tokens}], the number of new tokens, but got"
-    " {lengths}.",
-    {"lengths": count},
-  )
+  yield count_violation(count, tokens, xp=xp)
   busy = count > 0
   outside = busy & (index < 0)
   if not ring:
@@ -100,11 +116,7 @@ def position_violations(
     " tokens.",
     {"index": index, "lengths": count},
   )
-  yield (
-    xp.any((layer < 0) | (layer >= geometry.layers)),
-    f"`layer` must lie in [0, {geometry.layers}), but got {{layer}}.",
-    {"layer": layer[:1]},
-  )
+  yield layer_violation(geometry, layer, xp=xp)
   size = max(geometry.block_size, 1)
   entry = xp.arange(table.shape[1], dtype=xp.int32)[None]
   last = (index + count - 1)[:, None]

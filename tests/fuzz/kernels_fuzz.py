@@ -10,6 +10,7 @@ from tests.fuzz import (
   kernels_wrong,
   worker,
 )
+from tools.build_defs import quick_xla
 
 FAMILIES: dict[str, worker.Family] = {
   **kernels_artifacts.FAMILIES,
@@ -20,4 +21,5 @@ FAMILIES: dict[str, worker.Family] = {
 }
 
 if __name__ == "__main__":
+  quick_xla.use()  # most of the time would be XLA's
   sys.exit(worker.main("tests.fuzz.kernels_fuzz"))

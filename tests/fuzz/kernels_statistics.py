@@ -106,7 +106,7 @@ def _errors(problem, x, mask):
     mean = np.where(keep, last, 0).sum(axes) / count
     var = np.where(keep, (last - mean) ** 2, 0).sum(axes) / count
   if problem.implementation == "cpu" or problem.accurate:
-    spread = np.sqrt(var) * top + 32 * eps * top**2 + var
+    spread = np.sqrt(var) * top + 128 * eps * top**2 + var
   else:
     spread = top**2
   return eps * grow * top + data.TINY, eps * grow * spread + data.TINY, count

@@ -42,6 +42,12 @@ Family = Callable[[np.random.Generator], Case]
 # Of a program's cases, the one that makes the program itself.
 _PROGRAM = -1
 
+# Seconds that a worker may take to begin.
+_START = 600.0
+
+# Seconds after which a run says how far it is.
+_SILENCE = 60.0
+
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
@@ -181,9 +187,11 @@ class _Worker:
       self._process.stdin.flush()
     except BrokenPipeError:
       pass  # it died: its own words follow
+    # A new worker imports the fuzzer first, and what that needs.
+    patience = _START
     while True:
       try:
-        line = self._lines.get(timeout=plan.patience)
+        line = self._lines.get(timeout=patience)
       except queue.Empty:
         self._process.kill()
         self._process.wait()
@@ -193,10 +201,11 @@ class _Worker:
         self._process.wait()
         return at + 1, (at, f"{self._end()}\n{self.errors()}")
       what = json.loads(line)
+      patience = plan.patience
       if "at" in what:
         at = what["at"]
       elif "finding" in what:
-        self._lines.get(timeout=plan.patience)  # that it is done
+        self._lines.get(timeout=_START)  # that it is done
         return at + 1, (at, what["finding"])
       else:
         return at + 1, None
@@ -243,13 +252,19 @@ def _programs(
     number += 1
 
 
-def run(module: str, plan: Plan, tell: Callable[[str], None] = print) -> Report:
+def _print(text: str) -> None:
+  print(text, flush=True)
+
+
+def run(
+  module: str, plan: Plan, tell: Callable[[str], None] = _print
+) -> Report:
   """Runs a fuzzer.
 
   Args:
     module: Dotted name of the module with its `FAMILIES`.
     plan: How much to do.
-    tell: Is told each finding when it is made.
+    tell: Is told each finding when it is made, and at times how far it is.
 
   Returns:
     What it came to.
@@ -257,10 +272,11 @@ def run(module: str, plan: Plan, tell: Callable[[str], None] = print) -> Report:
   families = importlib.import_module(module).FAMILIES
   names = [name for name in families if not plan.only or name in plan.only]
   report = Report(dict.fromkeys(names, 0), [], 0.0)
-  start = time.monotonic()
+  start = told = time.monotonic()
   todo, lock = _programs(names, plan), threading.Lock()
 
   def work() -> None:
+    nonlocal told
     worker = None
     while True:
       with lock:
@@ -280,6 +296,10 @@ def run(module: str, plan: Plan, tell: Callable[[str], None] = print) -> Report:
           again = f"python -m {module} --case={name}:{program}:{number}"
           report.findings.append(f"{again}\n{words}")
           tell(report.findings[-1])
+        report.seconds = time.monotonic() - start
+        if time.monotonic() - told >= _SILENCE:
+          told = time.monotonic()
+          tell(f"so far {report}")
     if worker is not None:
       worker.stop()
 

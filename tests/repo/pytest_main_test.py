@@ -7,7 +7,7 @@ from xml.etree import ElementTree
 
 import pytest
 
-from tools.build_defs import pytest_main
+from tools.build_defs import alone, pytest_main
 
 CASES = """
 import os
@@ -36,10 +36,57 @@ def test_four():
 ALL = {"test_one", "test_two", "test_three", "test_four"}
 
 
+# Each of these passes only after, or only before, another one.
+IN_ORDER = """
+import os
+import signal
+import threading
+import unittest
+
+import pytest
+
+seen = []
+
+
+class OrderTest(unittest.TestCase):
+
+  def test_a_makes(self):
+    seen.append(1)
+
+  def test_b_needs(self):
+    self.assertTrue(seen, "nobody was here")
+
+
+@pytest.mark.parametrize("name", ["x", "y"])
+def test_is_first(name):
+  assert not seen
+  seen.append(name)
+
+
+def test_dies():
+  if os.environ.get("DIE"):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+@pytest.mark.skipif(True, reason="on purpose")
+def test_is_skipped():
+  pass
+"""
+
+WITH_A_THREAD = (
+  IN_ORDER + "threading.Thread(target=threading.Event().wait, daemon=True)"
+  ".start()\n"
+)
+
+
 @pytest.fixture
 def run(tmp_path):
   """Runs CASES with the environment given; returns status, names and output."""
-  (tmp_path / "cases.py").write_text(CASES)
+
+  def write(text):
+    (tmp_path / "cases.py").write_text(text)
+
+  write(CASES)
   report = tmp_path / "report.xml"
 
   def run(**env):
@@ -47,9 +94,13 @@ def run(tmp_path):
       {
         key: value
         for key, value in os.environ.items()
-        if not key.startswith(("TEST", "XML_", "REQUIRE_"))
+        if not key.startswith(("TEST", "XML_", "REQUIRE_", "NNX_ALONE"))
       }
-      | {"JAX_PLATFORMS": "cpu", "XML_OUTPUT_FILE": str(report)}
+      | {
+        "JAX_PLATFORMS": "cpu",
+        "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
+        "XML_OUTPUT_FILE": str(report),
+      }
       | env
     )
     done = subprocess.run(
@@ -63,6 +114,7 @@ def run(tmp_path):
     ran = {case.get("name") for case in cases if case.find("skipped") is None}
     return done.returncode, ran, done.stdout + done.stderr
 
+  run.write = write
   return run
 
 
@@ -116,3 +168,72 @@ def test_without_a_required_device_it_fails(run):
   status, _, output = run(TEST_PLATFORM="tpu", REQUIRE_DEVICE="1")
   assert status != 0
   assert "no tpu device: numerics NOT run" in output
+
+
+@pytest.mark.parametrize("text", [IN_ORDER, WITH_A_THREAD])
+def test_alone_no_case_sees_another(run, text):
+  run.write(text)
+  status, _, output = run(NNX_ALONE="1")
+  assert status == 1
+  assert "nobody was here" in output
+  assert "test_b_needs" in output
+  assert "1 failed, 4 passed, 1 skipped" in output, output
+
+
+def test_together_they_do(run):
+  run.write(IN_ORDER)
+  status, _, output = run()
+  assert status == 1
+  assert "test_is_first" in output
+  assert "nobody was here" not in output
+
+
+def test_alone_skips_and_reports_are_kept(run):
+  run.write(IN_ORDER)
+  _, ran, output = run(NNX_ALONE="1")
+  assert "test_is_skipped" not in ran
+  assert "SKIPPED" in output
+  assert {"test_a_makes", "test_is_first[x]", "test_is_first[y]"} <= ran
+
+
+@pytest.mark.parametrize("text", [IN_ORDER, WITH_A_THREAD])
+def test_alone_a_case_that_dies_fails(run, text):
+  run.write(text)
+  status, _, output = run(NNX_ALONE="1", DIE="1")
+  assert status == 1
+  assert "2 failed" in output, output
+  assert "test_dies" in output
+
+
+def test_alone_one_of_some_is_always_the_same(run):
+  names = [f"cases.py::test_{i}" for i in range(2000)]
+  kept = alone.sample(names, 20)
+  assert kept == alone.sample(names, 20)
+  assert 50 < sum(kept) < 200
+  [chosen] = [name for name in ALL if alone.sample([_node(name)], 3)[0]]
+  assert run(NNX_ALONE="3")[1] == {chosen}
+
+
+def _node(name):
+  group = "GroupTest::" if name in ("test_two", "test_three") else ""
+  return f"cases.py::{group}{name}"
+
+
+def test_alone_a_sample_may_be_empty(run):
+  status, ran, _ = run(NNX_ALONE="1000000")
+  assert (status, ran) == (0, set())
+
+
+def test_alone_goes_with_shards(run, tmp_path):
+  ran = set()
+  for index in range(3):
+    marker = str(tmp_path / f"shard{index}")
+    status, part, _ = run(
+      NNX_ALONE="1",
+      TEST_TOTAL_SHARDS="3",
+      TEST_SHARD_INDEX=str(index),
+      TEST_SHARD_STATUS_FILE=marker,
+    )
+    assert status == 0
+    ran |= part
+  assert ran == ALL

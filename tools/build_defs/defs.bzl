@@ -217,7 +217,10 @@ def _run_by(main, name, args, quick_xla, srcs = [], deps = [], env = {}, **kwarg
         main = main,
         args = args,
         env = {"PYTHONWARNINGS": "error"} | ({"QUICK_XLA": "1"} if quick_xla else {}) | env,
-        deps = deps + [Label("//tools/build_defs:quick_xla")],
+        deps = deps + [
+            Label("//tools/build_defs:alone"),
+            Label("//tools/build_defs:quick_xla"),
+        ],
         **kwargs
     )
 

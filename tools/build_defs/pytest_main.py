@@ -1,6 +1,7 @@
 """Runs test files under pytest the way Bazel asks for it.
 
-Understands Bazel's sharding, `--test_filter` and XML report.  Where
+Understands Bazel's sharding, `--test_filter` and XML report.  With NNX_ALONE in
+the environment, cases are run one to a process; see `alone`.  Where
 TEST_PLATFORM is an accelerator, a test runs on it or is skipped in words, so
 that a run on the CPU is never taken for one; the marker `deviceless` exempts
 those that only compile for it.
@@ -8,6 +9,7 @@ those that only compile for it.
 
 import fnmatch
 import gc
+import itertools
 import os
 import pathlib
 import site
@@ -47,6 +49,11 @@ def _has_device(platform: str) -> bool:
     return False
 
 
+def _alone_one_of() -> int:
+  """Of how many cases one is run, alone; 0 where all run in one process."""
+  return int(os.environ.get("NNX_ALONE") or 0)
+
+
 class BazelPlugin:
   """Keeps the tests of this shard and filter that have their device."""
 
@@ -79,6 +86,12 @@ class BazelPlugin:
       shard = int(os.environ["TEST_SHARD_INDEX"])
       pathlib.Path(os.environ["TEST_SHARD_STATUS_FILE"]).touch()
       self._keep(config, items, items[shard::shards])
+    if _alone_one_of() > 1:
+      from tools.build_defs import alone
+
+      self.shard_may_be_empty = True
+      kept = alone.sample([item.nodeid for item in items], _alone_one_of())
+      self._keep(config, items, list(itertools.compress(items, kept)))
 
   shard_may_be_empty = False
 
@@ -116,7 +129,12 @@ def main(argv: list[str]) -> int:
   if xml := os.environ.get("XML_OUTPUT_FILE"):
     args.append(f"--junitxml={xml}")
   plugin = BazelPlugin()
-  status = pytest.main(args, plugins=[plugin])
+  plugins: list[object] = [plugin]
+  if _alone_one_of():
+    from tools.build_defs import alone
+
+    plugins.append(alone.AlonePlugin([sys.executable, __file__]))
+  status = pytest.main(args, plugins=plugins)
   if status == pytest.ExitCode.NO_TESTS_COLLECTED and plugin.shard_may_be_empty:
     return 0
   return int(status)

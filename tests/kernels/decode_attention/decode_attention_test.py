@@ -512,6 +512,9 @@ class WrongInputTest(PlatformTest):
     ({"chunk": 0}, ValueError, "`chunk` must be at least 1"),
     ({"softcap": 0.0}, ValueError, "`softcap` must be positive"),
     ({"out_dtype": "int8"}, TypeError, "`out_dtype` must be one of"),
+    ({"out_dtype": "half?"}, TypeError, "`out_dtype` must be one of"),
+    ({"bias": "x"}, TypeError, "`bias` must be an array, but got `str`"),
+    ({"mask": "x"}, TypeError, "`mask` must be an array, but got `str`"),
     ({"bias": np.zeros((3, 4, 1, 5), np.float32)}, ValueError,
      r"`bias` must have the shape \[3, 4, 1, 24\]"),
     ({"bias": np.zeros((3, 4, 1, 24), bool)}, TypeError, "array as `mask`"),
@@ -541,6 +544,24 @@ class WrongInputTest(PlatformTest):
     self.assert_raises(ValueError, match, *args, 0, ring=True)
     self.assert_raises(ValueError, match, *args, 0, ring=True, window=23)
     da.decode_attention(*args, 0, ring=True, window=22)
+
+  @parameterized.parameters(
+    ({"layer": 3}, r"`layer` must lie in \[0, 3\), but got \[3\]"),
+    ({"layer": -1}, r"`layer` must lie in \[0, 3\), but got \[-1\]"),
+    ({"layer": 0, "lengths": 2}, r"`lengths` must lie in \[0, 1\]"),
+    ({"layer": 0, "lengths": -1}, r"`lengths` must lie in \[0, 1\]"),
+  )
+  def test_attend_to_what_is_not_there_raises_where_known(self, kwargs, match):
+    cache_k, cache_v, q, *_ = arguments()
+    stacks = [jnp.stack([cache] * 3) for cache in (cache_k, cache_v)]
+    with pytest.raises(ValueError, match=match):
+      da.attend(*stacks, q, 5, **kwargs)
+    static = {k: v for k, v in kwargs.items() if k != "layer"}
+    error, _ = jax.jit(
+      checkify.checkify(functools.partial(da.attend, **static))
+    )(*stacks, q, 5, layer=jnp.int32(kwargs["layer"]))
+    with pytest.raises(checkify.JaxRuntimeError, match=match):
+      error.throw()
 
   @parameterized.parameters(
     (24, {}, r"`index` must lie in \[0, 24\)"),
