@@ -392,6 +392,8 @@ def _layout(graphdef: nnx.GraphDef) -> Layout:
 def _structure(module: nnx.Module) -> tuple[nnx.GraphDef, dict[Any, Any]]:
   """The graphdef of a Module, and its arrays that are not in Variables."""
   for _, key in nnx.to_flat_state(nnx.state(module, nnx.RngKey)):
+    if key.has_metadata(to_nnx.NO_KEY):
+      key.del_metadata(to_nnx.NO_KEY)
     if key.shape:  # of several layers; no value says so when it is seeded anew
       key.set_metadata(_SHAPE, key.shape)
   graphdef, _, arrays = nnx.split(module, nnx.Variable, ...)
