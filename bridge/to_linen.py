@@ -440,7 +440,8 @@ def _check_arguments(model: ToLinen) -> None:
       f"`nnx_class` must be a class of `nnx`, but got `{name}` of Linen: it"
       " needs no bridge, use it as it is."
     )
-  if _is_class_of(cls, flax_nnx.Pytree):
+  # The two are one where a program has `flax.nnx` stand for `nnx`.
+  if _is_class_of(cls, flax_nnx.Pytree) and not _is_class_of(cls, nnx.Pytree):
     raise TypeError(
       f"`nnx_class` must be a class of `nnx`, but got `{cls.__name__}` of"
       " `flax.nnx`: pass a function that returns `bridge.from_flax_nnx(...)` of"
