@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 import functools
 import inspect
+import types
 from typing import Any, cast
 
 from flax import core
@@ -27,7 +28,8 @@ def from_flax_nnx(module: Any, known: Mapping[Any, Any] | None = None) -> Any:
 
   Layers, containers, random streams, optimizers and metrics of `flax.nnx` are
   known, those of exactly these classes. What is shared stays shared. Arrays are
-  copied, so that either model may be trained and its buffers donated.
+  copied, so that either model may be trained and its buffers donated. Objects
+  of ours, and pytrees of any kind, are copied for what is of `flax.nnx` below.
 
   For classes of one's own, `known` says what they become: a class of ours,
   whose objects get the same attributes, converted; or a function of the object
@@ -56,7 +58,8 @@ def from_flax_nnx(module: Any, known: Mapping[Any, Any] | None = None) -> Any:
     True
 
   Args:
-    module: an object of `flax.nnx`, or a list, tuple or dict of such.
+    module: a Module, Variable, State or other object of `flax.nnx`, or a pytree
+      or an object of ours that holds such.
     known: classes of Flax to classes of ours, or to functions.
 
   Returns:
@@ -96,9 +99,9 @@ class _Converter:
     if id(value) in self._done:
       return self._done[id(value)]
     cls = type(value)
-    if isinstance(value, flax_nnx.Variable):
+    if isinstance(value, (flax_nnx.Variable, nnx.Variable)):
       return self._keep(value, self._variable(value, path))
-    if cls in self.known or isinstance(value, flax_nnx.Pytree):
+    if cls in self.known or isinstance(value, (flax_nnx.Pytree, nnx.Pytree)):
       return self._object(value, path)
     if isinstance(value, flax_nnx.State):
       items = {k: self.convert(v, (*path, k)) for k, v in value.items()}
@@ -117,7 +120,34 @@ class _Converter:
     if isinstance(value, tuple):
       items = [self.convert(x, (*path, i)) for i, x in enumerate(value)]
       return cls(*items) if hasattr(cls, "_fields") else cls(items)
-    return self.static(value)
+    if isinstance(value, types.MethodType):
+      owner = self.convert(value.__self__, path)
+      return getattr(owner, value.__name__, value)
+    if isinstance(value, functools.partial):
+      parts = value.func, value.args, value.keywords
+      func, args, keywords = (self.convert(x, path) for x in parts)
+      return cls(func, *args, **keywords)
+    if isinstance(value, flax_nnx.GraphDef):
+      raise ValueError(
+        "A graphdef of `flax.nnx` must be given as the object it describes,"
+        f" but `{'/'.join(map(str, path)) or '.'}` is one. Pass"
+        " `flax.nnx.merge(graphdef, state)`."
+      )
+    if isinstance(value, flax_nnx.statelib.FlatState):
+      state = nnx.from_flat_state(
+        [(key, self.convert(x, (*path, *key))) for key, x in value]
+      )
+      return nnx.to_flat_state(state)
+    # Any other pytree, one level of it.
+    parts, treedef = jax.tree.flatten(value, is_leaf=lambda x: x is not value)
+    if parts and parts[0] is not value:
+      items = [self.convert(x, (*path, i)) for i, x in enumerate(parts)]
+      return self._keep(value, treedef.unflatten(items))
+    result = self.static(value)
+    if result is value and cls.__module__.startswith("flax.nnx"):
+      if not isinstance(value, type):
+        self.unknown.append((path, cls))
+    return result
 
   def _keep(self, value: Any, result: Any) -> Any:
     self._kept.append(value)
@@ -126,12 +156,13 @@ class _Converter:
 
   def _object(self, value: Any, path: tuple[Any, ...]) -> Any:
     cls = type(value)
-    if cls is flax_nnx.List:
+    if cls in (flax_nnx.List, nnx.List):
       result = self._keep(value, nnx.List())
       for index, item in enumerate(value):
         result.append(self.convert(item, (*path, index)))
       return result
-    target = self.known.get(cls)
+    is_ours = isinstance(value, nnx.Pytree)
+    target = self.known.get(cls, cls if is_ours else None)
     if target is None:
       self.unknown.append((path, cls))
       self._keep(value, None)
@@ -164,15 +195,17 @@ class _Converter:
       for name, item in variable.get_metadata().items()
       if name not in _THEIR_METADATA and item not in ((), None)
     }
+    cls = type(variable)
+    kind = cls if isinstance(variable, nnx.Variable) else self._kind(cls)
     value = variable.get_raw_value()
     if isinstance(value, jax.Ref):
       value = value[...]
     value = jax.tree.map(
       lambda x: self.convert(x, path),
       value,
-      is_leaf=lambda x: isinstance(x, flax_nnx.Variable),
+      is_leaf=lambda x: isinstance(x, (flax_nnx.Variable, nnx.Variable)),
     )
-    return self._kind(type(variable)).from_metadata(value, metadata)
+    return kind.from_metadata(value, metadata)
 
   def _kind(self, cls: type) -> Any:
     if cls in self.known:
@@ -193,8 +226,8 @@ class _Converter:
           for filter_, axis in zip(value.filters, value.axes)
         ]
       )
-    if isinstance(value, tuple) and type(value) is tuple:
-      return tuple(self.static(x) for x in value)
+    if type(value) in (tuple, set, frozenset):
+      return type(value)(self.static(x) for x in value)
     if type(value) in _filters():
       ours = _filters()[type(value)]
       fields = {k: self.static(v) for k, v in vars(value).items()}

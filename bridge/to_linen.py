@@ -392,6 +392,8 @@ def _layout(graphdef: nnx.GraphDef) -> Layout:
 def _structure(module: nnx.Module) -> tuple[nnx.GraphDef, dict[Any, Any]]:
   """The graphdef of a Module, and its arrays that are not in Variables."""
   for _, key in nnx.to_flat_state(nnx.state(module, nnx.RngKey)):
+    if key.has_metadata(to_nnx.NO_KEY):
+      key.del_metadata(to_nnx.NO_KEY)
     if key.shape:  # of several layers; no value says so when it is seeded anew
       key.set_metadata(_SHAPE, key.shape)
   graphdef, _, arrays = nnx.split(module, nnx.Variable, ...)
@@ -438,7 +440,8 @@ def _check_arguments(model: ToLinen) -> None:
       f"`nnx_class` must be a class of `nnx`, but got `{name}` of Linen: it"
       " needs no bridge, use it as it is."
     )
-  if _is_class_of(cls, flax_nnx.Pytree):
+  # The two are one where a program has `flax.nnx` stand for `nnx`.
+  if _is_class_of(cls, flax_nnx.Pytree) and not _is_class_of(cls, nnx.Pytree):
     raise TypeError(
       f"`nnx_class` must be a class of `nnx`, but got `{cls.__name__}` of"
       " `flax.nnx`: pass a function that returns `bridge.from_flax_nnx(...)` of"

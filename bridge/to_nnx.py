@@ -317,18 +317,19 @@ def load_linen_variables(
   Args:
     model: the module.
     variables: collection to nested dicts of arrays or metadata boxes. Values
-      without a box keep the metadata that the module has for them.
+      without a box keep the metadata that the module has for them; so do boxes
+      that a checkpoint has made `{"value": ...}`.
 
   Raises:
     ValueError: if the module has been initialised, and has other variables or
       variables of other shapes.
   """
+  boxed = {
+    name: _with_boxes(model, tree, ()) for name, tree in variables.items()
+  }
   if _is_initialised(model):
-    _check_loaded(model, variables)
-  _write(
-    model,
-    {name: _with_boxes(model, tree, ()) for name, tree in variables.items()},
-  )
+    _check_loaded(model, boxed)
+  _write(model, boxed)
 
 
 def _check_loaded(model: ToNNX, variables: Mapping[str, Any]) -> None:
@@ -369,20 +370,23 @@ def _shapes(
 
 def _with_boxes(model: ToNNX, tree: Any, path: tuple[Any, ...]) -> Any:
   """Values in the metadata boxes that the module has for them."""
-  if isinstance(tree, Mapping):
-    return {
-      key: _with_boxes(model, value, (*path, key))
-      for key, value in tree.items()
-    }
   current: Any = vars(model)
   for key in path:
     current = current.get(key) if isinstance(current, Mapping) else None
-  if isinstance(tree, meta.AxisMetadata) or not isinstance(
-    current, nnx.Variable
+  box = None
+  if isinstance(current, nnx.Variable):
+    box = variables_lib.to_linen_var(current)
+  if isinstance(box, meta.AxisMetadata) and not isinstance(
+    tree, meta.AxisMetadata
   ):
+    if isinstance(tree, Mapping) and [*tree] == ["value"]:
+      tree = tree["value"]  # what a checkpoint makes of a box
+    return box.replace_boxed(tree)
+  if not isinstance(tree, Mapping):
     return tree
-  box = variables_lib.to_linen_var(current)
-  return box.replace_boxed(tree) if isinstance(box, meta.AxisMetadata) else tree
+  return {
+    key: _with_boxes(model, value, (*path, key)) for key, value in tree.items()
+  }
 
 
 def _has_field(module: linen.Module | None, name: str) -> bool:

@@ -1,8 +1,11 @@
 """Errors of the bridge name the module, the path and the fix."""
 
-from absl.testing import absltest
-from flax import errors
+from typing import Any
+
+from absl.testing import absltest, parameterized
+from flax import errors, struct
 from flax import linen as nn
+from flax import nnx as flax_nnx
 import jax
 import jax.numpy as jnp
 
@@ -157,6 +160,142 @@ class ToNNXErrorsTest(absltest.TestCase):
       lambda: bridge.to_nnx._write(model, {"params": {"dense": {"w": X}}}),
       "Variables of `ToNNX(Sows)` must have different paths, but `dense` is"
       " both a `Cache` and a submodule. Rename one of them in the Linen",
+    )
+
+
+class ArgumentsTest(parameterized.TestCase):
+  """What is no class, no instance, or of the other side: one sentence each."""
+
+  def check(self, kind, make, text):
+    with self.assertRaises(kind) as caught:
+      make()
+    self.assertEqual(str(caught.exception), text)
+
+  @parameterized.parameters(
+    (
+      lambda: bridge.ToLinen(nnx.Linear(2, 3, rngs=nnx.Rngs(0))),
+      "`nnx_class` must be a class of Modules, but got an instance of `Linear`:"
+      " pass `ToLinen(Linear, args=...)`.",
+    ),
+    (
+      lambda: bridge.to_linen(nnx.Linear(2, 3, rngs=nnx.Rngs(0)), 4),
+      "`nnx_class` must be a class of Modules, but got an instance of `Linear`:"
+      " pass `ToLinen(Linear, args=...)`.",
+    ),
+    (
+      lambda: bridge.ToLinen(nn.Dense, args=(3,)),
+      "`nnx_class` must be a class of `nnx`, but got `Dense` of Linen: it needs"
+      " no bridge, use it as it is.",
+    ),
+    (
+      lambda: bridge.ToLinen(nn.Dense(3)),
+      "`nnx_class` must be a class of `nnx`, but got `Dense` of Linen: it needs"
+      " no bridge, use it as it is.",
+    ),
+    (
+      lambda: bridge.ToLinen(flax_nnx.Linear, args=(2, 3)),
+      "`nnx_class` must be a class of `nnx`, but got `Linear` of `flax.nnx`:"
+      " pass a function that returns `bridge.from_flax_nnx(...)` of an object"
+      " of it.",
+    ),
+    (
+      lambda: bridge.ToLinen("Linear"),
+      "`nnx_class` must be a class of Modules or a function that makes one, but"
+      " got 'Linear'.",
+    ),
+    (
+      lambda: bridge.ToLinen(nnx.Linear, 32),
+      "`args` must be a tuple of arguments of the Module, but got 32: write"
+      " `args=(...,)`, or use `to_linen`.",
+    ),
+    (
+      lambda: bridge.ToLinen(nnx.Linear, (2, 3), 4),
+      "`kwargs` must map names to arguments of the Module, but got 4.",
+    ),
+    (
+      lambda: bridge.to_linen(nnx.Linear, 2, 3, metadata_type=3),
+      "`metadata_type` must be a class or function, or None, but got 3.",
+    ),
+    (
+      lambda: bridge.to_linen(nnx.Linear, 2, 3, metadata_fn="bare"),
+      "`metadata_fn` must be a class or function, or None, but got 'bare'.",
+    ),
+    (
+      lambda: bridge.to_linen(nnx.Linear, 2, 3, metadata_type=nn.Partitioned),
+      "`metadata_type` must take the type, value and metadata of a Variable,"
+      " but got `Partitioned`: pass a function of the Variable as"
+      " `metadata_fn` instead.",
+    ),
+    (
+      lambda: bridge.ToLinen(lambda rngs: 3).init(jax.random.key(0), X),
+      "`nnx_class` of `ToLinen(<lambda>)` must make a Module of `nnx`, but made"
+      " an object of type `builtins.int`.",
+    ),
+    (
+      lambda: bridge.ToNNX(nn.Dense, rngs=nnx.Rngs(0)),
+      "`module` must be an instance of a Linen module, but got the class"
+      " `Dense`. Make one: `ToNNX(Dense(...), rngs=...)`.",
+    ),
+    (
+      lambda: bridge.ToNNX(nnx.Linear(2, 3, rngs=nnx.Rngs(0))),
+      "`module` must be an instance of a Linen module, but got an object of"
+      " type `Linear`. It is a Module of `nnx` already: use it as it is.",
+    ),
+    (
+      lambda: bridge.ToNNX(flax_nnx.Linear(2, 3, rngs=flax_nnx.Rngs(0))),
+      "`module` must be an instance of a Linen module, but got an object of"
+      " type `Linear`. Convert it by `bridge.from_flax_nnx`.",
+    ),
+    (
+      lambda: bridge.ToNNX(3),
+      "`module` must be an instance of a Linen module, but got an object of"
+      " type `int`. Pass one, as in `ToNNX(linen.Dense(4), rngs=nnx.Rngs(0))`.",
+    ),
+  )
+  def test_types(self, make, text):
+    self.check(TypeError, make, text)
+
+  def test_rngs_among_the_arguments(self):
+    self.check(
+      ValueError,
+      lambda: bridge.to_linen(nnx.Linear, 2, 3, rngs=nnx.Rngs(0)),
+      "`kwargs` must not have `rngs`, since the keys given to `init` make them:"
+      " leave it out, or pass `skip_rng=True` to keep yours.",
+    )
+    kept = bridge.to_linen(nnx.Linear, 4, 3, rngs=nnx.Rngs(7), skip_rng=True)
+    kernel = kept.init(jax.random.key(0), X)["params"]["kernel"]
+    expected = nnx.Linear(4, 3, rngs=nnx.Rngs(7)).kernel
+    self.assertTrue((kernel == expected[...]).all())
+
+  def test_a_box_of_something_else(self):
+    class Wrong(struct.PyTreeNode, nn.meta.AxisMetadata):
+      type: Any = struct.field(pytree_node=False)
+      value: Any
+      metadata: Any = struct.field(pytree_node=False)
+
+      def unbox(self):
+        return self.value * 2
+
+      def replace_boxed(self, val):
+        return self.replace(value=val)
+
+      add_axis = remove_axis = replace_boxed
+
+    class Named(nnx.Module):
+      def __init__(self, *, rngs):
+        self.w = nnx.Param(jnp.ones(4), unit="m")
+
+      def __call__(self, x):
+        return x * self.w
+
+    self.check(
+      ValueError,
+      lambda: bridge.ToLinen(Named, metadata_type=Wrong).init(
+        jax.random.key(0), X
+      ),
+      "`metadata_type` of `ToLinen(Named)` must make a box whose `unbox()` is"
+      " the second of its arguments `(type, value, metadata)`, but `Wrong` does"
+      " not. Use `metadata_fn` to store a Variable in a box of another kind.",
     )
 
 

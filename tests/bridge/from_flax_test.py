@@ -1,7 +1,12 @@
 """from_flax_nnx: every layer of flax.nnx, with the same weights and results."""
 
+import collections
+import functools
+from typing import Any
+
 from absl.testing import absltest, parameterized
 import flax
+from flax import core, struct
 from flax import nnx as fnnx
 import jax
 import jax.numpy as jnp
@@ -254,7 +259,106 @@ class ModelsTest(absltest.TestCase):
     self.assertEqual(ours.compute(), theirs.compute())
 
 
+def linear():
+  return fnnx.Linear(4, 3, rngs=fnnx.Rngs(0))
+
+
+@struct.dataclass
+class Pair:
+  first: Any
+  second: Any = struct.field(pytree_node=False, default=None)
+
+
+class Ours(nnx.Module):
+  """Holds an object of flax.nnx past every check."""
+
+  def __init__(self, layer):
+    vars(self)["layer"] = layer
+    self.w = nnx.Param(jnp.ones(3), unit="m")
+    self.same = self.w
+
+  def __call__(self, x):
+    return self.layer(x) * self.w
+
+
+class PartsTest(parameterized.TestCase):
+  """Whatever holds an object of flax.nnx, it is converted."""
+
+  @parameterized.parameters(
+    (lambda x: collections.OrderedDict(a=x), lambda x: x["a"]),
+    (lambda x: collections.defaultdict(list, a=x), lambda x: x["a"]),
+    (lambda x: core.FrozenDict(a=x), lambda x: x["a"]),
+    (optax.TraceState, lambda x: x.trace),
+    (Pair, lambda x: x.first),
+    (functools.partial, lambda x: x.func),
+    (jax.tree_util.Partial, lambda x: x.func),
+    (lambda x: functools.partial(max, x), lambda x: x.args[0]),
+    (lambda x: functools.partial(max, key=x), lambda x: x.keywords["key"]),
+    (lambda x: x.__call__, lambda x: x.__self__),
+    (Ours, lambda x: x.layer),
+    (lambda x: nnx.List([Ours(x)]), lambda x: x[0].layer),
+    (lambda x: nnx.Dict(a=Ours(x)), lambda x: x.a.layer),
+    (lambda x: fnnx.Sequential(x, functools.partial(x)), lambda x: x.layers[0]),
+  )
+  def test_holders(self, wrap, unwrap):
+    theirs = linear()
+    held = wrap(theirs)
+    result = bridge.from_flax_nnx(held)
+    if not isinstance(held, fnnx.Pytree):
+      self.assertIs(type(result), type(held))
+    ours = unwrap(result)
+    self.assertIs(type(ours), nnx.Linear)
+    np.testing.assert_allclose(ours(X), theirs(X), rtol=1e-6)
+
+  def test_objects_of_ours_are_copied(self):
+    model = Ours(linear())
+    copy = bridge.from_flax_nnx(model)
+    np.testing.assert_allclose(copy(X), model(X), rtol=1e-6)
+    self.assertIs(copy.w, copy.same)
+    self.assertIsNot(copy.w, model.w)
+    self.assertEqual(copy.w.unit, "m")
+    grads = nnx.grad(lambda m: m(X).sum())(copy)
+    self.assertIn("kernel", grads["layer"])
+
+  def test_variables_and_states(self):
+    theirs = linear()
+    kernel = bridge.from_flax_nnx(theirs.kernel)
+    self.assertIs(type(kernel), nnx.Param)
+    np.testing.assert_array_equal(kernel[...], theirs.kernel[...])
+    state = bridge.from_flax_nnx(fnnx.state(theirs))
+    self.assertIs(type(state), nnx.State)
+    ours = nnx.Linear(4, 3, rngs=nnx.Rngs(1))
+    nnx.update(ours, state)
+    np.testing.assert_allclose(ours(X), theirs(X), rtol=1e-6)
+    flat = bridge.from_flax_nnx(fnnx.to_flat_state(fnnx.state(theirs)))
+    self.assertIs(type(flat), nnx.FlatState)
+    self.assertEqual([path for path, _ in flat], [("bias",), ("kernel",)])
+    pure = bridge.from_flax_nnx(fnnx.State({"a": [jnp.ones(2)]}))
+    np.testing.assert_array_equal(pure["a"][0], jnp.ones(2))
+    streams = bridge.from_flax_nnx(fnnx.Rngs(0, dropout=1))
+    self.assertIs(type(streams.dropout.key), nnx.RngKey)
+
+
 class ErrorsTest(absltest.TestCase):
+  def test_what_cannot_be_converted(self):
+    for value, text in (
+      (
+        {"a": fnnx.split(linear())},
+        "A graphdef of `flax.nnx` must be given as the object it describes, but"
+        " `a/0` is one. Pass `flax.nnx.merge(graphdef, state)`.",
+      ),
+      (
+        [fnnx.jit(lambda m: m)],
+        "Every object must be of a class of `flax.nnx` itself or of one in"
+        " `known`, but `0` is a `flax.nnx.transforms.compilation.JitWrapped`."
+        " Pass `known={JitWrapped: ...}` with a class of ours for each: its"
+        " objects get the same attributes.",
+      ),
+    ):
+      with self.assertRaises(ValueError) as caught:
+        bridge.from_flax_nnx(value)
+      self.assertEqual(str(caught.exception), text)
+
   def test_all_that_is_unknown_is_listed(self):
     class Custom(fnnx.Linear):
       pass

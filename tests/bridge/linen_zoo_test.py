@@ -16,6 +16,7 @@ import nnx
 
 X = jax.random.normal(jax.random.key(0), (2, 5, 4))
 DROPOUT = jax.random.key(7)
+KEY = jax.random.key(0)
 
 
 class Net(nn.Module):
@@ -203,6 +204,15 @@ class LoadTest(absltest.TestCase):
     box = bridge.linen_variables(model)["params"]["kernel"]
     self.assertEqual(box.names, ("a", "b"))
     np.testing.assert_array_equal(box.value, np.full((4, 3), 2))
+    # Without a target, a checkpoint makes dicts of boxes.
+    restored = serialization.msgpack_restore(
+      serialization.to_bytes(nn.Dense(3, kernel_init=init).init(KEY, X))
+    )
+    self.assertEqual(list(restored["params"]["kernel"]), ["value"])
+    bridge.load_linen_variables(model, restored)
+    box = bridge.linen_variables(model)["params"]["kernel"]
+    self.assertEqual(box.names, ("a", "b"))
+    np.testing.assert_array_equal(box.value, np.ones((4, 3)))
 
   def test_errors(self):
     model = to_nnx("dense", variables_of("dense"))

@@ -4,6 +4,7 @@ import importlib
 import inspect
 
 from absl.testing import absltest, parameterized
+from flax import errors
 from flax import linen as nn
 from flax import nnx as fnnx
 import jax
@@ -277,6 +278,45 @@ class ModuleTest(absltest.TestCase):
     self.assertFalse(
       np.array_equal(updated["batch_stats"]["norm"]["mean"], before)
     )
+
+
+class MutableTest(parameterized.TestCase):
+  """Linen modules inside write what `mutable` says, as with flax.nnx."""
+
+  def result(self, wrap, train, mutable):
+    class Model(wrap.Module):
+      @wrap.compact
+      def __call__(self, x):
+        norm = nn.BatchNorm(use_running_average=not train)
+        return wrap.linen_in_bridge_mdl(norm, name="norm")(x)
+
+    variables = Model().init(0, X)
+    try:
+      return Model().apply(variables, X, mutable=mutable)
+    except errors.ModifyScopeVariableError as error:
+      return str(error)
+
+  @parameterized.product(
+    train=(False, True),
+    mutable=(
+      False,
+      True,
+      [],
+      ["cache"],
+      "cache",
+      "batch_stats",
+      ["batch_stats"],
+    ),
+  )
+  def test_collections(self, train, mutable):
+    ours = self.result(bridge, train, mutable)
+    theirs = self.result(fnnx.bridge, train, mutable)
+    if isinstance(theirs, str):
+      text = 'Cannot update variable "mean" in "/" because'
+      self.assertStartsWith(theirs, text)
+      self.assertStartsWith(ours, f"`ToNNX(BatchNorm)`: {text}")
+    else:
+      jax.tree.map(np.testing.assert_array_equal, ours, theirs)
 
 
 class ErrorsTest(absltest.TestCase):

@@ -206,6 +206,133 @@ class ToLinenTest(parameterized.TestCase):
       y, X @ p["kernel"] * p["layers"][1] + p["layers"][0] + 0.5, rtol=1e-6
     )
 
+  def test_a_shared_layer_is_made_once(self):
+    class Shared(nn.Module):
+      def setup(self):
+        self.linear = bridge.to_linen(nnx.Linear, 2, 2)
+        self.norm = bridge.to_linen(nnx.BatchNorm, 2)
+
+      def __call__(self, x):
+        x = self.norm(self.linear(self.linear(x)))
+        return self.norm(x)
+
+    y, variables = Shared().init_with_output(jax.random.key(0), X)
+    again, updates = Shared().apply(variables, X, mutable=["batch_stats"])
+    np.testing.assert_array_equal(y, again)
+    # As of Linen, what calls write is no part of `init`.
+    np.testing.assert_array_equal(
+      variables["batch_stats"]["norm"]["mean"], np.zeros(2)
+    )
+    self.assertTrue(np.any(updates["batch_stats"]["norm"]["mean"] != 0))
+
+  def test_structure_that_a_call_changes(self):
+    class Changes(nnx.Module):
+      def __init__(self, *, rngs):
+        self.n = 0
+        self.steps = jnp.zeros(())
+        self.w = nnx.Param(jnp.ones(()))
+
+      def __call__(self, x):
+        self.n += 1
+        self.steps = self.steps + 1
+        self.sow(nnx.Intermediate, "seen", x)
+        if not hasattr(self, "last"):
+          self.last = nnx.Cache(x)
+        return self.n * self.w + self.steps
+
+    model = bridge.ToLinen(Changes)
+    variables = model.init(jax.random.key(0), X)
+    for mutable in ("nnx", ["nnx"], ["nnx", "cache"], True):
+      given = variables
+      for i in range(1, 4):
+        y, updates = model.apply(given, X, mutable=mutable)
+        self.assertEqual(y, 2 * i)
+        given = {**given, **updates}
+        given.pop("intermediates", None)  # of one call
+      self.assertEqual("cache" in given, mutable not in ("nnx", ["nnx"]))
+      self.assertEqual(model.apply(given, X), 8)
+    for mutable in (False, ["cache"], []):
+      y = model.apply(variables, X, mutable=mutable)
+      self.assertEqual(y if mutable is False else y[0], 2)
+    step = jax.jit(lambda v: model.apply(v, X, mutable=["nnx"]))
+    self.assertEqual(step({**variables, **step(variables)[1]})[0], 4)
+
+  def test_unchanged_structure_is_returned_as_it_was(self):
+    _, updates = self.model.apply(self.variables, X, mutable=True)
+    self.assertEqual(
+      updates["nnx"]["graphdef"], self.variables["nnx"]["graphdef"]
+    )
+
+  def test_methods_by_the_name_of_apply(self):
+    expected = self.model.apply(self.variables, X, nnx_method="doubled")
+    for method in ("doubled", self.model.doubled):
+      np.testing.assert_array_equal(
+        self.model.apply(self.variables, X, method=method), expected
+      )
+    np.testing.assert_array_equal(
+      self.model.bind(self.variables).doubled(X), expected
+    )
+
+  def test_streams_of_several_layers(self):
+    class Layers(nnx.Module):
+      def __init__(self, *, rngs):
+        @nnx.split_rngs(splits=3)
+        @nnx.vmap
+        def make(rngs):
+          return nnx.Dropout(0.5, rngs=rngs)
+
+        self.drop = make(rngs)
+
+      def __call__(self, x):
+        axes = (0, None)
+        return nnx.vmap(lambda layer, x: layer(x), in_axes=axes)(self.drop, x)
+
+    rngs = {"params": jax.random.key(0), "dropout": jax.random.key(1)}
+    for store in (True, False):
+      model = bridge.ToLinen(Layers, store_graphdef=store)
+      variables = model.init(rngs, X)
+      y = model.apply(variables, jnp.ones(64), rngs=rngs)
+      self.assertEqual(y.shape, (3, 64))
+      self.assertLen({tuple(np.asarray(row)) for row in y}, 3)
+
+  def test_equal_arguments_of_other_types(self):
+    class Scaled(nnx.Module):
+      def __init__(self, scale):
+        self.scale = scale
+
+      def __call__(self, x):
+        return x * self.scale
+
+    x = jnp.arange(3)
+    for scale in (2, 2.0, True, 2):
+      model = bridge.ToLinen(
+        Scaled, args=(scale,), skip_rng=True, store_graphdef=False
+      )
+      self.assertEqual(model.apply({}, x).dtype, (x * scale).dtype)
+
+  def test_without_graphdef_under_a_trace_first(self):
+    model = bridge.to_linen(
+      Block, 2, 4, store_graphdef=False, abstract_init=False
+    )
+    variables = {k: v for k, v in self.variables.items() if k != "nnx"}
+    jitted = jax.jit(model.apply)(variables, X)
+    np.testing.assert_allclose(jitted, model.apply(variables, X), rtol=1e-6)
+    np.testing.assert_allclose(jitted, self.expected(), rtol=1e-6)
+
+  def test_arguments_without_a_hash(self):
+    class Listed(nnx.Module):
+      def __init__(self, sizes, table, *, rngs):
+        self.sizes, self.table = sizes["a"], nnx.Variable(table)
+
+      def __call__(self, x):
+        return x * len(self.sizes) + self.table
+
+    model = bridge.to_linen(
+      Listed, {"a": [1, 2]}, table=jnp.ones(2), store_graphdef=False
+    )
+    variables = model.init(jax.random.key(0), X)
+    np.testing.assert_array_equal(model.apply(variables, X), X * 2 + 1)
+
   def test_options_of_the_shortcut(self):
     model = bridge.to_linen(Block, 2, 4, metadata_type=None, skip_rng=False)
     variables = model.init(jax.random.key(0), X)

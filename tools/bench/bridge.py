@@ -2,8 +2,9 @@
 
 Both sides wrap the same model of 20 layers; times are CPU time of the calling
 thread. Cases `eager` run without `jit`; cases `traced` are one tracing, by
-`jax.make_jaxpr`, with no compilation. The floor is the same model without a
-bridge, called the same way.
+`jax.make_jaxpr`, with no compilation; cases `jitted` are calls of a compiled
+function of the model. The floor is the same model without a bridge, called the
+same way.
 """
 
 from collections.abc import Callable, Sequence
@@ -79,12 +80,13 @@ _X = functools.partial(jnp.ones, (4, _WIDTH))
 Call = Callable[[Any, jax.Array], Any]
 
 
-def _side(name: str, call: Call, arrays: Any, traced: bool) -> harness.Side:
-  """A side that calls, or traces a call."""
+def _side(name: str, call: Call, arrays: Any, how: str) -> harness.Side:
+  """A side that calls, or traces a call, or calls what is compiled."""
   x = _X()
-  if not traced:
+  if how != "traced":
+    compiled = jax.jit(call) if how == "jitted" else call
     return harness.Side(
-      name=name, fresh=lambda: (arrays, x), call=lambda state: call(*state)
+      name=name, fresh=lambda: (arrays, x), call=lambda state: compiled(*state)
     )
 
   def trace(state):
@@ -100,7 +102,7 @@ def _side(name: str, call: Call, arrays: Any, traced: bool) -> harness.Side:
 
 
 def _build_to_nnx(
-  model: type[linen.Module], layers: int, train: bool, traced: bool
+  model: type[linen.Module], layers: int, train: bool, how: str
 ) -> harness.Comparison:
   """A call of `ToNNX`."""
   x, module = _X(), model(layers)
@@ -108,32 +110,37 @@ def _build_to_nnx(
 
   def side(library: Any, wrap: Any, name: str) -> harness.Side:
     wrapped = wrap(module, rngs=library.Rngs(0)).lazy_init(x)
-    if not traced:
-      return _side(
-        name, lambda _, x: wrapped(x, train=train, mutable=mutable), (), False
-      )
+
+    def apply(wrapped, x):
+      return wrapped(x, train=train, mutable=mutable)
+
+    if how != "traced":
+      compiled = library.jit(apply) if how == "jitted" else apply
+      return _side(name, lambda _, x: compiled(wrapped, x), (), "eager")
     graphdef, state = library.split(wrapped)
 
     def call(state, x):
-      return library.merge(graphdef, state)(x, train=train, mutable=mutable)
+      return apply(library.merge(graphdef, state), x)
 
-    return _side(name, call, state, True)
+    return _side(name, call, state, how)
 
   def floor(variables, x):
     result = module.apply(variables, x, train=train, mutable=mutable)
+    if how == "jitted":
+      return result  # what is written is an output of the program
     return result[0] if train else result
 
   variables = module.init(jax.random.key(0), x)
   return harness.Comparison(
     ours=side(nnx, bridge.ToNNX, "bridge.ToNNX"),
     baselines=[side(flax_nnx, flax_nnx.bridge.ToNNX, "flax.nnx.bridge.ToNNX")],
-    floor_side=_side("linen apply", floor, variables, traced),
+    floor_side=_side("linen apply", floor, variables, how),
     floor_name="the Linen module's own apply",
     clock=harness.THREAD_CPU,
   )
 
 
-def _build_to_linen(layers: int, traced: bool) -> harness.Comparison:
+def _build_to_linen(layers: int, how: str) -> harness.Comparison:
   """`ToLinen.apply`."""
   x = _X()
 
@@ -149,37 +156,42 @@ def _build_to_linen(layers: int, traced: bool) -> harness.Comparison:
     def call(params, x):
       return model.apply({**rest, "params": params}, x)
 
-    return _side(name, call, params, traced)
+    return _side(name, call, params, how)
 
   graphdef, state = nnx.split(_stack_type(nnx)(layers, rngs=nnx.Rngs(0)))
   module = nnx.merge(graphdef, state)
+  compiled = nnx.jit(lambda module, x: module(x))
 
   def floor(state, x):
-    return (nnx.merge(graphdef, state) if traced else module)(x)
+    if how == "traced":
+      return nnx.merge(graphdef, state)(x)
+    return compiled(module, x) if how == "jitted" else module(x)
 
   return harness.Comparison(
     ours=side(nnx, bridge.to_linen, "bridge.ToLinen"),
     baselines=[
       side(flax_nnx, flax_nnx.bridge.to_linen, "flax.nnx.bridge.ToLinen")
     ],
-    floor_side=_side("nnx call", floor, state, traced),
+    floor_side=_side(
+      "nnx call", floor, state, "traced" if how == "traced" else "eager"
+    ),
     floor_name="the Module's own call",
     clock=harness.THREAD_CPU,
   )
 
 
 def cases(settings: harness.Settings) -> Sequence[harness.Case]:
-  """Returns the rows: both directions, called and traced."""
+  """Returns the rows: both directions, called, traced and compiled."""
   layers = _QUICK_LAYERS if settings.quick else _LAYERS
   rows = []
-  for case, traced in (("eager", False), ("traced", True)):
+  for case in ("eager", "traced", "jitted"):
     builds: dict[str, tuple[Any, ...]] = {
-      f"{case}_dense": (_build_to_nnx, Dense, layers, False, traced),
+      f"{case}_dense": (_build_to_nnx, Dense, layers, False, case),
     }
     if not settings.quick:
       normed = (_build_to_nnx, Normed, layers)
-      builds[f"{case}_batch_norm"] = (*normed, False, traced)
-      builds[f"{case}_batch_norm_train"] = (*normed, True, traced)
+      builds[f"{case}_batch_norm"] = (*normed, False, case)
+      builds[f"{case}_batch_norm_train"] = (*normed, True, case)
     rows += [
       harness.Case(
         NAME, "to_nnx_call", name, "", functools.partial(build[0], *build[1:])
@@ -192,7 +204,7 @@ def cases(settings: harness.Settings) -> Sequence[harness.Case]:
         "to_linen_apply",
         f"{case}_dense",
         "",
-        functools.partial(_build_to_linen, layers, traced),
+        functools.partial(_build_to_linen, layers, case),
       )
     )
   return rows

@@ -17,7 +17,7 @@ class CasesTest(parameterized.TestCase):
     wrapped = ("dense", "batch_norm", "batch_norm_train")
     expected = {
       (op, f"{how}_{model}")
-      for how in ("eager", "traced")
+      for how in ("eager", "traced", "jitted")
       for op, models in (
         ("to_nnx_call", wrapped),
         ("to_linen_apply", ["dense"]),
