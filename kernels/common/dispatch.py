@@ -167,10 +167,11 @@ class Partitioning:
     partition: `partition(mesh, arg_infos, result_infos, call, **params) ->
       (fn, result_specs, arg_specs)`. The infos have `shape`, `dtype` and
       `sharding.spec`, and there are none of the results. `fn` runs on each
-      device's part and may use collectives over the mesh's axis names; `call(*args, **params)` is the op itself on
-      the part. The specs are PartitionSpecs, one for each array. A dimension
-      that the kernel cannot split must be left whole in `arg_specs` here, in
-      addition to being named in the rule, or the result is silently wrong.
+      device's part and may use collectives over the mesh's axis names;
+      `call(*args, **params)` is the op itself on the part. The specs are
+      PartitionSpecs, one for each array. A dimension that the kernel cannot
+      split must be left whole in `arg_specs` here, in addition to being named
+      in the rule, or the result is silently wrong.
   """
 
   rule: Callable[..., tuple[str, Sequence[str]]]

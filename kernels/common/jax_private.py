@@ -217,7 +217,7 @@ def register_partitioner(
   Args:
     target: Name of the custom call.
     partition: Returns the module that runs on each device, as `lower_part`
-      makes it, the NamedShardings that the operands must have, and the results'.
+      makes it, the operands' NamedShardings and the results'.
     infer: Returns the results' NamedShardings. Only asked without Shardy.
   """
 
