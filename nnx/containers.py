@@ -277,10 +277,12 @@ class Sequential(Module):
 
 def _check_callable(i: int, fn: Any) -> None:
   if not callable(fn):
-    advice = " Pass them one by one: `Sequential(*layers)`."
+    advice = ""
+    if isinstance(fn, (list, tuple)):
+      advice = " Pass them one by one: `Sequential(*layers)`."
     raise TypeError(
       f"The layers of a `Sequential` must be callable, but layer {i} is a"
-      f" `{type(fn).__name__}`.{advice if isinstance(fn, (list, tuple)) else ''}"
+      f" `{type(fn).__name__}`.{advice}"
     )
 
 

@@ -66,7 +66,10 @@ class Embed(Module):
     checks.whole("features", features)
     self.embedding = Param(
       initialize(
-        embedding_init, checks.key(rngs), (num_embeddings, features), param_dtype
+        embedding_init,
+        checks.key(rngs),
+        (num_embeddings, features),
+        param_dtype,
       ),
       **embedding_metadata,
     )

@@ -35,7 +35,12 @@ _OPTIONS = (
     {"kernel_dilation": -1},
     "`kernel_dilation` must be at least 1, but got -1.",
   ),
-  ("Conv", (2, 3, (3,)), {"input_dilation": 1.5}, "`input_dilation` must be an"),
+  (
+    "Conv",
+    (2, 3, (3,)),
+    {"input_dilation": 1.5},
+    "`input_dilation` must be an",
+  ),
   (
     "Conv",
     (2, 2, (3,)),
@@ -355,7 +360,10 @@ class ChecksTest(parameterized.TestCase):
         "`window_shape` must have a number for each spatial axis, but got 2.",
       ),
       ({"window_shape": (0,)}, "`window_shape` must be at least 1, but got 0."),
-      ({"window_shape": (-2,)}, "`window_shape` must be at least 1, but got -2"),
+      (
+        {"window_shape": (-2,)},
+        "`window_shape` must be at least 1, but got -2",
+      ),
       (
         {"window_shape": (2,), "strides": 2},
         "`strides` must have a number for each spatial axis, but got 2.",
@@ -380,9 +388,7 @@ class ChecksTest(parameterized.TestCase):
       nnx.Sequential,
       [a, b],
     )
-    self.assert_says(
-      TypeError, "but layer 1 is a `int`.", nnx.Sequential, a, 3
-    )
+    self.assert_says(TypeError, "but layer 1 is a `int`.", nnx.Sequential, a, 3)
 
 
 if __name__ == "__main__":

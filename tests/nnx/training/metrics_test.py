@@ -249,8 +249,9 @@ class ErrorsTest(absltest.TestCase):
       with self.assertRaisesRegex(
         ValueError,
         rf"`labels` must have the shape \(4,\) for `logits` of the shape"
-        rf" {logits}, but got \({labels[0]},\)".replace("(4, 2)", r"\(4, 2\)")
-        .replace("shape (4,)", r"shape \(4,\)"),
+        rf" {logits}, but got \({labels[0]},\)".replace(
+          "(4, 2)", r"\(4, 2\)"
+        ).replace("shape (4,)", r"shape \(4,\)"),
       ):
         accuracy.update(logits=jnp.ones(logits), labels=jnp.ones(labels, int))
 
