@@ -236,9 +236,14 @@ class Sequential(Module):
 
   Args:
     *fns: the functions.
+
+  Raises:
+    TypeError: if one of them cannot be called.
   """
 
   def __init__(self, *fns: Callable[..., Any]):
+    for i, fn in enumerate(fns):
+      _check_callable(i, fn)
     self.layers = List(fns)
 
   def __call__(self, *args: Any, rngs: Any = None, **kwargs: Any) -> Any:
@@ -261,17 +266,24 @@ class Sequential(Module):
       return args or kwargs or None
     output: Any = None
     for i, fn in enumerate(self.layers):
-      if not callable(fn):
-        raise TypeError(
-          f"The layers of a `Sequential` must be callable, but layer {i} is"
-          f" `{fn!r}`."
-        )
+      _check_callable(i, fn)
       if i > 0:
         args, kwargs = _as_arguments(output)
       if rngs is not None and _takes_keyword(fn, "rngs"):
         kwargs["rngs"] = rngs
       output = fn(*args, **kwargs)
     return output
+
+
+def _check_callable(i: int, fn: Any) -> None:
+  if not callable(fn):
+    advice = ""
+    if isinstance(fn, (list, tuple)):
+      advice = " Pass them one by one: `Sequential(*layers)`."
+    raise TypeError(
+      f"The layers of a `Sequential` must be callable, but layer {i} is a"
+      f" `{type(fn).__name__}`.{advice}"
+    )
 
 
 def _as_arguments(output: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:

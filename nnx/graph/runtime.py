@@ -23,10 +23,13 @@ def is_array_type(cls: type) -> bool | None:
   """What instances of a class are to the graph functions.
 
   Returns:
-    True for arrays, which are leaves; False for scalars of numpy, which are
-    static as attributes and leaves as arguments; None for all else.
+    True for arrays, and for data of other kinds that jax does not open, which
+    are leaves; False for scalars of numpy, which are static as attributes and
+    leaves as arguments; None for all else.
   """
-  if issubclass(cls, _ARRAY_TYPES) or cls in pytree.data_types:
+  if issubclass(cls, _ARRAY_TYPES):
+    return True
+  if cls in pytree.data_types and not tracing.is_pytree_type(cls):
     return True
   return False if issubclass(cls, np.generic) else None
 

@@ -1,4 +1,4 @@
-"""Which trace and mesh are current: the one place that asks jax's internals.
+"""What jax alone knows: the current trace and mesh, the types of pytrees.
 
 `jax.extend.core.get_opaque_trace_state` answers the same question, but makes an
 object each time and runs Python on every comparison; the engine asks on every
@@ -12,6 +12,7 @@ from typing import Any
 from jax._src import array as _array
 from jax._src import core as _core
 from jax._src import mesh as _mesh
+from jax._src import tree_util as _tree_util
 
 
 def trace_context() -> Any:
@@ -27,6 +28,11 @@ def eval_trace() -> Any:
 def array_type() -> type:
   """The class of concrete arrays; asking an array for it would start jax."""
   return _array.ArrayImpl
+
+
+def is_pytree_type(cls: type) -> bool:
+  """Whether jax opens instances of a class, which no public function tells."""
+  return cls in _tree_util._registry
 
 
 def context_mesh() -> Any:

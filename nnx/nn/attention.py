@@ -14,7 +14,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from nnx.module import Module
-from nnx.nn import decoding, dot_product, dtypes, initializers, rotary
+from nnx.nn import (
+  checks,
+  decoding,
+  dot_product,
+  dtypes,
+  initializers,
+  rotary,
+)
 from nnx.nn.dot_product import combine_masks as combine_masks
 from nnx.nn.dot_product import dot_product_attention as dot_product_attention
 from nnx.nn.dot_product import (
@@ -129,7 +136,7 @@ class MultiHeadAttention(Module):
     param_dtype: the dtype of the parameters.
     broadcast_dropout: whether all of a batch and all heads drop the same
       weights.
-    dropout_rate: in [0, 1), the probability with which an attention weight is
+    dropout_rate: in [0, 1], the probability with which an attention weight is
       dropped.
     deterministic: whether to drop none; `train()` and `eval()` set it. None, if
       each call says it, or `dropout_rate` is 0.
@@ -245,6 +252,16 @@ class MultiHeadAttention(Module):
       in_features if in_kv_features is None else in_kv_features
     )
     self.num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
+    for name in (
+      "num_heads",
+      "num_kv_heads",
+      "in_features",
+      "qkv_features",
+      "out_features",
+      "in_kv_features",
+    ):
+      checks.whole(name, getattr(self, name), 1 if "heads" in name else 0)
+    checks.rate("dropout_rate", dropout_rate)
     if num_heads % self.num_kv_heads:
       raise ValueError(
         "`num_heads` must be a multiple of `num_kv_heads`, but got"
@@ -265,11 +282,8 @@ class MultiHeadAttention(Module):
           f" `qkv_features={self.qkv_features}` and `num_heads={num_heads}`"
           f" make {self.head_dim}."
         )
-      if not (rope_base > 0 and rope_scale > 0):
-        raise ValueError(
-          "`rope_base` and `rope_scale` must be positive, but got"
-          f" `rope_base={rope_base}` and `rope_scale={rope_scale}`."
-        )
+      checks.positive("rope_base", rope_base)
+      checks.positive("rope_scale", rope_scale)
     self.dtype = dtype
     self.param_dtype = param_dtype
     self.broadcast_dropout = broadcast_dropout

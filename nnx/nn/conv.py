@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from nnx import eager
 from nnx.module import Module
-from nnx.nn import dtypes
+from nnx.nn import checks, dtypes
 from nnx.nn.initializers import (
   NO_METADATA,
   Initializer,
@@ -53,6 +53,40 @@ def _canonical_padding(padding: Padding, rank: int) -> Any:
     f"`padding` must be a string, an int, or {rank} ints or pairs of ints, one"
     f" for each spatial axis, but got `{padding}`."
   )
+
+
+def _check_steps(name: str, value: Any, kernel_size: Any) -> None:
+  """Refuses what is not one step, or one for each spatial axis."""
+  if value is None:
+    return
+  checks.wholes(name, value, 1)
+  rank = 1 if isinstance(kernel_size, int) else len(tuple(kernel_size))
+  if not isinstance(value, int) and len(tuple(value)) != rank:
+    raise ValueError(
+      f"`{name}` must be one number or one for each axis of"
+      f" `kernel_size={kernel_size}`, but got {value}."
+    )
+
+
+def _check_padding(padding: Padding, others: Sequence[str]) -> None:
+  """Refuses strings that name no padding."""
+  names = ("SAME", "VALID", "SAME_LOWER", *others)
+  if isinstance(padding, str) and padding not in names:
+    raise ValueError(
+      f"`padding` must be one of {', '.join(names)} or numbers, but got"
+      f" {padding!r}."
+    )
+
+
+def _check_inputs(layer: Any, inputs: Any, channels: int) -> None:
+  """Says in what the inputs do not fit, if they do not."""
+  least = len(layer.kernel_size) + 1
+  if jnp.ndim(inputs) < least:
+    raise ValueError(
+      f"`inputs` must have at least {least} axes for this"
+      f" `{type(layer).__name__}`, but got {jnp.shape(inputs)}."
+    ) from None
+  checks.last_axis(layer, "inputs", inputs, channels)
 
 
 def _check_mask(layer: Any) -> None:
@@ -199,6 +233,17 @@ class Conv(Module):
     kernel_metadata: Mapping[str, Any] = NO_METADATA,
     bias_metadata: Mapping[str, Any] = NO_METADATA,
   ):
+    checks.whole("in_features", in_features)
+    checks.whole("out_features", out_features)
+    checks.wholes("kernel_size", kernel_size, 1)
+    checks.whole("feature_group_count", feature_group_count, 1)
+    for name, value in (
+      ("strides", strides),
+      ("input_dilation", input_dilation),
+      ("kernel_dilation", kernel_dilation),
+    ):
+      _check_steps(name, value, kernel_size)
+    _check_padding(padding, ("CAUSAL", *_PAD_MODES))
     if in_features % feature_group_count or out_features % feature_group_count:
       raise ValueError(
         "`feature_group_count` must divide `in_features` and `out_features`,"
@@ -213,13 +258,13 @@ class Conv(Module):
       out_features,
     )
     self.kernel = Param(
-      initialize(kernel_init, rngs.params(), self.kernel_shape, param_dtype),
+      initialize(kernel_init, checks.key(rngs), self.kernel_shape, param_dtype),
       **kernel_metadata,
     )
     self.bias = None
     if use_bias:
       self.bias = Param(
-        initialize(bias_init, rngs.params(), (out_features,), param_dtype),
+        initialize(bias_init, checks.key(rngs), (out_features,), param_dtype),
         **bias_metadata,
       )
     self.in_features = in_features
@@ -275,12 +320,19 @@ class Conv(Module):
       self.preferred_element_type,
       out_sharding,
     )
-    if (
-      self.promote_dtype is dtypes.promote_dtype
-      and self.conv_general_dilated is _CONV_GENERAL_DILATED
-    ):
-      return _one_convolve(*arguments)
-    return _convolve(*arguments, self.promote_dtype, self.conv_general_dilated)
+    try:
+      if (
+        self.promote_dtype is dtypes.promote_dtype
+        and self.conv_general_dilated is _CONV_GENERAL_DILATED
+      ):
+        return _one_convolve(*arguments)
+      return _convolve(
+        *arguments, self.promote_dtype, self.conv_general_dilated
+      )
+    except (IndexError, TypeError, ValueError):
+      channels = self.kernel.shape[-2] * self.feature_group_count
+      _check_inputs(self, inputs, channels)
+      raise
 
 
 def _wrap_around(y: jax.Array, axis: int, period: int, before: int):
@@ -406,6 +458,12 @@ class ConvTranspose(Module):
     kernel_metadata: Mapping[str, Any] = NO_METADATA,
     bias_metadata: Mapping[str, Any] = NO_METADATA,
   ):
+    checks.whole("in_features", in_features)
+    checks.whole("out_features", out_features)
+    checks.wholes("kernel_size", kernel_size, 1)
+    _check_steps("strides", strides, kernel_size)
+    _check_steps("kernel_dilation", kernel_dilation, kernel_size)
+    _check_padding(padding, ("CIRCULAR",))
     self.kernel_size = (
       (kernel_size,) if isinstance(kernel_size, int) else tuple(kernel_size)
     )
@@ -415,13 +473,13 @@ class ConvTranspose(Module):
       *(channels[::-1] if transpose_kernel else channels),
     )
     self.kernel = Param(
-      initialize(kernel_init, rngs.params(), self.kernel_shape, param_dtype),
+      initialize(kernel_init, checks.key(rngs), self.kernel_shape, param_dtype),
       **kernel_metadata,
     )
     self.bias = None
     if use_bias:
       self.bias = Param(
-        initialize(bias_init, rngs.params(), (out_features,), param_dtype),
+        initialize(bias_init, checks.key(rngs), (out_features,), param_dtype),
         **bias_metadata,
       )
     self.in_features = in_features
@@ -465,6 +523,11 @@ class ConvTranspose(Module):
       self.precision,
       self.preferred_element_type,
     )
-    if self.promote_dtype is dtypes.promote_dtype:
-      return _one_convolve_transposed(*arguments)
-    return _convolve_transposed(*arguments, self.promote_dtype)
+    try:
+      if self.promote_dtype is dtypes.promote_dtype:
+        return _one_convolve_transposed(*arguments)
+      return _convolve_transposed(*arguments, self.promote_dtype)
+    except (IndexError, TypeError, ValueError):
+      axis = -1 if self.transpose_kernel else -2
+      _check_inputs(self, inputs, self.kernel.shape[axis])
+      raise

@@ -15,10 +15,11 @@ from typing import Any
 import jax
 from jax import random
 import jax.numpy as jnp
+import numpy as np
 
 from nnx import eager
 from nnx.module import Module
-from nnx.nn import dtypes
+from nnx.nn import checks, dtypes
 from nnx.variables import Intermediate
 
 # How many keys a query sees, its own the last of them; or how many before and
@@ -66,18 +67,27 @@ def check_window(window: Window | None) -> tuple[int, int] | None:
     A pair, or None for None.
 
   Raises:
+    TypeError: if it is no integer or pair of integers.
     ValueError: if there is no such window.
   """
   if window is None:
     return None
-  if isinstance(window, int):
-    if window < 1:
+  if isinstance(window, (tuple, list)) and len(window) == 2:
+    before, after = window
+  else:
+    before, after = window, None
+  for size in (before, 0 if after is None else after):
+    if not isinstance(size, (int, np.integer)) or isinstance(size, bool):
+      raise TypeError(
+        f"`window` must be an integer or a pair of integers, but got {window}."
+      )
+  if after is None:
+    if before < 1:
       raise ValueError(
         "`window` must be at least 1, the query's own key, but got"
         f" {window}. For no limit, pass None."
       )
-    return window - 1, 0
-  before, after = window
+    return before - 1, 0
   if before < -1 or after < -1:
     raise ValueError(
       "`window` must be a pair of numbers that are at least 0, or -1 for no"
@@ -136,11 +146,12 @@ def check_softcap(softcap: float | None) -> None:
     softcap: as for `dot_product_attention`.
 
   Raises:
-    ValueError: if it is not positive.
+    ValueError: if it is not positive and finite.
   """
-  if softcap is not None and not softcap > 0:
+  if softcap is not None and not 0 < softcap < math.inf:
     raise ValueError(
-      f"`softcap` must be positive, but got {softcap}. For no cap, pass None."
+      f"`softcap` must be positive and finite, but got {softcap}. For no cap,"
+      " pass None."
     )
 
 
@@ -229,7 +240,7 @@ def dot_product_attention_weights(
     broadcast_dropout: whether all of a batch and all heads drop the same
       weights.
     dropout_rng: `[]`, the key of the dropout.
-    dropout_rate: in [0, 1), the probability with which a weight is dropped.
+    dropout_rate: in [0, 1], the probability with which a weight is dropped.
     deterministic: whether to drop none.
     dtype: the dtype to compute in; of query and key, if None.
     precision: of the product, as in `jnp.einsum`.
@@ -247,8 +258,9 @@ def dot_product_attention_weights(
 
   Raises:
     ValueError: if ranks, batch axes, features, heads, `window` or `softcap` do
-      not fit.
+      not fit; if `dropout_rate` is not in [0, 1], or has no key.
   """
+  _check_dropout(dropout_rate, dropout_rng, deterministic)
   query, key = promote_dtype((query, key), dtype=dtype)
   dtype = query.dtype
   _check_shapes("`query` and `key`", query, key)
@@ -269,9 +281,20 @@ def dot_product_attention_weights(
   shape = weights.shape
   if broadcast_dropout:
     shape = (1,) * (len(shape) - 2) + shape[-2:]
+  if dropout_rate == 1.0:  # where 1 / (1 - rate) would make NaN
+    return jnp.zeros_like(weights)
   keep_prob = 1.0 - dropout_rate
   keep = random.bernoulli(dropout_rng, keep_prob, shape)
   return weights * (keep.astype(dtype) / jnp.asarray(keep_prob, dtype))
+
+
+def _check_dropout(rate, rng, deterministic):
+  checks.rate("dropout_rate", rate)
+  if not deterministic and rate != 0.0 and rng is None:
+    raise ValueError(
+      f"`dropout_rng` must be a key for `dropout_rate={rate}`, but got None."
+      " Pass a key, or `deterministic=True`."
+    )
 
 
 def _plain_attention(
@@ -392,7 +415,7 @@ def dot_product_attention(
     broadcast_dropout: whether all of a batch and all heads drop the same
       weights.
     dropout_rng: `[]`, the key of the dropout.
-    dropout_rate: in [0, 1), the probability with which a weight is dropped.
+    dropout_rate: in [0, 1], the probability with which a weight is dropped.
     deterministic: whether to drop none.
     dtype: the dtype to compute in; of the three arrays, if None.
     precision: of the products, as in `jnp.einsum`.
@@ -410,11 +433,12 @@ def dot_product_attention(
 
   Raises:
     ValueError: if ranks, batch axes, lengths, features, heads, `window` or
-      `softcap` do not fit.
+      `softcap` do not fit; if `dropout_rate` is not in [0, 1], or has no key.
 
   Numerics: without dropout, `precision` and `module`, softmax in float32, as in
     `jax.nn.dot_product_attention`; otherwise all in the dtype to compute in.
   """
+  _check_dropout(dropout_rate, dropout_rng, deterministic)
   if dropout_rate == 0.0 and module is None and precision is None:
     arguments = (
       query,

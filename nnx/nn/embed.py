@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from nnx import eager
 from nnx.module import Module
-from nnx.nn import dtypes, initializers
+from nnx.nn import checks, dtypes, initializers
 from nnx.nn.initializers import NO_METADATA, Initializer, initialize
 from nnx.rngs import Rngs
 from nnx.variables import Param
@@ -62,9 +62,14 @@ class Embed(Module):
     rngs: Rngs,
     embedding_metadata: Mapping[str, Any] = NO_METADATA,
   ):
+    checks.whole("num_embeddings", num_embeddings)
+    checks.whole("features", features)
     self.embedding = Param(
       initialize(
-        embedding_init, rngs.params(), (num_embeddings, features), param_dtype
+        embedding_init,
+        checks.key(rngs),
+        (num_embeddings, features),
+        param_dtype,
       ),
       **embedding_metadata,
     )
@@ -120,10 +125,14 @@ class Embed(Module):
       `[..., n]`.
     """
     table = self.embedding.value
-    if self.promote_dtype is dtypes.promote_dtype:
-      return _attend(query, table, self.dtype, out_sharding)
-    query, table = self.promote_dtype((query, table), dtype=self.dtype)
-    return jnp.dot(query, table.T, out_sharding=out_sharding)
+    try:
+      if self.promote_dtype is dtypes.promote_dtype:
+        return _attend(query, table, self.dtype, out_sharding)
+      query, table = self.promote_dtype((query, table), dtype=self.dtype)
+      return jnp.dot(query, table.T, out_sharding=out_sharding)
+    except (TypeError, ValueError):
+      checks.last_axis(self, "query", query, self.embedding.shape[1])
+      raise
 
 
 def _take(table: jax.Array, inputs: jax.Array, one: bool) -> jax.Array:

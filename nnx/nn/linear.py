@@ -18,7 +18,7 @@ import jax.numpy as jnp
 
 from nnx import eager
 from nnx.module import Module
-from nnx.nn import dtypes
+from nnx.nn import checks, dtypes
 from nnx.nn.initializers import (
   NO_METADATA,
   Initializer,
@@ -166,16 +166,18 @@ class Linear(Module):
     kernel_metadata: Mapping[str, Any] = NO_METADATA,
     bias_metadata: Mapping[str, Any] = NO_METADATA,
   ):
+    checks.whole("in_features", in_features)
+    checks.whole("out_features", out_features)
     self.kernel = Param(
       initialize(
-        kernel_init, rngs.params(), (in_features, out_features), param_dtype
+        kernel_init, checks.key(rngs), (in_features, out_features), param_dtype
       ),
       **kernel_metadata,
     )
     self.bias = None
     if use_bias:
       self.bias = Param(
-        initialize(bias_init, rngs.params(), (out_features,), param_dtype),
+        initialize(bias_init, checks.key(rngs), (out_features,), param_dtype),
         **bias_metadata,
       )
     self.in_features = in_features
@@ -198,6 +200,9 @@ class Linear(Module):
 
     Returns:
       `[..., c]`.
+
+    Raises:
+      ValueError: if the last axis of `inputs` has another size.
     """
     arguments = (
       inputs,
@@ -208,12 +213,16 @@ class Linear(Module):
       self.preferred_element_type,
       out_sharding,
     )
-    if (
-      self.promote_dtype is dtypes.promote_dtype
-      and self.dot_general is _DOT_GENERAL
-    ):
-      return _linear(*arguments)
-    return linear(*arguments, self.promote_dtype, self.dot_general)
+    try:
+      if (
+        self.promote_dtype is dtypes.promote_dtype
+        and self.dot_general is _DOT_GENERAL
+      ):
+        return _linear(*arguments)
+      return linear(*arguments, self.promote_dtype, self.dot_general)
+    except (TypeError, ValueError):
+      checks.last_axis(self, "inputs", inputs, self.kernel.shape[0])
+      raise
 
 
 class AxisSizes(collections.abc.Mapping):
@@ -407,6 +416,8 @@ class LinearGeneral(Module):
     kernel_metadata: Mapping[str, Any] = NO_METADATA,
     bias_metadata: Mapping[str, Any] = NO_METADATA,
   ):
+    checks.wholes("in_features", in_features)
+    checks.wholes("out_features", out_features)
     self.in_features = _as_tuple(in_features)
     self.out_features = _as_tuple(out_features)
     self.axis = _as_tuple(axis)
@@ -435,7 +446,7 @@ class LinearGeneral(Module):
     self.kernel = Param(
       _initialize_flat(
         kernel_init,
-        rngs.params(),
+        checks.key(rngs),
         (fan_in, fan_out),
         (*batch, *self.in_features, *self.out_features),
         param_dtype,
@@ -447,7 +458,7 @@ class LinearGeneral(Module):
       self.bias = Param(
         _initialize_flat(
           bias_init,
-          rngs.params(),
+          checks.key(rngs),
           (math.prod(batch) * fan_out,),
           (*batch, *self.out_features),
           param_dtype,
@@ -478,17 +489,33 @@ class LinearGeneral(Module):
       self.preferred_element_type,
       out_sharding,
     )
-    if (
-      self.promote_dtype is dtypes.promote_dtype
-      and self.dot_general is None
-      and self.dot_general_cls is None
-    ):
-      return _linear_general(*arguments)
-    if self.dot_general_cls is not None:
-      dot_general = self.dot_general_cls()
-    else:
-      dot_general = self.dot_general or _DOT_GENERAL
-    return linear_general(*arguments, self.promote_dtype, dot_general)
+    try:
+      if (
+        self.promote_dtype is dtypes.promote_dtype
+        and self.dot_general is None
+        and self.dot_general_cls is None
+      ):
+        return _linear_general(*arguments)
+      if self.dot_general_cls is not None:
+        dot_general = self.dot_general_cls()
+      else:
+        dot_general = self.dot_general or _DOT_GENERAL
+      return linear_general(*arguments, self.promote_dtype, dot_general)
+    except (TypeError, ValueError):
+      self._check_axes(inputs)
+      raise
+
+  def _check_axes(self, inputs: Any) -> None:
+    """Says in what the inputs do not fit, if they do not."""
+    shape = jnp.shape(inputs)
+    axes = [*self.batch_axis, *self.axis]
+    sizes = (*self.batch_axis.values(), *self.in_features)
+    for axis, size in zip(axes, sizes):
+      if not -len(shape) <= axis < len(shape) or shape[axis] != size:
+        raise ValueError(
+          f"Axis {axis} of `inputs` must be {size} for this"
+          f" `{type(self).__name__}`, but got {shape}."
+        ) from None
 
 
 def _parse_equation(equation: str) -> tuple[str, str, str]:
@@ -649,15 +676,17 @@ class Einsum(Module):
     if einsum_str is not None:
       einsum_str = einsum_str.replace(" ", "")
       _parse_equation(einsum_str)
+    checks.wholes("kernel_shape", kernel_shape)
+    checks.wholes("bias_shape", () if bias_shape is None else bias_shape)
     self.kernel = Param(
-      initialize(kernel_init, rngs.params(), kernel_shape, param_dtype),
+      initialize(kernel_init, checks.key(rngs), kernel_shape, param_dtype),
       **kernel_metadata,
     )
     self.bias = None
     if bias_shape is not None:
       bias_shape = _as_tuple(bias_shape)
       self.bias = Param(
-        initialize(bias_init, rngs.params(), bias_shape, param_dtype),
+        initialize(bias_init, checks.key(rngs), bias_shape, param_dtype),
         **bias_metadata,
       )
     self.einsum_str = einsum_str

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from nnx import eager
 from nnx.module import Module
-from nnx.nn import dtypes, initializers
+from nnx.nn import checks, dtypes, initializers
 from nnx.nn.initializers import (
   NO_METADATA,
   Initializer,
@@ -101,6 +101,9 @@ class LoRA(Module):
   ):
     if kernel_init is not None:
       a_initializer = b_initializer = kernel_init
+    checks.whole("in_features", in_features)
+    checks.whole("out_features", out_features)
+    checks.whole("lora_rank", lora_rank, 1)
     self.in_features = in_features
     self.out_features = out_features
     self.dtype = dtype
@@ -110,13 +113,13 @@ class LoRA(Module):
     self.promote_dtype = promote_dtype
     self.lora_a = lora_param_type(
       initialize(
-        a_initializer, rngs.params(), (in_features, lora_rank), param_dtype
+        a_initializer, checks.key(rngs), (in_features, lora_rank), param_dtype
       ),
       **a_metadata,
     )
     self.lora_b = lora_param_type(
       initialize(
-        b_initializer, rngs.params(), (lora_rank, out_features), param_dtype
+        b_initializer, checks.key(rngs), (lora_rank, out_features), param_dtype
       ),
       **b_metadata,
     )
@@ -141,11 +144,15 @@ class LoRA(Module):
         f" `{type(base).__name__}`. Give its class a `__call__`."
       )
     a, b = self.lora_a.value, self.lora_b.value
-    if self.promote_dtype is dtypes.promote_dtype:
-      promoted, y = _lora(x, a, b, self.dtype)
-    else:
-      promoted, a, b = self.promote_dtype((x, a, b), dtype=self.dtype)
-      y = promoted @ a @ b
+    try:
+      if self.promote_dtype is dtypes.promote_dtype:
+        promoted, y = _lora(x, a, b, self.dtype)
+      else:
+        promoted, a, b = self.promote_dtype((x, a, b), dtype=self.dtype)
+        y = promoted @ a @ b
+    except (TypeError, ValueError):
+      checks.last_axis(self, "x", x, self.lora_a.shape[0])
+      raise
     return y if base is None else y + base(promoted, **kwargs)
 
 

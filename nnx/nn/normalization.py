@@ -16,7 +16,7 @@ import jax.numpy as jnp
 
 from nnx import eager
 from nnx.module import Module
-from nnx.nn import dtypes, initializers
+from nnx.nn import checks, dtypes, initializers
 from nnx.nn.initializers import NO_METADATA, Initializer, initialize
 from nnx.rngs import Rngs
 from nnx.variables import BatchStat, Param
@@ -165,6 +165,10 @@ class _Norm(Module):
     Args:
       settings: the constructor's local variables.
     """
+    checks.whole("num_features", settings["num_features"])
+    checks.small("epsilon", settings["epsilon"])
+    if "momentum" in settings:
+      checks.rate("momentum", settings["momentum"])
     for name in (
       "num_features",
       "use_running_average",
@@ -195,7 +199,7 @@ class _Norm(Module):
       return None
     value = initialize(
       settings[f"{name}_init"],
-      settings["rngs"].params(),
+      checks.key(settings["rngs"]),
       (settings["num_features"],),
       settings["param_dtype"],
     )
@@ -217,9 +221,29 @@ class _Norm(Module):
       use_mean,
       self.use_fast_variance,
     )
-    if self.promote_dtype is dtypes.promote_dtype:
-      return _one_norm(*arguments)
-    return _norm(*arguments, self.promote_dtype)
+    try:
+      if self.promote_dtype is dtypes.promote_dtype:
+        return _one_norm(*arguments)
+      return _norm(*arguments, self.promote_dtype)
+    except (TypeError, ValueError):
+      self._check_features(x, arguments[5])
+      raise
+
+  def _check_features(self, x: Any, feature_axes: Sequence[int]) -> None:
+    """Says in what x does not fit scale and bias, if it does not."""
+    shape, size = jnp.shape(x), 1
+    for axis in feature_axes:
+      if not 0 <= axis < len(shape):
+        size = -1
+        break
+      size *= shape[axis]
+    for name in ("scale", "bias", "mean"):
+      vector = getattr(self, name, None)
+      if vector is not None and vector.size != size:
+        raise ValueError(
+          f"`x` must have {vector.size} features for this"
+          f" `{type(self).__name__}`, but got {shape}."
+        ) from None
 
 
 def _value(variable: Param | None) -> Any:
@@ -317,6 +341,7 @@ class BatchNorm(_Norm):
     bias_metadata: Mapping[str, Any] = NO_METADATA,
     scale_metadata: Mapping[str, Any] = NO_METADATA,
   ):
+    checks.whole("num_features", num_features)
     self.mean = BatchStat(jnp.zeros((num_features,), jnp.float32))
     self.var = BatchStat(jnp.ones((num_features,), jnp.float32))
     self._set_up(locals())
@@ -361,23 +386,27 @@ class BatchNorm(_Norm):
     )
     compiled = self.promote_dtype is dtypes.promote_dtype
     promote = () if compiled else (self.promote_dtype,)
-    if use_running_average:
-      infer = _infer if compiled else _batch_norm_inference
-      return infer(*arrays, self.axis, self.dtype, self.epsilon, *promote)
-    train = _train if compiled else _batch_norm_training
-    y, mean.value, var.value = train(
-      *arrays,
-      mask,
-      self.momentum,
-      self.axis,
-      self.dtype,
-      self.epsilon,
-      self.axis_name,
-      _as_groups(self.axis_index_groups),
-      self.use_fast_variance,
-      *promote,
-    )
-    return y
+    try:
+      if use_running_average:
+        infer = _infer if compiled else _batch_norm_inference
+        return infer(*arrays, self.axis, self.dtype, self.epsilon, *promote)
+      train = _train if compiled else _batch_norm_training
+      y, mean.value, var.value = train(
+        *arrays,
+        mask,
+        self.momentum,
+        self.axis,
+        self.dtype,
+        self.epsilon,
+        self.axis_name,
+        _as_groups(self.axis_index_groups),
+        self.use_fast_variance,
+        *promote,
+      )
+      return y
+    except (TypeError, ValueError):
+      self._check_features(x, _canonical_axes(jnp.ndim(x), self.axis))
+      raise
 
   def set_view(self, use_running_average: bool | None = None):
     """Sets attributes for `nnx.view`.
@@ -735,6 +764,7 @@ class GroupNorm(_Norm):
         f" `num_groups={num_groups}` and `group_size={group_size}`. With"
         " `group_size`, pass `num_groups=None`, which is 32 otherwise."
       )
+    checks.whole("num_features", num_features)
     name, number = (
       ("num_groups", num_groups)
       if group_size is None
@@ -791,9 +821,13 @@ class GroupNorm(_Norm):
       _as_groups(self.axis_index_groups),
       self.use_fast_variance,
     )
-    if self.promote_dtype is dtypes.promote_dtype:
-      return _one_group_norm(*arguments)
-    return _group_norm(*arguments, self.promote_dtype)
+    try:
+      if self.promote_dtype is dtypes.promote_dtype:
+        return _one_group_norm(*arguments)
+      return _group_norm(*arguments, self.promote_dtype)
+    except (TypeError, ValueError):
+      self._check_features(x, (rank - 1,))
+      raise
 
 
 class InstanceNorm(_Norm):

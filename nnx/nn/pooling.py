@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 import math
 from typing import Any
 
@@ -10,7 +10,27 @@ import jax
 from jax import lax
 import jax.numpy as jnp
 
+from nnx.nn import checks
+
 Padding = str | Sequence[tuple[int, int]]
+
+
+def _as_sizes(name: str, sizes: Any) -> tuple[int, ...]:
+  if not isinstance(sizes, Iterable):
+    raise ValueError(
+      f"`{name}` must have a number for each spatial axis, but got {sizes}."
+    )
+  sizes = tuple(sizes)
+  checks.wholes(name, sizes, 1)
+  return sizes
+
+
+def _as_pairs(padding: Any) -> tuple[tuple[int, ...], ...]:
+  """The pairs, or nothing where there are none."""
+  try:
+    return tuple(map(tuple, padding))
+  except TypeError:
+    return ()
 
 
 def pool(
@@ -49,7 +69,7 @@ def pool(
     ValueError: if `strides` or `padding` do not fit `window_shape`, or that
       does not fit `inputs`.
   """
-  window = tuple(window_shape)
+  window = _as_sizes("window_shape", window_shape)
   batch = inputs.ndim - len(window) - 1
   if batch < 0:
     raise ValueError(
@@ -57,14 +77,15 @@ def pool(
       f" features, but got the shape {inputs.shape} and"
       f" `window_shape={window}`."
     )
-  strides = (1,) * len(window) if strides is None else tuple(strides)
+  ones = (1,) * len(window)
+  strides = ones if strides is None else _as_sizes("strides", strides)
   if len(strides) != len(window):
     raise ValueError(
       "`strides` must have one number for each of `window_shape`, but got"
       f" `strides={strides}` and `window_shape={window}`."
     )
   if not isinstance(padding, str):
-    pads = tuple(map(tuple, padding))
+    pads = _as_pairs(padding)
     if len(pads) != len(window) or any(len(pair) != 2 for pair in pads):
       raise ValueError(
         "`padding` must be a string or one pair (before, after) for each of"
@@ -72,6 +93,11 @@ def pool(
         f" `window_shape={window}`."
       )
     padding = ((0, 0),) * batch + pads + ((0, 0),)
+  elif padding not in ("SAME", "VALID", "SAME_LOWER"):
+    raise ValueError(
+      "`padding` must be SAME, VALID, SAME_LOWER or pairs of numbers, but got"
+      f" {padding!r}."
+    )
   ones = (1,) * batch
   return lax.reduce_window(
     inputs, init, reduce_fn, (*ones, *window, 1), (*ones, *strides, 1), padding

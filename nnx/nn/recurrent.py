@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from nnx import filters
 from nnx.graph import functional
 from nnx.module import Module
-from nnx.nn import dtypes, initializers
+from nnx.nn import checks, dtypes, initializers
 from nnx.nn.initializers import (
   NO_METADATA,
   Initializer,
@@ -121,6 +121,8 @@ class _Cell(RNNCellBase):
 
   def _set_up(self, settings: Mapping[str, Any]) -> None:
     rngs, keep_rngs = settings["rngs"], settings["keep_rngs"]
+    checks.whole("in_features", settings["in_features"])
+    checks.whole("hidden_features", settings["hidden_features"])
     for name in (
       "in_features",
       "hidden_features",
@@ -698,6 +700,7 @@ class RNN(Module):
     broadcast_rngs: filters.Filter = None,
     rngs: Rngs | RngStream | bool | None = True,
   ):
+    checks.whole("unroll", unroll, 0 if unroll is False else 1)
     self.cell = cell
     self.time_major = time_major
     self.return_carry = return_carry

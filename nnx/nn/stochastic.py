@@ -12,6 +12,7 @@ import jax.numpy as jnp
 
 from nnx import eager
 from nnx.module import Module
+from nnx.nn import checks
 from nnx.rngs import Rngs, RngStream
 
 
@@ -44,6 +45,7 @@ class Dropout(Module):
 
   Raises:
     TypeError: if `rngs` is something else.
+    ValueError: if `rate` is not in [0, 1].
   """
 
   def __init__(
@@ -55,6 +57,7 @@ class Dropout(Module):
     rng_collection: str = "dropout",
     rngs: Rngs | RngStream | None = None,
   ):
+    checks.rate("rate", rate)
     self.rate = rate
     self.broadcast_dims = broadcast_dims
     self.deterministic = deterministic
@@ -99,7 +102,10 @@ class Dropout(Module):
           " model: `model.train()`, `model.eval()` or `nnx.view(model,"
           " deterministic=...)`."
         )
-    if deterministic or self.rate == 0.0:
+    if deterministic:
+      return inputs
+    checks.rate("rate", self.rate)  # An attribute may have been set.
+    if self.rate == 0.0:
       return inputs
     if self.rate == 1.0:  # where 1 / (1 - rate) would make NaN gradients
       return jnp.zeros_like(inputs)

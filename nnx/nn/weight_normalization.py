@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from nnx import filters
 from nnx.graph import functional
 from nnx.module import Module
-from nnx.nn import dtypes, initializers
+from nnx.nn import checks, dtypes, initializers
 from nnx.nn.initializers import Initializer, initialize
 from nnx.pytree import data
 from nnx.rngs import Rngs
@@ -94,6 +94,7 @@ class WeightNorm(Module):
     promote_dtype: dtypes.PromoteDtypeFn = dtypes.promote_dtype,
     rngs: Rngs,
   ):
+    checks.small("epsilon", epsilon)
     self.layer_instance = layer_instance
     self.feature_axes = () if feature_axes is None else feature_axes
     self.use_scale = use_scale
@@ -111,7 +112,7 @@ class WeightNorm(Module):
       for path, param in _parameters(layer_instance):
         if self.variable_filter(path, param):
           shape = tuple(param.shape[axis] for axis in self._axes(param.ndim))
-          key = None if constant else rngs.params()
+          key = None if constant else checks.key(rngs)
           scales[path] = Param(scale_init(key, shape, param_dtype))
       self.scales = data(scales)
 
@@ -211,6 +212,8 @@ class SpectralNorm(Module):
     update_stats: bool = True,
     rngs: Rngs,
   ):
+    checks.whole("n_steps", n_steps, 1)
+    checks.small("epsilon", epsilon)
     self.layer_instance = layer_instance
     self.n_steps = n_steps
     self.epsilon = epsilon
@@ -222,7 +225,7 @@ class SpectralNorm(Module):
     stats = {}
     for path, param in _parameters(layer_instance):
       if self._applies(path, param):
-        key = rngs.params()
+        key = checks.key(rngs)
         columns = (1, param.shape[-1])
         stats[*path, "u"] = BatchStat(normal(key, columns, param_dtype))
         stats[*path, "sigma"] = BatchStat(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any, NamedTuple
 
 import jax
@@ -81,6 +82,19 @@ class Metric(Pytree):
     """
     return functional.split(self, *filters)
 
+  def _keywords(self) -> frozenset[str] | None:
+    """The keywords that `update` makes use of; None, if it may use any.
+
+    What is gathered under a name such as `_` or `_others` is not used.
+    """
+    names = set()
+    for name, parameter in inspect.signature(self.update).parameters.items():
+      if parameter.kind is not inspect.Parameter.VAR_KEYWORD:
+        names.add(name)
+      elif not name.startswith("_"):
+        return None
+    return frozenset(names)
+
 
 def _must_define(metric: Metric, method: str) -> NotImplementedError:
   return NotImplementedError(
@@ -99,6 +113,17 @@ def _taken(kwargs: dict[str, Any], name: str, metric: Metric) -> Any:
   if isinstance(value, (Variable, list, tuple)):
     return jnp.asarray(value)
   return value
+
+
+def _as_weights(mask: Any, values: Any, name: str) -> jax.Array:
+  mask, shape = jnp.asarray(mask), jnp.shape(values)
+  try:
+    return jnp.broadcast_to(mask, shape)
+  except ValueError:
+    raise ValueError(
+      f"`mask` must broadcast to the shape {shape} of `{name}`, but got"
+      f" {mask.shape}."
+    ) from None
 
 
 def _is_number(value: Any) -> bool:
@@ -152,7 +177,7 @@ class Average(Metric):
 
     Raises:
       TypeError: if the values are missing.
-      ValueError: if a mask comes with a number.
+      ValueError: if a mask comes with a number, or does not broadcast.
     """
     values = _taken(kwargs, self.argname, self)
     if _is_number(values):
@@ -167,13 +192,18 @@ class Average(Metric):
       self.total[...] += values.sum()
       self.count[...] += values.size
     else:
-      mask = jnp.broadcast_to(jnp.asarray(mask), jnp.shape(values))
+      mask = _as_weights(mask, values, self.argname)
       self.total[...] += (values * mask.astype(values.dtype)).sum()
       self.count[...] += mask.sum().astype(self.count.dtype)
 
   def compute(self) -> jax.Array:
     """The mean, a scalar float32; NaN if there were no values."""
     return self.total / self.count
+
+  def _keywords(self) -> frozenset[str] | None:
+    if type(self).update is Average.update:
+      return frozenset([self.argname, "mask"])
+    return super()._keywords()
 
 
 class Statistics(NamedTuple):
@@ -253,16 +283,22 @@ class Welford(Metric):
     self.mean[...] = jnp.array(0, dtype=jnp.float32)
     self.m2[...] = jnp.array(0, dtype=jnp.float32)
 
-  def update(self, **kwargs: Any) -> None:
+  def update(self, mask: jax.Array | None = None, **kwargs: Any) -> None:
     """Takes in values.
 
     Args:
+      mask: not possible here; None.
       **kwargs: the values under the metric's name for them, an array `[...]`
         or a number; other keywords are left to other metrics.
 
     Raises:
-      TypeError: if the values are missing.
+      TypeError: if the values are missing, or there is a mask.
     """
+    if mask is not None:
+      raise TypeError(
+        "`Welford` must be updated without a `mask`, but got one. Leave values"
+        " out before, or give a `MultiMetric` a dict of masks by metric."
+      )
     values = _taken(kwargs, self.argname, self)
     if _is_number(values):
       count, mean, m2 = 1, values, 0.0
@@ -284,6 +320,11 @@ class Welford(Metric):
       standard_error_of_mean=deviation / self.count**0.5,
       standard_deviation=deviation,
     )
+
+  def _keywords(self) -> frozenset[str] | None:
+    if type(self).update is Welford.update:
+      return frozenset([self.argname])
+    return super()._keywords()
 
 
 class Accuracy(Average):
@@ -339,8 +380,8 @@ class Accuracy(Average):
         the labels.
 
     Raises:
-      ValueError: if the labels are no integers, or have not the number of axes
-        that goes with the logits.
+      ValueError: if the labels are no integers, or have not the shape that
+        goes with the logits.
     """
     logits, labels = jnp.asarray(logits), jnp.asarray(labels)
     if self.threshold is not None:
@@ -354,6 +395,12 @@ class Accuracy(Average):
       raise ValueError(
         f"{kind} it must hold that {expected}, but got {logits.ndim} and"
         f" {labels.ndim} axes."
+      )
+    expected_shape = logits.shape[: labels.ndim]
+    if labels.shape != expected_shape:
+      raise ValueError(
+        f"`labels` must have the shape {expected_shape} for `logits` of the"
+        f" shape {logits.shape}, but got {labels.shape}."
       )
     if not jnp.issubdtype(labels.dtype, jnp.integer):
       raise ValueError(
@@ -414,12 +461,44 @@ class MultiMetric(Metric):
     Args:
       **updates: what the metrics take. A `mask` that is a dict has one for each
         metric named in it, and none for the others.
+
+    Raises:
+      TypeError: if no metric takes a keyword, or a mask is for none of them.
     """
+    self._check(updates)
     mask = updates.pop("mask", None)
+    if isinstance(mask, dict) and not mask.keys() <= set(self._metric_names):
+      raise TypeError(
+        "`mask` must name metrics of these, but got"
+        f" {sorted(mask.keys() - set(self._metric_names))}; they are"
+        f" {list(self._metric_names)}."
+      )
     for name in self._metric_names:
       own = mask.get(name) if isinstance(mask, dict) else mask
       extra = {} if own is None else {"mask": own}
       getattr(self, name).update(**updates, **extra)
+
+  def _check(self, updates: dict[str, Any]) -> None:
+    """Refuses keywords that no metric makes use of."""
+    taken = self._keywords()
+    if taken is None:
+      return
+    unknown = sorted(updates.keys() - taken - {"mask"})
+    if unknown:
+      raise TypeError(
+        f"`update` must get keywords that a metric takes, but got {unknown};"
+        f" the metrics take {sorted(taken)}."
+      )
+
+  def _keywords(self) -> frozenset[str] | None:
+    names: set[str] = set()
+    for name in self._metric_names:
+      metric = getattr(self, name)
+      own = metric._keywords() if isinstance(metric, Metric) else None
+      if own is None:
+        return None
+      names |= own
+    return frozenset(names)
 
   def compute(self) -> dict[str, Any]:
     """The value of each metric, by name."""

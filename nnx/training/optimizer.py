@@ -197,7 +197,9 @@ class Optimizer(Pytree, Generic[M]):
   Made with `wrt=`, it does not keep the model, and `update` takes the model and
   the gradients, as in Flax 0.11 and later. Made without, it keeps the model as
   its attribute `model`, and `update` takes the gradients alone, as before; a
-  filter by position, which only Flax 0.10 took, means that too.
+  filter by position, which only Flax 0.10 took, means that too. In Flax 0.11
+  and later `wrt` has no default and its absence is an error: here it asks for
+  the older meaning, with `nnx.Param`, on purpose.
 
   Example:
 

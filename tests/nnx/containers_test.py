@@ -216,7 +216,7 @@ class SequentialTest(parameterized.TestCase):
 
   def test_not_callable(self):
     with self.assertRaisesRegex(
-      TypeError, "must be callable, but layer 1 is `3`"
+      TypeError, "must be callable, but layer 1 is a `int`"
     ):
       nnx.Sequential(abs, 3)(1)
 

@@ -157,6 +157,29 @@ class StatusTest(parameterized.TestCase):
       dict(nnx.static(metadata={"a": 1}).metadata), {"a": 1, "static": True}
     )
 
+  def test_registered_data_that_jax_opens_are_opened(self):
+    @nnx.register_data_type
+    @jax.tree_util.register_dataclass
+    @dataclasses.dataclass
+    class Quantized:
+      whole: object
+      scale: object
+      how: str = dataclasses.field(metadata={"static": True}, default="int8")
+
+    for make in (lambda x: x, nnx.Param):
+      model = nnx.Dict(
+        kernel=Quantized(make(jnp.arange(2.0)), make(jnp.ones(1)))
+      )
+      self.assertEqual(
+        [path for path, _ in nnx.to_flat_state(nnx.state(model))],
+        [("kernel", "scale"), ("kernel", "whole")],
+      )
+      doubled = nnx.jit(lambda m: m.kernel.whole[...] * 2)(model)
+      self.assertEqual(doubled.tolist(), [0.0, 2.0])
+      copy = nnx.clone(model).kernel
+      self.assertIs(type(copy), Quantized)
+      self.assertEqual(copy.how, "int8")
+
   def test_registered_types(self):
     @nnx.register_data_type
     @dataclasses.dataclass(frozen=True)

@@ -437,13 +437,16 @@ def test_masks_of_positions():
 REFUSED = {
   "`window` must be at least 1, the query's own key, but got 0": {"window": 0},
   r"at least 0, or -1 for no limit, but got \(-2, 0\)": {"window": (-2, 0)},
-  "`softcap` must be positive, but got 0": {"softcap": 0},
+  "`softcap` must be positive and finite, but got 0": {"softcap": 0},
   "even number of features, but `qkv_features=12` and `num_heads=4` make 3": {
     "rope_base": 1e4,
     "qkv_features": 12,
   },
-  "must be positive, but got `rope_base=-1.0` and": {"rope_base": -1.0},
-  "and `rope_scale=0.0`": {"rope_base": 1e4, "rope_scale": 0.0},
+  "`rope_base` must be positive and finite, but got -1.0": {"rope_base": -1.0},
+  "`rope_scale` must be positive and finite, but got 0.0": {
+    "rope_base": 1e4,
+    "rope_scale": 0.0,
+  },
 }
 
 

@@ -199,6 +199,73 @@ class ErrorsTest(absltest.TestCase):
       ):
         metric.update(values=1.0)
 
+  def test_misspelt_keyword_of_multi_metric(self):
+    metrics = nnx.MultiMetric(
+      accuracy=nnx.metrics.Accuracy(), loss=nnx.metrics.Average("loss")
+    )
+    labels = jnp.array([1])
+    with self.assertRaisesRegex(
+      TypeError,
+      r"keywords that a metric takes, but got \['los'\]; the metrics take"
+      r" \['labels', 'logits', 'loss', 'mask'\]",
+    ):
+      metrics.update(logits=jnp.ones((1, 2)), labels=labels, loss=1.0, los=2.0)
+    with self.assertRaisesRegex(
+      TypeError, r"`mask` must name metrics of these, but got \['acuracy'\]"
+    ):
+      metrics.update(
+        logits=jnp.ones((1, 2)),
+        labels=labels,
+        loss=1.0,
+        mask={"acuracy": jnp.ones(1)},
+      )
+    np.testing.assert_array_equal(metrics.loss.count[...], 0)
+
+  def test_keywords_that_a_metric_gathers_are_taken(self):
+    class Last(nnx.Metric):
+      def __init__(self):
+        self.last = nnx.metrics.MetricState(jnp.float32(0))
+
+      def reset(self):
+        self.last[...] = 0.0
+
+      def update(self, **kwargs):
+        self.last[...] = kwargs["any"]
+
+      def compute(self):
+        return self.last[...]
+
+    metrics = nnx.MultiMetric(last=Last(), loss=nnx.metrics.Average("loss"))
+    metrics.update(loss=1.0, any=2.0)
+    self.assertEqual(float(metrics.compute()["last"]), 2.0)
+
+  def test_labels_that_do_not_fit(self):
+    for logits, labels, threshold in (
+      ((4, 2), (3,), None),
+      ((4, 2), (1,), None),  # which would broadcast
+      ((4,), (1,), 0.5),
+    ):
+      accuracy = nnx.metrics.Accuracy(threshold)
+      with self.assertRaisesRegex(
+        ValueError,
+        rf"`labels` must have the shape \(4,\) for `logits` of the shape"
+        rf" {logits}, but got \({labels[0]},\)".replace(
+          "(4, 2)", r"\(4, 2\)"
+        ).replace("shape (4,)", r"shape \(4,\)"),
+      ):
+        accuracy.update(logits=jnp.ones(logits), labels=jnp.ones(labels, int))
+
+  def test_masks_that_do_not_fit(self):
+    with self.assertRaisesRegex(
+      ValueError,
+      r"`mask` must broadcast to the shape \(3,\) of `values`, but got \(2,\)",
+    ):
+      nnx.metrics.Average().update(values=jnp.ones(3), mask=jnp.ones(2))
+    with self.assertRaisesRegex(
+      TypeError, "`Welford` must be updated without a `mask`"
+    ):
+      nnx.metrics.Welford().update(values=jnp.ones(3), mask=jnp.ones(3))
+
   def test_mask_with_a_number(self):
     with self.assertRaisesRegex(
       ValueError, "With a `mask`, `values` must be an array, but got 1.0"

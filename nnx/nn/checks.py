@@ -1,0 +1,197 @@
+"""Checks of what layers are made with, and of what they are called with.
+
+Values that a trace does not know pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+import math
+import operator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from nnx.rngs import Rngs
+
+
+def _is_known(value: Any) -> bool:
+  return not isinstance(value, jax.core.Tracer)
+
+
+def whole(name: str, value: Any, least: int = 0) -> None:
+  """Refuses what is no integer, or one that is too small.
+
+  Example:
+
+    >>> from nnx.nn import checks
+    >>> checks.whole("features", 3)
+    >>> checks.whole("features", -3)
+    Traceback (most recent call last):
+      ...
+    ValueError: `features` must be at least 0, but got -3.
+
+  Args:
+    name: of the argument.
+    value: of the argument.
+    least: the smallest value allowed.
+
+  Raises:
+    TypeError: if the value is no integer.
+    ValueError: if it is below `least`.
+  """
+  if not _is_known(value):
+    return
+  try:
+    number = operator.index(value)
+  except TypeError:
+    raise TypeError(
+      f"`{name}` must be an integer, but got {value!r}."
+    ) from None
+  if number < least:
+    raise ValueError(f"`{name}` must be at least {least}, but got {value}.")
+
+
+def wholes(name: str, values: Any, least: int = 0) -> None:
+  """Refuses an integer, or integers, as `whole` does.
+
+  Example:
+
+    >>> from nnx.nn import checks
+    >>> checks.wholes("strides", (1, 2), 1)
+
+  Args:
+    name: of the argument.
+    values: one value or several.
+    least: the smallest value allowed.
+
+  Raises:
+    TypeError: if a value is no integer.
+    ValueError: if one is below `least`.
+  """
+  for value in values if isinstance(values, Iterable) else (values,):
+    whole(name, value, least)
+
+
+def rate(name: str, value: Any) -> None:
+  """Refuses what is no number in [0, 1].
+
+  Example:
+
+    >>> from nnx.nn import checks
+    >>> checks.rate("dropout_rate", float("nan"))
+    Traceback (most recent call last):
+      ...
+    ValueError: `dropout_rate` must lie in [0, 1], but got nan.
+
+  Args:
+    name: of the argument.
+    value: of the argument.
+
+  Raises:
+    ValueError: if it is outside, or NaN.
+  """
+  if _is_known(value) and not 0 <= value <= 1:
+    raise ValueError(f"`{name}` must lie in [0, 1], but got {value}.")
+
+
+def small(name: str, value: Any) -> None:
+  """Refuses what cannot be added to a variance to keep it from 0.
+
+  Example:
+
+    >>> from nnx.nn import checks
+    >>> checks.small("epsilon", 1e-6)
+
+  Args:
+    name: of the argument.
+    value: of the argument.
+
+  Raises:
+    ValueError: if it is negative, infinite or NaN.
+  """
+  if _is_known(value) and not 0 <= value < math.inf:
+    raise ValueError(
+      f"`{name}` must be finite and at least 0, but got {value}."
+    )
+
+
+def positive(name: str, value: Any) -> None:
+  """Refuses what is no positive finite number.
+
+  Example:
+
+    >>> from nnx.nn import checks
+    >>> checks.positive("rope_base", 10000.0)
+
+  Args:
+    name: of the argument.
+    value: of the argument.
+
+  Raises:
+    ValueError: if it is not positive, infinite or NaN.
+  """
+  if _is_known(value) and not 0 < value < math.inf:
+    raise ValueError(f"`{name}` must be positive and finite, but got {value}.")
+
+
+def key(rngs: Any) -> jax.Array:
+  """The next key for a parameter.
+
+  Example:
+
+    >>> import nnx
+    >>> from nnx.nn import checks
+    >>> checks.key(0)
+    Traceback (most recent call last):
+      ...
+    TypeError: `rngs` must be an `nnx.Rngs`, but got 0. Pass `nnx.Rngs(seed)`.
+
+  Args:
+    rngs: of whose stream `params` it is.
+
+  Raises:
+    TypeError: if it has no streams.
+  """
+  if not isinstance(rngs, Rngs) and not hasattr(rngs, "params"):
+    shown = repr(rngs)
+    if len(shown) > 40 or "\n" in shown:
+      shown = f"a `{type(rngs).__name__}`"
+    raise TypeError(
+      f"`rngs` must be an `nnx.Rngs`, but got {shown}. Pass `nnx.Rngs(seed)`."
+    )
+  return rngs.params()
+
+
+def last_axis(layer: Any, name: str, inputs: Any, features: int) -> None:
+  """Refuses inputs whose last axis is not that of a layer.
+
+  Called when the operation has failed, it costs nothing where all is well.
+
+  Example:
+
+    >>> import jax.numpy as jnp
+    >>> from nnx.nn import checks
+    >>> checks.last_axis(  # doctest: +ELLIPSIS
+    ...   object(), "inputs", jnp.ones((2, 3)), 4
+    ... )
+    Traceback (most recent call last):
+      ...
+    ValueError: The last axis of `inputs` must be 4 for this `object`, ...
+
+  Args:
+    layer: that was called.
+    name: of the argument.
+    inputs: of any shape.
+    features: the size that its last axis must have.
+
+  Raises:
+    ValueError: if it has another.
+  """
+  shape = jnp.shape(inputs)
+  if not shape or shape[-1] != features:
+    raise ValueError(
+      f"The last axis of `{name}` must be {features} for this"
+      f" `{type(layer).__name__}`, but got {shape}."
+    ) from None
