@@ -4,14 +4,12 @@
 
 #include "nnx/graph/cc/arguments.h"
 #include "nnx/graph/cc/children.h"
-#include "nnx/graph/cc/flatten.h"
 #include "nnx/graph/cc/layout.h"
 #include "nnx/graph/cc/objects.h"
 #include "nnx/graph/cc/owned_items.h"
 #include "nnx/graph/cc/path.h"
 #include "nnx/graph/cc/recursion_guard.h"
 #include "nnx/graph/cc/runtime.h"
-#include "nnx/graph/cc/structure.h"
 
 namespace nnx::graph {
 namespace {
@@ -151,21 +149,18 @@ class Updater {
 
   // The child of a custom or registered pytree node.
   Ref OpenedChild(PyObject* node, PyObject* key) {
-    Flattener walk(/*hash_statics=*/false);
-    if (!walk.Add(node, Mode::kAttributes)) return Ref();
-    const Node& root = walk.nodes()[0];
-    int32_t child = 1;
-    for (int32_t i = 0; i < root.children;
-         ++i, child = walk.nodes()[child].end) {
-      Ref child_key = ChildKey(root, i);
+    Ref keys;
+    std::vector<Ref> children;
+    if (OpenNode(node, &keys, &children) < 0) return Ref();
+    for (size_t i = 0; i < children.size(); ++i) {
+      const auto position = static_cast<Py_ssize_t>(i);
+      Ref child_key = keys ? Ref::Borrow(PyTuple_GET_ITEM(keys.get(), position))
+                           : Ref::Steal(PyLong_FromSsize_t(position));
       const int equal =
           child_key ? PyObject_RichCompareBool(child_key.get(), key, Py_EQ)
                     : -1;
       if (equal < 0) return Ref();
-      if (!equal) continue;
-      const Node& found = walk.nodes()[child];
-      if (found.index >= 0) return walk.objects()[found.index];
-      if (found.leaf >= 0) return walk.leaves()[found.leaf];
+      if (equal) return children[i];
     }
     return Ref();
   }
