@@ -30,6 +30,7 @@ from tests.nnx.graph import graphs
 _ALLOWED = (
   engine_graphs.Deliberate,
   AttributeError,
+  IndexError,
   KeyError,
   OverflowError,
   RecursionError,
@@ -168,7 +169,7 @@ def _tree(graph, rng):
 
 
 def _set(graph, rng):
-  name = engine_graphs.Name("abcd"[int(rng.integers(4))])
+  name = "abcd"[int(rng.integers(4))]
   graph._pytree_status = {engine_graphs.Name(name): True, "b": False}
   setattr(graph, name, [engine_graphs.Bomb()])
   return _engine.object_flatten(graph)
@@ -416,7 +417,8 @@ def _pickles(_: np.random.Generator) -> worker.Case:
     )
     if structure is not None:
       _use(structure, graph, state, rng)
-    data = _attempt(lambda: pickle.dumps((graphdef, nnx.to_pure_dict(state))))
+    # Without arrays: numpy's own way of reading pickles can be led astray.
+    data = _attempt(lambda: pickle.dumps((graphdef, [graphdef, 1])))
     if data is None:
       return
     known = _known_names(data)
