@@ -1,10 +1,8 @@
 """Runs a short, fixed part of the fuzzer of the engine."""
 
-from absl.testing import absltest
-from absl.testing import parameterized
+from absl.testing import absltest, parameterized
 
-from tests.fuzz import engine_fuzz
-from tests.fuzz import worker
+from tests.fuzz import engine_fuzz, worker
 
 
 class EngineFuzzTest(parameterized.TestCase):

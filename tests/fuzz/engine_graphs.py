@@ -174,7 +174,10 @@ class Maker:
     if self._spoiled:
       kinds += ["bomb", "mine", "cellar"]
     kind = self.pick(kinds)
-    below = lambda: self.value(depth - 1)
+
+    def below():
+      return self.value(depth - 1)
+
     count = int(self._rng.integers(0, 4))
     if kind == "static":
       return self.pick(_STATICS)

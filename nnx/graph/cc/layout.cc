@@ -32,8 +32,8 @@ Ref WatchType(PyTypeObject* type) {
   if (!key) return Ref();
   Ref callback = Ref::Steal(PyCFunction_New(&drop_type_def, key.get()));
   if (!callback) return Ref();
-  return Ref::Steal(PyWeakref_NewRef(reinterpret_cast<PyObject*>(type),
-                                     callback.get()));
+  return Ref::Steal(
+      PyWeakref_NewRef(reinterpret_cast<PyObject*>(type), callback.get()));
 }
 
 PyObject* DropType(PyObject* key, PyObject*) {

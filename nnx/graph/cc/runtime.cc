@@ -61,9 +61,8 @@ PyObject* Configure(PyObject*, PyObject* args, PyObject* kwargs) {
           &library_prefix)) {
     return nullptr;
   }
-  if (structure &&
-      !PyType_IsSubtype(reinterpret_cast<PyTypeObject*>(structure),
-                        rt.structure_base)) {
+  if (structure && !PyType_IsSubtype(reinterpret_cast<PyTypeObject*>(structure),
+                                     rt.structure_base)) {
     PyErr_Format(PyExc_TypeError,
                  "`structure` must be a subclass of StructureBase, but got %R.",
                  structure);

@@ -5,8 +5,7 @@ import gc
 import pickle
 import weakref
 
-from absl.testing import absltest
-from absl.testing import parameterized
+from absl.testing import absltest, parameterized
 import jax
 import numpy as np
 
@@ -30,10 +29,10 @@ _FUNCTIONS = sorted(
 )
 
 
-def _attempt(function):
+def _attempt(function, *args):
   """Calls a function; what it raises must be an error with words."""
   try:
-    return function()
+    return function(*args)
   except SystemError:
     raise
   except Exception as e:
@@ -71,13 +70,13 @@ def _use(value):
     lambda x: _engine.split(x, (True,), True),
     lambda x: _engine.flatten((x, [x])),
   ):
-    _attempt(lambda: each(value))
+    _attempt(each, value)
   for name in dir(value):
     if name not in ("__class__", "__init_subclass__", "__subclasshook__"):
-      method = _attempt(lambda: getattr(value, name))
+      method = _attempt(getattr, value, name)
       if callable(method):
-        _attempt(lambda: method())
-        _attempt(lambda: method(1, 2))
+        _attempt(method)
+        _attempt(method, 1, 2)
 
 
 def _packed():
@@ -156,13 +155,13 @@ class FunctionsTest(parameterized.TestCase):
     for a in values:
       if name == "register_node_type":
         continue  # it would stay
-      _attempt(lambda: function(a))
+      _attempt(function, a)
       for b in values:
-        _attempt(lambda: function(a, b))
+        _attempt(function, a, b)
         for c in (None, 0, (), (True,), objects, leaves, 1):
-          _attempt(lambda: function(a, b, c))
-          _attempt(lambda: function(a, b, c, packed))
-          _attempt(lambda: function(a, b, c, [1], [None, 2]))
+          _attempt(function, a, b, c)
+          _attempt(function, a, b, c, packed)
+          _attempt(function, a, b, c, [1], [None, 2])
 
   def test_configure_refuses_what_would_be_written_into(self):
     with self.assertRaisesRegex(TypeError, "must be a subclass of Structure"):
@@ -175,12 +174,12 @@ class FunctionsTest(parameterized.TestCase):
     structure, leaves, objects, packed = _packed()
     for wrong in ((1,) * len(objects), (None,) * len(objects)):
       for function in (
-        lambda: _engine.apply(packed, wrong, leaves),
-        lambda: _engine.pack(structure, wrong, leaves, None),
-        lambda: _engine.framed(structure, wrong, len, ""),
+        lambda x: _engine.apply(packed, x, leaves),
+        lambda x: _engine.pack(structure, x, leaves, None),
+        lambda x: _engine.framed(structure, x, len, ""),
       ):
         with self.assertRaisesRegex(ValueError, "must be those of the"):
-          function()
+          function(wrong)
     with self.assertRaisesRegex(ValueError, "`objects` must be those"):
       _engine.apply(packed, (), leaves)
 
@@ -191,6 +190,10 @@ class FunctionsTest(parameterized.TestCase):
     packed = _engine.pack(structure, inner, leaves, None)
     with self.assertRaisesRegex(ValueError, "`leaves` must be those"):
       _engine.apply(packed, objects, ())
+
+  def test_a_static_that_is_neither_true_nor_false(self):
+    with self.assertRaisesRegex(ValueError, "ambiguous"):
+      _engine.flatten((1,), static=(np.ones(2),))
 
   def test_a_state_is_asked_for(self):
     with self.assertRaisesRegex(TypeError, "`state` must be a State or a dict"):
@@ -405,7 +408,9 @@ class NestedVariablesTest(parameterized.TestCase):
     model = graphs.Node()
     model.a, model.b = nnx.Param([inner]), inner
     graphdef, state = nnx.split(model)
-    with self.assertRaisesRegex(ValueError, "must hold the node that it refers"):
+    with self.assertRaisesRegex(
+      ValueError, "must hold the node that it refers"
+    ):
       nnx.merge(graphdef, {"a": nnx.Param(np.ones(1))})
     del state
 

@@ -12,7 +12,6 @@ import threading
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 import nnx
@@ -248,11 +247,11 @@ def objects_seen_while_they_are_made():
   def look():
     for value in gc.get_objects():
       if isinstance(value, _engine.VariableBase):
-        value._metadata, value.raw_value, value._hook_flags
+        _ = value._metadata, value.raw_value, value._hook_flags
       elif isinstance(value, _engine.ObjectBase):
-        vars(value), value._pytree_status
+        _ = vars(value), value._pytree_status
       elif isinstance(value, _engine.StructureBase):
-        hash(value), value._records, value == value
+        _ = hash(value), value._records, value.num_nodes
 
   graph = nnx.Dict(a=nnx.Param(np.ones(1), tag="x"), b=nnx.data(1))
   graphdef, state = nnx.split(graph)

@@ -4,8 +4,7 @@ import os
 import subprocess
 import sys
 
-from absl.testing import absltest
-from absl.testing import parameterized
+from absl.testing import absltest, parameterized
 
 from tests.nnx.graph import lifetime_cases
 
