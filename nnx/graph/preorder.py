@@ -52,7 +52,8 @@ def walk(
   Yields:
     Positions, which are consecutive, and paths.
   """
-  below = [path]  # of the nodes to come; the next one last
+  # Of the nodes to come; the next one last.
+  below = [path] if position < len(records) else []
   while below:
     path = below.pop()
     yield position, path

@@ -393,8 +393,10 @@ PyObject* FlattenFunction(PyObject*, PyObject* args, PyObject* kwargs) {
   Flattener flattener(/*hash_statics=*/true);
   for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(values); ++i) {
     PyObject* value = PyTuple_GET_ITEM(values, i);
-    const bool is_static = statics && i < PyTuple_GET_SIZE(statics) &&
-                           PyObject_IsTrue(PyTuple_GET_ITEM(statics, i)) == 1;
+    const int is_static = statics && i < PyTuple_GET_SIZE(statics)
+                              ? PyObject_IsTrue(PyTuple_GET_ITEM(statics, i))
+                              : 0;
+    if (is_static < 0) return nullptr;
     if (is_static ? !flattener.AddStatic(value)
                   : !flattener.Add(value, Mode::kPytree)) {
       return nullptr;

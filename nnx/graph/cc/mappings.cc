@@ -1,5 +1,6 @@
 #include "nnx/graph/cc/mappings.h"
 
+#include <utility>
 #include <vector>
 
 #include "nnx/graph/cc/arguments.h"
@@ -32,7 +33,7 @@ class MappingSplitter {
     const size_t end = held_.size();
     for (size_t i = held; i < end; i += 2) {
       PyObject *key = held_[i].get(), *value = held_[i + 1].get();
-      path_.push_back(held_[i]);
+      path_.push_back(std::move(held_[i]));
       Ref inner = AsMapping(value);
       if (PyErr_Occurred()) return false;
       if (inner) {
@@ -125,8 +126,8 @@ bool MergeInto(PyObject* target, PyObject* source, std::vector<Ref>* path,
   AppendPairs(source, held);
   const size_t end = held->size();
   for (size_t i = start; i < end; i += 2) {
-    path->push_back((*held)[i]);
     PyObject *key = (*held)[i].get(), *value = (*held)[i + 1].get();
+    path->push_back(std::move((*held)[i]));
     Ref inner = AsMapping(value);
     if (!inner && PyErr_Occurred()) return false;
     Ref existing = Ref::Borrow(PyDict_GetItemWithError(target, key));

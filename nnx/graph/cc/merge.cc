@@ -1,6 +1,7 @@
 #include "nnx/graph/cc/merge.h"
 
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "nnx/graph/cc/arguments.h"
@@ -39,7 +40,7 @@ class Provider {
   bool ProvideRoot(int32_t position, PyObject* value) {
     const Node& node = nodes_[position];
     if (node.kind == NodeKind::kVariable || node.kind == NodeKind::kLeaf) {
-      return ProvideLeaf(position, value);
+      return ProvideLeaf(position, Ref::Borrow(value));
     }
     if (PyList_CheckExact(value)) return ProvideList(value);
     Ref mapping = AsMapping(value);
@@ -59,7 +60,7 @@ class Provider {
       if (leaf) {
         if (count < PyList_GET_SIZE(list)) {
           Ref value = Ref::Borrow(PyList_GET_ITEM(list, count));
-          if (!ProvideLeaf(i, value.get())) return false;
+          if (!ProvideLeaf(i, std::move(value))) return false;
         }
         ++count;
       }
@@ -90,7 +91,8 @@ class Provider {
     return false;
   }
 
-  bool ProvideLeaf(int32_t position, PyObject* value) {
+  bool ProvideLeaf(int32_t position, Ref held) {
+    PyObject* value = held.get();
     const Node& node = nodes_[position];
     if (node.kind == NodeKind::kLeaf) {
       if (IsVariable(value)) {
@@ -100,12 +102,12 @@ class Provider {
                      PathText(path_).c_str(), Py_TYPE(value)->tp_name);
         return false;
       }
-      provided_[position] = Ref::Borrow(value);
+      provided_[position] = std::move(held);
       return true;
     }
     auto* type = reinterpret_cast<PyTypeObject*>(node.type.get());
     if (!IsVariable(value) && keep_arrays_) {
-      provided_[position] = Ref::Borrow(value);
+      provided_[position] = std::move(held);
     } else if (!IsVariable(value)) {
       provided_[position] =
           NewVariable(type, value, node.aux.get(), node.hook_flags, nullptr);
@@ -115,7 +117,7 @@ class Provider {
           NewVariable(Py_TYPE(value), source->raw, source->metadata,
                       source->hook_flags, source);
     } else {
-      provided_[position] = Ref::Borrow(value);
+      provided_[position] = std::move(held);
     }
     return static_cast<bool>(provided_[position]);
   }
@@ -140,9 +142,8 @@ class Provider {
   }
 
   bool ProvideChild(int32_t child, PyObject* mapping, Py_ssize_t* used) {
-    const Ref held =
+    Ref value =
         Ref::Borrow(PyDict_GetItemWithError(mapping, path_.back().get()));
-    PyObject* value = held.get();
     if (!value) {
       if (PyErr_Occurred()) return false;
       if (!HasLeaves(nodes_, child)) return true;
@@ -155,10 +156,10 @@ class Provider {
     ++*used;
     const Node& node = nodes_[child];
     if (node.kind == NodeKind::kVariable || node.kind == NodeKind::kLeaf) {
-      return ProvideLeaf(child, value);
+      return ProvideLeaf(child, std::move(value));
     }
-    Ref inner = AsMapping(value);
-    if (!inner) return RaiseMapping(value);
+    Ref inner = AsMapping(value.get());
+    if (!inner) return RaiseMapping(value.get());
     Py_ssize_t inner_used = 0;
     return Provide(child, inner.get(), &inner_used) &&
            CheckAllUsed(child, inner.get(), inner_used);

@@ -318,11 +318,12 @@ PyObject* VariableGetAttr(PyObject* self, PyObject* name) {
     return found;
   }
   if (PyErr_Occurred()) return nullptr;
-  // Found as other attributes are it would be looked up for ever where a class
-  // has none.
-  Ref method =
-      Ref::Steal(PyObject_GenericGetAttr(self, GetRuntime().s_getattr_slow));
-  return method ? PyObject_CallOneArg(method.get(), name) : nullptr;
+  PyObject* slow = GetRuntime().s_getattr_slow;
+  // A bare VariableBase has none, and looking for it would lead here again.
+  if (!_PyType_Lookup(Py_TYPE(self), slow)) {
+    return PyObject_GenericGetAttr(self, name);
+  }
+  return PyObject_CallMethodOneArg(self, slow, name);
 }
 
 int VariableSetAttr(PyObject* self, PyObject* name, PyObject* value) {

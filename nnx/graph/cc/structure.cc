@@ -373,6 +373,11 @@ bool RestoreNode(PyObject* record, Node* node) {
   node->hook_flags = static_cast<uint8_t>(hook_flags & (kGetHooks | kSetHooks));
   if (node_type != Py_None) node->type = Ref::Borrow(node_type);
   if (PyTuple_CheckExact(keys)) node->keys = Ref::Borrow(keys);
+  // Walks take metadata and marks for null where there are none.
+  const bool empty = PyDict_CheckExact(aux) && PyDict_GET_SIZE(aux) == 0;
+  const bool holds_names =
+      node->kind == NodeKind::kVariable || node->kind == NodeKind::kObject;
+  if (empty && holds_names) aux = Py_None;
   if (aux != Py_None || node->kind == NodeKind::kStatic ||
       node->kind == NodeKind::kCustom) {
     node->aux = Ref::Borrow(aux);

@@ -1,17 +1,16 @@
 #include "nnx/graph/cc/update.h"
 
+#include <utility>
 #include <vector>
 
 #include "nnx/graph/cc/arguments.h"
 #include "nnx/graph/cc/children.h"
-#include "nnx/graph/cc/flatten.h"
 #include "nnx/graph/cc/layout.h"
 #include "nnx/graph/cc/objects.h"
 #include "nnx/graph/cc/owned_items.h"
 #include "nnx/graph/cc/path.h"
 #include "nnx/graph/cc/recursion_guard.h"
 #include "nnx/graph/cc/runtime.h"
-#include "nnx/graph/cc/structure.h"
 
 namespace nnx::graph {
 namespace {
@@ -59,8 +58,9 @@ class Updater {
     AppendPairs(mapping.get(), &held_);
     const size_t end = held_.size();
     for (size_t i = held; i < end; i += 2) {
-      path_.push_back(held_[i]);
-      if (!PlanItem(node, held_[i].get(), held_[i + 1].get())) return false;
+      PyObject *key = held_[i].get(), *value = held_[i + 1].get();
+      path_.push_back(std::move(held_[i]));
+      if (!PlanItem(node, key, value)) return false;
       path_.pop_back();
     }
     held_.resize(held);
@@ -72,33 +72,45 @@ class Updater {
     if (!CurrentTrace(&trace)) return false;
     Ref keep = Ref::Steal(trace);
     for (const Write& write : writes_) {
+      if (!CheckTrace(write.variable.get(), trace)) return false;
+    }
+    for (const ItemWrite& write : items_) {
       PyObject* owner = write.owner.get();
-      if ((IsVariable(owner) || IsObject(owner)) &&
-          !BelongsToTrace(AsGraphObject(owner), trace)) {
-        RaiseTraceError(owner);
-        return false;
-      }
+      if (IsObject(owner) && !CheckTrace(owner, trace)) return false;
     }
     // Items first, as only writing them may run Python code that raises: then
     // those that were written get back what they had.
-    for (size_t i = 0; i < writes_.size(); ++i) {
-      if (IsVariable(writes_[i].owner.get()) || RunItem(writes_[i])) continue;
+    for (size_t i = 0; i < items_.size(); ++i) {
+      const ItemWrite& write = items_[i];
+      if (SetItem(write.owner.get(), write.key.get(), write.value.get())) {
+        continue;
+      }
       Undo(i);
       return false;
     }
     for (const Write& write : writes_) {
-      if (IsVariable(write.owner.get()) && !RunVariable(write)) return false;
+      if (!RunVariable(write)) return false;
     }
     return true;
   }
 
  private:
   struct Write {
-    Ref owner;  // Variable: its value; else the item `key`
+    Ref variable;
+    Ref value;
+  };
+  struct ItemWrite {
+    Ref owner;
     Ref key;
     Ref value;
-    Ref old;  // what the item was; null: there was none
+    Ref old;  // null: there was none
   };
+
+  static bool CheckTrace(PyObject* object, PyObject* trace) {
+    if (BelongsToTrace(AsGraphObject(object), trace)) return true;
+    RaiseTraceError(object);
+    return false;
+  }
 
   bool PlanVariable(PyObject* variable, PyObject* value) {
     if (IsVariable(value) &&
@@ -111,8 +123,7 @@ class Updater {
                    Py_TYPE(value)->tp_name);
       return false;
     }
-    writes_.push_back(
-        {Ref::Borrow(variable), Ref(), Ref::Borrow(value), Ref()});
+    writes_.push_back({Ref::Borrow(variable), Ref::Borrow(value)});
     return true;
   }
 
@@ -151,21 +162,18 @@ class Updater {
 
   // The child of a custom or registered pytree node.
   Ref OpenedChild(PyObject* node, PyObject* key) {
-    Flattener walk(/*hash_statics=*/false);
-    if (!walk.Add(node, Mode::kAttributes)) return Ref();
-    const Node& root = walk.nodes()[0];
-    int32_t child = 1;
-    for (int32_t i = 0; i < root.children;
-         ++i, child = walk.nodes()[child].end) {
-      Ref child_key = ChildKey(root, i);
+    Ref keys;
+    std::vector<Ref> children;
+    if (OpenNode(node, &keys, &children) < 0) return Ref();
+    for (size_t i = 0; i < children.size(); ++i) {
+      const auto position = static_cast<Py_ssize_t>(i);
+      Ref child_key = keys ? Ref::Borrow(PyTuple_GET_ITEM(keys.get(), position))
+                           : Ref::Steal(PyLong_FromSsize_t(position));
       const int equal =
           child_key ? PyObject_RichCompareBool(child_key.get(), key, Py_EQ)
                     : -1;
       if (equal < 0) return Ref();
-      if (!equal) continue;
-      const Node& found = walk.nodes()[child];
-      if (found.index >= 0) return walk.objects()[found.index];
-      if (found.leaf >= 0) return walk.leaves()[found.leaf];
+      if (equal) return children[i];
     }
     return Ref();
   }
@@ -204,7 +212,7 @@ class Updater {
       return false;
     }
     if (!CanAssign(owner.get())) return false;
-    writes_.push_back({owner, Ref::Borrow(key), Ref::Borrow(value), current});
+    items_.push_back({owner, Ref::Borrow(key), Ref::Borrow(value), current});
     return true;
   }
 
@@ -248,28 +256,23 @@ class Updater {
                          source->hook_flags, source);
       if (!copy) return false;
     }
-    writes_.push_back({Ref::Borrow(owner), Ref::Borrow(key), copy, Ref()});
+    items_.push_back({Ref::Borrow(owner), Ref::Borrow(key), copy, Ref()});
     return true;
   }
 
   bool RunVariable(const Write& write) {
-    VariableObject* variable = AsVariable(write.owner.get());
+    VariableObject* variable = AsVariable(write.variable.get());
     PyObject* value = write.value.get();
     if (IsVariable(value)) return AssignVariable(variable, AsVariable(value));
     SetRaw(variable, value);
     return true;
   }
 
-  bool RunItem(const Write& write) {
-    return SetItem(write.owner.get(), write.key.get(), write.value.get());
-  }
-
   // Takes back the first writes of items, and keeps the error that is set.
   void Undo(size_t count) {
     const KeptError error;
     while (count > 0) {
-      const Write& write = writes_[--count];
-      if (IsVariable(write.owner.get())) continue;
+      const ItemWrite& write = items_[--count];
       if (!SetItem(write.owner.get(), write.key.get(), write.old.get())) {
         PyErr_Clear();
       }
@@ -296,6 +299,7 @@ class Updater {
   }
 
   std::vector<Write> writes_;
+  std::vector<ItemWrite> items_;
   std::vector<Ref> path_;
   std::vector<Ref> held_;  // the items of the mappings that are open
 };
