@@ -148,6 +148,21 @@ bool Flattener::CheckUnhashable(PyObject* value) const {
   return true;
 }
 
+// A mark does its work when an attribute is assigned; one that was stored past
+// the assignment, by `object.__setattr__`, has done none.
+bool Flattener::CheckNoMark(PyObject* value) const {
+  const Runtime& rt = GetRuntime();
+  if (!rt.attribute_marker || Py_TYPE(value) != rt.attribute_marker) {
+    return true;
+  }
+  PyErr_Format(PyExc_ValueError,
+               "`nnx.data(...)` and `nnx.static(...)` must be assigned to "
+               "attributes, but `%s` was stored as %R. Use `setattr`, or "
+               "declare the attribute in the class: `name: type = nnx.data()`.",
+               PathText(path_).c_str(), value);
+  return false;
+}
+
 bool Flattener::VisitStatic(PyObject* value) {
   const int32_t position = Push(NodeKind::kStatic, nullptr);
   Node& node = nodes_[position];
@@ -262,7 +277,9 @@ bool Flattener::VisitObject(PyObject* value, TypeInfo* info) {
     PyObject* marked =
         status ? PyDict_GetItemWithError(status.get(), key) : nullptr;
     path_.push_back(key);
-    if (marked == Py_False) {
+    if (!CheckNoMark(child)) {
+      ok = false;
+    } else if (marked == Py_False) {
       ok = VisitStatic(child);
     } else if (marked == Py_True && Py_TYPE(child) != Py_TYPE(Py_None)) {
       const TypeInfo* child_info = GetTypeInfo(Py_TYPE(child));

@@ -51,6 +51,7 @@ class Flattener {
 
  private:
   bool Visit(PyObject* value, Mode mode);
+  bool CheckNoMark(PyObject* value) const;
   bool CheckUnhashable(PyObject* value) const;
   bool VisitStatic(PyObject* value);
   bool VisitLeaf(PyObject* value, bool scalars);

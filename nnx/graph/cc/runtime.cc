@@ -30,6 +30,7 @@ bool InitRuntime() {
       {&rt.s_delattr_slow, "_delattr_slow"},
       {&rt.s_class_hook_flags, "_class_hook_flags"},
       {&rt.s_setattr_flags, "_setattr_flags"},
+      {&rt.s_class_statuses, "_class_statuses"},
       {&rt.s_fields, "_fields"},
   };
   for (const Name& name : names) {

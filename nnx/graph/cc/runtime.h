@@ -48,6 +48,7 @@ struct Runtime {
   PyObject* s_delattr_slow = nullptr;
   PyObject* s_class_hook_flags = nullptr;
   PyObject* s_setattr_flags = nullptr;
+  PyObject* s_class_statuses = nullptr;
   PyObject* s_fields = nullptr;
 };
 
