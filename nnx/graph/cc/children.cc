@@ -51,6 +51,7 @@ bool OpenPytree(PyObject* value, Ref* children, Ref* treedef, Ref* keys) {
                     "`flatten_pytree` must return a key for each child.");
     return false;
   }
+  if (TypeInfo* info = FindTypeInfo(Py_TYPE(value))) info->opened = true;
   *children = Ref::Borrow(child_items);
   *treedef = Ref::Borrow(def);
   if (keys) *keys = Ref::Borrow(key_items);

@@ -48,6 +48,7 @@ struct CustomNode {
 
 struct TypeInfo {
   TypeKind kind = TypeKind::kUnknown;
+  bool opened = false;  // kUnknown: an instance was a registered pytree node
   Ref weakref;
   std::unique_ptr<CustomNode> custom;
   std::vector<std::unique_ptr<Layout>> layouts;

@@ -111,9 +111,8 @@ bool MixMapping(PyObject* mapping, size_t* hash) {
   return true;
 }
 
-Py_hash_t StructureHash(PyObject* self) {
-  Structure* structure = AsStructure(self);
-  if (structure->hash != -1) return structure->hash;
+// `lenient`: without an error for what has no hash. -1 with an error set.
+Py_hash_t ComputeHash(const Structure* structure, bool lenient) {
   size_t hash = structure->nodes->size();
   for (const Node& node : *structure->nodes) {
     hash = Mix(hash, static_cast<size_t>(node.kind) * 4 + node.reference);
@@ -131,12 +130,22 @@ Py_hash_t StructureHash(PyObject* self) {
     } else {
       const bool hashed = node.kind == NodeKind::kStatic && !node.atomic;
       const Py_hash_t part = hashed ? node.hash : PyObject_Hash(node.aux.get());
-      if (part == -1) return -1;
+      if (part == -1) {
+        if (!lenient || !PyErr_ExceptionMatches(PyExc_TypeError)) return -1;
+        PyErr_Clear();
+      }
       hash = Mix(hash, static_cast<size_t>(part));
     }
   }
-  structure->hash = static_cast<Py_hash_t>(hash);
-  if (structure->hash == -1) structure->hash = -2;
+  const auto result = static_cast<Py_hash_t>(hash);
+  return result == -1 ? -2 : result;
+}
+
+Py_hash_t StructureHash(PyObject* self) {
+  Structure* structure = AsStructure(self);
+  if (structure->hash == -1) {
+    structure->hash = ComputeHash(structure, /*lenient=*/false);
+  }
   return structure->hash;
 }
 
@@ -435,6 +444,13 @@ PyType_Spec structure_spec = {
     structure_slots};
 
 }  // namespace
+
+bool LookupHash(PyObject* structure, size_t* hash) {
+  const Py_hash_t found =
+      ComputeHash(AsStructure(structure), /*lenient=*/true);
+  *hash = static_cast<size_t>(found);
+  return found != -1;
+}
 
 bool InitStructure(PyObject* module) {
   Ref type = Ref::Steal(PyType_FromSpec(&structure_spec));

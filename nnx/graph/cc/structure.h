@@ -71,6 +71,11 @@ inline Structure* AsStructure(PyObject* value) {
 // Whether `value` is a structure; sets an error if not.
 bool CheckStructure(PyObject* value);
 
+// A hash that equal structures have in common, whatever they hold: where what a
+// type keeps about a node has no hash, the type stands for it. False with an
+// error set on failure. Runs Python code.
+bool LookupHash(PyObject* structure, size_t* hash);
+
 // The key of a node's child.
 Ref ChildKey(const Node& node, int32_t child);
 
