@@ -8,7 +8,7 @@ import jax
 import numpy as np
 
 from nnx import errors, pytree, state, variables
-from nnx.graph import _engine, definitions, pytrees, tracing
+from nnx.graph import _engine, definitions, pytrees, statics, tracing
 
 _ARRAY_TYPES = (
   jax.Array,
@@ -44,6 +44,7 @@ def configure() -> None:
     attribute_marker=pytree.Marker,
     state=state.State,
     structure=definitions.NodeDef,
+    freeze_static=statics.freeze,
     library_prefix=os.path.dirname(os.path.dirname(__file__)) + os.sep,
   )
 

@@ -1,4 +1,4 @@
-"""Which trace and mesh are current: the one place that asks jax's internals.
+"""Which trace and mesh are current, and caches: what asks jax's internals.
 
 `jax.extend.core.get_opaque_trace_state` answers the same question, but makes an
 object each time and runs Python on every comparison; the engine asks on every
@@ -12,6 +12,7 @@ from typing import Any
 from jax._src import array as _array
 from jax._src import core as _core
 from jax._src import mesh as _mesh
+from jax._src import util as _util
 
 
 def trace_context() -> Any:
@@ -34,3 +35,8 @@ def context_mesh() -> Any:
   resources = getattr(_mesh, "thread_resources", None)
   mesh = None if resources is None else resources.env.physical_mesh
   return None if mesh is None or mesh.empty else mesh
+
+
+def register_cache(cache: Any, name: str) -> None:
+  """Has `jax.clear_caches` call `cache.cache_clear()`, while `cache` lives."""
+  _util.register_cache(cache, name)

@@ -167,8 +167,8 @@ bool Fingerprint::Visit(PyObject* value, Mode mode) {
     }
     object->epoch = epoch_;
     object->index = num_objects_++;
-  } else if (mode == Mode::kAttributes && (info->kind == TypeKind::kList ||
-                                           info->kind == TypeKind::kDict)) {
+  } else if (mode == Mode::kAttributes &&
+             (info->kind == TypeKind::kList || info->kind == TypeKind::kDict)) {
     if (!containers_.insert(value).second) {
       Mix(2);
       return true;

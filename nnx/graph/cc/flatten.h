@@ -52,7 +52,6 @@ class Flattener {
  private:
   bool Visit(PyObject* value, Mode mode);
   bool CheckNoMark(PyObject* value) const;
-  bool CheckUnhashable(PyObject* value) const;
   bool VisitStatic(PyObject* value);
   bool VisitLeaf(PyObject* value, bool scalars);
   bool VisitVariable(PyObject* value, TypeInfo* info);

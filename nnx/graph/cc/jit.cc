@@ -163,8 +163,8 @@ std::shared_ptr<Entry> FindEntry(JitFunction* self, PyObject* structure,
     version = self->cache->version();
     for (const std::shared_ptr<Entry>& entry : self->cache->Find(hash)) {
       if (!SameNames(entry->names.get(), names)) continue;
-      const int equal = PyObject_RichCompareBool(entry->structure.get(),
-                                                 structure, Py_EQ);
+      const int equal =
+          PyObject_RichCompareBool(entry->structure.get(), structure, Py_EQ);
       if (equal < 0) return nullptr;
       if (equal) return entry;
     }
@@ -328,8 +328,7 @@ PyObject* JitVectorcall(PyObject* callable, PyObject* const* args,
   }
   std::vector<bool> is_static;
   if (!FindStaticRoots(self, arguments, nargs, &is_static)) return nullptr;
-  const std::optional<size_t> fingerprint =
-      FingerprintOf(arguments, is_static);
+  const std::optional<size_t> fingerprint = FingerprintOf(arguments, is_static);
   if (fingerprint) {
     for (const std::shared_ptr<Entry>& entry :
          self->cache->Find(*fingerprint)) {
@@ -437,9 +436,8 @@ PyObject* JitPrepare(PyObject* callable, PyObject* const* args,
   std::vector<bool> is_static;
   if (!FindStaticRoots(self, arguments, nargs, &is_static)) return nullptr;
   Call call;
-  std::shared_ptr<Entry> entry =
-      SlowEntry(self, arguments, is_static, FingerprintOf(arguments, is_static),
-                &call);
+  std::shared_ptr<Entry> entry = SlowEntry(
+      self, arguments, is_static, FingerprintOf(arguments, is_static), &call);
   if (!entry) return nullptr;
   std::vector<int32_t> all(call.leaves.size());
   for (size_t i = 0; i < all.size(); ++i) all[i] = static_cast<int32_t>(i);

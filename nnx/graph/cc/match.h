@@ -31,7 +31,7 @@ class Matcher {
  private:
   bool Visit(PyObject* value);
   bool VisitStatic(const Node& node, PyObject* value);
-  bool VisitMetadata(PyObject* recorded, PyObject* given);
+  bool VisitMetadata(PyObject* recorded, PyObject* frozen, PyObject* given);
   bool Index(const Node& node, PyObject* value);
 
   const std::vector<Node>& nodes_;
@@ -41,9 +41,10 @@ class Matcher {
   const uint64_t epoch_ = NextEpoch();
   std::vector<PyObject*> arena_;
   struct Deferred {
-    PyObject* recorded;
-    Py_hash_t hash;
+    Ref recorded;
+    Ref key;  // of what was recorded, if it has no hash
     Ref given;
+    Node* node;  // kStatic; null for metadata
   };
   std::vector<Deferred> deferred_;
   std::unordered_map<PyObject*, int32_t> containers_;

@@ -22,6 +22,8 @@ struct Runtime {
   PyObject* is_array_type = nullptr;
   // (value) -> (children, treedef, keys) of a registered pytree node, or None.
   PyObject* flatten_pytree = nullptr;
+  // (static value) -> what it holds, hashable; None if it holds data.
+  PyObject* freeze_static = nullptr;
   // The concrete array type of JAX: the one checked first.
   PyTypeObject* array_type = nullptr;
   // Classes of the Python layers above.

@@ -46,6 +46,9 @@ struct Node {
   Ref keys;  // tuple; null for sequences
   // kStatic: the value. kVariable: metadata or null. kObject: status or null.
   Ref aux;
+  // What there is in `aux` without a hash, as it was when the node was made.
+  // kStatic: the key of the value. kVariable: dict name -> key.
+  Ref key;
 };
 
 // A structure: the immutable description of an object graph. Seen from Python
