@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from typing import Any
 
 import jax
 import numpy as np
@@ -19,16 +20,48 @@ _ARRAY_TYPES = (
 )
 
 
-def is_array_type(cls: type) -> bool | None:
+_FLAX_NNX = frozenset(
+  (
+    "FlatState",
+    "GraphDef",
+    "GraphState",
+    "HijaxVariable",
+    "NodeDef",
+    "Object",
+    "Pytree",
+    "State",
+    "TreeNodeDef",
+    "Variable",
+    "VariableDef",
+    "VariableState",
+  )
+)
+
+
+def is_of_flax_nnx(cls: type) -> bool:
+  """Whether instances are Modules, Variables or States of `flax.nnx`.
+
+  By the names of the bases: nothing of Flax is imported here.
+  """
+  return any(
+    base.__name__ in _FLAX_NNX
+    and str(getattr(base, "__module__", "")).startswith("flax.nnx.")
+    for base in cls.__mro__
+  )
+
+
+def is_array_type(cls: type) -> Any:
   """What instances of a class are to the graph functions.
 
   Returns:
-    True for arrays, which are leaves; False for scalars of numpy, which are
+    Ellipsis for objects of `flax.nnx`; True for arrays, which are leaves; False for scalars of numpy, which are
     static as attributes and leaves as arguments; None for all else.
   """
   if issubclass(cls, _ARRAY_TYPES) or cls in pytree.data_types:
     return True
-  return False if issubclass(cls, np.generic) else None
+  if issubclass(cls, np.generic):
+    return False
+  return ... if is_of_flax_nnx(cls) else None
 
 
 def configure() -> None:

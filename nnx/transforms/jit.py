@@ -542,9 +542,10 @@ def jit(
   The function is compiled again for a new structure: other classes, attribute
   names, static attributes, metadata or sharing. A repeated call costs little
   more than that of `jax.jit` on the arrays alone. The 256 structures used last
-  are kept, until `clear_cache()` or `jax.clear_caches()`. Static values are equal
-  if their types are, too: 1, 1.0 and True differ, and so do 0.0 and -0.0. One
-  without a hash is compared by what it holds; one with a hash must not change.
+  are kept, until `clear_cache()` or `jax.clear_caches()`. Static values are
+  equal if their types are, too: 1, 1.0 and True differ, and so do 0.0 and -0.0.
+  One without a hash is compared by what it holds; one with a hash must not
+  change.
 
   Example:
 
@@ -609,6 +610,7 @@ def jit(
       backend=backend,
       inline=inline,
     )
+  lift.refuse_foreign(fun, "jit")
   if not callable(fun):
     raise TypeError(
       f"`fun` must be callable, but got {fun!r} of type {type(fun).__name__}."

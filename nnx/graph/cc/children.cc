@@ -33,6 +33,7 @@ Ref AsMapping(PyObject* value) {
   if (rt.state && PyType_IsSubtype(Py_TYPE(value), rt.state)) {
     return Ref::Steal(PyObject_GetAttr(value, rt.s_mapping));
   }
+  if (IsForeign(value)) RaiseForeign(value, "");
   return Ref();
 }
 
@@ -145,6 +146,9 @@ int OpenNode(PyObject* value, Ref* keys, std::vector<Ref>* children) {
     case TypeKind::kStatic:
     case TypeKind::kPlain:
       return 0;
+    case TypeKind::kForeign:
+      RaiseForeign(value, "");
+      return -1;
     case TypeKind::kNamedTuple:
       if (!FieldNames(value, keys)) return -1;
       [[fallthrough]];
@@ -201,6 +205,7 @@ int HoldsData(PyObject* value) {
     case TypeKind::kArray:
     case TypeKind::kState:
     case TypeKind::kCustom:
+    case TypeKind::kForeign:
       return 1;
     case TypeKind::kList:
     case TypeKind::kTuple:

@@ -220,6 +220,7 @@ bool Fingerprint::Visit(PyObject* value, Mode mode) {
       ok = mode == Mode::kAttributes && !info->opened && VisitStatic(value);
       break;
     case TypeKind::kCustom:
+    case TypeKind::kForeign:
       break;
   }
   --depth_;

@@ -97,6 +97,9 @@ bool Flattener::Visit(PyObject* value, Mode mode) {
     }
     case TypeKind::kCustom:
       return VisitCustom(value, info);
+    case TypeKind::kForeign:
+      RaiseForeign(value, PathText(path_));
+      return false;
     case TypeKind::kStatic:
       return VisitStatic(value);
     case TypeKind::kPlain:
@@ -239,7 +242,7 @@ bool Flattener::VisitObject(PyObject* value, TypeInfo* info) {
     path_.push_back(key);
     if (!CheckNoMark(child)) {
       ok = false;
-    } else if (marked == Py_False) {
+    } else if (marked == Py_False && !IsForeign(child)) {
       ok = VisitStatic(child);
     } else if (marked == Py_True && Py_TYPE(child) != Py_TYPE(Py_None)) {
       const TypeInfo* child_info = GetTypeInfo(Py_TYPE(child));

@@ -18,7 +18,8 @@ struct Runtime {
   // (object) -> exception to raise when it is changed from another trace.
   PyObject* trace_error = nullptr;
   // (type) -> True: instances are array leaves; False: they are scalars or the
-  // like, never a pytree node; None: a registered pytree node, or static.
+  // like, never a pytree node; None: a registered pytree node, or static;
+  // Ellipsis: objects of another library's graphs.
   PyObject* is_array_type = nullptr;
   // (value) -> (children, treedef, keys) of a registered pytree node, or None.
   PyObject* flatten_pytree = nullptr;

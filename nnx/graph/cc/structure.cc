@@ -66,6 +66,10 @@ Ref ChildKey(const Node& node, int32_t child) {
 
 bool CheckStructure(PyObject* value) {
   if (PyObject_TypeCheck(value, g_structure_type)) return true;
+  if (IsForeign(value)) {
+    RaiseForeign(value, "graphdef");
+    return false;
+  }
   PyErr_Format(PyExc_TypeError,
                "`graphdef` must be a graph structure (from nnx.split or "
                "nnx.graphdef), but got %s.",
