@@ -54,7 +54,8 @@ def is_array_type(cls: type) -> Any:
   """What instances of a class are to the graph functions.
 
   Returns:
-    Ellipsis for objects of `flax.nnx`; True for arrays, which are leaves; False for scalars of numpy, which are
+    Ellipsis for objects of `flax.nnx`; True for arrays, which are leaves; False
+    for scalars of numpy, which are
     static as attributes and leaves as arguments; None for all else.
   """
   if issubclass(cls, _ARRAY_TYPES) or cls in pytree.data_types:

@@ -112,16 +112,18 @@ bool Fingerprint::VisitObject(PyObject* value) {
     PyObject* mark =
         status ? PyDict_GetItemWithError(status, PyTuple_GET_ITEM(keys, i))
                : nullptr;
-    const TypeInfo* child_info = FindTypeInfo(Py_TYPE(child));
-    if (!child_info) return false;
-    const bool plain = child_info->kind == TypeKind::kPlain;
     if (mark == Py_False) {
       if (!VisitStatic(child)) return false;
-    } else if (mark == Py_True && plain && child != Py_None) {
-      Mix(1);  // a leaf
-    } else if (!Visit(child, Mode::kAttributes)) {
-      return false;
+      continue;
     }
+    if (mark == Py_True && child != Py_None) {
+      const TypeInfo* child_info = FindTypeInfo(Py_TYPE(child));
+      if (child_info && child_info->kind == TypeKind::kPlain) {
+        Mix(1);  // a leaf
+        continue;
+      }
+    }
+    if (!Visit(child, Mode::kAttributes)) return false;
   }
   arena_.resize(base);
   return true;

@@ -18,6 +18,7 @@ namespace nnx::graph {
 // `Matcher`, the walk runs no Python code.
 class Fingerprint {
  public:
+  Fingerprint();
   // Adds an argument. False, without an error, where only a walk that runs
   // Python code could tell.
   bool Add(PyObject* value, bool is_static);
@@ -42,9 +43,6 @@ class Fingerprint {
   std::vector<Ref> deferred_;
   std::vector<PyObject*> arena_;
   std::unordered_set<PyObject*> containers_;
-
- public:
-  Fingerprint();
 };
 
 }  // namespace nnx::graph
