@@ -427,7 +427,7 @@ class Pytree(_engine.ObjectBase, reprs.Displayable):
     if status is not None:
       statuses = self._pytree_status
       if statuses is None:
-        self._pytree_status = {name: status}
+        object.__setattr__(self, "_pytree_status", {name: status})
       else:
         statuses[name] = status
 
@@ -435,6 +435,8 @@ class Pytree(_engine.ObjectBase, reprs.Displayable):
     self._delattr_raw(name)
     if self._pytree_status:
       self._pytree_status.pop(name, None)
+      if name in self._class_statuses:
+        self._pytree_status[name] = self._class_statuses[name]
 
   def __getstate__(self) -> dict[str, Any]:
     state = dict(vars(self))
@@ -444,7 +446,10 @@ class Pytree(_engine.ObjectBase, reprs.Displayable):
 
   def __setstate__(self, state: Mapping[str, Any]) -> None:
     state = dict(state)
-    self._pytree_status = state.pop("_pytree_status", None)
+    # Past a `__setattr__` of the class: that of a frozen dataclass refuses.
+    object.__setattr__(
+      self, "_pytree_status", state.pop("_pytree_status", None)
+    )
     vars(self).update(state)
 
   def _display(self) -> reprs.Parts:

@@ -260,7 +260,7 @@ def _watched_methods(cls: type) -> Iterator[tuple[str, Any]]:
           yield name, method
 
 
-@functools.cache
+@functools.lru_cache(maxsize=256)
 def _watched_class(cls: type) -> type:
   """A class derived from another whose methods tell that they are called."""
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
+from typing import Any
 
 import jax
 import numpy as np
 
 from nnx import errors, pytree, state, variables
-from nnx.graph import _engine, definitions, pytrees, tracing
+from nnx.graph import _engine, definitions, pytrees, statics, tracing
 
 _ARRAY_TYPES = (
   jax.Array,
@@ -19,19 +20,51 @@ _ARRAY_TYPES = (
 )
 
 
-def is_array_type(cls: type) -> bool | None:
+_FLAX_NNX = frozenset(
+  (
+    "FlatState",
+    "GraphDef",
+    "GraphState",
+    "HijaxVariable",
+    "NodeDef",
+    "Object",
+    "Pytree",
+    "State",
+    "TreeNodeDef",
+    "Variable",
+    "VariableDef",
+    "VariableState",
+  )
+)
+
+
+def is_of_flax_nnx(cls: type) -> bool:
+  """Whether instances are Modules, Variables or States of `flax.nnx`.
+
+  By the names of the bases: nothing of Flax is imported here.
+  """
+  return any(
+    base.__name__ in _FLAX_NNX
+    and str(getattr(base, "__module__", "")).startswith("flax.nnx.")
+    for base in cls.__mro__
+  )
+
+
+def is_array_type(cls: type) -> Any:
   """What instances of a class are to the graph functions.
 
   Returns:
-    True for arrays, and for data of other kinds that jax does not open, which
-    are leaves; False for scalars of numpy, which are static as attributes and
-    leaves as arguments; None for all else.
+    Ellipsis for objects of `flax.nnx`; True for arrays, and for data of other
+    kinds that jax does not open, which are leaves; False for scalars of numpy,
+    which are static as attributes and leaves as arguments; None for all else.
   """
   if issubclass(cls, _ARRAY_TYPES):
     return True
   if cls in pytree.data_types and not tracing.is_pytree_type(cls):
     return True
-  return False if issubclass(cls, np.generic) else None
+  if issubclass(cls, np.generic):
+    return False
+  return ... if is_of_flax_nnx(cls) else None
 
 
 def configure() -> None:
@@ -47,6 +80,7 @@ def configure() -> None:
     attribute_marker=pytree.Marker,
     state=state.State,
     structure=definitions.NodeDef,
+    freeze_static=statics.freeze,
     library_prefix=os.path.dirname(os.path.dirname(__file__)) + os.sep,
   )
 

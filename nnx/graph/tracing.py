@@ -1,4 +1,4 @@
-"""What jax alone knows: the current trace and mesh, the types of pytrees.
+"""What jax alone knows: the current trace and mesh, types of pytrees, caches.
 
 `jax.extend.core.get_opaque_trace_state` answers the same question, but makes an
 object each time and runs Python on every comparison; the engine asks on every
@@ -13,6 +13,7 @@ from jax._src import array as _array
 from jax._src import core as _core
 from jax._src import mesh as _mesh
 from jax._src import tree_util as _tree_util
+from jax._src import util as _util
 
 
 def trace_context() -> Any:
@@ -40,3 +41,8 @@ def context_mesh() -> Any:
   resources = getattr(_mesh, "thread_resources", None)
   mesh = None if resources is None else resources.env.physical_mesh
   return None if mesh is None or mesh.empty else mesh
+
+
+def register_cache(cache: Any, name: str) -> None:
+  """Has `jax.clear_caches` call `cache.cache_clear()`, while `cache` lives."""
+  _util.register_cache(cache, name)

@@ -49,7 +49,7 @@ def _by_method(
 ) -> Callable[[tuple[Any, ...]], Callable[..., Any]]:
   """Makes one transformed function for each method, and keeps it."""
 
-  @functools.cache
+  @functools.lru_cache(maxsize=256)
   def transformed(steps: tuple[Any, ...]) -> Callable[..., Any]:
     def call(module, *args, **kwargs):
       for look_up, name in steps:
@@ -247,7 +247,7 @@ class _Mapping:
         axes[carry_argnum] = Carry
       return axes
 
-    @functools.cache
+    @functools.lru_cache(maxsize=256)
     def transformed(nodes: tuple[bool, ...], keywords: tuple[Any, ...]):
       axes = [
         self.node_axes if node and axis is not Carry else axis

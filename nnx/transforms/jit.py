@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from nnx.graph import _engine, preorder
+from nnx.graph import _engine, preorder, tracing
 from nnx.transforms import lift, prefix
 
 
@@ -404,6 +404,7 @@ class JitWrapped(_engine.JitFunction):
     super().__init__(options.make_entry, jnp.copy, options.statics)
     self.options = options
     functools.update_wrapper(self, options.fun)
+    tracing.register_cache(self, "nnx.jit")
 
   def _roots(self, args: tuple, kwargs: Mapping[str, Any]):
     """The structure, leaves and objects of a call."""
@@ -503,6 +504,13 @@ class JitPartial:
     """As `JitWrapped.trace`, for the remaining arguments."""
     return self.jitted.trace(*self.args, *args, **kwargs)
 
+  def clear_cache(self) -> None:
+    """As `JitWrapped.clear_cache`."""
+    self.jitted.clear_cache()
+
+  def _cache_size(self) -> int:
+    return self.jitted._cache_size()
+
   def eval_shape(self, *args: Any, **kwargs: Any) -> Any:
     """As `JitWrapped.eval_shape`, for the remaining arguments."""
     return self.jitted.eval_shape(*self.args, *args, **kwargs)
@@ -533,7 +541,11 @@ def jit(
 
   The function is compiled again for a new structure: other classes, attribute
   names, static attributes, metadata or sharing. A repeated call costs little
-  more than that of `jax.jit` on the arrays alone.
+  more than that of `jax.jit` on the arrays alone. The 256 structures used last
+  are kept, until `clear_cache()` or `jax.clear_caches()`. Static values are
+  equal if their types are, too: 1, 1.0 and True differ, and so do 0.0 and -0.0.
+  One without a hash is compared by what it holds; one with a hash must not
+  change.
 
   Example:
 
@@ -598,6 +610,7 @@ def jit(
       backend=backend,
       inline=inline,
     )
+  lift.refuse_foreign(fun, "jit")
   if not callable(fun):
     raise TypeError(
       f"`fun` must be callable, but got {fun!r} of type {type(fun).__name__}."

@@ -21,7 +21,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from nnx.graph import _engine, preorder, tracing
+from nnx.graph import _engine, preorder, runtime, tracing
 
 _SCALARS = (bool, int, float, complex, np.generic)
 
@@ -207,13 +207,33 @@ def name_of(fun: Callable[..., Any]) -> str:
   return getattr(fun, "__qualname__", None) or type(fun).__name__
 
 
+def refuse_foreign(fun: Any, transform: str) -> None:
+  """Refuses a Module of `flax.nnx`, and its methods, as a function.
+
+  Raises:
+    TypeError: if it is one: its state would be taken for constants.
+  """
+  inner = fun
+  while isinstance(inner, functools.partial):
+    inner = inner.func
+  owner = getattr(inner, "__self__", inner)
+  if runtime.is_of_flax_nnx(type(owner)):
+    raise TypeError(
+      f"`nnx.{transform}` must be given a function of objects of `nnx`, but got"
+      f" a `{type(owner).__name__}` of `flax.nnx`. Make it with `nnx`, which"
+      " has the same names, or convert it: `bridge.from_flax_nnx(...)`."
+    )
+
+
 def check_function(fun: Any, transform: str) -> None:
   """Refuses what a transform cannot lift.
 
   Raises:
-    TypeError: if `fun` is not callable, or is an object of a graph.
+    TypeError: if `fun` is not callable, or is an object of a graph or of
+      `flax.nnx`.
     ValueError: if `fun` is a method bound to an object of a graph.
   """
+  refuse_foreign(fun, transform)
   if isinstance(fun, _engine.ObjectBase):
     raise TypeError(
       f"`nnx.{transform}` must be given a function, but got a"

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from nnx import spmd
-from nnx.graph import _engine
+from nnx.graph import _engine, tracing
 from nnx.transforms import lift, mapped, prefix
 from nnx.transforms.carry import Carry
 
@@ -270,6 +270,10 @@ def vmap(
 
 class _Pmapped(_engine.JitFunction):
   """A function mapped by `nnx.pmap`: compiled once for each structure."""
+
+  def __init__(self, *args: Any):
+    super().__init__(*args)
+    tracing.register_cache(self, "nnx.pmap")
 
 
 def pmap(

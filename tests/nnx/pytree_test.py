@@ -211,15 +211,24 @@ class StatusTest(parameterized.TestCase):
     ):
       nnx.split(node)
 
-  def test_static_that_prints_its_address_needs_a_hash(self):
+  def test_static_that_cannot_be_looked_into_needs_a_hash(self):
     class Equal:
       def __eq__(self, other):
         return type(other) is type(self)
 
+    self.assertEqual(
+      nnx.graphdef(Node(a=Equal())), nnx.graphdef(Node(a=Equal()))
+    )
+
+    class Closed(Equal):
+      def __reduce_ex__(self, protocol):
+        raise TypeError("closed")
+
     with self.assertRaisesRegex(
-      TypeError, "must have a hash or print what they hold, but `a` is <.*Equal"
+      TypeError,
+      "a hash or hold only what can be compared, but `a` is <.*Closed",
     ):
-      nnx.split(Node(a=Equal()))
+      nnx.split(Node(a=Closed()))
 
   def test_data_under_a_mark_that_says_static_is_refused(self):
     @dataclasses.dataclass

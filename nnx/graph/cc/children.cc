@@ -30,8 +30,11 @@ Ref AsMapping(PyObject* value) {
   if (PyDict_Check(value)) return Ref::Borrow(value);
   if (IsVariable(value)) return Ref();
   const Runtime& rt = GetRuntime();
-  if (!rt.state || !PyType_IsSubtype(Py_TYPE(value), rt.state)) return Ref();
-  return StateMapping(value);
+  if (rt.state && PyType_IsSubtype(Py_TYPE(value), rt.state)) {
+    return StateMapping(value);
+  }
+  if (IsForeign(value)) RaiseForeign(value, "");
+  return Ref();
 }
 
 bool OpenPytree(PyObject* value, Ref* children, Ref* treedef, Ref* keys) {
@@ -49,6 +52,7 @@ bool OpenPytree(PyObject* value, Ref* children, Ref* treedef, Ref* keys) {
                     "`flatten_pytree` must return a key for each child.");
     return false;
   }
+  if (TypeInfo* info = FindTypeInfo(Py_TYPE(value))) info->opened = true;
   *children = Ref::Borrow(child_items);
   *treedef = Ref::Borrow(def);
   if (keys) *keys = Ref::Borrow(key_items);
@@ -149,6 +153,9 @@ int OpenNode(PyObject* value, Ref* keys, std::vector<Ref>* children) {
     case TypeKind::kStatic:
     case TypeKind::kPlain:
       return 0;
+    case TypeKind::kForeign:
+      RaiseForeign(value, "");
+      return -1;
     case TypeKind::kNamedTuple:
       if (!FieldNames(value, keys)) return -1;
       [[fallthrough]];
@@ -210,6 +217,7 @@ int HoldsData(PyObject* value) {
     case TypeKind::kArray:
     case TypeKind::kState:
     case TypeKind::kCustom:
+    case TypeKind::kForeign:
       return 1;
     case TypeKind::kList:
     case TypeKind::kTuple:

@@ -98,6 +98,9 @@ bool Flattener::Visit(PyObject* value, Mode mode) {
     }
     case TypeKind::kCustom:
       return VisitCustom(value, info);
+    case TypeKind::kForeign:
+      RaiseForeign(value, PathText(path_));
+      return false;
     case TypeKind::kStatic:
       return VisitStatic(value);
     case TypeKind::kPlain:
@@ -110,43 +113,19 @@ bool Flattener::Visit(PyObject* value, Mode mode) {
   return false;
 }
 
-// What a static value without a hash prints stands for it, so it must print
-// what it holds: data never do.
-bool Flattener::CheckUnhashable(PyObject* value) const {
-  if (Py_TYPE(value)->tp_repr == PyBaseObject_Type.tp_repr) {
-    PyErr_Format(
-        PyExc_TypeError,
-        "Static attributes must have a hash or print what they hold, "
-        "but `%s` is %R of type %s. Make it hashable (a tuple, a frozen "
-        "dataclass), or give its class a `__repr__`.",
-        PathText(path_).c_str(), value, Py_TYPE(value)->tp_name);
-    return false;
+// A mark does its work when an attribute is assigned; one that was stored past
+// the assignment, by `object.__setattr__`, has done none.
+bool Flattener::CheckNoMark(PyObject* value) const {
+  const Runtime& rt = GetRuntime();
+  if (!rt.attribute_marker || Py_TYPE(value) != rt.attribute_marker) {
+    return true;
   }
-  std::vector<Ref> held;
-  held.push_back(Ref::Borrow(value));
-  Ref fields =
-      Ref::Steal(PyObject_GetAttrString(value, "__dataclass_fields__"));
-  Ref names = fields ? Ref::Steal(PySequence_List(fields.get())) : Ref();
-  const Py_ssize_t count = names ? PyList_GET_SIZE(names.get()) : 0;
-  for (Py_ssize_t i = 0; i < count; ++i) {
-    Ref field =
-        Ref::Steal(PyObject_GetAttr(value, PyList_GET_ITEM(names.get(), i)));
-    if (field) held.push_back(std::move(field));
-  }
-  PyErr_Clear();
-  for (const Ref& item : held) {
-    const TypeInfo* info = GetTypeInfo(Py_TYPE(item.get()));
-    if (!info) return false;
-    if (info->kind == TypeKind::kArray || info->kind == TypeKind::kVariable ||
-        info->kind == TypeKind::kState) {
-      PyErr_Format(PyExc_ValueError,
-                   "A static attribute must hold no data, but `%s` is %R of "
-                   "type %s. Mark the attribute as data: `nnx.data(...)`.",
-                   PathText(path_).c_str(), value, Py_TYPE(value)->tp_name);
-      return false;
-    }
-  }
-  return true;
+  PyErr_Format(PyExc_ValueError,
+               "`nnx.data(...)` and `nnx.static(...)` must be assigned to "
+               "attributes, but `%s` was stored as %R. Use `setattr`, or "
+               "declare the attribute in the class: `name: type = nnx.data()`.",
+               PathText(path_).c_str(), value);
+  return false;
 }
 
 bool Flattener::VisitStatic(PyObject* value) {
@@ -155,15 +134,11 @@ bool Flattener::VisitStatic(PyObject* value) {
   node.aux = Ref::Borrow(value);
   node.atomic = IsAtomic(value);
   if (!node.atomic && hash_statics_) {
-    Py_hash_t hash = PyObject_Hash(value);
-    if (hash == -1) {
-      if (!PyErr_ExceptionMatches(PyExc_TypeError)) return false;
-      PyErr_Clear();
-      if (!CheckUnhashable(value)) return false;
-      hash = StaticHash(value);
-      if (hash == -1) return false;
-    }
+    Ref key;
+    const Py_hash_t hash = HashStatic(value, PathText(path_), &key);
+    if (hash == -1) return false;
     nodes_[position].hash = hash;
+    nodes_[position].key = key;
   }
   Close(position, 0);
   return true;
@@ -192,6 +167,9 @@ bool Flattener::VisitVariable(PyObject* value, TypeInfo* info) {
       // A copy: the structure must not follow later changes.
       node.aux = Ref::Steal(PyDict_Copy(variable->metadata));
       if (!node.aux) return false;
+      Ref keys;
+      if (hash_statics_ && !FreezeMapping(node.aux.get(), &keys)) return false;
+      node.key = keys;
     }
   }
   Ref raw = Ref::Borrow(variable->raw);
@@ -264,7 +242,9 @@ bool Flattener::VisitObject(PyObject* value, TypeInfo* info) {
         status ? PyDict_GetItemWithError(status.get(), key) : nullptr;
     if (status && !marked && PyErr_Occurred()) return false;
     path_.push_back(key);
-    if (marked == Py_False) {
+    if (!CheckNoMark(child)) {
+      ok = false;
+    } else if (marked == Py_False && !IsForeign(child)) {
       ok = VisitStatic(child);
     } else if (marked == Py_True && Py_TYPE(child) != Py_TYPE(Py_None)) {
       const TypeInfo* child_info = GetTypeInfo(Py_TYPE(child));

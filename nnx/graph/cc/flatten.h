@@ -51,7 +51,7 @@ class Flattener {
 
  private:
   bool Visit(PyObject* value, Mode mode);
-  bool CheckUnhashable(PyObject* value) const;
+  bool CheckNoMark(PyObject* value) const;
   bool VisitStatic(PyObject* value);
   bool VisitLeaf(PyObject* value, bool scalars);
   bool VisitVariable(PyObject* value, TypeInfo* info);

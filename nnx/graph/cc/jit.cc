@@ -5,9 +5,12 @@
 #include <algorithm>
 #include <cstddef>
 #include <memory>
+#include <optional>
 #include <unordered_set>
 #include <vector>
 
+#include "nnx/graph/cc/entry_cache.h"
+#include "nnx/graph/cc/fingerprint.h"
 #include "nnx/graph/cc/flatten.h"
 #include "nnx/graph/cc/lift.h"
 #include "nnx/graph/cc/match.h"
@@ -17,19 +20,6 @@
 namespace nnx::graph {
 namespace {
 
-// One structure of the arguments that the function was called with, and the
-// flat function for it.
-struct Entry {
-  Ref structure;
-  Ref names;     // tuple of keyword names, sorted; null for none
-  Ref compiled;  // (tuple of kept leaves[, tuple of donated leaves]) -> Packed
-  std::vector<int32_t> kept;     // leaf numbers; used when anything is donated
-  std::vector<int32_t> donated;  // leaf numbers
-  // The plan that was last found to fit what has this structure: mostly the
-  // only one there is.
-  mutable Ref checked_plan;
-};
-
 struct JitFunction {
   PyObject_HEAD PyObject* dict;
   PyObject* weaklist;
@@ -38,8 +28,7 @@ struct JitFunction {
   PyObject* make_entry;
   PyObject* copy_array;  // (array) -> array
   PyObject* statics;     // frozenset of positions and keyword names
-  // The most recently used first.
-  std::vector<std::shared_ptr<Entry>>* entries;
+  EntryCache* cache;
 };
 
 JitFunction* AsJit(PyObject* self) {
@@ -142,35 +131,75 @@ int IsStaticRoot(JitFunction* self, Py_ssize_t position, Py_ssize_t nargs,
   return key ? PySet_Contains(statics.get(), key.get()) : -1;
 }
 
+// Whether each argument is static; false with an error set on failure.
+bool FindStaticRoots(JitFunction* self, const Arguments& arguments,
+                     Py_ssize_t nargs, std::vector<bool>* is_static) {
+  is_static->assign(arguments.values.size(), false);
+  for (size_t i = 0; i < arguments.values.size(); ++i) {
+    const int found = IsStaticRoot(self, static_cast<Py_ssize_t>(i), nargs,
+                                   arguments.names.get());
+    if (found < 0) return false;
+    (*is_static)[i] = found;
+  }
+  return true;
+}
+
+std::optional<size_t> FingerprintOf(const Arguments& arguments,
+                                    const std::vector<bool>& is_static) {
+  Fingerprint fingerprint;
+  for (size_t i = 0; i < arguments.values.size(); ++i) {
+    if (!fingerprint.Add(arguments.values[i], is_static[i])) return {};
+  }
+  size_t hash = 0;
+  if (!fingerprint.Finish(&hash)) return {};
+  return hash;
+}
+
+// The entry with a structure; null where there is none, or with an error set.
+std::shared_ptr<Entry> FindEntry(JitFunction* self, PyObject* structure,
+                                 PyObject* names, size_t hash) {
+  uint64_t version = 0;
+  do {
+    // Comparing may run Python code, and so other threads that add entries.
+    version = self->cache->version();
+    for (const std::shared_ptr<Entry>& entry : self->cache->Find(hash)) {
+      if (!SameNames(entry->names.get(), names)) continue;
+      const int equal =
+          PyObject_RichCompareBool(entry->structure.get(), structure, Py_EQ);
+      if (equal < 0) return nullptr;
+      if (equal) return entry;
+    }
+  } while (version != self->cache->version());
+  return nullptr;
+}
+
 // Walks the arguments the slow way and finds or makes the entry for them.
 std::shared_ptr<Entry> SlowEntry(JitFunction* self, const Arguments& arguments,
-                                 Py_ssize_t nargs, Call* call) {
+                                 const std::vector<bool>& is_static,
+                                 std::optional<size_t> fingerprint,
+                                 Call* call) {
   Flattener flattener(/*hash_statics=*/true);
   for (size_t i = 0; i < arguments.values.size(); ++i) {
-    const int is_static = IsStaticRoot(self, static_cast<Py_ssize_t>(i), nargs,
-                                       arguments.names.get());
-    if (is_static < 0) return nullptr;
-    if (is_static ? !flattener.AddStatic(arguments.values[i])
-                  : !flattener.Add(arguments.values[i], Mode::kPytree)) {
+    if (is_static[i] ? !flattener.AddStatic(arguments.values[i])
+                     : !flattener.Add(arguments.values[i], Mode::kPytree)) {
       return nullptr;
     }
   }
   Ref structure = flattener.Finish();
-  if (!structure) return nullptr;
+  size_t hash = 0;
+  if (!structure || !LookupHash(structure.get(), &hash)) return nullptr;
   for (Ref& leaf : flattener.leaves()) {
     call->leaves.push_back(Ref(leaf).release());
   }
   for (const Ref& object : flattener.objects()) {
     call->objects.push_back(Ref(object).release());
   }
-  // A copy of the list: comparing may run Python code that changes it.
-  const std::vector<std::shared_ptr<Entry>> entries = *self->entries;
-  for (const std::shared_ptr<Entry>& entry : entries) {
-    if (!SameNames(entry->names.get(), arguments.names.get())) continue;
-    const int equal = PyObject_RichCompareBool(entry->structure.get(),
-                                               structure.get(), Py_EQ);
-    if (equal < 0) return nullptr;
-    if (equal) return entry;
+  std::shared_ptr<Entry> found =
+      FindEntry(self, structure.get(), arguments.names.get(), hash);
+  if (PyErr_Occurred()) return nullptr;
+  if (found) {
+    self->cache->Use(found, fingerprint);
+    return found;
   }
 
   Ref leaves = ToTuple(call->leaves);
@@ -216,7 +245,12 @@ std::shared_ptr<Entry> SlowEntry(JitFunction* self, const Arguments& arguments,
           .push_back(static_cast<int32_t>(i));
     }
   }
-  self->entries->insert(self->entries->begin(), entry);
+  // Another thread may have made one meanwhile: both use that one, so that
+  // jax compiles one function.
+  found = FindEntry(self, structure.get(), arguments.names.get(), hash);
+  if (PyErr_Occurred()) return nullptr;
+  if (found) return found;
+  self->cache->Insert(entry, hash, fingerprint);
   return entry;
 }
 
@@ -306,18 +340,28 @@ PyObject* JitVectorcall(PyObject* callable, PyObject* const* args,
   Arguments arguments;
   if (!GatherArguments(args, nargs, kwnames, &arguments)) return nullptr;
   Call call;
-  for (size_t i = 0; i < self->entries->size(); ++i) {
-    std::shared_ptr<Entry> entry = (*self->entries)[i];
-    const int matched = TryEntry(*entry, arguments, &call);
+  const std::shared_ptr<Entry> front = self->cache->Front();
+  if (front) {
+    const int matched = TryEntry(*front, arguments, &call);
     if (matched < 0) return nullptr;
-    if (!matched) continue;
-    if (i > 0 && i < self->entries->size() && (*self->entries)[i] == entry) {
-      std::rotate(self->entries->begin(), self->entries->begin() + i,
-                  self->entries->begin() + i + 1);
-    }
-    return RunEntry(self, *entry, call);
+    if (matched) return RunEntry(self, *front, call);
   }
-  std::shared_ptr<Entry> entry = SlowEntry(self, arguments, nargs, &call);
+  std::vector<bool> is_static;
+  if (!FindStaticRoots(self, arguments, nargs, &is_static)) return nullptr;
+  const std::optional<size_t> fingerprint = FingerprintOf(arguments, is_static);
+  if (fingerprint) {
+    for (const std::shared_ptr<Entry>& entry :
+         self->cache->Find(*fingerprint)) {
+      if (entry == front) continue;
+      const int matched = TryEntry(*entry, arguments, &call);
+      if (matched < 0) return nullptr;
+      if (!matched) continue;
+      self->cache->Use(entry, {});
+      return RunEntry(self, *entry, call);
+    }
+  }
+  std::shared_ptr<Entry> entry =
+      SlowEntry(self, arguments, is_static, fingerprint, &call);
   return entry ? RunEntry(self, *entry, call) : nullptr;
 }
 
@@ -326,7 +370,7 @@ PyObject* JitNew(PyTypeObject* type, PyObject*, PyObject*) {
   PyObject* self = statics ? type->tp_alloc(type, 0) : nullptr;
   if (!self) return nullptr;
   AsJit(self)->vectorcall = JitVectorcall;
-  AsJit(self)->entries = new std::vector<std::shared_ptr<Entry>>();
+  AsJit(self)->cache = new EntryCache();
   AsJit(self)->statics = statics.release();
   return self;
 }
@@ -358,8 +402,8 @@ int JitTraverse(PyObject* self, visitproc visit, void* arg) {
   Py_VISIT(jit->make_entry);
   Py_VISIT(jit->copy_array);
   Py_VISIT(jit->statics);
-  if (!jit->entries) return 0;
-  for (const std::shared_ptr<Entry>& entry : *jit->entries) {
+  if (!jit->cache) return 0;
+  for (const std::shared_ptr<Entry>& entry : jit->cache->entries()) {
     // A running call holds the entry too: then it is reachable anyway.
     if (entry.use_count() > 1) continue;
     Py_VISIT(entry->structure.get());
@@ -375,10 +419,7 @@ int JitClear(PyObject* self) {
   Py_CLEAR(jit->dict);
   Py_CLEAR(jit->make_entry);
   Py_CLEAR(jit->copy_array);
-  if (jit->entries) {
-    std::vector<std::shared_ptr<Entry>> dropped;
-    dropped.swap(*jit->entries);
-  }
+  if (jit->cache) jit->cache->Clear();
   return 0;
 }
 
@@ -390,7 +431,7 @@ void JitDealloc(PyObject* self) {
   if (AsJit(self)->weaklist) PyObject_ClearWeakRefs(self);
   JitClear(self);
   Py_CLEAR(AsJit(self)->statics);
-  delete AsJit(self)->entries;
+  delete AsJit(self)->cache;
   type->tp_free(self);
   Py_DECREF(type);
   Py_TRASHCAN_END;
@@ -402,13 +443,12 @@ PyObject* JitDescrGet(PyObject* self, PyObject* instance, PyObject*) {
 }
 
 PyObject* JitClearCache(PyObject* self, PyObject*) {
-  std::vector<std::shared_ptr<Entry>> dropped;
-  dropped.swap(*AsJit(self)->entries);
+  AsJit(self)->cache->Clear();
   Py_RETURN_NONE;
 }
 
 PyObject* JitCacheSize(PyObject* self, PyObject*) {
-  return PyLong_FromSize_t(AsJit(self)->entries->size());
+  return PyLong_FromSize_t(AsJit(self)->cache->size());
 }
 
 // _prepare(*args, **kwargs): (compiled function, its arguments, numbers of the
@@ -419,8 +459,11 @@ PyObject* JitPrepare(PyObject* callable, PyObject* const* args,
   if (!CheckInitialised(self)) return nullptr;
   Arguments arguments;
   if (!GatherArguments(args, nargs, kwnames, &arguments)) return nullptr;
+  std::vector<bool> is_static;
+  if (!FindStaticRoots(self, arguments, nargs, &is_static)) return nullptr;
   Call call;
-  std::shared_ptr<Entry> entry = SlowEntry(self, arguments, nargs, &call);
+  std::shared_ptr<Entry> entry = SlowEntry(
+      self, arguments, is_static, FingerprintOf(arguments, is_static), &call);
   if (!entry) return nullptr;
   std::vector<int32_t> all(call.leaves.size());
   for (size_t i = 0; i < all.size(); ++i) all[i] = static_cast<int32_t>(i);
@@ -461,6 +504,8 @@ PyGetSetDef jit_getset[] = {
 PyMethodDef jit_methods[] = {
     {"clear_cache", JitClearCache, METH_NOARGS,
      "Forgets the compiled functions."},
+    {"cache_clear", JitClearCache, METH_NOARGS,
+     "`clear_cache` by the name that `jax.clear_caches` calls."},
     {"_cache_size", JitCacheSize, METH_NOARGS,
      "Number of structures that were compiled for."},
     {"_prepare", reinterpret_cast<PyCFunction>(JitPrepare),

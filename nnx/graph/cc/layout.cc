@@ -94,6 +94,7 @@ bool Classify(PyTypeObject* type, TypeInfo* info) {
     if (!is_array) return false;
     if (is_array.get() == Py_True) info->kind = TypeKind::kArray;
     if (is_array.get() == Py_False) info->kind = TypeKind::kPlain;
+    if (is_array.get() == Py_Ellipsis) info->kind = TypeKind::kForeign;
   }
   return true;
 }
@@ -185,6 +186,21 @@ Ref PickTuple(const std::vector<Ref>& items,
 
 }  // namespace
 
+bool IsForeign(PyObject* value) {
+  const TypeInfo* info = GetTypeInfo(Py_TYPE(value));
+  if (!info) PyErr_Clear();
+  return info && info->kind == TypeKind::kForeign;
+}
+
+void RaiseForeign(PyObject* value, const std::string& path) {
+  const std::string place = path.empty() ? "" : " at `" + path + "`";
+  PyErr_Format(PyExc_TypeError,
+               "Objects of `flax.nnx` are no part of a graph of `nnx`, but got "
+               "its `%s`%s. Make it with `nnx`, which has the same names, or "
+               "convert it: `bridge.from_flax_nnx(...)`.",
+               Py_TYPE(value)->tp_name, place.c_str());
+}
+
 TypeInfo* FindTypeInfo(PyTypeObject* type) {
   auto found = Types().find(type);
   return found == Types().end() ? nullptr : &found->second;
@@ -204,7 +220,9 @@ void ForgetType(PyTypeObject* type) {
   TypeInfo* info = FindTypeInfo(type);
   if (!info) return;
   // Structures point at the entry of a graph node's type, so it stays in place.
-  if (info->kind == TypeKind::kUnknown) Classify(type, info);
+  if (info->kind == TypeKind::kUnknown || info->kind == TypeKind::kForeign) {
+    Classify(type, info);
+  }
   PyErr_Clear();
 }
 
@@ -217,7 +235,8 @@ bool RegisterCustomNode(PyTypeObject* type, CustomNode node) {
                  type->tp_name);
     return false;
   }
-  if (info->kind != TypeKind::kUnknown && info->kind != TypeKind::kNamedTuple) {
+  if (info->kind != TypeKind::kUnknown && info->kind != TypeKind::kForeign &&
+      info->kind != TypeKind::kNamedTuple) {
     PyErr_Format(PyExc_ValueError,
                  "`type` must not be a Variable, Module, array or builtin "
                  "container, which the graph functions know already, but got "

@@ -5,6 +5,7 @@
 
 #include <cstdint>
 #include <memory>
+#include <string>
 #include <vector>
 
 #include "nnx/graph/cc/py_ref.h"
@@ -22,6 +23,7 @@ enum class TypeKind : uint8_t {
   kNamedTuple,
   kState,
   kCustom,   // registered with `register_node_type`
+  kForeign,  // an object of another library's graphs: refused
   kStatic,   // a structure: never a leaf, also as an argument
   kPlain,    // numbers, strings, functions, classes: never a pytree node
   kUnknown,  // a registered pytree node or a static value: the instance tells
@@ -48,10 +50,17 @@ struct CustomNode {
 
 struct TypeInfo {
   TypeKind kind = TypeKind::kUnknown;
+  bool opened = false;  // kUnknown: an instance was a registered pytree node
   Ref weakref;
   std::unique_ptr<CustomNode> custom;
   std::vector<std::unique_ptr<Layout>> layouts;
 };
+
+// Whether `value` is an object of another library's graphs, which ours cannot
+// see into.
+bool IsForeign(PyObject* value);
+// Sets the error that refuses one; `path` may be empty.
+void RaiseForeign(PyObject* value, const std::string& path);
 
 // Never null except with a Python error set. May run Python code the first time
 // that a type is seen.

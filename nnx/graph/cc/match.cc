@@ -52,11 +52,13 @@ bool Matcher::VisitStatic(const Node& node, PyObject* value) {
            NativeEqual(recorded, value);
   }
   if (Py_TYPE(recorded) != Py_TYPE(value)) return false;
-  deferred_.push_back({node.aux, node.hash, Ref::Borrow(value)});
+  deferred_.push_back({Ref::Borrow(recorded), node.key, Ref::Borrow(value),
+                       const_cast<Node*>(&node)});
   return true;
 }
 
-bool Matcher::VisitMetadata(PyObject* recorded, PyObject* given) {
+bool Matcher::VisitMetadata(PyObject* recorded, PyObject* frozen,
+                            PyObject* given) {
   const Py_ssize_t size = PyDict_GET_SIZE(given);
   if (!recorded) return size == 0;
   if (PyDict_GET_SIZE(recorded) != size || !HasPlainKeys(recorded)) {
@@ -71,12 +73,15 @@ bool Matcher::VisitMetadata(PyObject* recorded, PyObject* given) {
       PyErr_Clear();
       return false;
     }
-    if (expected == value) continue;
+    PyObject* frozen_key =
+        frozen ? PyDict_GetItemWithError(frozen, key) : nullptr;
+    if (expected == value && !frozen_key) continue;
     if (Py_TYPE(expected) != Py_TYPE(value)) return false;
     if (IsNativeScalar(value)) {
       if (!NativeEqual(expected, value)) return false;
     } else {
-      deferred_.push_back({Ref::Borrow(expected), -1, Ref::Borrow(value)});
+      deferred_.push_back({Ref::Borrow(expected), Ref::Borrow(frozen_key),
+                           Ref::Borrow(value), nullptr});
     }
   }
   return true;
@@ -116,7 +121,7 @@ bool Matcher::VisitNode(const Node& node, PyObject* value) {
       if (reinterpret_cast<PyObject*>(type) != node.type.get()) return false;
       VariableObject* variable = AsVariable(value);
       if (!Index(node, value) || variable->hook_flags != node.hook_flags ||
-          !VisitMetadata(node.aux.get(), variable->metadata)) {
+          !VisitMetadata(node.aux.get(), node.key.get(), variable->metadata)) {
         return false;
       }
       PyObject* raw = variable->raw;
@@ -143,7 +148,8 @@ bool Matcher::VisitNode(const Node& node, PyObject* value) {
         if (!node.aux.get() || marks != PyDict_GET_SIZE(node.aux.get())) {
           return false;
         }
-        if (!VisitMetadata(node.aux.get(), object->status)) return false;
+        if (!VisitMetadata(node.aux.get(), nullptr, object->status))
+          return false;
       }
       // One without attributes yet gets its dictionary in the slow walk.
       if (!object->dict) return false;
@@ -207,14 +213,21 @@ bool Matcher::VisitNode(const Node& node, PyObject* value) {
 
 int Matcher::FinishDeferred() {
   for (const Deferred& item : deferred_) {
-    if (item.hash != -1) {
+    if (item.node && !item.key) {
       // Also for one and the same object: it may have changed in place.
-      const Py_hash_t hash = StaticHash(item.given.get());
-      if (hash == -1) return -1;
-      if (hash != item.hash) return 0;
+      const Py_hash_t hash = PyObject_Hash(item.given.get());
+      if (hash == -1) {
+        if (!PyErr_ExceptionMatches(PyExc_TypeError)) return -1;
+        PyErr_Clear();
+        return 0;
+      }
+      if (hash != item.node->hash) return 0;
     }
-    const int equal = StaticEqual(item.recorded.get(), item.given.get());
+    const int equal = StaticEqual(item.recorded.get(), item.key.get(),
+                                  item.given.get(), nullptr);
     if (equal != 1) return equal;
+    // A trace to come must see this one: the other may have changed since.
+    if (item.node && item.key) item.node->aux = item.given;
   }
   return 1;
 }

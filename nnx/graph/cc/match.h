@@ -32,7 +32,7 @@ class Matcher {
   bool Visit(PyObject* value);
   bool VisitNode(const Node& node, PyObject* value);
   bool VisitStatic(const Node& node, PyObject* value);
-  bool VisitMetadata(PyObject* recorded, PyObject* given);
+  bool VisitMetadata(PyObject* recorded, PyObject* frozen, PyObject* given);
   bool Index(const Node& node, PyObject* value);
 
   const std::vector<Node>& nodes_;
@@ -43,8 +43,9 @@ class Matcher {
   std::vector<PyObject*> arena_;
   struct Deferred {
     Ref recorded;
-    Py_hash_t hash;
+    Ref key;  // of what was recorded, if it has no hash
     Ref given;
+    Node* node;  // kStatic; null for metadata
   };
   std::vector<Deferred> deferred_;
   std::unordered_map<PyObject*, int32_t> containers_;

@@ -93,6 +93,10 @@ class Provider {
 
   bool ProvideLeaf(int32_t position, Ref held) {
     PyObject* value = held.get();
+    if (IsForeign(value)) {
+      RaiseForeign(value, PathText(path_));
+      return false;
+    }
     const Node& node = nodes_[position];
     if (node.kind == NodeKind::kLeaf) {
       if (IsVariable(value)) {

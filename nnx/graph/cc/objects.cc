@@ -400,7 +400,16 @@ PyObject* ObjectNew(PyTypeObject* type, PyObject* args, PyObject* kwargs) {
     // Refuses, naming the methods that are missing.
     return PyBaseObject_Type.tp_new(type, args, kwargs);
   }
-  Ref self = NewObject(type, nullptr, nullptr);
+  // What the class declares holds also for what is stored past the checks.
+  PyObject* statuses =
+      ClassFlags(type, GetRuntime().s_setattr_flags) == 0
+          ? nullptr
+          : _PyType_Lookup(type, GetRuntime().s_class_statuses);
+  Ref declared = Ref::Borrow(statuses && PyDict_CheckExact(statuses) &&
+                                     PyDict_GET_SIZE(statuses) > 0
+                                 ? statuses
+                                 : nullptr);
+  Ref self = NewObject(type, declared.get(), nullptr);
   if (self) RecordOrigin(AsGraphObject(self.get()));
   return self.release();
 }
@@ -449,6 +458,27 @@ int ObjectSetAttr(PyObject* self, PyObject* name, PyObject* value) {
                                          nullptr)
             : PyObject_CallMethodOneArg(self, rt.s_delattr_slow, name));
   return result ? 0 : -1;
+}
+
+// `__setattr__` and `__delattr__` are methods, not slots: `object.__setattr__`
+// refuses a type whose C base has a slot of its own, and a frozen
+// dataclass is made with it, as is what goes past the checks on purpose.
+PyObject* ObjectSetAttrMethod(PyObject* self, PyObject* const* args,
+                              Py_ssize_t nargs) {
+  if (nargs != 2) {
+    PyErr_Format(PyExc_TypeError,
+                 "`__setattr__` takes a name and a value, but got %zd "
+                 "arguments.",
+                 nargs);
+    return nullptr;
+  }
+  if (ObjectSetAttr(self, args[0], args[1]) < 0) return nullptr;
+  Py_RETURN_NONE;
+}
+
+PyObject* ObjectDelAttrMethod(PyObject* self, PyObject* name) {
+  if (ObjectSetAttr(self, name, nullptr) < 0) return nullptr;
+  Py_RETURN_NONE;
 }
 
 PyObject* ObjectSetAttrRaw(PyObject* self, PyObject* const* args,
@@ -520,13 +550,33 @@ PyMethodDef object_methods[] = {
     {nullptr, nullptr, 0, nullptr},
 };
 
+PyMethodDef setattr_methods[] = {
+    {"__setattr__", reinterpret_cast<PyCFunction>(ObjectSetAttrMethod),
+     METH_FASTCALL, "Sets an attribute, with the checks of a Pytree."},
+    {"__delattr__", ObjectDelAttrMethod, METH_O,
+     "Deletes an attribute, with the checks of a Pytree."},
+};
+
+// Set on the finished type, as Python does it for a class with these methods:
+// CPython then gives the type, and all below it, the slot that calls them.
+bool AddSetAttrMethods(PyObject* type) {
+  for (PyMethodDef& method : setattr_methods) {
+    Ref descriptor = Ref::Steal(
+        PyDescr_NewMethod(reinterpret_cast<PyTypeObject*>(type), &method));
+    if (!descriptor ||
+        PyObject_SetAttrString(type, method.ml_name, descriptor.get()) < 0) {
+      return false;
+    }
+  }
+  return true;
+}
+
 PyType_Slot object_slots[] = {
     {Py_tp_doc, const_cast<char*>("Base of Pytree, Object and Module.")},
     {Py_tp_new, reinterpret_cast<void*>(ObjectNew)},
     {Py_tp_dealloc, reinterpret_cast<void*>(ObjectDealloc)},
     {Py_tp_traverse, reinterpret_cast<void*>(ObjectTraverse)},
     {Py_tp_clear, reinterpret_cast<void*>(ObjectClear)},
-    {Py_tp_setattro, reinterpret_cast<void*>(ObjectSetAttr)},
     {Py_tp_members, object_members},
     {Py_tp_getset, object_getset},
     {Py_tp_methods, object_methods},
@@ -645,7 +695,7 @@ Ref NewObject(PyTypeObject* type, PyObject* status, const GraphObject* origin) {
 bool InitObjects(PyObject* module) {
   Ref variable = Ref::Steal(PyType_FromSpec(&variable_spec));
   Ref object = Ref::Steal(PyType_FromSpec(&object_spec));
-  if (!variable || !object) return false;
+  if (!variable || !object || !AddSetAttrMethods(object.get())) return false;
   g_variable_base = reinterpret_cast<PyTypeObject*>(variable.get());
   g_object_base = reinterpret_cast<PyTypeObject*>(object.get());
   return PyModule_AddObject(module, "VariableBase", variable.release()) == 0 &&

@@ -30,6 +30,7 @@ bool InitRuntime() {
       {&rt.s_delattr_slow, "_delattr_slow"},
       {&rt.s_class_hook_flags, "_class_hook_flags"},
       {&rt.s_setattr_flags, "_setattr_flags"},
+      {&rt.s_class_statuses, "_class_statuses"},
       {&rt.s_fields, "_fields"},
   };
   for (const Name& name : names) {
@@ -45,20 +46,21 @@ PyObject* Configure(PyObject*, PyObject* args, PyObject* kwargs) {
   const char* keywords[] = {
       "trace_context",  "eval_trace", "trace_error",       "is_array_type",
       "flatten_pytree", "array_type", "variable_metadata", "attribute_marker",
-      "state",          "structure",  "library_prefix",    nullptr};
+      "state",          "structure",  "library_prefix",    "freeze_static",
+      nullptr};
   PyObject *trace_context = nullptr, *eval_trace = nullptr,
            *trace_error = nullptr, *is_array_type = nullptr,
            *flatten_pytree = nullptr, *array_type = nullptr,
            *variable_metadata = nullptr, *attribute_marker = nullptr,
-           *state = nullptr, *structure = nullptr;
+           *state = nullptr, *structure = nullptr, *freeze_static = nullptr;
   const char* library_prefix = nullptr;
   if (!PyArg_ParseTupleAndKeywords(
-          args, kwargs, "|$OOOOOO!O!O!O!O!s:configure",
+          args, kwargs, "|$OOOOOO!O!O!O!O!sO:configure",
           const_cast<char**>(keywords), &trace_context, &eval_trace,
           &trace_error, &is_array_type, &flatten_pytree, &PyType_Type,
           &array_type, &PyType_Type, &variable_metadata, &PyType_Type,
           &attribute_marker, &PyType_Type, &state, &PyType_Type, &structure,
-          &library_prefix)) {
+          &library_prefix, &freeze_static)) {
     return nullptr;
   }
   if (structure && !PyType_IsSubtype(reinterpret_cast<PyTypeObject*>(structure),
@@ -79,6 +81,7 @@ PyObject* Configure(PyObject*, PyObject* args, PyObject* kwargs) {
   keep(rt.trace_error, trace_error);
   keep(rt.is_array_type, is_array_type);
   keep(rt.flatten_pytree, flatten_pytree);
+  keep(rt.freeze_static, freeze_static);
   keep(rt.array_type, array_type);
   keep(rt.variable_metadata, variable_metadata);
   keep(rt.attribute_marker, attribute_marker);

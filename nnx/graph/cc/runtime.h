@@ -18,10 +18,13 @@ struct Runtime {
   // (object) -> exception to raise when it is changed from another trace.
   PyObject* trace_error = nullptr;
   // (type) -> True: instances are array leaves; False: they are scalars or the
-  // like, never a pytree node; None: a registered pytree node, or static.
+  // like, never a pytree node; None: a registered pytree node, or static;
+  // Ellipsis: objects of another library's graphs.
   PyObject* is_array_type = nullptr;
   // (value) -> (children, treedef, keys) of a registered pytree node, or None.
   PyObject* flatten_pytree = nullptr;
+  // (static value) -> what it holds, hashable; None if it holds data.
+  PyObject* freeze_static = nullptr;
   // The concrete array type of JAX: the one checked first.
   PyTypeObject* array_type = nullptr;
   // Classes of the Python layers above.
@@ -50,6 +53,7 @@ struct Runtime {
   PyObject* s_delattr_slow = nullptr;
   PyObject* s_class_hook_flags = nullptr;
   PyObject* s_setattr_flags = nullptr;
+  PyObject* s_class_statuses = nullptr;
   PyObject* s_fields = nullptr;
 };
 

@@ -1,6 +1,6 @@
 #include "nnx/graph/cc/statics.h"
 
-#include "nnx/graph/cc/py_ref.h"
+#include "nnx/graph/cc/runtime.h"
 
 namespace nnx::graph {
 namespace {
@@ -14,20 +14,22 @@ bool IsIdentityCompared(PyObject* value) {
           type->tp_richcompare == PyBaseObject_Type.tp_richcompare);
 }
 
-// Python says that 1 == True == 1.0, and so for tuples of them; a function
-// traced with one must not serve for the other.
-bool SameTypes(PyObject* a, PyObject* b) {
-  if (a == b) return true;
-  if (Py_TYPE(a) != Py_TYPE(b)) return false;
-  if (!PyTuple_Check(a)) return true;
-  const Py_ssize_t size = PyTuple_GET_SIZE(a);
-  if (size != PyTuple_GET_SIZE(b)) return false;
-  for (Py_ssize_t i = 0; i < size; ++i) {
-    if (!SameTypes(PyTuple_GET_ITEM(a, i), PyTuple_GET_ITEM(b, i))) {
-      return false;
-    }
+// What `nnx.graph.statics.freeze` returns: the key, or None for data.
+Ref Freeze(PyObject* value) {
+  const Runtime& rt = GetRuntime();
+  if (rt.freeze_static) {
+    return Ref::Steal(PyObject_CallOneArg(rt.freeze_static, value));
   }
-  return true;
+  PyErr_Format(PyExc_TypeError, "unhashable type: '%s'",
+               Py_TYPE(value)->tp_name);
+  return Ref();
+}
+
+// The hash; -1 without an error for a value that has none, with one on failure.
+Py_hash_t OwnHash(PyObject* value) {
+  const Py_hash_t hash = PyObject_Hash(value);
+  if (hash == -1 && PyErr_ExceptionMatches(PyExc_TypeError)) PyErr_Clear();
+  return hash;
 }
 
 }  // namespace
@@ -36,19 +38,68 @@ bool IsAtomic(PyObject* value) {
   return IsNativeScalar(value) || IsIdentityCompared(value);
 }
 
-Py_hash_t StaticHash(PyObject* value) {
-  const Py_hash_t hash = PyObject_Hash(value);
-  if (hash != -1 || !PyErr_ExceptionMatches(PyExc_TypeError)) return hash;
-  PyErr_Clear();
-  Ref text = Ref::Steal(PyObject_Repr(value));
-  return text ? PyObject_Hash(text.get()) : -1;
+Py_hash_t HashStatic(PyObject* value, const std::string& path, Ref* key) {
+  const Py_hash_t hash = OwnHash(value);
+  if (hash != -1 || PyErr_Occurred()) return hash;
+  *key = Freeze(value);
+  const std::string name = path.empty() ? "one" : "`" + path + "`";
+  if (!*key) {
+    if (!PyErr_ExceptionMatches(PyExc_TypeError)) return -1;
+    PyErr_Clear();
+    PyErr_Format(PyExc_TypeError,
+                 "Static attributes must have a hash or hold only what can be "
+                 "compared, but %s is %R of type %s. Make it hashable (a "
+                 "tuple, a frozen dataclass).",
+                 name.c_str(), value, Py_TYPE(value)->tp_name);
+    return -1;
+  }
+  if (key->get() == Py_None) {
+    PyErr_Format(PyExc_ValueError,
+                 "A static attribute must hold no data, but %s is %R of type "
+                 "%s. Mark the attribute as data: `nnx.data(...)`.",
+                 name.c_str(), value, Py_TYPE(value)->tp_name);
+    return -1;
+  }
+  return PyObject_Hash(key->get());
 }
 
-int StaticEqual(PyObject* a, PyObject* b) {
-  if (a == b) return 1;
-  if (!SameTypes(a, b)) return 0;
+bool FreezeMapping(PyObject* mapping, Ref* keys) {
+  PyObject *name, *value;
+  Py_ssize_t position = 0;
+  while (PyDict_Next(mapping, &position, &name, &value)) {
+    if (IsAtomic(value)) continue;
+    if (OwnHash(value) != -1) continue;
+    if (PyErr_Occurred()) return false;
+    Ref key = Freeze(value);
+    if (!key) {
+      // Compared by its own equality, as a value with a hash is.
+      if (!PyErr_ExceptionMatches(PyExc_TypeError)) return false;
+      PyErr_Clear();
+    }
+    if (!key || key.get() == Py_None) continue;
+    if (!*keys) *keys = Ref::Steal(PyDict_New());
+    if (!*keys || PyDict_SetItem(keys->get(), name, key.get()) < 0) {
+      return false;
+    }
+  }
+  return true;
+}
+
+int StaticEqual(PyObject* a, PyObject* key_a, PyObject* b, PyObject* key_b) {
+  // What has no hash may have changed in place.
+  if (a == b && !key_a && !key_b) return 1;
+  if (Py_TYPE(a) != Py_TYPE(b)) return 0;
   if (IsNativeScalar(a)) return NativeEqual(a, b);
-  if (IsIdentityCompared(a)) return 0;
+  if (IsIdentityCompared(a)) return a == b;
+  const Ref frozen_a = key_a ? Ref::Borrow(key_a) : Freeze(a);
+  const Ref frozen_b =
+      !frozen_a ? Ref() : (key_b ? Ref::Borrow(key_b) : Freeze(b));
+  if (!frozen_a || !frozen_b) {
+    if (!PyErr_ExceptionMatches(PyExc_TypeError)) return -1;
+    PyErr_Clear();
+  } else if (frozen_a.get() != Py_None && frozen_b.get() != Py_None) {
+    return PyObject_RichCompareBool(frozen_a.get(), frozen_b.get(), Py_EQ);
+  }
   return PyObject_RichCompareBool(a, b, Py_EQ);
 }
 

@@ -4,6 +4,9 @@
 #include <Python.h>
 
 #include <cstring>
+#include <string>
+
+#include "nnx/graph/cc/py_ref.h"
 
 namespace nnx::graph {
 
@@ -34,14 +37,18 @@ inline bool NativeEqual(PyObject* a, PyObject* b) {
 // Whether comparing with the value runs no Python code.
 bool IsAtomic(PyObject* value);
 
-// The hash; of what it prints, if the value has none (a config that is not
-// frozen, a slice, a set), so that a change in place is seen. Equal values that
-// print differently are taken for different ones. -1 with an error set. Runs
-// Python code.
-Py_hash_t StaticHash(PyObject* value);
+// The hash of a static value that is not atomic. One without a hash gets a
+// `key` that holds what it holds now: it may be changed in place. -1 with an
+// error set that names `path`, if there is one. Runs Python code.
+Py_hash_t HashStatic(PyObject* value, const std::string& path, Ref* key);
 
-// 1, 0, -1. Runs Python code.
-int StaticEqual(PyObject* a, PyObject* b);
+// The keys of the values of a mapping that have no hash, by name; null where
+// there are none. False with an error set on failure. Runs Python code.
+bool FreezeMapping(PyObject* mapping, Ref* keys);
+
+// Whether two static values are equal, types and all; `key`s may be null. 1, 0,
+// -1. Runs Python code.
+int StaticEqual(PyObject* a, PyObject* key_a, PyObject* b, PyObject* key_b);
 
 }  // namespace nnx::graph
 

@@ -21,6 +21,29 @@ int ObjectsEqual(PyObject* a, PyObject* b) {
   return PyObject_RichCompareBool(a, b, Py_EQ);
 }
 
+// Of dicts that nobody changes: copies which the nodes own.
+int MetadataEqual(const Node& a, const Node& b) {
+  PyObject *dict_a = a.aux.get(), *dict_b = b.aux.get();
+  if (dict_a == dict_b) return 1;
+  if (!dict_a || !dict_b ||
+      PyDict_GET_SIZE(dict_a) != PyDict_GET_SIZE(dict_b)) {
+    return 0;
+  }
+  auto find = [](const Ref& keys, PyObject* name) {
+    return keys ? PyDict_GetItemWithError(keys.get(), name) : nullptr;
+  };
+  PyObject *name, *value;
+  Py_ssize_t position = 0;
+  while (PyDict_Next(dict_a, &position, &name, &value)) {
+    PyObject* other = PyDict_GetItemWithError(dict_b, name);
+    if (!other) return PyErr_Occurred() ? -1 : 0;
+    const int equal =
+        StaticEqual(value, find(a.key, name), other, find(b.key, name));
+    if (equal != 1) return equal;
+  }
+  return 1;
+}
+
 int NodesEqual(const Node& a, const Node& b) {
   if (a.kind != b.kind || a.reference != b.reference || a.index != b.index ||
       a.children != b.children || a.hook_flags != b.hook_flags ||
@@ -29,10 +52,11 @@ int NodesEqual(const Node& a, const Node& b) {
   }
   if (a.kind == NodeKind::kStatic) {
     if (a.atomic != b.atomic || a.hash != b.hash) return 0;
-    return StaticEqual(a.aux.get(), b.aux.get());
+    return StaticEqual(a.aux.get(), a.key.get(), b.aux.get(), b.key.get());
   }
   const int keys = ObjectsEqual(a.keys.get(), b.keys.get());
   if (keys != 1) return keys;
+  if (a.kind == NodeKind::kVariable) return MetadataEqual(a, b);
   return ObjectsEqual(a.aux.get(), b.aux.get());
 }
 
@@ -45,6 +69,10 @@ Ref ChildKey(const Node& node, int32_t child) {
 
 bool CheckStructure(PyObject* value) {
   if (PyObject_TypeCheck(value, g_structure_type)) return true;
+  if (IsForeign(value)) {
+    RaiseForeign(value, "graphdef");
+    return false;
+  }
   PyErr_Format(PyExc_TypeError,
                "`graphdef` must be a graph structure (from nnx.split or "
                "nnx.graphdef), but got %s.",
@@ -75,6 +103,7 @@ int StructureTraverse(PyObject* self, visitproc visit, void* arg) {
     Py_VISIT(node.type.get());
     Py_VISIT(node.keys.get());
     Py_VISIT(node.aux.get());
+    Py_VISIT(node.key.get());
   }
   return 0;
 }
@@ -114,9 +143,8 @@ bool MixMapping(PyObject* mapping, size_t* hash) {
   return true;
 }
 
-Py_hash_t StructureHash(PyObject* self) {
-  Structure* structure = AsStructure(self);
-  if (structure->hash != -1) return structure->hash;
+// `lenient`: without an error for what has no hash. -1 with an error set.
+Py_hash_t ComputeHash(const Structure* structure, bool lenient) {
   size_t hash = structure->nodes->size();
   for (const Node& node : *structure->nodes) {
     hash = Mix(hash, static_cast<size_t>(node.kind) * 4 + node.reference);
@@ -134,12 +162,22 @@ Py_hash_t StructureHash(PyObject* self) {
     } else {
       const bool hashed = node.kind == NodeKind::kStatic && !node.atomic;
       const Py_hash_t part = hashed ? node.hash : PyObject_Hash(node.aux.get());
-      if (part == -1) return -1;
+      if (part == -1) {
+        if (!lenient || !PyErr_ExceptionMatches(PyExc_TypeError)) return -1;
+        PyErr_Clear();
+      }
       hash = Mix(hash, static_cast<size_t>(part));
     }
   }
-  structure->hash = static_cast<Py_hash_t>(hash);
-  if (structure->hash == -1) structure->hash = -2;
+  const auto result = static_cast<Py_hash_t>(hash);
+  return result == -1 ? -2 : result;
+}
+
+Py_hash_t StructureHash(PyObject* self) {
+  Structure* structure = AsStructure(self);
+  if (structure->hash == -1) {
+    structure->hash = ComputeHash(structure, /*lenient=*/false);
+  }
   return structure->hash;
 }
 
@@ -386,10 +424,14 @@ bool RestoreNode(PyObject* record, Node* node) {
     node->info = GetTypeInfo(reinterpret_cast<PyTypeObject*>(node_type));
     if (!node->info) return false;
   }
+  if (node->kind == NodeKind::kVariable && node->aux &&
+      PyDict_CheckExact(node->aux.get())) {
+    return FreezeMapping(node->aux.get(), &node->key);
+  }
   if (node->kind != NodeKind::kStatic) return true;
   node->atomic = IsAtomic(aux);
   // Hashes of strings differ between processes.
-  if (!node->atomic) node->hash = StaticHash(aux);
+  if (!node->atomic) node->hash = HashStatic(aux, "", &node->key);
   return node->hash != -1;
 }
 
@@ -494,6 +536,12 @@ PyType_Spec structure_spec = {
     structure_slots};
 
 }  // namespace
+
+bool LookupHash(PyObject* structure, size_t* hash) {
+  const Py_hash_t found = ComputeHash(AsStructure(structure), /*lenient=*/true);
+  *hash = static_cast<size_t>(found);
+  return found != -1;
+}
 
 bool InitStructure(PyObject* module) {
   Ref type = Ref::Steal(PyType_FromSpec(&structure_spec));

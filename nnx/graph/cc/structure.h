@@ -46,6 +46,9 @@ struct Node {
   Ref keys;  // tuple; null for sequences
   // kStatic: the value. kVariable: metadata or null. kObject: status or null.
   Ref aux;
+  // What there is in `aux` without a hash, as it was when the node was made.
+  // kStatic: the key of the value. kVariable: dict name -> key.
+  Ref key;
 };
 
 // A structure: the immutable description of an object graph. Seen from Python
@@ -70,6 +73,11 @@ inline Structure* AsStructure(PyObject* value) {
 
 // Whether `value` is a structure; sets an error if not.
 bool CheckStructure(PyObject* value);
+
+// A hash that equal structures have in common, whatever they hold: where what a
+// type keeps about a node has no hash, the type stands for it. False with an
+// error set on failure. Runs Python code.
+bool LookupHash(PyObject* structure, size_t* hash);
 
 // The key of a node's child.
 Ref ChildKey(const Node& node, int32_t child);

@@ -113,6 +113,10 @@ class Updater {
   }
 
   bool PlanVariable(PyObject* variable, PyObject* value) {
+    if (IsForeign(value)) {
+      RaiseForeign(value, PathText(path_));
+      return false;
+    }
     if (IsVariable(value) &&
         !PyType_IsSubtype(Py_TYPE(value), Py_TYPE(variable)) &&
         !PyType_IsSubtype(Py_TYPE(variable), Py_TYPE(value))) {

@@ -120,11 +120,11 @@ def test_damaged_records_are_refused(position):
 
 
 class Odd:
-  """Neither hashed nor printed."""
+  """Has no hash, and nothing to be seen in it."""
 
   __hash__ = None
 
-  def __repr__(self):
+  def __reduce_ex__(self, protocol):
     raise RuntimeError("no words")
 
 
