@@ -40,6 +40,7 @@ class RngState(Variable[jax.Array]):
   """
 
   __slots__ = ()
+  _fixed_shape = False
   _sizes_as_one = True
 
   tag: str

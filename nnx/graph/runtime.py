@@ -7,7 +7,7 @@ import os
 import jax
 import numpy as np
 
-from nnx import errors, pytree, state, variables
+from nnx import errors, pytree, restored, state, variables
 from nnx.graph import _engine, definitions, pytrees, tracing
 
 _ARRAY_TYPES = (
@@ -45,6 +45,9 @@ def configure() -> None:
     state=state.State,
     structure=definitions.NodeDef,
     library_prefix=os.path.dirname(os.path.dirname(__file__)) + os.sep,
+    restored_value=restored.restored_value,
+    shape_message=restored.shape_message,
+    restored_leaf=restored.LEAF,
   )
 
 

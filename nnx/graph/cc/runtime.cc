@@ -31,6 +31,9 @@ bool InitRuntime() {
       {&rt.s_class_hook_flags, "_class_hook_flags"},
       {&rt.s_setattr_flags, "_setattr_flags"},
       {&rt.s_fields, "_fields"},
+      {&rt.s_aval, "aval"},
+      {&rt.s_shape, "shape"},
+      {&rt.s_fixed_shape, "_fixed_shape"},
   };
   for (const Name& name : names) {
     if (*name.slot) continue;
@@ -43,22 +46,25 @@ bool InitRuntime() {
 PyObject* Configure(PyObject*, PyObject* args, PyObject* kwargs) {
   Runtime& rt = GetRuntime();
   const char* keywords[] = {
-      "trace_context",  "eval_trace", "trace_error",       "is_array_type",
-      "flatten_pytree", "array_type", "variable_metadata", "attribute_marker",
-      "state",          "structure",  "library_prefix",    nullptr};
+      "trace_context",     "eval_trace",       "trace_error",
+      "is_array_type",     "flatten_pytree",   "array_type",
+      "variable_metadata", "attribute_marker", "state",
+      "structure",         "library_prefix",   "restored_value",
+      "shape_message",     "restored_leaf",    nullptr};
   PyObject *trace_context = nullptr, *eval_trace = nullptr,
            *trace_error = nullptr, *is_array_type = nullptr,
            *flatten_pytree = nullptr, *array_type = nullptr,
            *variable_metadata = nullptr, *attribute_marker = nullptr,
-           *state = nullptr, *structure = nullptr;
+           *state = nullptr, *structure = nullptr, *restored_value = nullptr,
+           *shape_message = nullptr, *restored_leaf = nullptr;
   const char* library_prefix = nullptr;
   if (!PyArg_ParseTupleAndKeywords(
-          args, kwargs, "|$OOOOOO!O!O!O!O!s:configure",
+          args, kwargs, "|$OOOOOO!O!O!O!O!sOOO:configure",
           const_cast<char**>(keywords), &trace_context, &eval_trace,
           &trace_error, &is_array_type, &flatten_pytree, &PyType_Type,
           &array_type, &PyType_Type, &variable_metadata, &PyType_Type,
           &attribute_marker, &PyType_Type, &state, &PyType_Type, &structure,
-          &library_prefix)) {
+          &library_prefix, &restored_value, &shape_message, &restored_leaf)) {
     return nullptr;
   }
   auto keep = [](auto*& slot, PyObject* value) {
@@ -72,6 +78,9 @@ PyObject* Configure(PyObject*, PyObject* args, PyObject* kwargs) {
   keep(rt.trace_error, trace_error);
   keep(rt.is_array_type, is_array_type);
   keep(rt.flatten_pytree, flatten_pytree);
+  keep(rt.restored_value, restored_value);
+  keep(rt.shape_message, shape_message);
+  keep(rt.restored_leaf, restored_leaf);
   keep(rt.array_type, array_type);
   keep(rt.variable_metadata, variable_metadata);
   keep(rt.attribute_marker, attribute_marker);

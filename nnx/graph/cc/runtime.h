@@ -22,6 +22,14 @@ struct Runtime {
   PyObject* is_array_type = nullptr;
   // (value) -> (children, treedef, keys) of a registered pytree node, or None.
   PyObject* flatten_pytree = nullptr;
+  // (old, value, path, check_shapes) -> the value of a Variable, of what a
+  // checkpoint holds in the place of it.
+  PyObject* restored_value = nullptr;
+  // Stands for an array of which no more is known, in `old`.
+  PyObject* restored_leaf = nullptr;
+  // (path, given, wanted) -> the text of the error for an array of a shape that
+  // is not wanted.
+  PyObject* shape_message = nullptr;
   // The concrete array type of JAX: the one checked first.
   PyTypeObject* array_type = nullptr;
   // Classes of the Python layers above.
@@ -49,6 +57,9 @@ struct Runtime {
   PyObject* s_class_hook_flags = nullptr;
   PyObject* s_setattr_flags = nullptr;
   PyObject* s_fields = nullptr;
+  PyObject* s_aval = nullptr;
+  PyObject* s_shape = nullptr;
+  PyObject* s_fixed_shape = nullptr;
 };
 
 Runtime& GetRuntime();
