@@ -19,7 +19,9 @@ class Model(nnx.Module):
   """Lists of both kinds, and Variables of arrays, numbers and pytrees."""
 
   def __init__(self, fill):
-    make = lambda *shape: nnx.Param(jnp.full(shape, fill))
+    def make(*shape):
+      return nnx.Param(jnp.full(shape, fill))
+
     self.layers = nnx.List([nnx.Dict(w=make(2, i + 1)) for i in range(11)])
     self.plain = [make(3), make(4)]
     self.names = nnx.Dict({"0": make(5)})
