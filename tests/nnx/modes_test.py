@@ -183,7 +183,9 @@ class ModesTest(parameterized.TestCase):
 
         def run(modes, lib=lib, kinds=kinds):
           f = lib.custom_vjp(lambda model: model.w[...].sum(), **modes)
-          fwd = lambda model: (f(model), model)
+
+          def fwd(model, f=f):
+            return f(model), model
 
           def bwd(residual, cotangent):
             tree = not isinstance(cotangent, tuple)

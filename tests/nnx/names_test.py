@@ -55,7 +55,7 @@ class NamesTest(absltest.TestCase):
       function = getattr(nnx.compat, name)
       if isinstance(function, functools.partial):  # one that modes change
         self.assertEqual(
-          function.keywords, dict(graph=True, graph_updates=True)
+          function.keywords, {"graph": True, "graph_updates": True}
         )
         function = function.func
       self.assertIs(function, getattr(nnx, name), name)
