@@ -22,6 +22,7 @@ def configure(
   restored_value: Callable[[Any, Any, str, bool], Any] = ...,
   shape_message: Callable[[str, Any, Any], str] = ...,
   restored_leaf: Any = ...,
+  jax_prefix: str = ...,
 ) -> None: ...
 
 class VariableBase:

@@ -7,7 +7,7 @@ they mean.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 Records = tuple[tuple[Any, ...], ...]
@@ -111,6 +111,62 @@ def walk_roots(
   records = structure._records  # made anew by each access
   for key, (start, _) in zip(keys, roots(structure)):
     yield from walk(records, start, (key,))
+
+
+class LeafNames(Sequence[str]):
+  """What a user calls leaves, found out when somebody asks: in an error.
+
+  Example:
+
+    >>> import nnx
+    >>> from nnx.graph import preorder
+    >>> structure = nnx.graphdef({"a": [nnx.Param(1.0)]})
+    >>> list(preorder.LeafNames(structure, lambda: ["x"], [0]))
+    ['x.a[0]']
+
+  Args:
+    structure: the structure that the leaves are of.
+    roots: returns the name of each root.
+    numbers: the leaves' numbers.
+  """
+
+  def __init__(
+    self,
+    structure: Any,
+    roots: Callable[[], Sequence[Any]],
+    numbers: Sequence[int],
+  ):
+    self._structure = structure
+    self._roots = roots
+    self._numbers = numbers
+    self._names: tuple[str, ...] | None = None
+
+  def __len__(self) -> int:
+    return len(self._numbers)
+
+  def __getitem__(self, index: Any) -> Any:
+    if self._names is None:
+      records = self._structure._records
+      names = {}
+      for position, path in walk_roots(self._structure, self._roots()):
+        leaf = records[position][2]
+        if leaf >= 0:
+          names[leaf] = path_text(path)
+      self._names = tuple(names[number] for number in self._numbers)
+    return self._names[index]
+
+
+def path_text(path: Sequence[Any]) -> str:
+  """A path as a user would type it.
+
+  Example:
+
+    >>> from nnx.graph import preorder
+    >>> preorder.path_text(("layers", 0, "w"))
+    'layers[0].w'
+  """
+  parts = [f".{key}" if isinstance(key, str) else f"[{key!r}]" for key in path]
+  return "".join(parts).lstrip(".") or "<root>"
 
 
 def leaves(records: Records, start: int, end: int) -> list[int]:

@@ -48,6 +48,7 @@ def configure() -> None:
     restored_value=restored.restored_value,
     shape_message=restored.shape_message,
     restored_leaf=restored.LEAF,
+    jax_prefix=tracing.directory() + os.sep,
   )
 
 

@@ -115,7 +115,7 @@ def _for_init(path: Any, leaf: Any) -> Any:
   return leaf.from_metadata(value, metadata)
 
 
-def _opt_state_of(leaf: Any) -> OptState:
+def _opt_state_of(leaf: Any) -> Variable[Any]:
   """The Variable that holds a leaf of what `tx.init` returned."""
   if not _is_variable(leaf):
     return OptArray(leaf)

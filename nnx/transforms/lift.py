@@ -44,6 +44,32 @@ class Lifted:
     result = self.call(values)
     return _engine.pack(self.structure, objects, leaves, result)
 
+  def debug_info(self, transform: str, numbers: Sequence[int]) -> Any:
+    """What errors of jax say of it as a function of some of the leaves."""
+    return tracing.debug_info(transform, self.fun, self.leaf_names(numbers))
+
+  def leaf_names(self, numbers: Sequence[int]) -> Sequence[str]:
+    """What the user's function calls some of the leaves."""
+    return preorder.LeafNames(self.structure, self.root_names, numbers)
+
+  def root_names(self) -> list[str]:
+    """What the user's function calls each root of the structure."""
+    count = self.structure._num_roots - len(self.names)
+    try:
+      parameters = list(inspect.signature(self.fun).parameters.values())
+    except (TypeError, ValueError):
+      parameters = []
+    single = [
+      p.name
+      for p in parameters
+      if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)
+    ][:count]
+    rest = next(
+      (p.name for p in parameters if p.kind == p.VAR_POSITIONAL), "args"
+    )
+    more = [f"{rest}[{i}]" for i in range(count - len(single))]
+    return [*single, *more, *self.names]
+
   def call(self, values: Sequence[Any]) -> Any:
     """Runs the user's function on the roots of the structure."""
     count = len(values) - len(self.names)
@@ -82,6 +108,27 @@ class Call:
   def framed(self, function: Callable[..., Any], *args: Any) -> Any:
     """Calls a transformed function; copies know where originals were made."""
     return _engine.framed(self.structure, self.objects, function, *args)
+
+  def described(
+    self,
+    function: Callable[..., Any],
+    transform: str,
+    numbers: Sequence[int] | None = None,
+    lifted: Lifted | None = None,
+  ) -> Callable[..., Any]:
+    """Lets errors of jax name the user's function and arguments.
+
+    Args:
+      function: a function of some of the leaves, made for this call.
+      transform: what traces it.
+      numbers: which leaves its arguments are, in order; all, if None.
+      lifted: the user's function, if it is not that of the call.
+    """
+    if numbers is None:
+      numbers = range(len(self.leaves))
+    info = (lifted or self.lifted).debug_info(transform, numbers)
+    setattr(function, tracing.DEBUG_INFO, info)
+    return function
 
   def with_leaves(
     self, positions: Sequence[int], values: Sequence[Any]

@@ -146,7 +146,8 @@ class ModesTest(parameterized.TestCase):
           with setter(True):
             self.assertTrue(graphs(lib, make(lib)))
           self.assertFalse(graphs(lib, make(lib)))
-        self.assertFalse(setter(False)(lambda: graphs(lib, make(lib)))())
+        decorated = setter(False)(lambda lib: graphs(lib, make(lib)))
+        self.assertFalse(decorated(lib))
         setter(False)
         try:
           self.assertFalse(graphs(lib, make(lib)))

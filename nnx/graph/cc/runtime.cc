@@ -45,26 +45,37 @@ bool InitRuntime() {
 
 PyObject* Configure(PyObject*, PyObject* args, PyObject* kwargs) {
   Runtime& rt = GetRuntime();
-  const char* keywords[] = {
-      "trace_context",     "eval_trace",       "trace_error",
-      "is_array_type",     "flatten_pytree",   "array_type",
-      "variable_metadata", "attribute_marker", "state",
-      "structure",         "library_prefix",   "restored_value",
-      "shape_message",     "restored_leaf",    nullptr};
+  const char* keywords[] = {"trace_context",
+                            "eval_trace",
+                            "trace_error",
+                            "is_array_type",
+                            "flatten_pytree",
+                            "array_type",
+                            "variable_metadata",
+                            "attribute_marker",
+                            "state",
+                            "structure",
+                            "library_prefix",
+                            "restored_value",
+                            "shape_message",
+                            "restored_leaf",
+                            "jax_prefix",
+                            nullptr};
   PyObject *trace_context = nullptr, *eval_trace = nullptr,
            *trace_error = nullptr, *is_array_type = nullptr,
            *flatten_pytree = nullptr, *array_type = nullptr,
            *variable_metadata = nullptr, *attribute_marker = nullptr,
            *state = nullptr, *structure = nullptr, *restored_value = nullptr,
            *shape_message = nullptr, *restored_leaf = nullptr;
-  const char* library_prefix = nullptr;
+  const char *library_prefix = nullptr, *jax_prefix = nullptr;
   if (!PyArg_ParseTupleAndKeywords(
-          args, kwargs, "|$OOOOOO!O!O!O!O!sOOO:configure",
+          args, kwargs, "|$OOOOOO!O!O!O!O!sOOOs:configure",
           const_cast<char**>(keywords), &trace_context, &eval_trace,
           &trace_error, &is_array_type, &flatten_pytree, &PyType_Type,
           &array_type, &PyType_Type, &variable_metadata, &PyType_Type,
           &attribute_marker, &PyType_Type, &state, &PyType_Type, &structure,
-          &library_prefix, &restored_value, &shape_message, &restored_leaf)) {
+          &library_prefix, &restored_value, &shape_message, &restored_leaf,
+          &jax_prefix)) {
     return nullptr;
   }
   auto keep = [](auto*& slot, PyObject* value) {
@@ -87,6 +98,7 @@ PyObject* Configure(PyObject*, PyObject* args, PyObject* kwargs) {
   keep(rt.state, state);
   keep(rt.structure, structure);
   if (library_prefix) rt.library_prefix = library_prefix;
+  if (jax_prefix) rt.jax_prefix = jax_prefix;
   Py_RETURN_NONE;
 }
 

@@ -40,6 +40,8 @@ struct Runtime {
   // Directory prefix of the library: frames below it are never the line a user
   // wrote.
   std::string library_prefix;
+  // The same for JAX's.
+  std::string jax_prefix;
 
   // Interned attribute names.
   PyObject* s_trace = nullptr;
