@@ -162,6 +162,10 @@ def merge(
   Returns:
     A new object.
 
+    A checkpoint that was read without a target is taken as `update` takes it. A
+    graphdef knows no shapes, so that stacked and sliced states can be merged:
+    to have them checked, `update` an object with the state instead.
+
   Raises:
     TypeError: if there is no graphdef or no state.
     ValueError: if the states lack a leaf, or have one that the graph has not.

@@ -7,7 +7,7 @@ they mean.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 Records = tuple[tuple[Any, ...], ...]
@@ -113,47 +113,26 @@ def walk_roots(
     yield from walk(records, start, (key,))
 
 
-class LeafNames(Sequence[str]):
-  """What a user calls leaves, found out when somebody asks: in an error.
+def leaf_names(structure: Any, keys: Sequence[Any]) -> dict[int, str]:
+  """What a user calls the leaves of a structure, by their numbers.
 
   Example:
 
     >>> import nnx
     >>> from nnx.graph import preorder
-    >>> structure = nnx.graphdef({"a": [nnx.Param(1.0)]})
-    >>> list(preorder.LeafNames(structure, lambda: ["x"], [0]))
-    ['x.a[0]']
+    >>> preorder.leaf_names(nnx.graphdef({"a": [nnx.Param(1.0)]}), ["x"])
+    {0: 'x.a[0]'}
 
   Args:
-    structure: the structure that the leaves are of.
-    roots: returns the name of each root.
-    numbers: the leaves' numbers.
+    structure: the structure.
+    keys: the name of each root.
   """
-
-  def __init__(
-    self,
-    structure: Any,
-    roots: Callable[[], Sequence[Any]],
-    numbers: Sequence[int],
-  ):
-    self._structure = structure
-    self._roots = roots
-    self._numbers = numbers
-    self._names: tuple[str, ...] | None = None
-
-  def __len__(self) -> int:
-    return len(self._numbers)
-
-  def __getitem__(self, index: Any) -> Any:
-    if self._names is None:
-      records = self._structure._records
-      names = {}
-      for position, path in walk_roots(self._structure, self._roots()):
-        leaf = records[position][2]
-        if leaf >= 0:
-          names[leaf] = path_text(path)
-      self._names = tuple(names[number] for number in self._numbers)
-    return self._names[index]
+  records = structure._records
+  return {
+    records[position][2]: path_text(path)
+    for position, path in walk_roots(structure, keys)
+    if records[position][2] >= 0
+  }
 
 
 def path_text(path: Sequence[Any]) -> str:

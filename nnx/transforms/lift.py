@@ -17,6 +17,7 @@ import functools
 import inspect
 import types
 from typing import Any
+import weakref
 
 import jax
 import numpy as np
@@ -24,6 +25,29 @@ import numpy as np
 from nnx.graph import _engine, preorder, tracing
 
 _SCALARS = (bool, int, float, complex, np.generic)
+
+
+class _LeafNames(Sequence[str]):
+  """Names of leaves, found out when somebody asks: jax, in an error.
+
+  They are kept by jax's caches, so they must not keep the user's function.
+  """
+
+  def __init__(self, lifted: Lifted, numbers: Sequence[int]):
+    self._lifted = weakref.ref(lifted)
+    self._numbers = numbers
+    self._names: list[str] | None = None
+
+  def __len__(self) -> int:
+    return len(self._numbers)
+
+  def __getitem__(self, index: Any) -> Any:
+    if self._names is None:
+      lifted, names = self._lifted(), {}
+      if lifted is not None:
+        names = preorder.leaf_names(lifted.structure, lifted.root_names())
+      self._names = [names.get(number, "") for number in self._numbers]
+    return self._names[index]
 
 
 class Lifted:
@@ -50,7 +74,7 @@ class Lifted:
 
   def leaf_names(self, numbers: Sequence[int]) -> Sequence[str]:
     """What the user's function calls some of the leaves."""
-    return preorder.LeafNames(self.structure, self.root_names, numbers)
+    return _LeafNames(self, numbers)
 
   def root_names(self) -> list[str]:
     """What the user's function calls each root of the structure."""
