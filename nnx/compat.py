@@ -1,7 +1,7 @@
 """The names of `flax.nnx.compat`, for programs that spell them so.
 
-Flax keeps here its functions with the graph mode switched on. In this package
-there is one mode, so these are the functions of `nnx` themselves.
+Flax keeps here its functions with the graph mode switched on, whatever the
+switches say. Those that no mode changes are the functions of `nnx` themselves.
 
 Example:
 
@@ -10,6 +10,9 @@ Example:
   True
 """
 
+import functools
+
+from nnx import rngs
 from nnx.graph.functional import cached_partial as cached_partial
 from nnx.graph.functional import clone as clone
 from nnx.graph.functional import flatten as flatten
@@ -23,18 +26,15 @@ from nnx.module import iter_modules as iter_modules
 from nnx.module import view as view
 from nnx.module import view_info as view_info
 from nnx.rngs import backup_keys as backup_keys
-from nnx.rngs import fork_rngs as fork_rngs
 from nnx.rngs import reseed as reseed
-from nnx.rngs import split_rngs as split_rngs
 from nnx.spmd import get_abstract_model as get_abstract_model
+from nnx.transforms import custom_vjp as custom_vjp_lib
+from nnx.transforms import grad as grad_lib
 from nnx.transforms.control_flow import cond as cond
 from nnx.transforms.control_flow import fori_loop as fori_loop
 from nnx.transforms.control_flow import switch as switch
 from nnx.transforms.control_flow import while_loop as while_loop
-from nnx.transforms.custom_vjp import custom_vjp as custom_vjp
-from nnx.transforms.grad import grad as grad
 from nnx.transforms.grad import jvp as jvp
-from nnx.transforms.grad import value_and_grad as value_and_grad
 from nnx.transforms.grad import vjp as vjp
 from nnx.transforms.jit import jit as jit
 from nnx.transforms.remat import remat as remat
@@ -44,3 +44,12 @@ from nnx.transforms.tracing import checkify as checkify
 from nnx.transforms.tracing import eval_shape as eval_shape
 from nnx.transforms.vmap import pmap as pmap
 from nnx.transforms.vmap import vmap as vmap
+
+_as_graphs = functools.partial(
+  functools.partial, graph=True, graph_updates=True
+)
+custom_vjp = _as_graphs(custom_vjp_lib.custom_vjp)
+fork_rngs = _as_graphs(rngs.fork_rngs)
+grad = _as_graphs(grad_lib.grad)
+split_rngs = _as_graphs(rngs.split_rngs)
+value_and_grad = _as_graphs(grad_lib.value_and_grad)

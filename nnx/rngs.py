@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from nnx import filters as filters_lib
-from nnx.graph import functional
+from nnx.graph import functional, modes
 from nnx.pytree import Pytree
 from nnx.variables import Variable
 
@@ -40,6 +40,7 @@ class RngState(Variable[jax.Array]):
   """
 
   __slots__ = ()
+  _fixed_shape = False
   _sizes_as_one = True
 
   tag: str
@@ -330,17 +331,21 @@ class Rngs(_RandomMethods, Pytree):
     change: Callable[[RngStream, Any], RngStream],
     other: Callable[[RngStream], RngStream],
   ) -> Rngs:
-    """New streams, changed by the first of the rules whose filter holds."""
+    """New `Rngs`, changed by the first of the rules whose filter holds.
+
+    A stream that is not changed is the same stream: to start another one from
+    its key would give the keys that it has given once more.
+    """
     predicates = _rules(rules)
-    streams = {}
+    replaced = Rngs()
     for name, stream in self.items():
       for predicate, argument in predicates:
         if predicate((), stream):
-          streams[name] = change(stream, argument)
+          setattr(replaced, name, change(stream, argument))
           break
       else:
-        streams[name] = other(stream)
-    return Rngs(**streams)
+        setattr(replaced, name, other(stream))
+    return replaced
 
   def split(self, k: Mapping[Filter, Shape | None] | Shape) -> Rngs:
     """Streams of several keys at once, made of the next keys of these.
@@ -353,8 +358,8 @@ class Rngs(_RandomMethods, Pytree):
       ((5,), ())
 
     Args:
-      k: how many keys, or a mapping from filters to that; `None` leaves the
-        key of a stream as it is.
+      k: how many keys, or a mapping from filters to that; a stream with `None`,
+        or that no filter selects, is shared by both.
 
     Returns:
       New `Rngs`.
@@ -375,8 +380,8 @@ class Rngs(_RandomMethods, Pytree):
       (5,)
 
     Args:
-      k: how many keys, or a mapping from filters to that; `None` leaves the
-        key of a stream as it is.
+      k: how many keys, or a mapping from filters to that; a stream with `None`,
+        or that no filter selects, is shared by both.
 
     Returns:
       New `Rngs`.
@@ -585,9 +590,10 @@ def split_rngs(
     splits: how many keys: an int, or a shape.
     only: a filter of the streams' keys and counts.
     squeeze: whether to drop the new axis, which `splits=1` allows.
-    graph: accepted for programs of Flax 0.12; references are always followed.
+    graph: `False` does what `graph_updates=False` does; None stands for
+      `nnx.set_graph_mode`.
     graph_updates: `False` leaves the object as it is and returns a copy of it
-      with split streams.
+      with split streams; None stands for `nnx.set_graph_updates`.
 
   Returns:
     A `SplitBackups`; a copy of `node` if `graph_updates` or `graph` is `False`;
@@ -596,7 +602,7 @@ def split_rngs(
   Raises:
     ValueError: if `squeeze` is asked for with `splits` other than 1.
   """
-  in_place = graph is not False and graph_updates is not False
+  in_place = not modes.is_tree(graph, graph_updates)
   if node is _MISSING:
     return _decorator(
       lambda arguments: split_rngs(
@@ -604,6 +610,7 @@ def split_rngs(
         splits=splits,
         only=only,
         squeeze=squeeze,
+        graph=in_place,
         graph_updates=in_place,
       ),
       in_place,
@@ -674,19 +681,20 @@ def fork_rngs(
     node: an object, or a pytree of objects.
     split: how many keys the streams shall have, or a mapping from filters to
       that; streams that no filter selects are left as they are.
-    graph: accepted for programs of Flax 0.12; references are always followed.
+    graph: `False` does what `graph_updates=False` does; None stands for
+      `nnx.set_graph_mode`.
     graph_updates: `False` leaves the object as it is and returns a copy of it
-      with forked streams.
+      with forked streams; None stands for `nnx.set_graph_updates`.
 
   Returns:
     A `SplitBackups`; a copy of `node` if `graph_updates` or `graph` is `False`;
     a decorator if there is no `node`.
   """
-  in_place = graph is not False and graph_updates is not False
+  in_place = not modes.is_tree(graph, graph_updates)
   if node is _MISSING:
     return _decorator(
       lambda arguments: fork_rngs(
-        arguments, split=split, graph_updates=in_place
+        arguments, split=split, graph=in_place, graph_updates=in_place
       ),
       in_place,
     )

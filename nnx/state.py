@@ -25,7 +25,7 @@ from typing import (
 import jax
 
 from nnx import filters as filters_lib
-from nnx import reprs
+from nnx import reprs, restored
 from nnx.graph import _engine, pytrees
 
 K = TypeVar("K")
@@ -688,7 +688,8 @@ def replace_by_pure_dict(
 ) -> None:
   """Sets the leaves of a State from nested dicts, as `to_pure_dict` makes them.
 
-  Keys that a checkpoint has turned from int to str are matched.
+  Keys that a checkpoint has turned from int to str are matched, and the value
+  of a Variable may be in a dict under `value`, as orbax gives it.
 
   Example:
 
@@ -706,10 +707,9 @@ def replace_by_pure_dict(
       Variable of the same kind and metadata, or the value itself.
 
   Raises:
-    ValueError: if `pure_dict` has a path that `state` has not.
+    ValueError: if `pure_dict` has a path that `state` has not, or something
+      else than an array where a Variable of an array is.
   """
-  if replace_fn is None:
-    replace_fn = _leaf_with_value
   _replace_in(state._mapping, pure_dict, replace_fn, ())
 
 
@@ -729,7 +729,7 @@ def restore_int_paths(pure_dict: Mapping[Any, Any]) -> dict[Any, Any]:
     New nested dicts.
   """
   return {
-    _int_key(key): restore_int_paths(value)
+    restored.int_key(key): restore_int_paths(value)
     if isinstance(value, collections.abc.Mapping)
     else value
     for key, value in pure_dict.items()
@@ -862,17 +862,22 @@ def _split_pairs(
 def _replace_in(
   mapping: dict[Any, Any],
   pure_dict: Mapping[Any, Any],
-  replace_fn: Callable[[Any, Any], Any],
+  replace_fn: Callable[[Any, Any], Any] | None,
   prefix: PathParts,
 ) -> None:
-  for key, value in pure_dict.items():
-    if key not in mapping and _int_key(key) in mapping:
-      key = _int_key(key)
+  for given, value in pure_dict.items():
+    key = given if given in mapping else restored.int_key(given)
     path = (*prefix, key)
     if key not in mapping:
       raise ValueError(
         "Every path of `pure_dict` must be one of the `State`, but got"
-        f" `{path}`. The keys there are {list(mapping)}."
+        f" `{(*prefix, given)}`. The keys there are"
+        f" {restored.keys_text(mapping)}."
+      )
+    if key is not given and key in pure_dict:
+      raise ValueError(
+        f"`pure_dict` must have one value for `{path}`, but it has the keys"
+        f" {key!r} and {given!r}."
       )
     old = mapping[key]
     if type(old) is dict:
@@ -882,27 +887,24 @@ def _replace_in(
           f" but got a `{type(value).__name__}`."
         )
       _replace_in(old, value, replace_fn, path)
+    elif replace_fn is None:
+      mapping[key] = _leaf_with_value(old, value, path)
     else:
       mapping[key] = replace_fn(old, value)
-
-
-def _int_key(key: Any) -> Any:
-  if isinstance(key, str):
-    try:
-      return int(key)
-    except ValueError:
-      pass
-  return key
 
 
 def _leaf_value(leaf: Any) -> Any:
   return leaf.value if isinstance(leaf, _engine.VariableBase) else leaf
 
 
-def _leaf_with_value(leaf: Any, value: Any) -> Any:
-  if isinstance(leaf, _engine.VariableBase):
-    return leaf.replace(value)
-  return value
+def _leaf_with_value(leaf: Any, value: Any, path: PathParts) -> Any:
+  if not isinstance(leaf, _engine.VariableBase):
+    return value
+  if not isinstance(value, _engine.VariableBase):
+    value = restored.restored_value(
+      leaf.raw_value, value, restored.path_text(path), check_shapes=False
+    )
+  return leaf.replace(value)
 
 
 def _split(

@@ -511,6 +511,8 @@ class Variable(_engine.VariableBase, reprs.Displayable, Generic[A]):
   __slots__ = ()
   __array_priority__ = 100  # numpy arrays on the left leave operators to us.
 
+  # Whether `nnx.update` takes arrays of other shapes for a mistake.
+  _fixed_shape = True
   _class_hook_flags = 0
   required_metadata = frozenset(["hijax", "ref", "eager_sharding"])
 
@@ -1381,6 +1383,7 @@ class Cache(Variable[A]):
   """
 
   __slots__ = ()
+  _fixed_shape = False
 
 
 class Intermediate(Variable[A]):
@@ -1400,6 +1403,7 @@ class Intermediate(Variable[A]):
   """
 
   __slots__ = ()
+  _fixed_shape = False
 
 
 class Perturbation(Intermediate[A]):

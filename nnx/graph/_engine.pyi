@@ -20,6 +20,10 @@ def configure(
   structure: type = ...,
   library_prefix: str = ...,
   freeze_static: Callable[[Any], Any] = ...,
+  restored_value: Callable[[Any, Any, str, bool], Any] = ...,
+  shape_message: Callable[[str, Any, Any], str] = ...,
+  restored_leaf: Any = ...,
+  jax_prefix: str = ...,
 ) -> None: ...
 
 class VariableBase:
@@ -165,7 +169,7 @@ def merge(
   /,
 ) -> Any: ...
 def clone(value: Any, variables: bool, /) -> Any: ...
-def update(value: Any, state: Any, /) -> None: ...
+def update(value: Any, state: Any, flags: int, /) -> None: ...
 def pop(value: Any, filters: tuple[Any, ...], /) -> list[Nested]: ...
 
 # Nested mappings alone.

@@ -38,6 +38,8 @@ PathParts = filters_lib.PathParts
 
 # Flags of `_engine.merge`.
 _COPY, _KEEP_ARRAYS = 1, 2
+# Flags of `_engine.update`.
+_ANY_SHAPE, _NEW_ARRAYS = 1, 2
 
 _ALL = (True,)
 
@@ -160,6 +162,10 @@ def merge(
   Returns:
     A new object.
 
+    A checkpoint that was read without a target is taken as `update` takes it. A
+    graphdef knows no shapes, so that stacked and sliced states can be merged:
+    to have them checked, `update` an object with the state instead.
+
   Raises:
     TypeError: if there is no graphdef or no state.
     ValueError: if the states lack a leaf, or have one that the graph has not.
@@ -194,11 +200,17 @@ def _unpacked(packed: tuple[Any, ...]) -> tuple[Any, tuple[Any, ...]]:
   return graphdef, packed
 
 
-def update(node: Any, state: Any, /, *states: Any) -> None:
+def update(
+  node: Any, state: Any, /, *states: Any, check_shapes: bool = True
+) -> None:
   """Writes states into an object: all of it or, with an error, nothing.
 
-  Variables take over values and metadata; leaves that the object lacks become
-  attributes.
+  Variables take over values and metadata; Variables that the object lacks
+  become attributes, and so do arrays of a `State`.
+
+  A checkpoint that was read without a target is a state too: the text of an int
+  stands for the int where the object has no such key, and the value of a
+  Variable may be in a dict under `value`.
 
   Example:
 
@@ -213,14 +225,23 @@ def update(node: Any, state: Any, /, *states: Any) -> None:
     state: a `State`, or a nested dict of Variables or of their values, for all
       of the leaves or for some.
     *states: more of them.
+    check_shapes: whether arrays must have the shapes of those that they
+      replace. Those of `Cache`, `Intermediate` and `RngState` may have others
+      in any case; and `variable.value = x` writes an array of any shape.
 
   Raises:
     ValueError: if a state does not fit the object.
     TraceContextError: if the object belongs to another trace.
   """
+  flags = 0 if check_shapes else _ANY_SHAPE
   if states or type(state) is not state_lib.State:
+    made_by_us = (state_lib.State, GraphState, state_lib.FlatState)
+    if all(isinstance(part, made_by_us) for part in (state, *states)):
+      flags |= _NEW_ARRAYS
     state = _merged((state, *states))
-  _engine.update(node, state)
+  else:
+    flags |= _NEW_ARRAYS
+  _engine.update(node, state, flags)
 
 
 def state(node: Any, /, *filters: Filter, graph: bool | None = None) -> Any:

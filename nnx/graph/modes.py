@@ -1,14 +1,16 @@
 """Flax 0.12's switches between its graph and tree modes.
 
-Here there is one mode: shared references are always handled, and cost nothing
-where there are none. The switches keep the value that they are given, so that
-programs that set and read them run.
+Shared references are always handled here, and cost nothing where there are
+none. Where the modes differ in what a function returns, its arguments `graph`
+and `graph_updates` decide, then the switches, then the environment variables
+`NNX_GRAPH_MODE` and `NNX_GRAPH_UPDATES`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 import functools
+import os
 import threading
 from typing import ParamSpec, TypeVar
 
@@ -16,9 +18,25 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 
+_TRUTHS = {
+  **dict.fromkeys(("y", "yes", "t", "true", "on", "1"), True),
+  **dict.fromkeys(("n", "no", "f", "false", "off", "0"), False),
+}
+
+
+def _from_environment(name: str) -> bool:
+  text = os.environ.get(name, "true")
+  if text.lower() not in _TRUTHS:
+    raise ValueError(
+      f"The environment variable `{name}` must be `true` or `false`, but is"
+      f" `{text}`."
+    )
+  return _TRUTHS[text.lower()]
+
+
 class _Settings(threading.local):
-  graph_mode = True
-  graph_updates = True
+  graph_mode = _from_environment("NNX_GRAPH_MODE")
+  graph_updates = _from_environment("NNX_GRAPH_UPDATES")
 
 
 _settings = _Settings()
@@ -56,8 +74,30 @@ class _Switch:
     return getattr(_settings, cls._name)
 
 
+def is_tree(graph: bool | None, graph_updates: bool | None) -> bool:
+  """Whether Modules are to be plain pytrees, or only their values to change.
+
+  Example:
+
+    >>> from nnx.graph import modes
+    >>> modes.is_tree(None, None), modes.is_tree(False, None)
+    (False, True)
+
+  Args:
+    graph: the argument of a function; None stands for `set_graph_mode`.
+    graph_updates: likewise; None stands for `set_graph_updates`.
+  """
+  if graph is None:
+    graph = _settings.graph_mode
+  if graph_updates is None:
+    graph_updates = _settings.graph_updates
+  return not (graph and graph_updates)
+
+
 class set_graph_mode(_Switch):
-  """Accepted for programs of Flax 0.12; shared references are always handled.
+  """What `graph=None` means, from here on or in a block or function.
+
+  `NNX_GRAPH_MODE` in the environment says what it means at first.
 
   Example:
 
@@ -69,14 +109,16 @@ class set_graph_mode(_Switch):
     True
 
   Args:
-    value: whether programs of Flax would use the graph mode.
+    value: whether Modules are graphs, not plain pytrees.
   """
 
   _name = "graph_mode"
 
 
 class set_graph_updates(_Switch):
-  """Accepted for programs of Flax 0.12; changes of objects always come back.
+  """What `graph_updates=None` means, from here on or in a block or function.
+
+  `NNX_GRAPH_UPDATES` in the environment says what it means at first.
 
   Example:
 
@@ -86,7 +128,7 @@ class set_graph_updates(_Switch):
     False
 
   Args:
-    value: whether programs of Flax would propagate changes of the graph.
+    value: whether what a function does to objects is done to the caller's.
   """
 
   _name = "graph_updates"

@@ -114,6 +114,41 @@ def walk_roots(
     yield from walk(records, start, (key,))
 
 
+def leaf_names(structure: Any, keys: Sequence[Any]) -> dict[int, str]:
+  """What a user calls the leaves of a structure, by their numbers.
+
+  Example:
+
+    >>> import nnx
+    >>> from nnx.graph import preorder
+    >>> preorder.leaf_names(nnx.graphdef({"a": [nnx.Param(1.0)]}), ["x"])
+    {0: 'x.a[0]'}
+
+  Args:
+    structure: the structure.
+    keys: the name of each root.
+  """
+  records = structure._records
+  return {
+    records[position][2]: path_text(path)
+    for position, path in walk_roots(structure, keys)
+    if records[position][2] >= 0
+  }
+
+
+def path_text(path: Sequence[Any]) -> str:
+  """A path as a user would type it.
+
+  Example:
+
+    >>> from nnx.graph import preorder
+    >>> preorder.path_text(("layers", 0, "w"))
+    'layers[0].w'
+  """
+  parts = [f".{key}" if isinstance(key, str) else f"[{key!r}]" for key in path]
+  return "".join(parts).lstrip(".") or "<root>"
+
+
 def leaves(records: Records, start: int, end: int) -> list[int]:
   """The numbers of the leaves between two positions.
 

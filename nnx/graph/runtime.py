@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from nnx import errors, pytree, state, variables
+from nnx import errors, pytree, restored, state, variables
 from nnx.graph import _engine, definitions, pytrees, statics, tracing
 
 _ARRAY_TYPES = (
@@ -82,6 +82,10 @@ def configure() -> None:
     structure=definitions.NodeDef,
     freeze_static=statics.freeze,
     library_prefix=os.path.dirname(os.path.dirname(__file__)) + os.sep,
+    restored_value=restored.restored_value,
+    shape_message=restored.shape_message,
+    restored_leaf=restored.LEAF,
+    jax_prefix=tracing.directory() + os.sep,
   )
 
 

@@ -7,8 +7,12 @@ write to a Variable, so it reads the attribute behind it.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+import os
 from typing import Any
 
+import jax
+from jax import api_util
 from jax._src import array as _array
 from jax._src import core as _core
 from jax._src import mesh as _mesh
@@ -24,6 +28,29 @@ def trace_context() -> Any:
 def eval_trace() -> Any:
   """The trace that is current outside of all transformations."""
   return _core.eval_trace
+
+
+def debug_info(
+  traced_for: str, fun: Callable[..., Any], names: Sequence[str]
+) -> Any:
+  """What jax's errors say of a function of arrays, under `DEBUG_INFO`.
+
+  Args:
+    traced_for: the transform.
+    fun: the function that the user wrote.
+    names: what the user calls each array.
+  """
+  info = api_util.debug_info(traced_for, fun, (), {})
+  return info._replace(traced_for=traced_for, arg_names=names)
+
+
+# Where jax looks for it.
+DEBUG_INFO = "__fun_debug_info__"
+
+
+def directory() -> str:
+  """Where jax's own code is."""
+  return os.path.dirname(jax.__file__)
 
 
 def array_type() -> type:

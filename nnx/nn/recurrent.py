@@ -774,7 +774,12 @@ class RNN(Module):
     else:
       # Keys that are the same in all steps, but not in all calls.
       with split_rngs(
-        self.cell, splits=1, only=self.broadcast_rngs, squeeze=True
+        self.cell,
+        splits=1,
+        only=self.broadcast_rngs,
+        squeeze=True,
+        graph=True,
+        graph_updates=True,
       ):
         carry, outputs = steps(self.cell, carry, inputs)
     if every_carry:

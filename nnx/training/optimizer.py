@@ -9,7 +9,9 @@ from __future__ import annotations
 from typing import Any, Generic, TypeVar
 
 import jax
+from jax.experimental import shard_alike
 import jax.numpy as jnp
+from jax.sharding import NamedSharding
 
 from nnx import partitioning
 from nnx.filters import Filter
@@ -86,8 +88,15 @@ def _is_variable(value: Any) -> bool:
   return isinstance(value, Variable)
 
 
-# Metadata that says, while `tx.init` runs, of what shape a parameter is.
-_SHAPE = "_shape_of_parameter"
+# Metadata that says, while `tx.init` runs, which array a parameter is.
+_PARAMETER = "_parameter"
+
+
+class _Array:
+  """An array in metadata, where it is compared by identity."""
+
+  def __init__(self, array: Any):
+    self.array = array
 
 
 def _for_init(path: Any, leaf: Any) -> Any:
@@ -102,27 +111,58 @@ def _for_init(path: Any, leaf: Any) -> Any:
     if name not in _VALUE_HOOKS
   }
   value = value[...] if is_ref(value) else value
-  metadata[_SHAPE] = getattr(value, "shape", None)
+  metadata[_PARAMETER] = _Array(value)
   return leaf.from_metadata(value, metadata)
 
 
-def _opt_state_of(leaf: Any) -> OptState:
+def _opt_state_of(leaf: Any) -> Variable[Any]:
   """The Variable that holds a leaf of what `tx.init` returned."""
   if not _is_variable(leaf):
     return OptArray(leaf)
   metadata = leaf.get_metadata()
-  shape = metadata.pop(_SHAPE, None)
+  parameter = metadata.pop(_PARAMETER).array
   own = metadata.pop("optimizer_sharding", None)
   key = partitioning.sharding_key(metadata)
   if own is not None:
     if key is not None:
       del metadata[key]
-    key, metadata["out_sharding"] = "out_sharding", own
-  if key is not None and getattr(leaf.raw_value, "shape", None) != shape:
+    return OptVariable(leaf.raw_value, **metadata, out_sharding=own)
+  value = leaf.raw_value
+  if key is not None and jnp.shape(value) != jnp.shape(parameter):
     # What a transformation keeps may have other axes than the parameter, as the
     # factors of Adafactor have; which ones is not known here.
     del metadata[key]
-  return OptVariable(leaf.raw_value, **metadata)
+  elif key is not None and leaf.eager_sharding:
+    placed = _placed_like(value, parameter, metadata[key])
+    if placed is not None:
+      return OptVariable.from_metadata(placed, metadata)
+  return OptVariable(value, **metadata)
+
+
+def _placed_like(value: Any, parameter: Any, annotation: Any) -> Any:
+  """An array where its parameter is, or None if the annotation says that.
+
+  One that has fewer names than the array has axes may be that of a slice: of a
+  parameter that a transform has stacked.
+  """
+  if not isinstance(value, jax.Array) or not isinstance(parameter, jax.Array):
+    return None
+  spec = getattr(annotation, "spec", annotation)
+  if len(spec) >= parameter.ndim:
+    return None
+  if not isinstance(parameter, jax.core.Tracer):
+    sharding = parameter.sharding
+    if not isinstance(sharding, NamedSharding):
+      return None
+    if isinstance(value, jax.core.Tracer):
+      return jax.lax.with_sharding_constraint(value, sharding)
+    return jax.device_put(value, sharding)
+  if partitioning.active_mesh() is None:
+    return None
+  sharding = jax.typeof(parameter).sharding
+  if sharding.mesh.are_all_axes_explicit:
+    return jax.sharding.reshard(value, sharding)
+  return shard_alike.shard_alike(parameter, value)[1]
 
 
 def apply_updates(params: Any, updates: Any) -> Any:

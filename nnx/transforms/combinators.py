@@ -276,7 +276,9 @@ class _Mapping:
       if size is None:
         size = self.find_size((args, kwargs), plain)
       split = {"splits": size, "only": self.split_rngs}
-      with rngs.split_rngs((args, kwargs), **split):
+      with rngs.split_rngs(
+        (args, kwargs), graph=True, graph_updates=True, **split
+      ):
         return transformed(nodes, keywords)(*args, kwargs)
 
     return call

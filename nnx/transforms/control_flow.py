@@ -125,7 +125,7 @@ def _select(transform, choice, branches, names, operands) -> Any:
       )
   call = lift.Call(branches[0], operands)
   inputs = [i for i, leaf in enumerate(call.leaves) if lift.is_array(leaf)]
-  traced = [_trace(call, inputs, branch) for branch in branches]
+  traced = [_trace(call, transform, inputs, branch) for branch in branches]
   plans = [plan for plan, _ in traced]
   for name, plan in zip(names[1:], plans[1:]):
     _check_same_plan(transform, names[0], plans[0], name, plan, call)
@@ -155,7 +155,12 @@ def _select(transform, choice, branches, names, operands) -> Any:
   return call.apply_outputs(plan, outputs)
 
 
-def _trace(call: lift.Call, inputs: Sequence[int], branch: Callable[..., Any]):
+def _trace(
+  call: lift.Call,
+  transform: str,
+  inputs: Sequence[int],
+  branch: Callable[..., Any],
+):
   """The plan of a branch and its jaxpr: a branch runs once in Python."""
   lifted = lift.Lifted(branch, call.structure, ())
   plans = []
@@ -165,6 +170,7 @@ def _trace(call: lift.Call, inputs: Sequence[int], branch: Callable[..., Any]):
     plans.append(packed.plan)
     return packed.outputs
 
+  call.described(flat, transform, inputs, lifted)
   jaxpr = call.framed(jax.make_jaxpr(flat), *call.pick(inputs))
   return plans[-1], jaxpr
 
@@ -288,10 +294,12 @@ def while_loop(
       )
     return _unboxed(result)
 
+  call, carried = loop.call, loop.carried
+  tested = lift.Lifted(cond_fun, call.structure, ())
+  call.described(condition, "while_loop", carried, tested)
+  body = call.described(lambda values: loop.body(values), "while_loop", carried)
   return loop.finish(
-    loop.call.framed(
-      jax.lax.while_loop, condition, loop.body, loop.call.pick(loop.carried)
-    )
+    call.framed(jax.lax.while_loop, condition, body, call.pick(carried))
   )
 
 

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from nnx.graph import _engine
+from nnx.graph import _engine, modes
 from nnx.state import State, to_flat_state
 from nnx.transforms import carry as carry_lib
 from nnx.transforms import grad as grad_lib
@@ -59,8 +59,8 @@ def custom_vjp(
     fun: the function; without it, `custom_vjp` is a decorator.
     nondiff_argnums: positions of arguments that have no derivative, which `bwd`
       gets first; or `DiffState`s, which select what of an argument has one.
-    graph: see above.
-    graph_updates: see above.
+    graph: see above; None stands for `nnx.set_graph_mode`.
+    graph_updates: see above; None stands for `nnx.set_graph_updates`.
 
   Returns:
     A `CustomVjp`, whose `defvjp` must be called before it is.
@@ -69,15 +69,16 @@ def custom_vjp(
     ValueError: if an argument is named twice, or a `DiffState` is given where
       Modules stand for Modules.
   """
+  tree = modes.is_tree(graph, graph_updates)
   if fun is None:
     return functools.partial(
       custom_vjp,
       nondiff_argnums=nondiff_argnums,
-      graph=graph,
-      graph_updates=graph_updates,
+      graph=not tree,
+      graph_updates=not tree,
     )
   lift.check_function(fun, "custom_vjp")
-  return CustomVjp(fun, nondiff_argnums, grad_lib.is_tree(graph, graph_updates))
+  return CustomVjp(fun, nondiff_argnums, tree)
 
 
 class CustomVjp:

@@ -16,7 +16,7 @@ from typing import Any
 import jax
 
 from nnx.filters import Filter
-from nnx.graph import _engine
+from nnx.graph import _engine, modes
 from nnx.state import State
 from nnx.transforms import lift, prefix
 from nnx.variables import Param
@@ -243,11 +243,6 @@ def _check_reduce_axes(reduce_axes: Sequence[Hashable]) -> None:
     )
 
 
-def is_tree(graph: bool | None, graph_updates: bool | None) -> bool:
-  """Whether a program of Flax 0.12 asked for Modules as plain pytrees."""
-  return graph is False or graph_updates is False
-
-
 def grad(
   f: Callable[..., Any] | None = None,
   *,
@@ -288,8 +283,9 @@ def grad(
     allow_int: whether ints may be differentiated, as in `jax.grad`.
     reduce_axes: must be empty.
     graph: `False` makes the gradient of a Module a Module, not a `State`, and
-      differentiates all leaves of it.
-    graph_updates: `False` does the same.
+      differentiates all leaves of it; None stands for `nnx.set_graph_mode`.
+    graph_updates: `False` does the same; None stands for
+      `nnx.set_graph_updates`.
 
   Returns:
     A function of the same arguments that returns the gradient: a `State` for
@@ -301,6 +297,7 @@ def grad(
       to be differentiated is shared with an argument that is not.
     TypeError: as `jax.grad`, if a leaf cannot be differentiated.
   """
+  tree = modes.is_tree(graph, graph_updates)
   if f is None:
     return functools.partial(
       grad,
@@ -309,8 +306,8 @@ def grad(
       holomorphic=holomorphic,
       allow_int=allow_int,
       reduce_axes=reduce_axes,
-      graph=graph,
-      graph_updates=graph_updates,
+      graph=not tree,
+      graph_updates=not tree,
     )
   return _differentiate(
     "grad",
@@ -320,7 +317,7 @@ def grad(
     holomorphic,
     allow_int,
     reduce_axes,
-    is_tree(graph, graph_updates),
+    tree,
   )
 
 
@@ -352,6 +349,7 @@ def value_and_grad(
     A function of the same arguments that returns a pair of the output and the
     gradient. With `has_aux`, the output is a pair itself.
   """
+  tree = modes.is_tree(graph, graph_updates)
   if f is None:
     return functools.partial(
       value_and_grad,
@@ -360,8 +358,8 @@ def value_and_grad(
       holomorphic=holomorphic,
       allow_int=allow_int,
       reduce_axes=reduce_axes,
-      graph=graph,
-      graph_updates=graph_updates,
+      graph=not tree,
+      graph_updates=not tree,
     )
   return _differentiate(
     "value_and_grad",
@@ -371,7 +369,7 @@ def value_and_grad(
     holomorphic,
     allow_int,
     reduce_axes,
-    is_tree(graph, graph_updates),
+    tree,
   )
 
 

@@ -176,7 +176,8 @@ class Options:
       try:
         jax.typeof(leaf)
       except TypeError:
-        path = _leaf_path(structure, number, self.root_keys(structure, names))
+        lifted = lift.Lifted(self.fun, structure, names)
+        path = lifted.leaf_names([number])[0]
         raise TypeError(
           "Arguments of a jitted function must be arrays, numbers or static,"
           f" but `{path}` is {leaf!r} of type {type(leaf).__name__}. Name the"
@@ -248,16 +249,6 @@ class Options:
     return [i for i in asked if i in plain or i not in unchanged]
 
 
-def _leaf_path(structure: Any, number: int, roots: Sequence[Any]) -> str:
-  """The path to a leaf, as a user would type it."""
-  records = structure._records
-  for position, path in preorder.walk_roots(structure, roots):
-    kind, _, leaf = records[position][:3]
-    if leaf == number:
-      return prefix.text("", (*path, "value") if kind == "variable" else path)
-  raise AssertionError(number)
-
-
 class Flat(lift.Lifted):
   """A lifted function with what jit adds: shardings of results, donation."""
 
@@ -272,6 +263,10 @@ class Flat(lift.Lifted):
   @property
   def __name__(self) -> str:
     return getattr(self.fun, "__name__", type(self.fun).__name__)
+
+  @property
+  def __fun_debug_info__(self) -> Any:
+    return self.debug_info("jit", range(self.structure.num_leaves))
 
   def __call__(
     self, leaves: tuple, donated: frozenset[int] = frozenset()
@@ -314,6 +309,8 @@ class Flat(lift.Lifted):
       return self(tuple(leaves), frozenset(donated))
 
     split.__name__ = split.__qualname__ = self.__name__
+    info = self.debug_info("jit", [*kept, *donated])
+    setattr(split, tracing.DEBUG_INFO, info)
     return split
 
   def constrain(self, packed: Any) -> Any:

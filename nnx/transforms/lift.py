@@ -17,6 +17,7 @@ import functools
 import inspect
 import types
 from typing import Any
+import weakref
 
 import jax
 import numpy as np
@@ -24,6 +25,29 @@ import numpy as np
 from nnx.graph import _engine, preorder, runtime, tracing
 
 _SCALARS = (bool, int, float, complex, np.generic)
+
+
+class _LeafNames(Sequence[str]):
+  """Names of leaves, found out when somebody asks: jax, in an error.
+
+  They are kept by jax's caches, so they must not keep the user's function.
+  """
+
+  def __init__(self, lifted: Lifted, numbers: Sequence[int]):
+    self._lifted = weakref.ref(lifted)
+    self._numbers = numbers
+    self._names: list[str] | None = None
+
+  def __len__(self) -> int:
+    return len(self._numbers)
+
+  def __getitem__(self, index: Any) -> Any:
+    if self._names is None:
+      lifted, names = self._lifted(), {}
+      if lifted is not None:
+        names = preorder.leaf_names(lifted.structure, lifted.root_names())
+      self._names = [names.get(number, "") for number in self._numbers]
+    return self._names[index]
 
 
 class Lifted:
@@ -43,6 +67,32 @@ class Lifted:
     values, objects = _engine.unflatten(self.structure, leaves)
     result = self.call(values)
     return _engine.pack(self.structure, objects, leaves, result)
+
+  def debug_info(self, transform: str, numbers: Sequence[int]) -> Any:
+    """What errors of jax say of it as a function of some of the leaves."""
+    return tracing.debug_info(transform, self.fun, self.leaf_names(numbers))
+
+  def leaf_names(self, numbers: Sequence[int]) -> Sequence[str]:
+    """What the user's function calls some of the leaves."""
+    return _LeafNames(self, numbers)
+
+  def root_names(self) -> list[str]:
+    """What the user's function calls each root of the structure."""
+    count = self.structure._num_roots - len(self.names)
+    try:
+      parameters = list(inspect.signature(self.fun).parameters.values())
+    except (TypeError, ValueError):
+      parameters = []
+    single = [
+      p.name
+      for p in parameters
+      if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)
+    ][:count]
+    rest = next(
+      (p.name for p in parameters if p.kind == p.VAR_POSITIONAL), "args"
+    )
+    more = [f"{rest}[{i}]" for i in range(count - len(single))]
+    return [*single, *more, *self.names]
 
   def call(self, values: Sequence[Any]) -> Any:
     """Runs the user's function on the roots of the structure."""
@@ -82,6 +132,27 @@ class Call:
   def framed(self, function: Callable[..., Any], *args: Any) -> Any:
     """Calls a transformed function; copies know where originals were made."""
     return _engine.framed(self.structure, self.objects, function, *args)
+
+  def described(
+    self,
+    function: Callable[..., Any],
+    transform: str,
+    numbers: Sequence[int] | None = None,
+    lifted: Lifted | None = None,
+  ) -> Callable[..., Any]:
+    """Lets errors of jax name the user's function and arguments.
+
+    Args:
+      function: a function of some of the leaves, made for this call.
+      transform: what traces it.
+      numbers: which leaves its arguments are, in order; all, if None.
+      lifted: the user's function, if it is not that of the call.
+    """
+    if numbers is None:
+      numbers = range(len(self.leaves))
+    info = (lifted or self.lifted).debug_info(transform, numbers)
+    setattr(function, tracing.DEBUG_INFO, info)
+    return function
 
   def with_leaves(
     self, positions: Sequence[int], values: Sequence[Any]

@@ -69,7 +69,9 @@ def remat(
     static = lift.positions(argnums, len(args), "static_argnums")
     call = lift.Call(f, args, kwargs, static)
     checkpointed = jax.checkpoint(
-      lambda leaves: call.lifted(leaves), prevent_cse=prevent_cse, policy=policy
+      call.described(lambda leaves: call.lifted(leaves), "remat"),
+      prevent_cse=prevent_cse,
+      policy=policy,
     )
     return call.apply(call.framed(checkpointed, call.leaves))
 

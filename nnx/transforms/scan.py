@@ -181,7 +181,7 @@ def scan(
       _split_transpose=_split_transpose,
     )
 
-  kept = _Kept(run, in_axes)
+  kept = _Kept(functools.wraps(f)(run), in_axes)
 
   @functools.wraps(f)
   def wrapper(*args: Any, **kwargs: Any) -> Any:
@@ -314,9 +314,12 @@ class _Loop:
       )
     )
     self.find_late(xs)
+    body = call.described(
+      lambda *args: self.body(*args), "scan", [*self.carried, *self.scanned]
+    )
     final, ys = call.framed(
       functools.partial(jax.lax.scan, length=length, **options),
-      self.body,
+      body,
       call.pick(self.carried),
       xs,
     )
@@ -418,6 +421,7 @@ class _Loop:
     def flat(*values):
       return tuple(self.step(call.with_leaves(inputs, values)))
 
+    call.described(flat, "scan", inputs)
     jaxpr = call.framed(
       jax.make_jaxpr(flat),
       *call.pick(self.carried),

@@ -118,7 +118,11 @@ def shard_map(
     inputs = [i for i, leaf in enumerate(call.leaves) if lift.is_array(leaf)]
     function = mapped.Mapped(call.lifted, walk, out_root, groups)
     sharded = jax.shard_map(
-      lambda leaves: function(call.with_leaves(inputs, leaves)),
+      call.described(
+        lambda leaves: function(call.with_leaves(inputs, leaves)),
+        "shard_map",
+        inputs,
+      ),
       mesh=mesh,
       in_specs=(tuple(_spec(walk.entries[i]) for i in inputs),),
       out_specs=(PartitionSpec(), *map(_spec, groups)),

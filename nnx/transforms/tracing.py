@@ -51,7 +51,11 @@ def eval_shape(
   inputs = [i for i, leaf in enumerate(call.leaves) if lift.is_array(leaf)]
   packed = call.framed(
     jax.eval_shape,
-    lambda leaves: call.lifted(call.with_leaves(inputs, leaves)),
+    call.described(
+      lambda leaves: call.lifted(call.with_leaves(inputs, leaves)),
+      "eval_shape",
+      inputs,
+    ),
     call.pick(inputs),
   )
   abstract = [
@@ -121,6 +125,7 @@ def make_jaxpr(
         return outputs
       return outputs[len(outputs) - len(lift.result_leaves(packed.plan)) :]
 
+    call.described(flat, "make_jaxpr")
     return call.framed(jax.make_jaxpr(flat), *call.leaves)
 
   return wrapper
@@ -170,9 +175,12 @@ def checkify(
   def wrapper(*args: Any, **kwargs: Any) -> Any:
     call = lift.Call(f, args, kwargs)
     inputs = [i for i, leaf in enumerate(call.leaves) if lift.is_array(leaf)]
-    checked = checkify_lib.checkify(
-      lambda leaves: call.lifted(call.with_leaves(inputs, leaves)), errors
+    flat = call.described(
+      lambda leaves: call.lifted(call.with_leaves(inputs, leaves)),
+      "checkify",
+      inputs,
     )
+    checked = checkify_lib.checkify(flat, errors)
     error, packed = call.framed(checked, call.pick(inputs))
     return error, call.apply(packed)
 

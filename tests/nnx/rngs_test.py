@@ -417,5 +417,139 @@ class RngsTest(parameterized.TestCase):
     self.assertLess(5 * best(ours.params), best(theirs.params))
 
 
+class Streams:
+  """Rngs, what may be done to them, and the keys that they have handed out."""
+
+  def __init__(self):
+    self.all = [nnx.Rngs(0, params=1, dropout=2)]
+    self.seen = set()
+    self.seed = 100
+
+  def record(self, keys):
+    for key in np.asarray(random.key_data(keys)).reshape(-1, 2).tolist():
+      assert tuple(key) not in self.seen, f"{key} is drawn twice"
+      self.seen.add(tuple(key))
+
+  def draw(self, stream):
+    """The next key of each key of a stream; of equal ones, once."""
+    if stream.key.shape == ():
+      return self.record(stream())
+    keys, counts = stream.key.value.ravel(), stream.count.value.ravel()
+    drawn = {tuple(k): k for k in data(jax.vmap(random.fold_in)(keys, counts))}
+    stream.count.value += 1
+    self.record(random.wrap_key_data(jnp.uint32(list(drawn.values()))))
+
+  def draw_all(self, rngs):
+    for _, stream in rngs.items():
+      self.draw(stream)
+
+  def new(self, rngs):
+    self.all.append(rngs)
+    self.draw_all(rngs)
+
+  # What may be done to the i-th of the Rngs.
+
+  def drawn(self, rngs):
+    self.draw_all(rngs)
+
+  def split_some(self, rngs):
+    self.new(rngs.split({"params": 3, ...: None}))
+
+  def split_one(self, rngs):
+    self.new(rngs.split({"dropout": (2, 2)}))
+
+  def broadcast_some(self, rngs):
+    self.new(rngs.broadcast({"params": 2, "dropout": None}))
+
+  def broadcast_none(self, rngs):
+    self.new(rngs.broadcast(None))
+
+  def forked(self, rngs):
+    self.new(rngs.fork())
+
+  def forked_by_with(self, rngs):
+    self.new(nnx.with_rngs(rngs, split={"params": 2}, fork=...))
+
+  def split_in_place(self, rngs):
+    with nnx.split_rngs(rngs, splits=2, only="params"):
+      self.draw_all(rngs)
+
+  def forked_in_place(self, rngs):
+    with nnx.fork_rngs(rngs, split={"params": None, "dropout": 3}):
+      self.draw_all(rngs)
+
+  def copies_forked(self, rngs):
+    self.new(nnx.fork_rngs(rngs, graph_updates=False))
+
+  def backed_up(self, rngs):
+    backups = nnx.backup_keys(rngs)
+    self.draw_all(rngs)
+    nnx.restore_rngs(backups)
+
+  def reseeded(self, rngs):
+    self.seed += 1
+    nnx.reseed(rngs, policy="match_shape", params=self.seed)
+
+  def mapped(self, rngs):
+    axes = nnx.StateAxes({"params": 0, ...: None})
+    out = nnx.vmap(
+      lambda r: (r.params(), r.dropout()), in_axes=(axes,), out_axes=(0, None)
+    )(rngs.split({"params": 3, ...: None}))
+    for keys in out:
+      self.record(keys)
+
+
+STEPS = [
+  name
+  for name, value in vars(Streams).items()
+  if callable(value)
+  and name not in ("__init__", "record", "draw", "draw_all", "new")
+]
+
+
+class NoKeyTwiceTest(parameterized.TestCase):
+  @parameterized.named_parameters((name, name) for name in STEPS)
+  def test_after_every_step(self, name):
+    streams = Streams()
+    streams.drawn(streams.all[0])
+    for _ in range(2):
+      getattr(streams, name)(streams.all[0])
+      streams.drawn(streams.all[0])
+    for rngs in streams.all:
+      streams.drawn(rngs)
+
+  @hypothesis.settings(derandomize=True, deadline=None, max_examples=60)
+  @hypothesis.given(
+    st.lists(st.tuples(st.integers(0, 5), st.sampled_from(STEPS)), max_size=8)
+  )
+  def test_over_any_sequence(self, steps):
+    streams = Streams()
+    for i, name in steps:
+      rngs = streams.all[i % len(streams.all)]
+      single = all(s.key.shape == () for _, s in rngs.items())
+      if single or name in ("drawn", "backed_up", "reseeded"):
+        getattr(streams, name)(rngs)
+    for rngs in streams.all:
+      streams.drawn(rngs)
+
+  def test_a_stream_that_passes_through_is_shared(self):
+    rngs = nnx.Rngs(params=1, dropout=2)
+    first = data(rngs.dropout())
+    for new in (
+      rngs.split({"params": 3, ...: None}),
+      rngs.split({"params": 3}),
+      rngs.broadcast({"params": 3}),
+      rngs.broadcast(None),
+    ):
+      self.assertIs(new.dropout, rngs.dropout)
+      self.assertNotEqual(data(new.dropout()), first)
+    self.assertEqual(rngs.dropout.count.value, 5)
+    # From an unused stream come the keys that flax gives.
+    theirs = flax_nnx.Rngs(params=1, dropout=2).split({"params": 3, ...: None})
+    ours = nnx.Rngs(params=1, dropout=2).split({"params": 3, ...: None})
+    self.assertEqual(data(ours.dropout()), data(theirs.dropout()))
+    self.assertEqual(data(ours.params.key), data(theirs.params.key))
+
+
 if __name__ == "__main__":
   absltest.main()

@@ -10,6 +10,7 @@
 #include "nnx/graph/cc/objects.h"
 #include "nnx/graph/cc/path.h"
 #include "nnx/graph/cc/recursion_guard.h"
+#include "nnx/graph/cc/restored.h"
 #include "nnx/graph/cc/runtime.h"
 #include "nnx/graph/cc/structure.h"
 #include "nnx/graph/cc/unflatten.h"
@@ -110,11 +111,19 @@ class Provider {
       return true;
     }
     auto* type = reinterpret_cast<PyTypeObject*>(node.type.get());
+    Ref given = Ref::Borrow(value);
+    if (!IsVariable(value) && !IsConcreteArray(value)) {
+      Ref old = ValueOf(position);
+      given = old ? RestoredValue(old.get(), value, PathText(path_),
+                                  /*check_shapes=*/false)
+                  : Ref();
+      if (!given) return false;
+    }
     if (!IsVariable(value) && keep_arrays_) {
-      provided_[position] = std::move(held);
+      provided_[position] = std::move(given);
     } else if (!IsVariable(value)) {
-      provided_[position] =
-          NewVariable(type, value, node.aux.get(), node.hook_flags, nullptr);
+      provided_[position] = NewVariable(type, given.get(), node.aux.get(),
+                                        node.hook_flags, nullptr);
     } else if (copy_ || !BelongsToTrace(AsGraphObject(value), trace_)) {
       VariableObject* source = AsVariable(value);
       provided_[position] =
@@ -124,6 +133,41 @@ class Provider {
       provided_[position] = std::move(held);
     }
     return static_cast<bool>(provided_[position]);
+  }
+
+  // What a Variable of the structure holds, as far as containers go.
+  Ref ValueOf(int32_t position) {
+    const Node& node = nodes_[position];
+    if (node.children == 0) return Ref::Borrow(GetRuntime().restored_leaf);
+    return Skeleton(position + 1);
+  }
+
+  Ref Skeleton(int32_t position) {
+    const Node& node = nodes_[position];
+    const bool mapping =
+        node.kind == NodeKind::kDict || node.kind == NodeKind::kState;
+    const bool sequence = node.kind == NodeKind::kList ||
+                          node.kind == NodeKind::kTuple ||
+                          node.kind == NodeKind::kNamedTuple;
+    if (node.kind == NodeKind::kLeaf) {
+      return Ref::Borrow(GetRuntime().restored_leaf);
+    }
+    if (!mapping && !sequence) return Ref::Borrow(Py_None);
+    Ref items = Ref::Steal(mapping ? PyDict_New() : PyList_New(0));
+    int32_t child = position + 1;
+    for (int32_t i = 0; items && i < node.children;
+         ++i, child = nodes_[child].end) {
+      Ref key = ChildKey(node, i);
+      Ref item = key ? Skeleton(child) : Ref();
+      if (!item || (mapping ? PyDict_SetItem(items.get(), key.get(), item.get())
+                            : PyList_Append(items.get(), item.get())) < 0) {
+        return Ref();
+      }
+    }
+    if (!items || mapping || node.kind == NodeKind::kList) return items;
+    Ref tuple = Ref::Steal(PyList_AsTuple(items.get()));
+    if (!tuple || node.kind == NodeKind::kTuple) return tuple;
+    return Ref::Steal(PyObject_CallObject(node.type.get(), tuple.get()));
   }
 
   // `used` counts the keys of `mapping` that a node asked for.
@@ -148,6 +192,12 @@ class Provider {
   bool ProvideChild(int32_t child, PyObject* mapping, Py_ssize_t* used) {
     Ref value =
         Ref::Borrow(PyDict_GetItemWithError(mapping, path_.back().get()));
+    if (!value && !PyErr_Occurred()) {
+      Ref text = TextOfInt(path_.back().get());
+      if (text) {
+        value = Ref::Borrow(PyDict_GetItemWithError(mapping, text.get()));
+      }
+    }
     if (!value) {
       if (PyErr_Occurred()) return false;
       if (!HasLeaves(nodes_, child)) return true;

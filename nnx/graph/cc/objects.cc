@@ -24,20 +24,23 @@ uint64_t NextEpoch() {
 namespace {
 
 bool IsLibraryCode(PyCodeObject* code) {
-  const std::string& prefix = GetRuntime().library_prefix;
-  if (prefix.empty()) return false;
   Py_ssize_t size = 0;
   const char* name = PyUnicode_AsUTF8AndSize(code->co_filename, &size);
   if (!name) {
     PyErr_Clear();
     return false;
   }
-  return static_cast<size_t>(size) >= prefix.size() &&
-         std::memcmp(name, prefix.data(), prefix.size()) == 0;
+  const auto is_below = [&](const std::string& prefix) {
+    return !prefix.empty() && static_cast<size_t>(size) >= prefix.size() &&
+           std::memcmp(name, prefix.data(), prefix.size()) == 0;
+  };
+  const Runtime& rt = GetRuntime();
+  return is_below(rt.library_prefix) || is_below(rt.jax_prefix);
 }
 
-// Remembers the innermost frame outside of the library: the code object and
-// the instruction, from which the line is computed only when somebody asks.
+// Remembers the innermost frame outside of the library and of JAX: the code
+// object and the instruction, from which the line is computed only when
+// somebody asks.
 void RecordOrigin(GraphObject* object) {
   PyFrameObject* frame = PyEval_GetFrame();
   Py_XINCREF(frame);

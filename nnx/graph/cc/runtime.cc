@@ -32,6 +32,9 @@ bool InitRuntime() {
       {&rt.s_setattr_flags, "_setattr_flags"},
       {&rt.s_class_statuses, "_class_statuses"},
       {&rt.s_fields, "_fields"},
+      {&rt.s_aval, "aval"},
+      {&rt.s_shape, "shape"},
+      {&rt.s_fixed_shape, "_fixed_shape"},
   };
   for (const Name& name : names) {
     if (*name.slot) continue;
@@ -43,24 +46,39 @@ bool InitRuntime() {
 
 PyObject* Configure(PyObject*, PyObject* args, PyObject* kwargs) {
   Runtime& rt = GetRuntime();
-  const char* keywords[] = {
-      "trace_context",  "eval_trace", "trace_error",       "is_array_type",
-      "flatten_pytree", "array_type", "variable_metadata", "attribute_marker",
-      "state",          "structure",  "library_prefix",    "freeze_static",
-      nullptr};
+  const char* keywords[] = {"trace_context",
+                            "eval_trace",
+                            "trace_error",
+                            "is_array_type",
+                            "flatten_pytree",
+                            "array_type",
+                            "variable_metadata",
+                            "attribute_marker",
+                            "state",
+                            "structure",
+                            "library_prefix",
+                            "freeze_static",
+                            "restored_value",
+                            "shape_message",
+                            "restored_leaf",
+                            "jax_prefix",
+                            nullptr};
   PyObject *trace_context = nullptr, *eval_trace = nullptr,
            *trace_error = nullptr, *is_array_type = nullptr,
            *flatten_pytree = nullptr, *array_type = nullptr,
            *variable_metadata = nullptr, *attribute_marker = nullptr,
-           *state = nullptr, *structure = nullptr, *freeze_static = nullptr;
-  const char* library_prefix = nullptr;
+           *state = nullptr, *structure = nullptr, *freeze_static = nullptr,
+           *restored_value = nullptr, *shape_message = nullptr,
+           *restored_leaf = nullptr;
+  const char *library_prefix = nullptr, *jax_prefix = nullptr;
   if (!PyArg_ParseTupleAndKeywords(
-          args, kwargs, "|$OOOOOO!O!O!O!O!sO:configure",
+          args, kwargs, "|$OOOOOO!O!O!O!O!sOOOOs:configure",
           const_cast<char**>(keywords), &trace_context, &eval_trace,
           &trace_error, &is_array_type, &flatten_pytree, &PyType_Type,
           &array_type, &PyType_Type, &variable_metadata, &PyType_Type,
           &attribute_marker, &PyType_Type, &state, &PyType_Type, &structure,
-          &library_prefix, &freeze_static)) {
+          &library_prefix, &freeze_static, &restored_value, &shape_message,
+          &restored_leaf, &jax_prefix)) {
     return nullptr;
   }
   if (structure && !PyType_IsSubtype(reinterpret_cast<PyTypeObject*>(structure),
@@ -82,12 +100,16 @@ PyObject* Configure(PyObject*, PyObject* args, PyObject* kwargs) {
   keep(rt.is_array_type, is_array_type);
   keep(rt.flatten_pytree, flatten_pytree);
   keep(rt.freeze_static, freeze_static);
+  keep(rt.restored_value, restored_value);
+  keep(rt.shape_message, shape_message);
+  keep(rt.restored_leaf, restored_leaf);
   keep(rt.array_type, array_type);
   keep(rt.variable_metadata, variable_metadata);
   keep(rt.attribute_marker, attribute_marker);
   keep(rt.state, state);
   keep(rt.structure, structure);
   if (library_prefix) rt.library_prefix = library_prefix;
+  if (jax_prefix) rt.jax_prefix = jax_prefix;
   Py_RETURN_NONE;
 }
 

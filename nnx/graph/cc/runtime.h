@@ -25,6 +25,14 @@ struct Runtime {
   PyObject* flatten_pytree = nullptr;
   // (static value) -> what it holds, hashable; None if it holds data.
   PyObject* freeze_static = nullptr;
+  // (old, value, path, check_shapes) -> the value of a Variable, of what a
+  // checkpoint holds in the place of it.
+  PyObject* restored_value = nullptr;
+  // Stands for an array of which no more is known, in `old`.
+  PyObject* restored_leaf = nullptr;
+  // (path, given, wanted) -> the text of the error for an array of a shape that
+  // is not wanted.
+  PyObject* shape_message = nullptr;
   // The concrete array type of JAX: the one checked first.
   PyTypeObject* array_type = nullptr;
   // Classes of the Python layers above.
@@ -37,6 +45,8 @@ struct Runtime {
   // Directory prefix of the library: frames below it are never the line a user
   // wrote.
   std::string library_prefix;
+  // The same for JAX's.
+  std::string jax_prefix;
 
   // Interned attribute names.
   PyObject* s_trace = nullptr;
@@ -55,6 +65,9 @@ struct Runtime {
   PyObject* s_setattr_flags = nullptr;
   PyObject* s_class_statuses = nullptr;
   PyObject* s_fields = nullptr;
+  PyObject* s_aval = nullptr;
+  PyObject* s_shape = nullptr;
+  PyObject* s_fixed_shape = nullptr;
 };
 
 Runtime& GetRuntime();

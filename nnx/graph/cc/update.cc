@@ -10,6 +10,7 @@
 #include "nnx/graph/cc/owned_items.h"
 #include "nnx/graph/cc/path.h"
 #include "nnx/graph/cc/recursion_guard.h"
+#include "nnx/graph/cc/restored.h"
 #include "nnx/graph/cc/runtime.h"
 
 namespace nnx::graph {
@@ -35,10 +36,15 @@ class KeptError {
 #endif
   PyObject* error_ = nullptr;
 };
+// Flags of `update`.
+constexpr long kAnyShape = 1;   // arrays may have other shapes
+constexpr long kNewArrays = 2;  // arrays in no Variable may be new
 
 // Checks a whole update before any of it is done.
 class Updater {
  public:
+  explicit Updater(long flags) : flags_(flags) {}
+
   bool Plan(PyObject* node, PyObject* state) {
     RecursionGuard guard;
     if (!guard.entered()) return false;
@@ -58,9 +64,9 @@ class Updater {
     AppendPairs(mapping.get(), &held_);
     const size_t end = held_.size();
     for (size_t i = held; i < end; i += 2) {
-      PyObject *key = held_[i].get(), *value = held_[i + 1].get();
+      PyObject* value = held_[i + 1].get();
       path_.push_back(std::move(held_[i]));
-      if (!PlanItem(node, key, value)) return false;
+      if (!PlanItem(node, mapping.get(), value)) return false;
       path_.pop_back();
     }
     held_.resize(held);
@@ -127,8 +133,44 @@ class Updater {
                    Py_TYPE(value)->tp_name);
       return false;
     }
-    writes_.push_back({Ref::Borrow(variable), Ref::Borrow(value)});
+    const Ref raw = Ref::Borrow(AsVariable(variable)->raw);
+    PyObject* old = raw.get();
+    Ref kept = Ref::Borrow(value);
+    if (IsVariable(value)) {
+      const Ref given = Ref::Borrow(AsVariable(value)->raw);
+      if (!CheckShape(variable, old, given.get())) return false;
+    } else if (IsConcreteArray(old) && IsConcreteArray(value)) {
+      if (!CheckShape(variable, old, value)) return false;
+    } else {
+      const int fixed = flags_ & kAnyShape ? 0 : IsOfFixedShape(variable);
+      if (fixed < 0) return false;
+      kept = RestoredValue(old, value, PathText(path_), fixed);
+      if (!kept) return false;
+    }
+    writes_.push_back({Ref::Borrow(variable), std::move(kept)});
     return true;
+  }
+
+  // Whether the shape of a Variable's value is part of what it is: not so for
+  // caches and the like. 1, 0, -1.
+  static int IsOfFixedShape(PyObject* variable) {
+    Ref fixed = Ref::Steal(
+        PyObject_GetAttr(reinterpret_cast<PyObject*>(Py_TYPE(variable)),
+                         GetRuntime().s_fixed_shape));
+    if (fixed) return PyObject_IsTrue(fixed.get());
+    if (!PyErr_ExceptionMatches(PyExc_AttributeError)) return -1;
+    PyErr_Clear();
+    return 1;
+  }
+
+  bool CheckShape(PyObject* variable, PyObject* old, PyObject* value) {
+    if (flags_ & kAnyShape) return true;
+    const int same = SameShape(old, value);
+    if (same) return same > 0;
+    const int fixed = IsOfFixedShape(variable);
+    if (fixed <= 0) return !fixed;
+    RaiseShapeError(PathText(path_), value, old);
+    return false;
   }
 
   // The child of `node` under `key`: null without an error if there is none.
@@ -182,12 +224,35 @@ class Updater {
     return Ref();
   }
 
-  bool PlanItem(PyObject* node, PyObject* key, PyObject* value) {
+  // The child under the last key of the path, or under the int that this is
+  // the text of: the path then ends with the int. Null as `Child` is.
+  Ref ChildAtPath(PyObject* node, PyObject* mapping, Ref* owner) {
+    const Ref key = path_.back();
+    Ref current = Child(node, key.get(), owner);
+    if (current || PyErr_Occurred()) return current;
+    Ref number = IntOfText(key.get());
+    if (!number) return Ref();
+    current = Child(node, number.get(), owner);
+    if (!current) return Ref();
+    const int both = PyDict_Contains(mapping, number.get());
+    if (both > 0) {
+      PyErr_Format(PyExc_ValueError,
+                   "The state must have one value for `%s`, but it has the "
+                   "keys %R and %R.",
+                   PathText(path_).c_str(), number.get(), key.get());
+    }
+    if (both) return Ref();
+    path_.back() = std::move(number);
+    return current;
+  }
+
+  bool PlanItem(PyObject* node, PyObject* mapping, PyObject* value) {
     Ref owner;
-    Ref current = Child(node, key, &owner);
+    Ref current = ChildAtPath(node, mapping, &owner);
+    const Ref key = path_.back();
     if (!current) {
       if (PyErr_Occurred()) return false;
-      return PlanNew(owner.get(), key, value);
+      return PlanNew(owner.get(), key.get(), value);
     }
     if (IsVariable(current.get())) return PlanVariable(current.get(), value);
     TypeInfo* info = GetTypeInfo(Py_TYPE(current.get()));
@@ -215,8 +280,13 @@ class Updater {
                    Py_TYPE(value)->tp_name);
       return false;
     }
+    if (!(flags_ & kAnyShape) && info->kind == TypeKind::kArray) {
+      const int same = SameShape(current.get(), value);
+      if (!same) RaiseShapeError(PathText(path_), value, current.get());
+      if (same <= 0) return false;
+    }
     if (!CanAssign(owner.get())) return false;
-    items_.push_back({owner, Ref::Borrow(key), Ref::Borrow(value), current});
+    items_.push_back({owner, key, Ref::Borrow(value), current});
     return true;
   }
 
@@ -242,15 +312,50 @@ class Updater {
     }
   }
 
+  // What of `owner` may get a new item: an object's attributes, or a dict.
+  static PyObject* ItemsOf(PyObject* owner) {
+    if (IsObject(owner)) return ObjectDict(AsObject(owner));
+    return PyDict_CheckExact(owner) ? owner : nullptr;
+  }
+
+  static bool HasIntKeys(PyObject* items) {
+    PyObject* key;
+    Py_ssize_t position = 0;
+    while (PyDict_Next(items, &position, &key, nullptr)) {
+      if (PyLong_Check(key)) return true;
+    }
+    return false;
+  }
+
+  // Whether `owner` may get a leaf under `key`. The text of an int is the name
+  // of nothing but an item of a mapping, and a sequence has its items.
+  bool CanHold(PyObject* owner, PyObject* items, PyObject* key, bool variable) {
+    if (!items || (IsObject(owner) && !PyUnicode_Check(key))) return false;
+    if (!variable && !(flags_ & kNewArrays)) return false;
+    const bool ints = HasIntKeys(items);
+    if (IntOfText(key)) {
+      return !ints &&
+             (!IsObject(owner) || PyObject_HasAttrString(owner, "keys"));
+    }
+    return variable || !ints || !IsObject(owner);
+  }
+
   // A leaf that the graph does not have yet becomes an attribute or item.
   bool PlanNew(PyObject* owner, PyObject* key, PyObject* value) {
-    const bool can_hold =
-        (IsObject(owner) && PyUnicode_Check(key)) || PyDict_CheckExact(owner);
-    if (!can_hold || PyDict_Check(value)) {
+    PyObject* items = ItemsOf(owner);
+    if (!items && PyErr_Occurred()) return false;
+    if (PyDict_Check(value) || !CanHold(owner, items, key, IsVariable(value))) {
+      Ref keys = items ? Ref::Steal(PyDict_Keys(items)) : Ref();
+      if (items && !keys) return false;
+      Ref known = keys ? Ref::Steal(PyUnicode_FromFormat(" with the keys %R",
+                                                         keys.get()))
+                       : Ref::Steal(PyUnicode_FromString(""));
+      if (!known) return false;
       PyErr_Format(PyExc_ValueError,
                    "The graph must have every node of the state, but `%s` is "
-                   "not there (in a %s).",
-                   PathText(path_).c_str(), Py_TYPE(owner)->tp_name);
+                   "not there: no key %R in a %s%U.",
+                   PathText(path_).c_str(), key, Py_TYPE(owner)->tp_name,
+                   known.get());
       return false;
     }
     Ref copy = Ref::Borrow(value);
@@ -302,16 +407,19 @@ class Updater {
                   : PyObject_DelItem(owner, key)) == 0;
   }
 
+  const long flags_;
   std::vector<Write> writes_;
   std::vector<ItemWrite> items_;
   std::vector<Ref> path_;
   std::vector<Ref> held_;  // the items of the mappings that are open
 };
 
-// update(value, state)
+// update(value, state, flags)
 PyObject* UpdateFunction(PyObject*, PyObject* const* args, Py_ssize_t nargs) {
-  if (!CheckArity(nargs, 2, "update")) return nullptr;
-  Updater updater;
+  if (!CheckArity(nargs, 3, "update")) return nullptr;
+  const long flags = PyLong_AsLong(args[2]);
+  if (flags == -1 && PyErr_Occurred()) return nullptr;
+  Updater updater(flags);
   if (!updater.Plan(args[0], args[1]) || !updater.Run()) return nullptr;
   Py_RETURN_NONE;
 }
@@ -320,7 +428,8 @@ PyObject* UpdateFunction(PyObject*, PyObject* const* args, Py_ssize_t nargs) {
 PyMethodDef* Functions() {
   static PyMethodDef functions[] = {
       {"update", Fast(UpdateFunction), METH_FASTCALL,
-       "update(value, state): writes a state into a graph, or nothing of it."},
+       "update(value, state, flags): writes a state into a graph, or nothing "
+       "of it."},
       {nullptr, nullptr, 0, nullptr},
   };
   return functions;

@@ -281,5 +281,113 @@ class BatchNormTest(parameterized.TestCase):
         np.testing.assert_allclose(var[device], alone.var.value, rtol=1e-5)
 
 
+class StackedTest(parameterized.TestCase):
+  """Optimizers of layers that a transform has stacked."""
+
+  def setUp(self):
+    super().setUp()
+    devices.need_devices(8)
+
+  def make(self, mesh, tx, jitted, metadata, library=nnx):
+    init = library.with_partitioning(
+      jax.nn.initializers.lecun_normal(), ("d", "m")
+    )
+
+    class Layer(library.Module):
+      def __init__(self, rngs):
+        self.kernel = library.Param(init(rngs.params(), (8, 4)))
+
+    stacked = library.split_rngs(splits=4)(library.vmap(Layer, **metadata))
+
+    class Model(library.Module):
+      def __init__(self):
+        self.layers = stacked(library.Rngs(0))
+
+    def build():
+      model = Model()
+      return model, library.Optimizer(model, tx, wrt=library.Param)
+
+    with jax.set_mesh(mesh):
+      return (library.jit(build) if jitted else build)()
+
+  def meshes(self):
+    for kind in (jax.sharding.AxisType.Auto, jax.sharding.AxisType.Explicit):
+      yield jax.make_mesh(
+        (2, 2, 2), ("layers", "d", "m"), axis_types=(kind,) * 3
+      )
+
+  @parameterized.product(
+    jitted=(False, True),
+    tx=(
+      optax.adam(1e-3),
+      optax.MultiSteps(optax.adam(1e-3), 2),
+      optax.masked(optax.sgd(1e-3, momentum=0.9), True),
+      optax.chain(optax.ema(0.9), optax.trace(0.9)),
+    ),
+  )
+  def test_state_is_where_its_parameter_is(self, jitted, tx):
+    for mesh in self.meshes():
+      model, optimizer = self.make(mesh, tx, jitted, {})
+      kernel = model.layers.kernel.value
+      want = NamedSharding(mesh, P(None, "d", "m"))
+      self.assertTrue(kernel.sharding.is_equivalent_to(want, 3))
+      found = [
+        leaf
+        for _, leaf in nnx.to_flat_state(nnx.state(optimizer))
+        if leaf.ndim == 3
+      ]
+      self.assertNotEmpty(found)
+      for leaf in found:
+        self.assertTrue(
+          leaf.value.sharding.is_equivalent_to(want, 3), leaf.value.sharding
+        )
+        self.assertEqual(leaf.out_sharding, model.layers.kernel.out_sharding)
+
+  @parameterized.parameters(False, True)
+  def test_factors_have_no_annotation(self, jitted):
+    tx = optax.adafactor(1e-3, min_dim_size_to_factor=2)
+    for mesh in self.meshes():
+      _, optimizer = self.make(mesh, tx, jitted, {})
+      for path, leaf in nnx.to_flat_state(nnx.state(optimizer)):
+        self.assertFalse(leaf.has_metadata("out_sharding"), path)
+
+  @parameterized.parameters(None, "layers")
+  def test_names_of_all_axes_say_where_state_is_as_in_flax(self, name):
+    metadata = {"transform_metadata": {nnx.PARTITION_NAME: name}}
+    mesh = next(self.meshes())
+    specs = []
+    for library in (nnx, flax_nnx):
+      _, optimizer = self.make(mesh, optax.adam(1e-3), False, metadata, library)
+      mean = optimizer.opt_state[0].mu["layers"]["kernel"]
+      specs.append(mean[...].sharding.spec)
+    self.assertEqual(specs, [P(name, "d", "m")] * 2)
+
+  def test_averages_are_where_the_parameters_are(self):
+    for mesh in self.meshes():
+      model, _ = self.make(mesh, optax.sgd(1e-3), False, {})
+      average = nnx.EMA(model, decay=0.9).params.layers.kernel.value
+      self.assertTrue(
+        average.sharding.is_equivalent_to(
+          NamedSharding(mesh, P(None, "d", "m")), 3
+        )
+      )
+
+  def test_a_step_keeps_them_there(self):
+    mesh = next(self.meshes())
+    model, optimizer = self.make(mesh, optax.adam(1e-3), False, {})
+
+    @nnx.jit
+    def step(model, optimizer):
+      grads = nnx.grad(lambda m: (m.layers.kernel[...] ** 2).sum())(model)
+      optimizer.update(model, grads)
+
+    with jax.set_mesh(mesh):
+      step(model, optimizer)
+    mean = optimizer.opt_state[0].mu.layers.kernel.value
+    self.assertTrue(
+      mean.sharding.is_equivalent_to(NamedSharding(mesh, P(None, "d", "m")), 3)
+    )
+
+
 if __name__ == "__main__":
   absltest.main()

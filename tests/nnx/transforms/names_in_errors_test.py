@@ -1,0 +1,206 @@
+"""Errors of jax name the user's function, its line and its arguments."""
+
+import inspect
+from unittest import mock
+
+from absl.testing import absltest, parameterized
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import nnx
+
+
+class Block(nnx.Module):
+  def __init__(self):
+    self.kernel = nnx.Param(jnp.ones((2, 3)))
+
+
+class Model(nnx.Module):
+  def __init__(self):
+    self.blocks = [Block(), Block()]
+
+
+def branches(model, x):
+  if model.blocks[1].kernel.sum() > 0:
+    return x
+  return x + 1
+
+
+def branches_in_a_loop(x, model):
+  return branches(model, x), x
+
+
+def branches_in_a_body(value):
+  return value[0], branches(*value)
+
+
+def as_number(model, x):
+  return x * int(model.blocks[1].kernel[0, 0])
+
+
+def as_index(model, x):
+  return [x][model.blocks[1].kernel[0, 0].astype(int)]
+
+
+def as_array(model, x):
+  return x + np.asarray(model.blocks[1].kernel[...])
+
+
+def place_of(function):
+  file = inspect.getsourcefile(function)
+  return f"{function.__name__} at {file}:{function.__code__.co_firstlineno}"
+
+
+X = jnp.ones(3)
+
+# Each calls a function of a model and an array under a transform.
+TRANSFORMS = {
+  "jit": lambda f, m: nnx.jit(f)(m, X),
+  "jit_keywords": lambda f, m: nnx.jit(f)(x=X, model=m),
+  "jit_donated": lambda f, m: nnx.jit(f, donate_argnums=0)(m, X),
+  "jit_partial": lambda f, m: nnx.jit_partial(f, m)(X),
+  "lower": lambda f, m: nnx.jit(f).lower(m, X),
+  "remat": lambda f, m: nnx.remat(f)(m, X),
+  "cond": lambda f, m: nnx.cond(True, f, f, m, X),
+  "switch": lambda f, m: nnx.switch(0, [f, f], m, X),
+  "eval_shape": lambda f, m: nnx.eval_shape(f, m, X),
+  "make_jaxpr": lambda f, m: nnx.make_jaxpr(f)(m, X),
+  "grad_of_remat": lambda f, m: nnx.grad(lambda m: nnx.remat(f)(m, X).sum())(m),
+}
+
+
+class ArgumentsTest(parameterized.TestCase):
+  @parameterized.named_parameters((name, name) for name in TRANSFORMS)
+  def test_a_value_that_is_not_known_is_named(self, name):
+    for function in (branches, as_number, as_index, as_array):
+      with self.assertRaises(jax.errors.JAXTypeError) as caught:
+        TRANSFORMS[name](function, Model())
+      text = str(caught.exception)
+      self.assertIn(place_of(function), text)
+      self.assertIn("model.blocks[1].kernel", text)
+      self.assertNotIn("leaves", text)
+      self.assertNotIn("values[", text)
+
+  @parameterized.parameters(False, True)
+  def test_in_scan(self, carried):
+    axes = nnx.StateAxes({...: nnx.Carry}) if carried else None
+    with self.assertRaises(jax.errors.TracerBoolConversionError) as caught:
+      nnx.scan(
+        branches_in_a_loop,
+        length=2,
+        in_axes=(nnx.Carry, axes),
+        out_axes=(nnx.Carry, 0),
+      )(X, Model())
+    text = str(caught.exception)
+    self.assertIn(place_of(branches_in_a_loop), text)
+    self.assertIn("model.blocks[1].kernel", text)
+
+  def test_in_loops(self):
+    with self.assertRaises(jax.errors.TracerBoolConversionError) as caught:
+      nnx.while_loop(lambda value: True, branches_in_a_body, (Model(), X))
+    text = str(caught.exception)
+    self.assertIn(place_of(branches_in_a_body), text)
+    self.assertIn("value[0].blocks[1].kernel", text)
+
+    def test(value):
+      return bool(value[1].sum() > 0)
+
+    with self.assertRaises(jax.errors.TracerBoolConversionError) as caught:
+      nnx.while_loop(test, lambda value: value, (Model(), X))
+    self.assertIn(place_of(test), str(caught.exception))
+    self.assertIn("value[1]", str(caught.exception))
+
+  def test_more_arguments_than_parameters_have_names(self):
+    def function(*args, **options):
+      return 1 if args[1].kernel.sum() > 0 else options["x"]
+
+    with self.assertRaises(jax.errors.TracerBoolConversionError) as caught:
+      nnx.jit(function)(X, Block(), x=X)
+    self.assertIn("args[1].kernel", str(caught.exception))
+
+  def test_an_array_that_does_not_fit_its_sharding_is_named(self):
+    mesh = jax.make_mesh((1,), ("a",))
+    sharding = jax.sharding.NamedSharding(mesh, jax.P("a", None, None))
+    with self.assertRaisesRegex(ValueError, r"model\.blocks\[0\]\.kernel"):
+      nnx.jit(branches, in_shardings=(sharding, None))(Model(), X)
+
+  def test_an_argument_that_cannot_be_traced_is_named(self):
+    with self.assertRaisesRegex(
+      TypeError, r"must be arrays, numbers or static, but `x` is 'abc'"
+    ):
+      nnx.jit(branches)(Model(), "abc")
+
+  def test_a_result_that_is_no_array_names_the_function(self):
+    def function(model):
+      return object()
+
+    with self.assertRaises(TypeError) as caught:
+      nnx.jit(function)(Model())
+    self.assertIn(place_of(function), str(caught.exception))
+
+  def test_a_tracer_that_leaked_names_the_function(self):
+    leaked = []
+
+    def leak(model):
+      leaked.append(model.blocks[0].kernel * 2)
+
+    nnx.jit(leak)(Model())
+    with self.assertRaises(jax.errors.UnexpectedTracerError) as caught:
+      leaked[0] + 1
+    self.assertIn(place_of(leak), str(caught.exception))
+
+  def test_a_carry_that_changes_names_the_variable(self):
+    def body(x, model):
+      kernel = model.blocks[0].kernel
+      kernel.value = kernel.value.astype(jnp.float16)
+      return x, x
+
+    with self.assertRaisesRegex(TypeError, r"args\[1\]\.blocks\[0\]\.kernel"):
+      nnx.scan(
+        body, length=2, in_axes=(nnx.Carry, None), out_axes=(nnx.Carry, 0)
+      )(X, Model())
+
+  def test_names_are_not_made_by_repeated_calls(self):
+    def function(model):
+      return model.blocks[0].kernel * 2
+
+    jitted, model = nnx.jit(function), Model()
+    jitted(model)
+    with mock.patch.object(nnx.transforms.lift.Lifted, "root_names") as names:
+      jitted(model)
+    names.assert_not_called()
+
+
+class OriginTest(absltest.TestCase):
+  def test_what_jax_makes_for_the_user_was_made_on_the_users_line(self):
+    param = jax.tree.map(nnx.Param, [jnp.ones(2)])[0]
+    line = inspect.currentframe().f_lineno - 1
+    self.assertEqual(param._origin, (__file__, line))
+
+    @jax.jit
+    def write():
+      param.value = jnp.zeros(2)
+
+    with self.assertRaises(nnx.TraceContextError) as caught:
+      write()
+    self.assertIn(
+      f'It was made at "{__file__}", line {line}.', str(caught.exception)
+    )
+
+  def test_inside_of_transforms_of_jax(self):
+    made = []
+
+    def make(x):
+      made.append(nnx.Param(x))
+      return x
+
+    line = make.__code__.co_firstlineno + 1
+    jax.jit(make)(X)
+    jax.vmap(make)(X)
+    for param in made:
+      self.assertEqual(param._origin, (__file__, line))
+
+
+if __name__ == "__main__":
+  absltest.main()
