@@ -319,8 +319,8 @@ class FailureTest(parameterized.TestCase):
           "a": 2.0,
           "arrays": {0: new},
           "first": {"w": new},
-          "more": new,
-          "table": {"x": new, "y": new},
+          "more": nnx.Variable(new),
+          "table": {"x": new, "y": nnx.Variable(new)},
           "second": {"w": wrong},
         },
       )
