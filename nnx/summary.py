@@ -98,6 +98,10 @@ class _Watch(threading.local):
 _watch = _Watch()
 
 
+def _is_iterator(value: Any) -> bool:
+  return isinstance(value, Iterator)
+
+
 class _Recorder:
   """Keeps the calls that are made while it is active."""
 
@@ -136,7 +140,7 @@ class _Recorder:
         object_path=path,
         path=path if name == "__call__" else (*path, name),
         inputs_repr=inputs,
-        outputs=jax.tree.map(_abstract, outputs),
+        outputs=jax.tree.map(_abstract, outputs, is_leaf=_is_iterator),
         flops=flops,
         vjp_flops=vjp_flops,
       )

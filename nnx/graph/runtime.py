@@ -60,11 +60,12 @@ def is_array_type(cls: type) -> Any:
   """
   if issubclass(cls, _ARRAY_TYPES):
     return True
-  if cls in pytree.data_types and not tracing.is_pytree_type(cls):
+  foreign = is_of_flax_nnx(cls)
+  if cls in pytree.data_types and (foreign or not tracing.is_pytree_type(cls)):
     return True
   if issubclass(cls, np.generic):
     return False
-  return ... if is_of_flax_nnx(cls) else None
+  return ... if foreign else None
 
 
 def configure() -> None:

@@ -63,6 +63,11 @@ def is_pytree_type(cls: type) -> bool:
   return cls in _tree_util._registry
 
 
+def primitive_type() -> Any:
+  """The class of jax's primitives; `jax.extend.core` would import Pallas."""
+  return _core.Primitive
+
+
 def context_mesh() -> Any:
   """The mesh of `with mesh:`, which jax has deprecated, or None."""
   resources = getattr(_mesh, "thread_resources", None)

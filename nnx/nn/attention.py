@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from nnx import eager
 from nnx.module import Module
 from nnx.nn import (
   checks,
@@ -472,7 +473,8 @@ class MultiHeadAttention(Module):
         and not sow_weights
         and self.precision is None
         and self.attention_fn is dot_product_attention
-        and dot_product.is_as_imported()
+        # A kernel would hide functions that were replaced.
+        and eager.functions_are_as_imported()
         and query.dtype in (jnp.float32, jnp.bfloat16, jnp.float16)
       ):
         buffers, x = decoding.append_and_attend(

@@ -344,23 +344,6 @@ def _plain_attention(
 _one_attention = eager.one_call(_plain_attention, static_argnums=(5, 6, 7, 8))
 
 
-def is_as_imported() -> bool:
-  """Whether functions of jax that attention calls are those of its import.
-
-  Where they are not, a kernel in their place would hide the difference.
-
-  Example:
-
-    >>> from unittest import mock
-    >>> import jax.numpy as jnp
-    >>> from nnx.nn import dot_product
-    >>> with mock.patch.object(jnp, "einsum"):
-    ...   dot_product.is_as_imported()
-    False
-  """
-  return eager.as_imported(_one_attention)
-
-
 def _check_qkv(query, key, value):
   _check_shapes("`query`, `key` and `value`", query, key, value)
   if key.shape[-3] != value.shape[-3]:

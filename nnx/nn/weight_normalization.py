@@ -212,7 +212,7 @@ class SpectralNorm(Module):
     update_stats: bool = True,
     rngs: Rngs,
   ):
-    checks.whole("n_steps", n_steps, 1)
+    checks.whole("n_steps", n_steps)
     checks.small("epsilon", epsilon)
     self.layer_instance = layer_instance
     self.n_steps = n_steps

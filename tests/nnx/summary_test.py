@@ -181,7 +181,7 @@ class TabulateTest(absltest.TestCase):
 
   def test_a_failed_call_leaves_nothing_behind(self):
     model = nnx.Linear(2, 3, rngs=nnx.Rngs(0))
-    with self.assertRaises(TypeError):
+    with self.assertRaisesRegex(ValueError, "last axis of `inputs` must be 2"):
       nnx.tabulate(model, jnp.ones((1, 5)))
     rows = []
     nnx.tabulate(

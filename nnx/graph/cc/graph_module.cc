@@ -1,5 +1,6 @@
 #include <pybind11/pybind11.h>
 
+#include "nnx/graph/cc/identity.h"
 #include "nnx/graph/cc/jit.h"
 #include "nnx/graph/cc/lift.h"
 #include "nnx/graph/cc/mappings.h"
@@ -33,6 +34,7 @@ PYBIND11_MODULE(_engine, m) {
       !nnx::graph::InitSplit(module) || !nnx::graph::InitMerge(module) ||
       !nnx::graph::InitUpdate(module) || !nnx::graph::InitMappings(module) ||
       !nnx::graph::InitPytree(module) || !nnx::graph::InitNodeTypes(module) ||
+      !nnx::graph::InitIdentity(module) ||
       PyModule_AddFunctions(module, configure_functions) < 0) {
     throw pybind11::error_already_set();
   }
