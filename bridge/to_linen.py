@@ -406,8 +406,12 @@ def _rebuilt(
   """The structure of a Module whose graphdef was not stored."""
 
   def build():
-    rngs = {} if model.skip_rng else {"rngs": nnx.Rngs(0)}
-    made = model.nnx_class(*model.args, **model.kwargs, **rngs)
+    kwargs = dict(model.kwargs)
+    if not model.skip_rng:
+      # Of the names that `init` had, so that each stream gets its own key.
+      names = {"default", *model.scope.rngs}
+      kwargs["rngs"] = nnx.Rngs(**dict.fromkeys(sorted(names), 0))
+    made = model.nnx_class(*model.args, **kwargs)
     return _structure(_checked(model, made))
 
   graphdef, arrays = jax.eval_shape(build) if model.abstract_init else build()

@@ -292,7 +292,11 @@ def linen_variables(model: ToNNX) -> dict[str, Any]:
   Returns:
     Collection to nested dicts of arrays or metadata boxes; the arrays are those
     of the module.
+
+  Raises:
+    TypeError: if `model` is no `ToNNX`.
   """
+  _check_bridged(model)
   return variables_lib.nnx_attrs_to_linen_vars(_attributes(model))
 
 
@@ -321,15 +325,45 @@ def load_linen_variables(
       that a checkpoint has made `{"value": ...}`.
 
   Raises:
+    TypeError: if `model` is no `ToNNX`, or `variables` do not map collections
+      to mappings.
     ValueError: if the module has been initialised, and has other variables or
       variables of other shapes.
   """
+  _check_bridged(model)
+  if not isinstance(variables, Mapping) or not all(
+    isinstance(tree, Mapping) for tree in variables.values()
+  ):
+    raise TypeError(
+      "`variables` must map collections to nested mappings, as in"
+      ' `{"params": {"kernel": ...}}`, but got'
+      f" {_kinds(variables)}."
+    )
   boxed = {
     name: _with_boxes(model, tree, ()) for name, tree in variables.items()
   }
   if _is_initialised(model):
     _check_loaded(model, boxed)
   _write(model, boxed)
+
+
+def _kinds(variables: Any) -> str:
+  if not isinstance(variables, Mapping):
+    return f"an object of type `{type(variables).__name__}`"
+  return ", ".join(
+    f"a `{type(tree).__name__}` for `{name}`"
+    for name, tree in variables.items()
+    if not isinstance(tree, Mapping)
+  )
+
+
+def _check_bridged(model: Any) -> None:
+  if not isinstance(model, ToNNX):
+    raise TypeError(
+      "`model` must be a `ToNNX`, but got an object of type"
+      f" `{type(model).__name__}`. Pass the attribute that holds the Linen"
+      " module, as in `model.dense`."
+    )
 
 
 def _check_loaded(model: ToNNX, variables: Mapping[str, Any]) -> None:

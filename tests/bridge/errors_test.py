@@ -347,5 +347,32 @@ class ToLinenErrorsTest(absltest.TestCase):
     self.assertTrue((y == 0).any())
 
 
+class BridgedTest(parameterized.TestCase):
+  @parameterized.parameters(
+    lambda: bridge.linen_variables(nn.Dense(3)),
+    lambda: bridge.load_linen_variables(nn.Dense(3), {}),
+  )
+  def test_no_bridged_module(self, call):
+    with self.assertRaisesRegex(
+      TypeError,
+      "`model` must be a `ToNNX`, but got an object of type `Dense`. Pass the"
+      " attribute that holds the Linen module",
+    ):
+      call()
+
+  @parameterized.parameters(
+    ([1], "an object of type `list`"),
+    ({"params": None}, "a `NoneType` for `params`"),
+    ({"params": X, "cache": {}}, "a `ArrayImpl` for `params`"),
+  )
+  def test_no_variables(self, variables, got):
+    with self.assertRaisesRegex(
+      TypeError,
+      r"`variables` must map collections to nested mappings, as in"
+      rf' `\{{"params": .*, but got {got}\.',
+    ):
+      bridge.load_linen_variables(bridge.ToNNX(nn.Dense(3)), variables)
+
+
 if __name__ == "__main__":
   absltest.main()

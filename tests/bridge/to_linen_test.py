@@ -295,6 +295,21 @@ class ToLinenTest(parameterized.TestCase):
       self.assertEqual(y.shape, (3, 64))
       self.assertLen({tuple(np.asarray(row)) for row in y}, 3)
 
+  def test_streams_are_the_same_without_a_graphdef(self):
+    model = bridge.to_linen(nnx.Dropout, 0.5)
+    params, one, two = jax.random.split(jax.random.key(0), 3)
+    x = jnp.ones(64)
+    variables = model.init({"params": params, "dropout": one}, x)
+
+    def drop(variables, key):
+      rngs = {"params": params, "dropout": key}
+      return np.asarray(model.apply(variables, x, rngs=rngs))
+
+    # As of a checkpoint that was read without a target.
+    for key in (one, two):
+      np.testing.assert_array_equal(drop({}, key), drop(variables, key))
+    self.assertFalse(np.array_equal(drop({}, one), drop({}, two)))
+
   def test_equal_arguments_of_other_types(self):
     class Scaled(nnx.Module):
       def __init__(self, scale):

@@ -103,16 +103,18 @@ def run(tmp_path):
       }
       | env
     )
-    done = subprocess.run(
-      [sys.executable, pytest_main.__file__, "cases.py"],
-      cwd=tmp_path,
-      env=env,
-      capture_output=True,
-      text=True,
-    )
+    # Not a pipe, which a process that a case leaves would keep open.
+    with open(tmp_path / "output", "wb") as output:
+      done = subprocess.run(
+        [sys.executable, pytest_main.__file__, "cases.py"],
+        cwd=tmp_path,
+        env=env,
+        stdout=output,
+        stderr=subprocess.STDOUT,
+      )
     cases = ElementTree.parse(report).iter("testcase")
     ran = {case.get("name") for case in cases if case.find("skipped") is None}
-    return done.returncode, ran, done.stdout + done.stderr
+    return done.returncode, ran, (tmp_path / "output").read_text()
 
   run.write = write
   return run
@@ -203,6 +205,54 @@ def test_alone_a_case_that_dies_fails(run, text):
   assert status == 1
   assert "2 failed" in output, output
   assert "test_dies" in output
+
+
+# None of these says how it went.
+WITHOUT_A_WORD = """
+import os
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+
+
+def test_ends_well():
+  os._exit(0)
+
+
+def test_ends_in_a_signal_without_a_name():
+  os.kill(os.getpid(), 40)
+
+
+def test_leaves_a_process():
+  subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+  if os.fork() == 0:
+    time.sleep(60)
+    os._exit(0)
+
+
+def test_is_skipped():
+  import atexit
+
+  atexit.register(print, "a last word")
+  pytest.skip("on purpose")
+"""
+
+
+@pytest.mark.parametrize(
+  "thread", ["", "threading.Thread(target=time.sleep, args=[9], daemon=True)"]
+)
+def test_alone_a_case_that_ends_without_a_word_fails(run, thread):
+  run.write(WITHOUT_A_WORD + (thread and f"{thread}.start()\n"))
+  status, ran, output = run(NNX_ALONE="1")
+  assert status == 1
+  assert "2 failed, 1 passed, 1 skipped" in output, output
+  assert "the process of the test ended with status 0" in output
+  assert "the process of the test ended with signal 40" in output
+  assert "on purpose" in output
+  assert "test_leaves_a_process" in ran
 
 
 def test_alone_one_of_some_is_always_the_same(run):

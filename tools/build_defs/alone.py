@@ -11,11 +11,14 @@ any, as using jax does, a fresh process is started instead.
 
 from collections.abc import Sequence
 import os
+import pathlib
 import pickle
 import signal
 import subprocess
 import sys
-from typing import Any
+import tempfile
+from typing import IO, Any
+from xml.etree import ElementTree
 import zlib
 
 import pytest
@@ -27,7 +30,6 @@ _NOT_ALONE = (
   "TEST_SHARD_INDEX",
   "TEST_SHARD_STATUS_FILE",
   "TEST_TOTAL_SHARDS",
-  "XML_OUTPUT_FILE",
 )
 
 
@@ -80,29 +82,27 @@ class AlonePlugin:
   def _forked(self, item: pytest.Item) -> list[Any]:
     sys.stdout.flush()
     sys.stderr.flush()
-    read, write = os.pipe()
-    child = os.fork()
-    if child == 0:
-      self._in_the_fork(item, read, write)
-    os.close(write)
-    with open(read, "rb") as told:
+    # A file, as what the case leaves running would keep a pipe open.
+    with tempfile.TemporaryFile() as told:
+      child = os.fork()
+      if child == 0:
+        self._in_the_fork(item, told)
+      _, status = os.waitpid(child, 0)
+      told.seek(0)
       reports = told.read()
-    _, status = os.waitpid(child, 0)
     code = os.waitstatus_to_exitcode(status)
-    if code != 0:
-      how = f"status {code}" if code > 0 else signal.Signals(-code).name
-      return [_failure(item, f"the process of the test ended with {how}")]
+    if code != 0 or not reports:
+      return [_failure(item, _end(code))]
     hook = item.config.hook
     return [
       hook.pytest_report_from_serializable(config=item.config, data=data)
       for data in pickle.loads(reports)
     ]
 
-  def _in_the_fork(self, item: pytest.Item, read: int, write: int) -> None:
+  def _in_the_fork(self, item: pytest.Item, told: IO[bytes]) -> None:
     """Runs the case, tells of it, and ends the process."""
     status = 1
     try:
-      os.close(read)
       # What the reporter of this process has to say is said by the other one.
       nowhere = os.open(os.devnull, os.O_WRONLY)
       os.dup2(nowhere, 1)
@@ -110,8 +110,8 @@ class AlonePlugin:
       from _pytest import runner
 
       runner.runtestprotocol(item, nextitem=None)
-      with open(write, "wb") as told:
-        pickle.dump(self._reports, told)
+      pickle.dump(self._reports, told)
+      told.flush()
       status = 0
     finally:
       sys.stderr.flush()
@@ -120,19 +120,38 @@ class AlonePlugin:
   def _fresh(self, item: pytest.Item) -> list[Any]:
     environment = {k: v for k, v in os.environ.items() if k not in _NOT_ALONE}
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))
-    ran = subprocess.run(
-      [*self._program, item.nodeid],
-      env=environment,
-      stdout=subprocess.PIPE,
-      stderr=subprocess.STDOUT,
-      text=True,
-    )
-    if ran.returncode != 0:
-      return [_failure(item, ran.stdout)]
-    if ran.stdout.rstrip().rpartition("\n")[2].startswith("1 skipped"):
-      where = (*item.location[:2], "Skipped in a process of its own")
-      return [_report(item, "skipped", where)]
+    with tempfile.TemporaryDirectory() as directory:
+      report = pathlib.Path(directory, "report.xml")
+      output = pathlib.Path(directory, "output")
+      with open(output, "wb") as written:
+        ran = subprocess.run(
+          [*self._program, item.nodeid],
+          env={**environment, "XML_OUTPUT_FILE": str(report)},
+          stdout=written,
+          stderr=subprocess.STDOUT,
+        )
+      text = output.read_text(errors="replace")
+      # A process that ends well may have ended in the middle of the case.
+      cases = []
+      if report.exists():
+        cases = list(ElementTree.parse(report).iter("testcase"))
+    if ran.returncode != 0 or not cases:
+      return [_failure(item, f"{_end(ran.returncode)}\n{text}")]
+    skipped = [case.find("skipped") for case in cases]
+    for why in skipped:
+      if why is not None and why.get("type") == "pytest.skip":
+        where = (*item.location[:2], f"Skipped: {why.get('message')}")
+        return [_report(item, "skipped", where)]
     return [_report(item, "passed", None)]
+
+
+def _end(code: int) -> str:
+  """Says how the process of a case ended that has not told of it."""
+  how = f"status {code}"
+  if code < 0:
+    names = {s.value: s.name for s in signal.Signals}
+    how = names.get(-code, f"signal {-code}")
+  return f"the process of the test ended with {how}"
 
 
 def _threads() -> int:
