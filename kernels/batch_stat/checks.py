@@ -10,16 +10,6 @@ from kernels.batch_stat import reference
 from kernels.common import dispatch, options
 
 
-def require_array(name: str, value: Any) -> jax.Array:
-  """Returns `value` as a JAX array; raises TypeError for what is not one."""
-  try:
-    return jnp.asarray(value)
-  except (TypeError, ValueError) as error:
-    raise TypeError(
-      f"`{name}` must be an array, but got `{type(value).__name__}`."
-    ) from error
-
-
 def canonical_feature_axis(x: Any, feature_axis: int) -> int:
   """Checks x and its feature axis.
 
@@ -81,7 +71,7 @@ def check_stat(stat: Any, name: str, x: Any, feature_axis: int) -> jax.Array:
     TypeError: If it is not floating.
     ValueError: If it has another shape.
   """
-  stat = require_array(name, stat)
+  stat = options.array(name, stat)
   if not jnp.issubdtype(stat.dtype, jnp.floating):
     raise TypeError(f"`{name}` must be floating, but got {stat.dtype.name}.")
   if stat.shape != (x.shape[feature_axis],):
@@ -139,7 +129,7 @@ def check_mask(mask: Any, x: Any, feature_axis: int) -> jax.Array | None:
   """
   if mask is None:
     return None
-  mask = require_array("mask", mask)
+  mask = options.array("mask", mask)
   fits = mask.ndim <= x.ndim and all(
     m == n or m == 1 for m, n in zip(mask.shape[::-1], x.shape[::-1])
   )

@@ -150,11 +150,10 @@ def batch_norm(
     [[ 1. 10.]
      [ 3. 30.]]
   """
-  x = checks.require_array("x", x)
+  x = options.array("x", x)
   use_running_average = options.boolean(
     "use_running_average", use_running_average
   )
-  x = jnp.asarray(x)
   feature_axis = checks.canonical_feature_axis(x, feature_axis)
   stat_dtype = reference.compute_dtype(x.dtype)
   mean = checks.check_stat(mean, "mean", x, feature_axis)

@@ -101,7 +101,7 @@ def update(
     >>> out.batch_var.tolist()
     [1.0, 100.0]
   """
-  x = checks.require_array("x", x)
+  x = options.array("x", x)
   feature_axis = checks.canonical_feature_axis(x, feature_axis)
   checks.check_not_empty(x, feature_axis)
   mean = checks.check_stat(mean, "mean", x, feature_axis)

@@ -349,7 +349,7 @@ class Op:
   def check_implementation(self, implementation: str) -> None:
     """Raises ValueError unless `implementation` can be asked for."""
     names = (AUTO, XLA, *self.implementations)
-    if implementation not in names:
+    if not isinstance(implementation, str) or implementation not in names:
       raise ValueError(
         f"`implementation` of {self.name} must be one of {', '.join(names)},"
         f" but got {implementation!r}."

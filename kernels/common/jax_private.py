@@ -27,7 +27,15 @@ def cache(size: int) -> Callable[..., Any]:
   Args:
     size: How many results are kept.
   """
-  return _util.cache(max_size=size, trace_context_in_key=False)
+
+  def decorate(fn):
+    # `jax._src.util.cache` of jax 0.12 divides its places among parts that do
+    # not lend each other any, and forgets results before it is full.
+    cached = functools.lru_cache(size)(fn)
+    _util.register_cache(cached, fn.__name__)
+    return cached
+
+  return decorate
 
 
 def split_by_compiler(ctx: Any) -> bool:
@@ -176,6 +184,18 @@ def axes_around(ctx: Any) -> tuple[tuple[str, int, bool], ...]:
   return tuple((n, size, n in manual) for n, size in axes.mesh.shape.items())
 
 
+def auto_mesh(sizes: Sequence[int], names: Sequence[str]) -> Any:
+  """Returns an abstract mesh whose axes the compiler splits by.
+
+  Args:
+    sizes: Of the axes.
+    names: Of the axes.
+  """
+  # By default, axes are explicit in jax 0.12.
+  kinds = (jax.sharding.AxisType.Auto,) * len(names)
+  return jax.sharding.AbstractMesh(tuple(sizes), tuple(names), kinds)
+
+
 def tile_assignment(sharding: Any, rank: int) -> np.ndarray:
   """Reads how the compiler assigns an array's tiles to devices.
 
@@ -303,7 +323,7 @@ def partitioned_call(
   if not around:
     return call.results
   names, sizes, _ = zip(*around)
-  mesh = jax.sharding.AbstractMesh(sizes, names)
+  mesh = auto_mesh(sizes, names)
   specs = [jax.sharding.PartitionSpec(tuple(name for name, _ in free))]
   for aval in ctx.avals_out:
     open_ = (jax.sharding.PartitionSpec.UNCONSTRAINED,) * len(aval.shape)
@@ -338,7 +358,7 @@ def lower_part(
   plain = without_mesh(lambda *args: tuple(fn(*args)))
   jaxpr = jax.make_jaxpr(plain, axis_env=list(axes))(*avals)
   names, sizes = zip(*axes) if axes else ((), ())
-  mesh = jax.sharding.AbstractMesh(sizes, names)
+  mesh = auto_mesh(sizes, names)
   # Stack frames are numbered anew in each module, and this one becomes part of
   # another.
   with (

@@ -4,7 +4,28 @@ import math
 import operator
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
+
+
+def array(name: str, value: Any) -> jax.Array:
+  """Returns `value` as a JAX array.
+
+  Raises:
+    TypeError: If it is not one.
+    ValueError: If it holds an integer that is too large for JAX.
+  """
+  try:
+    return jnp.asarray(value)
+  except OverflowError as error:
+    raise ValueError(
+      f"`{name}` must hold numbers of JAX's dtypes, but got a larger one."
+    ) from error
+  except (TypeError, ValueError) as error:
+    raise TypeError(
+      f"`{name}` must be an array, but got `{type(value).__name__}`."
+    ) from error
 
 
 def boolean(name: str, value: Any) -> bool:

@@ -179,7 +179,7 @@ def read_shardings(
       cuts = more
   cuts = sorted(cuts)
   weights = cuts[-2::-1]
-  mesh = jax.sharding.AbstractMesh(
+  mesh = jax_private.auto_mesh(
     tuple(b // a for a, b in itertools.pairwise(cuts))[::-1],
     tuple(map(_name, weights)),
   )

@@ -211,8 +211,8 @@ def decode_attention(
     >>> out[0, 0, :, 0].tolist()
     [2.0, 2.0, 2.0, 2.0]
   """
-  new_k = layout_lib.require_array("new_k", new_k)
-  new_v = layout_lib.require_array("new_v", new_v)
+  new_k = options_lib.array("new_k", new_k)
+  new_v = options_lib.array("new_v", new_v)
   return _call(
     cache_k, cache_v, q, (new_k, new_v), index, lengths=lengths, layer=layer,
     layout=layout, ring=ring, k_scale=k_scale, v_scale=v_scale,
@@ -319,7 +319,7 @@ def merge(
   """
   named = {"out_a": out_a, "lse_a": lse_a, "out_b": out_b, "lse_b": lse_b}
   for name, value in named.items():
-    named[name] = layout_lib.require_array(name, value)
+    named[name] = options_lib.array(name, value)
     if not jnp.issubdtype(named[name].dtype, jnp.floating):
       raise TypeError(
         f"`{name}` must be floating, but got `{layout_lib.text(named[name])}`."
@@ -454,7 +454,7 @@ _LEAST = float(np.finfo(np.float32).tiny)
 
 def _per_logit(name, value, sizes, dtype):
   """Returns `[b, n, g, t, s]` of an operand `[b, n * g, t, s]`."""
-  array = layout_lib.require_array(name, value)
+  array = options_lib.array(name, value)
   b, n, g, t, s = sizes
   full = (b, n * g, t, s)
   if array.ndim != 4 or any(
@@ -470,7 +470,7 @@ def _per_logit(name, value, sizes, dtype):
 
 
 def _heads(name, value, n, g, batch=None):
-  array = layout_lib.require_array(name, value)
+  array = options_lib.array(name, value)
   allowed = [(n * g,)] + ([(batch, n * g)] if batch is not None else [])
   if array.shape not in allowed or not jnp.issubdtype(
     array.dtype, jnp.floating
@@ -485,7 +485,7 @@ def _heads(name, value, n, g, batch=None):
 
 def _queries(name, value, cache, batch, tokens, dim, dtype):
   """Returns q `[b, t, n, g, h]`, or `[b, n, g, t, h]` with layout "bnsh"."""
-  array = layout_lib.require_array(name, value)
+  array = options_lib.array(name, value)
   g = cache.geometry
   first = cache.layout == "bnsh"
   heads = array.shape[1 if first else 2] if array.ndim == 4 else None
@@ -529,8 +529,8 @@ def _rope_operands(x, cos, sin, where, options, batch, tokens, k_dim, index):
     return
   if cos is None or sin is None:
     raise ValueError("`rope_cos` and `rope_sin` must be given together.")
-  cos = layout_lib.require_array("rope_cos", cos)
-  sin = layout_lib.require_array("rope_sin", sin)
+  cos = options_lib.array("rope_cos", cos)
+  sin = options_lib.array("rope_sin", sin)
   if (
     cos.ndim != 2
     or cos.shape != sin.shape
@@ -580,7 +580,7 @@ def _call(
   return_lse = options_lib.boolean("return_lse", return_lse)
   options_lib.one_of("layout", layout, layout_lib.LAYOUTS)
   ring = options_lib.boolean("ring", ring)
-  q = layout_lib.require_array("q", q)
+  q = options_lib.array("q", q)
   if q.ndim != 4:
     axes = "[b, t, heads, h]" if layout != "bnsh" else "[b, heads, t, h]"
     raise ValueError(
@@ -689,7 +689,7 @@ def _call(
     x["sinks"] = _heads("sinks", sinks, g.heads, group)
   sizes = (batch, g.heads, group, tokens, cache.capacity)
   if bias is not None:
-    bias = layout_lib.require_array("bias", bias)
+    bias = options_lib.array("bias", bias)
     if not jnp.issubdtype(bias.dtype, jnp.floating):
       raise TypeError(
         f"`bias` must be floating, but got `{layout_lib.text(bias)}`. Pass a"
@@ -697,7 +697,7 @@ def _call(
       )
     x["bias"] = _per_logit("bias", bias, sizes, jnp.float32)
   if mask is not None:
-    mask = layout_lib.require_array("mask", mask)
+    mask = options_lib.array("mask", mask)
     if mask.dtype != jnp.bool_:
       raise TypeError(
         f"`mask` must be bool, but got `{layout_lib.text(mask)}`."

@@ -7,7 +7,7 @@ from jax.interpreters import ad
 import jax.numpy as jnp
 import numpy as np
 
-from kernels.common import dispatch
+from kernels.common import dispatch, options
 from kernels.kv_cache import checks, reference
 from kernels.kv_cache import layout as layout_lib
 
@@ -103,8 +103,8 @@ def update(
     >>> k[:, :, 0, 0].tolist()
     [[1.0, 0.0, 0.0, 0.0], [0.0, 0.0, 0.0, 2.0]]
   """
-  new_k = layout_lib.require_array("new_k", new_k)
-  new_v = layout_lib.require_array("new_v", new_v)
+  new_k = options.array("new_k", new_k)
+  new_v = options.array("new_v", new_v)
   if new_k.ndim != 4 or new_v.ndim != 4:
     axes = "[b, t, n, h]" if layout == "bsnh" else "[b, n, t, h]"
     raise ValueError(

@@ -101,16 +101,6 @@ def text(array: Any) -> str:
   return f"{array.dtype.name}[{', '.join(map(str, array.shape))}]"
 
 
-def require_array(name: str, value: Any) -> jax.Array:
-  """Returns `value` as a JAX array; raises TypeError for what is not one."""
-  try:
-    return jnp.asarray(value)
-  except (TypeError, ValueError) as error:
-    raise TypeError(
-      f"`{name}` must be an array, but got `{type(value).__name__}`."
-    ) from error
-
-
 # Positions, blocks and layers are int32 in the kernels.
 _INT32 = np.iinfo(np.int32)
 
@@ -127,16 +117,16 @@ def _int32(name: str, value: Any, beyond: int | None) -> jax.Array:
     try:
       wide = np.asarray(value)
     except (TypeError, ValueError):
-      wide = require_array(name, value)
+      wide = options.array(name, value)
     if wide.dtype.kind == "O":  # integers beyond 64 bits, or no array
       whole = all(isinstance(one, int) for one in wide.flat)
-      wide = wide if whole and wide.size else require_array(name, value)
+      wide = wide if whole and wide.size else options.array(name, value)
     elif wide.size == 0 and not isinstance(value, np.ndarray):
-      wide = require_array(name, value)  # of nothing, the dtype is a guess
+      wide = options.array(name, value)  # of nothing, the dtype is a guess
   kind = wide.dtype
   objects = kind.kind == "O"
   if not objects and not jnp.issubdtype(kind, jnp.integer):
-    shown = wide if isinstance(wide, jax.Array) else require_array(name, value)
+    shown = wide if isinstance(wide, jax.Array) else options.array(name, value)
     raise TypeError(f"`{name}` must hold integers, but got `{text(shown)}`.")
   fits = not objects and (
     np.iinfo(kind).max <= _INT32.max and np.iinfo(kind).min >= _INT32.min
@@ -192,7 +182,7 @@ def integers(
     expected = ", ".join(map(str, (batch, *tail)))
     raise ValueError(
       f"`{name}` must be {'' if tail else 'a scalar or '}of shape [{expected}],"
-      f" one for each sequence, but got `{text(require_array(name, value))}`."
+      f" one for each sequence, but got `{text(options.array(name, value))}`."
     )
   return array
 
@@ -270,7 +260,7 @@ def check_new(
 
 
 def _scale(name, value, batch, heads):
-  scale = require_array(name, value)
+  scale = options.array(name, value)
   if not jnp.issubdtype(scale.dtype, jnp.floating):
     raise TypeError(f"`{name}` must be floating, but got `{text(scale)}`.")
   if scale.shape not in ((), (heads,), (batch, heads)):
@@ -319,8 +309,8 @@ def canonicalize(
   """
   options.one_of("layout", layout, LAYOUTS)
   ring = options.boolean("ring", ring)
-  cache_k = require_array("cache_k", cache_k)
-  cache_v = require_array("cache_v", cache_v)
+  cache_k = options.array("cache_k", cache_k)
+  cache_v = options.array("cache_v", cache_v)
   _check_caches(cache_k, cache_v, layer is not None, layout)
   if layer is None:
     layers = jnp.zeros((batch,), jnp.int32)
@@ -332,7 +322,7 @@ def canonicalize(
     if np.ndim(layer) != 0 or not of_integers:
       raise TypeError(
         "`layer` must be an integer scalar, but got"
-        f" `{text(require_array('layer', layer))}`."
+        f" `{text(options.array('layer', layer))}`."
       )
     layers = integers("layer", layer, batch)
   g = Geometry.of(cache_k, cache_v, layout)
@@ -346,7 +336,7 @@ def canonicalize(
   if block_table is not None:
     shape = np.shape(block_table)
     if len(shape) != 2:
-      table = require_array("block_table", block_table)
+      table = options.array("block_table", block_table)
       raise ValueError(
         f"`block_table` must have 2 axes [{batch}, blocks of a sequence], but"
         f" got `{text(table)}`."

@@ -8,6 +8,7 @@ write to a Variable, so it reads the attribute behind it.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+import functools
 import os
 from typing import Any
 
@@ -18,6 +19,8 @@ from jax._src import core as _core
 from jax._src import mesh as _mesh
 from jax._src import tree_util as _tree_util
 from jax._src import util as _util
+from jax._src.lib.mlir.dialects import sdy as _sdy
+from jax.interpreters import ad, batching, mlir
 
 
 def trace_context() -> Any:
@@ -78,3 +81,49 @@ def context_mesh() -> Any:
 def register_cache(cache: Any, name: str) -> None:
   """Has `jax.clear_caches` call `cache.cache_clear()`, while `cache` lives."""
   _util.register_cache(cache, name)
+
+
+@functools.cache
+def _alike() -> Any:
+  """The primitive of `sharded_alike`."""
+  primitive = _core.Primitive("sharded_alike")
+  primitive.def_abstract_eval(lambda value, like: value)
+  primitive.def_impl(lambda value, like: value)
+
+  def lower(ctx, value, like):
+    # Numbers of a module: the same program always reads the same.
+    group = ctx.module_context.new_channel()
+    if jax.config.jax_use_shardy_partitioner:
+      _sdy.sharding_group(value, group)
+      _sdy.sharding_group(like, group)
+    return [value]
+
+  def batch(args, dims):
+    size = next(a.shape[d] for a, d in zip(args, dims) if d is not None)
+    args = [
+      jax.numpy.broadcast_to(arg, (size, *arg.shape))
+      if dim is None
+      else jax.numpy.moveaxis(arg, dim, 0)
+      for arg, dim in zip(args, dims)
+    ]
+    return primitive.bind(*args), 0
+
+  def jvp(primals, tangents):
+    return primitive.bind(*primals), tangents[0]
+
+  mlir.register_lowering(primitive, lower)
+  batching.primitive_batchers[primitive] = batch
+  ad.primitive_jvps[primitive] = jvp
+  return primitive
+
+
+def sharded_alike(value: Any, like: Any) -> Any:
+  """An array that the compiler places, if traced, where it places another.
+
+  Without Shardy, which jax has given up, it may lie elsewhere.
+
+  Args:
+    value: an array.
+    like: one of the same shape.
+  """
+  return _alike().bind(value, like)

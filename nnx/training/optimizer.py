@@ -9,13 +9,12 @@ from __future__ import annotations
 from typing import Any, Generic, TypeVar
 
 import jax
-from jax.experimental import shard_alike
 import jax.numpy as jnp
 from jax.sharding import NamedSharding
 
 from nnx import partitioning
 from nnx.filters import Filter
-from nnx.graph import functional
+from nnx.graph import functional, tracing
 from nnx.pytree import Pytree, data
 from nnx.state import State, from_flat_state, map_state, to_flat_state
 from nnx.variables import Param, Variable, is_ref
@@ -162,7 +161,7 @@ def _placed_like(value: Any, parameter: Any, annotation: Any) -> Any:
   sharding = jax.typeof(parameter).sharding
   if sharding.mesh.are_all_axes_explicit:
     return jax.sharding.reshard(value, sharding)
-  return shard_alike.shard_alike(parameter, value)[1]
+  return tracing.sharded_alike(value, parameter)
 
 
 def apply_updates(params: Any, updates: Any) -> Any:

@@ -49,6 +49,10 @@ class _LeafNames(Sequence[str]):
       self._names = [names.get(number, "") for number in self._numbers]
     return self._names[index]
 
+  def __radd__(self, before: tuple[str, ...]) -> tuple[str, ...]:
+    # jax 0.12 puts the names of constants in front of a tuple.
+    return (*before, *self)
+
 
 class Lifted:
   """A user's function as a function of the leaves of one structure."""

@@ -159,6 +159,18 @@ class TakenTest(parameterized.TestCase):
     self.assertIs(options.boolean("flag", np.True_), True)
     self.assertEqual(options.number("x", jnp.float32(0.5)), 0.5)
 
+  def test_what_is_no_array(self):
+    with pytest.raises(ValueError, match="`x` must hold numbers of JAX's"):
+      options.array("x", 10**40)
+    with pytest.raises(TypeError, match="`x` must be an array, but got `dict`"):
+      options.array("x", {})
+
+  def test_implementation_is_a_name(self):
+    x, zeros = jnp.ones((2, 3)), jnp.zeros(3)
+    for wrong in (np.ones(2), ["cpu"], None, 1):
+      with pytest.raises(ValueError, match="`implementation` of .* must be"):
+        batch_stat.update(x, zeros, zeros, implementation=wrong)
+
 
 class MergeTest(parameterized.TestCase):
   @parameterized.parameters(

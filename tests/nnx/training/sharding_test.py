@@ -10,6 +10,7 @@ import numpy as np
 import optax
 
 import nnx
+from nnx.graph import tracing
 from tests.testing import devices
 
 devices.use_cpu_devices(8)
@@ -342,6 +343,38 @@ class StackedTest(parameterized.TestCase):
           leaf.value.sharding.is_equivalent_to(want, 3), leaf.value.sharding
         )
         self.assertEqual(leaf.out_sharding, model.layers.kernel.out_sharding)
+
+  def test_traced_state_is_where_its_parameter_is(self):
+    mesh = next(self.meshes())
+    model, _ = self.make(mesh, optax.sgd(1e-3), False, {})
+    graphdef, state = nnx.split(model)
+
+    def text():
+      def init(state):
+        model = nnx.merge(graphdef, state)
+        optimizer = nnx.Optimizer(model, optax.adam(1e-3), wrt=nnx.Param)
+        return nnx.state(optimizer, nnx.OptState)
+
+      return jax.jit(init).lower(state)
+
+    with jax.set_mesh(mesh):
+      first, second = text(), text()
+      moments = first.compile()(state)
+      several = jax.jit(jax.vmap(lambda x: tracing.sharded_alike(x, x)))(
+        state.layers.kernel[...]
+      )
+      (gradient,) = jax.grad(
+        lambda x: jnp.sum(tracing.sharded_alike(x * x, x)[0]), (0,)
+      )(jnp.ones((2, 3)))
+    # Compilation caches rely on it.
+    self.assertEqual(first.as_text(), second.as_text())
+    want = NamedSharding(mesh, P(None, "d", "m"))
+    found = [leaf for leaf in jax.tree.leaves(moments) if leaf.ndim == 3]
+    self.assertLen(found, 2)
+    for leaf in found:
+      self.assertTrue(leaf.sharding.is_equivalent_to(want, 3), leaf.sharding)
+    np.testing.assert_array_equal(several, state.layers.kernel[...])
+    np.testing.assert_array_equal(gradient, [[2, 2, 2], [0, 0, 0]])
 
   @parameterized.parameters(False, True)
   def test_factors_have_no_annotation(self, jitted):
