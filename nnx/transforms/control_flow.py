@@ -426,8 +426,8 @@ class _Loop:
     before = list(map(carry_lib.Opened, values))
     result = call.lifted.call(values, *index)
     after = map(carry_lib.Opened, (result, *values[1:]))
-    for name, old, new in zip(self.roots, before, after):
-      carry_lib.check_same(old, new, self.transform, name)
+    for name, first, last in zip(self.roots, before, after):
+      carry_lib.check_same(first, last, self.transform, name)
     packed = _engine.pack(call.structure, objects, leaves, result)
     plan = self.plan = packed.plan
     new = carry_lib.next_values(
