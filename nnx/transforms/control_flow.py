@@ -123,7 +123,8 @@ def _select(transform, choice, branches, names, operands) -> Any:
       raise TypeError(
         f"`nnx.{transform}` must be given functions, but got `{branch!r}`."
       )
-  call = lift.Call(branches[0], operands)
+  branches, owners = _with_owners(names, branches)
+  call = lift.Call(branches[0], operands, owners)
   inputs = [i for i, leaf in enumerate(call.leaves) if lift.is_array(leaf)]
   traced = [_trace(call, transform, inputs, branch) for branch in branches]
   plans = [plan for plan, _ in traced]
@@ -155,6 +156,35 @@ def _select(transform, choice, branches, names, operands) -> Any:
   return call.apply_outputs(plan, outputs)
 
 
+def _with_owners(
+  names: Sequence[str], functions: Sequence[Callable[..., Any]]
+) -> tuple[list[Callable[..., Any]], dict[str, Any]]:
+  """Functions that all take the objects that some of them are bound to.
+
+  Args:
+    names: what the functions are called.
+    functions: the functions.
+
+  Returns:
+    The functions, and the objects, which are keyword arguments of each.
+  """
+  methods = list(map(lift.method_of, functions))
+  owners = {n: m.owner for n, m in zip(names, methods) if m is not None}
+  if not owners:
+    return list(functions), owners
+
+  def taking_owners(name, function, method):
+    @functools.wraps(function if method is None else method)
+    def call(*args, **owners):
+      if method is None:
+        return function(*args)
+      return method.function(owners[name], *args)
+
+    return call
+
+  return list(map(taking_owners, names, functions, methods)), owners
+
+
 def _trace(
   call: lift.Call,
   transform: str,
@@ -162,7 +192,7 @@ def _trace(
   branch: Callable[..., Any],
 ):
   """The plan of a branch and its jaxpr: a branch runs once in Python."""
-  lifted = lift.Lifted(branch, call.structure, ())
+  lifted = lift.Lifted(branch, call.structure, call.lifted.names)
   plans = []
 
   def flat(*values):
@@ -182,6 +212,8 @@ def _walk_operands(call: lift.Call) -> prefix.Walk:
   )
   for i in range(call.num_args):
     walk.visit_root(prefix.Root(None, "operands", f"operands[{i}]"))
+  for name in call.lifted.names:
+    walk.visit_root(prefix.Root(None, "operands", name))
   return walk
 
 
@@ -276,15 +308,15 @@ def while_loop(
       if `cond_fun` writes.
     TypeError: if an array changes its shape or dtype.
   """
-  lift.check_function(body_fun, "while_loop")
-  lift.check_function(cond_fun, "while_loop")
-  loop = _Loop("while_loop", body_fun, init_val)
+  names = ("body_fun", "cond_fun")
+  loop = _Loop("while_loop", names, (body_fun, cond_fun), init_val)
+  cond_fun = loop.functions[1]
 
   def condition(values):
     call = loop.call
     leaves = call.with_leaves(loop.carried, values)
-    (value,), objects = _engine.unflatten(call.structure, leaves)
-    result = cond_fun(value)
+    values, objects = _engine.unflatten(call.structure, leaves)
+    result = tested.call(values)
     plan = _engine.pack(call.structure, objects, leaves, None).plan
     if plan.writes != ():
       path = loop.first_change(plan)
@@ -295,7 +327,7 @@ def while_loop(
     return _unboxed(result)
 
   call, carried = loop.call, loop.carried
-  tested = lift.Lifted(cond_fun, call.structure, ())
+  tested = lift.Lifted(cond_fun, call.structure, call.lifted.names)
   call.described(condition, "while_loop", carried, tested)
   body = call.described(lambda values: loop.body(values), "while_loop", carried)
   return loop.finish(
@@ -345,8 +377,7 @@ def fori_loop(
     ValueError: if `body_fun` changes the structure or returns other objects.
     TypeError: if an array changes its shape or dtype.
   """
-  lift.check_function(body_fun, "fori_loop")
-  loop = _Loop("fori_loop", body_fun, init_val)
+  loop = _Loop("fori_loop", ("body_fun",), (body_fun,), init_val)
   return loop.finish(
     loop.call.framed(
       functools.partial(jax.lax.fori_loop, unroll=unroll),
@@ -361,17 +392,27 @@ def fori_loop(
 class _Loop:
   """A loop with one value, all arrays of which are carried."""
 
-  def __init__(self, transform: str, fun: Callable[..., Any], init_val: Any):
+  def __init__(
+    self,
+    transform: str,
+    names: Sequence[str],
+    functions: Sequence[Callable[..., Any]],
+    init_val: Any,
+  ):
+    for function in functions:
+      lift.function_of(function, transform)
     self.transform = transform
-    self.call = lift.Call(fun, (init_val,))
-    call = self.call
+    self.functions, owners = _with_owners(names, functions)
+    self.call = call = lift.Call(self.functions[0], (init_val,), owners)
+    self.roots = ["init_val", *call.lifted.names]
     self.carried = [
       i for i, leaf in enumerate(call.leaves) if lift.is_array(leaf)
     ]
     self.walk = prefix.Walk(
       call.structure, call.leaves, call.objects, lambda entry: True
     )
-    self.walk.visit_root(prefix.Root(None, "init_val", "init_val"))
+    for name in self.roots:
+      self.walk.visit_root(prefix.Root(None, "init_val", name))
     self.plain = [
       i for i, place in enumerate(self.walk.places) if place.top < 0
     ]
@@ -381,12 +422,12 @@ class _Loop:
     """One iteration on the leaves."""
     call = self.call
     leaves = call.with_leaves(self.carried, carry_leaves)
-    (value,), objects = _engine.unflatten(call.structure, leaves)
-    before = carry_lib.Opened(value)
-    result = call.lifted.fun(*index, value)
-    carry_lib.check_same(
-      before, carry_lib.Opened(result), self.transform, "init_val"
-    )
+    values, objects = _engine.unflatten(call.structure, leaves)
+    before = list(map(carry_lib.Opened, values))
+    result = call.lifted.call(values, *index)
+    after = map(carry_lib.Opened, (result, *values[1:]))
+    for name, first, last in zip(self.roots, before, after):
+      carry_lib.check_same(first, last, self.transform, name)
     packed = _engine.pack(call.structure, objects, leaves, result)
     plan = self.plan = packed.plan
     new = carry_lib.next_values(

@@ -77,7 +77,12 @@ def custom_vjp(
       graph=not tree,
       graph_updates=not tree,
     )
-  lift.check_function(fun, "custom_vjp")
+  if isinstance(lift.function_of(fun, "custom_vjp"), lift.Method):
+    raise ValueError(
+      "`nnx.custom_vjp` must be given a function that takes its Module as an"
+      " argument, as its rule must, but got"
+      f" `{lift.name_of(fun)}`, which is bound to one."
+    )
   return CustomVjp(fun, nondiff_argnums, tree)
 
 

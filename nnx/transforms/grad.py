@@ -179,7 +179,7 @@ def _differentiate(
   reduce_axes: Sequence[Hashable],
   tree: bool,
 ) -> Callable[..., Any]:
-  lift.check_function(fun, transform)
+  fun = lift.function_of(fun, transform)
   _check_reduce_axes(reduce_axes)
   wanted_argnums = diff_states(argnums)
   if tree and any(isinstance(a, DiffState) for a in wanted_argnums):
@@ -396,6 +396,12 @@ def _flat_primal(call: lift.Call, selected: Sequence[int], has_aux: bool):
   return flat, forms
 
 
+def _arrays_of_args(call: lift.Call) -> list[int]:
+  """The leaves of the positional arguments that jax can differentiate."""
+  leaves = lift.leaves_of_roots(call.structure, range(call.num_args))
+  return [i for i in leaves if lift.is_array(call.leaves[i])]
+
+
 def vjp(
   f: Callable[..., Any] | None = None,
   *primals: Any,
@@ -445,11 +451,11 @@ def vjp(
   }
   if f is None:
     return functools.partial(vjp, **options)
-  lift.check_function(f, "vjp")
+  f = lift.function_of(f, "vjp")
   if not primals:
     return functools.partial(vjp, f, **options)
-  call = lift.Call(f, primals)
-  selected = [i for i, leaf in enumerate(call.leaves) if lift.is_array(leaf)]
+  call = lift.Call(f, primals, lift.with_owner(f, {}))
+  selected = _arrays_of_args(call)
   flat, forms = _flat_primal(call, selected, has_aux)
   _, pull_back_leaves, packed = call.framed(
     functools.partial(jax.vjp, flat, has_aux=True), call.pick(selected)
@@ -469,7 +475,7 @@ def vjp(
     filled = list(others)
     for leaf, value in zip(selected, cotangents):
       filled[leaf] = value
-    return _engine.unflatten(structure, tuple(filled))[0]
+    return _engine.unflatten(structure, tuple(filled))[0][: len(primals)]
 
   if has_aux:
     return result[0], pull_back, result[1]
@@ -524,7 +530,7 @@ def jvp(
   }
   if f is None:
     return functools.partial(jvp, **options)
-  lift.check_function(f, "jvp")
+  f = lift.function_of(f, "jvp")
   if primals is None or tangents is None:
     return functools.partial(jvp, f, **options)
   for name, value in (("primals", primals), ("tangents", tangents)):
@@ -533,15 +539,16 @@ def jvp(
         f"`{name}` must be a tuple or list with one item for each argument, but"
         f" got a `{type(value).__name__}`."
       )
-  call = lift.Call(f, primals)
+  call = lift.Call(f, primals, lift.with_owner(f, {}))
   tangent_leaves = _engine.flatten(tuple(tangents))[1]
-  if len(tangents) != len(primals) or len(tangent_leaves) != len(call.leaves):
+  count = len(lift.leaves_of_roots(call.structure, range(len(primals))))
+  if len(tangents) != len(primals) or len(tangent_leaves) != count:
     raise ValueError(
       "`tangents` must have the form of `primals`, which has"
-      f" {len(primals)} items with {len(call.leaves)} leaves, but got"
+      f" {len(primals)} items with {count} leaves, but got"
       f" {len(tangents)} items with {len(tangent_leaves)} leaves."
     )
-  selected = [i for i, leaf in enumerate(call.leaves) if lift.is_array(leaf)]
+  selected = _arrays_of_args(call)
   flat, forms = _flat_primal(call, selected, has_aux)
   _, output_tangents, packed = call.framed(
     functools.partial(jax.jvp, flat, has_aux=True),

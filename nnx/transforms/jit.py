@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 import functools
 import inspect
-import types
 from typing import Any
 
 import jax
@@ -562,8 +561,9 @@ def jit(
     Array(3, dtype=int32)
 
   Args:
-    fun: the function; without it, `jit` is a decorator with options. A method
-      bound to a Module is compiled with the Module as an argument.
+    fun: the function; without it, `jit` is a decorator with options. A
+      Module, or a method bound to one, is compiled with the Module as an
+      argument.
     in_shardings: for each positional argument a sharding, a pytree prefix of
       shardings, or a `StateSharding`. State that is written keeps the sharding
       of the argument it belongs to; Variables of the first call that are only
@@ -617,21 +617,13 @@ def jit(
     jit_options["device"] = device
   if backend is not None:
     jit_options["backend"] = backend
-  bound = None
-  if isinstance(fun, types.MethodType) and isinstance(
-    fun.__self__, _engine.ObjectBase
-  ):
-    bound, fun = fun.__self__, fun.__func__
+  method = lift.method_of(fun)
+  if method is not None:
+    fun = method.function
     static_argnums = _shifted(static_argnums)
     donate_argnums = _shifted(donate_argnums)
     if isinstance(in_shardings, (tuple, list)):
       in_shardings = (None, *in_shardings)
-  elif isinstance(fun, _engine.ObjectBase):
-    raise TypeError(
-      f"`fun` must be a function, but got a {type(fun).__name__}, whose state"
-      " the jitted function would not see change. Compile its method:"
-      " `nnx.jit(model.__call__)`, or a function that takes it."
-    )
   options = Options(
     fun,
     in_shardings,
@@ -641,7 +633,7 @@ def jit(
     jit_options,
   )
   wrapped = JitWrapped(options)
-  return wrapped if bound is None else JitPartial(wrapped, (bound,))
+  return wrapped if method is None else JitPartial(wrapped, (method.owner,))
 
 
 def _shifted(nums: int | Sequence[int] | None) -> tuple[int, ...]:

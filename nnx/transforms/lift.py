@@ -13,6 +13,7 @@ exception leaves them as they were.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+import contextlib
 import functools
 import inspect
 import types
@@ -98,11 +99,11 @@ class Lifted:
     more = [f"{rest}[{i}]" for i in range(count - len(single))]
     return [*single, *more, *self.names]
 
-  def call(self, values: Sequence[Any]) -> Any:
-    """Runs the user's function on the roots of the structure."""
+  def call(self, values: Sequence[Any], *first: Any) -> Any:
+    """Runs the user's function on the roots of the structure, after `first`."""
     count = len(values) - len(self.names)
     kwargs = dict(zip(self.names, values[count:]))
-    return self.fun(*values[:count], **kwargs)
+    return self.fun(*first, *values[:count], **kwargs)
 
 
 class Call:
@@ -300,39 +301,102 @@ def refuse_foreign(fun: Any, transform: str) -> None:
     )
 
 
-def check_function(fun: Any, transform: str) -> None:
-  """Refuses what a transform cannot lift.
+# What a method calls the object that it is bound to.
+SELF = "self"
+
+
+class Method:
+  """A function bound to an object of a graph, which is an argument of it.
+
+  Its callers bind the object to the keyword `self`, so that a transform sees
+  what the function reads of it and does to it.
+
+  Attributes:
+    function: takes the object first.
+    owner: the object.
+  """
+
+  __slots__ = ("function", "owner", "__dict__")
+
+  def __init__(self, function: Callable[..., Any], owner: Any):
+    functools.update_wrapper(self, function)
+    self.function = function
+    self.owner = owner
+    with contextlib.suppress(TypeError, ValueError):
+      own, *rest = inspect.signature(function).parameters.values()
+      if own.kind != own.VAR_POSITIONAL:
+        vars(self)["__signature__"] = inspect.Signature(rest)
+
+  def __call__(self, /, *args: Any, **kwargs: Any) -> Any:
+    return self.function(kwargs.pop(SELF), *args, **kwargs)
+
+
+def method_of(fun: Any) -> Method | None:
+  """A callable Module, or a method bound to a Module, as a `Method`.
+
+  Args:
+    fun: a function; may be a `functools.partial` of such a one.
+
+  Returns:
+    None for any other function.
+  """
+  inner, given, named = fun, (), {}
+  while isinstance(inner, functools.partial):
+    given, named = (*inner.args, *given), {**inner.keywords, **named}
+    inner = inner.func
+  if isinstance(inner, _engine.ObjectBase) and callable(inner):
+    owner, function = inner, type(inner).__call__
+  elif isinstance(inner, types.MethodType) and isinstance(
+    inner.__self__, _engine.ObjectBase
+  ):
+    owner, function = inner.__self__, inner.__func__
+  else:
+    return None
+  if inner is fun:
+    return Method(function, owner)
+
+  @functools.wraps(function)
+  def partial(owner, /, *args, **kwargs):
+    return function(owner, *given, *args, **{**named, **kwargs})
+
+  with contextlib.suppress(TypeError, ValueError):
+    own = inspect.Parameter(SELF, inspect.Parameter.POSITIONAL_ONLY)
+    rest = inspect.signature(fun).parameters.values()
+    vars(partial)["__signature__"] = inspect.Signature([own, *rest])
+  return Method(partial, owner)
+
+
+def function_of(fun: Any, transform: str) -> Callable[..., Any]:
+  """The function that a transform lifts: `fun`, or a `Method`.
 
   Raises:
-    TypeError: if `fun` is not callable, or is an object of a graph or of
-      `flax.nnx`.
-    ValueError: if `fun` is a method bound to an object of a graph.
+    TypeError: if `fun` is not callable, or is an object of `flax.nnx`.
   """
   refuse_foreign(fun, transform)
-  if isinstance(fun, _engine.ObjectBase):
-    raise TypeError(
-      f"`nnx.{transform}` must be given a function, but got a"
-      f" `{type(fun).__name__}`, whose state it would not see change. Use a"
-      " function that takes it as an argument."
-    )
   if not callable(fun):
     raise TypeError(
       f"`nnx.{transform}` must be given a function, but got `{fun!r}` of type"
       f" `{type(fun).__name__}`."
     )
-  inner = fun
-  while isinstance(inner, functools.partial):
-    inner = inner.func
-  if isinstance(inner, types.MethodType) and isinstance(
-    inner.__self__, _engine.ObjectBase
-  ):
-    owner = type(inner.__self__).__name__
-    raise ValueError(
-      f"`nnx.{transform}` must be given a function that takes its Module as an"
-      f" argument, but got the bound method `{name_of(inner)}`. Use"
-      f" `nnx.{transform}({owner}.{inner.__name__})(module, ...)`, or the"
-      f" decorator `@nnx.{transform}` in the class."
+  return method_of(fun) or fun
+
+
+def with_owner(
+  fun: Callable[..., Any], kwargs: Mapping[str, Any]
+) -> dict[str, Any]:
+  """Keyword arguments, and the object that a `Method` is bound to.
+
+  Raises:
+    TypeError: if the object has been given as well.
+  """
+  if not isinstance(fun, Method):
+    return dict(kwargs)
+  if SELF in kwargs:
+    raise TypeError(
+      f"`{name_of(fun)}` must not be given `{SELF}`, as it is bound to a"
+      f" `{type(fun.owner).__name__}` already."
     )
+  return {**kwargs, SELF: fun.owner}
 
 
 def bind(
@@ -342,6 +406,8 @@ def bind(
   option: Any = None,
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
   """Makes keyword arguments positional where the signature allows it.
+
+  The object that a `Method` is bound to comes as a keyword argument.
 
   Args:
     fun: the function.
@@ -353,15 +419,15 @@ def bind(
   count = len(option) if isinstance(option, (tuple, list)) else 0
   defaults = count > len(args)
   if isinstance(fun, functools.partial) or not (kwargs or defaults):
-    return tuple(args), dict(kwargs)
+    return tuple(args), with_owner(fun, kwargs)
   try:
     bound = inspect.signature(fun).bind(*args, **kwargs)
   except (TypeError, ValueError):
     # The call itself gives the better error.
-    return tuple(args), dict(kwargs)
+    return tuple(args), with_owner(fun, kwargs)
   if defaults and len(bound.args) < count:
     bound.apply_defaults()
-  return bound.args, bound.kwargs
+  return bound.args, with_owner(fun, bound.kwargs)
 
 
 def positions(

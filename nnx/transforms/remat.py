@@ -60,7 +60,7 @@ def remat(
       graph=graph,
       graph_updates=graph_updates,
     )
-  lift.check_function(f, "remat")
+  f = lift.function_of(f, "remat")
   argnums = lift.as_tuple(static_argnums)
 
   @functools.wraps(f)

@@ -154,7 +154,7 @@ def scan(
       graph=graph,
       graph_updates=graph_updates,
     )
-  lift.check_function(f, "scan")
+  f = lift.function_of(f, "scan")
   vmap_lib.check_axes("in_axes", in_axes, _is_axis)
   vmap_lib.check_axes("out_axes", out_axes, _is_axis)
   carry_in = _carry_position("in_axes", in_axes)
@@ -166,11 +166,11 @@ def scan(
       f" but got `in_axes={in_axes!r}` and `out_axes={out_axes!r}`."
     )
 
-  def run(*args: Any) -> Any:
-    call = lift.Call(f, args)
+  def run(*args: Any, **owner: Any) -> Any:
+    call = lift.Call(f, args, owner)
     walk = prefix.Walk(call.structure, call.leaves, call.objects, _is_axis)
     for root in prefix.roots(
-      in_axes, len(args), (), is_entry=_is_axis, option="in_axes"
+      in_axes, len(args), tuple(owner), is_entry=_is_axis, option="in_axes"
     ):
       walk.visit_root(root)
     loop = _Loop(call, walk, carry_in, carry_out, out_axes, transform_metadata)
@@ -185,18 +185,19 @@ def scan(
 
   @functools.wraps(f)
   def wrapper(*args: Any, **kwargs: Any) -> Any:
-    args, kwargs = lift.bind(f, args, kwargs, in_axes)
-    if kwargs:
+    args, owner = lift.bind(f, args, kwargs, in_axes)
+    named = sorted(owner.keys() - lift.with_owner(f, {}).keys())
+    if named:
       raise TypeError(
         "The arguments of a scanned function must be positional, but"
-        f" {sorted(kwargs)} are not."
+        f" {named} are not."
       )
     if in_axes is Carry and len(args) != 1:
       raise ValueError(
         "With `in_axes=nnx.Carry` the function must have one argument, but got"
         f" {len(args)}."
       )
-    return kept(*args)
+    return kept(*args, **owner)
 
   return wrapper
 
@@ -228,30 +229,32 @@ class _Kept(jit_lib.Options):
     self.entries = 0
     self.jitted = jit_lib.JitWrapped(self)
 
-  def __call__(self, *args: Any) -> Any:
+  def __call__(self, /, *args: Any, **owner: Any) -> Any:
     if (
       self.captures
       or jax.config.jax_disable_jit
       or not lift.outside_of_traces()
-      or not self.all_are_arrays(args)
+      or not self.all_are_arrays(args, tuple(owner.values()))
       or not eager.functions_are_as_imported()
     ):
-      return self.fun(*args)
+      return self.fun(*args, **owner)
     if self.entries > _MOST_KEPT:
       self.jitted, self.entries = jit_lib.JitWrapped(self), 0
     try:
-      return self.jitted(*args)
+      return self.jitted(*args, **owner)
     except _Captured:
       self.captures = True
-    return self.fun(*args)
+    return self.fun(*args, **owner)
 
-  def all_are_arrays(self, args: tuple[Any, ...]) -> bool:
+  def all_are_arrays(
+    self, args: tuple[Any, ...], owner: tuple[Any, ...]
+  ) -> bool:
     """Whether to trace all leaves is what a scan does, or nearly so.
 
     Numbers and NumPy's arrays that are the same for all iterations stay what
     they are.
     """
-    structure, leaves, _ = _engine.flatten(args, ())
+    structure, leaves, _ = _engine.flatten((*args, *owner), ())
     if all(isinstance(leaf, jax.Array) for leaf in leaves):
       return True
     axes = self.in_axes

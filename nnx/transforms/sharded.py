@@ -90,7 +90,7 @@ def shard_map(
       graph=graph,
       graph_updates=graph_updates,
     )
-  lift.check_function(f, "shard_map")
+  f = lift.function_of(f, "shard_map")
   _check_specs("in_specs", in_specs)
   _check_specs("out_specs", out_specs)
   groups = mapped.entries_in([in_specs, out_specs, None], _is_spec)

@@ -46,8 +46,8 @@ def eval_shape(
   Returns:
     What the function returns, with a `jax.ShapeDtypeStruct` for each array.
   """
-  lift.check_function(f, "eval_shape")
-  call = lift.Call(f, args, kwargs)
+  f = lift.function_of(f, "eval_shape")
+  call = lift.Call(f, args, lift.with_owner(f, kwargs))
   inputs = [i for i, leaf in enumerate(call.leaves) if lift.is_array(leaf)]
   packed = call.framed(
     jax.eval_shape,
@@ -109,7 +109,7 @@ def make_jaxpr(
       graph=graph,
       graph_updates=graph_updates,
     )
-  lift.check_function(f, "make_jaxpr")
+  f = lift.function_of(f, "make_jaxpr")
   argnums = lift.as_tuple(static_argnums)
 
   @functools.wraps(f)
@@ -167,13 +167,13 @@ def checkify(
   # Here, because few programs need it, and all would wait for it.
   from jax.experimental import checkify as checkify_lib
 
-  lift.check_function(f, "checkify")
+  f = lift.function_of(f, "checkify")
   if errors is None:
     errors = checkify_lib.user_checks
 
   @functools.wraps(f)
   def wrapper(*args: Any, **kwargs: Any) -> Any:
-    call = lift.Call(f, args, kwargs)
+    call = lift.Call(f, args, lift.with_owner(f, kwargs))
     inputs = [i for i, leaf in enumerate(call.leaves) if lift.is_array(leaf)]
     flat = call.described(
       lambda leaves: call.lifted(call.with_leaves(inputs, leaves)),

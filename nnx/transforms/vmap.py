@@ -82,10 +82,11 @@ def walk_axes(
   structure: Any,
   leaves: Sequence[Any],
   objects: Sequence[Any],
-  names: Sequence[str],
+  lifted: lift.Lifted,
   in_axes: Any,
 ) -> prefix.Walk:
   """Walks over arguments to find the axis of each leaf."""
+  names, bound = lifted.names, isinstance(lifted.fun, lift.Method)
   walk = prefix.Walk(structure, leaves, objects, is_axis)
   count = structure._num_roots - len(names)
   for root in prefix.roots(
@@ -96,6 +97,8 @@ def walk_axes(
     option="in_axes",
     keyword_entry=0,
   ):
+    if bound and root.where == lift.SELF:
+      root = prefix.Root(None, root.option, root.where)
     walk.visit_root(root)
   return walk
 
@@ -223,10 +226,10 @@ def vmap(
       graph=graph,
       graph_updates=graph_updates,
     )
-  lift.check_function(f, "vmap")
+  f = lift.function_of(f, "vmap")
   check_axes("in_axes", in_axes, is_axis)
   check_axes("out_axes", out_axes, is_axis)
-  groups = mapped.entries_in([in_axes, out_axes, 0], is_axis)
+  groups = mapped.entries_in([in_axes, out_axes, 0, None], is_axis)
   out_root = prefix.Root(out_axes, "out_axes", "result")
 
   @functools.wraps(f)
@@ -234,7 +237,7 @@ def vmap(
     args, kwargs = lift.bind(f, args, kwargs, in_axes)
     call = lift.Call(f, args, kwargs)
     walk = walk_axes(
-      call.structure, call.leaves, call.objects, call.lifted.names, in_axes
+      call.structure, call.leaves, call.objects, call.lifted, in_axes
     )
     check_sizes(walk, axis_size)
     inputs = [i for i, axis in enumerate(walk.entries) if axis is not None]
@@ -342,10 +345,10 @@ def pmap(
       graph=graph,
       graph_updates=graph_updates,
     )
-  lift.check_function(f, "pmap")
+  f = lift.function_of(f, "pmap")
   check_axes("in_axes", in_axes, is_axis)
   check_axes("out_axes", out_axes, is_axis)
-  groups = mapped.entries_in([in_axes, out_axes, 0], is_axis)
+  groups = mapped.entries_in([in_axes, out_axes, 0, None], is_axis)
   out_root = prefix.Root(out_axes, "out_axes", "result")
   static = lift.as_tuple(static_broadcasted_argnums)
   donated = lift.as_tuple(donate_argnums)
@@ -354,11 +357,12 @@ def pmap(
     structure: Any, leaves: tuple, names: tuple[str, ...], _: tuple
   ):
     objects = _engine.unflatten(structure, leaves)[1]
-    walk = walk_axes(structure, leaves, objects, names, in_axes)
+    lifted = lift.Lifted(f, structure, names)
+    walk = walk_axes(structure, leaves, objects, lifted, in_axes)
     check_sizes(walk, axis_size)
     given_up = lift.leaves_of_roots(structure, donated)
     function = mapped.Mapped(
-      lift.Lifted(f, structure, names),
+      lifted,
       walk,
       out_root,
       groups,
@@ -383,6 +387,10 @@ def pmap(
     return lambda leaves: function.packed(pmapped(*leaves)), None
 
   wrapped = _Pmapped(make_entry, jnp.copy, frozenset(static))
+  if isinstance(f, lift.Method):
+    return functools.wraps(f)(
+      lambda *args, **kwargs: wrapped(*args, **lift.with_owner(f, kwargs))
+    )
   return functools.update_wrapper(wrapped, f)
 
 
@@ -446,7 +454,7 @@ def transform_metadata(
       partition=partition,
       graph=graph,
     )
-  lift.check_function(f, "transform_metadata")
+  f = lift.function_of(f, "transform_metadata")
   in_axes, out_axes = _without_carry(in_axes), _without_carry(out_axes)
   check_axes("in_axes", in_axes, is_axis)
   check_axes("out_axes", out_axes, is_axis)
@@ -458,7 +466,7 @@ def transform_metadata(
     args, kwargs = lift.bind(f, args, kwargs, in_axes)
     call = lift.Call(f, args, kwargs)
     walk = walk_axes(
-      call.structure, call.leaves, call.objects, call.lifted.names, in_axes
+      call.structure, call.leaves, call.objects, call.lifted, in_axes
     )
 
     def run():

@@ -125,13 +125,5 @@ class CheckifyTest(parameterized.TestCase):
     np.testing.assert_allclose(y, 0.0)
 
 
-class ErrorTest(parameterized.TestCase):
-  @parameterized.parameters("eval_shape", "make_jaxpr", "checkify")
-  def test_bound_methods(self, name):
-    model = both.models(nnx).Dense()
-    with self.assertRaisesRegex(ValueError, "got the bound method"):
-      getattr(nnx, name)(model.__call__)
-
-
 if __name__ == "__main__":
   absltest.main()

@@ -528,15 +528,6 @@ class ErrorTest(parameterized.TestCase):
       "`StateAxes` speaks of the Variables of Modules, but was given for",
     )
 
-  @parameterized.parameters("vmap", "pmap")
-  def test_bound_methods(self, name):
-    class Model(nnx.Module):
-      def __call__(self, x):
-        return x
-
-    text = self.error(ValueError, getattr(nnx, name), Model().__call__)
-    self.assertIn(f"Use `nnx.{name}(Model.__call__)(module, ...)`", text)
-
   def test_captured_state(self):
     stack = both.models(nnx).Stack()
     text = self.error(nnx.TraceContextError, nnx.vmap(lambda x: stack(x)), X)
