@@ -95,18 +95,19 @@ def _freeze(value: Any, outer: tuple[int, ...]) -> Any:
 
 def _contents(value: Any, outer: tuple[int, ...]) -> tuple[Any, ...]:
   """What a value without a hash holds, in any place that it can."""
+  # Copied before it is walked: another thread may change it meanwhile.
   found: list[Any] = []
   if isinstance(value, abc.Set):
-    found.append(frozenset(_freeze(item, outer) for item in value))
+    found.append(frozenset(_freeze(item, outer) for item in list(value)))
   elif isinstance(value, dict):
     found.append(
       tuple(
         (_freeze(key, outer), _freeze(item, outer))
-        for key, item in value.items()
+        for key, item in list(value.items())
       )
     )
   elif isinstance(value, abc.Sequence) and not isinstance(value, memoryview):
-    found.append(tuple(_freeze(item, outer) for item in value))
+    found.append(tuple(_freeze(item, outer) for item in list(value)))
   attributes = dict(getattr(value, "__dict__", {}))
   for base in type(value).__mro__:
     slots = base.__dict__.get("__slots__", ())

@@ -17,7 +17,6 @@ import sys
 import threading
 from typing import Any
 
-import jax
 import numpy as np
 
 import nnx
@@ -159,13 +158,10 @@ def _mappings(graph, rng):
 
 
 def _tree(graph, rng):
-  # Where there may be a cycle, one level: jaxlib loses count of the stack that
-  # is left when it raises in the middle.
-  if any(record[0] == "ref" for record in nnx.graphdef(graph)._records):
-    children, aux = _engine.object_flatten(graph)
-    return _engine.make_object_unflatten(type(graph))(aux, children)
-  leaves, treedef = jax.tree.flatten(graph)
-  return jax.tree.unflatten(treedef, leaves)
+  # One level: jaxlib borrows the items of lists and dicts that it walks, so
+  # that it dies itself where one is cleared meanwhile.
+  children, aux = _engine.object_flatten(graph)
+  return _engine.make_object_unflatten(type(graph))(aux, children)
 
 
 def _set(graph, rng):
