@@ -52,7 +52,9 @@ int NodesEqual(const Node& a, const Node& b) {
   }
   if (a.kind == NodeKind::kStatic) {
     if (a.atomic != b.atomic || a.hash != b.hash) return 0;
-    return StaticEqual(a.aux.get(), a.key.get(), b.aux.get(), b.key.get());
+    // Owned: a `Matcher` may put another value there while Python compares.
+    const Ref value_a = a.aux, value_b = b.aux;
+    return StaticEqual(value_a.get(), a.key.get(), value_b.get(), b.key.get());
   }
   const int keys = ObjectsEqual(a.keys.get(), b.keys.get());
   if (keys != 1) return keys;
