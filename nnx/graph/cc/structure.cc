@@ -163,7 +163,7 @@ Py_hash_t ComputeHash(const Structure* structure, bool lenient) {
       if (!MixMapping(node.aux.get(), &hash)) return -1;
     } else {
       const bool hashed = node.kind == NodeKind::kStatic && !node.atomic;
-      const Py_hash_t part = hashed ? node.hash : PyObject_Hash(node.aux.get());
+      const Py_hash_t part = hashed ? node.hash : NativeHash(node.aux.get());
       if (part == -1) {
         if (!lenient || !PyErr_ExceptionMatches(PyExc_TypeError)) return -1;
         PyErr_Clear();

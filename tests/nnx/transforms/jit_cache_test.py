@@ -263,6 +263,8 @@ class StaticValuesTest(parameterized.TestCase):
     for kind in (float, complex):
       models = [Scale(kind("nan")) for _ in range(3)]
       self.assertLen(self.traces(*models), 1)
+      self.assertLen(self.traces(models[0], Scale(2), *models[1:]), 2)
+      self.assertLen({nnx.graphdef(model) for model in models}, 1)
 
   @parameterized.parameters(
     lambda: Opaque([1]), lambda: Opaque({"a": Opaque([1])}),
