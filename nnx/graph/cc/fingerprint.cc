@@ -25,9 +25,9 @@ bool IsPlainKey(PyObject* key) {
   return PyUnicode_CheckExact(key) || PyLong_CheckExact(key);
 }
 
-size_t NativeHash(PyObject* value) {
+size_t HashOfScalar(PyObject* value) {
   return MixInto(HashOfPointer(Py_TYPE(value)),
-                 static_cast<size_t>(PyObject_Hash(value)));
+                 static_cast<size_t>(NativeHash(value)));
 }
 
 }  // namespace
@@ -58,7 +58,7 @@ bool Fingerprint::Finish(size_t* hash) {
 
 bool Fingerprint::VisitStatic(PyObject* value) {
   if (IsNativeScalar(value)) {
-    Mix(NativeHash(value));
+    Mix(HashOfScalar(value));
   } else if (IsAtomic(value)) {
     Mix(HashOfPointer(value));
   } else {
@@ -75,9 +75,9 @@ void Fingerprint::MixNamed(PyObject* mapping) {
   size_t sum = 0;
   while (PyDict_Next(mapping, &position, &key, &value)) {
     if (!IsPlainKey(key)) continue;
-    sum += MixInto(NativeHash(key), IsNativeScalar(value)
-                                        ? NativeHash(value)
-                                        : HashOfPointer(Py_TYPE(value)));
+    sum += MixInto(HashOfScalar(key), IsNativeScalar(value)
+                                          ? HashOfScalar(value)
+                                          : HashOfPointer(Py_TYPE(value)));
   }
   Mix(sum);
 }
@@ -145,7 +145,7 @@ bool Fingerprint::VisitMapping(PyObject* mapping, Mode mode) {
   const size_t outer = hash_;
   while (PyDict_Next(mapping, &position, &key, &value)) {
     if (!IsPlainKey(key)) return false;
-    hash_ = NativeHash(key);
+    hash_ = HashOfScalar(key);
     if (!Visit(value, mode)) return false;
     sum += hash_;
   }

@@ -3,6 +3,7 @@
 
 #include <Python.h>
 
+#include <cmath>
 #include <cstring>
 #include <string>
 
@@ -29,9 +30,22 @@ inline bool NativeEqual(PyObject* a, PyObject* b) {
     const double x = PyFloat_AS_DOUBLE(a), y = PyFloat_AS_DOUBLE(b);
     return std::memcmp(&x, &y, sizeof(x)) == 0;
   }
+  if (Py_TYPE(a) == &PyComplex_Type) {
+    const Py_complex x = PyComplex_AsCComplex(a), y = PyComplex_AsCComplex(b);
+    return std::memcmp(&x, &y, sizeof(x)) == 0;
+  }
   const int equal = PyObject_RichCompareBool(a, b, Py_EQ);
   if (equal < 0) PyErr_Clear();
   return equal == 1;
+}
+
+// Of a native scalar: equal for equal ones, which Python's is not for NaN.
+inline Py_hash_t NativeHash(PyObject* value) {
+  if (Py_TYPE(value) == &PyFloat_Type || Py_TYPE(value) == &PyComplex_Type) {
+    const Py_complex parts = PyComplex_AsCComplex(value);
+    if (std::isnan(parts.real) || std::isnan(parts.imag)) return 17;
+  }
+  return PyObject_Hash(value);
 }
 
 // Whether comparing with the value runs no Python code.

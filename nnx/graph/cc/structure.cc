@@ -52,7 +52,9 @@ int NodesEqual(const Node& a, const Node& b) {
   }
   if (a.kind == NodeKind::kStatic) {
     if (a.atomic != b.atomic || a.hash != b.hash) return 0;
-    return StaticEqual(a.aux.get(), a.key.get(), b.aux.get(), b.key.get());
+    // Owned: a `Matcher` may put another value there while Python compares.
+    const Ref value_a = a.aux, value_b = b.aux;
+    return StaticEqual(value_a.get(), a.key.get(), value_b.get(), b.key.get());
   }
   const int keys = ObjectsEqual(a.keys.get(), b.keys.get());
   if (keys != 1) return keys;
@@ -161,7 +163,7 @@ Py_hash_t ComputeHash(const Structure* structure, bool lenient) {
       if (!MixMapping(node.aux.get(), &hash)) return -1;
     } else {
       const bool hashed = node.kind == NodeKind::kStatic && !node.atomic;
-      const Py_hash_t part = hashed ? node.hash : PyObject_Hash(node.aux.get());
+      const Py_hash_t part = hashed ? node.hash : NativeHash(node.aux.get());
       if (part == -1) {
         if (!lenient || !PyErr_ExceptionMatches(PyExc_TypeError)) return -1;
         PyErr_Clear();

@@ -225,7 +225,10 @@ class StaticValuesTest(parameterized.TestCase):
       jitted(model)
     return seen
 
-  VALUES = [1, True, 1.0, 0.0, -0.0, 0, False, 1j, np.float32(1), np.int32(1)]
+  VALUES = [
+    1, True, 1.0, 0.0, -0.0, 0, False, 1j, np.float32(1), np.int32(1),
+    0j, complex(0.0, -0.0), complex(-0.0, 0.0), complex(-0.0, -0.0),
+  ]  # fmt: skip
 
   @parameterized.parameters(
     lambda x: x,
@@ -257,7 +260,11 @@ class StaticValuesTest(parameterized.TestCase):
       self.assertLen(self.traces(*models), 1)
 
   def test_nan_of_its_own(self):
-    self.assertLen(self.traces(*[Scale(float("nan")) for _ in range(3)]), 1)
+    for kind in (float, complex):
+      models = [Scale(kind("nan")) for _ in range(3)]
+      self.assertLen(self.traces(*models), 1)
+      self.assertLen(self.traces(models[0], Scale(2), *models[1:]), 2)
+      self.assertLen({nnx.graphdef(model) for model in models}, 1)
 
   @parameterized.parameters(
     lambda: Opaque([1]), lambda: Opaque({"a": Opaque([1])}),
