@@ -17,6 +17,19 @@ Ref StateMapping(PyObject* state) {
   return mapping;
 }
 
+bool IsPlainKey(PyObject* key) {
+  return PyUnicode_CheckExact(key) || PyLong_CheckExact(key);
+}
+
+bool HasPlainKeys(PyObject* dict) {
+  PyObject *key, *value;
+  Py_ssize_t position = 0;
+  while (PyDict_Next(dict, &position, &key, &value)) {
+    if (!IsPlainKey(key)) return false;
+  }
+  return true;
+}
+
 Ref StoredMapping(PyObject* state) {
   PyObject* name = GetRuntime().s_mapping;
   if (_PyType_Lookup(Py_TYPE(state), name)) return Ref();

@@ -10,6 +10,11 @@
 
 namespace nnx::graph {
 
+// Whether looking a key up in a dict of such keys runs no Python code. A key of
+// another class could run some when it is compared.
+bool IsPlainKey(PyObject* key);
+bool HasPlainKeys(PyObject* dict);
+
 // Values opened by one level, as the slow walks do it: all of this may run
 // Python code, but for `StoredMapping`.
 

@@ -20,11 +20,6 @@ size_t HashOfPointer(const void* pointer) {
   return reinterpret_cast<size_t>(pointer);
 }
 
-// Comparing other keys could run Python code.
-bool IsPlainKey(PyObject* key) {
-  return PyUnicode_CheckExact(key) || PyLong_CheckExact(key);
-}
-
 size_t HashOfScalar(PyObject* value) {
   return MixInto(HashOfPointer(Py_TYPE(value)),
                  static_cast<size_t>(NativeHash(value)));
@@ -98,7 +93,10 @@ bool Fingerprint::VisitVariable(PyObject* value) {
 bool Fingerprint::VisitObject(PyObject* value) {
   ObjectObject* object = AsObject(value);
   PyObject* status = object->status;
-  if (status) MixNamed(status);
+  if (status) {
+    if (!HasPlainKeys(status)) return false;
+    MixNamed(status);
+  }
   TypeInfo* info = FindTypeInfo(Py_TYPE(value));
   if (!object->dict || !info) return false;
   const size_t base = arena_.size();

@@ -8,25 +8,6 @@
 #include "nnx/graph/cc/statics.h"
 
 namespace nnx::graph {
-namespace {
-
-// A key of another class could run Python code when it is compared.
-bool IsPlainKey(PyObject* key) {
-  return PyUnicode_CheckExact(key) || PyLong_CheckExact(key);
-}
-
-// Whether looking up a plain key runs no Python code.
-bool HasPlainKeys(PyObject* dict) {
-  PyObject *key, *value;
-  Py_ssize_t position = 0;
-  while (PyDict_Next(dict, &position, &key, &value)) {
-    if (!IsPlainKey(key)) return false;
-  }
-  return true;
-}
-
-}  // namespace
-
 bool Matcher::Match(PyObject* value) { return Visit(value); }
 
 // Gives an object its index, or tells that it was met before, which the

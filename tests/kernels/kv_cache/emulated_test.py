@@ -110,7 +110,9 @@ class EmulatedUpdateTest(parameterized.TestCase):
     rows = (jnp.zeros((2, 1, 1, 8)),) * 2
     one = jnp.zeros((2,), jnp.int32)
     three = jnp.zeros((3,), jnp.int32)
-    with pytest.raises(Exception, match=r"`index` must have shape \[2\] or"):
+    with pytest.raises(
+      Exception, match=r"`index` must have shape \[2\] of int32"
+    ):
       jax.block_until_ready(
         api.ffi_update(
           cache, cache, *rows, three, one, one, one[:, None], jnp.int32(0),

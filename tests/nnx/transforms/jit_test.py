@@ -849,8 +849,8 @@ class ErrorsTest(parameterized.TestCase):
   def test_not_a_function(self):
     with self.assertRaisesRegex(TypeError, "`fun` must be callable"):
       nnx.jit(3)
-    with self.assertRaisesRegex(TypeError, "Compile its method"):
-      nnx.jit(Dense())
+    with self.assertRaisesRegex(TypeError, "`fun` must be callable"):
+      nnx.jit(nnx.Dict(a=1))  # a Module that cannot be called
 
   def test_write_back_from_a_foreign_trace(self):
     dense = Dense()
