@@ -182,6 +182,20 @@ def marks_replaced_when_a_name_is_compared():
       function()
 
 
+def attributes_dropped_when_a_name_is_compared_in_a_call():
+  call = nnx.jit(lambda node: None)
+  for _ in range(50):
+    node = graphs.Node()
+    node.b = [nnx.Param(1.0)]
+    name = Name("b")
+    node._pytree_status = {name: True}
+    name.act = vars(node).clear
+    try:
+      call(node)
+    except RuntimeError:
+      pass  # it changed while it was walked
+
+
 def value_replaced_when_its_shape_is_read():
   class Array:
     @property
@@ -429,6 +443,7 @@ CASES = [
   attributes_replaced_by_a_pytree,
   attributes_replaced_by_the_collector,
   marks_replaced_when_a_name_is_compared,
+  attributes_dropped_when_a_name_is_compared_in_a_call,
   value_replaced_when_its_shape_is_read,
   class_that_goes_with_its_objects,
   objects_seen_while_they_are_made,
