@@ -139,7 +139,7 @@ Acquire::By-Hash "no";
 Acquire::IndexTargets::deb::Packages::MetaKey "elsewhere";
 APT::Get::AllowUnauthenticated "true";
 APT::Authentication::TrustCDROM "true";
-APT::Update::Pre-Invoke:: "touch /tmp/invoked";
+APT::Update::Pre-Invoke:: "touch invoked";
 END
 """
 
