@@ -210,7 +210,6 @@ def test_alone_a_case_that_dies_fails(run, text):
 # None of these says how it went.
 WITHOUT_A_WORD = """
 import os
-import subprocess
 import sys
 import threading
 import time
@@ -227,7 +226,8 @@ def test_ends_in_a_signal_without_a_name():
 
 
 def test_leaves_a_process():
-  subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+  sleeping = [sys.executable, "-c", "import time; time.sleep(60)"]
+  os.posix_spawn(sys.executable, sleeping, os.environ)
   if os.fork() == 0:
     time.sleep(60)
     os._exit(0)
