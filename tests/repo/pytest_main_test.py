@@ -207,6 +207,29 @@ def test_alone_a_case_that_dies_fails(run, text):
   assert "test_dies" in output
 
 
+_WAITING = """
+threading.Thread(target=time.sleep, args=[9], daemon=True).start()
+"""
+
+STOPS = """
+import threading
+import time
+
+import pytest
+
+
+def test_stops():
+  pytest.exit("enough", returncode=0)
+"""
+
+
+@pytest.mark.parametrize("alone", ["", "1"])
+@pytest.mark.parametrize("thread", ["", _WAITING])
+def test_a_case_that_ends_pytest_fails(run, alone, thread):
+  run.write(STOPS + thread)
+  assert run(NNX_ALONE=alone)[0] != 0
+
+
 # None of these says how it went.
 WITHOUT_A_WORD = """
 import os
@@ -241,11 +264,9 @@ def test_is_skipped():
 """
 
 
-@pytest.mark.parametrize(
-  "thread", ["", "threading.Thread(target=time.sleep, args=[9], daemon=True)"]
-)
+@pytest.mark.parametrize("thread", ["", _WAITING])
 def test_alone_a_case_that_ends_without_a_word_fails(run, thread):
-  run.write(WITHOUT_A_WORD + (thread and f"{thread}.start()\n"))
+  run.write(WITHOUT_A_WORD + thread)
   status, ran, output = run(NNX_ALONE="1")
   assert status == 1
   assert "2 failed, 1 passed, 1 skipped" in output, output

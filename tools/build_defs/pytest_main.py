@@ -94,6 +94,11 @@ class BazelPlugin:
       self._keep(config, items, list(itertools.compress(items, kept)))
 
   shard_may_be_empty = False
+  stopped = False
+
+  def pytest_keyboard_interrupt(self) -> None:
+    # Also called for `pytest.exit`, which may say that all went well.
+    self.stopped = True
 
   def _keep(self, config, items, kept) -> None:
     dropped = [item for item in items if item not in kept]
@@ -135,6 +140,8 @@ def main(argv: list[str]) -> int:
 
     plugins.append(alone.AlonePlugin([sys.executable, __file__]))
   status = pytest.main(args, plugins=plugins)
+  if plugin.stopped:
+    return int(status) or int(pytest.ExitCode.INTERRUPTED)
   if status == pytest.ExitCode.NO_TESTS_COLLECTED and plugin.shard_may_be_empty:
     return 0
   return int(status)

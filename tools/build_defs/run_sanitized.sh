@@ -20,6 +20,8 @@ case ${NNX_SANITIZER:-} in
   asan)
     # Python and jaxlib keep memory until exit, and jaxlib's allocators, which
     # are not instrumented, mix operators new and delete.
+    # Objects in pools of Python's own would be one block to the sanitizer.
+    export PYTHONMALLOC=malloc
     export ASAN_OPTIONS="detect_leaks=0:alloc_dealloc_mismatch=0:${ASAN_OPTIONS:-}"
     preload libasan.so
     exec "$@"
