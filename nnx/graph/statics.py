@@ -35,8 +35,8 @@ def freeze(value: Any) -> Any:
 
   Keys of two values are equal if the values hold the same, types included.
   What has a hash is taken for immutable, and compared by its own equality,
-  except for numbers, tuples, frozen sets and dataclasses; into all else is
-  looked.
+  and into numbers, tuples, frozen sets, mappings and what `dataclasses` or
+  `attrs` has made is looked as well; into all else is looked.
 
   Example:
 
@@ -84,13 +84,28 @@ def _freeze(value: Any, outer: tuple[int, ...]) -> Any:
     return cls, *_contents(value, outer)
   if isinstance(value, frozenset):
     return cls, frozenset(_freeze(item, outer) for item in value)
-  if dataclasses.is_dataclass(cls) and cls.__eq__ is not object.__eq__:
-    return cls, tuple(
-      (field.name, _freeze(getattr(value, field.name, None), outer))
-      for field in dataclasses.fields(value)
-      if field.compare
+  # Its own equality counts too, which may know of more than is seen here.
+  return cls, _compared(value, outer), value
+
+
+def _compared(value: Any, outer: tuple[int, ...]) -> Any:
+  """What a value with a hash is known to compare in a way of Python's."""
+  cls = type(value)
+  if isinstance(value, float):
+    return float.hex(value)
+  if isinstance(value, complex):
+    return float.hex(value.real), float.hex(value.imag)
+  if isinstance(value, abc.Mapping):
+    return tuple(
+      (_freeze(key, outer), _freeze(item, outer)) for key, item in value.items()
     )
-  return cls, value
+  if cls.__eq__ is object.__eq__:
+    return None
+  if dataclasses.is_dataclass(cls):
+    names = [f.name for f in dataclasses.fields(value) if f.compare]
+  else:
+    names = [a.name for a in getattr(cls, "__attrs_attrs__", ()) if a.eq]
+  return tuple((n, _freeze(getattr(value, n, None), outer)) for n in names)
 
 
 def _contents(value: Any, outer: tuple[int, ...]) -> tuple[Any, ...]:

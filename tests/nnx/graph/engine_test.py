@@ -1,7 +1,12 @@
 """The engine against the reference in Python, on random graphs."""
 
+import collections.abc
 import copy
+import dataclasses
+import functools
 import pickle
+import types
+import typing
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -279,6 +284,93 @@ def test_marked_scalars_are_leaves():
   assert _engine.flatten((node,))[0] == structure
 
 
+class Pair(typing.NamedTuple):
+  value: object
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Slots:
+  value: object
+
+
+@dataclasses.dataclass(frozen=True)
+class Weighed:
+  """Compares what no field of it is."""
+
+  name: dataclasses.InitVar[str]
+  value: object
+
+  def __post_init__(self, name):
+    vars(self)["other"] = name
+
+  def __eq__(self, other):
+    return self.other == other.other
+
+  def __hash__(self):
+    return hash(self.other)
+
+
+class Attributes:
+  """What the package attrs makes."""
+
+  __attrs_attrs__ = (
+    types.SimpleNamespace(name="value", eq=True),
+    types.SimpleNamespace(name="note", eq=False),
+  )
+
+  def __init__(self, value):
+    self.value = value
+    self.note = object()
+
+  def __eq__(self, other):
+    return self.value == other.value
+
+  def __hash__(self):
+    return hash(self.value)
+
+
+class Frozen(collections.abc.Mapping):
+  def __init__(self, value):
+    self.items_ = {"value": value}
+
+  def __getitem__(self, key):
+    return self.items_[key]
+
+  def __iter__(self):
+    return iter(self.items_)
+
+  def __len__(self):
+    return len(self.items_)
+
+  def __hash__(self):
+    return hash(tuple(self.items_.items()))
+
+
+class Number(float):
+  pass
+
+
+STATICS_OF_A_VALUE = [
+  Pair,
+  Slots,
+  functools.partial(Weighed, "a"),
+  Attributes,
+  Frozen,
+  lambda value: Slots(Frozen(value)),
+  lambda value: Number(0.0 if isinstance(value, int) else -0.0),
+  lambda value: Slots(np.float32(0.0 if isinstance(value, int) else -0.0)),
+  lambda value: np.dtype("int32" if isinstance(value, int) else "float32"),
+]
+
+
+def test_a_static_is_also_compared_by_its_own_equality():
+  node = graphs.Node()
+  node.a = Weighed("a", 1)
+  structure, _, _ = _engine.flatten((node,))
+  node.a = Weighed("b", 1)
+  assert not _engine.matches(structure, (node,))
+
+
 def test_equal_statics_of_other_types_do_not_match():
   for a, b in [(1, True), (1, 1.0), ((1,), (True,)), (0.0, -0.0)]:
     node = graphs.Node()
@@ -286,6 +378,13 @@ def test_equal_statics_of_other_types_do_not_match():
     structure, _, _ = _engine.flatten((node,))
     node.a = b
     assert not _engine.matches(structure, (node,))
+  for make in STATICS_OF_A_VALUE:
+    node.a = make(1)
+    structure, _, _ = _engine.flatten((node,))
+    node.a = make(1)
+    assert _engine.matches(structure, (node,)), make
+    node.a = make(1.0)
+    assert not _engine.matches(structure, (node,)), make
   nan = float("nan")
   node.a = nan
   structure, _, _ = _engine.flatten((node,))
