@@ -69,6 +69,22 @@ class List(Module, collections.abc.MutableSequence):
         f"`index` must lie in [-{size}, {size}), but got {index}."
       ) from None
 
+  def __getattr__(self, name: str) -> Any:
+    # Where the keys of a path are texts, as in Flax.
+    number = _number(name)
+    if number is None or number >= len(self):
+      raise AttributeError(
+        f"{type(self).__name__!r} object has no attribute {name!r}"
+      )
+    return self[number]
+
+  def __setattr__(self, name: str, value: Any) -> None:
+    number = _number(name)
+    if number is None:
+      super().__setattr__(name, value)
+    else:
+      self[number] = value
+
   def __len__(self) -> int:
     attributes = vars(self)
     size = len(attributes)
@@ -148,6 +164,11 @@ class List(Module, collections.abc.MutableSequence):
       type=type(self),
       nested={"summarize": True, "in_state": False},
     )
+
+
+def _number(name: str) -> int | None:
+  """The index that an attribute's name is the text of."""
+  return int(name) if name.isdecimal() and name.isascii() else None
 
 
 class Dict(Module, collections.abc.MutableMapping):

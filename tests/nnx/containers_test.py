@@ -121,6 +121,35 @@ class ListTest(parameterized.TestCase):
     self.assertLen(x, 3)
     self.assertIn("name", dir(x))
 
+  def test_texts_of_ints_are_elements_as_in_flax(self):
+    for lib in (nnx, flax_nnx):
+      x = lib.List([lib.Param(jnp.zeros(1)), lib.Param(jnp.zeros(1))])
+      x.note = lib.Param(jnp.ones(2))
+      setattr(x, "0", lib.Param(jnp.ones(1)))
+      self.assertEqual(float(x[0][...].sum()), 1.0)
+      self.assertIs(getattr(x, "1"), x[1])
+      self.assertLen(x, 2)
+      self.assertEqual(set(lib.state(x)), {0, 1, "note"})
+    for name in ("2", "01x", "other"):
+      self.assertFalse(hasattr(x, name))
+    x = nnx.List([1])
+    with self.assertRaisesRegex(IndexError, "must lie in"):
+      setattr(x, "1", 2)
+    with self.assertRaisesRegex(AttributeError, "no attribute '1'"):
+      getattr(x, "1")
+
+  def test_an_update_brings_no_words(self):
+    for lib, error in ((nnx, ValueError), (flax_nnx, KeyError)):
+      x = lib.List([lib.Param(jnp.zeros(1))])
+      new = {0: lib.Param(jnp.ones(1)), "word": lib.Param(jnp.ones(1))}
+      with self.assertRaisesRegex(error, "word"):
+        lib.update(x, new)
+      self.assertEqual(set(lib.state(x)), {0})
+    x = nnx.List([nnx.Param(jnp.zeros(1))])
+    with self.assertRaises(ValueError):
+      nnx.update(x, {0: jnp.ones(1), "word": nnx.Param(1)})
+    self.assertEqual(float(x[0][...].sum()), 0.0)
+
   def test_under_another_trace(self):
     layers = nnx.List([1])
     for change in (

@@ -337,7 +337,7 @@ class Updater {
       return !ints &&
              (!IsObject(owner) || PyObject_HasAttrString(owner, "keys"));
     }
-    return variable || !ints || !IsObject(owner);
+    return !ints || !IsObject(owner);
   }
 
   // A leaf that the graph does not have yet becomes an attribute or item.
