@@ -70,6 +70,8 @@ def is_array_type(cls: type) -> Any:
 
 def configure() -> None:
   """Connects the engine; called once, when `nnx` is imported."""
+  library = os.path.dirname(os.path.dirname(__file__)) + os.sep
+  tracing.hide_lines(library)
   _engine.configure(
     trace_context=tracing.trace_context(),
     eval_trace=tracing.eval_trace(),
@@ -82,7 +84,7 @@ def configure() -> None:
     state=state.State,
     structure=definitions.NodeDef,
     freeze_static=statics.freeze,
-    library_prefix=os.path.dirname(os.path.dirname(__file__)) + os.sep,
+    library_prefix=library,
     restored_value=restored.restored_value,
     shape_message=restored.shape_message,
     restored_leaf=restored.LEAF,

@@ -17,6 +17,7 @@ from jax import api_util
 from jax._src import array as _array
 from jax._src import core as _core
 from jax._src import mesh as _mesh
+from jax._src import source_info_util as _source_info_util
 from jax._src import tree_util as _tree_util
 from jax._src import util as _util
 from jax._src.lib.mlir.dialects import sdy as _sdy
@@ -54,6 +55,14 @@ DEBUG_INFO = "__fun_debug_info__"
 def directory() -> str:
   """Where jax's own code is."""
   return os.path.dirname(jax.__file__)
+
+
+def hide_lines(folder: str) -> None:
+  """Lets jax name the lines that call code in a folder, not those in it.
+
+  In errors, in the text of programs and in profiles.
+  """
+  _source_info_util.register_exclusion(folder)
 
 
 def array_type() -> type:

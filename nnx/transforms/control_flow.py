@@ -378,13 +378,16 @@ def fori_loop(
     TypeError: if an array changes its shape or dtype.
   """
   loop = _Loop("fori_loop", ("body_fun",), (body_fun,), init_val)
+  call, carried = loop.call, loop.carried
   return loop.finish(
-    loop.call.framed(
+    call.framed(
       functools.partial(jax.lax.fori_loop, unroll=unroll),
       _unboxed(lower),
       _unboxed(upper),
-      lambda i, values: loop.body(values, i),
-      loop.call.pick(loop.carried),
+      call.described(
+        lambda i, values: loop.body(values, i), "fori_loop", carried, first=1
+      ),
+      call.pick(carried),
     )
   )
 

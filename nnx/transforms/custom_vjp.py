@@ -160,11 +160,20 @@ class CustomVjp:
       )
     fwd, bwd, symbolic_zeros = self.rules
     application = _Application(self, args, fwd, bwd)
-    flat = jax.custom_vjp(application.primal)
+    call, inputs = application.call, [*application.diff, *application.rest]
+
+    def named(function, fun):
+      lifted = lift.Lifted(fun, call.structure, call.lifted.names)
+      return call.described(
+        lambda *args: function(*args), "custom_vjp", inputs, lifted
+      )
+
+    flat = jax.custom_vjp(named(application.primal, self.fun))
     flat.defvjp(
-      application.forward, application.backward, symbolic_zeros=symbolic_zeros
+      named(application.forward, fwd),
+      application.backward,
+      symbolic_zeros=symbolic_zeros,
     )
-    call = application.call
     outputs = call.framed(flat, *application.inputs())
     return call.apply_outputs(application.plan, outputs)
 
@@ -325,6 +334,15 @@ class _Application:
     found: dict[int, Any] = {}
     for position, cotangent in zip(wanted, result):
       self.read(position, cotangent, found)
+    for leaf, cotangent in found.items():
+      shape = jnp.shape(self.call.leaves[leaf])
+      given = getattr(cotangent, "shape", shape)
+      if leaf in self.diff and given != shape:
+        raise ValueError(
+          f"The cotangent of `{self.call.path(leaf)}` must have its shape"
+          f" {shape}, but `{lift.name_of(self.bwd)}` returned one of shape"
+          f" {given}."
+        )
     return tuple(found.get(leaf) for leaf in self.diff)
 
   def read(self, position: int, cotangent: Any, found: dict[int, Any]) -> None:

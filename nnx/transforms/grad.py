@@ -206,10 +206,15 @@ def _differentiate(
         loss, aux = pair(loss, fun)
       return loss, _engine.pack(call.structure, objects, leaves, aux)
 
+    call.described(flat, transform, selected)
     derivative = jax.value_and_grad(
       flat, has_aux=True, holomorphic=holomorphic, allow_int=allow_int
     )
-    (loss, packed), grads = call.framed(derivative, call.pick(selected))
+    try:
+      (loss, packed), grads = call.framed(derivative, call.pick(selected))
+    except TypeError as error:
+      _name_discrete(error, call, () if allow_int else selected)
+      raise
     aux = call.apply(packed)
     arguments = Gradients(call, walk, tree).build(
       call.with_leaves(selected, grads), selected
@@ -223,6 +228,19 @@ def _differentiate(
     return ((loss, aux) if has_aux else loss), result
 
   return wrapper
+
+
+def _name_discrete(
+  error: TypeError, call: lift.Call, selected: Sequence[int]
+) -> None:
+  """Adds to an error what has no derivative, where there is such a leaf."""
+  for leaf in selected:
+    dtype = jax.dtypes.result_type(call.leaves[leaf])
+    if not jax.dtypes.issubdtype(dtype, jax.numpy.inexact):
+      error.add_note(
+        f"`{call.path(leaf)}` is to be differentiated and has the dtype"
+        f" {dtype}. Leave it out by a `DiffState` in `argnums`."
+      )
 
 
 def pair(result: Any, fun: Callable[..., Any]) -> tuple[Any, Any]:
@@ -373,7 +391,9 @@ def value_and_grad(
   )
 
 
-def _flat_primal(call: lift.Call, selected: Sequence[int], has_aux: bool):
+def _flat_primal(
+  transform: str, call: lift.Call, selected: Sequence[int], has_aux: bool
+):
   """The function of the selected leaves: the output's leaves; all, packed.
 
   Returns:
@@ -393,7 +413,27 @@ def _flat_primal(call: lift.Call, selected: Sequence[int], has_aux: bool):
     packed = _engine.pack(call.structure, objects, leaves, result)
     return output_leaves, packed
 
-  return flat, forms
+  return call.described(flat, transform, selected), forms
+
+
+def _name_unlike(
+  error: Exception,
+  call: lift.Call,
+  selected: Sequence[int],
+  tangents: Sequence[Any],
+) -> None:
+  """Adds to an error which tangents have other shapes than their primals."""
+  for leaf in selected:
+    if not lift.is_array(tangents[leaf]):
+      error.add_note(f"The tangent of `{call.path(leaf)}` is no array.")
+      continue
+    given = jax.typeof(tangents[leaf])
+    wanted = jax.typeof(call.leaves[leaf]).to_tangent_aval()
+    if (given.shape, given.dtype) != (wanted.shape, wanted.dtype):
+      error.add_note(
+        f"The tangent of `{call.path(leaf)}` must be {wanted.str_short()}, but"
+        f" is {given.str_short()}."
+      )
 
 
 def _arrays_of_args(call: lift.Call) -> list[int]:
@@ -456,7 +496,7 @@ def vjp(
     return functools.partial(vjp, f, **options)
   call = lift.Call(f, primals, lift.with_owner(f, {}))
   selected = _arrays_of_args(call)
-  flat, forms = _flat_primal(call, selected, has_aux)
+  flat, forms = _flat_primal("vjp", call, selected, has_aux)
   _, pull_back_leaves, packed = call.framed(
     functools.partial(jax.vjp, flat, has_aux=True), call.pick(selected)
   )
@@ -549,12 +589,16 @@ def jvp(
       f" {len(tangents)} items with {len(tangent_leaves)} leaves."
     )
   selected = _arrays_of_args(call)
-  flat, forms = _flat_primal(call, selected, has_aux)
-  _, output_tangents, packed = call.framed(
-    functools.partial(jax.jvp, flat, has_aux=True),
-    (call.pick(selected),),
-    (tuple(tangent_leaves[i] for i in selected),),
-  )
+  flat, forms = _flat_primal("jvp", call, selected, has_aux)
+  try:
+    _, output_tangents, packed = call.framed(
+      functools.partial(jax.jvp, flat, has_aux=True),
+      (call.pick(selected),),
+      (tuple(tangent_leaves[i] for i in selected),),
+    )
+  except (TypeError, ValueError) as error:
+    _name_unlike(error, call, selected, tangent_leaves)
+    raise
   result = call.apply(packed)
   (tangent,), _ = _engine.unflatten(forms[-1], output_tangents)
   if has_aux:

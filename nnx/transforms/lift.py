@@ -34,20 +34,23 @@ class _LeafNames(Sequence[str]):
   They are kept by jax's caches, so they must not keep the user's function.
   """
 
-  def __init__(self, lifted: Lifted, numbers: Sequence[int]):
+  def __init__(self, lifted: Lifted, numbers: Sequence[int], first: int):
     self._lifted = weakref.ref(lifted)
     self._numbers = numbers
+    self._first = first
     self._names: list[str] | None = None
 
   def __len__(self) -> int:
-    return len(self._numbers)
+    return self._first + len(self._numbers)
 
   def __getitem__(self, index: Any) -> Any:
     if self._names is None:
-      lifted, names = self._lifted(), {}
+      lifted, first, names = self._lifted(), [""] * self._first, {}
       if lifted is not None:
-        names = preorder.leaf_names(lifted.structure, lifted.root_names())
-      self._names = [names.get(number, "") for number in self._numbers]
+        roots = lifted.root_names(self._first)
+        first = roots[: self._first]
+        names = preorder.leaf_names(lifted.structure, roots[self._first :])
+      self._names = [*first, *(names.get(n, "") for n in self._numbers)]
     return self._names[index]
 
   def __radd__(self, before: tuple[str, ...]) -> tuple[str, ...]:
@@ -73,17 +76,26 @@ class Lifted:
     result = self.call(values)
     return _engine.pack(self.structure, objects, leaves, result)
 
-  def debug_info(self, transform: str, numbers: Sequence[int]) -> Any:
-    """What errors of jax say of it as a function of some of the leaves."""
-    return tracing.debug_info(transform, self.fun, self.leaf_names(numbers))
+  def debug_info(
+    self, transform: str, numbers: Sequence[int], first: int = 0
+  ) -> Any:
+    """What errors of jax say of it as a function of some of the leaves.
 
-  def leaf_names(self, numbers: Sequence[int]) -> Sequence[str]:
-    """What the user's function calls some of the leaves."""
-    return _LeafNames(self, numbers)
+    Args:
+      transform: what traces it.
+      numbers: the leaves.
+      first: the number of arguments that come before those of the structure.
+    """
+    names = self.leaf_names(numbers, first)
+    return tracing.debug_info(transform, self.fun, names)
 
-  def root_names(self) -> list[str]:
-    """What the user's function calls each root of the structure."""
-    count = self.structure._num_roots - len(self.names)
+  def leaf_names(self, numbers: Sequence[int], first: int = 0) -> Sequence[str]:
+    """What the user's function calls its first arguments and some leaves."""
+    return _LeafNames(self, numbers, first)
+
+  def root_names(self, first: int = 0) -> list[str]:
+    """What it calls its first arguments and each root of the structure."""
+    count = first + self.structure._num_roots - len(self.names)
     try:
       parameters = list(inspect.signature(self.fun).parameters.values())
     except (TypeError, ValueError):
@@ -116,7 +128,14 @@ class Call:
     static: positions of arguments that are part of the structure.
   """
 
-  __slots__ = ("lifted", "structure", "leaves", "objects", "num_args")
+  __slots__ = (
+    "lifted",
+    "structure",
+    "leaves",
+    "objects",
+    "num_args",
+    "_described",
+  )
 
   def __init__(
     self,
@@ -133,10 +152,25 @@ class Call:
     self.structure, self.leaves, self.objects = _engine.flatten(values, marks)
     self.lifted = Lifted(fun, self.structure, names)
     self.num_args = len(args)
+    self._described: list[tuple[Callable[..., Any], Any]] = []
 
   def framed(self, function: Callable[..., Any], *args: Any) -> Any:
-    """Calls a transformed function; copies know where originals were made."""
-    return _engine.framed(self.structure, self.objects, function, *args)
+    """Calls a transformed function; copies know where originals were made.
+
+    An error of jax's that no line of a user's function raised gets a note that
+    says which function was transformed.
+    """
+    try:
+      return _engine.framed(self.structure, self.objects, function, *args)
+    except Exception as error:
+      if not any(_has_run(fun, error) for fun, _ in self._described):
+        places = {
+          f"`nnx.{info.traced_for}` was given {info.func_src_info}."
+          for _, info in self._described
+        }
+        for note in sorted(places):
+          error.add_note(note)
+      raise
 
   def described(
     self,
@@ -144,6 +178,7 @@ class Call:
     transform: str,
     numbers: Sequence[int] | None = None,
     lifted: Lifted | None = None,
+    first: int = 0,
   ) -> Callable[..., Any]:
     """Lets errors of jax name the user's function and arguments.
 
@@ -152,12 +187,19 @@ class Call:
       transform: what traces it.
       numbers: which leaves its arguments are, in order; all, if None.
       lifted: the user's function, if it is not that of the call.
+      first: the number of its arguments that come before those of the call.
     """
     if numbers is None:
       numbers = range(len(self.leaves))
-    info = (lifted or self.lifted).debug_info(transform, numbers)
+    lifted = lifted or self.lifted
+    info = lifted.debug_info(transform, numbers, first)
     setattr(function, tracing.DEBUG_INFO, info)
+    self._described.append((lifted.fun, info))
     return function
+
+  def path(self, leaf: int) -> str:
+    """What the user's function calls a leaf."""
+    return self.lifted.leaf_names([leaf])[0]
 
   def with_leaves(
     self, positions: Sequence[int], values: Sequence[Any]
@@ -179,6 +221,17 @@ class Call:
   def apply_outputs(self, plan: Any, outputs: Sequence[Any]) -> Any:
     """The same for outputs that a transform has regrouped."""
     return self.apply(_engine.packed_unflatten(plan, tuple(outputs)))
+
+
+def _has_run(fun: Callable[..., Any], error: BaseException) -> bool:
+  """Whether an error came through the code of a function."""
+  while isinstance(fun, functools.partial):
+    fun = fun.func
+  code = getattr(inspect.unwrap(fun), "__code__", None)
+  traceback = error.__traceback__
+  while traceback is not None and traceback.tb_frame.f_code is not code:
+    traceback = traceback.tb_next
+  return traceback is not None
 
 
 def outside_of_traces() -> bool:

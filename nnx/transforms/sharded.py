@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable
 import functools
+import re
 from typing import Any
 
 import jax
@@ -117,19 +118,29 @@ def shard_map(
       )
     inputs = [i for i, leaf in enumerate(call.leaves) if lift.is_array(leaf)]
     function = mapped.Mapped(call.lifted, walk, out_root, groups)
+
+    def flat(leaves):
+      return function(call.with_leaves(inputs, leaves))
+
+    flat.__name__ = flat.__qualname__ = lift.name_of(f)
     sharded = jax.shard_map(
-      call.described(
-        lambda leaves: function(call.with_leaves(inputs, leaves)),
-        "shard_map",
-        inputs,
-      ),
+      call.described(flat, "shard_map", inputs),
       mesh=mesh,
       in_specs=(tuple(_spec(walk.entries[i]) for i in inputs),),
       out_specs=(PartitionSpec(), *map(_spec, groups)),
       axis_names=axis_names,
       check_vma=check_vma,
     )
-    return call.apply(function.packed(call.framed(sharded, call.pick(inputs))))
+    try:
+      grouped = call.framed(sharded, call.pick(inputs))
+    except ValueError as error:
+      # By jax the arrays are items of one argument.
+      numbers = map(int, re.findall(r"args\[0\]\[(\d+)\]", str(error)))
+      for number in sorted(set(numbers)):
+        path = call.path(inputs[number])
+        error.add_note(f"`args[0][{number}]` is `{path}`.")
+      raise
+    return call.apply(function.packed(grouped))
 
   return wrapper
 

@@ -241,6 +241,12 @@ def vmap(
     )
     check_sizes(walk, axis_size)
     inputs = [i for i, axis in enumerate(walk.entries) if axis is not None]
+    if not inputs and axis_size is None:
+      raise ValueError(
+        "`nnx.vmap` must be given an array to map over, but no argument of"
+        f" `{lift.name_of(f)}` has one with an axis in `in_axes`. Give the"
+        " number of elements in `axis_size`."
+      )
     function = mapped.Mapped(
       call.lifted, walk, out_root, groups, transform_metadata
     )
@@ -252,7 +258,7 @@ def vmap(
       return grouped
 
     vmapped = jax.vmap(
-      flat,
+      call.described(flat, "vmap", inputs),
       in_axes=(tuple(walk.entries[i] for i in inputs),),
       out_axes=(None, *groups),
       axis_name=axis_name,

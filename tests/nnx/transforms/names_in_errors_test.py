@@ -1,6 +1,7 @@
 """Errors of jax name the user's function, its line and its arguments."""
 
 import inspect
+import os
 from unittest import mock
 
 from absl.testing import absltest, parameterized
@@ -111,6 +112,37 @@ class ArgumentsTest(parameterized.TestCase):
     self.assertIn(place_of(test), str(caught.exception))
     self.assertIn("value[1]", str(caught.exception))
 
+  @parameterized.parameters(False, True)
+  def test_in_a_loop_over_a_range(self, traced):
+    def body(i, value):
+      return value[0], branches(*value) + i
+
+    def loop(upper):
+      nnx.fori_loop(0, upper, body, (Model(), X))
+
+    with self.assertRaises(jax.errors.TracerBoolConversionError) as caught:
+      (jax.jit(loop) if traced else loop)(2)
+    self.assertIn(place_of(body), str(caught.exception))
+    self.assertIn("value[0].blocks[1].kernel", str(caught.exception))
+
+    def branches_on_index(i, value):
+      return value if i > 1 else value
+
+    with self.assertRaisesRegex(
+      jax.errors.TracerBoolConversionError, "of the argument i"
+    ):
+      nnx.fori_loop(0, 2, branches_on_index, (Model(), X))
+
+  def test_in_a_rule_of_a_derivative(self):
+    function = nnx.custom_vjp(lambda model, x: x.sum())
+    function.defvjp(
+      lambda model, x: (branches(model, x).sum(), None), lambda _, g: g
+    )
+    with self.assertRaises(jax.errors.TracerBoolConversionError) as caught:
+      jax.jit(lambda model: nnx.grad(function)(model, X))(Model())
+    self.assertNotIn("leaves", str(caught.exception))
+    self.assertNotIn("diff", str(caught.exception))
+
   def test_more_arguments_than_parameters_have_names(self):
     def function(*args, **options):
       return 1 if args[1].kernel.sum() > 0 else options["x"]
@@ -170,6 +202,150 @@ class ArgumentsTest(parameterized.TestCase):
     with mock.patch.object(nnx.transforms.lift.Lifted, "root_names") as names:
       jitted(model)
     names.assert_not_called()
+
+
+def with_integer():
+  model = Model()
+  model.blocks[0].kernel.value = jnp.ones((2, 3), int)
+  return model
+
+
+def unlike():
+  model = Model()
+  model.blocks[0].kernel.value = jnp.ones(2)
+  return model
+
+
+def no_array(model, x):
+  return object()
+
+
+def returns_x(model, x):
+  return x
+
+
+def zero(model, x):
+  return 0.0
+
+
+MESH = jax.sharding.AbstractMesh((2,), ("a",))
+
+# Errors that jax raises outside of the user's function.
+OUTSIDE = {
+  "vmap": (lambda f: nnx.vmap(f, in_axes=(0, None))(Model(), X), no_array),
+  "vmap_out_axes": (
+    lambda f: nnx.vmap(f, in_axes=(0, None), out_axes=3)(Model(), X),
+    returns_x,
+  ),
+  "grad": (lambda f: nnx.grad(f)(Model(), X), returns_x),
+  "value_and_grad": (lambda f: nnx.value_and_grad(f)(Model(), X), no_array),
+  "integers": (lambda f: nnx.grad(f)(with_integer(), X), zero),
+  "vjp": (lambda f: nnx.vjp(f, Model(), X), no_array),
+  "jvp": (
+    lambda f: nnx.jvp(f, (Model(), X), (Model(), X.astype(jnp.float16))),
+    returns_x,
+  ),
+  "scan": (
+    lambda f: nnx.scan(f, in_axes=(None, 0), out_axes=0, length=3, unroll=-1)(
+      Model(), X
+    ),
+    returns_x,
+  ),
+  "fori_loop": (
+    lambda f: nnx.fori_loop(0, jnp.array(2.0), f, X),
+    returns_x,
+  ),
+  "shard_map": (
+    lambda f: jax.eval_shape(
+      nnx.shard_map(
+        f, mesh=MESH, in_specs=(None, jax.P("a")), out_specs=jax.P()
+      ),
+      Model(),
+      X,
+    ),
+    returns_x,
+  ),
+}
+
+
+def notes_of(error):
+  return "\n".join(getattr(error, "__notes__", []))
+
+
+class NotesTest(parameterized.TestCase):
+  @parameterized.named_parameters((name, name) for name in OUTSIDE)
+  def test_an_error_outside_of_the_function_names_it(self, name):
+    run, function = OUTSIDE[name]
+    with self.assertRaises((TypeError, ValueError)) as caught:
+      run(function)
+    self.assertIn(f"was given {place_of(function)}", notes_of(caught.exception))
+
+  def test_an_error_inside_of_the_function_is_left_alone(self):
+    def fails(model, x):
+      raise ValueError("of the user")
+
+    for transform in (nnx.grad, nnx.vmap, nnx.remat):
+      with self.assertRaisesRegex(ValueError, "of the user") as caught:
+        transform(fails)(Model(), X[:2])
+      self.assertNotIn("was given", notes_of(caught.exception))
+
+  def test_what_has_no_derivative_is_named(self):
+    with self.assertRaises(TypeError) as caught:
+      nnx.grad(zero)(with_integer(), X)
+    self.assertIn(
+      "`model.blocks[0].kernel` is to be differentiated and has the dtype int",
+      notes_of(caught.exception),
+    )
+    self.assertNotIn("blocks[1]", notes_of(caught.exception))
+
+  def test_a_tangent_that_does_not_fit_is_named(self):
+    with self.assertRaises(ValueError) as caught:
+      nnx.jvp(zero, (Model(), X), (unlike(), X))
+    self.assertIn(
+      "tangent of `model.blocks[0].kernel` must be float32[2,3], but is"
+      " float32[2]",
+      notes_of(caught.exception),
+    )
+
+  def test_a_cotangent_of_a_rule_that_does_not_fit_is_named(self):
+    function = nnx.custom_vjp(lambda x, y: x.sum())
+
+    def rule(_, g):
+      return X, X[:2]
+
+    function.defvjp(lambda x, y: (x.sum(), None), rule)
+    with self.assertRaisesRegex(
+      ValueError,
+      r"cotangent of `y` must have its shape \(3,\), but `.*rule` returned one"
+      r" of shape \(2,\)",
+    ):
+      nnx.grad(function)(X, X)
+
+  def test_nothing_to_map_over(self):
+    with self.assertRaisesRegex(
+      ValueError, "an array to map over, but no argument of `returns_x`"
+    ):
+      nnx.vmap(returns_x, in_axes=None)(Model(), X)
+
+  def test_an_array_that_does_not_fit_a_mesh_is_named(self):
+    with self.assertRaises(ValueError) as caught:
+      OUTSIDE["shard_map"][0](returns_x)
+    self.assertIn("'returns_x'", str(caught.exception))
+    self.assertIn("`args[0][2]` is `x`", notes_of(caught.exception))
+
+
+class LinesTest(absltest.TestCase):
+  def test_what_is_computed_is_computed_on_the_users_line(self):
+    def function(model):
+      return model.blocks[0].kernel * 2
+
+    line = function.__code__.co_firstlineno + 1
+    for transform in (nnx.jit, nnx.remat, jax.jit):
+      text = (
+        jax.jit(transform(function)).lower(Model()).as_text(debug_info=True)
+      )
+      self.assertIn(f'names_in_errors_test.py":{line}', text)
+      self.assertNotIn(os.path.dirname(nnx.__file__) + os.sep, text)
 
 
 class OriginTest(absltest.TestCase):
