@@ -6,6 +6,7 @@ Nothing here imports optax: a transformation is anything with `init` and
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, Generic, TypeVar
 
 import jax
@@ -32,6 +33,10 @@ _MISSING = _Missing()
 # A parameter's hooks on its values are about the parameter: its momentum must
 # not pass through them.
 _VALUE_HOOKS = frozenset(["on_create_value", "on_get_value", "on_set_value"])
+
+
+# What may be a model that has nothing to learn.
+_HOLDERS = (Pytree, State, Mapping, list, tuple)
 
 
 class OptState(Variable):
@@ -317,6 +322,13 @@ class Optimizer(Pytree, Generic[M]):
         f"`wrt` must select Variables of the model, but `{wrt!r}` selects none"
         f" of the `{type(model).__name__}`. Pass a filter such as `nnx.Param`."
       )
+    if isinstance(params, State) and not (
+      params or isinstance(model, _HOLDERS)
+    ):
+      raise TypeError(
+        "`model` must be a Module or something else that holds Variables, but"
+        f" got `{model!r}` of type `{type(model).__name__}`."
+      )
     self.step = OptState(jnp.array(0, dtype=jnp.uint32))
     if keeps_model:
       self.model = model
@@ -385,6 +397,12 @@ class Optimizer(Pytree, Generic[M]):
         f"`{type(self).__name__}.update` must be given the gradients, but got"
         " none. Call `update(model, grads)`, or `update(grads)` if the"
         " optimizer keeps the model."
+      )
+    if isinstance(model, State) and isinstance(grads, Pytree):
+      raise TypeError(
+        f"`{type(self).__name__}.update` must be given the model first, but got"
+        f" a `State` and a `{type(grads).__name__}`. Call `update(model,"
+        " grads)`."
       )
     if model is _MISSING:
       if "model" not in vars(self):

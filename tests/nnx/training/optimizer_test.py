@@ -461,6 +461,17 @@ class ErrorsTest(absltest.TestCase):
     with self.assertRaisesRegex(AttributeError, "no attribute `other`"):
       _ = self.optimizer.other
 
+  def test_the_model_comes_first(self):
+    with self.assertRaisesRegex(
+      TypeError, "must be given the model first, but got a `State` and a"
+    ):
+      self.optimizer.update(self.grads, self.model)
+
+  def test_what_cannot_hold_variables_is_no_model(self):
+    for model in (3, type(self.model)):
+      with self.assertRaisesRegex(TypeError, "`model` must be a Module or"):
+        nnx.Optimizer(model, optax.sgd(0.1), wrt=nnx.Param)
+
   def test_gradients_of_other_variables(self):
     of = nnx.DiffState(0, nnx.PathContains("first"))
     grads = nnx.grad(loss_of, argnums=of)(self.model)
