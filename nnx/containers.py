@@ -34,8 +34,8 @@ class List(Module, collections.abc.MutableSequence):
 
   # The elements are attributes with the ints from 0 on as their names.
 
-  def __init__(self, iterable: Iterable[Any] = (), /):
-    self._rebuild(list(iterable))
+  def __init__(self, iterable: Iterable[Any] | None = None, /):
+    self._rebuild([] if iterable is None else list(iterable))
 
   def _rebuild(self, elements: list[Any]) -> None:
     """Makes `elements` the contents, keeping the marks that they have."""

@@ -152,6 +152,8 @@ class Options:
     if shardings is not None:
       lift.place_variables(structure, objects, shardings)
     flat = Flat(self, structure, names, shardings)
+    if self.statics:
+      lift.check_statics(flat)
     donated = self.donated_leaves(structure, leaves, names, flat)
     options = dict(self.jit_options)
     if not donated:

@@ -268,6 +268,30 @@ def place_variables(
       objects[index].raw_value = jax.device_put(value, sharding)
 
 
+def check_statics(lifted: Lifted) -> None:
+  """Refuses static arguments with state, as a program would keep its values.
+
+  Raises:
+    TypeError: if a static argument is a Module that holds data.
+  """
+  records = lifted.structure._records
+  for name, (start, _) in zip(
+    lifted.root_names(), preorder.roots(lifted.structure)
+  ):
+    kind, value = records[start][0], records[start][6]
+    if (
+      kind == "static"
+      and isinstance(value, _engine.ObjectBase)
+      and _engine.flatten((value,))[1]
+    ):
+      raise TypeError(
+        "Static arguments must hold no data, whose later values a compiled"
+        f" function would not see, but `{name}` is a `{type(value).__name__}`"
+        " with Variables or arrays. Do not make it static: what is static in"
+        " it is anyway."
+      )
+
+
 class Static:
   """A value that travels through a transform of jax outside of the arrays."""
 

@@ -364,6 +364,7 @@ def pmap(
   ):
     objects = _engine.unflatten(structure, leaves)[1]
     lifted = lift.Lifted(f, structure, names)
+    lift.check_statics(lifted)
     walk = walk_axes(structure, leaves, objects, lifted, in_axes)
     check_sizes(walk, axis_size)
     given_up = lift.leaves_of_roots(structure, donated)

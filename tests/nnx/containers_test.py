@@ -165,6 +165,9 @@ class ListTest(parameterized.TestCase):
   def test_pickle(self):
     self.assertEqual(list(pickle.loads(pickle.dumps(nnx.List([1, 2])))), [1, 2])
 
+  def test_none_is_empty(self):
+    self.assertEmpty(nnx.List(None))
+
   def test_identity(self):
     x = nnx.List([1])
     self.assertNotEqual(x, nnx.List([1]))

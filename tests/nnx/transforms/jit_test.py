@@ -817,6 +817,25 @@ class ErrorsTest(parameterized.TestCase):
       step(jnp.ones(3))
     self.assertFalse(hasattr(dense, "cache"))
 
+  def test_a_static_argument_with_state(self):
+    def total(dense, n):
+      return dense.kernel.value.sum() * n
+
+    message = "must hold no data, .* but `dense` is a `Dense` with Variables"
+    for jitted in (
+      nnx.jit(total, static_argnums=0),
+      nnx.jit(total, static_argnames="dense"),
+      nnx.pmap(total, in_axes=None, static_broadcasted_argnums=0, axis_size=1),
+    ):
+      with self.assertRaisesRegex(TypeError, message):
+        jitted(Dense(), 1)
+
+    class Options(nnx.Module):
+      size = 3
+
+    jitted = nnx.jit(lambda options: options.size, static_argnums=0)
+    self.assertEqual(int(jitted(Options())), 3)
+
   def test_unhashable_static_argument(self):
     with self.assertRaisesRegex(
       TypeError, r"must be hashable, but got \[1\] of type list"
