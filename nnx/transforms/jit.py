@@ -404,6 +404,41 @@ class JitWrapped(_engine.JitFunction):
     functools.update_wrapper(self, options.fun)
     tracing.register_cache(self, "nnx.jit")
 
+  def _explain(
+    self,
+    error: BaseException,
+    structure: Any,
+    names: Sequence[str],
+    leaves: Sequence[Any],
+  ) -> None:
+    """Adds to an error of a call, which the engine has caught, what it knows.
+
+    Args:
+      error: the error.
+      structure: that of the arguments.
+      names: those of the keyword arguments.
+      leaves: the leaves of the arguments.
+    """
+    if "deleted" not in str(error):
+      return
+    lifted = lift.Lifted(self.options.fun, structure, names)
+    paths = lifted.leaf_names(range(len(leaves)))
+    gone = [
+      f"`{path}`"
+      for path, leaf in zip(paths, leaves)
+      if isinstance(leaf, jax.Array)
+      and not isinstance(leaf, jax.core.Tracer)
+      and leaf.is_deleted()
+    ]
+    if gone:
+      more = f" and {len(gone) - 3} more" if len(gone) > 3 else ""
+      error.add_note(
+        f"Of the arguments of `{_name_of(self.options.fun)}`, no array is left"
+        f" of {', '.join(gone[:3])}{more}: it was given to a function that"
+        " donates it (`donate_argnums`). Use what that function returned, or"
+        " give it a copy."
+      )
+
   def _roots(self, args: tuple, kwargs: Mapping[str, Any]):
     """The structure, leaves and objects of a call."""
     names = sorted(kwargs)

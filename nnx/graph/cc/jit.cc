@@ -286,6 +286,22 @@ Ref PickDonated(JitFunction* self, const Call& call, const Entry& entry) {
   return donated;
 }
 
+// Lets the method `_explain`, where a class has one, add to the error that is
+// set what it knows of the arguments.
+void Explain(JitFunction* self, const Entry& entry, const Call& call) {
+  const KeptError error;
+  Ref explain = Ref::Steal(
+      PyObject_GetAttrString(reinterpret_cast<PyObject*>(self), "_explain"));
+  Ref leaves = explain ? ToTuple(call.leaves) : Ref();
+  Ref names = entry.names ? entry.names : Ref::Steal(PyTuple_New(0));
+  if (leaves && names) {
+    Ref::Steal(PyObject_CallFunctionObjArgs(explain.get(), error.get(),
+                                            entry.structure.get(), names.get(),
+                                            leaves.get(), nullptr));
+  }
+  PyErr_Clear();
+}
+
 PyObject* RunEntry(JitFunction* self, const Entry& entry, const Call& call) {
   Ref packed;
   {
@@ -303,7 +319,10 @@ PyObject* RunEntry(JitFunction* self, const Entry& entry, const Call& call) {
           entry.compiled.get(), kept.get(), donated.get(), nullptr));
     }
   }
-  if (!packed) return nullptr;
+  if (!packed) {
+    Explain(self, entry, call);
+    return nullptr;
+  }
   if (!PyObject_TypeCheck(packed.get(), g_packed_type)) {
     PyErr_Format(PyExc_TypeError,
                  "The compiled function must return a Packed, but got %s.",

@@ -41,6 +41,32 @@ class Ref {
   PyObject* ptr_ = nullptr;
 };
 
+// Puts the error that is set aside, and sets it again at the end.
+class KeptError {
+ public:
+#if PY_VERSION_HEX >= 0x030C0000
+  KeptError() : error_(PyErr_GetRaisedException()) {}
+  ~KeptError() { PyErr_SetRaisedException(error_); }
+#else
+  KeptError() {
+    PyErr_Fetch(&type_, &error_, &traceback_);
+    PyErr_NormalizeException(&type_, &error_, &traceback_);
+  }
+  ~KeptError() { PyErr_Restore(type_, error_, traceback_); }
+#endif
+  KeptError(const KeptError&) = delete;
+  KeptError& operator=(const KeptError&) = delete;
+
+  PyObject* get() const { return error_; }
+
+ private:
+#if PY_VERSION_HEX < 0x030C0000
+  PyObject* type_ = nullptr;
+  PyObject* traceback_ = nullptr;
+#endif
+  PyObject* error_ = nullptr;
+};
+
 }  // namespace nnx::graph
 
 #endif  // NNX_GRAPH_CC_PY_REF_H_

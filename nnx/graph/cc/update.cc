@@ -16,26 +16,6 @@
 namespace nnx::graph {
 namespace {
 
-// Puts an error aside, and sets it again at the end.
-class KeptError {
- public:
-#if PY_VERSION_HEX >= 0x030C0000
-  KeptError() : error_(PyErr_GetRaisedException()) {}
-  ~KeptError() { PyErr_SetRaisedException(error_); }
-#else
-  KeptError() { PyErr_Fetch(&type_, &error_, &traceback_); }
-  ~KeptError() { PyErr_Restore(type_, error_, traceback_); }
-#endif
-  KeptError(const KeptError&) = delete;
-  KeptError& operator=(const KeptError&) = delete;
-
- private:
-#if PY_VERSION_HEX < 0x030C0000
-  PyObject* type_ = nullptr;
-  PyObject* traceback_ = nullptr;
-#endif
-  PyObject* error_ = nullptr;
-};
 // Flags of `update`.
 constexpr long kAnyShape = 1;   // arrays may have other shapes
 constexpr long kNewArrays = 2;  // arrays in no Variable may be new

@@ -817,6 +817,30 @@ class ErrorsTest(parameterized.TestCase):
       step(jnp.ones(3))
     self.assertFalse(hasattr(dense, "cache"))
 
+  def test_an_array_that_was_donated_is_named(self):
+    one, other = Dense(), Dense()
+    other.kernel.value = one.kernel.value
+
+    @nnx.jit(donate_argnums=0)
+    def step(dense, x):
+      dense.kernel[...] += x
+
+    step(one, 1.0)
+    for jitted in (nnx.jit(lambda dense, x: dense.kernel + x), step):
+      with self.assertRaises((RuntimeError, ValueError)) as caught:
+        jitted(other, x=1.0)
+      (note,) = [n for n in caught.exception.__notes__ if "donates" in n]
+      self.assertIn("no array is left of `dense.kernel`: it", note)
+
+  def test_an_error_of_a_function_has_no_such_note(self):
+    def fails(x):
+      raise ValueError("the file was deleted")
+
+    with self.assertRaisesRegex(ValueError, "the file") as caught:
+      nnx.jit(fails)(jnp.ones(1))
+    notes = getattr(caught.exception, "__notes__", [])
+    self.assertNotIn("donates", "".join(notes))
+
   def test_a_static_argument_with_state(self):
     def total(dense, n):
       return dense.kernel.value.sum() * n
