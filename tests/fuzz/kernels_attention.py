@@ -6,8 +6,9 @@ import jax
 import numpy as np
 
 from kernels import decode_attention as da
-from tests.fuzz import kernels_cache, kernels_oracle, worker
+from tests.fuzz import kernels_cache, worker
 from tests.fuzz import kernels_data as data
+from tests.kernels.decode_attention import oracle
 from tests.kernels.kv_cache import oracle as cache_oracle
 
 pick, chance = data.pick, data.chance
@@ -248,7 +249,7 @@ def _check_caches(problem, args, got, index, counts, kwargs):
   if rope:
     where = kwargs["rope_positions"]
     axis = 1 if p.layout == "bnsh" else 2
-    new_k = kernels_oracle.rotate(
+    new_k = oracle.rotate(
       new_k,
       *(
         np.expand_dims(np.float64(kwargs[name])[where], axis)
@@ -303,7 +304,7 @@ def check(
     _check_caches(p, args, got[:2], index, counts, kwargs)
     caches = [np.asarray(cache) for cache in got[:2]]
   static = {k: v for k, v in p.static.items() if k != "out_dtype"}
-  want = kernels_oracle.attend(
+  want = oracle.attend(
     *caches, args[2], index if p.appends else index - counts, counts,
     **static, **kwargs,
   )  # fmt: skip

@@ -97,7 +97,7 @@ def attend_case(**options: Any) -> Case:
       k, v, q, index, implementation="cpu", **options
     )
 
-  want, _ = attention_oracle.attend(
+  want, *_ = attention_oracle.attend(
     K, V, Q, INDEX - 1, np.ones(4, int), **options
   )
   return fn, (K, V, Q, INDEX), (want,)
@@ -110,7 +110,7 @@ def decode_case(**options: Any) -> Case:
     )
 
   caches = cache_oracle.update(K, V, NEW_K, NEW_V, INDEX)
-  want, _ = attention_oracle.attend(
+  want, *_ = attention_oracle.attend(
     *caches, Q, INDEX, np.ones(4, int), **options
   )
   return fn, (K, V, Q, NEW_K, NEW_V, INDEX), (*caches, want)

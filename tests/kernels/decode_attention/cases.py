@@ -56,7 +56,7 @@ def check(got, cache_k, cache_v, q, new_k, new_v, index, **kwargs):
       np.asarray(cache, np.float32), np.asarray(expected, np.float32),
       rtol=tolerance, atol=tolerance,
     )  # fmt: skip
-  out, lse = oracle.attend(
+  out, lse, *_ = oracle.attend(
     *(np.asarray(c).astype(np.float32) for c in got[:2]), q, index, counts,
     **{k: v for k, v in kwargs.items() if k != "lengths"},
   )  # fmt: skip

@@ -1,42 +1,69 @@
-"""Attention over a cache in float64 NumPy, one query at a time."""
+"""Attention over a cache in float64 NumPy, all queries at once."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from tests.kernels.kv_cache import oracle as cache_oracle
+
+class Attention(NamedTuple):
+  """What attention should give.
+
+  Attributes:
+    out: In the layout of the operands.
+    lse: `[b, heads, t]`.
+    size: No logit is made of larger terms: errors grow with it.
+    largest: Largest magnitude of a value that is seen.
+  """
+
+  out: np.ndarray
+  lse: np.ndarray
+  size: float
+  largest: float
+
+
+def _rows(cache, layout, layer, table):
+  """Returns each sequence's slots `[b, capacity, n, h]`, and which are held."""
+  cache = np.asarray(cache).astype(np.float64)
+  if layer is not None:
+    held = 0 <= layer < cache.shape[0]
+    cache = cache[layer if held else 0]
+    table = np.where(held, table, -1)
+  if layout == "bnsh":
+    cache = cache.swapaxes(1, 2)
+  held = (table >= 0) & (table < cache.shape[0])
+  rows = cache[np.where(held, table, 0)]
+  b, m, s = rows.shape[:3]
+  return rows.reshape(b, m * s, *rows.shape[3:]), np.repeat(held, s, axis=1)
 
 
 def rotate(
-  row: Any, cos: Any, sin: Any, interleaved: bool = False
+  x: Any, cos: Any, sin: Any, interleaved: bool = False
 ) -> np.ndarray:
-  """Rotates the pairs of one row by complex multiplication."""
-  row = np.array(row, np.float64)
-  pairs = len(cos)
-  turn = np.asarray(cos, np.float64) + 1j * np.asarray(sin, np.float64)
+  """Rotates the pairs of `[..., h]`; cosines and sines are `[..., pairs]`."""
+  x = np.array(x, np.float64)
+  pairs = cos.shape[-1]
   if interleaved:
-    z = (row[0 : 2 * pairs : 2] + 1j * row[1 : 2 * pairs : 2]) * turn
-    row[0 : 2 * pairs : 2], row[1 : 2 * pairs : 2] = z.real, z.imag
+    first, second = np.s_[..., 0 : 2 * pairs : 2], np.s_[..., 1 : 2 * pairs : 2]
   else:
-    z = (row[:pairs] + 1j * row[pairs : 2 * pairs]) * turn
-    row[:pairs], row[pairs : 2 * pairs] = z.real, z.imag
-  return row
+    first, second = np.s_[..., :pairs], np.s_[..., pairs : 2 * pairs]
+  a, b = x[first].copy(), x[second].copy()
+  x[first], x[second] = a * cos - b * sin, b * cos + a * sin
+  return x
 
 
 def rotate_tokens(x: Any, positions: Any, **kwargs: Any) -> np.ndarray:
   """Rotates `[b, t, n, h]` (or "bnsh") rows of tokens at `positions[b, t]`."""
-  layout = kwargs.get("layout", "bsnh")
-  x = np.array(x, np.float64)
-  rows = x if layout == "bsnh" else x.swapaxes(1, 2)
-  for b, t, n in np.ndindex(*rows.shape[:3]):
-    p = positions[b][t]
-    rows[b, t, n] = rotate(
-      rows[b, t, n],
-      kwargs["rope_cos"][p],
-      kwargs["rope_sin"][p],
-      kwargs.get("rope_interleaved", False),
-    )
-  return x
+  axis = 2 if kwargs.get("layout", "bsnh") == "bsnh" else 1
+  cos, sin = (
+    np.expand_dims(np.float64(kwargs[name])[np.asarray(positions)], axis)
+    for name in ("rope_cos", "rope_sin")
+  )
+  return rotate(x, cos, sin, kwargs.get("rope_interleaved", False))
+
+
+def _length(x, axis):
+  """Returns the length of the longest vector along an axis."""
+  return float(np.sqrt(np.square(x).sum(axis).max(initial=0)))
 
 
 def attend(
@@ -69,93 +96,116 @@ def attend(
   rope_positions: Any = None,
   rope_interleaved: bool = False,
   rope_cached_keys: bool = False,
-) -> tuple[np.ndarray, np.ndarray]:
+) -> Attention:
   """Attends over caches that hold everything already.
 
   `cache_k` and `cache_v` are as after the update, `first` is the position `[b]`
   of query token 0 and `counts` the number `[b]` of those that are not padding;
   everything else is as for `decode_attention`.
-
-  Returns:
-    The result and the logarithms, in the layout of `decode_attention`.
   """
 
-  def by_token(x):
-    x = np.asarray(x, np.float64)
-    return x.swapaxes(1, 2) if layout == "bnsh" else x
+  def by_head(x):
+    """Returns `[b, heads, t, h]`."""
+    x = np.asarray(x).astype(np.float64)
+    return x if layout == "bnsh" else x.swapaxes(1, 2)
 
-  if layer is not None:
-    cache_k, cache_v = np.asarray(cache_k)[layer], np.asarray(cache_v)[layer]
-  keys, values, q = by_token(cache_k), by_token(cache_v), by_token(q)
-  qv = None if qv is None else by_token(qv)
-  batch, tokens, heads, dim = q.shape
-  size, kv_heads = keys.shape[1:3]
-  width = 1 if block_table is None else np.shape(block_table)[1]
-  capacity = size * width
-  out = np.zeros((batch, tokens, heads, values.shape[-1]))
-  lse = np.full((batch, heads, tokens), -np.inf)
-  full = (batch, heads, tokens, capacity)
-  bias = np.broadcast_to(0.0 if bias is None else np.float64(bias), full)
-  mask = np.broadcast_to(True if mask is None else np.asarray(mask), full)
-  left_padding = np.broadcast_to(left_padding, (batch,))
-  slopes = np.broadcast_to(
-    0.0 if alibi_slopes is None else np.float64(alibi_slopes), (batch, heads)
-  )
-  scales = [
-    np.broadcast_to(1.0 if s is None else np.float64(s), (batch, kv_heads))
-    for s in (k_scale, v_scale)
-  ]
+  q = by_head(q)
+  batch, heads, tokens, dim = q.shape
+  table = np.arange(batch)[:, None]
+  if block_table is not None:
+    table = np.asarray(block_table)
+  elif cache_batch_index is not None:
+    table = np.asarray(cache_batch_index)[:, None]
+  keys, held = _rows(cache_k, layout, layer, table)
+  values, _ = _rows(cache_v, layout, layer, table)
+  capacity, kv_heads = keys.shape[1:3]
+  first = np.asarray(first, np.int64)[:, None]
+  counts = np.asarray(counts, np.int64)[:, None]
+  p = (first + np.arange(tokens))[:, :, None]
+  slot = np.arange(capacity)
+  j = np.broadcast_to(slot, (batch, capacity))
+  total = first + counts
+  if ring:
+    j = total - 1 - (total - 1 - slot) % capacity
+  held = held & (j >= 0) & (j < total)
+  held &= j >= np.broadcast_to(left_padding, (batch,))[:, None]
+  where, j = j, j[:, None, :]
+  seen = held[:, None] & (np.arange(tokens) < counts)[..., None]
+  if causal:
+    seen &= j <= p
   if isinstance(window, int):
     before, after = window - 1, -1 if causal else 0
   else:
     before, after = (-1, -1) if window is None else window
-  for b, i, head in np.ndindex(batch, tokens, heads):
-    if i >= counts[b]:
-      continue
-    n = head // (heads // kv_heads)
-    p = int(first[b]) + i
-    total = int(first[b]) + int(counts[b])
-    query = q[b, i, head]
-    if rope_cos is not None:
-      where = p if rope_positions is None else rope_positions[b][i]
-      query = rotate(query, rope_cos[where], rope_sin[where], rope_interleaved)
-    logits, rows = [], []
-    oldest = max(total - capacity, 0) if ring else 0
-    for j in range(oldest, min(total, capacity) if not ring else total):
-      slot = j % capacity
-      row, place = cache_oracle.row_of(
-        b, slot, size, block_table, cache_batch_index
+  if before >= 0:
+    seen &= p - j <= before
+  if after >= 0:
+    seen &= j - p <= after
+  if chunk:
+    seen &= j >= p - p % chunk
+  used = seen.any(1)[..., None, None]
+  keys, values = np.where(used, keys, 0.0), np.where(used, values, 0.0)
+  scales = [
+    np.broadcast_to(1.0 if s is None else np.float64(s), (batch, kv_heads))
+    for s in (k_scale, v_scale)
+  ]
+  keys = keys * scales[0][:, None, :, None]
+  values = values * scales[1][:, None, :, None]
+  if rope_cos is not None:
+    cos, sin = np.float64(rope_cos), np.float64(rope_sin)
+    at = p[..., 0] if rope_positions is None else np.asarray(rope_positions)
+    at = np.clip(at, 0, len(cos) - 1)
+    q = rotate(q, cos[at][:, None], sin[at][:, None], rope_interleaved)
+    if rope_cached_keys:
+      at = np.clip(where, 0, len(cos) - 1)
+      keys = rotate(
+        keys, cos[at][:, :, None], sin[at][:, :, None], rope_interleaved
       )
-      if not 0 <= row < keys.shape[0] or j < left_padding[b]:
-        continue
-      if (causal and j > p) or (0 <= before < p - j) or (0 <= after < j - p):
-        continue
-      if chunk and j < p - p % chunk:
-        continue
-      if not mask[b, head, i, slot]:
-        continue
-      key = keys[row, place, n] * scales[0][b, n]
-      value = values[row, place, n] * scales[1][b, n]
-      if rope_cached_keys:
-        key = rotate(key, rope_cos[j], rope_sin[j], rope_interleaved)
-      logit = query @ key
-      if qv is not None:
-        logit += qv[b, i, head] @ value
-      logit *= dim**-0.5 if scale is None else scale
-      if softcap:
-        logit = softcap * np.tanh(logit / softcap)
-      logit += bias[b, head, i, slot] - slopes[b, head] * abs(p - j)
-      if np.isneginf(logit):
-        continue
-      logits.append(logit)
-      rows.append(value)
-    if sinks is not None:
-      logits.append(float(sinks[head]))
-      rows.append(np.zeros(values.shape[-1]))
-    if not logits:
-      continue
-    top = max(logits)
-    weights = np.exp(np.array(logits) - top)
-    out[b, i, head] = weights @ np.array(rows) / weights.sum()
-    lse[b, head, i] = top + np.log(weights.sum())
-  return (out if layout == "bsnh" else out.swapaxes(1, 2)), lse
+  keys, values = keys.transpose(0, 2, 3, 1), values.swapaxes(1, 2)
+  full = (batch, heads, tokens, capacity)
+
+  def times(x, y):
+    """Multiplies `[b, heads, t, i]` by `[b, n, i, k]`."""
+    together = x.reshape(batch, kv_heads, -1, x.shape[-1]) @ y
+    return together.reshape(batch, heads, tokens, -1)
+
+  factor = dim**-0.5 if scale is None else scale
+  logits = times(q, keys)
+  size = _length(q, 3) * _length(keys, 2)
+  if qv is not None:
+    qv = by_head(qv)
+    logits = logits + times(qv, values.swapaxes(2, 3))
+    size += _length(qv, 3) * _length(values, 3)
+  logits, size = logits * factor, size * abs(factor)
+  if softcap:
+    logits = softcap * np.tanh(logits / softcap)
+  if alibi_slopes is not None:
+    slopes = np.broadcast_to(alibi_slopes, (batch, heads))[..., None, None]
+    logits = logits - slopes * np.abs(p - j)[:, None]
+    size += float((slopes * np.abs(p - j)[:, None]).max(initial=0))
+  seen = np.broadcast_to(seen[:, None], full)
+  if mask is not None:
+    seen = seen & np.asarray(mask)
+  if bias is not None:
+    bias = np.float64(bias)
+    logits = logits + bias
+    size += float(np.abs(bias[np.isfinite(bias)]).max(initial=0))
+  logits = np.where(seen, logits, -np.inf)
+  if sinks is not None:
+    sink = np.float64(sinks)[:, None, None]
+    sink = np.broadcast_to(sink, (batch, heads, tokens, 1))
+    live = (np.arange(tokens) < counts)[:, None, :, None]
+    logits = np.concatenate([logits, np.where(live, sink, -np.inf)], axis=-1)
+  top = logits.max(axis=-1, keepdims=True, initial=-np.inf)
+  none = np.isneginf(top)
+  weights = np.exp(logits - np.where(none, 0.0, top))
+  sums = weights.sum(axis=-1, keepdims=True)
+  with np.errstate(divide="ignore"):
+    lse = np.where(none, -np.inf, top + np.log(np.where(none, 1, sums)))
+  out = times(weights[..., :capacity], values) / np.where(none, 1, sums)
+  return Attention(
+    out if layout == "bnsh" else out.swapaxes(1, 2),
+    lse[..., 0],
+    size,
+    float(np.abs(values).max(initial=0)),
+  )

@@ -44,7 +44,7 @@ def work() -> None:
   assert not hlo.instructions(text, "all-gather")
   got = compiled(*args)
   want = cache_oracle.update(k, v, new_k, new_v, INDEX)
-  out, _ = oracle.attend(*want, q, INDEX, [1, 1])
+  out, *_ = oracle.attend(*want, q, INDEX, [1, 1])
   want = cache_oracle.update(*want, new_k, new_v, INDEX + 1)
   for g, w in zip(got, (*want, out)):
     for shard in g.addressable_shards:
