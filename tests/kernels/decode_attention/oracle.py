@@ -36,9 +36,7 @@ def _rows(cache, layout, layer, table):
   return rows.reshape(b, m * s, *rows.shape[3:]), np.repeat(held, s, axis=1)
 
 
-def rotate(
-  x: Any, cos: Any, sin: Any, interleaved: bool = False
-) -> np.ndarray:
+def rotate(x: Any, cos: Any, sin: Any, interleaved: bool = False) -> np.ndarray:
   """Rotates the pairs of `[..., h]`; cosines and sines are `[..., pairs]`."""
   x = np.array(x, np.float64)
   pairs = cos.shape[-1]

@@ -1,6 +1,7 @@
 """Contract of `kv_cache.update`: implementations against a NumPy oracle."""
 
 import functools
+import math
 import threading
 
 from absl.testing import parameterized
@@ -647,6 +648,44 @@ class WrongInputTest(PlatformTest):
       block_table=jnp.zeros((3, 1), jnp.int32),
       cache_batch_index=[0, 1, 2],
     )
+
+  def test_of_quantisation(self):
+    x, stored = jnp.ones((2, 3)), jnp.ones((2, 3), jnp.int8)
+    for function in (
+      lambda x: kv_cache.quantize(x, 0.1, "int8"),
+      lambda x: kv_cache.scale_for(x, "int8"),
+    ):
+      with self.assertRaisesRegex(TypeError, "`x` must be an array, but"):
+        function("x")
+      for wrong in (stored, jnp.ones(3, bool)):
+        with self.assertRaisesRegex(TypeError, "`x` must be floating, but got"):
+          function(wrong)
+    with self.assertRaisesRegex(ValueError, "`x` must be int8, .*`float32`"):
+      kv_cache.dequantize(x, 0.1)
+    with self.assertRaisesRegex(
+      ValueError, "`dtype` must be one of int8, .*16"
+    ):
+      kv_cache.scale_for(x, "int16")
+    with self.assertRaisesRegex(ValueError, r"must have elements, .* \(0, 3\)"):
+      kv_cache.scale_for(x[:0], "int8")
+    self.assertTrue(jnp.isnan(kv_cache.scale_for(x * jnp.nan, "int8")))
+    self.assertEqual(float(kv_cache.scale_for(x * 0, "int8")), 1.0)
+    for function in (
+      lambda scale: kv_cache.quantize(x, scale, "int8"),
+      lambda scale: kv_cache.dequantize(stored, scale),
+    ):
+      for scale in (0.0, -1, math.nan, math.inf):
+        with self.assertRaisesRegex(ValueError, "`scale` must be positive and"):
+          function(scale)
+      with self.assertRaisesRegex(TypeError, "`scale` must be a number, but"):
+        function(True)
+      with self.assertRaisesRegex(TypeError, "`scale` must be floating, but"):
+        function(jnp.ones(3, int))
+      for shape in ((2,), (4, 2, 3), (1, 2, 3)):
+        with self.assertRaisesRegex(ValueError, r"broadcast to .*\(2, 3\) of"):
+          function(jnp.ones(shape))
+      for shape in ((), (3,), (2, 1), (1, 3)):
+        self.assertEqual(function(jnp.ones(shape)).shape, (2, 3))
 
   @parameterized.parameters(
     (8, {}, r"`index` must lie in \[0, 8\)"),
