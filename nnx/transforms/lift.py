@@ -115,7 +115,11 @@ class Lifted:
     """Runs the user's function on the roots of the structure, after `first`."""
     count = len(values) - len(self.names)
     kwargs = dict(zip(self.names, values[count:]))
-    return self.fun(*first, *values[:count], **kwargs)
+    try:
+      return self.fun(*first, *values[:count], **kwargs)
+    except Exception as error:
+      _name_module(error)
+      raise
 
 
 class Call:
@@ -221,6 +225,39 @@ class Call:
   def apply_outputs(self, plan: Any, outputs: Sequence[Any]) -> Any:
     """The same for outputs that a transform has regrouped."""
     return self.apply(_engine.packed_unflatten(plan, tuple(outputs)))
+
+
+_RAISED = "Raised in "
+
+
+def _name_module(error: BaseException) -> None:
+  """Adds to an error in which of the Modules of a model it was raised.
+
+  They are found in the frames that it came through, so that calls which raise
+  nothing pay nothing.
+  """
+  if any(n.startswith(_RAISED) for n in getattr(error, "__notes__", ())):
+    return  # by a transform inside
+  modules, traceback = [], error.__traceback__
+  while traceback is not None:
+    code = traceback.tb_frame.f_code
+    if code.co_varnames[:1] == (SELF,):
+      owner = traceback.tb_frame.f_locals.get(SELF)
+      if isinstance(owner, _engine.ObjectBase):
+        modules.append(owner)
+    traceback = traceback.tb_next
+  if not modules or modules[0] is modules[-1]:
+    return
+  root, module = modules[0], modules[-1]
+  with contextlib.suppress(Exception):  # such as a graph in an odd state
+    structure, _, objects = _engine.flatten((root,))
+    for position, path in preorder.walk(structure._records):
+      kind, index = structure._records[position][:2]
+      if index >= 0 and kind != "ref" and objects[index] is module:
+        error.add_note(
+          f"{_RAISED}`{preorder.path_text(path)}`, a {type(module).__name__},"
+          f" of a `{type(root).__name__}`."
+        )
 
 
 def _has_run(fun: Callable[..., Any], error: BaseException) -> bool:

@@ -1,5 +1,6 @@
 """Errors of jax name the user's function, its line and its arguments."""
 
+import functools
 import inspect
 import os
 from unittest import mock
@@ -288,6 +289,33 @@ class NotesTest(parameterized.TestCase):
       with self.assertRaisesRegex(ValueError, "of the user") as caught:
         transform(fails)(Model(), X[:2])
       self.assertNotIn("was given", notes_of(caught.exception))
+
+  def test_the_module_that_raised_is_named(self):
+    class Tower(nnx.Module):
+      def __init__(self):
+        rngs = nnx.Rngs(0)
+        self.layers = [nnx.Linear(3, 3, rngs=rngs) for _ in range(3)]
+        self.layers[1] = nnx.Linear(4, 3, rngs=rngs)
+
+      def __call__(self, x):
+        for layer in self.layers:
+          x = layer(x)
+        return x
+
+    def loss(tower, x):
+      return nnx.remat(tower)(x).sum()
+
+    for run in (
+      nnx.jit(Tower()),
+      functools.partial(nnx.jit(loss, donate_argnums=0), Tower()),
+      functools.partial(nnx.jit(nnx.grad(loss)), Tower()),
+      functools.partial(nnx.vmap(loss, in_axes=(None, 0)), Tower()),
+    ):
+      with self.assertRaises((TypeError, ValueError)) as caught:
+        run(jnp.ones((2, 3)))
+      notes = notes_of(caught.exception)
+      self.assertIn("Raised in `layers[1]`, a Linear, of a `Tower`.", notes)
+      self.assertEqual(notes.count("Raised in"), 1)
 
   def test_what_has_no_derivative_is_named(self):
     with self.assertRaises(TypeError) as caught:
