@@ -1,6 +1,7 @@
 """ToNNX: Linen modules as Modules, against Linen itself."""
 
 from absl.testing import absltest
+from flax import core
 from flax import linen as nn
 import jax
 import jax.numpy as jnp
@@ -168,6 +169,22 @@ class ToNNXTest(absltest.TestCase):
       ValueError, "must be a Module that can be called"
     ):
       bridge.lazy_init(nn.Dense(4), X)
+
+  def test_modules_that_differ_in_the_type_of_a_number(self):
+    class Scale(nn.Module):
+      by: object
+
+      def __call__(self, x):
+        return x * (self.by if isinstance(self.by, float | int) else self.by[0])
+
+    x = jnp.array([3])
+    for make in (lambda n: n, lambda n: core.freeze({0: n})):
+      apply = nnx.jit(lambda model, x: model(x))
+      for number in (1, 1.0, True):
+        want = (x * number).dtype
+        self.assertEqual(
+          apply(bridge.ToNNX(Scale(make(number))), x).dtype, want
+        )
 
   def test_clash_of_two_collections(self):
     class Clash(nn.Module):
