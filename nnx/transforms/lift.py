@@ -23,7 +23,8 @@ import weakref
 import jax
 import numpy as np
 
-from nnx.graph import _engine, preorder, runtime, tracing
+from nnx import runtime
+from nnx.engine import _engine, jax_private, preorder
 
 _SCALARS = (bool, int, float, complex, np.generic)
 
@@ -75,7 +76,7 @@ class Lifted:
 
   def debug_info(self, transform: str, numbers: Sequence[int]) -> Any:
     """What errors of jax say of it as a function of some of the leaves."""
-    return tracing.debug_info(transform, self.fun, self.leaf_names(numbers))
+    return jax_private.debug_info(transform, self.fun, self.leaf_names(numbers))
 
   def leaf_names(self, numbers: Sequence[int]) -> Sequence[str]:
     """What the user's function calls some of the leaves."""
@@ -156,7 +157,7 @@ class Call:
     if numbers is None:
       numbers = range(len(self.leaves))
     info = (lifted or self.lifted).debug_info(transform, numbers)
-    setattr(function, tracing.DEBUG_INFO, info)
+    setattr(function, jax_private.DEBUG_INFO, info)
     return function
 
   def with_leaves(
@@ -183,7 +184,7 @@ class Call:
 
 def outside_of_traces() -> bool:
   """Whether arrays are concrete here: no transform of jax is under way."""
-  return tracing.trace_context().trace is tracing.eval_trace()
+  return jax_private.trace_context().trace is jax_private.eval_trace()
 
 
 def place_variables(
