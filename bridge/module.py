@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import collections
 from collections.abc import Callable, Iterator, Mapping
 import dataclasses
-import enum
 import functools
 import inspect
-import threading
 from typing import Any, TypeVar, cast, dataclass_transform
 
 from flax import core
@@ -18,53 +15,16 @@ import jax.numpy as jnp
 
 from bridge import to_nnx
 from bridge import variables as variables_lib
+from bridge.module_context import AttrPriority as AttrPriority
+from bridge.module_context import ModuleStackEntry, Running
+from bridge.module_context import Scope as Scope
+from bridge.module_context import current_context as current_context
 import nnx
 
 F = TypeVar("F", bound=Callable[..., Any])
+
+
 M = TypeVar("M", bound="Module")
-
-
-class AttrPriority(enum.IntEnum):
-  """Which attribute gives a Module its place, where several hold it.
-
-  Example:
-
-    >>> import bridge
-    >>> bridge.AttrPriority.INIT_PARENT < bridge.AttrPriority.DEFAULT
-    True
-  """
-
-  HIGH = 0
-  INIT_PARENT = 20  # the name under which `compact` made it
-  DEFAULT = 50
-  LOW = 100
-
-
-class Scope(nnx.Pytree):
-  """What a `bridge.Module` is bound to during `init` and `apply`.
-
-  Example:
-
-    >>> import bridge, nnx
-    >>> scope = bridge.Scope(nnx.Rngs(0), mutable=False)
-    >>> scope.copy().rngs is scope.rngs
-    True
-
-  Args:
-    rngs: the random streams, shared by all Modules that are bound.
-    mutable: the collections that the caller asked for.
-    initializing: whether variables are being made.
-  """
-
-  def __init__(self, rngs: nnx.Rngs, mutable: Any, initializing: bool = False):
-    self.rngs = rngs
-    self.mutable = tuple(mutable) if isinstance(mutable, list) else mutable
-    self.initializing = initializing
-    self.is_setup = False
-
-  def copy(self) -> Scope:
-    """A scope for another Module, with the same streams."""
-    return Scope(self.rngs, self.mutable, self.initializing)
 
 
 class ModuleState(nnx.State):
@@ -72,66 +32,6 @@ class ModuleState(nnx.State):
 
 
 nnx.register_data_type(ModuleState)
-
-
-@dataclasses.dataclass
-class ModuleStackEntry:
-  """A Module that is being run.
-
-  Attributes:
-    module: the Module.
-    in_compact: whether Modules made now are its submodules by name.
-    type_counter: how many of each name were made.
-  """
-
-  module: Module
-  in_compact: bool
-  type_counter: collections.Counter[str] = dataclasses.field(
-    default_factory=collections.Counter
-  )
-
-  def new_name(self, cls: type) -> str:
-    """The next name for a submodule of a class."""
-    index = self.type_counter[cls.__name__]
-    self.type_counter[cls.__name__] += 1
-    return f"{cls.__name__}_{index}"
-
-
-class _Context(threading.local):
-  def __init__(self):
-    self.stack: list[ModuleStackEntry] = []
-
-
-_context = _Context()
-
-
-class _Running:
-  """Makes a Module the current one, for a block."""
-
-  def __init__(self, module: Module, in_compact: bool):
-    self._entry = ModuleStackEntry(module, in_compact)
-
-  def __enter__(self) -> None:
-    _context.stack.append(self._entry)
-
-  def __exit__(self, *exc_info) -> None:
-    _context.stack.pop()
-
-
-def current_context() -> ModuleStackEntry | None:
-  """The innermost `bridge.Module` that is being run, and how.
-
-  Example:
-
-    >>> import bridge
-    >>> class Model(bridge.Module):
-    ...   @bridge.compact
-    ...   def __call__(self):
-    ...     return bridge.current_context().in_compact
-    >>> Model().apply({}), bridge.current_context()
-    (True, None)
-  """
-  return _context.stack[-1] if _context.stack else None
 
 
 def current_module() -> Module | None:
@@ -170,7 +70,7 @@ class ModuleMeta(type):
         name = kwargs["name"]
         if "name" not in getattr(cls, "__dataclass_fields__", {}):
           del kwargs["name"]
-        _check_name(cls, name, context)
+        check_name(cls, name, context)
       elif context.in_compact and parent is not None:
         name = context.new_name(cls)
     module = super().__call__(*args, **kwargs)
@@ -180,7 +80,7 @@ class ModuleMeta(type):
     return module
 
 
-def _check_name(cls: type, name: Any, context: ModuleStackEntry) -> None:
+def check_name(cls: type, name: Any, context: ModuleStackEntry) -> None:
   if not isinstance(name, str):
     raise ValueError(
       f"`name` of `{cls.__name__}` must be a string, but got {name!r}."
@@ -554,7 +454,7 @@ class Module(nnx.Module, metaclass=ModuleMeta):
   ) -> Any:
     with to_nnx.running(initializing, mutable):
       module = self._prepared(variables, rngs, mutable, initializing)
-      with _Running(module, in_compact=False):
+      with Running(module, in_compact=False):
         result = _method_of(module, method)(module, *args, **kwargs)
     for _, value in nnx.iter_modules(module):
       if isinstance(value, Module):
@@ -593,107 +493,10 @@ def compact(method: F) -> F:
         "`bridge.compact` must be used on methods of a `bridge.Module`, but"
         f" `{method.__qualname__}` was called on a `{type(self).__name__}`."
       )
-    with _Running(self, in_compact=True):
+    with Running(self, in_compact=True):
       return method(self, *args, **kwargs)
 
   return cast(F, wrapper)
-
-
-def linen_in_bridge_mdl(
-  linen_module: Any, name: str | None = None
-) -> to_nnx.ToNNX:
-  """Makes a Linen module a submodule of the `bridge.Module` being run.
-
-  Example:
-
-    >>> import bridge, jax.numpy as jnp
-    >>> from flax import linen as nn
-    >>> class Model(bridge.Module):
-    ...   @bridge.compact
-    ...   def __call__(self, x):
-    ...     return bridge.linen_in_bridge_mdl(nn.Dense(4), name="dense")(x)
-    >>> variables = Model().init(0, jnp.ones((1, 2)))
-    >>> variables["params"]["dense"]["kernel"].shape
-    (2, 4)
-
-  Args:
-    linen_module: the Linen module.
-    name: its name; by default, in a method under `compact`, that of its class
-      and a number, and in `setup` the attribute it is assigned to.
-
-  Returns:
-    The Linen module as an nnx Module.
-
-  Raises:
-    ValueError: outside of `init` and `apply` of a `bridge.Module`.
-  """
-  parent = _parent("linen_in_bridge_mdl")
-  module = to_nnx.ToNNX(linen_module, parent.scope.rngs)
-  _attach(parent, type(linen_module), module, name)
-  return module
-
-
-def nnx_in_bridge_mdl(
-  factory: Callable[[nnx.Rngs], M], name: str | None = None
-) -> M:
-  """Makes an nnx Module a submodule of the `bridge.Module` being run.
-
-  During `apply` no array of it is computed: they come from the variables.
-
-  Example:
-
-    >>> import bridge, jax.numpy as jnp, nnx
-    >>> class Model(bridge.Module):
-    ...   @bridge.compact
-    ...   def __call__(self, x):
-    ...     return bridge.nnx_in_bridge_mdl(
-    ...       lambda rngs: nnx.Linear(2, 4, rngs=rngs), name="linear"
-    ...     )(x)
-    >>> variables = Model().init(0, jnp.ones((1, 2)))
-    >>> Model().apply(variables, jnp.ones((1, 2))).shape
-    (1, 4)
-
-  Args:
-    factory: makes the Module, with the random streams of the parent.
-    name: see `linen_in_bridge_mdl`.
-
-  Returns:
-    The Module.
-
-  Raises:
-    ValueError: outside of `init` and `apply` of a `bridge.Module`.
-  """
-  parent = _parent("nnx_in_bridge_mdl")
-  rngs = parent.scope.rngs
-  if parent.is_initializing():
-    module = factory(rngs)
-  else:
-    streams = rngs if vars(rngs) else nnx.Rngs(0)
-    module = nnx.eval_shape(factory, nnx.clone(streams))
-    if nnx.state(module, nnx.RngState):
-      made = factory(streams)
-      nnx.update(module, nnx.state(made, nnx.RngState))
-  _attach(parent, type(module), module, name)
-  return module
-
-
-def _parent(function: str) -> Module:
-  parent = current_module()
-  if parent is None or parent.scope is None:
-    raise ValueError(
-      f"`{function}` must be called in `setup` or in a method of a"
-      " `bridge.Module` that runs through `init` or `apply`."
-    )
-  return parent
-
-
-def _attach(parent: Module, cls: type, module: Any, name: str | None) -> None:
-  context = current_context()
-  assert context is not None
-  if name is not None and not context.in_compact:
-    _check_name(cls, name, context)
-  if name is not None or context.in_compact:
-    setattr(parent, name or context.new_name(cls), module)
 
 
 def _streams(rngs: Any) -> nnx.Rngs:
@@ -739,7 +542,7 @@ def _set_up(module: Module) -> None:
   assert module.scope is not None
   if hasattr(module, "setup") and not module.scope.is_setup:
     module.scope.is_setup = True
-    with _Running(module, in_compact=False):
+    with Running(module, in_compact=False):
       module.setup()
 
 

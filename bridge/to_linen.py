@@ -2,32 +2,23 @@
 
 from __future__ import annotations
 
-import collections
 from collections.abc import Callable, Mapping, Sequence
 import dataclasses
-import functools
 import operator
 import types
 from typing import Any
 
 from flax import core, linen, serialization
-from flax import nnx as flax_nnx
 from flax.core import meta
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from bridge import layout as layout_lib
+from bridge import to_linen_checks as checks
 from bridge import to_nnx
 from bridge import variables as variables_lib
 import nnx
-
-# The collection of what is not a variable of the nnx Module: its graphdef, and
-# arrays that are plain attributes.
-COLLECTION = "nnx"
-_GRAPHDEF = "graphdef"
-_ARRAYS = "arrays"
-# Metadata of the key of several random streams in one: how many.
-_SHAPE = "stream_shape"
 
 # It has no arrays, and its classes and functions are those of the program.
 for _type in (nnx.GraphDef, nnx.graph.NodeDef):
@@ -115,12 +106,12 @@ class ToLinen(linen.Module):
     Raises:
       ValueError: if variables of the Module are missing.
     """
-    method = _method_of(self.nnx_class, nnx_method)
+    method = checks.method_of(self.nnx_class, nnx_method)
     if self.is_initializing():
       return self._initialize(method, args, kwargs)
     module, layout, defaulted = self._load()
     result = method(module, *args, **kwargs)
-    _check_streams(self, defaulted)
+    checks.check_streams(self, defaulted)
     self._store(module)
     self._store_changes(module, layout)
     return result
@@ -145,7 +136,7 @@ class ToLinen(linen.Module):
       nnx.pop(module, nnx.Intermediate)
       stored = module
     if self._stores_structure():
-      self._put_structure(*_structure(stored))
+      self._put_structure(*layout_lib.structure_of(stored))
     self._store(stored)
     return result
 
@@ -165,7 +156,7 @@ class ToLinen(linen.Module):
     return super().__getattribute__(name)
 
   def __post_init__(self) -> None:
-    _check_arguments(self)
+    checks.check_arguments(self)
     super().__post_init__()
 
   def _make(self) -> nnx.Module:
@@ -176,66 +167,70 @@ class ToLinen(linen.Module):
       if "default" not in keys and "params" in keys:
         keys["default"] = keys["params"]
       kwargs["rngs"] = nnx.Rngs(**keys)
-    return _checked(self, self.nnx_class(*self.args, **kwargs))
+    return checks.check_made(self, self.nnx_class(*self.args, **kwargs))
 
   def _made_before(self) -> nnx.Module | None:
     """The Module that an earlier call in the same `init` has made, if any."""
     collections_ = self.scope.variables()
     made = any(
-      collections_[name] for name in collections_ if name != COLLECTION
+      collections_[name]
+      for name in collections_
+      if name != layout_lib.COLLECTION
     )
     if not made or _is_tabulated() or self._shares_scope():
       return None
     module = self._load()[0]
     return None if _holds_linen(module) else module
 
-  def _load(self) -> tuple[nnx.Module, Layout, dict[str, list]]:
+  def _load(self) -> tuple[nnx.Module, layout_lib.Layout, dict[str, list]]:
     """The Module of the stored graphdef and the current variables.
 
     Also returns the layout of its graphdef and, by name, the counters of the
     random streams for which there was no key.
     """
     given = dict(self.scope.variables())
-    stored = given.pop(COLLECTION, {})
-    graphdef = stored.get(_GRAPHDEF)
-    arrays = stored.get(_ARRAYS, {})
+    stored = given.pop(layout_lib.COLLECTION, {})
+    graphdef = stored.get(layout_lib.GRAPHDEF)
+    arrays = stored.get(layout_lib.ARRAYS, {})
     is_shared = self._shares_scope()
     if is_shared or not isinstance(graphdef, nnx.GraphDef):
       graphdef, rebuilt = _rebuilt(self, needs_arrays=not arrays)
       arrays = arrays or rebuilt
-    layout = _layout(graphdef)
+    layout = layout_lib.layout_of(graphdef)
     state: dict[Any, Any] = {}
     for slot in layout.slots:
       source = (
         arrays if slot.collection is None else given.get(slot.collection, {})
       )
-      value = _lookup(source, slot.path)
-      if value is _MISSING:
-        raise ValueError(_missing_text(self, slot, given))
+      value = layout_lib.lookup(source, slot.path)
+      if value is layout_lib.MISSING:
+        raise ValueError(checks.missing_text(self, slot, given))
       if slot.boxed and isinstance(value, Mapping) and [*value] == ["value"]:
         value = value["value"]  # what a checkpoint makes of a box
       if isinstance(value, meta.AxisMetadata):
         value = variables_lib.to_nnx_var(slot.collection, value)
       elif isinstance(value, np.ndarray):  # of a checkpoint, perhaps read-only
         value = jnp.asarray(value)
-      _put(state, slot.path, value)
+      layout_lib.put(state, slot.path, value)
     defaulted = self._seed(layout, state)
     module = nnx.merge(graphdef, state)
     for collection, tree in given.items():
-      if _size(tree) == layout.sizes.get(collection, 0):
+      if layout_lib.size(tree) == layout.sizes.get(collection, 0):
         continue  # all of them found their slots
-      for path, value in _unplaced(tree, (collection,), layout.known):
+      for path, value in layout_lib.unplaced(tree, (collection,), layout.known):
         variable = variables_lib.to_nnx_var(collection, value)
-        if not is_shared and not _add(module, path[1:], variable):
+        if not is_shared and not layout_lib.add(module, path[1:], variable):
           raise ValueError(
-            f"The variables given to {_describe(self)} must be its own, but"
-            f" `{'/'.join(map(str, path[1:]))}` in the collection"
+            f"The variables given to {checks.describe(self)} must be its own,"
+            f" but `{'/'.join(map(str, path[1:]))}` in the collection"
             f" `{collection}` has no place in it. Leave it out, or pass the"
             " variables that `init` returned."
           )
     return module, layout, defaulted
 
-  def _seed(self, layout: Layout, state: dict[Any, Any]) -> dict[str, list]:
+  def _seed(
+    self, layout: layout_lib.Layout, state: dict[Any, Any]
+  ) -> dict[str, list]:
     """Puts fresh random streams into `state`."""
     defaulted: dict[str, list] = {}
     for tag, streams in layout.streams.items():
@@ -256,8 +251,10 @@ class ToLinen(linen.Module):
           key = jax.random.split(key, shape)
         count = nnx.RngCount(np.zeros(shape, np.uint32), tag=tag)
         metadata = {to_nnx.NO_KEY: True} if name is None else {}
-        _put(state, (*path, "key"), nnx.RngKey(key, tag=tag, **metadata))
-        _put(state, (*path, "count"), count)
+        layout_lib.put(
+          state, (*path, "key"), nnx.RngKey(key, tag=tag, **metadata)
+        )
+        layout_lib.put(state, (*path, "count"), count)
         if name is None:
           defaulted.setdefault(tag, []).append((count, count.raw_value))
     return defaulted
@@ -274,7 +271,7 @@ class ToLinen(linen.Module):
       )
       if self.is_mutable_collection(collection):
         tree = grouped.setdefault(collection, {})
-        _put(tree, path, self._boxed(variable))
+        layout_lib.put(tree, path, self._boxed(variable))
     for collection, tree in grouped.items():
       for name, value in tree.items():
         self.put_variable(collection, name, value)
@@ -284,7 +281,7 @@ class ToLinen(linen.Module):
     # table of `nn.tabulate` shows arrays alone.
     return (
       self.store_graphdef
-      and self.is_mutable_collection(COLLECTION)
+      and self.is_mutable_collection(layout_lib.COLLECTION)
       and not _is_tabulated()
       and not self._shares_scope()
     )
@@ -295,11 +292,13 @@ class ToLinen(linen.Module):
     return isinstance(parent, linen.Module) and parent.scope is self.scope
 
   def _put_structure(self, graphdef: nnx.GraphDef, arrays: Any) -> None:
-    self.put_variable(COLLECTION, _GRAPHDEF, graphdef)
+    self.put_variable(layout_lib.COLLECTION, layout_lib.GRAPHDEF, graphdef)
     if arrays:
-      self.put_variable(COLLECTION, _ARRAYS, arrays)
+      self.put_variable(layout_lib.COLLECTION, layout_lib.ARRAYS, arrays)
 
-  def _store_changes(self, module: nnx.Module, layout: Layout) -> None:
+  def _store_changes(
+    self, module: nnx.Module, layout: layout_lib.Layout
+  ) -> None:
     """Stores what a call has changed that is not in Variables."""
     if not self._stores_structure():
       return
@@ -315,14 +314,14 @@ class ToLinen(linen.Module):
       return isinstance(value, nnx.Intermediate) or not is_mutable
 
     nnx.pop(module, is_lost)
-    graphdef, arrays = _structure(module)
-    stored = self.scope.variables().get(COLLECTION, {})
-    before = jax.tree.leaves(stored.get(_ARRAYS, {}))
+    graphdef, arrays = layout_lib.structure_of(module)
+    stored = self.scope.variables().get(layout_lib.COLLECTION, {})
+    before = jax.tree.leaves(stored.get(layout_lib.ARRAYS, {}))
     after = jax.tree.leaves(arrays)
     is_same = len(before) == len(after) and all(
       map(operator.is_, before, after)
     )
-    if graphdef != stored.get(_GRAPHDEF) or not is_same:
+    if graphdef != stored.get(layout_lib.GRAPHDEF) or not is_same:
       self._put_structure(graphdef, arrays)
 
   def _boxed(self, variable: nnx.Variable[Any]) -> Any:
@@ -339,65 +338,12 @@ class ToLinen(linen.Module):
     box = self.metadata_type(boxed.var_type, boxed.value, boxed.metadata)
     if isinstance(box, meta.AxisMetadata) and box.unbox() is not boxed.value:
       raise ValueError(
-        f"`metadata_type` of {_describe(self)} must make a box whose `unbox()`"
-        " is the second of its arguments `(type, value, metadata)`, but"
-        f" `{type(box).__name__}` does not. Use `metadata_fn` to store a"
+        f"`metadata_type` of {checks.describe(self)} must make a box whose"
+        " `unbox()` is the second of its arguments `(type, value, metadata)`,"
+        f" but `{type(box).__name__}` does not. Use `metadata_fn` to store a"
         " Variable in a box of another kind."
       )
     return box
-
-
-_MISSING = object()
-
-
-@dataclasses.dataclass(frozen=True)
-class Slot:
-  """Where a Variable or array of a graphdef is among the Linen variables."""
-
-  collection: str | None  # None: an array that is a plain attribute
-  path: tuple[Any, ...]
-  boxed: bool = False  # whether it has metadata
-
-
-@dataclasses.dataclass(frozen=True)
-class Layout:
-  """The leaves of a graphdef: stored ones, and random streams by name."""
-
-  slots: tuple[Slot, ...]
-  streams: Mapping[str, list[tuple[Any, Any]]]  # paths and shapes
-  known: frozenset[tuple[str, ...]]  # collections and paths, as strings
-  sizes: Mapping[str, int]  # how many slots a collection has
-
-
-@functools.lru_cache(maxsize=128)
-def _layout(graphdef: nnx.GraphDef) -> Layout:
-  slots: list[Slot] = []
-  streams: dict[str, list[tuple[Any, Any]]] = {}
-  for path, type_, metadata in graphdef.leaf_records():
-    if type_ is None:
-      slots.append(Slot(None, path))
-    elif issubclass(type_, nnx.RngKey):
-      stream = (path[:-1], metadata.get(_SHAPE, ()))
-      streams.setdefault(metadata["tag"], []).append(stream)
-    elif not issubclass(type_, nnx.RngState):
-      name = nnx.variable_name_from_type(type_, allow_register=True)
-      slots.append(Slot(name, path, variables_lib.needs_box(metadata)))
-  known = frozenset(
-    (slot.collection, *map(str, slot.path)) for slot in slots if slot.collection
-  )
-  sizes = collections.Counter(slot.collection for slot in slots)
-  return Layout(tuple(slots), streams, known, sizes)
-
-
-def _structure(module: nnx.Module) -> tuple[nnx.GraphDef, dict[Any, Any]]:
-  """The graphdef of a Module, and its arrays that are not in Variables."""
-  for _, key in nnx.to_flat_state(nnx.state(module, nnx.RngKey)):
-    if key.has_metadata(to_nnx.NO_KEY):
-      key.del_metadata(to_nnx.NO_KEY)
-    if key.shape:  # of several layers; no value says so when it is seeded anew
-      key.set_metadata(_SHAPE, key.shape)
-  graphdef, _, arrays = nnx.split(module, nnx.Variable, ...)
-  return graphdef, arrays.raw_mapping
 
 
 def _rebuilt(
@@ -412,14 +358,14 @@ def _rebuilt(
       names = {"default", *model.scope.rngs}
       kwargs["rngs"] = nnx.Rngs(**dict.fromkeys(sorted(names), 0))
     made = model.nnx_class(*model.args, **kwargs)
-    return _structure(_checked(model, made))
+    return layout_lib.structure_of(checks.check_made(model, made))
 
   graphdef, arrays = jax.eval_shape(build) if model.abstract_init else build()
   if arrays and needs_arrays and model.abstract_init:
     raise ValueError(
-      f"{_describe(model)} has arrays that are not in Variables, so its stored"
-      " graphdef is needed, but the variables have no collection `nnx`. Keep it"
-      " (`store_graphdef=True`), or make the arrays Variables, or pass"
+      f"{checks.describe(model)} has arrays that are not in Variables, so its"
+      " stored graphdef is needed, but the variables have no collection `nnx`."
+      " Keep it (`store_graphdef=True`), or make the arrays Variables, or pass"
       " `abstract_init=False`."
     )
   return graphdef, arrays
@@ -430,181 +376,10 @@ def _is_tabulated() -> bool:
   return bool(linen.module._context.call_info_stack)
 
 
-def _check_arguments(model: ToLinen) -> None:
-  cls = model.nnx_class
-  kind = type(cls).__name__
-  if isinstance(cls, (nnx.Pytree, flax_nnx.Pytree)):
-    raise TypeError(
-      "`nnx_class` must be a class of Modules, but got an instance of"
-      f" `{kind}`: pass `ToLinen({kind}, args=...)`."
-    )
-  if isinstance(cls, linen.Module) or _is_class_of(cls, linen.Module):
-    name = kind if isinstance(cls, linen.Module) else cls.__name__
-    raise TypeError(
-      f"`nnx_class` must be a class of `nnx`, but got `{name}` of Linen: it"
-      " needs no bridge, use it as it is."
-    )
-  # The two are one where a program has `flax.nnx` stand for `nnx`.
-  if _is_class_of(cls, flax_nnx.Pytree) and not _is_class_of(cls, nnx.Pytree):
-    raise TypeError(
-      f"`nnx_class` must be a class of `nnx`, but got `{cls.__name__}` of"
-      " `flax.nnx`: pass a function that returns `bridge.from_flax_nnx(...)` of"
-      " an object of it."
-    )
-  if not callable(cls):
-    raise TypeError(
-      "`nnx_class` must be a class of Modules or a function that makes one, but"
-      f" got {cls!r}."
-    )
-  if not isinstance(model.args, (tuple, list)):
-    raise TypeError(
-      "`args` must be a tuple of arguments of the Module, but got"
-      f" {model.args!r}: write `args=(...,)`, or use `to_linen`."
-    )
-  if not isinstance(model.kwargs, Mapping):
-    raise TypeError(
-      "`kwargs` must map names to arguments of the Module, but got"
-      f" {model.kwargs!r}."
-    )
-  if "rngs" in model.kwargs and not model.skip_rng:
-    raise ValueError(
-      "`kwargs` must not have `rngs`, since the keys given to `init` make them:"
-      " leave it out, or pass `skip_rng=True` to keep yours."
-    )
-  for name in ("metadata_type", "metadata_fn"):
-    value = getattr(model, name)
-    if value is not None and not callable(value):
-      raise TypeError(
-        f"`{name}` must be a class or function, or None, but got {value!r}."
-      )
-  if _is_class_of(model.metadata_type, meta.Partitioned):
-    raise TypeError(
-      "`metadata_type` must take the type, value and metadata of a Variable,"
-      f" but got `{model.metadata_type.__name__}`: pass a function of the"
-      " Variable as `metadata_fn` instead."
-    )
-
-
-def _is_class_of(value: Any, base: type) -> bool:
-  return isinstance(value, type) and issubclass(value, base)
-
-
-def _checked(model: ToLinen, made: Any) -> Any:
-  if not isinstance(made, nnx.Pytree):
-    raise TypeError(
-      f"`nnx_class` of {_describe(model)} must make a Module of `nnx`, but made"
-      f" an object of type `{type(made).__module__}.{type(made).__name__}`."
-    )
-  return made
-
-
 def _holds_linen(module: nnx.Module) -> bool:
   return any(
     isinstance(value, to_nnx.ToNNX) for _, value in nnx.iter_modules(module)
   )
-
-
-def _method_of(cls: Any, method: Any) -> Callable[..., Any]:
-  """The function to call with the Module as its first argument."""
-  if callable(method):
-    return method
-  name = method or "__call__"
-  if not isinstance(name, str):
-    raise TypeError(
-      f"`nnx_method` must be a function or the name of a method, but got"
-      f" {method!r}."
-    )
-  if isinstance(cls, type) and not callable(getattr(cls, name, None)):
-    raise AttributeError(
-      f"`nnx_method` must name a method of `{cls.__name__}`, but it has no"
-      f" `{name}`."
-    )
-  return lambda module, *args, **kwargs: getattr(module, name)(*args, **kwargs)
-
-
-def _describe(model: ToLinen) -> str:
-  name = getattr(model.nnx_class, "__name__", repr(model.nnx_class))
-  path = "/".join(model.scope.path) if model.scope is not None else ""
-  return f"`ToLinen({name})`" + (f" at `{path}`" if path else "")
-
-
-def _missing_text(model: ToLinen, slot: Slot, collections: Mapping) -> str:
-  path = "/".join(map(str, slot.path))
-  return (
-    f"{_describe(model)} needs the variable `{path}` in the collection"
-    f" `{slot.collection or COLLECTION}`, but the variables given have"
-    f" {sorted(collections) or 'no collections'}. Pass all the variables that"
-    " `init` returned."
-  )
-
-
-def _check_streams(model: ToLinen, defaulted: Mapping[str, list]) -> None:
-  """Refuses randomness for which nobody gave a key."""
-  for tag, counters in defaulted.items():
-    if any(count.raw_value is not before for count, before in counters):
-      raise ValueError(
-        f"{_describe(model)} drew random numbers from the stream `{tag}`, but"
-        f" no key was given for it: pass `rngs={{{tag!r}: key}}` to `apply`."
-      )
-
-
-def _lookup(tree: Any, path: tuple[Any, ...]) -> Any:
-  for key in path:
-    if not isinstance(tree, Mapping):
-      return _MISSING
-    if key in tree:
-      tree = tree[key]
-    elif str(key) in tree:  # a checkpoint makes strings of ints
-      tree = tree[str(key)]
-    else:
-      return _MISSING
-  return tree
-
-
-def _put(tree: dict[Any, Any], path: tuple[Any, ...], value: Any) -> None:
-  for key in path[:-1]:
-    tree = tree.setdefault(key, {})
-  tree[path[-1]] = value
-
-
-def _size(tree: Any) -> int:
-  """The number of leaves of nested mappings."""
-  return sum(
-    _size(value) if isinstance(value, (dict, Mapping)) else 1
-    for value in tree.values()
-  )
-
-
-def _unplaced(tree: Any, path: tuple[Any, ...], known: frozenset[Any]):
-  """The leaves of nested mappings that are at or below no known path."""
-  for key, value in tree.items():
-    here = (*path, key)
-    if tuple(map(str, here)) in known:
-      continue
-    if isinstance(value, Mapping):
-      yield from _unplaced(value, here, known)
-    else:
-      yield here, value
-
-
-def _add(module: nnx.Module, path: tuple[Any, ...], value: Any) -> bool:
-  """Adds a Variable that the graphdef does not have, such as a sown one.
-
-  Returns:
-    Whether there is a module for it, with the name free.
-  """
-  owner: Any = module
-  for key in path[:-1]:
-    if isinstance(owner, (list, tuple, nnx.List)) and str(key).isdigit():
-      owner = owner[int(key)] if int(key) < len(owner) else None
-    elif isinstance(owner, Mapping):
-      owner = owner.get(key)
-    else:
-      owner = getattr(owner, str(key), None)
-  if not isinstance(owner, nnx.Module) or path[-1] in vars(owner):
-    return False
-  setattr(owner, path[-1], value)
-  return True
 
 
 def to_linen(

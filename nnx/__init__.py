@@ -5,86 +5,82 @@ Modules are Python objects whose state lives in Variables; `split`, `merge`,
 """
 
 import importlib as _importlib
-import sys as _sys
 
-# `state`, `variables` and `display` are functions that take the names of
-# modules. What imports those modules by name, the engine's side, must come
-# before the functions, as it does in alphabetical order.
-# The second name of a module is the one that it has in Flax.
 from nnx import compat as compat
 from nnx import errors as errors
-from nnx import filters as filterlib  # noqa: F401
-from nnx import filters as filters
+from nnx import filterlib as filterlib
+from nnx import filterlib as filters  # noqa: F401
 from nnx import graph as graph
-from nnx import graph as graphlib  # noqa: F401
+from nnx import graphlib as graphlib
 from nnx import nn as nn
 from nnx import partitioning as partitioning
-from nnx import pytree as pytree
-from nnx import pytree as pytreelib  # noqa: F401
-from nnx import reprs as reprlib  # noqa: F401
-from nnx import reprs as reprs
-from nnx import rngs as rnglib  # noqa: F401
-from nnx import rngs as rngs
+from nnx import pytreelib as pytree  # noqa: F401
+from nnx import pytreelib as pytreelib
+from nnx import reprlib as reprlib
+from nnx import reprlib as reprs  # noqa: F401
+from nnx import rnglib as rnglib
+from nnx import rnglib as rngs  # noqa: F401
+from nnx import runtime as _runtime  # noqa: F401
 from nnx import spmd as spmd
-from nnx import state as statelib  # noqa: F401
+from nnx import statelib as statelib
 from nnx import traversals as traversals
-from nnx import variables as variablelib  # noqa: F401
+from nnx import variablelib as variablelib
 from nnx.containers import Dict as Dict
 from nnx.containers import List as List
 from nnx.containers import Sequential as Sequential
-from nnx.display import display as display
 from nnx.errors import TraceContextError as TraceContextError
-from nnx.filters import All as All
-from nnx.filters import Any as Any
-from nnx.filters import Everything as Everything
-from nnx.filters import Not as Not
-from nnx.filters import Nothing as Nothing
-from nnx.filters import OfType as OfType
-from nnx.filters import PathContains as PathContains
-from nnx.filters import PathIn as PathIn
-from nnx.filters import WithTag as WithTag
-from nnx.graph import runtime as _runtime  # noqa: F401
-from nnx.graph.contexts import MergeContext as MergeContext
-from nnx.graph.contexts import SplitContext as SplitContext
-from nnx.graph.contexts import UpdateContext as UpdateContext
-from nnx.graph.contexts import current_update_context as current_update_context
-from nnx.graph.contexts import merge_context as merge_context
-from nnx.graph.contexts import split_context as split_context
-from nnx.graph.contexts import update_context as update_context
-from nnx.graph.definitions import GraphDef as GraphDef
-from nnx.graph.definitions import GraphState as GraphState
-from nnx.graph.definitions import NodeDef as NodeDef
-from nnx.graph.definitions import PureState as PureState
-from nnx.graph.definitions import call as call
-from nnx.graph.extraction import NodeStates as NodeStates
-from nnx.graph.extraction import from_tree as from_tree
-from nnx.graph.extraction import to_tree as to_tree
-from nnx.graph.functional import as_pure as as_pure
-from nnx.graph.functional import cached_partial as cached_partial
-from nnx.graph.functional import clone as clone
-from nnx.graph.functional import flatten as flatten
-from nnx.graph.functional import graphdef as graphdef
-from nnx.graph.functional import map as map
-from nnx.graph.functional import merge as merge
-from nnx.graph.functional import pop as pop
-from nnx.graph.functional import pure as pure
-from nnx.graph.functional import set_metadata as set_metadata
-from nnx.graph.functional import split as split
-from nnx.graph.functional import state as state
-from nnx.graph.functional import unflatten as unflatten
-from nnx.graph.functional import unpack as unpack
-from nnx.graph.functional import update as update
-from nnx.graph.functional import variables as variables
-from nnx.graph.functional import vars_as as vars_as
-from nnx.graph.functional import with_vars as with_vars
-from nnx.graph.modes import set_graph_mode as set_graph_mode
-from nnx.graph.modes import set_graph_updates as set_graph_updates
-from nnx.graph.registry import (
+from nnx.filterlib import All as All
+from nnx.filterlib import Any as Any
+from nnx.filterlib import Everything as Everything
+from nnx.filterlib import Not as Not
+from nnx.filterlib import Nothing as Nothing
+from nnx.filterlib import OfType as OfType
+from nnx.filterlib import PathContains as PathContains
+from nnx.filterlib import PathIn as PathIn
+from nnx.filterlib import WithTag as WithTag
+from nnx.graphlib.contexts import MergeContext as MergeContext
+from nnx.graphlib.contexts import SplitContext as SplitContext
+from nnx.graphlib.contexts import UpdateContext as UpdateContext
+from nnx.graphlib.contexts import (
+  current_update_context as current_update_context,
+)
+from nnx.graphlib.contexts import merge_context as merge_context
+from nnx.graphlib.contexts import split_context as split_context
+from nnx.graphlib.contexts import update_context as update_context
+from nnx.graphlib.definitions import GraphDef as GraphDef
+from nnx.graphlib.definitions import GraphState as GraphState
+from nnx.graphlib.definitions import NodeDef as NodeDef
+from nnx.graphlib.definitions import PureState as PureState
+from nnx.graphlib.definitions import call as call
+from nnx.graphlib.extraction import NodeStates as NodeStates
+from nnx.graphlib.extraction import from_tree as from_tree
+from nnx.graphlib.extraction import to_tree as to_tree
+from nnx.graphlib.functional import as_pure as as_pure
+from nnx.graphlib.functional import cached_partial as cached_partial
+from nnx.graphlib.functional import clone as clone
+from nnx.graphlib.functional import flatten as flatten
+from nnx.graphlib.functional import graphdef as graphdef
+from nnx.graphlib.functional import map as map
+from nnx.graphlib.functional import merge as merge
+from nnx.graphlib.functional import pop as pop
+from nnx.graphlib.functional import pure as pure
+from nnx.graphlib.functional import set_metadata as set_metadata
+from nnx.graphlib.functional import split as split
+from nnx.graphlib.functional import state as state
+from nnx.graphlib.functional import unflatten as unflatten
+from nnx.graphlib.functional import unpack as unpack
+from nnx.graphlib.functional import update as update
+from nnx.graphlib.functional import variables as variables
+from nnx.graphlib.functional import vars_as as vars_as
+from nnx.graphlib.functional import with_vars as with_vars
+from nnx.graphlib.modes import set_graph_mode as set_graph_mode
+from nnx.graphlib.modes import set_graph_updates as set_graph_updates
+from nnx.graphlib.registry import (
   register_graph_node_type as register_graph_node_type,
 )
-from nnx.graph.traversal import find_duplicates as find_duplicates
-from nnx.graph.traversal import iter_graph as iter_graph
-from nnx.graph.traversal import recursive_map as recursive_map
+from nnx.graphlib.traversal import find_duplicates as find_duplicates
+from nnx.graphlib.traversal import iter_graph as iter_graph
+from nnx.graphlib.traversal import recursive_map as recursive_map
 from nnx.module import Module as Module
 from nnx.module import capture as capture
 from nnx.module import iter_children as iter_children
@@ -159,29 +155,29 @@ from nnx.nn.stochastic import Dropout as Dropout
 from nnx.nn.weight_normalization import SpectralNorm as SpectralNorm
 from nnx.nn.weight_normalization import WeightNorm as WeightNorm
 from nnx.partitioning import logical_axis_rules as logical_axis_rules
-from nnx.pytree import Data as Data
-from nnx.pytree import Object as Object
-from nnx.pytree import Pytree as Pytree
-from nnx.pytree import Static as Static
-from nnx.pytree import check_pytree as check_pytree
-from nnx.pytree import data as data
-from nnx.pytree import dataclass as dataclass
-from nnx.pytree import has_data as has_data
-from nnx.pytree import is_data as is_data
-from nnx.pytree import register_data_type as register_data_type
-from nnx.pytree import static as static
-from nnx.rngs import RngCount as RngCount
-from nnx.rngs import RngKey as RngKey
-from nnx.rngs import Rngs as Rngs
-from nnx.rngs import RngState as RngState
-from nnx.rngs import RngStream as RngStream
-from nnx.rngs import SplitBackups as SplitBackups
-from nnx.rngs import backup_keys as backup_keys
-from nnx.rngs import fork_rngs as fork_rngs
-from nnx.rngs import reseed as reseed
-from nnx.rngs import restore_rngs as restore_rngs
-from nnx.rngs import split_rngs as split_rngs
-from nnx.rngs import with_rngs as with_rngs
+from nnx.pytreelib import Data as Data
+from nnx.pytreelib import Object as Object
+from nnx.pytreelib import Pytree as Pytree
+from nnx.pytreelib import Static as Static
+from nnx.pytreelib import check_pytree as check_pytree
+from nnx.pytreelib import data as data
+from nnx.pytreelib import dataclass as dataclass
+from nnx.pytreelib import has_data as has_data
+from nnx.pytreelib import is_data as is_data
+from nnx.pytreelib import register_data_type as register_data_type
+from nnx.pytreelib import static as static
+from nnx.rnglib import RngCount as RngCount
+from nnx.rnglib import RngKey as RngKey
+from nnx.rnglib import Rngs as Rngs
+from nnx.rnglib import RngState as RngState
+from nnx.rnglib import RngStream as RngStream
+from nnx.rnglib import SplitBackups as SplitBackups
+from nnx.rnglib import backup_keys as backup_keys
+from nnx.rnglib import fork_rngs as fork_rngs
+from nnx.rnglib import reseed as reseed
+from nnx.rnglib import restore_rngs as restore_rngs
+from nnx.rnglib import split_rngs as split_rngs
+from nnx.rnglib import with_rngs as with_rngs
 from nnx.spmd import PARTITION_NAME as PARTITION_NAME
 from nnx.spmd import abstract_with_sharding as abstract_with_sharding
 from nnx.spmd import as_abstract as as_abstract
@@ -190,18 +186,18 @@ from nnx.spmd import get_named_sharding as get_named_sharding
 from nnx.spmd import get_partition_spec as get_partition_spec
 from nnx.spmd import with_partitioning as with_partitioning
 from nnx.spmd import with_sharding_constraint as with_sharding_constraint
-from nnx.state import FlatState as FlatState
-from nnx.state import State as State
-from nnx.state import diff as diff
-from nnx.state import filter_state as filter_state
-from nnx.state import from_flat_state as from_flat_state
-from nnx.state import map_state as map_state
-from nnx.state import merge_state as merge_state
-from nnx.state import replace_by_pure_dict as replace_by_pure_dict
-from nnx.state import restore_int_paths as restore_int_paths
-from nnx.state import split_state as split_state
-from nnx.state import to_flat_state as to_flat_state
-from nnx.state import to_pure_dict as to_pure_dict
+from nnx.statelib import FlatState as FlatState
+from nnx.statelib import State as State
+from nnx.statelib import diff as diff
+from nnx.statelib import filter_state as filter_state
+from nnx.statelib import from_flat_state as from_flat_state
+from nnx.statelib import map_state as map_state
+from nnx.statelib import merge_state as merge_state
+from nnx.statelib import replace_by_pure_dict as replace_by_pure_dict
+from nnx.statelib import restore_int_paths as restore_int_paths
+from nnx.statelib import split_state as split_state
+from nnx.statelib import to_flat_state as to_flat_state
+from nnx.statelib import to_pure_dict as to_pure_dict
 from nnx.summary import tabulate as tabulate
 from nnx.training import metrics as metrics
 from nnx.training import optimizer as optimizer
@@ -245,37 +241,26 @@ from nnx.transforms.vmap import StateAxes as StateAxes
 from nnx.transforms.vmap import pmap as pmap
 from nnx.transforms.vmap import transform_metadata as transform_metadata
 from nnx.transforms.vmap import vmap as vmap
-from nnx.variables import A as A
-from nnx.variables import BatchStat as BatchStat
-from nnx.variables import Cache as Cache
-from nnx.variables import Intermediate as Intermediate
-from nnx.variables import Param as Param
-from nnx.variables import Perturbation as Perturbation
-from nnx.variables import Variable as Variable
-from nnx.variables import VariableMetadata as VariableMetadata
-from nnx.variables import VariableState as VariableState
-from nnx.variables import register_variable_name as register_variable_name
-from nnx.variables import (
+from nnx.variablelib import A as A
+from nnx.variablelib import BatchStat as BatchStat
+from nnx.variablelib import Cache as Cache
+from nnx.variablelib import Intermediate as Intermediate
+from nnx.variablelib import Param as Param
+from nnx.variablelib import Perturbation as Perturbation
+from nnx.variablelib import Variable as Variable
+from nnx.variablelib import VariableMetadata as VariableMetadata
+from nnx.variablelib import VariableState as VariableState
+from nnx.variablelib import register_variable_name as register_variable_name
+from nnx.variablelib import (
   register_variable_name_type_pair as register_variable_name_type_pair,
 )
-from nnx.variables import use_eager_sharding as use_eager_sharding
-from nnx.variables import using_eager_sharding as using_eager_sharding
-from nnx.variables import var_defaults as var_defaults
-from nnx.variables import variable_name_from_type as variable_name_from_type
-from nnx.variables import variable_type_from_name as variable_type_from_name
-from nnx.variables import with_metadata as with_metadata
-
-# Importable by their second names too: `from nnx.variablelib import Param`.
-for _name in (
-  "filterlib",
-  "graphlib",
-  "pytreelib",
-  "reprlib",
-  "rnglib",
-  "statelib",
-  "variablelib",
-):
-  _sys.modules[f"{__name__}.{_name}"] = globals()[_name]
+from nnx.variablelib import use_eager_sharding as use_eager_sharding
+from nnx.variablelib import using_eager_sharding as using_eager_sharding
+from nnx.variablelib import var_defaults as var_defaults
+from nnx.variablelib import variable_name_from_type as variable_name_from_type
+from nnx.variablelib import variable_type_from_name as variable_type_from_name
+from nnx.variablelib import with_metadata as with_metadata
+from nnx.visualization import display as display
 
 
 def __getattr__(name: str):

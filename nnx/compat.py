@@ -12,21 +12,21 @@ Example:
 
 import functools
 
-from nnx import rngs
-from nnx.graph.functional import cached_partial as cached_partial
-from nnx.graph.functional import clone as clone
-from nnx.graph.functional import flatten as flatten
-from nnx.graph.functional import graphdef as graphdef
-from nnx.graph.functional import split as split
-from nnx.graph.functional import state as state
-from nnx.graph.traversal import iter_graph as iter_graph
-from nnx.graph.traversal import recursive_map as recursive_map
+from nnx import rnglib
+from nnx.graphlib.functional import cached_partial as cached_partial
+from nnx.graphlib.functional import clone as clone
+from nnx.graphlib.functional import flatten as flatten
+from nnx.graphlib.functional import graphdef as graphdef
+from nnx.graphlib.functional import split as split
+from nnx.graphlib.functional import state as state
+from nnx.graphlib.traversal import iter_graph as iter_graph
+from nnx.graphlib.traversal import recursive_map as recursive_map
 from nnx.module import iter_children as iter_children
 from nnx.module import iter_modules as iter_modules
 from nnx.module import view as view
 from nnx.module import view_info as view_info
-from nnx.rngs import backup_keys as backup_keys
-from nnx.rngs import reseed as reseed
+from nnx.rnglib import backup_keys as backup_keys
+from nnx.rnglib import reseed as reseed
 from nnx.spmd import get_abstract_model as get_abstract_model
 from nnx.transforms import custom_vjp as custom_vjp_lib
 from nnx.transforms import grad as grad_lib
@@ -49,7 +49,7 @@ _as_graphs = functools.partial(
   functools.partial, graph=True, graph_updates=True
 )
 custom_vjp = _as_graphs(custom_vjp_lib.custom_vjp)
-fork_rngs = _as_graphs(rngs.fork_rngs)
+fork_rngs = _as_graphs(rnglib.fork_rngs)
 grad = _as_graphs(grad_lib.grad)
-split_rngs = _as_graphs(rngs.split_rngs)
+split_rngs = _as_graphs(rnglib.split_rngs)
 value_and_grad = _as_graphs(grad_lib.value_and_grad)

@@ -7,9 +7,9 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 import inspect
 from typing import Any, TypeVar
 
-from nnx import reprs
+from nnx import reprlib
 from nnx.module import Module
-from nnx.pytree import Marker
+from nnx.pytreelib import Marker
 
 A = TypeVar("A")
 
@@ -155,8 +155,8 @@ class List(Module, collections.abc.MutableSequence):
   def __dir__(self) -> list[str]:
     return sorted(name for name in super().__dir__() if isinstance(name, str))
 
-  def _display(self) -> reprs.Parts:
-    return reprs.Parts(
+  def _display(self) -> reprlib.Parts:
+    return reprlib.Parts(
       type(self).__name__,
       [(None, element) for element in self],
       start="([",
@@ -225,8 +225,8 @@ class Dict(Module, collections.abc.MutableMapping):
 
   __hash__ = object.__hash__
 
-  def _display(self) -> reprs.Parts:
-    return reprs.Parts(
+  def _display(self) -> reprlib.Parts:
+    return reprlib.Parts(
       type(self).__name__,
       list(vars(self).items()),
       start="({",

@@ -19,7 +19,7 @@ import jax
 from jax import lax, random
 import jax.numpy as jnp
 
-from nnx.graph import _engine, tracing
+from nnx.engine import _engine, jax_private
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -58,7 +58,7 @@ _PLACES = {
   for name, function in names.stood.items()
 }
 # The methods in which operations meet, whoever calls them.
-_PRIMITIVE, _UFUNC = tracing.primitive_type(), jnp.ufunc
+_PRIMITIVE, _UFUNC = jax_private.primitive_type(), jnp.ufunc
 _BIND, _CALL = _PRIMITIVE.bind, _UFUNC.__call__
 _FUNCTIONS = tuple(
   function
@@ -138,7 +138,7 @@ def one_call(function: F, **options: Any) -> F:
     A function that does the same. Inside a trace, and where functions of jax
     are not those that were imported, it runs the function as it is written.
   """
-  context, outside = tracing.trace_context(), tracing.eval_trace()
+  context, outside = jax_private.trace_context(), jax_private.eval_trace()
   compiled = jax.jit(function, **options)
 
   @functools.wraps(function)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 from typing import Any, NamedTuple
 
-from nnx.graph import _engine
+from nnx.engine import _engine
 
 # The search for an attribute path runs when an error is made, in programs of
 # any size. Each level of it looks through all objects of the process once, for

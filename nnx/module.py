@@ -11,15 +11,12 @@ from typing import Any, TypeVar
 import jax
 import jax.numpy as jnp
 
-from nnx import filters as filters_lib
-from nnx.graph import _engine, functional
-from nnx.pytree import Pytree
-from nnx.state import State, split_state
-from nnx.variables import (
-  Perturbation,
-  Variable,
-  variable_type_from_name,
-)
+from nnx import filterlib as filters_lib
+from nnx.engine import _engine
+from nnx.graphlib import functional
+from nnx.pytreelib import Pytree
+from nnx.statelib import State, split_state
+from nnx.variablelib import Perturbation, Variable, variable_type_from_name
 
 A = TypeVar("A")
 B = TypeVar("B")

@@ -9,14 +9,15 @@ import jax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from nnx import partitioning
-from nnx.graph import functional, tracing
+from nnx.engine import jax_private
+from nnx.graphlib import functional
 from nnx.partitioning import (
   composite_rules,
   get_logical_axis_rules,
   logical_axis_rules,
   set_logical_axis_rules,
 )
-from nnx.variables import Variable, with_metadata
+from nnx.variablelib import Variable, with_metadata
 
 A = TypeVar("A")
 F = TypeVar("F", bound=Callable[..., Any])
@@ -71,7 +72,7 @@ def with_sharding_constraint(
   if axis_resources is None:
     return x
   if mesh is None and partitioning.active_mesh() is None:
-    mesh = tracing.context_mesh()
+    mesh = jax_private.context_mesh()
     if mesh is None:
       return x
 

@@ -13,14 +13,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from nnx import reprs
+from nnx import reprlib
 from nnx.containers import Dict, List
-from nnx.graph import functional, pytrees
+from nnx.engine import pytrees
+from nnx.graphlib import functional
 from nnx.module import Module
-from nnx.pytree import Pytree
-from nnx.rngs import RngState, RngStream
-from nnx.state import State, to_flat_state
-from nnx.variables import Variable, is_ref
+from nnx.pytreelib import Pytree
+from nnx.rnglib import RngState, RngStream
+from nnx.statelib import State, to_flat_state
+from nnx.variablelib import Variable, is_ref
 
 # The attribute under which an object that is watched keeps its `_Place`.
 _PLACE = "_tabulate_place"
@@ -404,7 +405,7 @@ def _arguments_text(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> str:
   return "\n".join(parts)
 
 
-def _size_text(size: reprs.Size) -> str:
+def _size_text(size: reprlib.Size) -> str:
   elements, rest = repr(size).split(" ", 1)
   return f"{elements} [dim]{rest}[/dim]"
 
@@ -430,12 +431,12 @@ class _Contents:
     types = {self.type_of(variable) for _, variable in self.variables}
     return sorted(types, key=lambda t: t.__name__)
 
-  def below(self, path: tuple[Any, ...], type_: type) -> reprs.Size:
+  def below(self, path: tuple[Any, ...], type_: type) -> reprlib.Size:
     """The size of the Variables of a kind in what is at a path."""
-    total = reprs.Size()
+    total = reprlib.Size()
     for where, variable in self.variables:
       if where[: len(path)] == path and self.type_of(variable) is type_:
-        total += reprs.Size.of(_value(variable))
+        total += reprlib.Size.of(_value(variable))
     return total
 
   def at(self, path: tuple[Any, ...], type_: type) -> dict[Any, Any]:
@@ -598,10 +599,10 @@ def _render(
       cells.append(cell + (f"[bold]{_size_text(size)}[/bold]" if size else ""))
     table.add_row(*cells)
   table.caption_style = "bold"
-  total = sum(totals, reprs.Size())
+  total = sum(totals, reprlib.Size())
   table.caption = f"\nTotal Parameters: {_size_text(total)}"
   file = io.StringIO()
-  options = {"force_terminal": True, "force_jupyter": reprs.in_notebook()}
+  options = {"force_terminal": True, "force_jupyter": reprlib.in_notebook()}
   rich_console.Console(file=file, **(options | dict(console_kwargs))).print(
     table
   )

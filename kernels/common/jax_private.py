@@ -9,6 +9,7 @@ import math
 from typing import Any
 
 import jax
+from jax._src import checkify as checkify
 from jax._src import config as _config
 from jax._src import core as _core
 from jax._src import custom_partitioning_sharding_rule as _rules

@@ -8,10 +8,10 @@ may take. A checkify rule for the primitive costs nothing without checkify.
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from jax._src import checkify as _checkify
 import jax.numpy as jnp
 import numpy as np
 
+from kernels.common.jax_private import checkify
 from kernels.kv_cache import layout as layout_lib
 
 # What `violations` functions yield: whether something is wrong, the sentence
@@ -43,18 +43,18 @@ def add_checkify_rule(
 
   def rule(*args, **params):
     # jax 0.12 passes a context in front, which `assert_func` wants as well.
-    context = () if isinstance(args[0], _checkify.Error) else args[:1]
+    context = () if isinstance(args[0], checkify.Error) else args[:1]
     error, enabled_errors, *operands = args[len(context) :]
-    if _checkify.FailedCheckError in enabled_errors:
+    if checkify.FailedCheckError in enabled_errors:
       static = {k: v for k, v in params.items() if k != "implementation"}
       for wrong, message, values in violations(*operands, **static):
-        failure = _checkify.FailedCheckError(
-          _checkify.get_traceback(), message, **values
+        failure = checkify.FailedCheckError(
+          checkify.get_traceback(), message, **values
         )
-        error = _checkify.assert_func(*context, error, wrong, failure)
+        error = checkify.assert_func(*context, error, wrong, failure)
     return error, primitive.bind(*operands, **params)
 
-  _checkify.error_checks[primitive] = rule
+  checkify.error_checks[primitive] = rule
 
 
 def count_violation(count: Any, tokens: int, *, xp: Any = jnp) -> Violation:

@@ -37,7 +37,7 @@ from nnx import eager
 from nnx.module import Module
 from nnx.nn import dtypes
 from nnx.nn.initializers import NO_METADATA
-from nnx.variables import Param
+from nnx.variablelib import Param
 
 
 class PReLU(Module):

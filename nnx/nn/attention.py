@@ -33,8 +33,8 @@ from nnx.nn.dot_product import make_causal_mask as make_causal_mask
 from nnx.nn.initializers import NO_METADATA, Initializer, default_kernel_init
 from nnx.nn.linear import DotGeneral, LinearGeneral
 from nnx.nn.normalization import LayerNorm
-from nnx.rngs import Rngs, RngStream
-from nnx.variables import Cache
+from nnx.rnglib import Rngs, RngStream
+from nnx.variablelib import Cache
 
 
 def _real(lengths: jax.Array, x: jax.Array) -> jax.Array:

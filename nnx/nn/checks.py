@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from nnx.rngs import Rngs
+from nnx.rnglib import Rngs
 
 
 def _is_known(value: Any) -> bool:

@@ -19,8 +19,8 @@ from nnx.nn.initializers import (
   initialize,
 )
 from nnx.nn.linear import default_bias_init
-from nnx.rngs import Rngs
-from nnx.variables import Param
+from nnx.rnglib import Rngs
+from nnx.variablelib import Param
 
 Padding = str | int | Sequence[int | tuple[int, int]]
 

@@ -20,7 +20,7 @@ import numpy as np
 from nnx import eager
 from nnx.module import Module
 from nnx.nn import checks, dtypes
-from nnx.variables import Intermediate
+from nnx.variablelib import Intermediate
 
 # How many keys a query sees, its own the last of them; or how many before and
 # how many after its own, -1 for all.

@@ -13,8 +13,8 @@ from nnx import eager
 from nnx.module import Module
 from nnx.nn import checks, dtypes, initializers
 from nnx.nn.initializers import NO_METADATA, Initializer, initialize
-from nnx.rngs import Rngs
-from nnx.variables import Param
+from nnx.rnglib import Rngs
+from nnx.variablelib import Param
 
 default_embed_init = initializers.variance_scaling(
   1.0, "fan_in", "normal", out_axis=0

@@ -26,8 +26,8 @@ from nnx.nn.initializers import (
   initialize,
   zeros_init,
 )
-from nnx.rngs import Rngs
-from nnx.variables import Param, VariableMetadata
+from nnx.rnglib import Rngs
+from nnx.variablelib import Param, VariableMetadata
 
 DotGeneral = Callable[..., jax.Array]
 

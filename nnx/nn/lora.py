@@ -19,8 +19,8 @@ from nnx.nn.initializers import (
   initialize,
 )
 from nnx.nn.linear import Linear
-from nnx.rngs import Rngs
-from nnx.variables import Param, Variable
+from nnx.rnglib import Rngs
+from nnx.variablelib import Param, Variable
 
 A = TypeVar("A")
 

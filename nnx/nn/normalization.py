@@ -18,8 +18,8 @@ from nnx import eager
 from nnx.module import Module
 from nnx.nn import checks, dtypes, initializers
 from nnx.nn.initializers import NO_METADATA, Initializer, initialize
-from nnx.rngs import Rngs
-from nnx.variables import BatchStat, Param
+from nnx.rnglib import Rngs
+from nnx.variablelib import BatchStat, Param
 
 Axes = int | Sequence[int]
 

@@ -9,8 +9,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from nnx import filters
-from nnx.graph import functional
+from nnx import filterlib
+from nnx.graphlib import functional
 from nnx.module import Module
 from nnx.nn import checks, dtypes, initializers
 from nnx.nn.initializers import (
@@ -21,7 +21,7 @@ from nnx.nn.initializers import (
   initialize,
 )
 from nnx.nn.linear import Linear
-from nnx.rngs import Rngs, RngState, RngStream, restore_rngs, split_rngs
+from nnx.rnglib import Rngs, RngState, RngStream, restore_rngs, split_rngs
 from nnx.transforms.carry import Carry
 from nnx.transforms.scan import scan
 from nnx.transforms.vmap import StateAxes
@@ -632,11 +632,11 @@ def _last_carry(carries: Any, seq_lengths: jax.Array) -> Any:
   return jax.tree.map(pick, carries)
 
 
-def _streams(cell: Any, only: filters.Filter) -> list[tuple[Any, ...]]:
+def _streams(cell: Any, only: filterlib.Filter) -> list[tuple[Any, ...]]:
   """The streams of a cell that a filter selects, with their keys and counts."""
   if only is None:
     return []
-  selects = filters.to_predicate(only)
+  selects = filterlib.to_predicate(only)
   return [
     (value, value.key.value, value.count.value)
     for path, value in functional.iter_graph(cell)
@@ -697,7 +697,7 @@ class RNN(Module):
     keep_order: bool = False,
     unroll: int = 1,
     state_axes: Mapping[str, Any] | None = None,
-    broadcast_rngs: filters.Filter = None,
+    broadcast_rngs: filterlib.Filter = None,
     rngs: Rngs | RngStream | bool | None = True,
   ):
     checks.whole("unroll", unroll, 0 if unroll is False else 1)
@@ -795,7 +795,7 @@ def _make_steps(state_axes, broadcast_rngs, axis, every_carry, unroll):
 
   @scan(
     in_axes=(
-      StateAxes([(filters.All(RngState, broadcast_rngs), None), *state_axes]),
+      StateAxes([(filterlib.All(RngState, broadcast_rngs), None), *state_axes]),
       Carry,
       axis,
     ),

@@ -17,7 +17,7 @@ import numpy as np
 from nnx import eager
 from nnx.module import Module
 from nnx.nn.dot_product import dot_product_attention
-from nnx.variables import Variable
+from nnx.variablelib import Variable
 
 # Positions are split into multiples of this and the rest.
 _STRIDE = 256

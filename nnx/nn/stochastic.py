@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from nnx import eager
 from nnx.module import Module
 from nnx.nn import checks
-from nnx.rngs import Rngs, RngStream
+from nnx.rnglib import Rngs, RngStream
 
 
 class Dropout(Module):

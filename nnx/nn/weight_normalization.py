@@ -10,15 +10,15 @@ import jax
 from jax import lax
 import jax.numpy as jnp
 
-from nnx import filters
-from nnx.graph import functional
+from nnx import filterlib
+from nnx.graphlib import functional
 from nnx.module import Module
 from nnx.nn import checks, dtypes, initializers
 from nnx.nn.initializers import Initializer, initialize
-from nnx.pytree import data
-from nnx.rngs import Rngs
-from nnx.state import to_flat_state
-from nnx.variables import BatchStat, Param, Variable
+from nnx.pytreelib import data
+from nnx.rnglib import Rngs
+from nnx.statelib import to_flat_state
+from nnx.variablelib import BatchStat, Param, Variable
 
 Path = tuple[Any, ...]
 
@@ -90,7 +90,7 @@ class WeightNorm(Module):
     epsilon: float = 1e-12,
     dtype: dtypes.Dtype | None = None,
     param_dtype: dtypes.Dtype = jnp.float32,
-    variable_filter: filters.Filter = filters.PathContains("kernel"),  # noqa: B008
+    variable_filter: filterlib.Filter = filterlib.PathContains("kernel"),  # noqa: B008
     promote_dtype: dtypes.PromoteDtypeFn = dtypes.promote_dtype,
     rngs: Rngs,
   ):
@@ -102,7 +102,7 @@ class WeightNorm(Module):
     self.epsilon = epsilon
     self.dtype = dtype
     self.param_dtype = param_dtype
-    self.variable_filter = filters.to_predicate(variable_filter)
+    self.variable_filter = filterlib.to_predicate(variable_filter)
     self.promote_dtype = promote_dtype
     self.scales = None
     if use_scale:

@@ -7,11 +7,11 @@ from typing import Any, TypeVar
 import jax
 import jax.numpy as jnp
 
-from nnx.filters import Filter
-from nnx.graph import functional
-from nnx.pytree import Pytree, data
-from nnx.state import State, map_state, merge_state, to_flat_state
-from nnx.variables import Variable, is_ref
+from nnx.filterlib import Filter
+from nnx.graphlib import functional
+from nnx.pytreelib import Pytree, data
+from nnx.statelib import State, map_state, merge_state, to_flat_state
+from nnx.variablelib import Variable, is_ref
 
 A = TypeVar("A")
 

@@ -8,10 +8,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from nnx.filters import Filter
-from nnx.graph import functional
-from nnx.pytree import Pytree
-from nnx.variables import Variable
+from nnx.filterlib import Filter
+from nnx.graphlib import functional
+from nnx.pytreelib import Pytree
+from nnx.variablelib import Variable
 
 
 class MetricState(Variable):

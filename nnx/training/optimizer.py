@@ -14,11 +14,12 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding
 
 from nnx import partitioning
-from nnx.filters import Filter
-from nnx.graph import functional, tracing
-from nnx.pytree import Pytree, data
-from nnx.state import State, from_flat_state, map_state, to_flat_state
-from nnx.variables import Param, Variable, is_ref
+from nnx.engine import jax_private
+from nnx.filterlib import Filter
+from nnx.graphlib import functional
+from nnx.pytreelib import Pytree, data
+from nnx.statelib import State, from_flat_state, map_state, to_flat_state
+from nnx.variablelib import Param, Variable, is_ref
 
 M = TypeVar("M")
 
@@ -166,7 +167,7 @@ def _placed_like(value: Any, parameter: Any, annotation: Any) -> Any:
   sharding = jax.typeof(parameter).sharding
   if sharding.mesh.are_all_axes_explicit:
     return jax.sharding.reshard(value, sharding)
-  return tracing.sharded_alike(value, parameter)
+  return jax_private.sharded_alike(value, parameter)
 
 
 def apply_updates(params: Any, updates: Any) -> Any:

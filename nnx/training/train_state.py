@@ -8,9 +8,9 @@ from typing import Any, Generic, TypeVar, dataclass_transform
 import jax
 import jax.numpy as jnp
 
-from nnx.graph.definitions import GraphDef
-from nnx.pytree import static
-from nnx.state import State
+from nnx.graphlib.definitions import GraphDef
+from nnx.pytreelib import static
+from nnx.statelib import State
 from nnx.training import optimizer
 
 M = TypeVar("M")

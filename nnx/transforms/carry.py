@@ -7,7 +7,7 @@ from typing import Any
 
 import jax
 
-from nnx.graph import _engine, preorder
+from nnx.engine import _engine, preorder
 from nnx.transforms import lift, prefix
 
 

@@ -13,8 +13,8 @@ from typing import Any
 
 import jax
 
-from nnx import filters, rngs
-from nnx.graph import functional, traversal
+from nnx import filterlib, rnglib
+from nnx.graphlib import functional, traversal
 from nnx.module import Module
 from nnx.transforms import jit as jit_lib
 from nnx.transforms import remat as remat_lib
@@ -201,16 +201,16 @@ class _Mapping:
     self.transform = transform
     self.split_rngs = split_rngs
     self.size = size
-    not_random = filters.Not(rngs.RngState)
+    not_random = filterlib.Not(rnglib.RngState)
     self.mapped = [
-      (filters.All(not_random, filter_), axis)
+      (filterlib.All(not_random, filter_), axis)
       for filter_, axis in state_axes.items()
       if axis is not None
     ]
     self.node_axes = vmap_lib.StateAxes(
       [
-        (filters.All(rngs.RngState, split_rngs), 0),
-        (rngs.RngState, None),
+        (filterlib.All(rnglib.RngState, split_rngs), 0),
+        (rnglib.RngState, None),
         *self.mapped,
         (..., rest),
       ]
@@ -276,7 +276,7 @@ class _Mapping:
       if size is None:
         size = self.find_size((args, kwargs), plain)
       split = {"splits": size, "only": self.split_rngs}
-      with rngs.split_rngs(
+      with rnglib.split_rngs(
         (args, kwargs), graph=True, graph_updates=True, **split
       ):
         return transformed(nodes, keywords)(*args, kwargs)

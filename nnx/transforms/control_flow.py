@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 import jax
 
-from nnx.graph import _engine
+from nnx.engine import _engine
 from nnx.transforms import carry as carry_lib
 from nnx.transforms import lift, mapped, prefix
 

@@ -11,8 +11,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from nnx.graph import _engine, modes
-from nnx.state import State, to_flat_state
+from nnx.engine import _engine
+from nnx.graphlib import modes
+from nnx.statelib import State, to_flat_state
 from nnx.transforms import carry as carry_lib
 from nnx.transforms import grad as grad_lib
 from nnx.transforms import lift

@@ -15,11 +15,12 @@ from typing import Any
 
 import jax
 
-from nnx.filters import Filter
-from nnx.graph import _engine, modes
-from nnx.state import State
+from nnx.engine import _engine
+from nnx.filterlib import Filter
+from nnx.graphlib import modes
+from nnx.statelib import State
 from nnx.transforms import lift, prefix
-from nnx.variables import Param
+from nnx.variablelib import Param
 
 
 @dataclasses.dataclass(frozen=True)

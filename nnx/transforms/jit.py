@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from nnx.graph import _engine, preorder, tracing
+from nnx.engine import _engine, jax_private, preorder
 from nnx.transforms import lift, prefix
 
 
@@ -29,7 +29,7 @@ class StateSharding(prefix.FilterMap):
     >>> import nnx
     >>> from jax.sharding import PartitionSpec as P
     >>> nnx.StateSharding({nnx.Param: P("model"), ...: P()}).filters
-    (<class 'nnx.variables.Param'>, Ellipsis)
+    (<class 'nnx.variablelib.Param'>, Ellipsis)
 
   Args:
     entries: a mapping from filters to shardings (`NamedSharding`,
@@ -311,7 +311,7 @@ class Flat(lift.Lifted):
 
     split.__name__ = split.__qualname__ = self.__name__
     info = self.debug_info("jit", [*kept, *donated])
-    setattr(split, tracing.DEBUG_INFO, info)
+    setattr(split, jax_private.DEBUG_INFO, info)
     return split
 
   def constrain(self, packed: Any) -> Any:
@@ -402,7 +402,7 @@ class JitWrapped(_engine.JitFunction):
     super().__init__(options.make_entry, jnp.copy, options.statics)
     self.options = options
     functools.update_wrapper(self, options.fun)
-    tracing.register_cache(self, "nnx.jit")
+    jax_private.register_cache(self, "nnx.jit")
 
   def _explain(
     self,

@@ -23,7 +23,8 @@ import weakref
 import jax
 import numpy as np
 
-from nnx.graph import _engine, preorder, runtime, tracing
+from nnx import runtime
+from nnx.engine import _engine, jax_private, preorder
 
 _SCALARS = (bool, int, float, complex, np.generic)
 
@@ -87,7 +88,7 @@ class Lifted:
       first: the number of arguments that come before those of the structure.
     """
     names = self.leaf_names(numbers, first)
-    return tracing.debug_info(transform, self.fun, names)
+    return jax_private.debug_info(transform, self.fun, names)
 
   def leaf_names(self, numbers: Sequence[int], first: int = 0) -> Sequence[str]:
     """What the user's function calls its first arguments and some leaves."""
@@ -197,7 +198,7 @@ class Call:
       numbers = range(len(self.leaves))
     lifted = lifted or self.lifted
     info = lifted.debug_info(transform, numbers, first)
-    setattr(function, tracing.DEBUG_INFO, info)
+    setattr(function, jax_private.DEBUG_INFO, info)
     self._described.append((lifted.fun, info))
     return function
 
@@ -273,7 +274,7 @@ def _has_run(fun: Callable[..., Any], error: BaseException) -> bool:
 
 def outside_of_traces() -> bool:
   """Whether arrays are concrete here: no transform of jax is under way."""
-  return tracing.trace_context().trace is tracing.eval_trace()
+  return jax_private.trace_context().trace is jax_private.eval_trace()
 
 
 def place_variables(

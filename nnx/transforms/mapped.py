@@ -15,7 +15,7 @@ from typing import Any
 import jax
 
 from nnx import spmd
-from nnx.graph import _engine
+from nnx.engine import _engine
 from nnx.transforms import lift, prefix
 
 

@@ -14,9 +14,9 @@ from typing import Any, NamedTuple, TypeVar
 
 import jax
 
-from nnx import filters as filters_lib
-from nnx.graph import _engine, preorder, pytrees
-from nnx.state import State, to_flat_state
+from nnx import filterlib as filters_lib
+from nnx.engine import _engine, preorder, pytrees
+from nnx.statelib import State, to_flat_state
 
 N = TypeVar("N")
 

@@ -11,8 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from nnx import eager, spmd
-from nnx import rngs as rngs_lib
-from nnx.graph import _engine, preorder
+from nnx import rnglib as rngs_lib
+from nnx.engine import _engine, preorder
 from nnx.transforms import carry as carry_lib
 from nnx.transforms import jit as jit_lib
 from nnx.transforms import lift, mapped, prefix

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from nnx import spmd
-from nnx.graph import _engine, tracing
+from nnx.engine import _engine, jax_private
 from nnx.transforms import lift, mapped, prefix
 from nnx.transforms.carry import Carry
 
@@ -23,7 +23,7 @@ class StateAxes(prefix.FilterMap, Mapping[Any, Any]):
     >>> import nnx
     >>> axes = nnx.StateAxes({nnx.Param: 0, ...: None})
     >>> axes
-    StateAxes({<class 'nnx.variables.Param'>: 0, Ellipsis: None})
+    StateAxes({<class 'nnx.variablelib.Param'>: 0, Ellipsis: None})
     >>> axes[nnx.Param]
     0
 
@@ -282,7 +282,7 @@ class _Pmapped(_engine.JitFunction):
 
   def __init__(self, *args: Any):
     super().__init__(*args)
-    tracing.register_cache(self, "nnx.pmap")
+    jax_private.register_cache(self, "nnx.pmap")
 
 
 def pmap(

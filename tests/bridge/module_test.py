@@ -2,6 +2,7 @@
 
 import importlib
 import inspect
+import types
 
 from absl.testing import absltest, parameterized
 from flax import errors
@@ -126,11 +127,16 @@ class OracleTest(parameterized.TestCase):
 
   def test_name_in_nnx(self):
     named = importlib.import_module("nnx.bridge")
-    self.assertIs(named, bridge)
-    self.assertIs(nnx.bridge, bridge)
-    for name in ("module", "variables"):
-      named = importlib.import_module(f"nnx.bridge.{name}")
-      self.assertIs(named, getattr(bridge, name))
+    self.assertIs(nnx.bridge, named)
+    for name in ("", ".module", ".variables"):
+      named = importlib.import_module(f"nnx.bridge{name}")
+      target = importlib.import_module(f"bridge{name}")
+      for public in dir(target):
+        value = getattr(target, public)
+        if not public.startswith("_") and not isinstance(
+          value, types.ModuleType
+        ):
+          self.assertIs(getattr(named, public), value)
 
 
 class ModuleTest(absltest.TestCase):

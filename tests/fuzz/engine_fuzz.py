@@ -20,9 +20,10 @@ from typing import Any
 import numpy as np
 
 import nnx
-from nnx.graph import _engine, reference
+from nnx.engine import _engine
+from nnx.graphlib import reference
 from tests.fuzz import engine_graphs, worker
-from tests.nnx.graph import graphs
+from tests.nnx.engine import graphs
 
 # What a spoiled graph may end in. Above all no SystemError, which says that the
 # engine failed without saying why.

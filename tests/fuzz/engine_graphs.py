@@ -1,7 +1,7 @@
 """Random graphs for the fuzzer of the engine, and what spoils them.
 
 Built from a generator of numpy alone, so that a number makes the graph again.
-The parts are those of `tests.nnx.graph.graphs`; more come that act when the
+The parts are those of `tests.nnx.engine.graphs`; more come that act when the
 engine calls them.
 """
 
@@ -13,8 +13,8 @@ import jax
 import numpy as np
 
 import nnx
-from nnx.graph import _engine
-from tests.nnx.graph import graphs
+from nnx.engine import _engine
+from tests.nnx.engine import graphs
 
 _NAMES = ["a", "b", "c", "kernel", "x1", "x10"]
 _TYPES = [nnx.Param, nnx.BatchStat, nnx.Variable, graphs.Hooked]

@@ -12,7 +12,7 @@ import pytest
 import treescope
 
 import nnx
-from nnx import reprs
+from nnx import reprlib
 
 
 def define(lib):
@@ -145,7 +145,7 @@ Model(
   )
   def test_size(self, n, text):
     n = int(n)
-    self.assertEqual(repr(reprs.Size(n, n)), f"{n:,} ({text})")
+    self.assertEqual(repr(reprlib.Size(n, n)), f"{n:,} ({text})")
 
 
 # treescope looks at all of numpy, names that numpy has deprecated too.

@@ -66,7 +66,7 @@ class FiltersTest(parameterized.TestCase):
   def test_selects_what_flax_selects(self, build):
     from flax.nnx import filterlib
 
-    ours = nnx.filters.to_predicate(build(nnx))
+    ours = nnx.filterlib.to_predicate(build(nnx))
     theirs = filterlib.to_predicate(build(flax_nnx))
     for path in PATHS:
       for a, b in zip(leaves(nnx), leaves(flax_nnx)):
@@ -83,7 +83,7 @@ class FiltersTest(parameterized.TestCase):
     self.assertTrue(nnx.WithTag("a")((), nnx.RngStream(0, tag="a")))
 
   def test_path_in(self):
-    predicate = nnx.filters.PathIn(("a", 0), ("b",))
+    predicate = nnx.filterlib.PathIn(("a", 0), ("b",))
     self.assertTrue(predicate(("b",), None))
     self.assertFalse(predicate(("a",), None))
 
@@ -92,7 +92,7 @@ class FiltersTest(parameterized.TestCase):
     lambda: nnx.WithTag("a"),
     lambda: nnx.PathContains("a"),
     lambda: nnx.PathContains("a", exact=False),
-    lambda: nnx.filters.PathIn(("a",), ("b",)),
+    lambda: nnx.filterlib.PathIn(("a",), ("b",)),
     lambda: nnx.Any(int, "a"),
     lambda: nnx.All(int, "a"),
     lambda: nnx.Not(int),
@@ -130,7 +130,7 @@ class FiltersTest(parameterized.TestCase):
     (nnx.Not(nnx.Any("a", ...)), "Not(Any(WithTag('a'), Everything()))"),
     (nnx.All(), "All()"),
     (nnx.Nothing(), "Nothing()"),
-    (nnx.filters.PathIn(("a",)), "PathIn(('a',))"),
+    (nnx.filterlib.PathIn(("a",)), "PathIn(('a',))"),
   )
   def test_repr(self, predicate, text):
     self.assertEqual(repr(predicate), text)
@@ -139,15 +139,15 @@ class FiltersTest(parameterized.TestCase):
     with self.assertRaisesRegex(
       TypeError, r"A filter must be a type, .* but got `3` of type `int`"
     ):
-      nnx.filters.to_predicate(3)
+      nnx.filterlib.to_predicate(3)
 
   def test_ellipsis_must_be_last(self):
     with self.assertRaisesRegex(
       ValueError,
       r"must come last, but filter 0 is `Ellipsis` and `'a'` follows",
     ):
-      nnx.filters.filters_to_predicates([..., "a"])
-    self.assertLen(nnx.filters.filters_to_predicates(["a", ..., True]), 3)
+      nnx.filterlib.filters_to_predicates([..., "a"])
+    self.assertLen(nnx.filterlib.filters_to_predicates(["a", ..., True]), 3)
 
 
 if __name__ == "__main__":

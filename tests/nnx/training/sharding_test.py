@@ -10,7 +10,7 @@ import numpy as np
 import optax
 
 import nnx
-from nnx.graph import tracing
+from nnx.engine import jax_private
 from tests.testing import devices
 
 devices.use_cpu_devices(8)
@@ -360,11 +360,11 @@ class StackedTest(parameterized.TestCase):
     with jax.set_mesh(mesh):
       first, second = text(), text()
       moments = first.compile()(state)
-      several = jax.jit(jax.vmap(lambda x: tracing.sharded_alike(x, x)))(
+      several = jax.jit(jax.vmap(lambda x: jax_private.sharded_alike(x, x)))(
         state.layers.kernel[...]
       )
       (gradient,) = jax.grad(
-        lambda x: jnp.sum(tracing.sharded_alike(x * x, x)[0]), (0,)
+        lambda x: jnp.sum(jax_private.sharded_alike(x * x, x)[0]), (0,)
       )(jnp.ones((2, 3)))
     # Compilation caches rely on it.
     self.assertEqual(first.as_text(), second.as_text())

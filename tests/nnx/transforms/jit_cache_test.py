@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import nnx
-from nnx.graph import _engine
+from nnx.engine import _engine
 
 _BOUND = 256
 

@@ -519,7 +519,7 @@ class ErrorTest(parameterized.TestCase):
     self.assertEqual(
       self.error(ValueError, nnx.vmap(f, in_axes=(axes,)), stack),
       "The filters of `in_axes` must select every leaf, but none of"
-      " [<class 'nnx.variables.Param'>] selects `args[0].calls` of type"
+      " [<class 'nnx.variablelib.Param'>] selects `args[0].calls` of type"
       " Variable:"
       " add `...` as the last filter.",
     )

@@ -1,0 +1,594 @@
+#include "nnx/engine/cc/lift.h"
+
+#include "nnx/engine/cc/flatten.h"
+#include "nnx/engine/cc/match.h"
+#include "nnx/engine/cc/objects.h"
+#include "nnx/engine/cc/recursion_guard.h"
+#include "nnx/engine/cc/runtime.h"
+#include "nnx/engine/cc/unflatten.h"
+
+namespace nnx::engine {
+
+namespace {
+thread_local CallFrame* current_frame = nullptr;
+}  // namespace
+
+CallFrame::CallFrame(const Structure* structure, PyObject* const* objects)
+    : structure_(structure), objects_(objects), previous_(current_frame) {
+  current_frame = this;
+}
+
+CallFrame::~CallFrame() { current_frame = previous_; }
+
+PyObject* const* CallFrame::OriginalsOf(const Structure* structure) {
+  if (!current_frame || current_frame->structure_ != structure) return nullptr;
+  return current_frame->objects_;
+}
+
+std::vector<int32_t> TopNodes(const Structure* structure) {
+  std::vector<int32_t> tops;
+  const std::vector<Node>& nodes = *structure->nodes;
+  for (int32_t i = 0; i < static_cast<int32_t>(nodes.size());) {
+    if (nodes[i].index >= 0 && nodes[i].kind != NodeKind::kRef) {
+      tops.push_back(i);
+      i = nodes[i].end;
+    } else {
+      ++i;
+    }
+  }
+  return tops;
+}
+
+namespace {
+
+// Whether an object can be written to as the node says.
+bool IsOfKind(const Node& node, PyObject* object) {
+  switch (node.kind) {
+    case NodeKind::kVariable:
+      return IsVariable(object);
+    case NodeKind::kObject:
+      return IsObject(object);
+    case NodeKind::kList:
+      return PyList_CheckExact(object);
+    case NodeKind::kDict:
+      return PyDict_CheckExact(object);
+    default:
+      return true;
+  }
+}
+
+// Whether nothing but leaves differs between the copies now and then, and if
+// so, the Variables whose leaf was replaced. 1, 0, -1.
+int FindWrites(const Structure* before, const std::vector<int32_t>& tops,
+               PyObject* const* objects, PyObject* const* leaves,
+               const Flattener& after, Plan::Data* data) {
+  for (int32_t i = 0; i < before->num_indices; ++i) {
+    if (i >= static_cast<int32_t>(after.objects().size()) ||
+        after.objects()[i].get() != objects[i]) {
+      return 0;
+    }
+  }
+  for (size_t i = 0; i < tops.size(); ++i) {
+    const int equal =
+        SubtreesEqual(*before->nodes, tops[i], after.nodes(), after.roots()[i]);
+    if (equal != 1) return equal;
+  }
+  for (size_t i = 0; i < tops.size(); ++i) {
+    const int32_t size = (*before->nodes)[tops[i]].end - tops[i];
+    for (int32_t k = 0; k < size; ++k) {
+      const Node& old_node = (*before->nodes)[tops[i] + k];
+      const Node& new_node = after.nodes()[after.roots()[i] + k];
+      if (old_node.leaf < 0) continue;
+      data->matches[new_node.leaf] = old_node.leaf;
+      if (after.leaves()[new_node.leaf].get() == leaves[old_node.leaf]) {
+        data->sources[new_node.leaf] = ~old_node.leaf;
+      } else if (old_node.kind == NodeKind::kVariable) {
+        data->writes.emplace_back(old_node.index, data->num_outputs);
+        data->sources[new_node.leaf] = data->num_outputs++;
+      } else {
+        return 0;  // an array inside a container: rebuilt by the general way
+      }
+    }
+  }
+  return 1;
+}
+
+// Finds out which input leaf each leaf stands in the place of, where more than
+// values changed. A node with an identity is found by it; any other by its key
+// in its parent.
+class LeafMatcher {
+ public:
+  LeafMatcher(const Structure* before, const Flattener& after, Plan::Data* data)
+      : before_(*before->nodes),
+        after_(after.nodes()),
+        data_(data),
+        position_of_(before->num_indices, -1) {
+    for (size_t i = 0; i < before_.size(); ++i) {
+      if (before_[i].index >= 0 && before_[i].kind != NodeKind::kRef) {
+        position_of_[before_[i].index] = static_cast<int32_t>(i);
+      }
+    }
+  }
+
+  // `old_position`: -1 if there was nothing in this place.
+  bool Match(int32_t position, int32_t old_position) {
+    RecursionGuard guard;
+    if (!guard.entered()) return false;
+    const Node& node = after_[position];
+    if (node.kind == NodeKind::kRef) return true;
+    if (node.index >= 0) {
+      const int32_t origin = data_->origin[node.index];
+      old_position = origin < 0 ? -1 : position_of_[origin];
+    } else if (old_position >= 0 && before_[old_position].kind != node.kind) {
+      old_position = -1;
+    }
+    if (node.leaf >= 0 && old_position >= 0) {
+      data_->matches[node.leaf] = before_[old_position].leaf;
+    }
+    int32_t child = position + 1;
+    for (int32_t i = 0; i < node.children; ++i) {
+      int32_t old_child = -1;
+      if (old_position >= 0 && !Child(node, i, old_position, &old_child)) {
+        return false;
+      }
+      if (!Match(child, old_child)) return false;
+      child = after_[child].end;
+    }
+    return true;
+  }
+
+ private:
+  // The old node in the place of the i-th child. False with an error set.
+  bool Child(const Node& node, int32_t i, int32_t old_position,
+             int32_t* found) const {
+    const Node& old_node = before_[old_position];
+    int32_t wanted = i;
+    if (node.keys && old_node.keys) {
+      PyObject* key = PyTuple_GET_ITEM(node.keys.get(), i);
+      if (i >= old_node.children ||
+          PyTuple_GET_ITEM(old_node.keys.get(), i) != key) {
+        wanted = -1;
+        for (int32_t k = 0; k < old_node.children && wanted < 0; ++k) {
+          const int equal = PyObject_RichCompareBool(
+              PyTuple_GET_ITEM(old_node.keys.get(), k), key, Py_EQ);
+          if (equal < 0) return false;
+          if (equal) wanted = k;
+        }
+      }
+    }
+    *found = -1;
+    if (wanted < 0 || wanted >= old_node.children) return true;
+    *found = old_position + 1;
+    for (int32_t k = 0; k < wanted; ++k) *found = before_[*found].end;
+    return true;
+  }
+
+  const std::vector<Node>& before_;
+  const std::vector<Node>& after_;
+  Plan::Data* data_;
+  std::vector<int32_t> position_of_;
+};
+
+}  // namespace
+
+bool CheckObjects(const Structure* structure, PyObject* const* objects,
+                  size_t count, const std::vector<int32_t>* origin) {
+  for (const Node& node : *structure->nodes) {
+    if (node.index < 0 || node.kind == NodeKind::kRef) continue;
+    const int32_t number = origin ? (*origin)[node.index] : node.index;
+    if (number < 0) continue;
+    if (static_cast<size_t>(number) >= count ||
+        !IsOfKind(node, objects[number])) {
+      PyErr_SetString(PyExc_ValueError,
+                      "`objects` must be those of the structure, but one is "
+                      "missing or of another kind.");
+      return false;
+    }
+  }
+  return true;
+}
+
+bool CheckApplies(PyObject* plan, PyObject* const* objects, size_t num_objects,
+                  size_t num_leaves) {
+  const Plan::Data& data = PlanData(plan);
+  for (int32_t source : data.sources) {
+    if (source < 0 && static_cast<size_t>(~source) >= num_leaves) {
+      PyErr_SetString(PyExc_ValueError,
+                      "`leaves` must be those that were packed, but some are "
+                      "missing.");
+      return false;
+    }
+  }
+  return CheckObjects(AsStructure(data.structure.get()), objects, num_objects,
+                      &data.origin);
+}
+
+Ref Pack(const Structure* before, const std::vector<int32_t>& tops,
+         PyObject* const* objects, PyObject* const* leaves, PyObject* result) {
+  Flattener after(/*hash_statics=*/true);
+  for (int32_t top : tops) {
+    if (!after.Add(objects[(*before->nodes)[top].index], Mode::kAttributes)) {
+      return Ref();
+    }
+  }
+  const auto argument_leaves = static_cast<int32_t>(after.leaves().size());
+  if (!after.Add(result, Mode::kPytree)) return Ref();
+
+  Ref plan_object = Ref::Steal(g_plan_type->tp_alloc(g_plan_type, 0));
+  if (!plan_object) return Ref();
+  auto* data = new Plan::Data();
+  reinterpret_cast<Plan*>(plan_object.get())->data = data;
+  data->structure = after.Finish();
+  if (!data->structure) return Ref();
+  const auto num_leaves = static_cast<int32_t>(after.leaves().size());
+  data->sources.assign(num_leaves, 0);
+  data->matches.assign(argument_leaves, -1);
+
+  std::unordered_map<PyObject*, int32_t> originals;
+  for (int32_t i = 0; i < before->num_indices; ++i) {
+    originals.emplace(objects[i], i);
+  }
+  for (const Ref& object : after.objects()) {
+    auto original = originals.find(object.get());
+    data->origin.push_back(original == originals.end() ? -1 : original->second);
+  }
+
+  const int values_only =
+      FindWrites(before, tops, objects, leaves, after, data);
+  if (values_only < 0) return Ref();
+  data->values_only = values_only == 1;
+  if (!data->values_only) {
+    data->writes.clear();
+    data->num_outputs = 0;
+    data->matches.assign(argument_leaves, -1);
+    LeafMatcher matcher(before, after, data);
+    for (size_t i = 0; i < tops.size(); ++i) {
+      if (!matcher.Match(after.roots()[i], tops[i])) return Ref();
+    }
+    // An input that now stands in another place goes through the
+    // transformation: there it may be mapped or carried in another way.
+    for (int32_t i = 0; i < argument_leaves; ++i) {
+      const int32_t input = data->matches[i];
+      data->sources[i] = input >= 0 && leaves[input] == after.leaves()[i].get()
+                             ? ~input
+                             : data->num_outputs++;
+    }
+  }
+  // The result always goes through the transformation, which may treat results
+  // in another way than state.
+  for (int32_t i = argument_leaves; i < num_leaves; ++i) {
+    data->sources[i] = data->num_outputs++;
+  }
+
+  data->result_position = after.roots().back();
+  for (size_t i = data->result_position; i < after.nodes().size(); ++i) {
+    const Node& node = after.nodes()[i];
+    if (node.index < 0) continue;
+    data->result_has_nodes = true;
+    if (data->origin[node.index] >= 0) data->result_refs.push_back(node.index);
+  }
+
+  Ref outputs = Ref::Steal(PyTuple_New(data->num_outputs));
+  Ref packed = Ref::Steal(g_packed_type->tp_alloc(g_packed_type, 0));
+  if (!outputs || !packed) return Ref();
+  for (int32_t i = 0; i < num_leaves; ++i) {
+    if (data->sources[i] < 0) continue;
+    PyObject* leaf = after.leaves()[i].get();
+    Py_INCREF(leaf);
+    PyTuple_SET_ITEM(outputs.get(), data->sources[i], leaf);
+  }
+  auto* self = reinterpret_cast<Packed*>(packed.get());
+  self->plan = plan_object.release();
+  self->outputs = outputs.release();
+  return packed;
+}
+
+Ref Apply(PyObject* plan, PyObject* const* objects, PyObject* const* leaves,
+          PyObject* const* outputs) {
+  const Plan::Data& data = PlanData(plan);
+  const Structure* structure = AsStructure(data.structure.get());
+  const std::vector<Node>& nodes = *structure->nodes;
+  auto source = [&](int32_t leaf) {
+    const int32_t from = data.sources[leaf];
+    return from < 0 ? leaves[~from] : outputs[from];
+  };
+  if (data.values_only) {
+    if (!data.writes.empty()) {
+      PyObject* trace = nullptr;
+      if (!CurrentTrace(&trace)) return Ref();
+      Ref keep = Ref::Steal(trace);
+      // All or nothing: a refused write leaves every Variable as it was.
+      for (const auto& [index, output] : data.writes) {
+        if (!BelongsToTrace(AsGraphObject(objects[index]), trace)) {
+          RaiseTraceError(objects[index]);
+          return Ref();
+        }
+      }
+      for (const auto& [index, output] : data.writes) {
+        SetRaw(AsVariable(objects[index]), outputs[output]);
+      }
+    }
+    const Node& result = nodes[data.result_position];
+    if (result.kind == NodeKind::kLeaf) {
+      return Ref::Borrow(source(result.leaf));
+    }
+    if (result.kind == NodeKind::kStatic) return result.aux;
+  }
+
+  std::vector<PyObject*> filled(structure->num_leaves);
+  for (int32_t i = 0; i < structure->num_leaves; ++i) filled[i] = source(i);
+  if (data.values_only) {
+    Unflattener build(nodes, filled.data(), nullptr,
+                      data.result_has_nodes ? structure->num_indices : 0);
+    for (int32_t index : data.result_refs) {
+      build.Declare(index, objects[data.origin[index]]);
+    }
+    build.set_position(data.result_position);
+    return build.Build();
+  }
+  std::vector<PyObject*> reuse(structure->num_indices);
+  for (int32_t i = 0; i < structure->num_indices; ++i) {
+    reuse[i] = data.origin[i] < 0 ? nullptr : objects[data.origin[i]];
+  }
+  Unflattener build(nodes, filled.data(), reuse.data(), structure->num_indices);
+  Ref result;
+  for (int32_t i = 0; i < structure->num_roots; ++i) {
+    result = build.Build();
+    if (!result) return Ref();
+  }
+  return build.Commit() ? result : Ref();
+}
+
+// --- Python functions
+
+namespace {
+
+bool CheckTuple(PyObject* value, Py_ssize_t size, const char* name) {
+  if (PyTuple_Check(value) && PyTuple_GET_SIZE(value) == size) return true;
+  PyErr_Format(PyExc_ValueError,
+               "`%s` must be a tuple of %zd items, but got %R.", name, size,
+               value);
+  return false;
+}
+
+PyObject* const* Items(PyObject* tuple) { return PySequence_Fast_ITEMS(tuple); }
+
+bool CheckObjectTuple(const Structure* structure, PyObject* objects) {
+  return CheckTuple(objects, structure->num_indices, "objects") &&
+         CheckObjects(structure, Items(objects), structure->num_indices,
+                      /*origin=*/nullptr);
+}
+
+Ref ToTuple(std::vector<Ref>& values) {
+  Ref tuple = Ref::Steal(PyTuple_New(static_cast<Py_ssize_t>(values.size())));
+  if (!tuple) return Ref();
+  for (size_t i = 0; i < values.size(); ++i) {
+    PyTuple_SET_ITEM(tuple.get(), static_cast<Py_ssize_t>(i),
+                     Ref(values[i]).release());
+  }
+  return tuple;
+}
+
+// Whether a structure is that of arguments, as `flatten` makes it: one that
+// `split` makes in a context may refer to objects that are not there.
+bool CheckClosed(PyObject* value) {
+  if (!CheckStructure(value)) return false;
+  if (AsStructure(value)->num_outer == 0) return true;
+  PyErr_Format(PyExc_ValueError,
+               "`structure` must be complete, but it refers to %d objects of "
+               "earlier splits of its context.",
+               AsStructure(value)->num_outer);
+  return false;
+}
+
+// flatten(values, static=()) -> (structure, leaves, objects)
+PyObject* FlattenFunction(PyObject*, PyObject* args, PyObject* kwargs) {
+  const char* keywords[] = {"values", "static", nullptr};
+  PyObject *values = nullptr, *statics = nullptr;
+  if (!PyArg_ParseTupleAndKeywords(args, kwargs, "O!|O!:flatten",
+                                   const_cast<char**>(keywords), &PyTuple_Type,
+                                   &values, &PyTuple_Type, &statics)) {
+    return nullptr;
+  }
+  Flattener flattener(/*hash_statics=*/true);
+  for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(values); ++i) {
+    PyObject* value = PyTuple_GET_ITEM(values, i);
+    const int is_static = statics && i < PyTuple_GET_SIZE(statics)
+                              ? PyObject_IsTrue(PyTuple_GET_ITEM(statics, i))
+                              : 0;
+    if (is_static < 0) return nullptr;
+    if (is_static ? !flattener.AddStatic(value)
+                  : !flattener.Add(value, Mode::kPytree)) {
+      return nullptr;
+    }
+  }
+  Ref structure = flattener.Finish();
+  if (!structure) return nullptr;
+  std::vector<Ref> object_refs = flattener.objects();
+  Ref leaves = ToTuple(flattener.leaves());
+  Ref objects = ToTuple(object_refs);
+  if (!leaves || !objects) return nullptr;
+  return PyTuple_Pack(3, structure.get(), leaves.get(), objects.get());
+}
+
+// unflatten(structure, leaves) -> (values, objects)
+PyObject* UnflattenFunction(PyObject*, PyObject* const* args,
+                            Py_ssize_t nargs) {
+  if (nargs != 2) {
+    PyErr_SetString(PyExc_TypeError,
+                    "`unflatten` takes a structure and a "
+                    "tuple of leaves.");
+    return nullptr;
+  }
+  if (!CheckClosed(args[0])) return nullptr;
+  const Structure* structure = AsStructure(args[0]);
+  if (!CheckTuple(args[1], structure->num_leaves, "leaves")) return nullptr;
+  Unflattener build(*structure->nodes, Items(args[1]), nullptr,
+                    structure->num_indices);
+  build.set_origins(CallFrame::OriginalsOf(structure));
+  Ref values = Ref::Steal(PyTuple_New(structure->num_roots));
+  if (!values) return nullptr;
+  for (int32_t i = 0; i < structure->num_roots; ++i) {
+    Ref value = build.Build();
+    if (!value) return nullptr;
+    PyTuple_SET_ITEM(values.get(), i, value.release());
+  }
+  std::vector<Ref> object_refs = build.objects();
+  Ref objects = ToTuple(object_refs);
+  if (!objects) return nullptr;
+  return PyTuple_Pack(2, values.get(), objects.get());
+}
+
+// pack(structure, objects, leaves, result) -> Packed
+PyObject* PackFunction(PyObject*, PyObject* const* args, Py_ssize_t nargs) {
+  if (nargs != 4) {
+    PyErr_SetString(PyExc_TypeError,
+                    "`pack` takes a structure, objects, leaves and a result.");
+    return nullptr;
+  }
+  if (!CheckClosed(args[0])) return nullptr;
+  const Structure* structure = AsStructure(args[0]);
+  if (!CheckObjectTuple(structure, args[1]) ||
+      !CheckTuple(args[2], structure->num_leaves, "leaves")) {
+    return nullptr;
+  }
+  return Pack(structure, TopNodes(structure), Items(args[1]), Items(args[2]),
+              args[3])
+      .release();
+}
+
+// apply(packed, objects, leaves) -> result
+PyObject* ApplyFunction(PyObject*, PyObject* const* args, Py_ssize_t nargs) {
+  if (nargs != 3 || !PyObject_TypeCheck(args[0], g_packed_type) ||
+      !PyTuple_Check(args[1]) || !PyTuple_Check(args[2])) {
+    PyErr_SetString(PyExc_TypeError,
+                    "`apply` takes a Packed, objects and leaves.");
+    return nullptr;
+  }
+  auto* packed = reinterpret_cast<Packed*>(args[0]);
+  if (!CheckApplies(packed->plan, Items(args[1]), PyTuple_GET_SIZE(args[1]),
+                    PyTuple_GET_SIZE(args[2]))) {
+    return nullptr;
+  }
+  return Apply(packed->plan, Items(args[1]), Items(args[2]),
+               Items(packed->outputs))
+      .release();
+}
+
+// with_outputs(plan, leaves) -> Plan
+PyObject* WithOutputsFunction(PyObject*, PyObject* const* args,
+                              Py_ssize_t nargs) {
+  if (nargs != 2 || !PyObject_TypeCheck(args[0], g_plan_type) ||
+      !PyTuple_Check(args[1])) {
+    PyErr_SetString(PyExc_TypeError,
+                    "`with_outputs` takes a Plan and a tuple of leaves.");
+    return nullptr;
+  }
+  Ref copy = Ref::Steal(g_plan_type->tp_alloc(g_plan_type, 0));
+  if (!copy) return nullptr;
+  auto* data = new Plan::Data(PlanData(args[0]));
+  reinterpret_cast<Plan*>(copy.get())->data = data;
+  const std::vector<Node>& nodes = *AsStructure(data->structure.get())->nodes;
+  std::vector<const Node*> node_of(data->sources.size(), nullptr);
+  for (const Node& node : nodes) {
+    if (node.leaf >= 0) node_of[node.leaf] = &node;
+  }
+  for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(args[1]); ++i) {
+    const long leaf = PyLong_AsLong(PyTuple_GET_ITEM(args[1], i));
+    if (leaf < 0 || leaf >= static_cast<long>(data->sources.size())) {
+      if (!PyErr_Occurred()) {
+        PyErr_SetString(PyExc_ValueError, "No such leaf of the plan.");
+      }
+      return nullptr;
+    }
+    if (data->sources[leaf] >= 0) continue;
+    if (data->values_only && node_of[leaf]->kind == NodeKind::kVariable) {
+      data->writes.emplace_back(data->origin[node_of[leaf]->index],
+                                data->num_outputs);
+    } else if (data->values_only) {
+      data->values_only = false;
+      data->writes.clear();
+    }
+    data->sources[leaf] = data->num_outputs++;
+  }
+  return copy.release();
+}
+
+// framed(structure, objects, function, *args) -> function(*args)
+PyObject* FramedFunction(PyObject*, PyObject* const* args, Py_ssize_t nargs) {
+  if (nargs < 3) {
+    PyErr_SetString(PyExc_TypeError,
+                    "`framed` takes a structure, objects and a function.");
+    return nullptr;
+  }
+  if (!CheckClosed(args[0]) ||
+      !CheckObjectTuple(AsStructure(args[0]), args[1])) {
+    return nullptr;
+  }
+  CallFrame frame(AsStructure(args[0]), Items(args[1]));
+  return PyObject_Vectorcall(args[2], args + 3, nargs - 3, nullptr);
+}
+
+// matches(structure, values) -> whether values that flatten returned the
+// structure of still have it
+PyObject* MatchesFunction(PyObject*, PyObject* const* args, Py_ssize_t nargs) {
+  if (nargs != 2) {
+    PyErr_SetString(PyExc_TypeError,
+                    "`matches` takes a structure and a tuple of values.");
+    return nullptr;
+  }
+  if (!CheckClosed(args[0])) return nullptr;
+  const Structure* structure = AsStructure(args[0]);
+  if (!CheckTuple(args[1], structure->num_roots, "values")) return nullptr;
+  {
+    std::vector<PyObject*> leaves(structure->num_leaves);
+    std::vector<PyObject*> objects(structure->num_indices);
+    Matcher matcher(structure, leaves.data(), objects.data());
+    bool matched = true;
+    for (int32_t i = 0; matched && i < structure->num_roots; ++i) {
+      matched = matcher.Match(PyTuple_GET_ITEM(args[1], i));
+    }
+    const int equal = matched ? matcher.FinishDeferred() : 0;
+    if (equal < 0) return nullptr;
+    if (equal) Py_RETURN_TRUE;
+  }
+  // What the fast walk does not decide, such as custom nodes, the slow one
+  // does.
+  Flattener flattener(/*hash_statics=*/true);
+  for (int32_t i = 0; i < structure->num_roots; ++i) {
+    if (!flattener.Add(PyTuple_GET_ITEM(args[1], i), Mode::kPytree)) {
+      return nullptr;
+    }
+  }
+  Ref now = flattener.Finish();
+  return now ? PyObject_RichCompare(args[0], now.get(), Py_EQ) : nullptr;
+}
+
+PyMethodDef lift_functions[] = {
+    {"flatten", reinterpret_cast<PyCFunction>(FlattenFunction),
+     METH_VARARGS | METH_KEYWORDS,
+     "flatten(values, static=()): (structure, leaves, objects) of arguments."},
+    {"unflatten", reinterpret_cast<PyCFunction>(UnflattenFunction),
+     METH_FASTCALL, "unflatten(structure, leaves): (values, objects)."},
+    {"pack", reinterpret_cast<PyCFunction>(PackFunction), METH_FASTCALL,
+     "pack(structure, objects, leaves, result): what a function did, Packed."},
+    {"apply", reinterpret_cast<PyCFunction>(ApplyFunction), METH_FASTCALL,
+     "apply(packed, objects, leaves): does it to the originals."},
+    {"with_outputs", reinterpret_cast<PyCFunction>(WithOutputsFunction),
+     METH_FASTCALL,
+     "with_outputs(plan, leaves): the plan with more leaves as outputs."},
+    {"framed", reinterpret_cast<PyCFunction>(FramedFunction), METH_FASTCALL,
+     "framed(structure, objects, function, *args): calls it; copies that it "
+     "makes of the objects know where those were made."},
+    {"matches", reinterpret_cast<PyCFunction>(MatchesFunction), METH_FASTCALL,
+     "matches(structure, values): whether values still have a structure."},
+    {nullptr, nullptr, 0, nullptr},
+};
+
+}  // namespace
+
+bool InitLift(PyObject* module) {
+  return PyModule_AddFunctions(module, lift_functions) == 0;
+}
+
+}  // namespace nnx::engine

@@ -1,0 +1,216 @@
+#include "nnx/engine/cc/match.h"
+
+#include "nnx/engine/cc/children.h"
+#include "nnx/engine/cc/layout.h"
+#include "nnx/engine/cc/objects.h"
+#include "nnx/engine/cc/recursion_guard.h"
+#include "nnx/engine/cc/runtime.h"
+#include "nnx/engine/cc/statics.h"
+
+namespace nnx::engine {
+bool Matcher::Match(PyObject* value) { return Visit(value); }
+
+// Gives an object its index, or tells that it was met before, which the
+// structure would have had to record as a reference.
+bool Matcher::Index(const Node& node, PyObject* value) {
+  if (node.kind == NodeKind::kVariable || node.kind == NodeKind::kObject) {
+    GraphObject* object = AsGraphObject(value);
+    if (object->epoch == epoch_) return false;
+    object->epoch = epoch_;
+    object->index = node.index;
+  } else if (!containers_.try_emplace(value, node.index).second) {
+    return false;
+  }
+  objects_[node.index] = value;
+  return true;
+}
+
+bool Matcher::VisitStatic(const Node& node, PyObject* value) {
+  PyObject* recorded = node.aux.get();
+  if (node.atomic) {
+    if (recorded == value) return true;
+    return Py_TYPE(recorded) == Py_TYPE(value) && IsNativeScalar(recorded) &&
+           NativeEqual(recorded, value);
+  }
+  if (Py_TYPE(recorded) != Py_TYPE(value)) return false;
+  deferred_.push_back({Ref::Borrow(recorded), node.key, Ref::Borrow(value),
+                       const_cast<Node*>(&node)});
+  return true;
+}
+
+bool Matcher::VisitMetadata(PyObject* recorded, PyObject* frozen,
+                            PyObject* given) {
+  const Py_ssize_t size = PyDict_GET_SIZE(given);
+  if (!recorded) return size == 0;
+  if (PyDict_GET_SIZE(recorded) != size || !HasPlainKeys(recorded)) {
+    return false;
+  }
+  PyObject *key, *value;
+  Py_ssize_t position = 0;
+  while (PyDict_Next(given, &position, &key, &value)) {
+    if (!IsPlainKey(key)) return false;
+    PyObject* expected = PyDict_GetItemWithError(recorded, key);
+    if (!expected) {
+      PyErr_Clear();
+      return false;
+    }
+    PyObject* frozen_key =
+        frozen ? PyDict_GetItemWithError(frozen, key) : nullptr;
+    if (expected == value && !frozen_key) continue;
+    if (Py_TYPE(expected) != Py_TYPE(value)) return false;
+    if (IsNativeScalar(value)) {
+      if (!NativeEqual(expected, value)) return false;
+    } else {
+      deferred_.push_back({Ref::Borrow(expected), Ref::Borrow(frozen_key),
+                           Ref::Borrow(value), nullptr});
+    }
+  }
+  return true;
+}
+
+bool Matcher::Visit(PyObject* value) {
+  const Node& node = nodes_[position_++];
+  if (node.children == 0) return VisitNode(node, value);
+  RecursionGuard guard;
+  if (guard.entered()) return VisitNode(node, value);
+  PyErr_Clear();  // the slow walk will raise it
+  return false;
+}
+
+bool Matcher::VisitNode(const Node& node, PyObject* value) {
+  PyTypeObject* type = Py_TYPE(value);
+  switch (node.kind) {
+    case NodeKind::kStatic:
+      return VisitStatic(node, value);
+    case NodeKind::kLeaf: {
+      if (type != GetRuntime().array_type) {
+        const TypeInfo* info = FindTypeInfo(type);
+        if (!info) return false;
+        // Any other kind may be a container by now: the slow walk decides.
+        if (info->kind != TypeKind::kArray &&
+            (info->kind != TypeKind::kPlain || !node.scalars ||
+             value == Py_None)) {
+          return false;
+        }
+      }
+      leaves_[node.leaf] = value;
+      return true;
+    }
+    case NodeKind::kRef:
+      return objects_[node.index] == value;
+    case NodeKind::kVariable: {
+      if (reinterpret_cast<PyObject*>(type) != node.type.get()) return false;
+      VariableObject* variable = AsVariable(value);
+      if (!Index(node, value) || variable->hook_flags != node.hook_flags ||
+          !VisitMetadata(node.aux.get(), node.key.get(), variable->metadata)) {
+        return false;
+      }
+      PyObject* raw = variable->raw;
+      if (node.leaf < 0) return Visit(raw);
+      if (Py_TYPE(raw) != GetRuntime().array_type) {
+        const TypeInfo* info = FindTypeInfo(Py_TYPE(raw));
+        if (!info || (info->kind != TypeKind::kArray &&
+                      (info->kind != TypeKind::kPlain || raw == Py_None))) {
+          return false;
+        }
+      }
+      leaves_[node.leaf] = raw;
+      return true;
+    }
+    case NodeKind::kObject: {
+      if (reinterpret_cast<PyObject*>(type) != node.type.get() ||
+          !Index(node, value)) {
+        return false;
+      }
+      ObjectObject* object = AsObject(value);
+      const Py_ssize_t marks =
+          object->status ? PyDict_GET_SIZE(object->status) : 0;
+      if (node.aux.get() || marks > 0) {
+        if (!node.aux.get() || marks != PyDict_GET_SIZE(node.aux.get())) {
+          return false;
+        }
+        if (!VisitMetadata(node.aux.get(), nullptr, object->status))
+          return false;
+      }
+      // One without attributes yet gets its dictionary in the slow walk.
+      if (!object->dict) return false;
+      const size_t base = arena_.size();
+      Layout* layout = MatchLayout(node.info, object->dict, &arena_);
+      if (!layout) return false;
+      if (layout->keys.get() != node.keys.get()) {
+        const int equal = PyObject_RichCompareBool(layout->keys.get(),
+                                                   node.keys.get(), Py_EQ);
+        if (equal != 1) {
+          PyErr_Clear();
+          return false;
+        }
+      }
+      for (int32_t i = 0; i < node.children; ++i) {
+        if (!Visit(arena_[base + i])) return false;
+      }
+      arena_.resize(base);
+      return true;
+    }
+    case NodeKind::kList:
+    case NodeKind::kTuple:
+    case NodeKind::kNamedTuple: {
+      if (reinterpret_cast<PyObject*>(type) != node.type.get()) return false;
+      if (node.reference && !Index(node, value)) return false;
+      if (PySequence_Fast_GET_SIZE(value) != node.children) return false;
+      for (int32_t i = 0; i < node.children; ++i) {
+        if (!Visit(PySequence_Fast_GET_ITEM(value, i))) return false;
+      }
+      return true;
+    }
+    case NodeKind::kDict:
+    case NodeKind::kState: {
+      if (reinterpret_cast<PyObject*>(type) != node.type.get()) return false;
+      if (node.reference && !Index(node, value)) return false;
+      Ref mapping = node.kind == NodeKind::kState ? StoredMapping(value)
+                                                  : Ref::Borrow(value);
+      if (!mapping) return false;
+      if (PyDict_GET_SIZE(mapping.get()) != node.children ||
+          !HasPlainKeys(mapping.get())) {
+        return false;
+      }
+      for (int32_t i = 0; i < node.children; ++i) {
+        PyObject* key = PyTuple_GET_ITEM(node.keys.get(), i);
+        if (!IsPlainKey(key)) return false;
+        PyObject* child = PyDict_GetItemWithError(mapping.get(), key);
+        if (!child) {
+          PyErr_Clear();
+          return false;
+        }
+        if (!Visit(child)) return false;
+      }
+      return true;
+    }
+    case NodeKind::kPytree:
+    case NodeKind::kCustom:
+      return false;  // opening them runs Python code
+  }
+  return false;
+}
+
+int Matcher::FinishDeferred() {
+  for (const Deferred& item : deferred_) {
+    if (item.node && !item.key) {
+      // Also for one and the same object: it may have changed in place.
+      const Py_hash_t hash = PyObject_Hash(item.given.get());
+      if (hash == -1) {
+        if (!PyErr_ExceptionMatches(PyExc_TypeError)) return -1;
+        PyErr_Clear();
+        return 0;
+      }
+      if (hash != item.node->hash) return 0;
+    }
+    const int equal = StaticEqual(item.recorded.get(), item.key.get(),
+                                  item.given.get(), nullptr);
+    if (equal != 1) return equal;
+    // A trace to come must see this one: the other may have changed since.
+    if (item.node && item.key) item.node->aux = item.given;
+  }
+  return 1;
+}
+
+}  // namespace nnx::engine

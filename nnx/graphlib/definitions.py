@@ -1,0 +1,326 @@
+"""GraphDef and NodeDef, the static half of a graph, and calls through them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, MutableMapping
+import itertools
+import operator
+from typing import Any, Generic, TypeVar
+
+import jax
+
+from nnx.engine import _engine, preorder
+from nnx.statelib import State
+
+Node = TypeVar("Node")
+
+_MAX_SHOWN = 64
+
+
+class GraphDef(_engine.StructureBase, Generic[Node]):
+  """The structure of an object graph, without its Variables' values.
+
+  Holds the classes, the attribute names, the static attributes, the metadata of
+  the Variables and which references are shared. It is immutable, hashable,
+  compares by value, pickles, and is a pytree of jax without leaves, so it can
+  be closed over or passed to a jitted function. What a static attribute prints
+  stands for its hash if it has none.
+
+  Example:
+
+    >>> import nnx
+    >>> class Foo(nnx.Module):
+    ...   def __init__(self):
+    ...     self.w = nnx.Param(1.0)
+    ...     self.size = 3
+    >>> graphdef, state = nnx.split(Foo())
+    >>> isinstance(graphdef, nnx.GraphDef), graphdef.num_leaves
+    (True, 1)
+    >>> graphdef == nnx.graphdef(Foo())
+    True
+  """
+
+  __slots__ = ()
+
+  def apply(self, state: Any, /, *states: Any) -> Caller:
+    """Calls the described object, or a method of it, with a given state.
+
+    Example:
+
+      >>> import nnx
+      >>> class Counter(nnx.Module):
+      ...   def __init__(self):
+      ...     self.count = nnx.Variable(0)
+      ...
+      ...   def add(self, n):
+      ...     self.count.value += n
+      ...     return self.count.value
+      >>> graphdef, state = nnx.split(Counter())
+      >>> out, (graphdef, state) = graphdef.apply(state).add(3)
+      >>> out, state["count"].value
+      (3, 3)
+
+    Args:
+      state: the state, as from `nnx.split`.
+      *states: more states that belong to it.
+
+    Returns:
+      A proxy whose attributes and items are those of the object. A call of it
+      returns the result and the pair of graphdef and state afterwards.
+    """
+    return call((self, state, *states))
+
+  def __copy__(self) -> GraphDef[Node]:
+    return self
+
+  def __deepcopy__(self, memo: dict[int, Any]) -> GraphDef[Node]:
+    # Immutable; and a static value that compares by identity must stay it.
+    return self
+
+  def __reduce__(self):
+    return _restore, (
+      type(self),
+      self._records,
+      self._num_roots,
+      self._num_outer,
+      self._updates,
+    )
+
+  def leaf_records(self) -> list[tuple[tuple[Any, ...], type | None, dict]]:
+    """The leaves: path, type of the Variable (None: an array), its metadata.
+
+    Example:
+
+      >>> import nnx
+      >>> graphdef = nnx.graphdef({"a": [nnx.Param(1.0, tag="x")]})
+      >>> graphdef.leaf_records()
+      [(('a', 0), <class 'nnx.variablelib.Param'>, {'tag': 'x'})]
+
+    Returns:
+      One entry a leaf, in canonical order; a shared Variable once, at its first
+      path.
+    """
+    leaves: list[tuple[tuple[Any, ...], type | None, dict]] = []
+    records, inside = self._records, 0
+    for position, path in preorder.walk(records):
+      kind, _, leaf, _, type_, _, aux = records[position][:7]
+      if position < inside:
+        continue  # a Variable's value is not looked into
+      if kind == "variable":
+        leaves.append((path, type_, dict(aux or {})))
+        inside = preorder.subtree_end(records, position)
+      elif leaf >= 0:
+        leaves.append((path, None, {}))
+    return leaves
+
+  def __repr__(self) -> str:
+    records = self._records
+    nodes = itertools.islice(preorder.walk(records), _MAX_SHOWN)
+    shown = [_describe(records[position], path) for position, path in nodes]
+    if len(records) > len(shown):
+      shown.append(f"... {len(records) - len(shown)} more lines")
+    body = "\n".join("  " + line for line in shown)
+    return (
+      f"{type(self).__name__}(num_nodes={self.num_nodes},"
+      f" num_leaves={self.num_leaves},\n{body}\n)"
+    )
+
+
+class NodeDef(GraphDef[Node]):
+  """The GraphDef of a graph with nodes: what the graph functions return.
+
+  Example:
+
+    >>> import nnx
+    >>> type(nnx.graphdef(nnx.Dict(a=nnx.Param(1.0))))
+    <class 'nnx.graph.NodeDef'>
+  """
+
+  __slots__ = ()
+
+
+NodeDef.__module__ = "nnx.graph"
+GraphDef.__module__ = "nnx.graph"
+
+
+def _restore(cls: type[_engine.StructureBase], *contents: Any) -> GraphDef[Any]:
+  return cls._restore(*contents)
+
+
+class Caller:
+  """What `call` returns: names a method by attributes and items, and calls it.
+
+  Example:
+
+    >>> import nnx
+    >>> nodes = {"a": nnx.Sequential(abs)}
+    >>> out, _ = nnx.call(nnx.split(nodes))["a"](-3)
+    >>> out
+    3
+  """
+
+  __slots__ = ("_call", "_steps")
+
+  def __init__(
+    self,
+    function: Callable[..., Any],
+    steps: tuple[Callable[[Any], Any], ...] = (),
+  ):
+    self._call = function
+    self._steps = steps
+
+  def __getattr__(self, name: str) -> Caller:
+    return Caller(self._call, (*self._steps, operator.attrgetter(name)))
+
+  def __getitem__(self, key: Any) -> Caller:
+    return Caller(self._call, (*self._steps, operator.itemgetter(key)))
+
+  def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    return self._call(self._steps, args, kwargs)
+
+
+def call(graphdef_and_state: tuple[Any, ...], /) -> Caller:
+  """Calls an object that is given as the results of `nnx.split`.
+
+  The same as `nnx.merge`, a call, and `nnx.split`, for pure functions of jax.
+
+  Example:
+
+    >>> import jax
+    >>> import jax.numpy as jnp
+    >>> import nnx
+    >>> class Counter(nnx.Module):
+    ...   def __init__(self):
+    ...     self.count = nnx.Variable(jnp.zeros((), jnp.int32))
+    ...
+    ...   def __call__(self, x):
+    ...     self.count.value += 1
+    ...     return x * self.count.value
+    >>> @jax.jit
+    ... def forward(counter, x):
+    ...   return nnx.call(counter)(x)
+    >>> y, counter = forward(nnx.split(Counter()), 2)
+    >>> y, counter = forward(counter, 2)
+    >>> y, nnx.merge(*counter).count.value
+    (Array(4, dtype=int32), Array(2, dtype=int32))
+
+  Args:
+    graphdef_and_state: the graphdef and the states.
+
+  Returns:
+    A proxy whose attributes and items are those of the object. A call of it
+    returns the result and the pair of graphdef and state afterwards.
+
+  Raises:
+    TypeError: on call, if the first item is no graphdef.
+    ValueError: on call, if the states are not those of the graphdef.
+  """
+
+  def run(steps, args, kwargs):
+    graphdef, *states = graphdef_and_state
+    state = states[0] if len(states) == 1 else _engine.merge_mappings(*states)
+    value = node = _engine.merge(graphdef, state, 0)
+    for step in steps:
+      value = step(value)
+    result = value(*args, **kwargs)
+    graphdef, (mapping,) = _engine.split(node, (True,), True)
+    return result, (graphdef, State._from_nested(mapping))
+
+  return Caller(run)
+
+
+class GraphState(MutableMapping, Generic[Node]):
+  """A `State` that carries the graphdef it belongs to; see `nnx.unpack`.
+
+  A mapping like the State, and a pytree whose leaves are those of the State.
+
+  Example:
+
+    >>> import nnx
+    >>> packed = nnx.unpack(nnx.Dict(a=nnx.Param(1.0)))
+    >>> packed.a.value, nnx.merge(packed).a.value
+    (1.0, 1.0)
+
+  Args:
+    graphdef: the graphdef.
+    state: the `State`.
+  """
+
+  __slots__ = ("_graphdef", "_state")
+
+  def __init__(self, graphdef: GraphDef[Node], state: Any):
+    if not isinstance(state, State):
+      raise ValueError(
+        f"`state` must be a `State`, but got a `{type(state).__name__}`."
+      )
+    object.__setattr__(self, "_graphdef", graphdef)
+    object.__setattr__(self, "_state", state)
+
+  def __getattr__(self, name: str) -> Any:
+    if name in GraphState.__slots__:  # While it is unpickled or copied.
+      raise AttributeError(name)
+    return getattr(self._state, name)
+
+  def __setattr__(self, name: str, value: Any) -> None:
+    self._state[name] = value
+
+  def __getitem__(self, key: Any) -> Any:
+    return self._state[key]
+
+  def __setitem__(self, key: Any, value: Any) -> None:
+    self._state[key] = value
+
+  def __delitem__(self, key: Any) -> None:
+    del self._state[key]
+
+  def __iter__(self) -> Iterator[Any]:
+    return iter(self._state)
+
+  def __len__(self) -> int:
+    return len(self._state)
+
+  def __contains__(self, key: Any) -> bool:
+    return key in self._state
+
+  def __reduce__(self):
+    return GraphState, (self._graphdef, self._state)
+
+  def __repr__(self) -> str:
+    return f"GraphState(\n  {self._graphdef!r},\n  {self._state!r}\n)"
+
+
+jax.tree_util.register_pytree_with_keys(
+  GraphState,
+  lambda packed: (
+    ((jax.tree_util.GetAttrKey("_state"), packed._state),),
+    packed._graphdef,
+  ),
+  lambda graphdef, children: _packed(graphdef, *children),
+)
+
+PureState = tuple[GraphDef[Node], State]
+
+
+def _packed(graphdef: GraphDef[Any], state: Any) -> GraphState[Any]:
+  """Any `state`: jax also unflattens with placeholders as children."""
+  packed = object.__new__(GraphState)
+  object.__setattr__(packed, "_graphdef", graphdef)
+  object.__setattr__(packed, "_state", state)
+  return packed
+
+
+def _describe(record: tuple[Any, ...], path: tuple[Any, ...]) -> str:
+  """The line of one node."""
+  kind, index, _, _, type_, _, aux = record[:7]
+  indent = "  " * len(path)
+  prefix = f"{indent}{path[-1]}: " if path else indent
+  if kind == "static":
+    return f"{prefix}{aux!r}"
+  if kind == "leaf":
+    return f"{prefix}<array>"
+  if kind == "ref":
+    return f"{prefix}<shared #{index}>"
+  name = type_.__name__ if type_ is not None else kind
+  number = f" #{index}" if index >= 0 else ""
+  metadata = f" {aux}" if kind == "variable" and aux else ""
+  return f"{prefix}{name}{number}{metadata}"

@@ -1,0 +1,801 @@
+"""The graph functions: between objects and pure states, over the engine.
+
+Order: wherever leaves or children are listed, keys that are ints come first,
+then those that are strings, each ascending.
+
+`graph` is accepted by all functions that have it in Flax 0.12 and has no
+effect: shared references are always handled.
+"""
+
+from __future__ import annotations
+
+import collections.abc
+from collections.abc import Callable, Mapping, MutableMapping
+from typing import Any, TypeVar
+
+import jax
+import jax.numpy as jnp
+
+from nnx import filterlib as filters_lib
+from nnx import statelib as state_lib
+from nnx import variablelib as variables_lib
+from nnx.engine import _engine
+from nnx.graphlib.definitions import GraphDef as GraphDef
+from nnx.graphlib.definitions import GraphState as GraphState
+from nnx.graphlib.definitions import NodeDef as NodeDef
+from nnx.graphlib.definitions import PureState as PureState
+from nnx.graphlib.definitions import call as call
+from nnx.graphlib.traversal import find_duplicates as find_duplicates
+from nnx.graphlib.traversal import iter_children as iter_children
+from nnx.graphlib.traversal import iter_graph as iter_graph
+from nnx.graphlib.traversal import recursive_map as recursive_map
+
+A = TypeVar("A")
+Node = TypeVar("Node")
+
+Filter = filters_lib.Filter
+PathParts = filters_lib.PathParts
+
+# Flags of `_engine.merge`.
+_COPY, _KEEP_ARRAYS = 1, 2
+# Flags of `_engine.update`.
+_ANY_SHAPE, _NEW_ARRAYS = 1, 2
+
+_ALL = (True,)
+
+
+def _as_state(mapping: Any) -> Any:
+  """A mapping of the engine as a State; the leaf that a Variable's state is."""
+  if type(mapping) is dict:
+    return state_lib.State._from_nested(mapping)
+  return mapping
+
+
+def _from_state(state: Any) -> Any:
+  """What the engine takes for a state: a State, a dict, a list, or a leaf."""
+  if isinstance(state, (state_lib.State, dict)):
+    return state
+  if isinstance(state, GraphState):
+    return state._state
+  if isinstance(state, state_lib.FlatState):
+    if state.paths == ((),):
+      return state.leaves[0]
+    return state_lib.unflatten_mapping(state)
+  if isinstance(state, collections.abc.Mapping):
+    return state_lib.copy_mapping(state)
+  return state
+
+
+def _merged(states: tuple[Any, ...]) -> Any:
+  """One state of several; of a leaf and empty ones, the leaf."""
+  parts = tuple(_from_state(state) for state in states)
+  if len(parts) == 1:
+    return parts[0]
+  leaves = [
+    part for part in parts if not isinstance(part, (state_lib.State, dict))
+  ]
+  if not leaves:
+    return _engine.merge_mappings(*parts)
+  if len(leaves) > 1 or any(
+    len(part) for part in parts if part is not leaves[0]
+  ):
+    raise ValueError(
+      "The states of a single Variable or array must be one leaf and otherwise"
+      f" empty, but got {[type(part).__name__ for part in parts]}."
+    )
+  return leaves[0]
+
+
+def split(
+  node: Node, *filters: Filter, graph: bool | None = None
+) -> tuple[Any, ...]:
+  """Splits an object into its structure and its state.
+
+  The State holds the Variables of the object themselves: a write to one is seen
+  in the other. `merge` is the inverse.
+
+  Example:
+
+    >>> import nnx
+    >>> class Foo(nnx.Module):
+    ...   def __init__(self):
+    ...     self.w = nnx.Param(1.0)
+    ...     self.mean = nnx.BatchStat(0.0)
+    >>> graphdef, params, rest = nnx.split(Foo(), nnx.Param, ...)
+    >>> list(params), list(rest)
+    (['w'], ['mean'])
+    >>> nnx.merge(graphdef, params, rest).w.value
+    1.0
+
+  Args:
+    node: an object, a Variable, or a pytree of them. Of a Variable or an array
+      the state is it itself.
+    *filters: filters that together select every leaf; the first that selects
+      a leaf gets it. Without any there is one state.
+    graph: accepted for programs of Flax 0.12; references are always followed.
+
+  Returns:
+    The graphdef, and a State for each filter.
+
+  Raises:
+    ValueError: if no filter selects a leaf, if `...` is not the last filter, or
+      if a container holds a value marked by `nnx.data` or `nnx.static`.
+  """
+  del graph
+  graphdef, mappings = _engine.split(
+    node, filters_lib.engine_filters(filters) if filters else _ALL, True
+  )
+  return (graphdef, *(_as_state(mapping) for mapping in mappings))
+
+
+def merge(
+  graphdef: GraphDef[Node] | GraphState[Node],
+  /,
+  *states: Any,
+  copy: bool = False,
+  recreate_variables: bool = True,
+) -> Node:
+  """Makes an object of its structure and its state; the inverse of `split`.
+
+  Example:
+
+    >>> import nnx
+    >>> graphdef, state = nnx.split(nnx.Dict(a=nnx.Param(1.0)))
+    >>> shared, copied = (
+    ...   nnx.merge(graphdef, state),
+    ...   nnx.merge(graphdef, state, copy=True),
+    ... )
+    >>> state.a.value = 2.0
+    >>> shared.a.value, copied.a.value
+    (2.0, 1.0)
+
+  Args:
+    graphdef: the graphdef, or what `unpack` returned.
+    *states: the states: `State`s, nested dicts of Variables or of their values,
+      `FlatState`s, or one list of the leaves in canonical order.
+    copy: whether to copy the Variables; otherwise they are shared, apart from
+      those of another trace, which are copied: a function that is traced may
+      merge a State from outside of it and use the object as its own.
+    recreate_variables: whether a value in the place of a Variable becomes a
+      Variable of the kind that was there; otherwise it stays what it is.
+
+  Returns:
+    A new object.
+
+    A checkpoint that was read without a target is taken as `update` takes it. A
+    graphdef knows no shapes, so that stacked and sliced states can be merged:
+    to have them checked, `update` an object with the state instead.
+
+  Raises:
+    TypeError: if there is no graphdef or no state.
+    ValueError: if the states lack a leaf, or have one that the graph has not.
+  """
+  if isinstance(graphdef, GraphState):
+    packed = (graphdef, *states)
+    graphdef, states = _unpacked(packed)
+  elif not states:
+    raise TypeError(
+      "`merge` must be given the states that `nnx.split` returned, but got only"
+      " a graphdef."
+    )
+  flags = (_COPY if copy else 0) | (0 if recreate_variables else _KEEP_ARRAYS)
+  state = states[0] if len(states) == 1 else None
+  if type(state) is not state_lib.State:
+    state = _merged(states)
+  return _engine.merge(graphdef, state, flags)
+
+
+def _unpacked(packed: tuple[Any, ...]) -> tuple[Any, tuple[Any, ...]]:
+  graphdef = packed[0]._graphdef
+  for part in packed:
+    if not isinstance(part, GraphState):
+      raise ValueError(
+        "All arguments must be `GraphState`s if the first is one, but got a"
+        f" `{type(part).__name__}`."
+      )
+    if part._graphdef != graphdef:
+      raise ValueError(
+        "All `GraphState`s must be of one graph, but their graphdefs differ."
+      )
+  return graphdef, packed
+
+
+def update(
+  node: Any, state: Any, /, *states: Any, check_shapes: bool = True
+) -> None:
+  """Writes states into an object: all of it or, with an error, nothing.
+
+  Variables take over values and metadata; Variables that the object lacks
+  become attributes, and so do arrays of a `State`.
+
+  A checkpoint that was read without a target is a state too: the text of an int
+  stands for the int where the object has no such key, and the value of a
+  Variable may be in a dict under `value`.
+
+  Example:
+
+    >>> import nnx
+    >>> model = nnx.Dict(a=nnx.Param(1.0), b=nnx.Param(2.0))
+    >>> nnx.update(model, {"a": 3.0})
+    >>> model.a.value, model.b.value
+    (3.0, 2.0)
+
+  Args:
+    node: an object, a Variable, or a pytree of them.
+    state: a `State`, or a nested dict of Variables or of their values, for all
+      of the leaves or for some.
+    *states: more of them.
+    check_shapes: whether arrays must have the shapes of those that they
+      replace. Those of `Cache`, `Intermediate` and `RngState` may have others
+      in any case; and `variable.value = x` writes an array of any shape.
+
+  Raises:
+    ValueError: if a state does not fit the object.
+    TraceContextError: if the object belongs to another trace.
+  """
+  flags = 0 if check_shapes else _ANY_SHAPE
+  if states or type(state) is not state_lib.State:
+    made_by_us = (state_lib.State, GraphState, state_lib.FlatState)
+    if all(isinstance(part, made_by_us) for part in (state, *states)):
+      flags |= _NEW_ARRAYS
+    state = _merged((state, *states))
+  else:
+    flags |= _NEW_ARRAYS
+  _engine.update(node, state, flags)
+
+
+def state(node: Any, /, *filters: Filter, graph: bool | None = None) -> Any:
+  """The state of an object, or parts of it.
+
+  The State holds the Variables of the object themselves. `variables` is another
+  name of this function.
+
+  Example:
+
+    >>> import nnx
+    >>> model = nnx.Dict(a=nnx.Param(1.0), b=nnx.BatchStat(2.0))
+    >>> list(nnx.state(model)), list(nnx.state(model, nnx.Param))
+    (['a', 'b'], ['a'])
+
+  Args:
+    node: an object, a Variable, or a pytree of them.
+    *filters: filters; leaves that none of them selects are left out.
+    graph: accepted for programs of Flax 0.12; references are always followed.
+
+  Returns:
+    A State, or a tuple of them if there are several filters.
+
+  Raises:
+    ValueError: if `...` is not the last filter.
+  """
+  del graph
+  mappings = _engine.state(
+    node, filters_lib.engine_filters(filters) if filters else _ALL
+  )
+  if len(mappings) == 1:
+    return _as_state(mappings[0])
+  return tuple(_as_state(mapping) for mapping in mappings)
+
+
+variables = state
+
+
+def pop(node: Any, /, *filters: Filter) -> Any:
+  """Removes Variables, and arrays that are in none, and returns them.
+
+  Example:
+
+    >>> import nnx
+    >>> model = nnx.Dict(a=nnx.Param(1.0), seen=nnx.Intermediate(2.0))
+    >>> nnx.pop(model, nnx.Intermediate).seen.value, hasattr(model, "seen")
+    (2.0, False)
+
+  Args:
+    node: an object, or a pytree of them.
+    *filters: filters of what to remove, at least one.
+
+  Returns:
+    A State, or a tuple of them if there are several filters.
+
+  Raises:
+    ValueError: if there is no filter, or if what is to be removed is an item of
+      a sequence.
+    TraceContextError: if the object belongs to another trace.
+  """
+  if not filters:
+    raise ValueError(
+      "`pop` must be given at least one filter, such as `nnx.Intermediate`, but"
+      " got none."
+    )
+  mappings = _engine.pop(node, filters_lib.engine_filters(filters))
+  if len(mappings) == 1:
+    return _as_state(mappings[0])
+  return tuple(_as_state(mapping) for mapping in mappings)
+
+
+def graphdef(node: Any, /, *, graph: bool | None = None) -> GraphDef[Any]:
+  """The structure of an object, as `split` returns it.
+
+  Example:
+
+    >>> import nnx
+    >>> model = nnx.Dict(a=nnx.Param(1.0))
+    >>> nnx.graphdef(model) == nnx.split(model)[0]
+    True
+
+  Args:
+    node: an object, a Variable, or a pytree of them.
+    graph: accepted for programs of Flax 0.12; references are always followed.
+
+  Returns:
+    The graphdef.
+
+  Raises:
+    ValueError: if a container holds a value marked by `nnx.data` or
+      `nnx.static`.
+  """
+  del graph
+  return _engine.graphdef(node)
+
+
+def clone(
+  node: Node,
+  variables: bool = True,
+  *,
+  arrays: bool = False,
+  graph: bool | None = None,
+) -> Node:
+  """A copy of an object, with shared references shared in the same way.
+
+  Example:
+
+    >>> import nnx
+    >>> model = nnx.Dict(a=nnx.Param(1.0))
+    >>> copy, view = nnx.clone(model), nnx.clone(model, variables=False)
+    >>> copy.a is model.a, view.a is model.a
+    (False, True)
+
+  Args:
+    node: an object, a Variable, or a pytree of them.
+    variables: whether to copy the Variables too; otherwise they are shared.
+    arrays: whether to copy the arrays of the Variables too, so that one of the
+      copies can be donated.
+    graph: accepted for programs of Flax 0.12; references are always followed.
+
+  Returns:
+    The copy.
+
+  Raises:
+    ValueError: if `arrays` is set and `variables` is not.
+  """
+  del graph
+  if not arrays:
+    return _engine.clone(node, bool(variables))
+  if not variables:
+    raise ValueError(
+      "`arrays=True` copies the arrays of copied Variables, but got"
+      " `variables=False`."
+    )
+  graphdef, state = split(node)
+  return merge(graphdef, jax.tree.map(jnp.copy, state))
+
+
+def unpack(node: Node, /, *filters: Filter, graph: bool | None = None) -> Any:
+  """Splits an object into states that carry the structure along.
+
+  Example:
+
+    >>> import nnx
+    >>> model = nnx.Dict(a=nnx.Param(1.0), b=nnx.BatchStat(2.0))
+    >>> params, rest = nnx.unpack(model, nnx.Param, ...)
+    >>> nnx.merge(params, rest).b.value
+    2.0
+
+  Args:
+    node: an object, or a pytree of them.
+    *filters: filters that together select every leaf.
+    graph: accepted for programs of Flax 0.12; references are always followed.
+
+  Returns:
+    A `GraphState`, or a tuple of them if there are several filters.
+
+  Raises:
+    ValueError: if no filter selects a leaf, or if `node` is a Variable.
+  """
+  del graph
+  graphdef, *states = split(node, *filters)
+  packed = tuple(GraphState(graphdef, state) for state in states)
+  return packed[0] if len(packed) == 1 else packed
+
+
+class RefMap(MutableMapping[Any, int]):
+  """A mapping from objects, by identity, to numbers.
+
+  Example:
+
+    >>> import nnx
+    >>> refs = nnx.graph.RefMap()
+    >>> key = []
+    >>> refs[key] = 0
+    >>> key in refs, [] in refs
+    (True, False)
+  """
+
+  def __init__(self, mapping: Any = ()):
+    self._entries: dict[int, tuple[Any, int]] = {}
+    self.update(mapping)
+
+  def __getitem__(self, key: Any) -> int:
+    return self._entries[id(key)][1]
+
+  def __setitem__(self, key: Any, value: int) -> None:
+    self._entries[id(key)] = (key, value)
+
+  def __delitem__(self, key: Any) -> None:
+    del self._entries[id(key)]
+
+  def __contains__(self, key: Any) -> bool:
+    return id(key) in self._entries
+
+  def __iter__(self):
+    return (key for key, _ in self._entries.values())
+
+  def __len__(self) -> int:
+    return len(self._entries)
+
+
+class IndexMap(dict[int, Any]):
+  """A mapping from numbers to objects.
+
+  Example:
+
+    >>> import nnx
+    >>> nnx.graph.IndexMap.from_refmap(nnx.graph.RefMap([("a", 0)]))
+    {0: 'a'}
+  """
+
+  @staticmethod
+  def from_refmap(refmap: RefMap) -> IndexMap:
+    """The inverse of a `RefMap`."""
+    return IndexMap((index, ref) for ref, index in refmap.items())
+
+
+def _by_number(mapping: Mapping[int, Any]) -> list[Any]:
+  size = max(mapping, default=-1) + 1
+  return [mapping.get(number) for number in range(size)]
+
+
+def flatten(
+  node: Node,
+  /,
+  *,
+  with_paths: bool = True,
+  ref_index: RefMap | None = None,
+  ref_outer_index: RefMap | None = None,
+  graph: bool | None = None,
+) -> tuple[Any, Any]:
+  """The structure of an object and its leaves.
+
+  Example:
+
+    >>> import nnx
+    >>> graphdef, leaves = nnx.graph.flatten(nnx.Dict(a=nnx.Param(1.0)))
+    >>> leaves.paths
+    (('a',),)
+    >>> nnx.graph.unflatten(graphdef, leaves).a.value
+    1.0
+
+  Args:
+    node: an object, a Variable, or a pytree of them.
+    with_paths: whether to return a `FlatState`; otherwise a list of the values
+      of the Variables.
+    ref_index: the objects that earlier calls met, with their numbers; they are
+      references now, and those that are new are added.
+    ref_outer_index: numbers of objects that `unflatten` shall update.
+    graph: accepted for programs of Flax 0.12; references are always followed.
+
+  Returns:
+    The graphdef and the leaves, in canonical order.
+  """
+  del graph
+  seen: list[Any] | None = None
+  updated: list[Any] | None = None
+  if ref_index is not None:
+    seen = _by_number(IndexMap.from_refmap(ref_index))
+  if ref_outer_index is not None:
+    updated = _by_number(IndexMap.from_refmap(ref_outer_index))
+  graphdef, (mapping,) = _engine.split(node, _ALL, True, seen, updated)
+  if ref_index is not None and seen is not None:
+    for number in range(len(ref_index), len(seen)):
+      ref_index[seen[number]] = number
+  if type(mapping) is dict:
+    paths, leaves = _engine.flatten_mapping(mapping)
+  else:
+    paths, leaves = ((),), [mapping]
+  if with_paths:
+    return graphdef, state_lib.FlatState.from_sorted_keys_values(paths, leaves)
+  return graphdef, [
+    leaf.raw_value if isinstance(leaf, _engine.VariableBase) else leaf
+    for leaf in leaves
+  ]
+
+
+def unflatten(
+  graphdef: GraphDef[Node],
+  state: Any,
+  /,
+  *,
+  index_ref: IndexMap | dict[int, Any] | None = None,
+  outer_index_outer_ref: IndexMap | dict[int, Any] | None = None,
+  copy_variables: bool = False,
+  recreate_variables: bool = True,
+) -> Node:
+  """Makes an object of its structure and its leaves; inverse of `flatten`.
+
+  Example:
+
+    >>> import nnx
+    >>> graphdef, leaves = nnx.graph.flatten(
+    ...   nnx.Dict(a=nnx.Param(1.0)), with_paths=False
+    ... )
+    >>> nnx.graph.unflatten(graphdef, [2.0]).a.value
+    2.0
+
+  Args:
+    graphdef: the graphdef.
+    state: a `FlatState`, a list of leaves in canonical order, a `State`, or a
+      nested dict.
+    index_ref: the objects that earlier calls made, by number; those that this
+      call makes are added.
+    outer_index_outer_ref: objects by the numbers that `flatten` got in
+      `ref_outer_index`; they are changed into what the graphdef has in their
+      place.
+    copy_variables: whether to copy the Variables among the leaves.
+    recreate_variables: whether a value in the place of a Variable becomes a
+      Variable of the kind that was there.
+
+  Returns:
+    The object.
+
+  Raises:
+    ValueError: if the leaves are not those of the graph.
+  """
+  seen: list[Any] | None = None
+  updated: list[Any] | None = None
+  if index_ref is not None:
+    seen = _by_number(index_ref)
+  if outer_index_outer_ref is not None:
+    updated = _by_number(outer_index_outer_ref)
+  flags = (_COPY if copy_variables else 0) | (
+    0 if recreate_variables else _KEEP_ARRAYS
+  )
+  node = _engine.merge(graphdef, _from_state(state), flags, seen, updated)
+  if index_ref is not None and seen is not None:
+    for number in range(len(index_ref), len(seen)):
+      index_ref[number] = seen[number]
+  return node
+
+
+def map(
+  f: Callable[[PathParts, Any], Any],
+  node: A,
+  /,
+  *,
+  graph: bool | None = None,
+  recreate_variables: bool = True,
+) -> A:
+  """A copy of an object with a function applied to its leaves.
+
+  Example:
+
+    >>> import nnx
+    >>> model = nnx.Dict(a=nnx.Param(1.0))
+    >>> nnx.map(lambda path, v: v.replace(v.value + 1), model).a.value
+    2.0
+
+  Args:
+    f: called with the path and the leaf, a Variable or an array; returns the
+      new leaf, or the new value of the Variable.
+    node: an object, a Variable, or a pytree of them.
+    graph: accepted for programs of Flax 0.12; references are always followed.
+    recreate_variables: whether a value in the place of a Variable becomes a
+      Variable of the kind that was there; otherwise it stays what it is.
+
+  Returns:
+    The copy.
+  """
+  del graph
+  graphdef, state = split(node)
+  if isinstance(state, state_lib.State):
+    state = state_lib.map_state(f, state)
+  else:
+    state = f((), state)
+  return merge(graphdef, state, recreate_variables=recreate_variables)
+
+
+def as_pure(tree: A) -> A:
+  """A pytree with the raw values of its Variables in their places.
+
+  `pure` is another name of it.
+
+  Example:
+
+    >>> import nnx
+    >>> nnx.as_pure(nnx.state(nnx.Dict(a=nnx.Param(1.0))))
+    State({
+      'a': 1.0
+    })
+
+  Args:
+    tree: a State, an object, or any pytree.
+
+  Returns:
+    A new pytree.
+  """
+
+  def value(leaf):
+    if isinstance(leaf, _engine.VariableBase):
+      return as_pure(leaf.raw_value)
+    return leaf[...] if variables_lib.is_ref(leaf) else leaf
+
+  return jax.tree.map(
+    value, tree, is_leaf=lambda x: isinstance(x, _engine.VariableBase)
+  )
+
+
+pure = as_pure
+
+
+def with_vars(
+  node: A,
+  /,
+  *,
+  hijax: bool | None = None,
+  ref: bool | None = None,
+  mutable: bool | None = None,
+  only: Filter = ...,
+  allow_duplicates: bool = False,
+) -> A:
+  """A copy of an object whose Variables hold their values in another way.
+
+  `vars_as` is another name of it.
+
+  Example:
+
+    >>> import nnx
+    >>> import jax.numpy as jnp
+    >>> model = nnx.Dict(a=nnx.Param(jnp.ones(2)))
+    >>> refs = nnx.with_vars(model, ref=True)
+    >>> refs.a.ref, model.a.ref
+    (True, False)
+
+  Args:
+    node: an object, a Variable, or a pytree of them.
+    hijax: only `False` is possible here; see `nnx.Variable`.
+    ref: whether the values are in mutable arrays of jax.
+    mutable: metadata of that name, if given.
+    only: a filter of the Variables meant.
+    allow_duplicates: whether a Variable that changes may be shared.
+
+  Returns:
+    The copy.
+
+  Raises:
+    ValueError: if a Variable that changes is shared, or for `hijax=True`.
+  """
+  changes = {
+    name: value
+    for name, value in (("hijax", hijax), ("ref", ref), ("mutable", mutable))
+    if value is not None
+  }
+  selected = filters_lib.to_predicate(only)
+
+  def changed(path, value):
+    if not isinstance(value, _engine.VariableBase) or not selected(path, value):
+      return False
+    return any(
+      value.get_metadata(name, False) != new for name, new in changes.items()
+    )
+
+  if not allow_duplicates:
+    duplicates = find_duplicates(node, only=changed)
+    if duplicates:
+      raise ValueError(
+        "Variables that change must not be shared, but these paths lead to one"
+        f" each: {duplicates}. Pass `allow_duplicates=True` to change them all"
+        " alike."
+      )
+
+  def convert(path, value):
+    return value.copy(**changes) if changed(path, value) else value
+
+  return map(convert, node, recreate_variables=False)
+
+
+vars_as = with_vars
+
+
+def set_metadata(
+  node: Any, /, *, only: Filter = variables_lib.Variable, **metadata: Any
+) -> None:
+  """Sets metadata of the Variables of an object.
+
+  Example:
+
+    >>> import nnx
+    >>> model = nnx.Dict(a=nnx.Param(1.0), b=nnx.BatchStat(2.0))
+    >>> nnx.set_metadata(model, only=nnx.Param, frozen=True)
+    >>> model.a.get_metadata("frozen", False), model.b.has_metadata("frozen")
+    (True, False)
+
+  Args:
+    node: an object, a Variable, or a pytree of them.
+    only: a filter of the Variables meant.
+    **metadata: the metadata.
+  """
+  (mapping,) = _engine.state(node, filters_lib.engine_filters((only,)))
+  leaves = (
+    _engine.flatten_mapping(mapping)[1] if type(mapping) is dict else [mapping]
+  )
+  for leaf in leaves:
+    if isinstance(leaf, _engine.VariableBase):
+      leaf.set_metadata(**metadata)
+
+
+def cached_partial(
+  f: Callable[..., A],
+  *cached_args: Any,
+  graph: bool | None = None,
+  graph_updates: bool | None = None,
+) -> Callable[..., A]:
+  """A function with its first arguments given, for programs of Flax.
+
+  In Flax it saves `nnx.jit` the walk over the arguments. Here that walk costs
+  next to nothing, so `nnx.jit` needs no help; this function does what it
+  promises all the same: it calls `f` with copies of the objects, made once,
+  that share their Variables with the originals.
+
+  Example:
+
+    >>> import nnx
+    >>> @nnx.jit
+    ... def add(counter, n):
+    ...   counter.count.value += n
+    >>> counter = nnx.Dict(count=nnx.Variable(0))
+    >>> step = nnx.cached_partial(add, counter)
+    >>> step(1), step(2)
+    (None, None)
+    >>> counter.count.value
+    Array(3, dtype=int32, weak_type=True)
+
+  Args:
+    f: a function, such as `nnx.jit` returns.
+    *cached_args: the first arguments.
+    graph: accepted for programs of Flax 0.12.
+    graph_updates: accepted for programs of Flax 0.12.
+
+  Returns:
+    A function of the remaining arguments. It raises a ValueError after a call
+    that has changed the structure of a cached object, which cannot reach the
+    original.
+  """
+  del graph, graph_updates
+  cached = _engine.clone(cached_args, False)
+  structure, _, _ = _engine.flatten(cached)
+
+  def call_with_cached(*args: Any, **kwargs: Any) -> A:
+    result = f(*cached, *args, **kwargs)
+    if not _engine.matches(structure, cached):
+      raise ValueError(
+        "A function given to `cached_partial` must leave the structure of the"
+        " cached arguments as it is, but it has changed it. Undo the change"
+        " before it returns, for instance by `nnx.pop`, or call the function"
+        " with the objects themselves."
+      )
+    return result
+
+  for name in ("__name__", "__doc__", "__module__", "__qualname__"):
+    if hasattr(f, name):
+      setattr(call_with_cached, name, getattr(f, name))
+  vars(call_with_cached)["__wrapped__"] = f
+  return call_with_cached

@@ -1,0 +1,134 @@
+"""Flax 0.12's switches between its graph and tree modes.
+
+Shared references are always handled here, and cost nothing where there are
+none. Where the modes differ in what a function returns, its arguments `graph`
+and `graph_updates` decide, then the switches, then the environment variables
+`NNX_GRAPH_MODE` and `NNX_GRAPH_UPDATES`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+import functools
+import os
+import threading
+from typing import ParamSpec, TypeVar
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+_TRUTHS = {
+  **dict.fromkeys(("y", "yes", "t", "true", "on", "1"), True),
+  **dict.fromkeys(("n", "no", "f", "false", "off", "0"), False),
+}
+
+
+def _from_environment(name: str) -> bool:
+  text = os.environ.get(name, "true")
+  if text.lower() not in _TRUTHS:
+    raise ValueError(
+      f"The environment variable `{name}` must be `true` or `false`, but is"
+      f" `{text}`."
+    )
+  return _TRUTHS[text.lower()]
+
+
+class _Settings(threading.local):
+  graph_mode = _from_environment("NNX_GRAPH_MODE")
+  graph_updates = _from_environment("NNX_GRAPH_UPDATES")
+
+
+_settings = _Settings()
+
+
+class _Switch:
+  """Sets a setting from the call on; for a block or function, as it is used."""
+
+  _name: str
+
+  def __init__(self, value: bool, /):
+    self._value = bool(value)
+    self._before = getattr(_settings, self._name)
+    setattr(_settings, self._name, self._value)
+
+  def __call__(self, fun: Callable[P, R], /) -> Callable[P, R]:
+    setattr(_settings, self._name, self._before)
+
+    @functools.wraps(fun)
+    def wrapped(*args: P.args, **kwargs: P.kwargs) -> R:
+      with type(self)(self._value):
+        return fun(*args, **kwargs)
+
+    return wrapped
+
+  def __enter__(self):
+    return self
+
+  def __exit__(self, *exc_info) -> None:
+    setattr(_settings, self._name, self._before)
+
+  @classmethod
+  def current_value(cls) -> bool:
+    """The value that was set last in this thread."""
+    return getattr(_settings, cls._name)
+
+
+def is_tree(graph: bool | None, graph_updates: bool | None) -> bool:
+  """Whether Modules are to be plain pytrees, or only their values to change.
+
+  Example:
+
+    >>> from nnx.graphlib import modes
+    >>> modes.is_tree(None, None), modes.is_tree(False, None)
+    (False, True)
+
+  Args:
+    graph: the argument of a function; None stands for `set_graph_mode`.
+    graph_updates: likewise; None stands for `set_graph_updates`.
+  """
+  if graph is None:
+    graph = _settings.graph_mode
+  if graph_updates is None:
+    graph_updates = _settings.graph_updates
+  return not (graph and graph_updates)
+
+
+class set_graph_mode(_Switch):
+  """What `graph=None` means, from here on or in a block or function.
+
+  `NNX_GRAPH_MODE` in the environment says what it means at first.
+
+  Example:
+
+    >>> import nnx
+    >>> with nnx.set_graph_mode(False):
+    ...   nnx.set_graph_mode.current_value()
+    False
+    >>> nnx.set_graph_mode.current_value()
+    True
+
+  Args:
+    value: whether Modules are graphs, not plain pytrees.
+  """
+
+  _name = "graph_mode"
+
+
+class set_graph_updates(_Switch):
+  """What `graph_updates=None` means, from here on or in a block or function.
+
+  `NNX_GRAPH_UPDATES` in the environment says what it means at first.
+
+  Example:
+
+    >>> import nnx
+    >>> with nnx.set_graph_updates(False):
+    ...   nnx.set_graph_updates.current_value()
+    False
+
+  Args:
+    value: whether what a function does to objects is done to the caller's.
+  """
+
+  _name = "graph_updates"

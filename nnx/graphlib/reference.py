@@ -1,0 +1,320 @@
+"""Flatten and unflatten in plain Python: the oracle of the engine's tests.
+
+Written to be read, and never made faster. `flatten` gives the records that
+`GraphDef._records` gives: of each node, in preorder,
+
+  kind        what it is, see `_engine.StructureBase._records`
+  index       its number among the nodes that have an identity, or -1
+  leaf        its number among the leaves, or -1
+  children    how many children follow
+  type        its class, or None
+  keys        the names of the children; None for 0, 1, 2, ...
+  aux         static: the value; variable: its metadata; object: its marks;
+              pytree: its treedef; custom: its metadata; or None
+  reference   whether it is a list or dict with an identity
+  atomic      static: whether it is compared without calling Python code
+  hook_flags  variable: which hooks it has
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+import types
+from typing import Any
+
+import numpy as np
+
+from nnx import runtime
+from nnx.engine import _engine, pytrees
+from nnx.graphlib import registry
+from nnx.statelib import State
+
+_SCALARS = (type(None), bool, int, float, complex, str, bytes, type(...))
+_FUNCTIONS = (types.FunctionType, types.BuiltinFunctionType, types.MethodType)
+
+
+def canonical_keys(keys: Sequence[Any]) -> tuple[Any, ...]:
+  """Ints, then strings, each ascending; as they come if there are others.
+
+  Example:
+
+    >>> from nnx.graphlib import reference
+    >>> reference.canonical_keys(["b", 10, "a", 9])
+    (9, 10, 'a', 'b')
+  """
+  if any(type(key) not in (int, str) for key in keys):
+    return tuple(keys)
+  return tuple(sorted(keys, key=lambda key: (type(key) is str, key)))
+
+
+def is_plain(value: Any) -> bool:
+  """Whether a value is a scalar, function or class: never a pytree node.
+
+  Example:
+
+    >>> from nnx.graphlib import reference
+    >>> reference.is_plain(1), reference.is_plain([1])
+    (True, False)
+  """
+  return (
+    type(value) in _SCALARS
+    or type(value) in _FUNCTIONS
+    or isinstance(value, (type, np.generic))
+  )
+
+
+def is_atomic(value: Any) -> bool:
+  """Whether a static value is compared without calling Python code.
+
+  Example:
+
+    >>> from nnx.graphlib import reference
+    >>> reference.is_atomic(1), reference.is_atomic((1,))
+    (True, False)
+  """
+  return (
+    type(value) in _SCALARS
+    or isinstance(value, type)
+    or type(value) is types.FunctionType
+    or (
+      type(value).__hash__ is object.__hash__
+      and type(value).__eq__ is object.__eq__
+    )
+  )
+
+
+class Flattener:
+  """Records of values, one root after the other.
+
+  Example:
+
+    >>> import nnx
+    >>> from nnx.graphlib import reference
+    >>> walk = reference.Flattener()
+    >>> walk.add({"a": nnx.Param(1.0)}, attributes=True)
+    >>> [record[0] for record in walk.records], walk.leaves
+    (['dict', 'variable'], [1.0])
+  """
+
+  def __init__(self):
+    self.records: list[Any] = []
+    self.leaves: list[Any] = []
+    self.objects: list[Any] = []
+
+  def add(self, value: Any, *, attributes: bool) -> None:
+    """Walks a value.
+
+    Args:
+      value: the value.
+      attributes: whether it is read as an attribute: arrays are leaves, other
+        values static, lists and dicts have an identity. Otherwise as the
+        argument of a function: all but containers are leaves.
+    """
+    variable = isinstance(value, _engine.VariableBase)
+    if variable or isinstance(value, _engine.ObjectBase):
+      if not self._refer(value):
+        (self._variable if variable else self._object)(value)
+    elif runtime.is_array_type(type(value)):
+      self._leaf(value)
+    elif isinstance(value, _engine.StructureBase):
+      self._static(value)
+    elif is_plain(value):
+      if attributes or value is None:
+        self._static(value)
+      else:
+        self._leaf(value)
+    elif type(value) in (list, dict):
+      if not attributes or not self._refer(value):
+        self._container(value, attributes)
+    elif type(value) in registry.node_types:
+      if not self._refer(value):
+        pairs, metadata = registry.node_types[type(value)].flatten(value)
+        items = dict(pairs)
+        self._node(
+          "custom", value, canonical_keys(list(items)), metadata, items, True
+        )
+    elif isinstance(value, tuple):
+      names = getattr(value, "_fields", None)
+      items = dict(zip(names or range(len(value)), value))
+      kind = "tuple" if names is None else "namedtuple"
+      self._node(kind, value, names, None, items, attributes)
+    elif isinstance(value, State):
+      items = value._mapping
+      self._node(
+        "state", value, canonical_keys(list(items)), None, items, False
+      )
+    else:
+      opened = pytrees.flatten_pytree(value)
+      if opened is not None:
+        children, treedef, keys = opened
+        items = dict(zip(keys, children))
+        self._node("pytree", value, keys, treedef, items, attributes)
+      elif attributes:
+        self._static(value)
+      else:
+        self._leaf(value)
+
+  def _refer(self, value: Any) -> bool:
+    """Records a reference if the value was met before; else numbers it."""
+    for index, known in enumerate(self.objects):
+      if known is value:
+        self._record("ref", index=index)
+        return True
+    self.objects.append(value)
+    return False
+
+  def _record(
+    self, kind, index=-1, leaf=-1, children=0, type=None, keys=None, aux=None,
+    reference=False, atomic=False, hook_flags=0,
+  ):  # fmt: skip
+    self.records.append((
+      kind, index, leaf, children, type, keys, aux, reference, atomic,
+      hook_flags,
+    ))  # fmt: skip
+
+  def _static(self, value):
+    self._record("static", aux=value, atomic=is_atomic(value))
+
+  def _leaf(self, value):
+    self._record("leaf", leaf=len(self.leaves))
+    self.leaves.append(value)
+
+  def _variable(self, variable):
+    raw = variable.raw_value
+    is_leaf = raw is not None and (
+      bool(runtime.is_array_type(type(raw)))
+      or is_plain(raw)
+      or not (
+        isinstance(raw, (list, dict, tuple, State))
+        or isinstance(raw, (_engine.VariableBase, _engine.ObjectBase))
+        or type(raw) in registry.node_types
+        or pytrees.flatten_pytree(raw) is not None
+      )
+    )
+    self._record(
+      "variable",
+      index=len(self.objects) - 1,
+      leaf=len(self.leaves) if is_leaf else -1,
+      children=0 if is_leaf else 1,
+      type=type(variable),
+      aux=dict(variable._metadata) or None,
+      hook_flags=variable._hook_flags,
+    )
+    if is_leaf:
+      self.leaves.append(raw)
+    else:
+      self.add(raw, attributes=False)
+
+  def _object(self, value):
+    marks = value._pytree_status or {}
+    keys = canonical_keys(list(vars(value)))
+    self._record(
+      "object",
+      index=len(self.objects) - 1,
+      children=len(keys),
+      type=type(value),
+      keys=keys,
+      aux=dict(marks) or None,
+    )
+    for key in keys:
+      child = vars(value)[key]
+      mark = marks.get(key)
+      if mark is False:
+        self._static(child)
+      elif mark is True and is_plain(child) and child is not None:
+        self._leaf(child)
+      else:
+        self.add(child, attributes=True)
+
+  def _container(self, value, attributes):
+    keys = None if type(value) is list else canonical_keys(list(value))
+    items = dict(enumerate(value)) if keys is None else value
+    self._node(
+      type(value).__name__, value, keys, None, items, attributes, attributes
+    )
+
+  def _node(self, kind, value, keys, aux, items, attributes, reference=False):
+    self._record(
+      kind,
+      index=len(self.objects) - 1 if reference or kind == "custom" else -1,
+      children=len(items),
+      type=type(value),
+      keys=keys,
+      aux=aux,
+      reference=reference,
+    )
+    for key in range(len(items)) if keys is None else keys:
+      self.add(items[key], attributes=attributes)
+
+
+def flatten(value: Any) -> tuple[tuple[Any, ...], list[Any], list[Any]]:
+  """The records of an object as `nnx.split` sees it, its leaves and nodes.
+
+  Example:
+
+    >>> import nnx
+    >>> from nnx.graphlib import reference
+    >>> model = nnx.Dict(a=nnx.Param(1.0))
+    >>> reference.flatten(model)[0] == nnx.graphdef(model)._records
+    True
+  """
+  walk = Flattener()
+  walk.add(value, attributes=True)
+  return tuple(walk.records), walk.leaves, walk.objects
+
+
+def unflatten(records: Sequence[Any], leaves: Sequence[Any]) -> Any:
+  """The object that records and leaves describe.
+
+  Example:
+
+    >>> import nnx
+    >>> from nnx.graphlib import reference
+    >>> records, leaves, _ = reference.flatten(nnx.Dict(a=nnx.Param(1.0)))
+    >>> reference.unflatten(records, [2.0]).a.value
+    2.0
+  """
+  made: dict[int, Any] = {}
+  rest = iter(records)
+
+  def build() -> Any:
+    kind, index, leaf, children, cls, keys, aux, *_ = next(rest)
+    if kind == "static":
+      return aux
+    if kind == "leaf":
+      return leaves[leaf]
+    if kind == "ref":
+      return made[index]
+    if kind == "variable":
+      made[index] = variable = cls.from_metadata(None, aux or {})
+      variable.raw_value = leaves[leaf] if leaf >= 0 else build()
+      return variable
+    if kind == "object":
+      made[index] = value = cls.__new__(cls)
+      value._pytree_status = dict(aux) if aux else None
+      for key in keys:
+        vars(value)[key] = build()
+      return value
+    if kind == "list":
+      made[index] = value = []
+      for _ in range(children):
+        value.append(build())
+      return value
+    if kind in ("dict", "state"):
+      made[index] = value = {}
+      for key in keys:
+        value[key] = build()
+      return cls._from_nested(value) if kind == "state" else value
+    if kind == "custom":
+      node_type = registry.node_types[cls]
+      made[index] = value = node_type.create_empty(aux)
+      node_type.init(value, [(key, build()) for key in keys])
+      return value
+    items = [build() for _ in range(children)]
+    if kind == "tuple":
+      return tuple(items)
+    if kind == "namedtuple":
+      return cls(*items)
+    return aux.unflatten(items)  # a pytree of jax
+
+  return build()

@@ -1,0 +1,102 @@
+"""Gives the C++ engine what it needs of the Python side, at import."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import jax
+import numpy as np
+
+from nnx import errors, pytreelib, restored, statelib, variablelib
+from nnx.engine import _engine, jax_private, pytrees
+from nnx.graphlib import definitions, statics
+
+_ARRAY_TYPES = (
+  jax.Array,
+  jax.core.Tracer,
+  jax.ShapeDtypeStruct,
+  jax.Ref,
+  np.ndarray,
+)
+
+
+_FLAX_NNX = frozenset(
+  (
+    "FlatState",
+    "GraphDef",
+    "GraphState",
+    "HijaxVariable",
+    "NodeDef",
+    "Object",
+    "Pytree",
+    "State",
+    "TreeNodeDef",
+    "Variable",
+    "VariableDef",
+    "VariableState",
+  )
+)
+
+
+def is_of_flax_nnx(cls: type) -> bool:
+  """Whether instances are Modules, Variables or States of `flax.nnx`.
+
+  By the names of the bases: nothing of Flax is imported here.
+  """
+  return any(
+    base.__name__ in _FLAX_NNX
+    and str(getattr(base, "__module__", "")).startswith("flax.nnx.")
+    for base in cls.__mro__
+  )
+
+
+def is_array_type(cls: type) -> Any:
+  """What instances of a class are to the graph functions.
+
+  Returns:
+    Ellipsis for objects of `flax.nnx`; True for arrays, and for data of other
+    kinds that jax does not open, which are leaves; False for scalars of numpy,
+    which are static as attributes and leaves as arguments; None for all else.
+  """
+  if issubclass(cls, _ARRAY_TYPES):
+    return True
+  foreign = is_of_flax_nnx(cls)
+  if cls in pytreelib.data_types and (
+    foreign or not jax_private.is_pytree_type(cls)
+  ):
+    return True
+  if issubclass(cls, np.generic):
+    return False
+  return ... if foreign else None
+
+
+def configure() -> None:
+  """Connects the engine; called once, when `nnx` is imported."""
+  library = os.path.dirname(__file__) + os.sep
+  jax_private.hide_lines(library)
+  _engine.configure(
+    trace_context=jax_private.trace_context(),
+    eval_trace=jax_private.eval_trace(),
+    trace_error=errors.trace_error,
+    is_array_type=is_array_type,
+    flatten_pytree=pytrees.flatten_pytree,
+    array_type=jax_private.array_type(),
+    variable_metadata=variablelib.VariableMetadata,
+    attribute_marker=pytreelib.Marker,
+    state=statelib.State,
+    structure=definitions.NodeDef,
+    freeze_static=statics.freeze,
+    library_prefix=library,
+    restored_value=restored.restored_value,
+    shape_message=restored.shape_message,
+    restored_leaf=restored.LEAF,
+    jax_prefix=jax_private.directory() + os.sep,
+  )
+
+
+configure()
+pytrees.register_static_type(definitions.NodeDef)
+jax.tree_util.register_pytree_node(
+  _engine.Packed, _engine.packed_flatten, _engine.packed_unflatten
+)
