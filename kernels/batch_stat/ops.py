@@ -38,12 +38,12 @@ HANDLERS = {
   TARGET_GRAD_INPUT: "grad_input",
 }
 
-CPU_LIBRARY = dispatch.Library("kernels.batch_stat._batch_stat_cpu", HANDLERS)
+CPU_LIBRARY = dispatch.Library("kernels.batch_stat.cpu._batch_stat_cpu", HANDLERS)
 
 PALLAS = "kernels.batch_stat.pallas_tpu"
 
 CUDA_LIBRARY = dispatch.Library(
-  "kernels.batch_stat._batch_stat_cuda", HANDLERS, platform="CUDA"
+  "kernels.batch_stat.cuda._batch_stat_cuda", HANDLERS, platform="CUDA"
 )
 
 _KERNEL_DTYPES = ("float64", "float32", "bfloat16", "float16")
@@ -123,7 +123,7 @@ def _stats_like(x, count, feature_axis, batch_axes):
   return (jax.ShapeDtypeStruct(shape, dtype),) * count
 
 
-# Numbers for each channel and part in the workspaces, as batch_stat_cuda.h has
+# Numbers for each channel and part in the workspaces, as cuda/batch_stat.h has
 # them; the moments' has a part more.
 _MOMENTS_PARTS = 3
 _GRAD_SUMS_PARTS = 2

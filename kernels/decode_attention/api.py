@@ -21,16 +21,16 @@ APPEND_TARGET = "decode_attention_append_and_attend"
 ATTEND_TARGET = "decode_attention_attend"
 
 LIBRARY = dispatch.Library(
-  "kernels.decode_attention._decode_attention_cpu",
+  "kernels.decode_attention.cpu._decode_attention_cpu",
   {APPEND_TARGET: "append_and_attend", ATTEND_TARGET: "attend"},
 )
 CUDA_LIBRARY = dispatch.Library(
-  "kernels.decode_attention._decode_attention_cuda",
+  "kernels.decode_attention.cuda._decode_attention_cuda",
   {APPEND_TARGET: "append_and_attend", ATTEND_TARGET: "attend"},
   platform="CUDA",
 )
 
-# Of the CUDA kernels; see decode_attention_cuda.h. Rows of a head are read 16
+# Of the CUDA kernels; see cuda/decode.h. Rows of a head are read 16
 # bytes at a time where they are multiples of that, else element by element.
 _MAX_ROW_BYTES = 2048
 _MAX_ODD_DIM = 512

@@ -14,10 +14,10 @@ from kernels.kv_cache import layout as layout_lib
 TARGET = "kv_cache_update"
 
 LIBRARY = dispatch.Library(
-  "kernels.kv_cache._kv_cache_cpu", {TARGET: "kv_cache_update"}
+  "kernels.kv_cache.cpu._kv_cache_cpu", {TARGET: "kv_cache_update"}
 )
 CUDA_LIBRARY = dispatch.Library(
-  "kernels.kv_cache._kv_cache_cuda",
+  "kernels.kv_cache.cuda._kv_cache_cuda",
   {TARGET: "kv_cache_update"},
   platform="CUDA",
 )
