@@ -113,7 +113,7 @@ def update(
     to a large mean: values are shifted by a running estimate of it, and parts
     are merged in float64. The result does not depend on the number of threads.
     XLA's one pass is `E[x^2] - E[x]^2`, which cancels where the mean is large
-    beside the deviation; `use_fast_variance=False` does not.
+    compared with the deviation; `use_fast_variance=False` does not.
   Aliasing: `mean` and `var` are updated in place if they are donated, or
     carried through a loop, and have the dtype of the statistics.
   Batching: `jax.vmap` makes one call with one more axis.

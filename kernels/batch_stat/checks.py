@@ -21,7 +21,7 @@ def canonical_feature_axis(x: Any, feature_axis: int) -> int:
     The feature axis, not negative.
 
   Raises:
-    TypeError: If `x` is not real floating, or `feature_axis` is no integer.
+    TypeError: If `x` is not real floating, or `feature_axis` is not an integer.
     ValueError: If `feature_axis` is out of range.
   """
   if not jnp.issubdtype(x.dtype, jnp.floating):
@@ -94,7 +94,7 @@ def check_momentum(momentum: Any, x: Any) -> jax.Array:
     `[1]`, in the dtype of the statistics.
 
   Raises:
-    TypeError: If it is no number.
+    TypeError: If it is not a number.
     ValueError: If it is known to be outside, or is not a scalar.
   """
   if not isinstance(momentum, jax.core.Tracer) and np.ndim(momentum) == 0:

@@ -47,8 +47,8 @@ def unsupported(operands: Mapping[str, Any], **params: Any) -> str | None:
     return f"the features are axis {params['feature_axis']} of {x.ndim} axes"
   if _columns(x.shape[-1]) > _BLOCK // 32:
     return (
-      f"`x` has {x.shape[-1]} features, which are no multiple of {_LANES} and"
-      " too many to take at once"
+      f"`x` has {x.shape[-1]} features, which are not a multiple of"
+      f" {_LANES} and too many to take at once"
     )
   rows = 32 // x.dtype.itemsize
   if x.ndim - params["batch_axes"] > 2 and x.shape[-2] % rows:

@@ -53,7 +53,7 @@ def moments(
     batch_axes: Number of leading axes that are independent batches.
     accurate: Whether to take the variance in a second pass, about the mean.
       Otherwise it is `E[x^2] - E[x]^2`, which XLA computes in one pass, and
-      which cancels where the mean is large beside the deviation.
+      which cancels where the mean is large compared with the deviation.
 
   Returns:
     mean, var and count, each `[c]`.

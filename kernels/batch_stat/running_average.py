@@ -24,7 +24,7 @@ class Static(NamedTuple):
 
   @property
   def params(self) -> dict[str, Any]:
-    """Of the primitives."""
+    """Returns the parameters of the primitives."""
     return {**self._asdict(), "batch_axes": 0}
 
 

@@ -59,12 +59,12 @@ class Cache:
 
   @property
   def capacity(self) -> Any:
-    """Slots that a sequence has."""
+    """Returns how many slots a sequence has."""
     return self.places.table.shape[1] * self.geometry.block_size
 
   @property
   def addresses(self) -> dict[str, jax.Array]:
-    """The operands that say where rows lie, by name."""
+    """Returns the operands that say where rows lie, by name."""
     places = self.places
     return {
       "index": places.index,
@@ -76,7 +76,7 @@ class Cache:
 
 
 def canonical_layout(layout: Any) -> layouts.Layout:
-  """Returns the layout of this name; raises ValueError if there is none."""
+  """Returns the layout of this name; raises ValueError for any other name."""
   return layouts.Layout(options.one_of("layout", layout, layouts.NAMES))
 
 
@@ -107,7 +107,7 @@ def _int32(name: str, value: Any, beyond: int | None) -> jax.Array:
       wide = np.asarray(value)
     except (TypeError, ValueError):
       wide = options.array(name, value)
-    if wide.dtype.kind == "O":  # integers beyond 64 bits, or no array
+    if wide.dtype.kind == "O":  # integers beyond 64 bits, or not an array
       whole = all(isinstance(one, int) for one in wide.flat)
       wide = wide if whole and wide.size else options.array(name, value)
     elif wide.size == 0 and not isinstance(value, np.ndarray):
@@ -160,7 +160,7 @@ def integers(
     `[b, *tail]`.
 
   Raises:
-    TypeError: If they are no integers.
+    TypeError: If they are not integers.
     ValueError: If the shape does not fit, or a number that is known lies
       outside of int32.
   """

@@ -29,7 +29,7 @@ class Layout(enum.StrEnum):
 
   @property
   def heads_first(self) -> bool:
-    """Whether the heads come before the tokens or slots."""
+    """Returns whether the heads come before the tokens or slots."""
     return self is Layout.BNSH
 
   def order(self, tokens: Any, *heads: Any) -> tuple[Any, ...]:

@@ -1,9 +1,9 @@
 """Writing new rows into a cache on TPUs: rows move by DMA, the cache does not.
 
-The kernels take the cache as it lies; see `tiles_tpu`. In the order "bsnh" one
-DMA writes a token's rows of all heads. In "bnsh" and "bnhs" the kernel fetches
-the tiles that a token is a row or a column of, replaces it, and writes the
-tiles back.
+The kernels take the cache in the order that it has in memory; see `tiles_tpu`.
+In the order "bsnh" one DMA writes a token's rows of all heads. In "bnsh" and
+"bnhs" a token is a row or a column of tiles: the kernel fetches those, replaces
+it, and writes them back.
 
 Which slot each row goes to is computed in plain JAX from a few integers for
 each token, and reaches the kernels as prefetched scalars.
@@ -12,7 +12,7 @@ each token, and reaches the kernels as prefetched scalars.
 from collections.abc import Callable, Mapping
 import functools
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 from jax import lax
@@ -161,30 +161,50 @@ def _write_rows(cache_k, cache_v, new_k, new_v, places, interpret):
   )
 
 
+class _RowRefs(NamedTuple):
+  """Memory of the kernel that writes rows: scalars, operands, results.
+
+  The caches among the operands are the results' own memory.
+  """
+
+  layer: Any
+  block: Any
+  slot: Any
+  whole: Any
+  new_k: Any
+  new_v: Any
+  old_k: Any
+  old_v: Any
+  out_k: Any
+  out_v: Any
+  sems: Any
+
+
 def _write_rows_kernel(
-  layer, block, slot, whole, new_k, new_v, old_k, old_v, out_k, out_v, sems,
-  *, batch, tokens, run, lead,
-):  # fmt: skip
-  del old_k, old_v  # the results' own memory
+  *refs: Any, batch: int, tokens: int, run: int, lead: tuple[int, ...]
+) -> None:
+  r = _RowRefs(*refs)
   chunks = tokens // run
 
   def copies(b, j, length):
     at = b * tokens + j
     to = (
-      *tiles_tpu.lead_index(layer[b], lead),
-      block[at],
-      pl.ds(slot[at], length),
+      *tiles_tpu.lead_index(r.layer[b], lead),
+      r.block[at],
+      pl.ds(r.slot[at], length),
     )
     return [
-      pltpu.make_async_copy(new.at[b, pl.ds(j, length)], out.at[to], sems.at[i])
-      for i, (new, out) in enumerate(((new_k, out_k), (new_v, out_v)))
+      pltpu.make_async_copy(
+        new.at[b, pl.ds(j, length)], out.at[to], r.sems.at[i]
+      )
+      for i, (new, out) in enumerate(((r.new_k, r.out_k), (r.new_v, r.out_v)))
     ]
 
   def each(act: Callable[[Any], None]) -> None:
     def one_by_one(b, first, last):
       @pl.loop(first, last)
       def _(j):
-        @pl.when(slot[b * tokens + j] >= 0)
+        @pl.when(r.slot[b * tokens + j] >= 0)
         def _():
           for copy in copies(b, j, 1):
             act(copy)
@@ -193,7 +213,7 @@ def _write_rows_kernel(
     def _(b):
       @pl.loop(0, chunks)
       def _(c):
-        in_one_piece = whole[b * chunks + c] == 1
+        in_one_piece = r.whole[b * chunks + c] == 1
 
         @pl.when(in_one_piece)
         def _():
@@ -257,12 +277,7 @@ def _rewrite_tiles(
   return _call(
     functools.partial(
       _rewrite_tiles_kernel,
-      batch=batch,
-      visits=visits,
-      span=span,
-      abreast=abreast,
-      lead=cache_k.shape[:-4],
-      columns=columns,
+      static=_Visits(batch, visits, span, abreast, cache_k.shape[:-4], columns),
     ),
     "kv_cache_rewrite_tiles",
     (layer, where[0].reshape(-1), where[1].reshape(-1)),
@@ -307,23 +322,61 @@ def _masks(written, columns):
   return jnp.broadcast_to(bits, shape)
 
 
-def _rewrite_tiles_kernel(
-  layer, block, slot, mask, new_k, new_v, old_k, old_v, out_k, out_v,
-  tile_k, tile_v, fresh_k, fresh_v, kept_mask, sems,
-  *, batch, visits, span, abreast, lead, columns,
-):  # fmt: skip
-  del old_k, old_v  # the results' own memory
+class _TileRefs(NamedTuple):
+  """Memory of the kernel that rewrites tiles: as in `_RowRefs`, and buffers."""
+
+  layer: Any
+  block: Any
+  slot: Any
+  mask: Any
+  new_k: Any
+  new_v: Any
+  old_k: Any
+  old_v: Any
+  out_k: Any
+  out_v: Any
+  tile_k: Any
+  tile_v: Any
+  fresh_k: Any
+  fresh_v: Any
+  kept_mask: Any
+  sems: Any
+
+
+class _Visits(NamedTuple):
+  """What the kernel that rewrites tiles is made for.
+
+  Attributes:
+    batch: b.
+    visits: Tiles that a sequence's tokens may lie in.
+    span: Slots of a tile.
+    abreast: Sequences whose tiles are in flight at a time.
+    lead: Sizes of the caches' leading axes.
+    columns: Whether a token is a column of a tile.
+  """
+
+  batch: int
+  visits: int
+  span: int
+  abreast: int
+  lead: tuple[int, ...]
+  columns: bool
+
+
+def _rewrite_tiles_kernel(*refs: Any, static: _Visits) -> None:
+  r = _TileRefs(*refs)
+  batch, visits, span, abreast, lead, columns = static
 
   def bits(x):
     return x if x.dtype == jnp.int32 else pltpu.bitcast(x, jnp.int32)
 
   def tiles_of(b, g):
     at = b * visits + g
-    slots = pl.ds(pl.multiple_of(slot[at], span), span)
+    slots = pl.ds(pl.multiple_of(r.slot[at], span), span)
     rest = (slice(None), slots) if columns else (slots,)
     return (
-      *tiles_tpu.lead_index(layer[b], lead),
-      block[at],
+      *tiles_tpu.lead_index(r.layer[b], lead),
+      r.block[at],
       slice(None),
       *rest,
     )
@@ -331,21 +384,21 @@ def _rewrite_tiles_kernel(
   def fetches(i, b, g):
     at = tiles_of(b, g)
     pairs = (
-      (out_k.at[at], tile_k.at[i]), (out_v.at[at], tile_v.at[i]),
-      (new_k.at[b, g], fresh_k.at[i]), (new_v.at[b, g], fresh_v.at[i]),
-      (mask.at[b, g], kept_mask.at[i]),
+      (r.out_k.at[at], r.tile_k.at[i]), (r.out_v.at[at], r.tile_v.at[i]),
+      (r.new_k.at[b, g], r.fresh_k.at[i]), (r.new_v.at[b, g], r.fresh_v.at[i]),
+      (r.mask.at[b, g], r.kept_mask.at[i]),
     )  # fmt: skip
-    return [pltpu.make_async_copy(*pair, sems.at[0]) for pair in pairs]
+    return [pltpu.make_async_copy(*pair, r.sems.at[0]) for pair in pairs]
 
   def stores(i, b, g):
     at = tiles_of(b, g)
-    pairs = ((tile_k.at[i], out_k.at[at]), (tile_v.at[i], out_v.at[at]))
-    return [pltpu.make_async_copy(*pair, sems.at[1]) for pair in pairs]
+    pairs = ((r.tile_k.at[i], r.out_k.at[at]), (r.tile_v.at[i], r.out_v.at[at]))
+    return [pltpu.make_async_copy(*pair, r.sems.at[1]) for pair in pairs]
 
   def replace(i):
     # Columns are the same in every row.
-    new = kept_mask[i, 0:1] if columns else kept_mask[i]
-    for tile, fresh in ((tile_k, fresh_k), (tile_v, fresh_v)):
+    new = r.kept_mask[i, 0:1] if columns else r.kept_mask[i]
+    for tile, fresh in ((r.tile_k, r.fresh_k), (r.tile_v, r.fresh_v)):
       for n in range(tile.shape[1]):
         for lane in range(0, tile.shape[3], tiles_tpu.LANES):
           at = (i, n, slice(None), pl.ds(lane, tiles_tpu.LANES))
@@ -362,7 +415,9 @@ def _rewrite_tiles_kernel(
           # Past the last sequence, the last one's scalars are only looked at.
           b = jnp.minimum(chunk * abreast + i, batch - 1)
 
-          @pl.when((chunk * abreast + i < batch) & (slot[b * visits + g] >= 0))
+          @pl.when(
+            (chunk * abreast + i < batch) & (r.slot[b * visits + g] >= 0)
+          )
           def _():
             act(i, b)
 

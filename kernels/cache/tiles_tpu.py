@@ -7,7 +7,7 @@ which costs nothing, and `order` tells for which shapes they know it.
 
 "bsnh"  tiles of heads and head_dim: a token's rows of all heads are tiles.
 "bnsh"  tiles of slots and head_dim: a token is one row in a tile of each head.
-"bnhs"  tiles of head_dim and slots, where head_dim is no multiple of 128: a
+"bnhs"  tiles of head_dim and slots, where head_dim is not a multiple of 128: a
         token is one column in tiles of each head.
 
 These are letters and no `Layout`, which has the first two alone.

@@ -43,7 +43,7 @@ def count_violation(count: Any, tokens: int, *, xp: Any = jnp) -> Violation:
 def layer_violation(
   geometry: addressing.Geometry, layer: Any, *, xp: Any = jnp
 ) -> Violation:
-  """Says whether `layer` `[b]` is none of the cache's."""
+  """Says whether `layer` `[b]` is outside the cache."""
   return (
     xp.any((layer < 0) | (layer >= geometry.layers)),
     f"`layer` must lie in [0, {geometry.layers}), but got {{layer}}.",

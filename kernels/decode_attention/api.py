@@ -388,7 +388,7 @@ def rope_tables(
     `rope_cos` and `rope_sin`, `[positions, dim // 2]`.
 
   Raises:
-    TypeError: If an option is no number.
+    TypeError: If an option is not a number.
     ValueError: If a number is out of range.
 
   Example:

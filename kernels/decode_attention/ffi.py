@@ -148,8 +148,8 @@ def _most_workers(b, n, rows, capacity, dtype):
     if capacity <= _WHOLE_KEYS or (rows > 64 and b * blocks >= _BUSY_BLOCKS):
       return 0
     keys = b * capacity
-    # What parts write should be little beside the keys that they read, unless
-    # the device would be idle.
+    # What parts write should be little compared with the keys that they read,
+    # unless the device would be idle.
     workers = min(
       workers,
       -(-keys // _LEAST_KEYS),

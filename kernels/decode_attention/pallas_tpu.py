@@ -9,7 +9,7 @@ The cache comes with its axes in the order in which XLA keeps it, see
 `cache.tiles_tpu`. In the orders "bnsh" and "bnhs" each head's keys are a
 matrix. In "bsnh" they are taken out of the tile head by head where there are
 many queries. A decode step has few, and then the keys of all heads are one
-matrix `[slots * n, h]`, which is multiplied as it lies; products of a query
+matrix `[slots * n, h]`, which is multiplied in place; products of a query
 with other heads' keys are masked away, which costs less than the cache's bytes
 do.
 
@@ -34,7 +34,7 @@ _TILE_BYTES = 1 << 20
 # Of the logits of one tile, in float32; some five such arrays live at once.
 _LOGIT_BYTES = 1 << 20
 
-# Of what a grid step holds for its query rows, beside logits.
+# Of what a grid step holds for its query rows, without logits.
 _ROW_BYTES = 8 << 20
 
 # Query rows up to which all heads' keys are multiplied at once: a matrix unit
@@ -117,7 +117,7 @@ def _tiling(cache_k, cache_v, q, options) -> flash_tpu.Tiling | str:
 
 
 def _row_bytes(geometry, dtype, parts):
-  """Returns what one query row takes of fast memory, beside its logits."""
+  """Returns the fast memory that one query row takes, without its logits."""
 
   def padded(dim, itemsize):
     return -(-dim // tiles_tpu.LANES) * tiles_tpu.LANES * itemsize

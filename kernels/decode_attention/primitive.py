@@ -77,7 +77,7 @@ def _batching(op, args, dims, *, options):
 
 
 def _batching_shared(op, x, dims, size, options):
-  """Mapping over what a batch shares: one call for each, in a loop."""
+  """Maps over what a batch shares: one call for each, in a loop."""
 
   def step(carry, i):
     taken = [

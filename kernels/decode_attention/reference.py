@@ -14,7 +14,7 @@ from kernels.cache import rows as cache_rows
 
 @dataclasses.dataclass(frozen=True)
 class Options(addressing.Addressing):
-  """What the primitives know statically, beside the addressing.
+  """What the primitives know statically, in addition to the addressing.
 
   Attributes:
     fields: Names of the operands, in order.
@@ -46,7 +46,7 @@ class Options(addressing.Addressing):
 
   @property
   def appends(self) -> bool:
-    """Whether there are new keys and values."""
+    """Returns whether there are new keys and values."""
     return "new_k" in self.fields
 
 

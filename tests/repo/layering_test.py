@@ -186,6 +186,15 @@ def test_the_core_is_layered_in_order(graph):
   assert not wrong, "\n".join(wrong)
 
 
+def test_one_module_of_a_package_uses_what_jax_may_change(graph):
+  users = collections.defaultdict(list)
+  for module, names in graph.items():
+    if any(within(name, "jax._src") for name in names):
+      users[module.split(".")[0]].append(module)
+  assert users["kernels"] == ["kernels.common.jax_private"]
+  assert all(len(modules) == 1 for modules in users.values()), users
+
+
 def test_no_import_cycle(graph):
   ours = {
     module: {

@@ -137,7 +137,12 @@ class ChoiceTest(parameterized.TestCase):
     ((4, 3), "float16", {}, "`x` is float16"),
     ((4, 3), "float32", {"mask": np.ones((4, 1), bool)}, "there is a mask"),
     ((4, 3), "float32", {"feature_axis": 0}, "features are axis 0 of 2 axes"),
-    ((4, 9001), "float32", {}, "`x` has 9001 features, which are no multiple"),
+    (
+      (4, 9001),
+      "float32",
+      {},
+      "`x` has 9001 features, which are not a multiple",
+    ),
     (
       (4, 3, 8),
       "float32",
