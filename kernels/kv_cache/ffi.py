@@ -29,8 +29,8 @@ def update(
   """Calls the handler that is registered as `target`; see the reference."""
   at = addressing.Addressing(**params)
   x = reference.named(operands)
-  for name in ("k_scale", "v_scale"):
-    x.setdefault(name, jnp.zeros((0, 0), jnp.float32))
+  if "k_scale" not in x:
+    x["k_scale"] = x["v_scale"] = jnp.zeros((0, 0), jnp.float32)
   call = jax.ffi.ffi_call(
     target,
     tuple(
