@@ -4,10 +4,10 @@ from kernels import batch_stat, decode_attention, kv_cache
 from kernels.common.dispatch import (
   Choice,
   implementations,
-  register,
   xla_only,
 )
 from kernels.common.explain import explain
+from kernels.common.libraries import register
 
 __all__ = [
   "Choice",

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from kernels.batch_stat import reference
-from kernels.common import dispatch, options
+from kernels.common import arrays, options
 
 
 def canonical_feature_axis(x: Any, feature_axis: int) -> int:
@@ -21,7 +21,7 @@ def canonical_feature_axis(x: Any, feature_axis: int) -> int:
     The feature axis, not negative.
 
   Raises:
-    TypeError: If `x` is not real floating, or `feature_axis` is no integer.
+    TypeError: If `x` is not real floating, or `feature_axis` is not an integer.
     ValueError: If `feature_axis` is out of range.
   """
   if not jnp.issubdtype(x.dtype, jnp.floating):
@@ -48,7 +48,7 @@ def canonical_feature_axis(x: Any, feature_axis: int) -> int:
 def check_not_empty(x: Any, feature_axis: int) -> None:
   """Raises ValueError if x has no value for a feature."""
   rest = (*x.shape[:feature_axis], *x.shape[feature_axis + 1 :])
-  if dispatch.static_size(rest) == 0:
+  if arrays.static_size(rest) == 0:
     raise ValueError(
       f"`x` must have at least one value for each feature, but its shape is"
       f" {x.shape}. Skip the update for an empty batch."
@@ -94,7 +94,7 @@ def check_momentum(momentum: Any, x: Any) -> jax.Array:
     `[1]`, in the dtype of the statistics.
 
   Raises:
-    TypeError: If it is no number.
+    TypeError: If it is not a number.
     ValueError: If it is known to be outside, or is not a scalar.
   """
   if not isinstance(momentum, jax.core.Tracer) and np.ndim(momentum) == 0:

@@ -6,7 +6,7 @@ and XLA fuses it with what comes before and after; a kernel of our own would be
 a wall between them, and cost one more pass over x.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 import functools
 import math
 from typing import Any
@@ -17,7 +17,7 @@ from jax.experimental.pallas import tpu as pltpu
 import jax.numpy as jnp
 
 from kernels.batch_stat import reference
-from kernels.common import dispatch
+from kernels.common import arrays
 
 # Elements and features of x that are in fast memory at once, twice.
 _BLOCK = 1 << 18
@@ -27,44 +27,42 @@ _LANES = 128
 _DTYPES = ("float32", "bfloat16")
 
 
-def unsupported(
-  x_index: int, avals: Sequence[Any], **params: Any
-) -> str | None:
+def unsupported(operands: Mapping[str, Any], **params: Any) -> str | None:
   """Returns why the kernel cannot handle these operands, or None.
 
   Args:
-    x_index: Which operand is x.
-    avals: Of the operands.
+    operands: Their abstract values by name.
     **params: Of the op.
   """
-  x = avals[x_index]
+  x = operands["x"]
   if x.dtype.name not in _DTYPES:
     return f"`x` is {x.dtype.name}"
-  if dispatch.static_size(x.shape) is None:
+  if arrays.static_size(x.shape) is None:
     return "`x` has symbolic sizes"
   if 0 in x.shape:
     return f"`x` of shape {x.shape} is empty"
-  if len(avals) > x_index + 1:
+  if "mask" in operands:
     return "there is a mask, which XLA fuses into its sums"
   if params["feature_axis"] != x.ndim - 1:
     return f"the features are axis {params['feature_axis']} of {x.ndim} axes"
   if _columns(x.shape[-1]) > _BLOCK // 32:
     return (
-      f"`x` has {x.shape[-1]} features, which are no multiple of {_LANES} and"
-      " too many to take at once"
+      f"`x` has {x.shape[-1]} features, which are not a multiple of"
+      f" {_LANES} and too many to take at once"
     )
   rows = 32 // x.dtype.itemsize
   if x.ndim - params["batch_axes"] > 2 and x.shape[-2] % rows:
     return (
-      f"`x` of shape {x.shape} is no matrix as it lies: {x.shape[-2]} is no"
-      f" multiple of the {rows} rows of a tile of {x.dtype.name}"
+      f"`x` of shape {x.shape} cannot be read as a matrix in place:"
+      f" {x.shape[-2]} is not a multiple of the {rows} rows of a tile of"
+      f" {x.dtype.name}"
     )
   return None
 
 
-def slower(x_index: int, avals: Sequence[Any], **params: Any) -> str | None:
+def slower(operands: Mapping[str, Any], **params: Any) -> str | None:
   """Returns why XLA is expected to be faster, or None; see `unsupported`."""
-  x = avals[x_index]
+  x = operands["x"]
   if x.ndim - params["batch_axes"] > 3:
     return (
       "`x` has the axes of an image, and XLA sums in the layout, and the"

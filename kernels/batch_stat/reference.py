@@ -17,6 +17,11 @@ def compute_dtype(dtype: Any) -> Any:
   return jnp.float64 if dtype == jnp.float64 else jnp.float32
 
 
+def stat_shape(x: Any, feature_axis: int, batch_axes: int) -> tuple[Any, ...]:
+  """Returns the shape of a statistic of x."""
+  return (*x.shape[:batch_axes], x.shape[feature_axis])
+
+
 def reduced_axes(
   rank: int, feature_axis: int, batch_axes: int
 ) -> tuple[int, ...]:
@@ -48,7 +53,7 @@ def moments(
     batch_axes: Number of leading axes that are independent batches.
     accurate: Whether to take the variance in a second pass, about the mean.
       Otherwise it is `E[x^2] - E[x]^2`, which XLA computes in one pass, and
-      which cancels where the mean is large beside the deviation.
+      which cancels where the mean is large compared with the deviation.
 
   Returns:
     mean, var and count, each `[c]`.
@@ -66,7 +71,7 @@ def moments(
     size = 1
     for axis in axes:
       size = size * x.shape[axis]
-    shape = (*x.shape[:batch_axes], x.shape[feature_axis])
+    shape = stat_shape(x, feature_axis, batch_axes)
     count = jnp.full(shape, size, dtype)
   else:
     count = jnp.sum(mask, axis=axes, dtype=dtype)

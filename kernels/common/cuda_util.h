@@ -1,7 +1,7 @@
 // What CUDA kernels share: launches, vectors of 16 bytes, element types, sums
 // over a warp.
 //
-// A kernel's source, `<op>_cuda.cu.cc`, is compiled by nvcc, knows nothing of
+// A kernel's source, `<op>/cuda/*.cu.cc`, is compiled by nvcc, knows nothing of
 // XLA, and offers `Launch...` functions that return cudaError_t. It can also be
 // compiled by the host's compiler, behind tests/testing/cuda_emulation.h, which
 // runs its logic without a GPU; so it launches with `Launch` below, declares

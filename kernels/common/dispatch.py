@@ -7,11 +7,11 @@ platform known: one traced program, or one exported artifact, serves them all.
 
     op = dispatch.Op(
       "my_op",
-      abstract_eval=lambda x, *, n: (dispatch.out_aval(x.shape, x.dtype, x),),
+      abstract_eval=lambda x, *, n: (arrays.out_aval(x.shape, x.dtype, x),),
       reference=my_reference,
       implementations=(
         dispatch.Implementation(
-          name="cpu", platforms=("cpu",), fn=my_ffi_call, library=_LIBRARY,
+          name="cpu", platforms=("cpu",), fn=my_ffi_call, library=LIBRARY,
         ),
       ),
       batching=my_batching_rule,
@@ -24,16 +24,13 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 import contextlib
 import dataclasses
 import functools
-import importlib
-import operator
 import threading
-import types
 from typing import Any
 
 import jax
 from jax.interpreters import ad, batching, mlir
 
-from kernels.common import jax_private, partitioner
+from kernels.common import jax_private, libraries, partitioner
 
 AUTO = "auto"
 XLA = "xla"
@@ -43,7 +40,6 @@ XLA = "xla"
 PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
 
 _OPS: dict[str, "Op"] = {}
-_LIBRARIES: list["Library"] = []
 
 
 class _Lowering(threading.local):
@@ -51,72 +47,6 @@ class _Lowering(threading.local):
 
 
 _lowering = _Lowering()
-
-
-class Library:
-  """A compiled extension module with XLA FFI handlers, loaded on first use.
-
-  Args:
-    module: Dotted name of the extension module, for example
-      `kernels.my_op._my_op_cpu`.
-    targets: Maps the FFI target name to the name of the function in the module
-      that returns the handler's capsule.
-    platform: The platform to register the handlers for.
-  """
-
-  def __init__(
-    self, module: str, targets: Mapping[str, str], platform: str = "cpu"
-  ):
-    self.module = module
-    self.platform = platform
-    self._targets = dict(targets)
-    self._lock = threading.Lock()
-    self._loaded: types.ModuleType | None = None
-    _LIBRARIES.append(self)
-
-  def load(self) -> types.ModuleType:
-    """Imports the module and registers its handlers, once.
-
-    Returns:
-      The extension module.
-
-    Raises:
-      ImportError: If the extension has not been built.
-    """
-    with self._lock:
-      if self._loaded is None:
-        module = importlib.import_module(self.module)
-        for target, getter in self._targets.items():
-          jax.ffi.register_ffi_target(
-            target, getattr(module, getter)(), platform=self.platform
-          )
-        self._loaded = module
-      return self._loaded
-
-  def missing(self) -> str | None:
-    """Returns why the library cannot be used, or None if it can."""
-    try:
-      self.load()
-    except ImportError as error:
-      return f"the extension {self.module} could not be imported ({error})"
-    return None
-
-
-def lazily(module: str, name: str) -> Callable[..., Any]:
-  """Returns a function of a module that is imported when it is first called.
-
-  For what is slow to import, as Pallas is, and only used by programs that are
-  lowered for its platform.
-
-  Args:
-    module: Dotted name of the module.
-    name: Of the function in it.
-  """
-
-  def call(*args: Any, **kwargs: Any) -> Any:
-    return getattr(importlib.import_module(module), name)(*args, **kwargs)
-
-  return call
 
 
 @dataclasses.dataclass(frozen=True)
@@ -133,7 +63,7 @@ class Implementation:
       these arguments cannot be handled ("`x` is complex"), or None.
     slower: `slower(avals, **params)` returns a clause that says why the
       reference is expected to be faster here, or None. Only asked for "auto".
-      Sizes may be symbolic under `jax.export`: see `static_size`.
+      Sizes may be symbolic under `jax.export`: see `arrays.static_size`.
     partitionable: Whether the platform's compiler splits it over devices by
       the op's `partitioning`. If not, it serves one device and `shard_map`;
       elsewhere "auto" means the reference.
@@ -142,7 +72,7 @@ class Implementation:
   name: str
   platforms: tuple[str, ...]
   fn: Callable[..., Sequence[jax.Array]]
-  library: Library | None = None
+  library: libraries.Library | None = None
   unsupported: Callable[..., str | None] | None = None
   slower: Callable[..., str | None] | None = None
   partitionable: bool = True
@@ -187,96 +117,33 @@ class Choice:
     implementation: Name of the chosen implementation.
     platform: The platform it was chosen for.
     reason: Why, as a sentence.
+    split: Who splits it over devices by its `partitioning`: "compiler", or
+      "mesh" for a `shard_map` over a mesh with explicit axes. "" if nobody
+      does: it runs on one device, or it is the reference, which XLA looks into.
   """
 
   op: str
   implementation: str
   platform: str
   reason: str
+  split: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
 class Placement:
-  """On what an op runs at some place in a program.
+  """Where in a program an op runs.
 
   Attributes:
-    split: Whether the compiler splits the op over several devices: not so on
-      one device, and not inside a `shard_map` over all axes of its mesh.
+    platform: That it is lowered for.
+    devices: Over how many the compiler splits it: 1 also inside a `shard_map`
+      over all axes of its mesh.
     mesh: The mesh whose axes are explicit, but for those of a `shard_map`
       around, or None.
   """
 
-  split: bool = False
+  platform: str
+  devices: int = 1
   mesh: Any = None
-
-
-def out_aval(shape: Sequence[Any], dtype: Any, *inputs: Any) -> Any:
-  """Returns the abstract value of a result computed from `inputs`.
-
-  Inside `shard_map`, a result varies over every mesh axis that one of its
-  inputs varies over. On a mesh with explicit axes, it is sharded like the first
-  input if it has that one's shape, and not sharded otherwise.
-
-  Args:
-    shape: Of the result.
-    dtype: Of the result.
-    *inputs: Abstract values it depends on.
-  """
-  return jax_private.result_aval(tuple(shape), dtype, inputs)
-
-
-def static_size(shape: Sequence[Any]) -> int | None:
-  """Returns the number of elements, or None if a dimension is symbolic."""
-  if not all(isinstance(size, int) for size in shape):
-    return None
-  return functools.reduce(operator.mul, shape, 1)
-
-
-varying_axes = jax_private.varying_axes
-
-
-def vary_like(x: Any, *arrays: Any) -> list[Any]:
-  """Marks `arrays` as varying over the mesh axes that `x` varies over.
-
-  Inside `shard_map`, an argument that all devices share must be marked so
-  before it enters a `jax.custom_vjp` together with one that they do not; its
-  gradient is then summed over the devices. Elsewhere this does nothing.
-
-  Args:
-    x: The array to follow.
-    *arrays: Arrays or None.
-  """
-  varying = jax_private.varying_axes(jax.typeof(x))
-  out = []
-  for array in arrays:
-    if array is not None and varying:
-      missing = varying - jax_private.varying_axes(jax.typeof(array))
-      if missing:
-        array = jax.lax.pcast(array, tuple(sorted(missing)), to="varying")
-    out.append(array)
-  return out
-
-
-def move_batch_to_front(
-  args: Sequence[Any], dims: Sequence[int | None]
-) -> tuple[list[Any], Any]:
-  """Gives every argument of a batching rule a leading batch axis.
-
-  Args:
-    args: Arguments of the batching rule.
-    dims: Their batch dimensions, None for those without.
-
-  Returns:
-    The arguments, each `[batch, ...]`, and the batch size.
-  """
-  size = next(arg.shape[dim] for arg, dim in zip(args, dims) if dim is not None)
-  moved = [
-    jax.numpy.broadcast_to(arg, (size, *arg.shape))
-    if dim is None
-    else jax.numpy.moveaxis(arg, dim, 0)
-    for arg, dim in zip(args, dims)
-  ]
-  return moved, size
 
 
 class Op:
@@ -285,7 +152,7 @@ class Op:
   Args:
     name: Of the op and of its primitive.
     abstract_eval: `abstract_eval(*avals, **params) -> sequence of avals`; make
-      them with `out_aval`. Argument checks belong into the caller.
+      them with `arrays.out_aval`. Argument checks belong into the caller.
     reference: `reference(*args, **params) -> sequence of arrays` in plain JAX,
       correct on every platform. Named "xla" among the implementations.
     implementations: The others; for "auto", the first one that fits the
@@ -357,24 +224,38 @@ class Op:
 
   def choose(
     self,
-    platform: str,
+    placement: Placement,
     avals: Sequence[Any],
-    placement: Placement = Placement(),
     *,
     implementation: str = AUTO,
     **params: Any,
   ) -> Choice:
-    """Decides what runs on `platform` for arguments like `avals`.
+    """Decides what runs at a place in a program, and who splits it.
+
+    The lowering only does what this says, and `explain` only reports it.
+
+    Args:
+      placement: All that depends on the place.
+      avals: Of the arguments.
+      implementation: As in `__call__`.
+      **params: Of the op.
 
     Raises:
       ValueError: If the named `implementation` cannot run there.
     """
     choice = self._choose(
-      platform, avals, implementation=implementation, **params
+      placement.platform, avals, implementation=implementation, **params
     )
     name = choice.implementation
-    if self._can_be_placed(name, placement):
+    if name == XLA or placement.devices == 1:
       return choice
+    impl = self.implementations[name]
+    if impl.partitionable:
+      by = "compiler" if self.partitioning is not None else ""
+      return dataclasses.replace(choice, split=by)
+    if placement.mesh is not None and self.partitioning is not None:
+      return dataclasses.replace(choice, split="mesh")
+    platform = placement.platform
     if implementation != AUTO:
       raise ValueError(
         f"`implementation={name!r}` of {self.name} cannot be split over"
@@ -388,13 +269,6 @@ class Op:
       reason=f"{name} is not used because the compiler for {platform} splits"
       f" the program over devices here and cannot split {name}.",
     )
-
-  def _can_be_placed(self, name: str, placement: Placement) -> bool:
-    if name == XLA or not placement.split:
-      return True
-    if self.implementations[name].partitionable:
-      return True
-    return placement.mesh is not None and self.partitioning is not None
 
   def _choose(self, platform, avals, *, implementation, **params) -> Choice:
     """Chooses for one device."""
@@ -487,33 +361,31 @@ class Op:
   def _lowering_rule(self, platform: str | None):
     def rule(ctx, *args, implementation, **params):
       placement = Placement(
-        jax_private.split_by_compiler(ctx),
+        platform or "this platform",
+        jax_private.devices_to_split_over(ctx),
         jax_private.explicit_mesh(ctx.avals_in),
       )
-      name = self.choose(
-        platform or "this platform",
-        ctx.avals_in,
-        placement,
-        implementation=implementation,
-        **params,
-      ).implementation
-      fn = self._function(name, params)
-      if name != XLA and not placement.split:
-        return jax_private.lower_plainly(fn, ctx, *args)
-      if name != XLA and self.partitioning is not None:
-        if self.implementations[name].partitionable:
-          return jax_private.partitioned_call(
-            ctx,
-            args,
-            partitioner.TARGET,
-            partitioner.note(
-              self.name, name, platform, params, jax_private.axes_around(ctx)
-            ),
-            *self.partitioning.rule(ctx.avals_in, **params),
-          )
+      choice = self.choose(
+        placement, ctx.avals_in, implementation=implementation, **params
+      )
+      name = choice.implementation
+      if choice.split == "compiler":
+        assert self.partitioning is not None
+        note = partitioner.note(
+          self.name, name, platform, params, jax_private.axes_around(ctx)
+        )
+        rule = self.partitioning.rule(ctx.avals_in, **params)
+        return jax_private.partitioned_call(
+          ctx, args, partitioner.TARGET, note, *rule
+        )
+      if choice.split == "mesh":
         fn = functools.partial(
           _call_on_mesh, self, name, params, placement.mesh
         )
+      else:
+        fn = self._function(name, params)
+        if name != XLA and placement.devices == 1:
+          return jax_private.lower_plainly(fn, ctx, *args)
       return mlir.lower_fun(fn, multiple_results=True)(ctx, *args)
 
     return rule
@@ -579,20 +451,6 @@ PROGRAMS = 256
 def _jitted(prim, params, xla_only):
   del xla_only  # compiled apart, as it is lowered otherwise
   return jax.jit(functools.partial(prim.bind, **dict(params)))
-
-
-def register() -> None:
-  """Loads every extension that is built and registers its FFI handlers.
-
-  Ops do this by themselves. Call it in a process that runs an artifact of
-  `jax.export` without having traced the op.
-
-  Example:
-    >>> import kernels
-    >>> kernels.register()
-  """
-  for library in _LIBRARIES:
-    library.missing()
 
 
 @contextlib.contextmanager

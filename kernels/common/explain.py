@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 import dataclasses
-import functools
 from typing import Any
 
 import jax
@@ -76,7 +75,7 @@ def explain(
     getattr(array, "sharding", True) is not None for array in arrays
   )
   explainer = _Explainer(platform, known)
-  explainer.visit(closed.jaxpr, split=devices > 1)
+  explainer.visit(closed.jaxpr, devices)
   return explainer.choices
 
 
@@ -93,35 +92,38 @@ class _Explainer:
     self.choices: list[dispatch.Choice] = []
 
   def visit(
-    self, jaxpr: Any, split: bool, manual: frozenset[str] = frozenset()
+    self, jaxpr: Any, devices: int, manual: frozenset[str] = frozenset()
   ) -> None:
     """Notes down the ops.
 
     Args:
       jaxpr: To walk through.
-      split: Whether the compiler splits it over devices.
+      devices: Over how many the compiler splits it.
       manual: Mesh axes of the `shard_map`s around it.
     """
     for eqn in jaxpr.eqns:
       op = dispatch.op_of(eqn.primitive)
       if op is not None:
-        self.choices.append(self._choose(op, eqn, split, bool(manual)))
-      inner_split, inner = split, manual
+        self.choices.append(self._choose(op, eqn, devices, bool(manual)))
+      inner_devices, inner = devices, manual
       if eqn.primitive.name == "shard_map":
         inner = manual | jax_private.newly_manual_axes(eqn)
-        inner_split = inner != frozenset(eqn.params["mesh"].axis_names)
+        inner_devices = jax_private.free_devices(eqn.params["mesh"], inner)
       for inner_jaxpr in _inner_jaxprs(eqn.params.values()):
-        self.visit(inner_jaxpr, inner_split, inner)
+        self.visit(inner_jaxpr, inner_devices, inner)
 
-  def _choose(self, op, eqn, split, placed):
+  def _choose(self, op, eqn, devices, placed):
     avals = [var.aval for var in eqn.invars]
-    choose = functools.partial(op.choose, self._platform, avals)
-    mesh = jax_private.explicit_mesh(avals)
-    choice = choose(dispatch.Placement(split, mesh), **eqn.params)
+    placement = dispatch.Placement(
+      self._platform, devices, jax_private.explicit_mesh(avals)
+    )
+    choice = op.choose(placement, avals, **eqn.params)
     if self._known or placed:
       return choice
+    # Any number of devices would do.
+    several = dispatch.Placement(self._platform, devices=2)
     try:
-      other = choose(dispatch.Placement(split=True), **eqn.params)
+      other = op.choose(several, avals, **eqn.params)
       if other.implementation == choice.implementation:
         return choice
       depends = f"{other.implementation} runs: {other.reason}"

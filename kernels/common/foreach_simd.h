@@ -1,7 +1,7 @@
 // Compiles one body of kernel code once for each SIMD level.
 //
 //   #include "kernels/common/simd_prelude.h"   // and all other headers, first
-//   #define KERNELS_SIMD_BODY "kernels/my_op/my_op_simd.inc"
+//   #define KERNELS_SIMD_BODY "kernels/my_op/cpu/my_op_simd.inc"
 //   #include "kernels/common/foreach_simd.h"
 //
 // defines the body's functions in the namespaces `simd_baseline`, `simd_avx2`

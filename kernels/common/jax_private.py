@@ -3,13 +3,13 @@
 Tried with jax 0.10.2 and 0.12.0.1.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 import functools
 import math
 from typing import Any
 
 import jax
-from jax._src import checkify as checkify
+from jax._src import checkify as _checkify
 from jax._src import config as _config
 from jax._src import core as _core
 from jax._src import custom_partitioning_sharding_rule as _rules
@@ -39,10 +39,10 @@ def cache(size: int) -> Callable[..., Any]:
   return decorate
 
 
-def split_by_compiler(ctx: Any) -> bool:
-  """Returns whether the compiler splits the program over several devices.
+def devices_to_split_over(ctx: Any) -> int:
+  """Returns over how many devices the compiler splits the program.
 
-  Not so for one device, or inside `shard_map`.
+  That is 1 for one device, and inside a `shard_map` over a whole mesh.
 
   Args:
     ctx: Of a lowering rule.
@@ -50,8 +50,20 @@ def split_by_compiler(ctx: Any) -> bool:
   axes = ctx.module_context.axis_context
   manual = getattr(axes, "manual_axes", None)
   if manual is not None:
-    return set(manual) != set(axes.mesh.axis_names)
-  return getattr(axes, "num_devices", 1) not in (None, 1)
+    return free_devices(axes.mesh, manual)
+  return getattr(axes, "num_devices", 1) or 1
+
+
+def free_devices(mesh: Any, manual: Collection[str]) -> int:
+  """Returns over how many devices the compiler splits by a mesh.
+
+  Args:
+    mesh: Concrete or abstract.
+    manual: Its axes that `shard_map` splits by.
+  """
+  # An axis of size 1 still is one that the compiler splits by.
+  free = [size for name, size in mesh.shape.items() if name not in manual]
+  return max(math.prod(free), 2) if free else 1
 
 
 def explicit_mesh(avals: Sequence[Any]) -> Any:
@@ -127,7 +139,7 @@ def varying_axes(aval: Any) -> frozenset[str]:
 def result_aval(
   shape: tuple[Any, ...], dtype: Any, inputs: Sequence[Any]
 ) -> Any:
-  """Returns the abstract value of a result; see `dispatch.out_aval`.
+  """Returns the abstract value of a result; see `arrays.out_aval`.
 
   Args:
     shape: Of the result.
@@ -374,6 +386,35 @@ def lower_part(
       axis_context=_sharding_impls.SPMDAxisContext(mesh, frozenset(names)),
     )
   return _mlir.module_to_bytecode(module)
+
+
+def add_checkify_rule(
+  primitive: Any,
+  violations: Callable[..., Iterable[tuple[Any, str, dict[str, Any]]]],
+) -> None:
+  """Makes `checkify.checkify` check the operands of a primitive.
+
+  Args:
+    primitive: Of an op.
+    violations: `violations(*operands, **params)` with traced operands yields
+      whether something is wrong, the sentence that says so, and the values that
+      the sentence names.
+  """
+
+  def rule(*args, **params):
+    # jax 0.12 passes a context in front, which `assert_func` wants as well.
+    context = () if isinstance(args[0], _checkify.Error) else args[:1]
+    error, enabled_errors, *operands = args[len(context) :]
+    if _checkify.FailedCheckError in enabled_errors:
+      static = {k: v for k, v in params.items() if k != "implementation"}
+      for wrong, message, values in violations(*operands, **static):
+        failure = _checkify.FailedCheckError(
+          _checkify.get_traceback(), message, **values
+        )
+        error = _checkify.assert_func(*context, error, wrong, failure)
+    return error, primitive.bind(*operands, **params)
+
+  _checkify.error_checks[primitive] = rule
 
 
 # `jax.extend.core` has this class too, but its package imports Pallas, which

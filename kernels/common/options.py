@@ -44,7 +44,7 @@ def integer(name: str, value: Any, least: int | None = None) -> int:
     least: The smallest allowed; any, if None.
 
   Raises:
-    TypeError: If it is no integer; a bool is none.
+    TypeError: If it is not an integer; a bool is not one.
     ValueError: If it is too small.
   """
   if isinstance(value, (bool, np.bool_)) or not hasattr(value, "__index__"):
@@ -78,7 +78,7 @@ def number(
     exclusive: Whether it must not be `least` itself.
 
   Raises:
-    TypeError: If it is no number; neither a bool nor a string is one.
+    TypeError: If it is not a number; bools and strings are not.
     ValueError: If it is not finite, or too small or too large.
   """
   kind = getattr(value, "dtype", None)
@@ -109,7 +109,8 @@ def number(
 
 def one_of(name: str, value: Any, allowed: tuple[Any, ...]) -> Any:
   """Returns `value`; raises ValueError unless it is one of `allowed`."""
-  # By type as well: an array is compared with each in vain, and 1 is not True.
+  # By type as well: comparing an array raises or gives an array, and 1 is not
+  # True.
   for choice in allowed:
     if type(value) is type(choice) and value == choice:
       return value

@@ -16,10 +16,12 @@ other axes.
 from collections.abc import Callable, Mapping, Sequence
 import contextlib
 import dataclasses
+import enum
 import functools
 import itertools
 import json
 import math
+import typing
 from typing import Any
 
 import jax
@@ -50,12 +52,14 @@ def encode(value: Any) -> Any:
   """Returns what JSON can hold of a static parameter.
 
   Args:
-    value: None, bool, int, float, str, dtype, or tuples and dataclasses of
-      them.
+    value: None, bool, int, float, str, an enum of strings, dtype, or tuples and
+      dataclasses of them.
 
   Raises:
     TypeError: If it is something else.
   """
+  if isinstance(value, enum.StrEnum):
+    return value.value
   if value is None or isinstance(value, (bool, int, float, str)):
     return value
   if isinstance(value, tuple):
@@ -79,14 +83,19 @@ def decode(value: Any, kind: type | None = None) -> Any:
 
   Args:
     value: From JSON.
-    kind: The dataclass to make of a dict.
+    kind: The dataclass or the enum to make of it, if it is one.
   """
   if isinstance(value, list):
     return tuple(decode(item) for item in value)
   if isinstance(value, dict):
     if kind is None:
       return jax.numpy.dtype(value["dtype"])
-    return kind(**{name: decode(item) for name, item in value.items()})
+    kinds = typing.get_type_hints(kind)
+    return kind(
+      **{name: decode(item, kinds.get(name)) for name, item in value.items()}
+    )
+  if isinstance(kind, type) and issubclass(kind, enum.Enum):
+    return kind(value)
   return value
 
 

@@ -30,6 +30,11 @@ from kernels.decode_attention.api import (
 __all__ = ["attend", "decode_attention", "merge", "rope_tables"]
 
 
+# Users call the package like the function, `kernels.decode_attention(...)`, and
+# find the other functions, and the modules, in it. What `import` binds to that
+# name is the package's own module, whatever is put in its place; so the module
+# itself must be callable, and giving one a class of its own is how Python
+# documents that (data model, "Customizing module attribute access").
 class _CallablePackage(types.ModuleType):
   def __call__(self, *args: Any, **kwargs: Any) -> Any:
     return decode_attention(*args, **kwargs)

@@ -37,28 +37,28 @@ class ArgSpec:
 
   @property
   def cache_shape(self) -> tuple[int, ...]:
-    """Shape of `cache_k` and `cache_v`."""
+    """Returns the shape of `cache_k` and `cache_v`."""
     lead = () if self.layers is None else (self.layers,)
     return (*lead, self.batch, self.length, self.heads, self.head_dim)
 
   @property
   def new_shape(self) -> tuple[int, ...]:
-    """Shape of `new_k` and `new_v`."""
+    """Returns the shape of `new_k` and `new_v`."""
     return (self.batch, self.tokens, self.heads, self.head_dim)
 
   @property
   def query_shape(self) -> tuple[int, ...]:
-    """Shape of `q`."""
+    """Returns the shape of `q`."""
     return (self.batch, self.tokens, self.heads * self.group, self.head_dim)
 
   @property
   def query_dtype(self) -> str:
-    """Dtype of `q` and the new rows."""
+    """Returns the dtype of `q` and the new rows."""
     return "bfloat16" if "8" in self.dtype else self.dtype
 
   @property
   def index(self) -> int:
-    """Position of the first new token."""
+    """Returns the position of the first new token."""
     return (self.filled or self.length) - self.tokens
 
   @property

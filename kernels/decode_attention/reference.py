@@ -1,26 +1,23 @@
 """Decode attention in plain JAX: for every platform; reads the whole buffer."""
 
+from collections.abc import Sequence
 import dataclasses
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 from jax import lax
 import jax.numpy as jnp
 
-from kernels.kv_cache import layout as layout_lib
-from kernels.kv_cache import reference as update_reference
+from kernels.cache import addressing, layouts
+from kernels.cache import rows as cache_rows
 
 
 @dataclasses.dataclass(frozen=True)
-class Options:
-  """What the primitives know statically.
+class Options(addressing.Addressing):
+  """What the primitives know statically, in addition to the addressing.
 
   Attributes:
     fields: Names of the operands, in order.
-    layout: "bsnh" or "bnsh".
-    ring: Slots of the ring, or 0.
-    aligned: Whether sequence i is row i of the cache.
-    uniform: Axes of operands, by name, along which there is one value.
     scale: Factor of the logits.
     causal: Whether a query sees no key after its own position.
     window_left: Keys seen before the query's own position, or -1 for all.
@@ -33,10 +30,6 @@ class Options:
   """
 
   fields: tuple[str, ...]
-  layout: str
-  ring: int
-  aligned: bool
-  uniform: tuple[tuple[str, int], ...]
   scale: float
   causal: bool
   window_left: int
@@ -53,8 +46,56 @@ class Options:
 
   @property
   def appends(self) -> bool:
-    """Whether there are new keys and values."""
+    """Returns whether there are new keys and values."""
     return "new_k" in self.fields
+
+
+class Sizes(NamedTuple):
+  """Sizes of the queries.
+
+  Attributes:
+    b: Of the batch.
+    n: Key-value heads.
+    g: Query heads that share one of them.
+    t: Query tokens.
+  """
+
+  b: Any
+  n: Any
+  g: Any
+  t: Any
+
+  @classmethod
+  def of(cls, q: Any, layout: layouts.Layout) -> "Sizes":
+    """Reads them off q `[b, t, n, g, h]` or `[b, n, g, t, h]`."""
+    b, *middle, _ = q.shape
+    if layout.heads_first:
+      n, g, t = middle
+    else:
+      t, n, g = middle
+    return cls(b, n, g, t)
+
+
+def results(
+  operands: Sequence[Any], options: Options
+) -> tuple[jax.ShapeDtypeStruct, ...]:
+  """Returns the types of what the primitives return.
+
+  Args:
+    operands: Arrays or abstract values.
+    options: Everything static.
+  """
+  x = options.named(operands)
+  q, caches = x["q"], (x["cache_k"], x["cache_v"])
+  out = (
+    jax.ShapeDtypeStruct(
+      (*q.shape[:-1], caches[1].shape[-1]), options.out_dtype
+    ),
+    jax.ShapeDtypeStruct(tuple(Sizes.of(q, options.layout)), jnp.float32),
+  )
+  if not options.appends:
+    return out
+  return (*(jax.ShapeDtypeStruct(c.shape, c.dtype) for c in caches), *out)
 
 
 def rotate(
@@ -88,12 +129,42 @@ def rotate(
   return jnp.concatenate([turned, rest], axis=-1)
 
 
+def angles(
+  x: dict[str, jax.Array], positions: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+  """Returns the cosines and sines of positions `[...]`, `[..., pairs]`.
+
+  Args:
+    x: Operands by name.
+    positions: Rows of the tables; the first or last one stands for others.
+  """
+  where = jnp.clip(positions, 0, x["rope_cos"].shape[0] - 1)
+  return x["rope_cos"][where], x["rope_sin"][where]
+
+
+def rotated_new_keys(x: dict[str, jax.Array], options: Options) -> jax.Array:
+  """Returns the new keys as they are stored.
+
+  Args:
+    x: Operands by name.
+    options: Everything static.
+  """
+  new_k = x["new_k"]
+  if "rope_cos" in x and not options.rotate_keys:
+    cos, sin = (
+      jnp.expand_dims(a, options.layout.heads_axis)
+      for a in angles(x, x["rope_positions"])
+    )
+    new_k = rotate(new_k, cos, sin, options.interleaved)
+  return new_k if "k_scale" in x else new_k.astype(x["cache_k"].dtype)
+
+
 def first_query(x: dict[str, Any], options: Options, count: Any) -> Any:
   """Returns the position `[b]` of query token 0; `count` is `[b]`.
 
   Not below minus the number of tokens, where nothing is seen either.
   """
-  tokens = x["q"].shape[1 if options.layout == "bsnh" else 3]
+  tokens = Sizes.of(x["q"], options.layout).t
   if options.appends:
     return jnp.maximum(x["index"], -tokens)
   return jnp.maximum(x["index"], count - tokens) - count
@@ -121,7 +192,7 @@ def _rows(cache, x, options, geometry):
     if lead:
       at = (*jnp.unravel_index(layer[:, None], lead), *at)
     rows = cache[at]
-  if options.layout == "bnsh":
+  if options.layout.heads_first:
     rows = rows.swapaxes(2, 3)
   b, m, s = rows.shape[:3]
   held = jnp.broadcast_to(held[..., None], (b, m, s)).reshape(b, m * s)
@@ -138,12 +209,106 @@ def _in_chunk(first, token, chunk):
   )
 
 
+def _visible(x, options, held, first, count):
+  """Returns which keys `[b, t, s]` queries see, and how far those are.
+
+  Positions of keys and queries count from query token 0 on: in a ring, where
+  that is may be near the end of int32, and what is added to it beyond.
+
+  Args:
+    x: Operands by name.
+    options: Everything static.
+    held: `[b, s]`, the slots that the cache has.
+    first: `[b]`, position of query token 0.
+    count: `[b]`, query tokens that are not padding.
+
+  Returns:
+    `[b, t, s]` bool, and the keys' positions less `first`, `[b, s]`.
+  """
+  tokens = Sizes.of(x["q"], options.layout).t
+  slot = x["first_slot"] + jnp.arange(held.shape[1], dtype=jnp.int32)
+  ahead = count[:, None] - 1  # of the last key
+  if options.ring:
+    start = first[:, None] % options.ring
+    offset = ahead - (start + ahead - slot) % options.ring
+  else:
+    offset = slot - first[:, None]
+  held &= (offset >= -first[:, None]) & (offset <= ahead)
+  most = jnp.iinfo(jnp.int32).max - tokens
+  if "left_padding" in x:
+    held &= offset >= (jnp.minimum(x["left_padding"], most) - first)[:, None]
+  j = offset[:, None, :]
+  p = jnp.arange(tokens, dtype=jnp.int32)[:, None]
+  visible = held[:, None] & (p[:, 0] < count[:, None])[..., None]
+  if options.causal:
+    visible &= j <= p
+  if options.window_left >= 0:
+    visible &= j >= p - options.window_left
+  if options.window_right >= 0:
+    visible &= j <= p + min(options.window_right, most)
+  if options.chunk:
+    visible &= j >= p - _in_chunk(first, p, options.chunk)
+  return visible, offset
+
+
+def _dot(spec, a, b):
+  return jnp.einsum(
+    spec, a, b, precision=lax.Precision.HIGHEST,
+    preferred_element_type=jnp.float32,
+  )  # fmt: skip
+
+
+def _logits(x, options, q, keys, values, offset):
+  """Returns the logits `[b, n, g, t, s]` before masking."""
+  logits = _dot("bngth,bsnh->bngts", q, keys)
+  if "qv" in x:
+    qv = options.layout.to_heads_first(x["qv"].astype(jnp.float32))
+    logits += _dot("bngth,bsnh->bngts", qv, values)
+  logits *= options.scale
+  if options.softcap:
+    logits = options.softcap * jnp.tanh(logits / options.softcap)
+  if "alibi_slopes" in x:
+    p = jnp.arange(q.shape[3], dtype=jnp.int32)[:, None]
+    distance = jnp.abs(p - offset[:, None, :]).astype(jnp.float32)
+    logits -= x["alibi_slopes"][..., None, None] * distance[:, None, None]
+  if "bias" in x:
+    logits += x["bias"]
+  return logits
+
+
+def _softmax(logits, visible, values, sinks):
+  """Returns the weighted values and the logarithms of the sums of weights.
+
+  Args:
+    logits: `[b, n, g, t, s]`.
+    visible: The same; what is not visible counts as -inf.
+    values: `[b, s, n, h]`.
+    sinks: `[b, n, g, t]`, one more logit without a value; or None.
+  """
+  logits = jnp.where(visible, logits, -jnp.inf)
+  largest = jnp.max(logits, axis=-1, initial=-jnp.inf)
+  if sinks is not None:
+    largest = jnp.maximum(largest, sinks)
+  base = lax.stop_gradient(jnp.where(jnp.isneginf(largest), 0.0, largest))
+  weights = jnp.where(
+    visible, jnp.exp(jnp.where(visible, logits, 0.0) - base[..., None]), 0.0
+  )
+  total = jnp.sum(weights, axis=-1)
+  if sinks is not None:
+    total += jnp.exp(sinks - base)
+  none = total == 0.0
+  safe = jnp.where(none, 1.0, total)
+  out = _dot("bngts,bsnh->bngth", weights, values) / safe[..., None]
+  out = jnp.where(none[..., None], 0.0, out)
+  return out, jnp.where(none, -jnp.inf, base + jnp.log(safe))
+
+
 def attend(*operands: jax.Array, options: Options) -> tuple[jax.Array, ...]:
   """Attends over the valid keys of a cache; the primitive's operands.
 
   Args:
     *operands: Named by `options.fields`: cache_k, cache_v as in
-      `kv_cache.reference.update`; q `[b, t, n, g, h]` or `[b, n, g, t, h]`;
+      `cache.rows.write`; q `[b, t, n, g, h]` or `[b, n, g, t, h]`;
       index, count, layer, table, first_slot; and any of k_scale, v_scale
       `[b, n]`, rope_cos, rope_sin `[positions, pairs]`, rope_positions
       `[b, t]`, left_padding `[b]`, alibi_slopes `[b or 1, n, g]`, sinks
@@ -155,10 +320,9 @@ def attend(*operands: jax.Array, options: Options) -> tuple[jax.Array, ...]:
     exponentials `[b, n, g, t]` float32.
   """
   x = options.named(operands)
-  geometry = layout_lib.Geometry.of(x["cache_k"], x["cache_v"], options.layout)
-  q = x["q"].astype(jnp.float32)
-  if options.layout == "bsnh":
-    q = q.transpose(0, 2, 3, 1, 4)
+  layout = options.layout
+  geometry = addressing.Geometry.of(x["cache_k"], x["cache_v"], layout)
+  q = layout.to_heads_first(x["q"].astype(jnp.float32))
   tokens = q.shape[3]
   count = jnp.clip(x["count"], 0, tokens)
   first = first_query(x, options, count)
@@ -168,99 +332,29 @@ def attend(*operands: jax.Array, options: Options) -> tuple[jax.Array, ...]:
   if "k_scale" in x:
     keys *= x["k_scale"][:, None, :, None]
     values *= x["v_scale"][:, None, :, None]
-
-  slot = x["first_slot"] + jnp.arange(keys.shape[1], dtype=jnp.int32)
-  # Positions of keys and queries count from query token 0 on: in a ring, where
-  # that is may be near the end of int32, and what is added to it beyond.
-  ahead = count[:, None] - 1  # of the last key
-  if options.ring:
-    start = first[:, None] % options.ring
-    j = ahead - (start + ahead - slot) % options.ring
-  else:
-    j = slot - first[:, None]
-  held &= (j >= -first[:, None]) & (j <= ahead)
-  most = jnp.iinfo(jnp.int32).max - tokens
-  if "left_padding" in x:
-    held &= j >= (jnp.minimum(x["left_padding"], most) - first)[:, None]
-  key_offset, j = j, j[:, None, :]
-  p = jnp.arange(tokens, dtype=jnp.int32)[:, None]
-  visible = held[:, None] & (p[:, 0] < count[:, None])[..., None]
-  if options.causal:
-    visible &= j <= p
-  if options.window_left >= 0:
-    visible &= j >= p - options.window_left
-  if options.window_right >= 0:
-    visible &= j <= p + min(options.window_right, most)
-  if options.chunk:
-    visible &= j >= p - _in_chunk(first, p, options.chunk)
+  visible, offset = _visible(x, options, held, first, count)
   # What no query sees may be anything, even NaN.
   seen = jnp.any(visible, axis=1)[..., None, None]
   keys, values = jnp.where(seen, keys, 0.0), jnp.where(seen, values, 0.0)
-
   if "rope_cos" in x:
-
-    def angles(where):
-      where = jnp.clip(where, 0, x["rope_cos"].shape[0] - 1)
-      return x["rope_cos"][where], x["rope_sin"][where]
-
-    cos, sin = (a[:, None, None] for a in angles(x["rope_positions"]))
+    cos, sin = (a[:, None, None] for a in angles(x, x["rope_positions"]))
     q = rotate(q, cos, sin, options.interleaved)
     if options.rotate_keys:
       # Beyond the last row it is the last one.
       rows = x["rope_cos"].shape[0]
-      offset = jnp.minimum(key_offset, rows - first[:, None])
-      where = offset + first[:, None]
-      cos, sin = (a[:, :, None] for a in angles(where))
+      where = jnp.minimum(offset, rows - first[:, None]) + first[:, None]
+      cos, sin = (a[:, :, None] for a in angles(x, where))
       keys = rotate(keys, cos, sin, options.interleaved)
-
-  def dot(spec, a, b):
-    return jnp.einsum(
-      spec, a, b, precision=lax.Precision.HIGHEST,
-      preferred_element_type=jnp.float32,
-    )  # fmt: skip
-
-  logits = dot("bngth,bsnh->bngts", q, keys)
-  if "qv" in x:
-    qv = x["qv"].astype(jnp.float32)
-    if options.layout == "bsnh":
-      qv = qv.transpose(0, 2, 3, 1, 4)
-    logits += dot("bngth,bsnh->bngts", qv, values)
-  logits *= options.scale
-  if options.softcap:
-    logits = options.softcap * jnp.tanh(logits / options.softcap)
-  if "alibi_slopes" in x:
-    distance = jnp.abs(p - j).astype(jnp.float32)[:, None, None]
-    logits -= x["alibi_slopes"][..., None, None] * distance
-  if "bias" in x:
-    logits += x["bias"]
+  logits = _logits(x, options, q, keys, values, offset)
   visible = visible[:, None, None]
   if "mask" in x:
     visible = visible & x["mask"]
-  logits = jnp.where(visible, logits, -jnp.inf)
-
-  largest = jnp.max(logits, axis=-1, initial=-jnp.inf)
+  sinks = None
   if "sinks" in x:
-    sinks = jnp.where(
-      (jnp.arange(tokens) < count[:, None])[:, None, None],
-      x["sinks"][..., None],
-      -jnp.inf,
-    )
-    largest = jnp.maximum(largest, sinks)
-  base = lax.stop_gradient(jnp.where(jnp.isneginf(largest), 0.0, largest))
-  weights = jnp.where(
-    visible, jnp.exp(jnp.where(visible, logits, 0.0) - base[..., None]), 0.0
-  )
-  total = jnp.sum(weights, axis=-1)
-  if "sinks" in x:
-    total += jnp.exp(sinks - base)
-  none = total == 0.0
-  safe = jnp.where(none, 1.0, total)
-  out = dot("bngts,bsnh->bngth", weights, values) / safe[..., None]
-  out = jnp.where(none[..., None], 0.0, out)
-  lse = jnp.where(none, -jnp.inf, base + jnp.log(safe))
-  if options.layout == "bsnh":
-    out = out.transpose(0, 3, 1, 2, 4)
-  return out.astype(options.out_dtype), lse
+    real = (jnp.arange(tokens) < count[:, None])[:, None, None]
+    sinks = jnp.where(real, x["sinks"][..., None], -jnp.inf)
+  out, lse = _softmax(logits, visible, values, sinks)
+  return layout.from_heads_first(out).astype(options.out_dtype), lse
 
 
 def append_and_attend(
@@ -276,23 +370,7 @@ def append_and_attend(
     The updated caches, and what `attend` returns.
   """
   x = options.named(operands)
-  new_k, new_v = x["new_k"], x["new_v"]
-  if "rope_cos" in x and not options.rotate_keys:
-    where = jnp.clip(x["rope_positions"], 0, x["rope_cos"].shape[0] - 1)
-    axis = 2 if options.layout == "bsnh" else 1
-    cos, sin = (
-      jnp.expand_dims(x[name][where], axis) for name in ("rope_cos", "rope_sin")
-    )
-    new_k = rotate(new_k, cos, sin, options.interleaved)
-  cache_k = x["cache_k"]
-  scales = (x["k_scale"], x["v_scale"]) if "k_scale" in x else ()
-  if not scales:
-    new_k = new_k.astype(cache_k.dtype)
-  x["cache_k"], x["cache_v"] = update_reference.update(
-    cache_k, x["cache_v"], new_k, new_v, x["index"], x["count"], x["layer"],
-    x["table"], x["first_slot"], *scales,
-    layout=options.layout, ring=options.ring, aligned=options.aligned,
-    uniform=options.uniform,
-  )  # fmt: skip
-  out, lse = attend(*(x[name] for name in options.fields), options=options)
+  rows = x | {"new_k": rotated_new_keys(x, options)}
+  x["cache_k"], x["cache_v"] = cache_rows.write(rows, options)
+  out, lse = attend(*x.values(), options=options)
   return x["cache_k"], x["cache_v"], out, lse

@@ -35,13 +35,13 @@ class ArgSpec:
 
   @property
   def cache_shape(self) -> tuple[int, ...]:
-    """Shape of `cache_k` and `cache_v`."""
+    """Returns the shape of `cache_k` and `cache_v`."""
     lead = () if self.layers is None else (self.layers,)
     return (*lead, self.batch, self.length, self.heads, self.head_dim)
 
   @property
   def new_shape(self) -> tuple[int, ...]:
-    """Shape of `new_k` and `new_v`."""
+    """Returns the shape of `new_k` and `new_v`."""
     return (self.batch, self.tokens, self.heads, self.head_dim)
 
   def scaled(self, *, batch: int, length: int) -> "ArgSpec":

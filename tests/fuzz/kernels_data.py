@@ -7,9 +7,9 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from kernels.batch_stat import ops as batch_stat_ops
-from kernels.decode_attention import api as attention_api
-from kernels.kv_cache import api as cache_api
+from kernels.batch_stat import ffi as batch_stat_ffi
+from kernels.decode_attention import ffi as attention_ffi
+from kernels.kv_cache import ffi as cache_ffi
 from tests.testing import tolerances
 
 FLOATS = ("float32", "bfloat16", "float16")
@@ -21,9 +21,9 @@ LEVELS = ("baseline", "avx2", "avx512", "auto")
 TINY = 2.0**-126
 
 _LIBRARIES = (
-  cache_api.LIBRARY,
-  attention_api.LIBRARY,
-  batch_stat_ops.CPU_LIBRARY,
+  cache_ffi.LIBRARY,
+  attention_ffi.LIBRARY,
+  batch_stat_ffi.CPU_LIBRARY,
 )
 
 

@@ -18,7 +18,7 @@ from kernels.common import dispatch
 NAME = "interpreted"
 
 # A cache for each order in which XLA keeps one on a TPU, which is taken apart
-# in its own way (see `order` in `kernels.kv_cache.pallas_tpu`): what tests ask
+# in its own way (see `order` in `kernels.cache.tiles_tpu`): what tests ask
 # of their arguments, and the layout.
 CACHES: dict[str, dict[str, Any]] = {
   "rows": {},

@@ -12,7 +12,7 @@ import numpy as np
 
 import kernels
 from kernels import batch_stat
-from kernels.batch_stat import arg_specs, ops
+from kernels.batch_stat import arg_specs, ffi
 from tests.testing import hlo, op_contract, oracles, tolerances
 
 _DTYPES = ("float32", "bfloat16", "float16")
@@ -383,10 +383,10 @@ class BatchNormContract(op_contract.OpContract):
     checks = [
       export.DisabledSafetyCheck.custom_call(target)
       for target in (
-        ops.TARGET_TRAIN,
-        ops.TARGET_NORMALIZE,
-        ops.TARGET_GRAD_SUMS,
-        ops.TARGET_GRAD_INPUT,
+        ffi.TARGET_TRAIN,
+        ffi.TARGET_NORMALIZE,
+        ffi.TARGET_GRAD_SUMS,
+        ffi.TARGET_GRAD_INPUT,
       )
     ]
     zeros, ones = jnp.zeros(8), jnp.ones(8)
@@ -445,15 +445,15 @@ class BatchNormXlaTest(BatchNormContract):
 
 class BatchNormCpuTest(BatchNormContract):
   implementation = "cpu"
-  target = ops.TARGET_NORMALIZE
-  targets = (ops.TARGET_TRAIN, ops.TARGET_NORMALIZE)
+  target = ffi.TARGET_NORMALIZE
+  targets = (ffi.TARGET_TRAIN, ffi.TARGET_NORMALIZE)
 
   def setUp(self):
     op_contract.only_on("cpu")
     super().setUp()
 
   def test_every_instruction_set(self):
-    module = ops.CPU_LIBRARY.load()
+    module = ffi.CPU_LIBRARY.load()
     rng = np.random.default_rng(15)
     try:
       for level, dtype in itertools.product(
@@ -478,10 +478,10 @@ class BatchNormCpuTest(BatchNormContract):
     grads = jax.jit(jax.grad(loss, argnums=(0, 1, 2)))
     text = hlo.compiled(grads.lower(*args)).as_text()
     for target in (
-      ops.TARGET_TRAIN,
-      ops.TARGET_NORMALIZE,
-      ops.TARGET_GRAD_SUMS,
-      ops.TARGET_GRAD_INPUT,
+      ffi.TARGET_TRAIN,
+      ffi.TARGET_NORMALIZE,
+      ffi.TARGET_GRAD_SUMS,
+      ffi.TARGET_GRAD_INPUT,
     ):
       self.assertEqual(hlo.custom_calls(text, target), 1, target)
     self.assertEmpty(hlo.instructions(text, "copy", args[0].shape))
@@ -496,8 +496,8 @@ class BatchNormCpuTest(BatchNormContract):
 
 class BatchNormCudaTest(BatchNormContract):
   implementation = "cuda"
-  target = ops.TARGET_NORMALIZE
-  targets = (ops.TARGET_TRAIN, ops.TARGET_NORMALIZE)
+  target = ffi.TARGET_NORMALIZE
+  targets = (ffi.TARGET_TRAIN, ffi.TARGET_NORMALIZE)
 
   def setUp(self):
     op_contract.only_on("gpu")

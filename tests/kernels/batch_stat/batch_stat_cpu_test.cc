@@ -1,8 +1,6 @@
 // Tests of the batch-norm loops on plain pointers: against double-precision
 // sums, at every SIMD level, and the same to the bit on any number of threads.
 
-#include "kernels/batch_stat/batch_stat_cpu.h"
-
 #include <cmath>
 #include <cstdint>
 #include <cstdio>
@@ -13,6 +11,7 @@
 #include <thread>
 #include <vector>
 
+#include "kernels/batch_stat/cpu/batch_stat.h"
 #include "kernels/common/cpu_features.h"
 #include "kernels/common/parallel_for.h"
 #include "kernels/common/simd_prelude.h"

@@ -13,16 +13,16 @@ import pytest
 
 import kernels
 from kernels import batch_stat
-from kernels.batch_stat import ops
+from kernels.batch_stat import ffi
 from tests.testing import deviceless, hlo
 
 SHAPE = (32, 56, 56, 256)
 STAT = jax.ShapeDtypeStruct((256,), "float32")
 TARGETS = (
-  ops.TARGET_TRAIN,
-  ops.TARGET_NORMALIZE,
-  ops.TARGET_GRAD_SUMS,
-  ops.TARGET_GRAD_INPUT,
+  ffi.TARGET_TRAIN,
+  ffi.TARGET_NORMALIZE,
+  ffi.TARGET_GRAD_SUMS,
+  ffi.TARGET_GRAD_INPUT,
 )
 
 
@@ -72,7 +72,7 @@ class CompiledTest(parameterized.TestCase):
       deviceless.gpu_devices()[0],
       update, batch(dtype, shape), STAT, STAT, donate=(1, 2),
     )  # fmt: skip
-    deviceless.assert_calls(compiled, ops.TARGET_UPDATE)
+    deviceless.assert_calls(compiled, ffi.TARGET_UPDATE)
     deviceless.assert_in_place(compiled, 2 * 256 * 4)
     deviceless.assert_nothing_moves(compiled, size(shape))
     # The parts of the sums, which are a fraction of the batch.
@@ -127,7 +127,7 @@ class CompiledTest(parameterized.TestCase):
       deviceless.gpu_devices()[0],
       update, batch(), STAT, STAT, mask, donate=(1, 2),
     )  # fmt: skip
-    deviceless.assert_calls(compiled, ops.TARGET_UPDATE)
+    deviceless.assert_calls(compiled, ffi.TARGET_UPDATE)
     deviceless.assert_in_place(compiled, 2 * 256 * 4)
     deviceless.assert_nothing_moves(compiled, size(SHAPE))
 
@@ -152,7 +152,7 @@ class CompiledTest(parameterized.TestCase):
       deviceless.gpu_devices()[0],
       layer, batch(), batch(), *[STAT] * 4, donate=(4, 5),
     )  # fmt: skip
-    deviceless.assert_calls(compiled, ops.TARGET_TRAIN)
+    deviceless.assert_calls(compiled, ffi.TARGET_TRAIN)
     fusions = hlo.instructions(compiled.as_text(), "fusion")
     self.assertLen(fusions, 1)
     self.assertIn("maximum", fusions[0])
@@ -178,7 +178,7 @@ class CompiledTest(parameterized.TestCase):
       x, x, *[STAT] * 4,
     )  # fmt: skip
     # Where the sums have to cross, they are not whole where the kernel ends.
-    own = TARGETS[0] if axis == 3 else ops.TARGET_MOMENTS
+    own = TARGETS[0] if axis == 3 else ffi.TARGET_MOMENTS
     for target in (own, *TARGETS[1:]):
       deviceless.assert_calls(compiled, target)
     deviceless.assert_nothing_moves(compiled, size(SHAPE) // 4)
@@ -196,7 +196,7 @@ class CompiledTest(parameterized.TestCase):
     compiled = deviceless.compile_for(
       whole, update, batch(sharding=parts), STAT, STAT
     )
-    deviceless.assert_calls(compiled, ops.TARGET_MOMENTS)
+    deviceless.assert_calls(compiled, ffi.TARGET_MOMENTS)
     deviceless.assert_nothing_moves(compiled, size(SHAPE) // 4)
 
   @parameterized.named_parameters(
@@ -251,7 +251,7 @@ class CompiledTest(parameterized.TestCase):
   def test_one_artifact_serves_every_platform(self):
     checks = [
       export.DisabledSafetyCheck.custom_call(name)
-      for name in (ops.TARGET_UPDATE, "tpu_custom_call")
+      for name in (ffi.TARGET_UPDATE, "tpu_custom_call")
     ]
     (n,) = export.symbolic_shape("n")
     exported = export.export(
@@ -265,7 +265,7 @@ class CompiledTest(parameterized.TestCase):
       deviceless.gpu_devices()[0],
       restored.call, batch("bfloat16", (640, 256)), STAT, STAT,
     )  # fmt: skip
-    deviceless.assert_calls(compiled, ops.TARGET_UPDATE)
+    deviceless.assert_calls(compiled, ffi.TARGET_UPDATE)
 
 
 @pytest.mark.deviceless
@@ -294,7 +294,7 @@ class BrokenProgramTest(parameterized.TestCase):
       functools.partial(batch_stat.update, implementation="xla")
     )
     with self.assertRaisesRegex(AssertionError, "does not call fused_nnx"):
-      deviceless.assert_calls(compiled, ops.TARGET_UPDATE)
+      deviceless.assert_calls(compiled, ffi.TARGET_UPDATE)
 
   def test_copied_batch_is_seen(self):
     def update(x, mean, var):
@@ -305,10 +305,10 @@ class BrokenProgramTest(parameterized.TestCase):
 
   def test_handler_without_partitioning_gathers_and_is_seen(self):
     whole, parts = four_gpus(P("x"))
-    ops.CUDA_LIBRARY.load()
+    ffi.CUDA_LIBRARY.load()
 
     def normalize(x, stat):
-      return jax.ffi.ffi_call(ops.TARGET_NORMALIZE, x)(
+      return jax.ffi.ffi_call(ffi.TARGET_NORMALIZE, x)(
         x, stat, stat, stat,
         feature_axis=np.int64(3), batch_axes=np.int64(0), relu=np.int64(0),
       )  # fmt: skip

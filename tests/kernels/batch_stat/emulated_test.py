@@ -13,18 +13,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kernels.batch_stat import ops
-from kernels.common import dispatch
+from kernels.batch_stat import ffi, primitive
+from kernels.common import libraries
 from tests.kernels.batch_stat import batch_norm_test, lies, update_test
 from tests.testing import op_contract
 
 _OPS = (
-  ops.UPDATE,
-  ops.TRAIN,
-  ops.MOMENTS,
-  ops.NORMALIZE,
-  ops.GRAD_SUMS,
-  ops.GRAD_INPUT,
+  primitive.UPDATE,
+  primitive.TRAIN,
+  primitive.MOMENTS,
+  primitive.NORMALIZE,
+  primitive.GRAD_SUMS,
+  primitive.GRAD_INPUT,
 )
 _TARGETS = (
   "TARGET_UPDATE",
@@ -42,10 +42,10 @@ def emulated():
   patch = pytest.MonkeyPatch()
   handlers = {}
   for name in _TARGETS:
-    target = getattr(ops, name)
-    handlers[f"{target}_emulated"] = ops.HANDLERS[target]
-    patch.setattr(ops, name, f"{target}_emulated")
-  library = dispatch.Library(
+    target = getattr(ffi, name)
+    handlers[f"{target}_emulated"] = ffi.HANDLERS[target]
+    patch.setattr(ffi, name, f"{target}_emulated")
+  library = libraries.Library(
     "tests.kernels.batch_stat._batch_stat_cuda", handlers
   )
   for op in _OPS:
@@ -77,7 +77,7 @@ class EmulatedUpdateTest(update_test.UpdateContract):
     ):
       x = op_contract.array(rng, shape, "float32")
       mask = None if mask_shape is None else rng.random(mask_shape) < 0.7
-      with mock.patch.object(ops, "splits", lambda *_, parts=parts: parts):
+      with mock.patch.object(ffi, "splits", lambda *_, parts=parts: parts):
         for fast in (True, False):
           self.check(x, feature_axis=axis, mask=mask, use_fast_variance=fast)
 
@@ -100,7 +100,7 @@ class EmulatedUpdateTest(update_test.UpdateContract):
     x = (rng.normal(size=(2500, 128)) + 1e3).astype(np.float32)
     x[:300] -= 2e3  # the first run is unlike the others
     mask = rng.random((2500, 1)) < 0.9
-    with mock.patch.object(ops, "splits", lambda *_: 1):
+    with mock.patch.object(ffi, "splits", lambda *_: 1):
       for shaped, axis, shaped_mask in ((x, 1, mask), (x.T.copy(), 0, mask.T)):
         self.check(shaped, feature_axis=axis)
         self.check(shaped, feature_axis=axis, mask=shaped_mask)
@@ -143,7 +143,7 @@ class EmulatedBatchNormTest(batch_norm_test.BatchNormContract):
       (4, (2, 3, 5000), 1, "float32"),
     ):
       x = op_contract.array(rng, shape, dtype)
-      with mock.patch.object(ops, "splits", lambda *_, parts=parts: parts):
+      with mock.patch.object(ffi, "splits", lambda *_, parts=parts: parts):
         self.check(x, feature_axis=axis, relu=True)
 
 
@@ -158,12 +158,12 @@ class SplitsTest(parameterized.TestCase):
   )
   def test_work_is_cut_by_shape(self, shape, dtype, feature_axis, want):
     x = jax.ShapeDtypeStruct(shape, dtype)
-    self.assertEqual(ops.splits(x, feature_axis, 0), want)
+    self.assertEqual(ffi.splits(x, feature_axis, 0), want)
 
 
 class HandlersTest(parameterized.TestCase):
   @parameterized.parameters("float32", "bfloat16")
   def test_every_lie_is_refused_by_name(self, dtype):
-    handlers = {f"{k}_emulated": v for k, v in ops.HANDLERS.items()}
+    handlers = {f"{k}_emulated": v for k, v in ffi.HANDLERS.items()}
     told = lies.check("emulated", dtype, handlers, workspace=True)
     self.assertGreater(told, 300)

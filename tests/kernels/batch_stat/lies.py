@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from kernels import batch_stat
-from kernels.batch_stat import ops
+from kernels.batch_stat import primitive
 from tests.testing import lies
 
 _STATS = ("new_mean", "new_var", "batch_mean", "batch_var")
@@ -65,7 +65,9 @@ def _calls(implementation: str, dtype: str) -> list[lies.Call]:
 
   def all_of_them(x, stat):
     stats = (stat,) * 4
-    moments = ops.MOMENTS(x, mask, batch_axes=0, accurate=False, **options)
+    moments = primitive.MOMENTS(
+      x, mask, batch_axes=0, accurate=False, **options
+    )
     out = jax.vjp(lambda x: norm(x, *stats).y, x)
     return update(x, stat, stat), out[0], out[1](x), moments
 

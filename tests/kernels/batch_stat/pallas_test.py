@@ -17,7 +17,7 @@ import pytest
 
 import kernels
 from kernels import batch_stat
-from kernels.batch_stat import ops, pallas_tpu
+from kernels.batch_stat import ffi, pallas_tpu, primitive
 from tests.testing import (
   deviceless,
   hlo,
@@ -28,7 +28,7 @@ from tests.testing import (
 )
 
 PLATFORM = op_contract.PLATFORM
-interpreted.allow(ops, "UPDATE", "TRAIN", "MOMENTS")
+interpreted.allow(primitive, "UPDATE", "TRAIN", "MOMENTS")
 IMPLEMENTATION = interpreted.NAME if PLATFORM == "cpu" else "pallas"
 KERNEL = deviceless.TPU_KERNEL
 # Those of a block of 128 features.
@@ -88,14 +88,14 @@ class NumbersTest(parameterized.TestCase):
     momentum = np.float32([0.75])
     params = {"feature_axis": 1, "batch_axes": 0, "accurate": False}
     params["implementation"] = IMPLEMENTATION
-    *update, count, rstd, mul = ops.TRAIN(
+    *update, count, rstd, mul = primitive.TRAIN(
       mean, var, momentum, scale, x, epsilon=0.1, **params
     )
     check(batch_stat.Update(*update), x, mean, var, 0.75)
     want = oracles.batch_norm(x)
     np.testing.assert_allclose(rstd, (want.var + 0.1) ** -0.5, rtol=1e-4)
     np.testing.assert_allclose(mul, scale * np.asarray(rstd), rtol=1e-6)
-    own_mean, own_var, own_count = ops.MOMENTS(x, **params)
+    own_mean, own_var, own_count = primitive.MOMENTS(x, **params)
     np.testing.assert_array_equal(own_mean, update[2])
     np.testing.assert_array_equal(own_var, update[3])
     for each in (count, own_count):
@@ -116,7 +116,7 @@ class NumbersTest(parameterized.TestCase):
     x = op_contract.array(rng, (2, 3, 24, 128), "float32") + 3
     mean, var = rng.random((2, 2, 3, 128)).astype(np.float32)
     momentum = np.full((2, 3, 1), 0.75, np.float32)
-    got = ops.UPDATE(
+    got = primitive.UPDATE(
       mean, var, momentum, x, feature_axis=3, batch_axes=2,
       accurate=False, implementation=IMPLEMENTATION,
     )  # fmt: skip
@@ -137,8 +137,18 @@ class ChoiceTest(parameterized.TestCase):
     ((4, 3), "float16", {}, "`x` is float16"),
     ((4, 3), "float32", {"mask": np.ones((4, 1), bool)}, "there is a mask"),
     ((4, 3), "float32", {"feature_axis": 0}, "features are axis 0 of 2 axes"),
-    ((4, 9001), "float32", {}, "`x` has 9001 features, which are no multiple"),
-    ((4, 3, 8), "float32", {}, "is no matrix as it lies: 3 is no multiple"),
+    (
+      (4, 9001),
+      "float32",
+      {},
+      "`x` has 9001 features, which are not a multiple",
+    ),
+    (
+      (4, 3, 8),
+      "float32",
+      {},
+      "cannot be read as a matrix in place: 3 is not a",
+    ),
     ((4, 8, 8, 8), "float32", {}, "the axes of an image"),
   )
   def test_what_is_left_to_xla(self, shape, dtype, kwargs, reason):
@@ -169,12 +179,12 @@ class ChoiceTest(parameterized.TestCase):
       platforms=("cpu", "cuda", "tpu"),
       disabled_checks=[
         export.DisabledSafetyCheck.custom_call(name)
-        for name in (ops.TARGET_UPDATE, KERNEL)
+        for name in (ffi.TARGET_UPDATE, KERNEL)
       ],
     )(x, mean, var, 0.75)
     text = exported.mlir_module()
     self.assertIn(KERNEL, text)
-    self.assertIn(ops.TARGET_UPDATE, text)
+    self.assertIn(ffi.TARGET_UPDATE, text)
     loaded = export.deserialize(exported.serialize())
     check(loaded.call(x, mean, var, 0.75), x, mean, var, 0.75)
 

@@ -11,7 +11,7 @@ from jax.sharding import PartitionSpec as P
 import numpy as np
 
 from kernels import batch_stat
-from kernels.batch_stat import ops
+from kernels.batch_stat import ffi
 from tests.testing import devices, hlo, op_contract, oracles
 
 devices.use_cpu_devices(8)
@@ -75,7 +75,7 @@ class UpdateShardingTest(parameterized.TestCase):
     x = jax.device_put(x, NamedSharding(mesh, P("a")))
     run = jax.jit(lambda *args: batch_stat.update(*args, implementation="cpu"))
     text = run.lower(x, mean, var).compile().as_text()
-    self.assertEqual(hlo.custom_calls(text, ops.TARGET_MOMENTS), 1)
+    self.assertEqual(hlo.custom_calls(text, ffi.TARGET_MOMENTS), 1)
     self.assertNotEmpty(hlo.instructions(text, "all-reduce"))
     self.assertEmpty(hlo.instructions(text, "all-gather"))
 
@@ -262,10 +262,10 @@ class BatchNormShardingTest(parameterized.TestCase):
       self.assertEmpty(hlo.instructions(text, "all-gather", shape))
     if implementation == "cpu":
       for target in (
-        ops.TARGET_MOMENTS,
-        ops.TARGET_NORMALIZE,
-        ops.TARGET_GRAD_SUMS,
-        ops.TARGET_GRAD_INPUT,
+        ffi.TARGET_MOMENTS,
+        ffi.TARGET_NORMALIZE,
+        ffi.TARGET_GRAD_SUMS,
+        ffi.TARGET_GRAD_INPUT,
       ):
         self.assertEqual(hlo.custom_calls(text, target), 1, target)
 

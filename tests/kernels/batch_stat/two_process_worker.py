@@ -7,7 +7,7 @@ from jax.sharding import PartitionSpec as P
 import numpy as np
 
 from kernels import batch_stat
-from kernels.batch_stat import ops
+from kernels.batch_stat import ffi
 from tests.testing import devices, hlo, oracles, two_processes
 
 SHAPE = (8, 5, 5, 16)
@@ -43,7 +43,7 @@ def work() -> None:
     for a in (x, dy)
   ]
   text = step.lower(*parts).compile().as_text()
-  assert hlo.custom_calls(text, ops.TARGET_GRAD_INPUT) == 1
+  assert hlo.custom_calls(text, ffi.TARGET_GRAD_INPUT) == 1
   assert not hlo.instructions(text, "all-gather")
   dx, (mean, var) = step(*parts)
   want = oracles.batch_norm(x)

@@ -14,14 +14,14 @@ import numpy as np
 
 import kernels
 from kernels import batch_stat
-from kernels.batch_stat import arg_specs, ops
+from kernels.batch_stat import arg_specs, ffi
 from tests.testing import hlo, op_contract, oracles, tolerances
 
 _DTYPES = ("float32", "bfloat16", "float16")
 
 
 def _levels() -> list[str]:
-  module = ops.CPU_LIBRARY.load()
+  module = ffi.CPU_LIBRARY.load()
   names = []
   for name in ("baseline", "avx2", "avx512"):
     try:
@@ -294,7 +294,7 @@ class UpdateContract(op_contract.OpContract):
     )
 
   def test_export_with_a_symbolic_batch(self):
-    checks = [export.DisabledSafetyCheck.custom_call(ops.TARGET_UPDATE)]
+    checks = [export.DisabledSafetyCheck.custom_call(ffi.TARGET_UPDATE)]
     (batch,) = export.symbolic_shape("batch")
     exported = export.export(jax.jit(self.call), disabled_checks=checks)(
       jax.ShapeDtypeStruct((batch, 8), "float32"),
@@ -360,14 +360,14 @@ class UpdateXlaTest(UpdateContract):
 
 class UpdateCpuTest(UpdateContract):
   implementation = "cpu"
-  target = ops.TARGET_UPDATE
+  target = ffi.TARGET_UPDATE
 
   def setUp(self):
     op_contract.only_on("cpu")
     super().setUp()
 
   def test_every_instruction_set(self):
-    module = ops.CPU_LIBRARY.load()
+    module = ffi.CPU_LIBRARY.load()
     rng = np.random.default_rng(13)
     try:
       for level, dtype in itertools.product(_levels(), _DTYPES):
@@ -447,14 +447,14 @@ class UpdateCpuTest(UpdateContract):
     }
 
     def run(*args, out=out, **changes):
-      call = jax.ffi.ffi_call(ops.TARGET_UPDATE, out)
+      call = jax.ffi.ffi_call(ffi.TARGET_UPDATE, out)
       return jax.block_until_ready(
         call(
           *args, **(attributes | {k: np.int64(v) for k, v in changes.items()})
         )
       )
 
-    ops.CPU_LIBRARY.load()
+    ffi.CPU_LIBRARY.load()
     for args, changes, message in (
       ((stat, stat, one, x), {"feature_axis": 7}, "`feature_axis` must lie"),
       ((stat, stat, one, x), {"batch_axes": 2}, "`feature_axis` must lie"),
@@ -471,7 +471,7 @@ class UpdateCpuTest(UpdateContract):
 
 class UpdateCudaTest(UpdateContract):
   implementation = "cuda"
-  target = ops.TARGET_UPDATE
+  target = ffi.TARGET_UPDATE
 
   def setUp(self):
     op_contract.only_on("gpu")

@@ -23,7 +23,7 @@ from jax.sharding import PartitionSpec as P
 import numpy as np
 
 from kernels import batch_stat, decode_attention, kv_cache
-from kernels.common import dispatch
+from kernels.common import dispatch, libraries
 import nnx
 from tests.kernels.decode_attention import oracle as attention_oracle
 from tests.kernels.kv_cache import oracle as cache_oracle
@@ -181,7 +181,7 @@ def check(got: Any, want: Any) -> bool:
 def texts() -> Iterator[tuple[str, str]]:
   """Yields what is compiled for other platforms, on one device and on eight."""
   mesh = _mesh(AxisType.Auto)
-  with mock.patch.object(dispatch.Library, "missing", lambda self: None):
+  with mock.patch.object(libraries.Library, "missing", lambda self: None):
     for i, (fn, args, _) in enumerate(cases()):
       for platform, implementation in (("cuda", "cuda"), ("tpu", "auto")):
         run = functools.partial(_run_as, implementation, fn)

@@ -11,7 +11,7 @@ from jax.sharding import PartitionSpec as P
 import numpy as np
 
 import kernels
-from kernels.common import dispatch
+from kernels.common import arrays, dispatch, libraries
 from tests.testing import devices, hlo
 
 devices.use_cpu_devices(8)
@@ -27,7 +27,7 @@ def _cpu(x, *, k):
 
 
 def _batch(op, args, dims, *, k):
-  (x,), size = dispatch.move_batch_to_front(args, dims)
+  (x,), size = arrays.move_batch_to_front(args, dims)
   rows = [op(x[i], k=k) for i in range(size)]
   return [jnp.stack(out) for out in zip(*rows)], (0, 0)
 
@@ -46,8 +46,8 @@ def _partition(mesh, infos, results, call, *, k):
 TOY = dispatch.Op(
   "dispatch_test_toy",
   abstract_eval=lambda x, *, k: (
-    dispatch.out_aval(x.shape, x.dtype, x),
-    dispatch.out_aval(x.shape[1:], x.dtype, x),
+    arrays.out_aval(x.shape, x.dtype, x),
+    arrays.out_aval(x.shape[1:], x.dtype, x),
   ),
   reference=_reference,
   implementations=(
@@ -58,7 +58,7 @@ TOY = dispatch.Op(
       unsupported=lambda avals, k: "`k` is 13" if k == 13 else None,
       slower=lambda avals, k: (
         "`x` is small"
-        if (dispatch.static_size(avals[0].shape) or 99) < 9
+        if (arrays.static_size(avals[0].shape) or 99) < 9
         else None
       ),
     ),
@@ -66,7 +66,7 @@ TOY = dispatch.Op(
       name="missing",
       platforms=("cuda",),
       fn=_cpu,
-      library=dispatch.Library("kernels.common.no_such_extension", {}),
+      library=libraries.Library("kernels.common.no_such_extension", {}),
     ),
   ),
   batching=_batch,
@@ -77,7 +77,7 @@ TOY = dispatch.Op(
 
 REFUSING = dispatch.Op(
   "dispatch_test_refusing",
-  abstract_eval=lambda x: (dispatch.out_aval(x.shape, x.dtype, x),),
+  abstract_eval=lambda x: (arrays.out_aval(x.shape, x.dtype, x),),
   reference=lambda x: (x + 1,),
   not_differentiable="`x` must be constant: this op has no gradient.",
 )
@@ -199,9 +199,9 @@ class ShardingTest(absltest.TestCase):
 
     def run(x):
       y, total = TOY(x, k=3)
-      self.assertEqual(dispatch.varying_axes(jax.typeof(total)), {"a"})
-      (one,) = dispatch.vary_like(x, jnp.ones(()))
-      self.assertEqual(dispatch.varying_axes(jax.typeof(one)), {"a"})
+      self.assertEqual(arrays.varying_axes(jax.typeof(total)), {"a"})
+      (one,) = arrays.vary_like(x, jnp.ones(()))
+      self.assertEqual(arrays.varying_axes(jax.typeof(one)), {"a"})
       return y, lax.psum(total, "a")
 
     mapped = jax.shard_map(

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from kernels import batch_stat, decode_attention, kv_cache
-from kernels.common import dispatch
+from kernels.common import arrays, dispatch
 import nnx
 
 RNG = np.random.default_rng(0)
@@ -161,7 +161,7 @@ class ProgramsTest(absltest.TestCase):
   def test_programs_are_bounded(self):
     op = dispatch.Op(
       "eager_test_scaled",
-      abstract_eval=lambda x, k: (dispatch.out_aval(x.shape, x.dtype, x),),
+      abstract_eval=lambda x, k: (arrays.out_aval(x.shape, x.dtype, x),),
       reference=lambda x, k: (x * k,),
     )
     # Neither compiled nor run: a program of `jit` for each float.

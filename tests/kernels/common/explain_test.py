@@ -67,12 +67,14 @@ class ExplainTest(parameterized.TestCase):
   def test_one_device(self, platform):
     want = {"cpu": "cpu", "tpu": "pallas"}[platform]
     args = [jnp.zeros(x.shape, x.dtype) for x in (CACHE, ROWS)]
-    self.check(update, args, platform, want)
+    choice = self.check(update, args, platform, want)
+    self.assertEqual(choice.split, "")
 
   @parameterized.parameters("cpu", "tpu")
   def test_arrays_on_several_devices(self, platform):
     want = {"cpu": "cpu", "tpu": "xla"}[platform]
     choice = self.check(update, on(mesh_of(AUTO, AUTO)), platform, want)
+    self.assertEqual(choice.split, "compiler" if platform == "cpu" else "")
     if platform == "tpu":
       self.assertEqual(
         choice.reason,
@@ -93,7 +95,8 @@ class ExplainTest(parameterized.TestCase):
     mesh = mesh_of(EXPLICIT, EXPLICIT)
     want = {"cpu": "cpu", "tpu": "pallas"}[platform]
     with jax.set_mesh(mesh) if set_mesh else contextlib.nullcontext():
-      self.check(update, on(mesh), platform, want)
+      choice = self.check(update, on(mesh), platform, want)
+    self.assertEqual(choice.split, {"cpu": "compiler", "tpu": "mesh"}[platform])
 
   @parameterized.parameters("cpu", "tpu")
   def test_a_mesh_that_is_set(self, platform):

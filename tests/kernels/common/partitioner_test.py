@@ -12,6 +12,7 @@ import numpy as np
 
 import kernels
 from kernels import batch_stat, kv_cache
+from kernels.cache import layouts
 from kernels.common import jax_private, partitioner
 from kernels.decode_attention import reference
 from tests.testing import devices, hlo, oracles
@@ -58,13 +59,18 @@ class MeshTest(parameterized.TestCase):
 class NoteTest(absltest.TestCase):
   def test_parameters_come_back(self):
     options = reference.Options(
-      fields=("q", "index"), layout="bsnh", ring=0, aligned=True,
+      fields=("q", "index"), layout=layouts.Layout.BSNH, ring=0, aligned=True,
       uniform=(("index", 0),), scale=0.1, causal=False, window_left=-1,
       window_right=2, chunk=0, softcap=float("inf"), interleaved=False,
       rotate_keys=True, out_dtype="bfloat16",
     )  # fmt: skip
     encoded = partitioner.encode(options)
-    self.assertEqual(partitioner.decode(encoded, reference.Options), options)
+    decoded = partitioner.decode(encoded, reference.Options)
+    self.assertEqual(decoded, options)
+    self.assertIs(decoded.layout, layouts.Layout.BSNH)
+    self.assertIs(
+      partitioner.decode("bnsh", layouts.Layout), layouts.Layout.BNSH
+    )
     for value in (None, True, 3, 1e-5, "x", (1, (2.5, "y")), np.dtype("int8")):
       self.assertEqual(partitioner.decode(partitioner.encode(value)), value)
     bfloat16 = jnp.dtype(jnp.bfloat16)

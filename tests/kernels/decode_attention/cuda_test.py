@@ -14,7 +14,7 @@ import pytest
 import kernels
 from kernels import decode_attention as da
 from kernels.common import dispatch
-from kernels.decode_attention import api, arg_specs
+from kernels.decode_attention import arg_specs, ffi, primitive
 from tests.testing import deviceless, hlo
 
 SPEC = arg_specs.ArgSpec("llama_3_1_8b", 4, 4096, 8, 128, 4)
@@ -41,7 +41,7 @@ def compile_step(args, donate=(0, 1), placement=None, **kwargs):
 
 def assert_fused(compiled, caches, parts=1):
   """Append and attend are one call, in place, beside a small workspace."""
-  deviceless.assert_calls(compiled, api.APPEND_TARGET)
+  deviceless.assert_calls(compiled, ffi.APPEND_TARGET)
   deviceless.assert_in_place(compiled, nbytes(caches) // parts)
   deviceless.assert_nothing_moves(compiled, size(caches[0].shape) // parts)
   # Results of parts: a small share of the cache, unless that is small itself.
@@ -151,7 +151,7 @@ class CompiledTest(parameterized.TestCase):
       deviceless.gpu_devices()[0], da.attend, cache, cache, q,
       struct((4,), "int32"),
     )  # fmt: skip
-    deviceless.assert_calls(compiled, api.ATTEND_TARGET)
+    deviceless.assert_calls(compiled, ffi.ATTEND_TARGET)
     deviceless.assert_nothing_moves(compiled, size(cache.shape))
 
   def test_one_artifact_serves_every_platform(self):
@@ -161,7 +161,7 @@ class CompiledTest(parameterized.TestCase):
       platforms=("cpu", "cuda", "tpu"),
       disabled_checks=[
         export.DisabledSafetyCheck.custom_call(name)
-        for name in (api.APPEND_TARGET, deviceless.TPU_KERNEL)
+        for name in (ffi.APPEND_TARGET, deviceless.TPU_KERNEL)
       ],
     )(*args)
     self.assertIn(deviceless.TPU_KERNEL, exported.mlir_module())
@@ -208,11 +208,11 @@ class BrokenProgramTest(parameterized.TestCase):
 
   def test_handler_that_is_not_registered_does_not_compile(self):
     args = SPEC.shapes()
-    api.APPEND.implementations["nowhere"] = dispatch.Implementation(
+    primitive.APPEND.implementations["nowhere"] = dispatch.Implementation(
       name="nowhere",
       platforms=("cuda",),
-      fn=functools.partial(api.cuda, targets=("nowhere", "nowhere")),
+      fn=functools.partial(ffi.cuda, targets=("nowhere", "nowhere")),
     )
-    self.addCleanup(api.APPEND.implementations.pop, "nowhere")
+    self.addCleanup(primitive.APPEND.implementations.pop, "nowhere")
     with self.assertRaisesRegex(Exception, "nowhere"):
       compile_step(args, implementation="nowhere")

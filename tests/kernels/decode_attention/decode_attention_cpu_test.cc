@@ -1,8 +1,6 @@
 // The pure C++ kernels, without XLA and Python: random problems against sums in
 // double, the same bits on one thread and on four. Meant for the sanitizers.
 
-#include "kernels/decode_attention/decode_attention_cpu.h"
-
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
@@ -14,16 +12,17 @@
 #include <thread>
 #include <vector>
 
+#include "kernels/cache/cc/layout.h"
+#include "kernels/cache/cpu/rows.h"
+#include "kernels/cache/cpu/update.h"
 #include "kernels/common/cpu_features.h"
-#include "kernels/kv_cache/cache_layout.h"
-#include "kernels/kv_cache/kv_cache_cpu.h"
-#include "kernels/kv_cache/rows.h"
+#include "kernels/decode_attention/cpu/decode.h"
 
 namespace {
 
+using kernels::cache::Element;
+using kernels::cache::ElementSize;
 using kernels::decode_attention::DecodeArgs;
-using kernels::kv_cache::Element;
-using kernels::kv_cache::ElementSize;
 
 // Starts a thread a task; joins them when it goes.
 class ThreadPool {
@@ -66,8 +65,8 @@ Bytes Random(std::mt19937& rng, int64_t count, Element element) {
   std::vector<float> values(count);
   for (float& v : values) v = normal(rng);
   Bytes bytes(count * ElementSize(element));
-  kernels::kv_cache::RowFromFloat(element, values.data(), count, 0.05f,
-                                  bytes.data.get());
+  kernels::cache::RowFromFloat(element, values.data(), count, 0.05f,
+                               bytes.data.get());
   return bytes;
 }
 
@@ -96,19 +95,19 @@ double ElementValue(Element element, const uint8_t* p) {
     }
     default: {
       float value;
-      kernels::kv_cache::RowConversion one;
+      kernels::cache::RowConversion one;
       one.from = element;
       one.source = p;
       one.target = &value;
       one.dim = 1;
-      kernels::kv_cache::ConvertRows(one);
+      kernels::cache::ConvertRows(one);
       return value;
     }
   }
 }
 
 void Check(std::mt19937& rng, Element element, const Sizes& z) {
-  const bool quantized = kernels::kv_cache::IsQuantized(element);
+  const bool quantized = kernels::cache::IsQuantized(element);
   const Element kind = quantized ? Element::kF32 : element;
   const int64_t width = z.paged ? 2 : 1;
   const int64_t blocks = z.batch * width;

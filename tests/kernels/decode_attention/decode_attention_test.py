@@ -14,7 +14,7 @@ import pytest
 
 import kernels
 from kernels import decode_attention as da
-from kernels.decode_attention import api, arg_specs
+from kernels.decode_attention import arg_specs, ffi
 from tests.kernels.decode_attention import cases, oracle
 from tests.kernels.kv_cache import oracle as cache_oracle
 from tests.testing import hlo, op_contract, tolerances
@@ -95,7 +95,7 @@ class DecodeAttentionTest(PlatformTest):
   )
   def test_every_instruction_set(self, level, dtype, shape):
     op_contract.only_on("cpu")
-    library = api.LIBRARY.load()
+    library = ffi.LIBRARY.load()
     try:
       library.set_simd_level(level)
     except ValueError:
@@ -178,7 +178,7 @@ class DecodeAttentionTest(PlatformTest):
     [choice] = kernels.explain(da.decode_attention, *args, 0)
     assert choice.implementation == OURS
     text = jax.jit(da).lower(*args, 0).as_text()
-    assert hlo.custom_calls(text, api.APPEND_TARGET) == 1
+    assert hlo.custom_calls(text, ffi.APPEND_TARGET) == 1
 
 
 class AttendTest(PlatformTest):
@@ -234,7 +234,7 @@ class XlaContractTest(DecodeContract):
 
 class CpuContractTest(DecodeContract):
   implementation = "cpu"
-  target = api.APPEND_TARGET
+  target = ffi.APPEND_TARGET
 
   def setUp(self):
     op_contract.only_on("cpu")
@@ -243,7 +243,7 @@ class CpuContractTest(DecodeContract):
 
 class CudaContractTest(DecodeContract):
   implementation = "cuda"
-  target = api.APPEND_TARGET
+  target = ffi.APPEND_TARGET
 
   def setUp(self):
     op_contract.only_on("gpu")
@@ -343,7 +343,7 @@ class TransformTest(PlatformTest):
     mapped = jax.jit(jax.vmap(fn))
     if implementation in ("cpu", "cuda"):
       text = mapped.lower(*stacked, index).as_text()
-      assert hlo.custom_calls(text, api.APPEND_TARGET) == 1
+      assert hlo.custom_calls(text, ffi.APPEND_TARGET) == 1
       assert "while" not in text
     got = mapped(*stacked, index)
     for i in range(3):
@@ -402,7 +402,7 @@ class TransformTest(PlatformTest):
       jax.jit(da.decode_attention),
       platforms=("cpu", "cuda", "tpu"),
       disabled_checks=[
-        export.DisabledSafetyCheck.custom_call(api.APPEND_TARGET)
+        export.DisabledSafetyCheck.custom_call(ffi.APPEND_TARGET)
       ],
     )(
       f32((b, s, 2, 20)), f32((b, s, 2, 20)), f32((b, 1, 4, 20)),

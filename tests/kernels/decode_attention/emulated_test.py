@@ -14,13 +14,14 @@ import numpy as np
 import pytest
 
 from kernels import decode_attention as da
-from kernels.common import dispatch
-from kernels.decode_attention import api, arg_specs, reference
+from kernels.cache import layouts
+from kernels.common import dispatch, libraries
+from kernels.decode_attention import arg_specs, ffi, primitive, reference
 from tests.kernels.decode_attention import cases, lies, oracle
 from tests.testing import tolerances
 
 TARGETS = ("decode_append_emulated", "decode_attend_emulated")
-LIBRARY = dispatch.Library(
+LIBRARY = libraries.Library(
   "tests.kernels.decode_attention._decode_attention_cuda",
   dict(zip(TARGETS, ("append_and_attend", "attend"))),
 )
@@ -35,13 +36,13 @@ def emulated():
   impl = dispatch.Implementation(
     name="emulated",
     platforms=("cpu",),
-    fn=functools.partial(api.cuda, targets=TARGETS),
+    fn=functools.partial(ffi.cuda, targets=TARGETS),
     library=LIBRARY,
   )
-  for op in (api.APPEND, api.ATTEND):
+  for op in (primitive.APPEND, primitive.ATTEND):
     op.implementations["emulated"] = impl
   yield
-  for op in (api.APPEND, api.ATTEND):
+  for op in (primitive.APPEND, primitive.ATTEND):
     del op.implementations["emulated"]
 
 
@@ -124,14 +125,15 @@ class EmulatedTest(parameterized.TestCase):
       fields = ("cache_k", "cache_v", "q", "index", "count", "layer", "table",
                 "first_slot")  # fmt: skip
       options = reference.Options(
-        fields=fields, layout="bsnh", ring=0, aligned=True, uniform=(),
+        fields=fields, layout=layouts.Layout.BSNH, ring=0, aligned=True,
+        uniform=(),
         scale=1 / np.sqrt(16), causal=True, window_left=-1, window_right=-1,
         chunk=0, softcap=0.0, interleaved=False, rotate_keys=False,
         out_dtype="float32",
       )  # fmt: skip
       ones = jnp.ones((2,), jnp.int32)
       part = slice(first, first + 100)
-      parts += api.ATTEND(
+      parts += primitive.ATTEND(
         cache_k[:, part], cache_v[:, part], q.reshape(2, 1, 2, 2, 16),
         jnp.array([200, 121], jnp.int32), ones, 0 * ones,
         jnp.arange(2, dtype=jnp.int32)[:, None], jnp.int32(first),
@@ -189,15 +191,15 @@ class EmulatedTest(parameterized.TestCase):
 
   def test_workspace_that_is_too_small_is_refused(self):
     args = cases.arguments(b=1, s=300, h=32)
-    original = api._cuda_workspace
-    api._cuda_workspace = lambda *_: jax.ShapeDtypeStruct((9, 16), jnp.float32)
+    original = ffi._cuda_workspace
+    ffi._cuda_workspace = lambda *_: jax.ShapeDtypeStruct((9, 16), jnp.float32)
     try:
       with pytest.raises(Exception, match="The workspace must have shape"):
         jax.block_until_ready(
           da.decode_attention(*args, 0, implementation="emulated")
         )
     finally:
-      api._cuda_workspace = original
+      ffi._cuda_workspace = original
 
 
 class HandlersTest(parameterized.TestCase):
@@ -224,7 +226,7 @@ class WorkersTest(parameterized.TestCase):
     (8, 8, 512, 4096, "bfloat16", 0),
   )
   def test_long_caches_are_divided(self, b, n, rows, capacity, dtype, want):
-    got = api._most_workers(b, n, rows, capacity, jnp.dtype(dtype))
+    got = ffi._most_workers(b, n, rows, capacity, jnp.dtype(dtype))
     self.assertEqual(got, want)
 
 
@@ -242,9 +244,11 @@ class UnsupportedTest(parameterized.TestCase):
       options = {"rope_cos": cos, "rope_sin": sin, "rope_cached_keys": True}
     call = functools.partial(da.decode_attention, **options)
     jaxpr = jax.make_jaxpr(call)(*args, new_k, new_v, 0)
-    [eqn] = [e for e in jaxpr.jaxpr.eqns if e.primitive is api.APPEND.primitive]
+    [eqn] = [
+      e for e in jaxpr.jaxpr.eqns if e.primitive is primitive.APPEND.primitive
+    ]
     params = {k: v for k, v in eqn.params.items() if k != "implementation"}
-    why = api.APPEND.implementations["cuda"].unsupported(
+    why = primitive.APPEND.implementations["cuda"].unsupported(
       [v.aval for v in eqn.invars], **params
     )
     assert message in why, why

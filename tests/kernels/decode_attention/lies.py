@@ -5,7 +5,7 @@ import functools
 import jax.numpy as jnp
 
 from kernels import decode_attention as da
-from kernels.decode_attention import api
+from kernels.decode_attention import ffi
 from tests.kernels.decode_attention import cases
 from tests.testing import lies
 
@@ -110,7 +110,7 @@ def check(
     values |= {"interleaved": (True,), "rotate_keys": (True,), "ring": (-1, 17)}
   return lies.check(
     call,
-    operands=("cache_k", "cache_v", *new, *api._OPERANDS),
+    operands=("cache_k", "cache_v", *new, *ffi.OPERANDS),
     results=results,
     values=values,
     fits=functools.partial(_fits, dtype),

@@ -18,7 +18,14 @@ import pytest
 
 import kernels
 from kernels import decode_attention as da
-from kernels.decode_attention import api, arg_specs, pallas_tpu, reference
+from kernels.cache import layouts
+from kernels.decode_attention import (
+  arg_specs,
+  ffi,
+  pallas_tpu,
+  primitive,
+  reference,
+)
 from tests.kernels.decode_attention import oracle
 from tests.kernels.kv_cache import oracle as cache_oracle
 from tests.testing import (
@@ -30,7 +37,7 @@ from tests.testing import (
 )
 
 PLATFORM = op_contract.PLATFORM
-interpreted.allow(api, "APPEND", "ATTEND")
+interpreted.allow(primitive, "APPEND", "ATTEND")
 IMPLEMENTATION = interpreted.NAME if PLATFORM == "cpu" else "pallas"
 DTYPES = ("float32", "bfloat16", *cache_oracle.QUANTIZED)
 KERNEL = deviceless.TPU_KERNEL
@@ -287,7 +294,7 @@ class NumbersTest(parameterized.TestCase):
     options = reference.Options(
       fields=("cache_k", "cache_v", "q", "index", "count", "layer", "table",
               "first_slot"),
-      layout=layout, ring=0, aligned=not paged, uniform=(),
+      layout=layouts.Layout(layout), ring=0, aligned=not paged, uniform=(),
       scale=1 / np.sqrt(h), causal=True, window_left=-1, window_right=-1,
       chunk=0, softcap=0.0, interleaved=False, rotate_keys=False,
       out_dtype="float32",
@@ -296,7 +303,7 @@ class NumbersTest(parameterized.TestCase):
     outs, lses = [], []
     for first in (0, k.shape[axis] // 2):
       part = np.arange(first, first + k.shape[axis] // 2)
-      out, lse = api.ATTEND(
+      out, lse = primitive.ATTEND(
         jnp.take(k, part, axis), jnp.take(v, part, axis), q, index, ones,
         0 * ones, table - first if paged else table,
         np.int32(0 if paged else first),
@@ -436,12 +443,12 @@ class ChoiceTest(parameterized.TestCase):
       platforms=("cpu", "cuda", "tpu"),
       disabled_checks=[
         export.DisabledSafetyCheck.custom_call(name)
-        for name in (api.APPEND_TARGET, KERNEL)
+        for name in (ffi.APPEND_TARGET, KERNEL)
       ],
     )(*args, 5)
     text = exported.mlir_module()
     self.assertIn(KERNEL, text)
-    self.assertIn(api.APPEND_TARGET, text)
+    self.assertIn(ffi.APPEND_TARGET, text)
     loaded = export.deserialize(exported.serialize())
     got = loaded.call(*args, 5)
     out, *_ = oracle.attend(*got[:2], args[2], [5] * 3, [1] * 3)

@@ -10,7 +10,7 @@ from jax.sharding import PartitionSpec as P
 import numpy as np
 
 from kernels import decode_attention as da
-from kernels.decode_attention import api
+from kernels.decode_attention import ffi
 from tests.kernels.kv_cache import oracle as cache_oracle
 from tests.testing import devices, hlo, tolerances
 
@@ -52,7 +52,7 @@ class ShardingTest(parameterized.TestCase):
     compiled = hlo.compiled(step.lower(*caches, *new, index))
     text = compiled.as_text()
     plain = kwargs.get("implementation") == "xla"
-    assert bool(hlo.custom_calls(text, api.APPEND_TARGET)) != plain
+    assert bool(hlo.custom_calls(text, ffi.APPEND_TARGET)) != plain
     for name in MOVES:
       assert not hlo.instructions(text, name), name
     assert bool(hlo.instructions(text, "all-reduce")) == reduces

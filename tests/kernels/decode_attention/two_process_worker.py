@@ -7,7 +7,7 @@ import numpy as np
 
 from kernels import decode_attention as da
 from kernels import kv_cache
-from kernels.decode_attention import api
+from kernels.decode_attention import ffi
 from tests.kernels.decode_attention import oracle
 from tests.kernels.kv_cache import oracle as cache_oracle
 from tests.testing import devices, hlo, two_processes
@@ -40,7 +40,7 @@ def work() -> None:
   ]
   compiled = jax.jit(step, donate_argnums=(0, 1))
   text = hlo.compiled(compiled.lower(*args)).as_text()
-  assert hlo.custom_calls(text, api.APPEND_TARGET) == 1
+  assert hlo.custom_calls(text, ffi.APPEND_TARGET) == 1
   assert not hlo.instructions(text, "all-gather")
   got = compiled(*args)
   want = cache_oracle.update(k, v, new_k, new_v, INDEX)

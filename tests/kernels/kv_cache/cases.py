@@ -5,7 +5,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kernels.kv_cache import api
+from kernels.cache import layouts
+from kernels.kv_cache import primitive
 from tests.kernels.kv_cache import oracle
 
 FLOATS, QUANTIZED, random = oracle.FLOATS, oracle.QUANTIZED, oracle.random
@@ -45,11 +46,11 @@ def check_parts(args, implementation, layout="bsnh", ring=False):
 
   @jax.jit
   def update(first, *args):
-    return api.UPDATE(
+    return primitive.UPDATE(
       *args, index, tokens * ones, 0 * ones,
       np.arange(3, dtype=np.int32)[:, None], first,
-      layout=layout, ring=slots if ring else 0, aligned=True, uniform=(),
-      implementation=implementation,
+      layout=layouts.Layout(layout), ring=slots if ring else 0, aligned=True,
+      uniform=(), implementation=implementation,
     )  # fmt: skip
 
   parts = []

@@ -13,7 +13,8 @@ import pytest
 
 import kernels
 from kernels import kv_cache
-from kernels.kv_cache import api, arg_specs
+from kernels.cache import layouts
+from kernels.kv_cache import arg_specs, ffi
 from tests.testing import deviceless
 
 CACHE = (8, 1024, 8, 128)
@@ -52,7 +53,7 @@ def compile_update(args, *more, donate=(0, 1), placement=None, **kwargs):
 
 
 def assert_only_writes_rows(compiled, caches, parts=1):
-  deviceless.assert_calls(compiled, api.TARGET)
+  deviceless.assert_calls(compiled, ffi.TARGET)
   deviceless.assert_in_place(compiled, nbytes(caches) // parts)
   deviceless.assert_nothing_moves(compiled, size(caches[0].shape) // parts)
   deviceless.assert_small_temporaries(compiled, SMALL)
@@ -150,7 +151,7 @@ class CompiledTest(parameterized.TestCase):
       platforms=("cpu", "cuda", "tpu"),
       disabled_checks=[
         export.DisabledSafetyCheck.custom_call(name)
-        for name in (api.TARGET, deviceless.TPU_KERNEL)
+        for name in (ffi.TARGET, deviceless.TPU_KERNEL)
       ],
     )(*args)
     self.assertIn(deviceless.TPU_KERNEL, exported.mlir_module())
@@ -184,12 +185,12 @@ class BrokenProgramTest(parameterized.TestCase):
   def test_fallback_is_seen(self):
     compiled = compile_update(arguments(), implementation="xla")
     with self.assertRaisesRegex(AssertionError, "does not call"):
-      deviceless.assert_calls(compiled, api.TARGET)
+      deviceless.assert_calls(compiled, ffi.TARGET)
 
   def test_handler_that_is_not_registered_does_not_compile(self):
     call = functools.partial(
-      api.ffi_update,
-      layout="bsnh",
+      ffi.update,
+      layout=layouts.Layout.BSNH,
       ring=0,
       aligned=True,
       uniform=(),
@@ -205,11 +206,11 @@ class BrokenProgramTest(parameterized.TestCase):
 
   def test_handler_without_partitioning_gathers_and_is_seen(self):
     whole, parts = four_gpus(P("x"))
-    api.CUDA_LIBRARY.load()
+    ffi.CUDA_LIBRARY.load()
     *args, index = arguments()
     args[:2] = [struct(CACHE, sharding=parts)] * 2
     call = functools.partial(
-      api.ffi_update, layout="bsnh", ring=0, aligned=True, uniform=()
+      ffi.update, layout=layouts.Layout.BSNH, ring=0, aligned=True, uniform=()
     )
     compiled = deviceless.compile_for(
       whole, call, *args, index, index, index, struct((8, 1), "int32"),

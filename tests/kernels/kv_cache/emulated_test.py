@@ -14,12 +14,13 @@ import numpy as np
 import pytest
 
 from kernels import kv_cache
-from kernels.common import dispatch
-from kernels.kv_cache import api
+from kernels.cache import layouts
+from kernels.common import dispatch, libraries
+from kernels.kv_cache import ffi, primitive
 from tests.kernels.kv_cache import cases, lies, oracle
 
 TARGET = "kv_cache_update_emulated"
-LIBRARY = dispatch.Library(
+LIBRARY = libraries.Library(
   "tests.kernels.kv_cache._kv_cache_cuda", {TARGET: "kv_cache_update"}
 )
 
@@ -30,12 +31,12 @@ def emulated():
   impl = dispatch.Implementation(
     name="emulated",
     platforms=("cpu",),
-    fn=functools.partial(api.ffi_update, target=TARGET),
+    fn=functools.partial(ffi.update, target=TARGET),
     library=LIBRARY,
   )
-  api.UPDATE.implementations["emulated"] = impl
+  primitive.UPDATE.implementations["emulated"] = impl
   yield
-  del api.UPDATE.implementations["emulated"]
+  del primitive.UPDATE.implementations["emulated"]
 
 
 def check(args, **kwargs):
@@ -114,9 +115,10 @@ class EmulatedUpdateTest(parameterized.TestCase):
       Exception, match=r"`index` must have shape \[2\] of int32"
     ):
       jax.block_until_ready(
-        api.ffi_update(
+        ffi.update(
           cache, cache, *rows, three, one, one, one[:, None], jnp.int32(0),
-          layout="bsnh", ring=0, aligned=True, uniform=(), target=TARGET,
+          layout=layouts.Layout.BSNH, ring=0, aligned=True, uniform=(),
+          target=TARGET,
         )
       )  # fmt: skip
 

@@ -6,11 +6,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from kernels import kv_cache
-from kernels.kv_cache import api
+from kernels.kv_cache import reference
 from tests.kernels.kv_cache import cases
 from tests.testing import lies
 
-OPERANDS = ("cache_k", "cache_v", *api._NAMES)
+OPERANDS = reference.OPERANDS
 RESULTS = ("out_k", "out_v")
 # A ring of 8 slots has no fewer; with the axes exchanged nothing fits.
 VALUES = {"ring": (-1, 1, 7), "heads_first": (True,)}

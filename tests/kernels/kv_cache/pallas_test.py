@@ -19,13 +19,14 @@ import pytest
 
 import kernels
 from kernels import kv_cache
-from kernels.kv_cache import api, arg_specs, pallas_tpu
+from kernels.cache import layouts
+from kernels.kv_cache import arg_specs, ffi, pallas_tpu, primitive
 from tests.kernels.kv_cache import cases
 from tests.kernels.kv_cache import oracle as oracles
 from tests.testing import deviceless, hlo, interpreted, op_contract
 
 PLATFORM = op_contract.PLATFORM
-interpreted.allow(api, "UPDATE")
+interpreted.allow(primitive, "UPDATE")
 IMPLEMENTATION = interpreted.NAME if PLATFORM == "cpu" else "pallas"
 DTYPES = ("float32", "bfloat16", *oracles.QUANTIZED)
 KERNEL = deviceless.TPU_KERNEL
@@ -152,9 +153,9 @@ class NumbersTest(parameterized.TestCase):
     layer, first_slot = np.int32([5, 1, -1]), np.int32(0)
     index = count = np.ones(3, np.int32)
     table = np.arange(3, dtype=np.int32)[:, None]
-    got = api.UPDATE(
+    got = primitive.UPDATE(
       *args, index, count, layer, table, first_slot,
-      layout=layout, ring=0, aligned=False, uniform=(),
+      layout=layouts.Layout(layout), ring=0, aligned=False, uniform=(),
       implementation=IMPLEMENTATION,
     )  # fmt: skip
     for cache, old, new in zip(got, args[:2], args[2:], strict=True):
@@ -236,12 +237,12 @@ class ChoiceTest(parameterized.TestCase):
       platforms=("cpu", "cuda", "tpu"),
       disabled_checks=[
         export.DisabledSafetyCheck.custom_call(name)
-        for name in (api.TARGET, KERNEL)
+        for name in (ffi.TARGET, KERNEL)
       ],
     )(*args, 5)
     text = exported.mlir_module()
     self.assertIn(KERNEL, text)
-    self.assertIn(api.TARGET, text)
+    self.assertIn(ffi.TARGET, text)
     loaded = export.deserialize(exported.serialize())
     for g, w in zip(loaded.call(*args, 5), oracles.update(*args, 5)):
       np.testing.assert_array_equal(g, w)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from kernels import kv_cache
-from kernels.kv_cache import layout
+from kernels.cache import checks
 from tests.kernels.kv_cache import cases, oracle
 
 IMPLEMENTATIONS = ("xla", "cpu")
@@ -88,7 +88,7 @@ class TracedTest(parameterized.TestCase):
   def test_no_width_wraps(self, dtype):
     with jax.enable_x64(True):
       wide = jnp.asarray(np.iinfo(dtype).max, dtype)
-      got = jax.jit(lambda x: layout.integers("x", x, 1))(wide)
+      got = jax.jit(lambda x: checks.integers("x", x, 1))(wide)
     self.assertEqual(got.tolist(), [2**31 - 1])
     self.assertEqual(got.dtype, jnp.int32)
 

@@ -10,7 +10,7 @@ from jax.sharding import PartitionSpec as P
 import numpy as np
 
 from kernels import kv_cache
-from kernels.kv_cache import api
+from kernels.kv_cache import ffi
 from tests.kernels.kv_cache import oracle as oracles
 from tests.testing import devices, hlo
 
@@ -52,7 +52,7 @@ class ShardingTest(parameterized.TestCase):
     compiled = hlo.compiled(step.lower(*caches, *new, index))
     text = compiled.as_text()
     plain = kwargs.pop("implementation", None) == "xla"
-    assert bool(hlo.custom_calls(text, api.TARGET)) != plain
+    assert bool(hlo.custom_calls(text, ffi.TARGET)) != plain
     for name in COLLECTIVES:
       assert not hlo.instructions(text, name), name
     local = caches[0].sharding.shard_shape(caches[0].shape)

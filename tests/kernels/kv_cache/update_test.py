@@ -15,7 +15,7 @@ import pytest
 
 import kernels
 from kernels import kv_cache
-from kernels.kv_cache import api, arg_specs
+from kernels.kv_cache import arg_specs, ffi, primitive
 from tests.kernels.kv_cache import cases
 from tests.kernels.kv_cache import oracle as oracles
 from tests.testing import hlo, op_contract
@@ -96,7 +96,7 @@ class UpdateTest(PlatformTest):
   )
   def test_every_instruction_set(self, level, dtype):
     op_contract.only_on("cpu")
-    library = api.LIBRARY.load()
+    library = ffi.LIBRARY.load()
     try:
       library.set_simd_level(level)
     except ValueError:
@@ -150,7 +150,7 @@ class UpdateTest(PlatformTest):
     [choice] = kernels.explain(kv_cache.update, *args, 0)
     assert choice.implementation == OURS
     text = jax.jit(kv_cache.update).lower(*args, 0).as_text()
-    assert hlo.custom_calls(text, api.TARGET) == 1
+    assert hlo.custom_calls(text, ffi.TARGET) == 1
 
   @parameterized.parameters(*IMPLEMENTATIONS)
   def test_same_result_eagerly(self, implementation):
@@ -180,7 +180,7 @@ class XlaContractTest(UpdateContract):
 
 class CpuContractTest(UpdateContract):
   implementation = "cpu"
-  target = api.TARGET
+  target = ffi.TARGET
 
   def setUp(self):
     op_contract.only_on("cpu")
@@ -189,7 +189,7 @@ class CpuContractTest(UpdateContract):
 
 class CudaContractTest(UpdateContract):
   implementation = "cuda"
-  target = api.TARGET
+  target = ffi.TARGET
 
   def setUp(self):
     op_contract.only_on("gpu")
@@ -334,7 +334,7 @@ class TransformTest(PlatformTest):
     text = (
       jax.jit(jax.vmap(kv_cache.update)).lower(*args, jnp.arange(2)).as_text()
     )
-    assert text.count(f"@{api.TARGET}") == 1
+    assert text.count(f"@{ffi.TARGET}") == 1
     assert "while" not in text
 
   @parameterized.product(
@@ -417,7 +417,7 @@ class TransformTest(PlatformTest):
     exported = export.export(
       jax.jit(kv_cache.update),
       platforms=("cpu", "cuda", "tpu"),
-      disabled_checks=[export.DisabledSafetyCheck.custom_call(api.TARGET)],
+      disabled_checks=[export.DisabledSafetyCheck.custom_call(ffi.TARGET)],
     )(cache, cache, new, new, index)
     loaded = export.deserialize(exported.serialize())
     for b in (1, 3):
@@ -737,12 +737,12 @@ class WrongInputTest(PlatformTest):
     b = jnp.zeros(3, jnp.int32)
     scale = jnp.zeros((0, 0))
     good = [k, v, new_k, new_v, b, b, b, b[:, None], b[0], scale, scale]
-    api.UPDATE.implementations[OURS].library.load()
+    primitive.UPDATE.implementations[OURS].library.load()
 
     def call(**changes):
       args = [changes.get(str(i), arg) for i, arg in enumerate(good)]
       out = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in args[:2]]
-      return jax.ffi.ffi_call(api.TARGET, out)(
+      return jax.ffi.ffi_call(ffi.TARGET, out)(
         *args,
         ring=np.int64(changes.get("ring", 0)),
         heads_first=np.bool_(False),

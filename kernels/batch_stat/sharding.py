@@ -1,0 +1,146 @@
+"""How the ops of batch_stat are split over devices.
+
+x may be split along any axis; the statistics follow the batch and feature axes,
+and sums over the others cross devices.
+"""
+
+from collections.abc import Callable, Sequence
+import functools
+from typing import Any
+
+import jax
+from jax import lax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec
+import numpy as np
+
+from kernels.batch_stat import reference, signatures
+from kernels.batch_stat.signatures import Kind
+from kernels.common import dispatch
+
+
+def partitioning(
+  signature: signatures.Signature,
+  combine: Callable[..., Sequence[jax.Array]] | None = None,
+) -> dispatch.Partitioning:
+  """Returns how an op is split along the axes of x.
+
+  Args:
+    signature: Of the op.
+    combine: `combine(call, args, axis_names, **params)` joins the parts'
+      results over the mesh axes that split what is reduced; None if nothing is.
+  """
+  return dispatch.Partitioning(
+    rule=functools.partial(_rule, signature),
+    partition=functools.partial(_partition, signature, combine),
+  )
+
+
+def _rule(signature, avals, *, feature_axis, batch_axes, **params):
+  """Writes the Shardy rule of an op."""
+  del params
+  operands = signature.named(avals)
+  x = operands["x"]
+  names = [f"i{axis}" for axis in range(x.ndim)]
+  mask = list(names)
+  if "mask" in operands:
+    if operands["mask"].shape[feature_axis] != x.shape[feature_axis]:
+      mask[feature_axis] = "one"
+  batch = names[:batch_axes]
+  factors = {
+    Kind.BATCH: names,
+    Kind.STATISTIC: [*batch, names[feature_axis]],
+    Kind.MOMENTUM: [*batch, "one"],
+    Kind.MASK: mask,
+  }
+  text = {kind: " ".join(words) for kind, words in factors.items()}
+  left = ", ".join(text[signature.operands[name]] for name in operands)
+  right = ", ".join(text[kind] for kind in signature.results)
+  return f"{left} -> {right}", ()
+
+
+def _axes_of(entry) -> tuple[str, ...]:
+  if entry is None:
+    return ()
+  return entry if isinstance(entry, tuple) else (entry,)
+
+
+def _x_spec(mesh, info):
+  """Returns x's spec, without the axes that do not split it evenly."""
+  spec = tuple(info.sharding.spec)
+  spec += (None,) * (len(info.shape) - len(spec))
+  kept = []
+  for size, entry in zip(info.shape, spec):
+    parts = int(np.prod([mesh.shape[name] for name in _axes_of(entry)]))
+    # XLA pads uneven parts, and the kernel would count the padding.
+    kept.append(entry if size % parts == 0 else None)
+  return kept
+
+
+def _partition(
+  signature, combine, mesh, infos, outs, call, *, feature_axis, batch_axes,
+  **params,
+):  # fmt: skip
+  del outs
+  params |= {"feature_axis": feature_axis, "batch_axes": batch_axes}
+  operands = signature.named(infos)
+  mesh = operands["x"].sharding.mesh
+  spec = _x_spec(mesh, operands["x"])
+  mask = list(spec)
+  if "mask" in operands and operands["mask"].shape[feature_axis] == 1:
+    mask[feature_axis] = None
+  batch = spec[:batch_axes]
+  specs = {
+    Kind.BATCH: PartitionSpec(*spec),
+    Kind.STATISTIC: PartitionSpec(*batch, spec[feature_axis]),
+    Kind.MOMENTUM: PartitionSpec(*batch, None),
+    Kind.MASK: PartitionSpec(*mask),
+  }
+  crossed = tuple(
+    name
+    for axis in reference.reduced_axes(len(spec), feature_axis, batch_axes)
+    for name in _axes_of(spec[axis])
+  )
+
+  def local(*args):
+    if combine is None or not crossed:
+      return call(*args, **params)
+    return combine(call, args, crossed, **params)
+
+  return (
+    local,
+    [specs[kind] for kind in signature.results],
+    [specs[signature.operands[name]] for name in operands],
+  )
+
+
+def combine_moments(
+  mean: jax.Array,
+  var: jax.Array,
+  count: jax.Array,
+  axis_name: Any,
+  axis_index_groups: Any = None,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+  """Joins the moments of several devices' parts of a batch.
+
+  The mean comes first and the variance is summed about it, so that nothing
+  cancels.
+
+  Args:
+    mean: `[c]`, this device's.
+    var: `[c]`, this device's.
+    count: `[c]`, this device's number of values; it may be 0.
+    axis_name: Mesh or vmap axes to join over.
+    axis_index_groups: As in `jax.lax.psum`.
+
+  Returns:
+    mean, var and count of the whole, each `[c]`.
+  """
+  total = functools.partial(
+    lax.psum, axis_name=axis_name, axis_index_groups=axis_index_groups
+  )
+  some = count > 0
+  whole = total(count)
+  centre = total(jnp.where(some, mean, 0) * count) / whole
+  about = jnp.where(some, var + lax.square(mean - centre), 0)
+  return centre, total(about * count) / whole, whole

@@ -1,0 +1,1 @@
+"""What the ops on key-value caches share: layouts, addressing, checks, rows."""

@@ -1,0 +1,91 @@
+"""Extensions and other modules that are loaded when they are needed."""
+
+from collections.abc import Callable, Mapping
+import importlib
+import threading
+import types
+from typing import Any
+
+import jax
+
+_LIBRARIES: list["Library"] = []
+
+
+class Library:
+  """A compiled extension module with XLA FFI handlers, loaded on first use.
+
+  Args:
+    module: Dotted name of the extension module, for example
+      `kernels.my_op.cpu._my_op_cpu`.
+    targets: Maps the FFI target name to the name of the function in the module
+      that returns the handler's capsule.
+    platform: The platform to register the handlers for.
+  """
+
+  def __init__(
+    self, module: str, targets: Mapping[str, str], platform: str = "cpu"
+  ):
+    self.module = module
+    self.platform = platform
+    self._targets = dict(targets)
+    self._lock = threading.Lock()
+    self._loaded: types.ModuleType | None = None
+    _LIBRARIES.append(self)
+
+  def load(self) -> types.ModuleType:
+    """Imports the module and registers its handlers, once.
+
+    Returns:
+      The extension module.
+
+    Raises:
+      ImportError: If the extension has not been built.
+    """
+    with self._lock:
+      if self._loaded is None:
+        module = importlib.import_module(self.module)
+        for target, getter in self._targets.items():
+          jax.ffi.register_ffi_target(
+            target, getattr(module, getter)(), platform=self.platform
+          )
+        self._loaded = module
+      return self._loaded
+
+  def missing(self) -> str | None:
+    """Returns why the library cannot be used, or None if it can."""
+    try:
+      self.load()
+    except ImportError as error:
+      return f"the extension {self.module} could not be imported ({error})"
+    return None
+
+
+def lazily(module: str, name: str) -> Callable[..., Any]:
+  """Returns a function of a module that is imported when it is first called.
+
+  For what is slow to import, as Pallas is, and only used by programs that are
+  lowered for its platform.
+
+  Args:
+    module: Dotted name of the module.
+    name: Of the function in it.
+  """
+
+  def call(*args: Any, **kwargs: Any) -> Any:
+    return getattr(importlib.import_module(module), name)(*args, **kwargs)
+
+  return call
+
+
+def register() -> None:
+  """Loads every extension that is built and registers its FFI handlers.
+
+  Ops do this by themselves. Call it in a process that runs an artifact of
+  `jax.export` without having traced the op.
+
+  Example:
+    >>> import kernels
+    >>> kernels.register()
+  """
+  for library in _LIBRARIES:
+    library.missing()

@@ -1,2 +1,0 @@
-#define KERNELS_SIMD_ONLY 2
-#include "kernels/decode_attention/tile_levels.inc"

@@ -1,0 +1,46 @@
+"""The handlers of the cache update, and how they are called."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from kernels.cache import addressing
+from kernels.common import libraries
+from kernels.kv_cache import reference
+
+TARGET = "kv_cache_update"
+
+LIBRARY = libraries.Library(
+  "kernels.kv_cache.cpu._kv_cache_cpu", {TARGET: "kv_cache_update"}
+)
+CUDA_LIBRARY = libraries.Library(
+  "kernels.kv_cache.cuda._kv_cache_cuda",
+  {TARGET: "kv_cache_update"},
+  platform="CUDA",
+)
+
+
+def update(
+  *operands: jax.Array, target: str = TARGET, **params: Any
+) -> Sequence[jax.Array]:
+  """Calls the handler that is registered as `target`; see the reference."""
+  at = addressing.Addressing(**params)
+  x = reference.named(operands)
+  if "k_scale" not in x:
+    x["k_scale"] = x["v_scale"] = jnp.zeros((0, 0), jnp.float32)
+  call = jax.ffi.ffi_call(
+    target,
+    tuple(
+      jax.ShapeDtypeStruct(x[name].shape, x[name].dtype)
+      for name in ("cache_k", "cache_v")
+    ),
+    input_output_aliases={0: 0, 1: 1},
+  )
+  return call(
+    *addressing.once(x, at).values(),
+    ring=np.int64(at.ring),
+    heads_first=np.bool_(at.layout.heads_first),
+  )
