@@ -38,7 +38,9 @@ HANDLERS = {
   TARGET_GRAD_INPUT: "grad_input",
 }
 
-CPU_LIBRARY = dispatch.Library("kernels.batch_stat.cpu._batch_stat_cpu", HANDLERS)
+CPU_LIBRARY = dispatch.Library(
+  "kernels.batch_stat.cpu._batch_stat_cpu", HANDLERS
+)
 
 PALLAS = "kernels.batch_stat.pallas_tpu"
 
