@@ -16,10 +16,10 @@
 // declares what is called in all three namespaces. Off x86-64 the last two are
 // empty.
 //
-// Rules for the body: it includes nothing, and calls nothing from the standard
-// library that could be shared between levels (an inline function compiled for
-// AVX-512 may be the copy that the linker keeps for everybody); no lambdas,
-// which do not inherit the target on every compiler.
+// Rules for the body: it includes nothing but its own parts, and calls nothing
+// from the standard library that could be shared between levels (an inline
+// function compiled for AVX-512 may be the copy that the linker keeps for
+// everybody); no lambdas, which do not inherit the target on every compiler.
 
 #ifndef KERNELS_SIMD_BODY
 #error "define KERNELS_SIMD_BODY before including this file"

@@ -162,7 +162,8 @@ constexpr int kKeysAtATime = Read::kLoads > 2                        ? 1
 template <typename Read, int kRows>
 constexpr int kQueryFloats = kRows * Read::kMostDim;
 
-// All keys of a block of rows. All threads of the block take part.
+// All keys of a block of rows. All threads of the block take part. One long
+// function, since all of it works on the same registers.
 template <typename Read, int kRows>
 __device__ __forceinline__ void AttendRows(const DeviceDecode& decode,
                                            const BlockPlace& place,

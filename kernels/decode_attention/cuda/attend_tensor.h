@@ -266,6 +266,10 @@ struct Softmax {
   }
 };
 
+// The queries of a block over a share of the keys. One long function, since its
+// three stages (load queries; walk over keys; join and write) work on the same
+// registers and shared arrays: as functions, each would take some twenty
+// references.
 template <cache::Element kElement, int kDim, bool kPlain, bool kFew>
 __global__ void __launch_bounds__(kAttendThreads,
                                   (Work<kElement, kDim, kFew>::kBlocks))
