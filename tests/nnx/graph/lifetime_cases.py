@@ -394,11 +394,13 @@ def chains_that_are_taken_apart():
   del jitted
 
 
-def _call_at(depth: int, function: Any) -> Any:
+def _call_at(depth: int, function: Any) -> None:
   """Calls a function with that many calls through C around it."""
-  if depth == 0:
-    return function()
-  return list(map(lambda _: _call_at(depth - 1, function), (None,)))
+
+  def go_down(depth):
+    return list(map(go_down, (depth - 1,))) if depth else function()
+
+  go_down(depth)
 
 
 def _deepest() -> int:
