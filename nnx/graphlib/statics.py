@@ -35,8 +35,8 @@ def freeze(value: Any) -> Any:
 
   Keys of two values are equal if the values hold the same, types included.
   What has a hash is taken for immutable, and compared by its own equality,
-  and into numbers, tuples, frozen sets, mappings and what `dataclasses` or
-  `attrs` has made is looked as well; into all else is looked.
+  except for what is looked into in any case: numbers, tuples, slices, frozen sets,
+  mappings, and classes of `dataclasses` or `attrs`; and what has no hash.
 
   Example:
 
@@ -78,6 +78,8 @@ def _freeze(value: Any, outer: tuple[int, ...]) -> Any:
   outer = (*outer, id(value))
   if isinstance(value, tuple):
     return cls, tuple(_freeze(item, outer) for item in value)
+  if cls is slice:  # has a hash from Python 3.12 on
+    return cls, _freeze((value.start, value.stop, value.step), outer)
   try:
     hash(value)
   except TypeError:
@@ -134,7 +136,7 @@ def _contents(value: Any, outer: tuple[int, ...]) -> tuple[Any, ...]:
   for name in sorted(attributes, key=str):
     found.append((name, _freeze(attributes[name], outer)))
   if not found:
-    # A type written in C, a slice for instance, tells how to make it again.
+    # A type written in C tells how to make it again.
     reduced = value.__reduce_ex__(4)
     if isinstance(reduced, str):
       raise TypeError(f"`{value!r}` is only known by its name.")
