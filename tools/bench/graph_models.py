@@ -13,7 +13,9 @@ import jax
 from jax import lax
 from jax import numpy as jnp
 
-Library = Any
+from tools.bench import models
+
+Library = models.Library
 _WIDTH = 4
 _VARIABLES_PER_BLOCK = 10
 

@@ -10,7 +10,6 @@ from collections.abc import Callable, Sequence
 import functools
 from typing import Any
 
-from flax import nnx as flax_nnx
 import jax
 from jax import numpy as jnp
 
@@ -23,8 +22,7 @@ _BATCH = 32
 _FEATURES = 64
 _LAYERS = 24
 
-# `nnx` or `flax.nnx`: the programs below use only what both have.
-Library = Any
+Library = models.Library
 
 
 def _array(*shape: int) -> jax.Array:
@@ -52,20 +50,21 @@ def _compare(
     call: calls the layer.
   """
   layers = {
-    library: models.make(library, functools.partial(make, library))
-    for library in (nnx, flax_nnx)
+    name: models.make(library, functools.partial(make, library))
+    for name, library in models.LIBRARIES
   }
 
   def side(library: Library, name: str) -> harness.Side:
+    del library
     return harness.Side(
       name=name,
       fresh=lambda: x,
-      call=functools.partial(call, layers[library]),
+      call=functools.partial(call, layers[name]),
     )
 
   floor = None
   if plain is not None:
-    layer = layers[nnx]
+    layer = layers["nnx"]
     arrays = {
       name: value.value
       for name, value in vars(layer).items()
@@ -74,12 +73,7 @@ def _compare(
     floor = harness.Side(
       name=plain_name, fresh=lambda: x, call=lambda x: plain(arrays, x)
     )
-  return harness.Comparison(
-    ours=side(nnx, "nnx"),
-    baselines=[side(flax_nnx, "flax.nnx")],
-    floor_side=floor,
-    floor_name=plain_name,
-  )
+  return models.comparison(side, floor_side=floor, floor_name=plain_name)
 
 
 def _build_linear() -> harness.Comparison:
@@ -193,7 +187,7 @@ def _build_scan() -> harness.Comparison:
     return layer(jax.random.split(jax.random.key(0), 8))
 
   scans = {}
-  for library in (nnx, flax_nnx):
+  for _, library in models.LIBRARIES:
     scans[library.Linear] = library.scan(
       lambda x, layer: jnp.tanh(layer(x)),
       in_axes=(library.Carry, 0),
@@ -249,11 +243,7 @@ def _build_transformer(layers: int) -> harness.Comparison:
       observe=lambda _, model: arrays(model),
     )
 
-  return harness.Comparison(
-    ours=side(nnx, "nnx"),
-    baselines=[side(flax_nnx, "flax.nnx")],
-    clock=harness.THREAD_CPU,
-  )
+  return models.comparison(side, clock=harness.THREAD_CPU)
 
 
 _ROWS = f"{_BATCH}x{_FEATURES}"
