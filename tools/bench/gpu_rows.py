@@ -1,4 +1,4 @@
-"""What is measured on a GPU: the three ops, at sizes that fill one.
+"""Lists what is measured on a GPU: the three ops, at sizes that fill one.
 
 Every row says how many bytes must move. What is over sooner than a program
 starts is called for several layers in one program, as a model does, each with
@@ -86,7 +86,7 @@ def _forward(axis, implementation, mean, var, x, scale, bias):
 
 
 def _residual(axis, implementation, mean, var, x, scale, bias, residual):
-  """A layer at the end of a residual block."""
+  """Runs a layer at the end of a residual block."""
   *averages, y = batch_stat.batch_norm(
     x, scale, bias, mean, var, 0.9,
     feature_axis=axis, implementation=implementation,

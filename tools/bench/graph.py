@@ -58,7 +58,7 @@ def _floats(model: Any, library: Library) -> tuple[jax.Array, ...]:
 
 
 def _build_jit_noop(make_model: MakeModel) -> harness.Comparison:
-  """`nnx.jit` of a body that touches nothing."""
+  """Builds the row of `nnx.jit` of a body that touches nothing."""
 
   def make(library: Library, name: str) -> harness.Side:
     model = make_model(library)
@@ -87,7 +87,7 @@ def _build_jit_noop(make_model: MakeModel) -> harness.Comparison:
 
 
 def _build_jit_write_all(make_model: MakeModel) -> harness.Comparison:
-  """`nnx.jit` of a body that writes every floating-point Variable."""
+  """Builds the row of `nnx.jit` of a body that writes every float Variable."""
 
   def make(library: Library, name: str) -> harness.Side:
     model = make_model(library)
@@ -126,10 +126,10 @@ def _build_jit_write_all(make_model: MakeModel) -> harness.Comparison:
 
 
 def _build_round_robin(count: int) -> harness.Comparison:
-  """Calls one function with models that differ in a static number, in turn.
+  """Builds the row of one function called with many models in turn.
 
-  Each has a compiled program of its own, as each value of a static argument of
-  `jax.jit` has.
+  They differ in a static number, and each has a compiled program of its own, as
+  each value of a static argument of `jax.jit` has.
 
   Args:
     count: of the models, of ten Variables each.
@@ -183,7 +183,7 @@ def _build_round_robin(count: int) -> harness.Comparison:
 
 
 def _build_split(make_model: MakeModel) -> harness.Comparison:
-  """`nnx.split(model)`."""
+  """Builds the row of `nnx.split(model)`."""
 
   def make(library: Library, name: str) -> harness.Side:
     model = make_model(library)
@@ -201,7 +201,7 @@ def _build_split(make_model: MakeModel) -> harness.Comparison:
 
 
 def _build_state(make_model: MakeModel) -> harness.Comparison:
-  """`nnx.state(model)`."""
+  """Builds the row of `nnx.state(model)`."""
 
   def make(library: Library, name: str) -> harness.Side:
     model = make_model(library)
@@ -216,7 +216,7 @@ def _build_state(make_model: MakeModel) -> harness.Comparison:
 
 
 def _build_update(make_model: MakeModel) -> harness.Comparison:
-  """`nnx.update(model, state)` with the state of another such model."""
+  """Builds the row of `nnx.update` with the state of another such model."""
 
   def make(library: Library, name: str) -> harness.Side:
     model, other = make_model(library), make_model(library)
@@ -234,7 +234,7 @@ def _build_update(make_model: MakeModel) -> harness.Comparison:
 
 
 def _build_merge(make_model: MakeModel) -> harness.Comparison:
-  """`nnx.merge(graphdef, state)`."""
+  """Builds the row of `nnx.merge(graphdef, state)`."""
 
   def make(library: Library, name: str) -> harness.Side:
     graphdef, state = library.split(make_model(library))
@@ -249,7 +249,7 @@ def _build_merge(make_model: MakeModel) -> harness.Comparison:
 
 
 def _build_clone(make_model: MakeModel) -> harness.Comparison:
-  """`nnx.clone(model)`."""
+  """Builds the row of `nnx.clone(model)`."""
 
   def make(library: Library, name: str) -> harness.Side:
     model = make_model(library)
@@ -264,7 +264,7 @@ def _build_clone(make_model: MakeModel) -> harness.Comparison:
 
 
 def _build_tree_flatten(make_model: MakeModel) -> harness.Comparison:
-  """`jax.tree.flatten` of a State."""
+  """Builds the row of `jax.tree.flatten` of a State."""
 
   def make(library: Library, name: str) -> harness.Side:
     state = library.state(make_model(library))
@@ -279,7 +279,7 @@ def _build_tree_flatten(make_model: MakeModel) -> harness.Comparison:
 
 
 def _build_state_filter(make_model: MakeModel) -> harness.Comparison:
-  """`nnx.filter_state` by Variable type."""
+  """Builds the row of `nnx.filter_state` by Variable type."""
 
   def make(library: Library, name: str) -> harness.Side:
     state = library.state(make_model(library))
@@ -294,7 +294,7 @@ def _build_state_filter(make_model: MakeModel) -> harness.Comparison:
 
 
 def _build_state_split(make_model: MakeModel) -> harness.Comparison:
-  """`nnx.split_state` into parameters and the rest."""
+  """Builds the row of `nnx.split_state` into parameters and the rest."""
 
   def make(library: Library, name: str) -> harness.Side:
     state = library.state(make_model(library))
@@ -311,7 +311,7 @@ def _build_state_split(make_model: MakeModel) -> harness.Comparison:
 
 
 def _build_state_merge(make_model: MakeModel) -> harness.Comparison:
-  """`nnx.merge_state` of parameters and the rest."""
+  """Builds the row of `nnx.merge_state` of parameters and the rest."""
 
   def make(library: Library, name: str) -> harness.Side:
     state = library.state(make_model(library))

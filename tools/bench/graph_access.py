@@ -1,4 +1,4 @@
-"""The rows of suite `graph` that need no model: accesses, and the import."""
+"""Builds the rows of suite `graph` that need no model."""
 
 from collections.abc import Callable
 import os
@@ -41,7 +41,7 @@ def _micro_side(
 
 
 def _build_var_read(count: int) -> harness.Comparison:
-  """`variable[...]`, once for each Variable."""
+  """Builds the row of `variable[...]`, once for each Variable."""
 
   def make(library: models.Library, name: str) -> harness.Side:
     def read(variables: list[Any]) -> None:
@@ -59,7 +59,7 @@ def _build_var_read(count: int) -> harness.Comparison:
 
 
 def _build_var_write(count: int) -> harness.Comparison:
-  """`variable[...] = array`, once for each Variable."""
+  """Builds the row of `variable[...] = array`, once for each Variable."""
   array = jnp.full(4, 2.0)
 
   def make(library: models.Library, name: str) -> harness.Side:
@@ -78,7 +78,7 @@ def _build_var_write(count: int) -> harness.Comparison:
 
 
 def _build_param_new(count: int) -> harness.Comparison:
-  """`nnx.Param(array)`, so many times."""
+  """Builds the row of `nnx.Param(array)`, so many times."""
   array = jnp.ones(4)
 
   def make(library: models.Library, name: str) -> harness.Side:
@@ -97,7 +97,7 @@ def _build_param_new(count: int) -> harness.Comparison:
 
 
 def _build_setattr(count: int) -> harness.Comparison:
-  """`module.x = 1`, so many times."""
+  """Builds the row of `module.x = 1`, so many times."""
 
   def make(library: models.Library, name: str) -> harness.Side:
     def write(module: Any) -> None:
@@ -115,7 +115,7 @@ def _build_setattr(count: int) -> harness.Comparison:
 
 
 def _build_rngs_params(count: int) -> harness.Comparison:
-  """`rngs.params()`, so many times."""
+  """Builds the row of `rngs.params()`, so many times."""
 
   def make(library: models.Library, name: str) -> harness.Side:
     def draw(rngs: Any) -> None:
@@ -157,7 +157,7 @@ def _import_seconds(module: str) -> float:
 
 
 def build_import_time() -> harness.Comparison:
-  """`import nnx`, with `import jax` as the floor."""
+  """Builds the row of `import nnx`, with `import jax` as the floor."""
 
   def side(module: str) -> harness.Side:
     return harness.Side(

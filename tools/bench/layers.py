@@ -77,7 +77,7 @@ def _compare(
 
 
 def _build_linear() -> harness.Comparison:
-  """`Linear`, beside `x @ kernel + bias`."""
+  """Calls `Linear`, beside `x @ kernel + bias`."""
   return _compare(
     lambda lib: lib.Linear(_FEATURES, _FEATURES, rngs=lib.Rngs(0)),
     _array(_BATCH, _FEATURES),
@@ -87,7 +87,7 @@ def _build_linear() -> harness.Comparison:
 
 
 def _build_batch_norm() -> harness.Comparison:
-  """`BatchNorm` in training, beside the compiled call of its kernel."""
+  """Calls `BatchNorm` in training, beside one compiled call of its kernel."""
 
   @jax.jit
   def kernel(p, x):
@@ -104,7 +104,7 @@ def _build_batch_norm() -> harness.Comparison:
 
 
 def _build_batch_norm_eval() -> harness.Comparison:
-  """`BatchNorm` by its running averages."""
+  """Calls `BatchNorm` by its running averages."""
   return _compare(
     lambda lib: lib.BatchNorm(
       _FEATURES, use_running_average=True, rngs=lib.Rngs(0)
@@ -114,7 +114,7 @@ def _build_batch_norm_eval() -> harness.Comparison:
 
 
 def _build_layer_norm() -> harness.Comparison:
-  """`LayerNorm`, beside its formula."""
+  """Calls `LayerNorm`, beside its formula."""
 
   def plain(p, x):
     mean, var = jnp.mean(x, -1, keepdims=True), jnp.var(x, -1, keepdims=True)
@@ -129,14 +129,14 @@ def _build_layer_norm() -> harness.Comparison:
 
 
 def _build_conv() -> harness.Comparison:
-  """`Conv` of 3x3."""
+  """Calls `Conv` of 3x3."""
   return _compare(
     lambda lib: lib.Conv(8, 8, (3, 3), rngs=lib.Rngs(0)), _array(4, 8, 8, 8)
   )
 
 
 def _build_embed() -> harness.Comparison:
-  """`Embed`, beside indexing."""
+  """Calls `Embed`, beside indexing."""
   return _compare(
     lambda lib: lib.Embed(128, _FEATURES, rngs=lib.Rngs(0)),
     jnp.arange(_BATCH),
@@ -146,7 +146,7 @@ def _build_embed() -> harness.Comparison:
 
 
 def _build_attention() -> harness.Comparison:
-  """`MultiHeadAttention` of a short sequence."""
+  """Calls `MultiHeadAttention` of a short sequence."""
   return _compare(
     lambda lib: lib.MultiHeadAttention(
       4, _FEATURES, decode=False, rngs=lib.Rngs(0)
@@ -156,7 +156,7 @@ def _build_attention() -> harness.Comparison:
 
 
 def _build_lstm() -> harness.Comparison:
-  """One step of `LSTMCell`."""
+  """Calls `LSTMCell` for one step."""
   carry = (jnp.zeros((_BATCH, _FEATURES)),) * 2
   return _compare(
     lambda lib: lib.LSTMCell(_FEATURES, _FEATURES, rngs=lib.Rngs(0)),
@@ -166,7 +166,7 @@ def _build_lstm() -> harness.Comparison:
 
 
 def _build_rnn() -> harness.Comparison:
-  """`RNN` of an `LSTMCell` over 16 steps, outside of `jit`."""
+  """Calls `RNN` of an `LSTMCell` over 16 steps, outside of `jit`."""
   return _compare(
     lambda lib: lib.RNN(
       lib.LSTMCell(_FEATURES, _FEATURES, rngs=lib.Rngs(0)), rngs=lib.Rngs(0)
@@ -176,7 +176,7 @@ def _build_rnn() -> harness.Comparison:
 
 
 def _build_scan() -> harness.Comparison:
-  """A scan over 8 stacked layers outside of `jit`, by one function for all."""
+  """Scans over 8 stacked layers outside of `jit`, by one function for all."""
 
   def make(library: Library) -> Any:
     layer = library.vmap(
@@ -201,7 +201,7 @@ def _build_scan() -> harness.Comparison:
 
 
 def _make_transformer(library: Library, layers: int) -> Any:
-  """A stack of layers as in an encoder."""
+  """Returns what makes a stack of layers as in an encoder."""
 
   class Block(library.Module):
     """Attention and two linear maps."""
@@ -228,7 +228,7 @@ def _make_transformer(library: Library, layers: int) -> Any:
 
 
 def _build_transformer(layers: int) -> harness.Comparison:
-  """Making a transformer, parameters and all."""
+  """Builds the row of making a transformer, parameters and all."""
 
   def side(library: Library, name: str) -> harness.Side:
     make = _make_transformer(library, layers)

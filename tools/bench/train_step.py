@@ -193,7 +193,7 @@ def _arrays(make_model: Callable[[Library], Any]) -> tuple[jax.Array, ...]:
 
 
 def _build_step(blocks: int) -> harness.Comparison:
-  """`value_and_grad` and `Optimizer.update`, jitted, the old state donated."""
+  """Builds the row of a step, jitted, the old state donated."""
   x, target = _batch()
 
   def make(library: Library, name: str) -> harness.Side:
@@ -243,7 +243,7 @@ def _build_step(blocks: int) -> harness.Comparison:
 
 
 def _build_trace(layers: int) -> harness.Comparison:
-  """Tracing `value_and_grad` of a model under `jit`."""
+  """Builds the row of tracing `value_and_grad` of a model under `jit`."""
   x, target = _batch()
 
   def make(library: Library, name: str) -> harness.Side:
@@ -288,7 +288,7 @@ def _loss_and_grads(library: Library, loss: Any, grads: Any) -> Any:
 
 
 def _build_compile_scan(layers: int) -> harness.Comparison:
-  """Tracing and compiling a scan over stacked layers."""
+  """Builds the row of tracing and compiling a scan over stacked layers."""
   x, _ = _batch()
 
   def make(library: Library, name: str) -> harness.Side:
