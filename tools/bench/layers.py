@@ -1,12 +1,13 @@
 """Suite `layers`: what layers cost in Python, outside of `jit`.
 
 Both sides call the same layer with the same parameters on arrays so small that
-the arithmetic hardly counts. The floor is what cannot be saved: the plain jax
-expression, run as it stands or, for `eager_batch_norm`, the one compiled call
-of its kernel. `build_transformer` makes a model and calls nothing.
+the arithmetic hardly counts. A further baseline is the plain jax expression, as
+it stands; the floor of `eager_batch_norm` is the one compiled call of its
+kernel. `build_transformer` makes a model and calls nothing.
 """
 
 from collections.abc import Callable, Sequence
+import dataclasses
 import functools
 from typing import Any
 
@@ -33,11 +34,16 @@ def _call(layer: Any, x: jax.Array) -> Any:
   return layer(x)
 
 
+# Computes with a layer's arrays, by name, and no layer.
+Plain = Callable[[dict[str, jax.Array], jax.Array], Any]
+
+
 def _compare(
   make: Callable[[Library], Any],
   x: jax.Array,
-  plain: Callable[[Any, jax.Array], Any] | None = None,
-  plain_name: str = "",
+  *,
+  plain: tuple[str, Plain] | None = None,
+  floor: tuple[str, Plain] | None = None,
   call: Callable[[Any, jax.Array], Any] = _call,
 ) -> harness.Comparison:
   """Calls the same layer of both libraries.
@@ -45,13 +51,18 @@ def _compare(
   Args:
     make: makes the layer.
     x: its input.
-    plain: the same with our layer's arrays and no layer.
-    plain_name: what that is, in words.
+    plain: a name, and the same as an expression in jax.
+    floor: a name, and what is compiled of it at best.
     call: calls the layer.
   """
   layers = {
     name: models.make(library, functools.partial(make, library))
     for name, library in models.LIBRARIES
+  }
+  arrays = {
+    name: value.value
+    for name, value in vars(layers["nnx"]).items()
+    if isinstance(value, nnx.Variable)
   }
 
   def side(library: Library, name: str) -> harness.Side:
@@ -62,18 +73,20 @@ def _compare(
       call=functools.partial(call, layers[name]),
     )
 
-  floor = None
-  if plain is not None:
-    layer = layers["nnx"]
-    arrays = {
-      name: value.value
-      for name, value in vars(layer).items()
-      if isinstance(value, nnx.Variable)
-    }
-    floor = harness.Side(
-      name=plain_name, fresh=lambda: x, call=lambda x: plain(arrays, x)
+  def plain_side(name: str, function: Plain) -> harness.Side:
+    return harness.Side(
+      name=name,
+      fresh=lambda: x,
+      call=functools.partial(function, arrays),
     )
-  return models.comparison(side, floor_side=floor, floor_name=plain_name)
+
+  both = models.comparison(side)
+  return dataclasses.replace(
+    both,
+    baselines=[*both.baselines, *([plain_side(*plain)] if plain else [])],
+    floor_side=plain_side(*floor) if floor else None,
+    floor_name=floor[0] if floor else "",
+  )
 
 
 def _build_linear() -> harness.Comparison:
@@ -81,8 +94,7 @@ def _build_linear() -> harness.Comparison:
   return _compare(
     lambda lib: lib.Linear(_FEATURES, _FEATURES, rngs=lib.Rngs(0)),
     _array(_BATCH, _FEATURES),
-    lambda p, x: x @ p["kernel"] + p["bias"],
-    "x @ kernel + bias",
+    plain=("x @ kernel + bias", lambda p, x: x @ p["kernel"] + p["bias"]),
   )
 
 
@@ -98,8 +110,7 @@ def _build_batch_norm() -> harness.Comparison:
   return _compare(
     lambda lib: lib.BatchNorm(_FEATURES, rngs=lib.Rngs(0)),
     _array(_BATCH, _FEATURES),
-    kernel,
-    "one call of kernels.batch_stat.batch_norm",
+    floor=("one call of kernels.batch_stat.batch_norm", kernel),
   )
 
 
@@ -123,8 +134,7 @@ def _build_layer_norm() -> harness.Comparison:
   return _compare(
     lambda lib: lib.LayerNorm(_FEATURES, rngs=lib.Rngs(0)),
     _array(_BATCH, _FEATURES),
-    plain,
-    "the formula in jnp",
+    plain=("the formula in jnp", plain),
   )
 
 
@@ -140,8 +150,7 @@ def _build_embed() -> harness.Comparison:
   return _compare(
     lambda lib: lib.Embed(128, _FEATURES, rngs=lib.Rngs(0)),
     jnp.arange(_BATCH),
-    lambda p, x: p["embedding"][x],
-    "embedding[tokens]",
+    plain=("embedding[tokens]", lambda p, x: p["embedding"][x]),
   )
 
 
