@@ -24,7 +24,7 @@ from typing import Any
 
 import jax
 
-from tools.bench import bandwidth, compare, gpu_rows, harness
+from tools.bench import compare, gpu_rows, harness
 
 # Another program, which sees of the bench this module alone, asks for these.
 rows = gpu_rows.rows
@@ -181,7 +181,7 @@ def build(row: gpu_rows.Row) -> harness.Comparison:
     ours=_side(row, "ours", of("auto"), optional=False),
     baselines=baselines,
     # As many bytes each way as a copy has.
-    floor_traffic=bandwidth.Traffic(row.moved - row.moved // 2, row.moved // 2),
+    floor_traffic=harness.Traffic(row.moved - row.moved // 2, row.moved // 2),
     floor_name="a plain copy of as many bytes",
     clock=harness.QUEUED,
     in_a_call=row.layers * row.steps,

@@ -106,8 +106,8 @@ class Comparison:
       timed along with the others. Where both are given the floor is their sum.
     floor_name: what the floor is, in words.
     clock: `WALL`, `QUEUED` or `THREAD_CPU`.
-    in_a_call: how often one call of a side does what the row measures; times
-      are those of one, and so is the floor.
+    in_a_call: how often one call of a side does what the row measures; its
+      times are those of one. The floor is of one as it stands.
     tolerance: overrides the tolerance of the arrays' dtypes.
     details: extra fields for the records, such as the implementation chosen.
   """
