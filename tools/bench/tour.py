@@ -37,10 +37,10 @@ _ROWS = {
     "jit_write_all/100",
     "var_write/100",
     "import_time/process",
+    "jit_round_robin/60_models",
   ),
   "train_step": (
     "step/5_blocks",
-    "trace/50_layers",
     "compile_scan/24_layers",
   ),
   "bridge": (
