@@ -150,6 +150,9 @@ class TourTest(absltest.TestCase):
     self.enter_context(
       mock.patch.object(main.tempfile, "mkdtemp", lambda **_: self.folder)
     )
+    self.enter_context(
+      mock.patch.object(harness, "_calls_per_sample", return_value=1)
+    )
     self.labels = []
 
     def cases(name, settings):
