@@ -28,12 +28,10 @@ import argparse
 from collections.abc import Iterator, Sequence
 from concurrent import futures
 import hashlib
-import importlib.metadata
 import importlib.util
 import json
 import os
 import pathlib
-import platform
 import queue
 import subprocess
 import sys
@@ -48,6 +46,7 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from tools import gpu_build  # noqa: E402
+from tools import versions as versions_lib  # noqa: E402
 
 STEPS = ("build", "tests", "bench")
 # Failures of a shard that are told at length: in the results, on the screen.
@@ -69,20 +68,13 @@ def _first_line(command: Sequence[Any], word: str = "") -> str | None:
 
 def versions() -> dict[str, str]:
   """Returns the versions of what takes part, and a digest of the sources."""
-  found = {"python": platform.python_version()}
-  for name in ("jax", "jaxlib", "jax-cuda13-plugin", "flax", "numpy", "torch"):
-    try:
-      found[name] = importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-      continue
+  found = versions_lib.installed(
+    ("jax", "jaxlib", "jax-cuda13-plugin", "flax", "numpy", "torch")
+  )
+  found["commit"] = versions_lib.commit()
   driver = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-  commit = ["git", "-C", ROOT, "rev-parse", "--short=12", "HEAD"]
-  for name, line in (
-    ("driver", _first_line(driver)),
-    ("commit", _first_line(commit)),
-  ):
-    if line:
-      found[name] = line
+  if line := _first_line(driver):
+    found["driver"] = line
   digest = hashlib.sha256()
   for folder in ("kernels", "nnx", "tests", "tools"):
     for path in sorted((ROOT / folder).rglob("*")):

@@ -20,9 +20,14 @@ from jax import numpy as jnp
 import numpy as np
 
 # A sample goes through its buffers until it has moved about this much, or
-# starting the threads would show; but not for ever where they are tiny.
-_SAMPLE_BYTES = 2**28
+# starting the threads or programs would show; but not for ever where they are
+# tiny.
+_HOST_SAMPLE_BYTES = 2**28
+_DEVICE_SAMPLE_BYTES = 2**35
 _MAX_PASSES = 2**12
+
+# What a device copies: much more than its caches hold.
+_COPY_BYTES = 2**30
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,25 +103,15 @@ def _host_pass(traffic: Traffic) -> Callable[[int], None]:
   return go
 
 
-def _device_pass(traffic: Traffic) -> Callable[[int], None]:
-  """The same on an accelerator, through XLA."""
-  copied = min(traffic.read, traffic.written)
-  works = []
-  if copied:
-    copy = jax.jit(jnp.negative)
-    works.append((copy, jnp.ones(max(1, copied // 4), jnp.float32)))
-  if traffic.read > copied:
-    surplus = max(1, (traffic.read - copied) // 4)
-    works.append((jax.jit(jnp.max), jnp.ones(surplus, jnp.float32)))
-  if traffic.written > copied:
-    surplus = max(1, (traffic.written - copied) // 4)
-    fill = jax.jit(lambda x: jnp.full((surplus,), x))
-    works.append((fill, jnp.ones((), jnp.float32)))
+def _device_copy() -> Callable[[int], None]:
+  """Returns `passes -> None`, which queues so many copies on a device."""
+  copy = jax.jit(jnp.negative)
+  source = jnp.ones(_COPY_BYTES // 4, jnp.float32)
 
   def go(passes: int) -> None:
     for _ in range(passes):
-      results = [work(x) for work, x in works]
-    jax.block_until_ready(results)
+      target = copy(source)
+    jax.block_until_ready(target)
 
   return go
 
@@ -124,8 +119,12 @@ def _device_pass(traffic: Traffic) -> Callable[[int], None]:
 class Mover:
   """Moves some bytes between memory and the cores, and says how long it took.
 
+  On the CPU these very bytes move, in buffers of their size: what fits into a
+  cache stays there. A device makes plain copies of 1 GiB, and the time is what
+  the bytes would take at that bandwidth.
+
   Args:
-    traffic: how many bytes; buffers of that size are held.
+    traffic: how many bytes.
 
   Example:
     >>> mover = Mover(Traffic(read=2**20, written=2**19))
@@ -134,14 +133,19 @@ class Mover:
   """
 
   def __init__(self, traffic: Traffic):
-    on_host = jax.default_backend() == "cpu"
-    self._move = (_host_pass if on_host else _device_pass)(traffic)
-    passes = _SAMPLE_BYTES // max(1, traffic.total)
-    self._passes = min(max(1, passes), _MAX_PASSES)
+    wanted = max(1, traffic.total)
+    if jax.default_backend() == "cpu":
+      self._move = _host_pass(traffic)
+      moved, sample = wanted, _HOST_SAMPLE_BYTES
+    else:
+      self._move = _device_copy()
+      moved, sample = 2 * _COPY_BYTES, _DEVICE_SAMPLE_BYTES
+    self._passes = min(max(1, sample // moved), _MAX_PASSES)
+    self._passes_wanted = wanted / moved
     self._move(1)
 
   def seconds(self) -> float:
-    """Returns the seconds of one pass over the bytes, measured now.
+    """Returns the seconds that the bytes take, measured now.
 
     A pass that is not timed comes first: what fits into a cache is then there,
     as it is for a row whose calls are repeated.
@@ -149,4 +153,5 @@ class Mover:
     self._move(1)
     start = time.perf_counter()
     self._move(self._passes)
-    return (time.perf_counter() - start) / self._passes
+    each = (time.perf_counter() - start) / self._passes
+    return each * self._passes_wanted

@@ -66,7 +66,7 @@ def _flax_update(x, mean, var, mask=None):
 
 
 def _flax_batch_norm(x, scale, bias, mean, var):
-  """One training step of flax.nnx's BatchNorm: new averages, then output."""
+  """Takes a training step of flax.nnx's BatchNorm: averages, then output."""
   batch_mean, batch_var = _flax_statistics(x)
   y = (x - batch_mean) * (lax.rsqrt(batch_var + _EPSILON) * scale) + bias
   averages = _blend(mean, var, batch_mean, batch_var)
@@ -80,7 +80,7 @@ def _ours_batch_norm(x, scale, bias, mean, var, **options):
 
 
 def _flax_inference(x, scale, bias, mean, var):
-  """The same in evaluation mode."""
+  """Does the same in evaluation mode."""
   y = (x - mean) * (lax.rsqrt(var + _EPSILON) * scale) + bias
   return mean, var, y.astype(x.dtype)
 

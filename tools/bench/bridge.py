@@ -55,7 +55,7 @@ class Normed(linen.Module):
 
 @functools.cache
 def _stack_type(library: Any) -> type:
-  """Dense layers, with `nnx` or `flax.nnx`."""
+  """Returns the class of a model of dense layers."""
 
   class Stack(library.Module):
     """Dense layers."""
@@ -81,7 +81,7 @@ Call = Callable[[Any, jax.Array], Any]
 
 
 def _side(name: str, call: Call, arrays: Any, how: str) -> harness.Side:
-  """A side that calls, or traces a call, or calls what is compiled."""
+  """Makes a side that calls, traces a call, or calls what is compiled."""
   x = _X()
   if how != "traced":
     compiled = jax.jit(call) if how == "jitted" else call
@@ -104,7 +104,7 @@ def _side(name: str, call: Call, arrays: Any, how: str) -> harness.Side:
 def _build_to_nnx(
   model: type[linen.Module], layers: int, train: bool, how: str
 ) -> harness.Comparison:
-  """A call of `ToNNX`."""
+  """Builds the row of a call of `ToNNX`."""
   x, module = _X(), model(layers)
   mutable = ["batch_stats"] if train else False
 
@@ -141,7 +141,7 @@ def _build_to_nnx(
 
 
 def _build_to_linen(layers: int, how: str) -> harness.Comparison:
-  """`ToLinen.apply`."""
+  """Builds the row of `ToLinen.apply`."""
   x = _X()
 
   def side(library: Any, to_linen: Any, name: str) -> harness.Side:

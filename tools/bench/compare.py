@@ -14,7 +14,7 @@ class MismatchError(AssertionError):
 
 @dataclasses.dataclass(frozen=True)
 class Tolerance:
-  """Allows a difference that is the sum of three parts.
+  """Allows each element a difference that is the sum of three parts.
 
   Attributes:
     relative: times the element's own magnitude.
@@ -26,6 +26,39 @@ class Tolerance:
   relative: float
   absolute: float
   of_largest: float = 0.0
+
+  def __str__(self) -> str:
+    return (
+      f"{self.relative:g} relative + {self.absolute:g} absolute + "
+      f"{self.of_largest:g} of the largest"
+    )
+
+  def compare(self, ours: jax.Array, theirs: jax.Array) -> tuple[bool, float]:
+    """Returns whether all values agree, and the largest difference."""
+    same, largest = _by_element(ours, theirs, *dataclasses.astuple(self))
+    return bool(same), float(largest)
+
+
+@dataclasses.dataclass(frozen=True)
+class NormTolerance:
+  """Allows each array a difference whose norm is a part of the array's own.
+
+  One element may say nothing: where it is within rounding of 0, relu's gate may
+  be open on one side alone, and the gradient is all there or not at all.
+
+  Attributes:
+    relative: how large a part. NaN and infinity are within no tolerance.
+  """
+
+  relative: float
+
+  def __str__(self) -> str:
+    return f"{self.relative:g} of the norm"
+
+  def compare(self, ours: jax.Array, theirs: jax.Array) -> tuple[bool, float]:
+    """Returns whether the arrays agree, and the difference of the norms."""
+    part = float(_by_norm(ours, theirs))
+    return part <= self.relative, part
 
 
 # A few units in the last place of each format: the sides add the same numbers
@@ -50,7 +83,7 @@ def tolerance_of(dtype: Any) -> Tolerance:
 
 
 @jax.jit
-def _difference(ours, theirs, relative, absolute, of_largest):
+def _by_element(ours, theirs, relative, absolute, of_largest):
   """Returns whether all values agree, and the largest difference."""
   equal = ours == theirs
   # Fewer than 64 bits are compared in float32, which holds all their values
@@ -67,6 +100,18 @@ def _difference(ours, theirs, relative, absolute, of_largest):
   return jnp.all(near | equal), jnp.max(difference, initial=0.0)
 
 
+@jax.jit
+def _by_norm(ours, theirs):
+  """Returns the norm of the difference as a part of the norm of `theirs`.
+
+  Of a difference from zeros alone, the norm itself; NaN where anything is NaN
+  or infinite.
+  """
+  ours, theirs = (jnp.ravel(x).astype(jnp.float32) for x in (ours, theirs))
+  size = jnp.linalg.norm(theirs)
+  return jnp.linalg.norm(ours - theirs) / jnp.where(size == 0, 1.0, size)
+
+
 def _leaves(tree: Any) -> dict[str, Any]:
   flat, _ = jax.tree_util.tree_flatten_with_path(tree)
   return {jax.tree_util.keystr(path): leaf for path, leaf in flat}
@@ -77,8 +122,8 @@ def check_same(
   theirs: Any,
   *,
   label: str,
-  tolerance: Tolerance | None = None,
-) -> None:
+  tolerance: Tolerance | NormTolerance | None = None,
+) -> float:
   """Checks that two pytrees hold the same values.
 
   Args:
@@ -87,11 +132,15 @@ def check_same(
     label: names the comparison in the message.
     tolerance: instead of the default of each array's dtype.
 
+  Returns:
+    The largest difference of two leaves, as the tolerance measures it.
+
   Raises:
     MismatchError: if paths, shapes, dtypes or values differ.
 
   Example:
     >>> check_same({"y": jnp.ones(2)}, {"y": jnp.ones(2)}, label="ones")
+    0.0
   """
   ours, theirs = _leaves(ours), _leaves(theirs)
   if ours.keys() != theirs.keys():
@@ -100,6 +149,7 @@ def check_same(
       f"{label}: both sides must return the same structure, but {only} "
       "exist on one side only. The row is not timed."
     )
+  differences = [0.0]
   for path, left in ours.items():
     right = theirs[path]
     if isinstance(left, str) or isinstance(right, str):
@@ -117,11 +167,11 @@ def check_same(
         " The row is not timed."
       )
     allowed = tolerance or tolerance_of(left.dtype)
-    same, largest = _difference(left, right, *dataclasses.astuple(allowed))
+    same, difference = allowed.compare(left, right)
     if not same:
       raise MismatchError(
-        f"{label}: leaf `{path}` must agree within {allowed.relative:g} "
-        f"relative + {allowed.absolute:g} absolute + {allowed.of_largest:g} of "
-        f"the largest ({left.dtype}), but the largest difference is "
-        f"{float(largest):g}. The row is not timed."
+        f"{label}: leaf `{path}` must agree within {allowed} ({left.dtype}), "
+        f"but the largest difference is {difference:g}. The row is not timed."
       )
+    differences.append(difference)
+  return max(differences)

@@ -22,20 +22,17 @@ import numpy as np
 
 from kernels import decode_attention
 from kernels.decode_attention import arg_specs
-from tools.bench import choice, compare, harness
+from tools.bench import choice, compare, harness, int8
 
 NAME = "decode"
 _DTYPES = ("float32", "bfloat16", "int8")
-# All values are multiples of 1/32 between -2 and 2: exact in every dtype here,
-# so that both sides quantise to the same integers.
-_INT8_SCALE = 1 / 32
 _LAYERS = 16
 
 State = tuple[Any, ...]
 
 
 def _has_row(spec: arg_specs.ArgSpec) -> bool:
-  """Whether the baselines can do the step, and no other dtype's row is it."""
+  """Says whether the baselines can do it and no other dtype's row is it."""
   return spec.layers is None and not spec.name.endswith(
     ("_bf16", "_int8", "_fp8")
   )
@@ -67,7 +64,11 @@ _QUICK_STACKED = dataclasses.replace(_STACKED, length=128, layers=4)
 
 
 def _integers(shape: tuple[int, ...], seed: int) -> np.ndarray:
-  """Returns int8 values; divided by 32 they are the data of every dtype."""
+  """Returns int8 values; times `int8.SCALE` they are the data of every dtype.
+
+  Multiples of 1/32 between -2 and 2 are exact in every dtype here, so that both
+  sides quantise to the same integers.
+  """
   random = np.random.default_rng(seed)
   return random.integers(-64, 65, shape, dtype=np.int8)
 
@@ -77,7 +78,7 @@ def _as_dtype(integers: jax.Array, dtype: str) -> jax.Array:
   if dtype == "int8":
     # An addition, or jit would hand back the very same buffer.
     return integers + jnp.int8(0)
-  return (integers.astype(jnp.float32) * _INT8_SCALE).astype(dtype)
+  return (integers.astype(jnp.float32) * int8.SCALE).astype(dtype)
 
 
 def _float_dtype(dtype: str) -> str:
@@ -95,7 +96,7 @@ def _attend(q, cache_k, cache_v, index):
 
 
 def _flax_step(cache_k, cache_v, q, new_k, new_v, index):
-  """One step of flax.nnx's MultiHeadAttention in decode mode."""
+  """Takes a step of flax.nnx's MultiHeadAttention in decode mode."""
   start = (0, index, 0, 0)
   cache_k = lax.dynamic_update_slice(cache_k, new_k, start)
   cache_v = lax.dynamic_update_slice(cache_v, new_v, start)
@@ -103,25 +104,21 @@ def _flax_step(cache_k, cache_v, q, new_k, new_v, index):
 
 
 def _flax_int8_step(cache_k, cache_v, q, new_k, new_v, index):
-  """The same on int8 caches, which are widened for the attention."""
-
-  def quantise(rows):
-    scaled = jnp.round(rows.astype(jnp.float32) / _INT8_SCALE)
-    return jnp.clip(scaled, -127, 127).astype(jnp.int8)
+  """Does the same on int8 caches, which are widened for the attention."""
 
   def widen(cache):
-    return (cache.astype(jnp.float32) * _INT8_SCALE).astype(q.dtype)
+    return (cache.astype(jnp.float32) * int8.SCALE).astype(q.dtype)
 
   start = (0, index, 0, 0)
-  cache_k = lax.dynamic_update_slice(cache_k, quantise(new_k), start)
-  cache_v = lax.dynamic_update_slice(cache_v, quantise(new_v), start)
+  cache_k = lax.dynamic_update_slice(cache_k, int8.quantise(new_k), start)
+  cache_v = lax.dynamic_update_slice(cache_v, int8.quantise(new_v), start)
   out = _attend(q, widen(cache_k), widen(cache_v), index)
   return cache_k, cache_v, out
 
 
 def _ours_step(cache_k, cache_v, q, new_k, new_v, index):
-  """One call: appends the new rows and attends over the valid prefix."""
-  scale = jnp.float32(_INT8_SCALE) if cache_k.dtype == jnp.int8 else None
+  """Appends the new rows and attends over the valid prefix, in one call."""
+  scale = jnp.float32(int8.SCALE) if cache_k.dtype == jnp.int8 else None
   return decode_attention(
     cache_k, cache_v, q, new_k, new_v, index, k_scale=scale, v_scale=scale
   )
@@ -186,7 +183,7 @@ def _quantised(result: State) -> State:
   """Returns a floating-point result with its caches as int8 would hold them."""
   return (
     *(
-      jnp.round(cache.astype(jnp.float32) / _INT8_SCALE).astype(jnp.int8)
+      jnp.round(cache.astype(jnp.float32) / int8.SCALE).astype(jnp.int8)
       for cache in result[:2]
     ),
     result[2],
@@ -205,7 +202,7 @@ def _torch_side(data: _Data, spec: arg_specs.ArgSpec) -> harness.Side:
 
   def to_torch(integers: jax.Array) -> Any:
     # [b, s, n, h] to PyTorch's own order, [b, n, s, h].
-    values = torch.from_numpy(np.array(integers)).float() * _INT8_SCALE
+    values = torch.from_numpy(np.array(integers)).float() * int8.SCALE
     values = values.to(getattr(torch, dtype))
     return values.transpose(1, 2).contiguous()
 
@@ -267,7 +264,7 @@ def _build_step(spec: arg_specs.ArgSpec) -> harness.Comparison:
 
 
 def _after(q, before):
-  """The query of a layer that must wait for what the layer before puts out.
+  """Returns a query that waits for what the layer before puts out.
 
   As in a model; layers that need nothing of each other would be run at once.
   """
@@ -275,7 +272,7 @@ def _after(q, before):
 
 
 def _ours_stacked(cache_k, cache_v, q, new_k, new_v, index):
-  """All layers in one scan, the stacked caches in its carry."""
+  """Runs all layers in one scan, the stacked caches in its carry."""
 
   def layer_step(carry, layer_input):
     *caches, before = carry
@@ -295,7 +292,7 @@ def _ours_stacked(cache_k, cache_v, q, new_k, new_v, index):
 
 
 def _ours_layer_by_layer(caches_k, caches_v, q, new_k, new_v, index):
-  """All layers one after the other, each with caches of its own."""
+  """Runs all layers one after the other, each with caches of its own."""
   results, before = [], jnp.zeros_like(q[0])
   for i, caches in enumerate(zip(caches_k, caches_v, strict=True)):
     results.append(
@@ -307,7 +304,7 @@ def _ours_layer_by_layer(caches_k, caches_v, q, new_k, new_v, index):
 
 
 def _flax_stacked(cache_k, cache_v, q, new_k, new_v, index):
-  """All layers in one scan, which takes the caches apart and stacks them."""
+  """Runs all layers in a scan, which takes caches apart and stacks them."""
 
   def layer_step(before, layer_input):
     cache_k, cache_v, q, new_k, new_v = layer_input

@@ -1,12 +1,12 @@
 """Describes the machine and the libraries that a record was measured with."""
 
-from importlib import metadata
 import os
 import pathlib
 import platform
-import subprocess
 
 import jax
+
+from tools import versions as versions_lib
 
 
 def device_description() -> str:
@@ -42,37 +42,7 @@ def invocation_directory() -> pathlib.Path:
   return pathlib.Path(os.environ.get("BUILD_WORKING_DIRECTORY", "."))
 
 
-def _commit() -> str:
-  """Returns the commit of the source tree, `+changes` if it has any."""
-  # Bazel's runfiles are links into the source tree.
-  folder = pathlib.Path(__file__).resolve().parent
-  command = ["git", "describe", "--always", "--abbrev=12", "--exclude=*"]
-  try:
-    commit = subprocess.run(
-      command,
-      cwd=folder,
-      capture_output=True,
-      check=True,
-      text=True,
-    ).stdout.strip()
-    changes = subprocess.run(
-      ["git", "status", "--porcelain", "--untracked-files=no"],
-      cwd=folder,
-      capture_output=True,
-      check=True,
-      text=True,
-    ).stdout.strip()
-  except (OSError, subprocess.CalledProcessError):
-    return "unknown"
-  return commit + ("+changes" if changes else "")
-
-
 def versions() -> dict[str, str]:
   """Returns the versions of Python, of the libraries, and the commit."""
-  found = {"python": platform.python_version(), "commit": _commit()}
-  for name in ("jax", "jaxlib", "flax", "numpy", "torch"):
-    try:
-      found[name] = metadata.version(name)
-    except metadata.PackageNotFoundError:
-      continue
-  return found
+  packages = ("jax", "jaxlib", "flax", "numpy", "torch")
+  return versions_lib.installed(packages) | {"commit": versions_lib.commit()}

@@ -11,6 +11,7 @@ tokens, or 4 if quick:
 """
 
 from collections.abc import Sequence
+import dataclasses
 import functools
 from typing import Any
 
@@ -35,11 +36,7 @@ _SIZES = {
 }
 _QUICK_SIZES = {"example": char_transformer.Size(layers=1)}
 
-Library = Any
-_LIBRARIES: tuple[tuple[str, Library], ...] = (
-  ("nnx", nnx),
-  ("flax.nnx", flax_nnx),
-)
+Library = models.Library
 
 
 def _make_models(size: char_transformer.Size) -> dict[str, Any]:
@@ -104,7 +101,7 @@ def _one_program(
     return jax.tree.map(jnp.copy, cache)
 
   def back(cache: Any) -> Any:
-    """The caches as before the call: their first tokens are still there."""
+    """Returns the caches as they were: their first tokens are still there."""
     return jax.tree.map(
       lambda x: jnp.array(_CONTEXT, x.dtype) if x.ndim == 0 else x, cache
     )
@@ -122,35 +119,38 @@ def _one_program(
 def _build_token_by_token(
   size: char_transformer.Size, tokens: int
 ) -> harness.Comparison:
-  models = _make_models(size)
+  """Builds the row of one call a token."""
+  made = _make_models(size)
   noise = char_transformer.noise(size, _SYMBOLS)
-  ours, theirs = (
-    _token_by_token(
-      library, f"{name}.jit", models[name], noise, tokens, name == "nnx"
+
+  def make(library: Library, name: str) -> harness.Side:
+    return _token_by_token(
+      library, f"{name}.jit", made[name], noise, tokens, donate=name == "nnx"
     )
-    for name, library in _LIBRARIES
-  )
+
   donating = _token_by_token(
     flax_nnx,
     "flax.nnx.jit, donating",
-    flax_nnx.clone(models["flax.nnx"]),
+    flax_nnx.clone(made["flax.nnx"]),
     noise,
     tokens,
     donate=True,
   )
-  return harness.Comparison(ours=ours, baselines=[theirs, donating])
+  both = models.comparison(make)
+  return dataclasses.replace(both, baselines=[*both.baselines, donating])
 
 
 def _build_one_program(
   size: char_transformer.Size, tokens: int
 ) -> harness.Comparison:
-  models = _make_models(size)
+  """Builds the row of all tokens in one program."""
+  made = _make_models(size)
   noise = char_transformer.noise(size, _SYMBOLS)
-  ours, theirs = (
-    _one_program(library, f"{name}, scanned", models[name], noise, tokens)
-    for name, library in _LIBRARIES
+  return models.comparison(
+    lambda library, name: _one_program(
+      library, f"{name}, scanned", made[name], noise, tokens
+    )
   )
-  return harness.Comparison(ours=ours, baselines=[theirs])
 
 
 _OPS = {

@@ -8,44 +8,30 @@ them. The floor of the `jit` rows is `jax.jit` on the flat tuple of arrays.
 """
 
 from collections.abc import Callable, Sequence
+import dataclasses
 import functools
-import os
-import subprocess
-import sys
 from typing import Any
 
 from flax import nnx as flax_nnx
 import jax
 from jax import numpy as jnp
 
-import nnx
-from tools.bench import graph_models, harness
+from tools.bench import graph_access, graph_models, harness, models
 
 NAME = "graph"
 _SIZES = (10, 100, 1000)
 _QUICK_SIZES = (100,)
 _LAYER_COUNT = 45  # 991 Variables
+_ROUND_ROBIN = (60, 150)
+_QUICK_ROUND_ROBIN = (10,)
 
-# `nnx` or `flax.nnx`: the programs below use only what both have.
-Library = Any
+Library = models.Library
 MakeModel = Callable[[Library], Any]
-_LIBRARIES: tuple[tuple[str, Library], ...] = (
-  ("nnx", nnx),
-  ("flax.nnx", flax_nnx),
-)
-
-
-def _values(library: Library, state: Any) -> dict[str, Any]:
-  """Returns the arrays of a State by path, to compare the two libraries."""
-  return {
-    "/".join(map(str, path)): leaf[...] if hasattr(leaf, "get_value") else leaf
-    for path, leaf in library.to_flat_state(state)
-  }
 
 
 def _model_values(library: Library, model: Any) -> dict[str, Any]:
   # RNG keys are compared as plain numbers.
-  values = _values(library, library.state(model))
+  values = models.arrays(library, library.state(model))
   return {
     path: jax.random.key_data(value)
     if jnp.issubdtype(value.dtype, jax.dtypes.prng_key)
@@ -59,10 +45,8 @@ def _compare(
   floor_side: harness.Side | None = None,
 ) -> harness.Comparison:
   """Makes the same side with both libraries."""
-  ours, theirs = (make(library, name) for name, library in _LIBRARIES)
-  return harness.Comparison(
-    ours=ours,
-    baselines=[theirs],
+  return models.comparison(
+    make,
     floor_side=floor_side,
     floor_name="jax.jit on the flat tuple" if floor_side else "",
     clock=harness.THREAD_CPU,
@@ -74,7 +58,7 @@ def _floats(model: Any, library: Library) -> tuple[jax.Array, ...]:
 
 
 def _build_jit_noop(make_model: MakeModel) -> harness.Comparison:
-  """`nnx.jit` of a body that touches nothing."""
+  """Builds the row of `nnx.jit` of a body that touches nothing."""
 
   def make(library: Library, name: str) -> harness.Side:
     model = make_model(library)
@@ -103,7 +87,7 @@ def _build_jit_noop(make_model: MakeModel) -> harness.Comparison:
 
 
 def _build_jit_write_all(make_model: MakeModel) -> harness.Comparison:
-  """`nnx.jit` of a body that writes every floating-point Variable."""
+  """Builds the row of `nnx.jit` of a body that writes every float Variable."""
 
   def make(library: Library, name: str) -> harness.Side:
     model = make_model(library)
@@ -141,8 +125,65 @@ def _build_jit_write_all(make_model: MakeModel) -> harness.Comparison:
   return _compare(make, floor)
 
 
+def _build_round_robin(count: int) -> harness.Comparison:
+  """Builds the row of one function called with many models in turn.
+
+  They differ in a static number, and each has a compiled program of its own, as
+  each value of a static argument of `jax.jit` has.
+
+  Args:
+    count: of the models, of ten Variables each.
+  """
+  # Multiples of a power of two: sums are exact.
+  rates = [index / 256 for index in range(1, count + 1)]
+
+  def make(library: Library, name: str) -> harness.Side:
+    members = [graph_models.make_blocks(library, 10) for _ in rates]
+    for model, rate in zip(members, rates, strict=True):
+      model.rate = rate
+
+    @library.jit
+    def step(model):
+      for variable in graph_models.float_variables(library, model):
+        variable[...] = variable[...] + model.rate
+
+    def fresh() -> Any:
+      for model in members:
+        for variable in graph_models.float_variables(library, model):
+          variable[...] = jnp.zeros_like(variable[...])
+      return members
+
+    def call(members: list[Any]) -> None:
+      for model in members:
+        step(model)
+
+    return harness.Side(
+      name=f"{name}.jit",
+      fresh=fresh,
+      call=call,
+      observe=lambda members, _: [_floats(model, library) for model in members],
+    )
+
+  @functools.partial(jax.jit, static_argnums=0)
+  def flat_step(rate, arrays):
+    return tuple(array + rate for array in arrays)
+
+  arrays = _floats(graph_models.make_blocks(flax_nnx, 10), flax_nnx)
+  zeros = tuple(map(jnp.zeros_like, arrays))
+  static = harness.Side(
+    name="jax.jit, static argument",
+    fresh=lambda: [zeros for _ in rates],
+    call=lambda state: [
+      flat_step(rate, arrays) for rate, arrays in zip(rates, state, strict=True)
+    ],
+    advance=lambda _, result: result,
+  )
+  both = _compare(make)
+  return dataclasses.replace(both, baselines=[*both.baselines, static])
+
+
 def _build_split(make_model: MakeModel) -> harness.Comparison:
-  """`nnx.split(model)`."""
+  """Builds the row of `nnx.split(model)`."""
 
   def make(library: Library, name: str) -> harness.Side:
     model = make_model(library)
@@ -152,7 +193,7 @@ def _build_split(make_model: MakeModel) -> harness.Comparison:
       call=library.split,
       observe=lambda _, result: (
         _model_values(library, model)
-        | {"split": sorted(_values(library, result[1]))}
+        | {"split": sorted(models.arrays(library, result[1]))}
       ),
     )
 
@@ -160,7 +201,7 @@ def _build_split(make_model: MakeModel) -> harness.Comparison:
 
 
 def _build_state(make_model: MakeModel) -> harness.Comparison:
-  """`nnx.state(model)`."""
+  """Builds the row of `nnx.state(model)`."""
 
   def make(library: Library, name: str) -> harness.Side:
     model = make_model(library)
@@ -168,14 +209,14 @@ def _build_state(make_model: MakeModel) -> harness.Comparison:
       name=f"{name}.state",
       fresh=lambda: model,
       call=library.state,
-      observe=lambda _, result: sorted(_values(library, result)),
+      observe=lambda _, result: sorted(models.arrays(library, result)),
     )
 
   return _compare(make)
 
 
 def _build_update(make_model: MakeModel) -> harness.Comparison:
-  """`nnx.update(model, state)` with the state of another such model."""
+  """Builds the row of `nnx.update` with the state of another such model."""
 
   def make(library: Library, name: str) -> harness.Side:
     model, other = make_model(library), make_model(library)
@@ -193,7 +234,7 @@ def _build_update(make_model: MakeModel) -> harness.Comparison:
 
 
 def _build_merge(make_model: MakeModel) -> harness.Comparison:
-  """`nnx.merge(graphdef, state)`."""
+  """Builds the row of `nnx.merge(graphdef, state)`."""
 
   def make(library: Library, name: str) -> harness.Side:
     graphdef, state = library.split(make_model(library))
@@ -208,7 +249,7 @@ def _build_merge(make_model: MakeModel) -> harness.Comparison:
 
 
 def _build_clone(make_model: MakeModel) -> harness.Comparison:
-  """`nnx.clone(model)`."""
+  """Builds the row of `nnx.clone(model)`."""
 
   def make(library: Library, name: str) -> harness.Side:
     model = make_model(library)
@@ -223,7 +264,7 @@ def _build_clone(make_model: MakeModel) -> harness.Comparison:
 
 
 def _build_tree_flatten(make_model: MakeModel) -> harness.Comparison:
-  """`jax.tree.flatten` of a State."""
+  """Builds the row of `jax.tree.flatten` of a State."""
 
   def make(library: Library, name: str) -> harness.Side:
     state = library.state(make_model(library))
@@ -238,7 +279,7 @@ def _build_tree_flatten(make_model: MakeModel) -> harness.Comparison:
 
 
 def _build_state_filter(make_model: MakeModel) -> harness.Comparison:
-  """`nnx.filter_state` by Variable type."""
+  """Builds the row of `nnx.filter_state` by Variable type."""
 
   def make(library: Library, name: str) -> harness.Side:
     state = library.state(make_model(library))
@@ -246,14 +287,14 @@ def _build_state_filter(make_model: MakeModel) -> harness.Comparison:
       name=f"{name}.filter_state",
       fresh=lambda: state,
       call=lambda state: library.filter_state(state, library.Param),
-      observe=lambda _, result: sorted(_values(library, result)),
+      observe=lambda _, result: sorted(models.arrays(library, result)),
     )
 
   return _compare(make)
 
 
 def _build_state_split(make_model: MakeModel) -> harness.Comparison:
-  """`nnx.split_state` into parameters and the rest."""
+  """Builds the row of `nnx.split_state` into parameters and the rest."""
 
   def make(library: Library, name: str) -> harness.Side:
     state = library.state(make_model(library))
@@ -262,7 +303,7 @@ def _build_state_split(make_model: MakeModel) -> harness.Comparison:
       fresh=lambda: state,
       call=lambda state: library.split_state(state, library.Param, ...),
       observe=lambda _, result: [
-        sorted(_values(library, part)) for part in result
+        sorted(models.arrays(library, part)) for part in result
       ],
     )
 
@@ -270,7 +311,7 @@ def _build_state_split(make_model: MakeModel) -> harness.Comparison:
 
 
 def _build_state_merge(make_model: MakeModel) -> harness.Comparison:
-  """`nnx.merge_state` of parameters and the rest."""
+  """Builds the row of `nnx.merge_state` of parameters and the rest."""
 
   def make(library: Library, name: str) -> harness.Side:
     state = library.state(make_model(library))
@@ -279,174 +320,10 @@ def _build_state_merge(make_model: MakeModel) -> harness.Comparison:
       name=f"{name}.merge_state",
       fresh=lambda: parts,
       call=lambda parts: library.merge_state(*parts),
-      observe=lambda _, result: sorted(_values(library, result)),
+      observe=lambda _, result: sorted(models.arrays(library, result)),
     )
 
   return _compare(make)
-
-
-def _micro_side(
-  name: str,
-  state: Any,
-  once: Callable[[Any], None],
-  observe: Callable[[Any], Any],
-) -> harness.Side:
-  """Makes a side of an access so short that a call to it would show.
-
-  Args:
-    name: the side's name.
-    state: what `once` works on.
-    once: does all of the row's accesses in a loop of its own.
-    observe: what to compare after `once`.
-  """
-
-  def loop(state: Any, count: int) -> None:
-    for _ in range(count):
-      once(state)
-
-  return harness.Side(
-    name=name,
-    fresh=lambda: state,
-    call=once,
-    loop=loop,
-    observe=lambda state, _: observe(state),
-  )
-
-
-def _build_var_read(count: int) -> harness.Comparison:
-  """`variable[...]`, once for each Variable."""
-
-  def make(library: Library, name: str) -> harness.Side:
-    def read(variables: list[Any]) -> None:
-      for variable in variables:
-        variable[...]
-
-    return _micro_side(
-      f"{name} variable[...]",
-      [library.Param(jnp.ones(4)) for _ in range(count)],
-      read,
-      lambda variables: [variable[...] for variable in variables],
-    )
-
-  return _compare(make)
-
-
-def _build_var_write(count: int) -> harness.Comparison:
-  """`variable[...] = array`, once for each Variable."""
-  array = jnp.full(4, 2.0)
-
-  def make(library: Library, name: str) -> harness.Side:
-    def write(variables: list[Any]) -> None:
-      for variable in variables:
-        variable[...] = array
-
-    return _micro_side(
-      f"{name} variable[...] = a",
-      [library.Param(jnp.ones(4)) for _ in range(count)],
-      write,
-      lambda variables: [variable[...] for variable in variables],
-    )
-
-  return _compare(make)
-
-
-def _build_param_new(count: int) -> harness.Comparison:
-  """`nnx.Param(array)`, so many times."""
-  array = jnp.ones(4)
-
-  def make(library: Library, name: str) -> harness.Side:
-    def create(param_type: Any) -> None:
-      for _ in range(count):
-        param_type(array)
-
-    return _micro_side(
-      f"{name}.Param(a)",
-      library.Param,
-      create,
-      lambda param_type: param_type(array)[...],
-    )
-
-  return _compare(make)
-
-
-def _build_setattr(count: int) -> harness.Comparison:
-  """`module.x = 1`, so many times."""
-
-  def make(library: Library, name: str) -> harness.Side:
-    def write(module: Any) -> None:
-      for _ in range(count):
-        module.x = 1
-
-    return _micro_side(
-      f"{name} module.x = 1",
-      graph_models.make_blocks(library, 10),
-      write,
-      lambda module: module.x,
-    )
-
-  return _compare(make)
-
-
-def _build_rngs_params(count: int) -> harness.Comparison:
-  """`rngs.params()`, so many times."""
-
-  def make(library: Library, name: str) -> harness.Side:
-    def draw(rngs: Any) -> None:
-      for _ in range(count):
-        rngs.params()
-
-    # A fresh stream each time, so that both sides are compared at one count.
-    return harness.Side(
-      name=f"{name} rngs.params()",
-      fresh=lambda: library.Rngs(0, params=1),
-      call=draw,
-      observe=lambda rngs, _: jax.random.key_data(rngs.params()),
-    )
-
-  return _compare(make)
-
-
-_IMPORT = """
-import time
-start = time.thread_time()
-import {module}
-print(time.thread_time() - start)
-"""
-
-
-def _import_seconds(module: str) -> float:
-  """Returns the CPU time of `import module` in a new interpreter."""
-  environment = dict(os.environ, PYTHONPATH=os.pathsep.join(sys.path))
-  done = subprocess.run(
-    [sys.executable, "-c", _IMPORT.format(module=module)],
-    env=environment,
-    capture_output=True,
-    check=False,
-    text=True,
-  )
-  if done.returncode != 0:
-    raise RuntimeError(f"`import {module}` must succeed, but: {done.stderr}")
-  return float(done.stdout)
-
-
-def _build_import_time() -> harness.Comparison:
-  """`import nnx`, with `import jax` as the floor."""
-
-  def side(module: str) -> harness.Side:
-    return harness.Side(
-      name=f"import {module}",
-      fresh=lambda: None,
-      call=lambda state: state,
-      stopwatch=lambda _: _import_seconds(module),
-    )
-
-  return harness.Comparison(
-    ours=side("nnx"),
-    baselines=[side("flax.nnx")],
-    floor_side=side("jax"),
-    floor_name="import jax",
-    clock=harness.THREAD_CPU,
-  )
 
 
 _MODEL_OPS = {
@@ -462,38 +339,43 @@ _MODEL_OPS = {
   "state_split": _build_state_split,
   "state_merge": _build_state_merge,
 }
-_ACCESS_OPS = {
-  "var_read": _build_var_read,
-  "var_write": _build_var_write,
-  "param_new": _build_param_new,
-  "setattr": _build_setattr,
-  "rngs_params": _build_rngs_params,
-}
 
 
 def cases(settings: harness.Settings) -> Sequence[harness.Case]:
-  """Returns the rows: every op at every size, and the time of the import."""
+  """Returns the rows: every op at every size, and those of another kind."""
   sizes = _QUICK_SIZES if settings.quick else _SIZES
-  models: dict[str, MakeModel] = {
+  makers: dict[str, MakeModel] = {
     str(size): functools.partial(graph_models.make_blocks, variables=size)
     for size in sizes
   }
   if not settings.quick:
-    models["real_layers"] = functools.partial(
+    makers["real_layers"] = functools.partial(
       graph_models.make_real_layers, layers=_LAYER_COUNT
     )
   rows = [
     harness.Case(NAME, op, case, "", functools.partial(build, make_model))
     for op, build in _MODEL_OPS.items()
-    for case, make_model in models.items()
+    for case, make_model in makers.items()
   ]
   rows += [
     harness.Case(NAME, op, str(size), "", functools.partial(build, size))
-    for op, build in _ACCESS_OPS.items()
+    for op, build in graph_access.OPS.items()
     for size in sizes
+  ]
+  rows += [
+    harness.Case(
+      NAME,
+      "jit_round_robin",
+      f"{count}_models",
+      "",
+      functools.partial(_build_round_robin, count),
+    )
+    for count in (_QUICK_ROUND_ROBIN if settings.quick else _ROUND_ROBIN)
   ]
   if not settings.quick:
     rows.append(
-      harness.Case(NAME, "import_time", "process", "", _build_import_time)
+      harness.Case(
+        NAME, "import_time", "process", "", graph_access.build_import_time
+      )
     )
   return rows

@@ -13,13 +13,15 @@ import jax
 from jax import lax
 from jax import numpy as jnp
 
-Library = Any
+from tools.bench import models
+
+Library = models.Library
 _WIDTH = 4
 _VARIABLES_PER_BLOCK = 10
 
 
 def is_float(path: Any, value: Any) -> bool:
-  """Filter: keeps Variables of floating-point arrays."""
+  """Keeps Variables of floating-point arrays: a filter."""
   del path
   dtype = getattr(value, "dtype", None)
   return dtype is not None and jnp.issubdtype(dtype, jnp.floating)
@@ -73,8 +75,8 @@ def make_blocks(library: Library, variables: int) -> Any:
 
 
 @functools.cache
-def _real_layers_type(library: Library) -> type:
-  """Returns the class of `make_real_layers`."""
+def _parts(library: Library) -> tuple[type, type, type]:
+  """Returns the classes of a dense layer, a batch norm and a dropout."""
 
   class Linear(library.Module):
     """Attributes of a dense layer."""
@@ -126,6 +128,14 @@ def _real_layers_type(library: Library) -> type:
       self.rng_collection = "dropout"
       self.rngs = rngs["dropout"].fork()
 
+  return Linear, Norm, Dropout
+
+
+@functools.cache
+def _attention_type(library: Library) -> type:
+  """Returns the class of a multi-head attention."""
+  Linear, *_ = _parts(library)
+
   class Attention(library.Module):
     """Attributes of a multi-head attention."""
 
@@ -152,6 +162,15 @@ def _real_layers_type(library: Library) -> type:
       self.attention_fn = jax.nn.dot_product_attention
       self.decode = None
       self.normalize_qk = False
+
+  return Attention
+
+
+@functools.cache
+def _real_layers_type(library: Library) -> type:
+  """Returns the class of `make_real_layers`."""
+  Linear, Norm, Dropout = _parts(library)
+  Attention = _attention_type(library)
 
   class Layer(library.Module):
     """One layer of an encoder."""

@@ -2,13 +2,14 @@
 
 A `Case` names a row before anything is allocated. Building it gives a
 `Comparison`: our `Side`, the baselines a user would otherwise run, and a floor.
-`run_case` checks that every side computes the same thing, and only then times
-them, interleaved, and returns one record for each baseline.
+`measure_row` checks that the sides compute the same thing, and only then times
+them, interleaved. `run_case` makes of it one record for each baseline.
 """
 
 from collections.abc import Callable, Iterator, Sequence
 import contextlib
 import dataclasses
+import enum
 import gc
 import statistics
 import time
@@ -21,6 +22,14 @@ from tools.bench import bandwidth, compare
 Traffic = bandwidth.Traffic
 
 
+class Waits(enum.Enum):
+  """What a sample waits for before its clock stops."""
+
+  EVERY_CALL = enum.auto()  # the arrays of a call, before the next one
+  LAST_CALL = enum.auto()  # those of the last: calls are queued, as in a loop
+  NO_CALL = enum.auto()  # Python has control again
+
+
 @dataclasses.dataclass(frozen=True)
 class Clock:
   """A named source of nanoseconds.
@@ -28,17 +37,19 @@ class Clock:
   Attributes:
     name: what the `clock` field of a record says.
     now_ns: the current reading in nanoseconds.
-    blocks: whether a call ends when its arrays are ready (elapsed time) or when
-      Python has control again (the thread's own CPU time).
+    waits: what a sample waits for.
   """
 
   name: str
   now_ns: Callable[[], int]
-  blocks: bool
+  waits: Waits
 
 
-WALL = Clock("wall", time.perf_counter_ns, blocks=True)
-THREAD_CPU = Clock("thread_cpu", time.thread_time_ns, blocks=False)
+WALL = Clock("wall", time.perf_counter_ns, Waits.EVERY_CALL)
+# Where waiting for a call takes longer than the call: on an accelerator.
+QUEUED = Clock("queued", time.perf_counter_ns, Waits.LAST_CALL)
+# Of the calling thread alone: what Python costs.
+THREAD_CPU = Clock("thread_cpu", time.thread_time_ns, Waits.NO_CALL)
 
 
 def _keep_state(state: Any, result: Any) -> Any:
@@ -58,24 +69,28 @@ class Side:
   Attributes:
     name: how the report calls it.
     fresh: makes the input of one sample; never timed. A side that donates or
-      aliases must return new buffers at every call.
+      aliases must return buffers that no call has used up.
     call: the timed call, `state -> result`.
     advance: the state of the next call in the same sample,
       `(state, result) -> state`. A donating side moves its result here.
-    observe: what the check compares, `(state, result) -> pytree of arrays`.
+    observe: what the check compares, `(state, result) -> pytree of arrays`;
+      None for a side that computes something else.
     loop: the timed loop, `(state, count) -> None`, for calls so short that the
       generic loop would show. It replaces `call` in the timing only.
     stopwatch: `state -> seconds` for a side that times itself (a subprocess);
       such a side is not compared and `call` is never used.
+    optional: whether the row does without this side, and says why, where it
+      does not run.
   """
 
   name: str
   fresh: Callable[[], Any]
   call: Callable[[Any], Any]
   advance: Callable[[Any, Any], Any] = _keep_state
-  observe: Callable[[Any, Any], Any] = _observe_result
+  observe: Callable[[Any, Any], Any] | None = _observe_result
   loop: Callable[[Any, int], None] | None = None
   stopwatch: Callable[[Any], float] | None = None
+  optional: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,7 +105,9 @@ class Comparison:
     floor_side: what cannot be avoided either, such as the dispatch of a call;
       timed along with the others. Where both are given the floor is their sum.
     floor_name: what the floor is, in words.
-    clock: `WALL` or `THREAD_CPU`.
+    clock: `WALL`, `QUEUED` or `THREAD_CPU`.
+    in_a_call: how often one call of a side does what the row measures; its
+      times are those of one. The floor is of one as it stands.
     tolerance: overrides the tolerance of the arrays' dtypes.
     details: extra fields for the records, such as the implementation chosen.
   """
@@ -101,7 +118,8 @@ class Comparison:
   floor_side: Side | None = None
   floor_name: str = ""
   clock: Clock = WALL
-  tolerance: compare.Tolerance | None = None
+  in_a_call: int = 1
+  tolerance: compare.Tolerance | compare.NormTolerance | None = None
   details: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
@@ -186,16 +204,17 @@ class Summary:
   repeats: int
 
   @classmethod
-  def of(cls, seconds: Sequence[float]) -> "Summary":
-    """Summarises `seconds`, one value a sample.
+  def of(cls, seconds: Sequence[float], in_a_call: int = 1) -> "Summary":
+    """Summarises `seconds` of a call, one value a sample.
 
     >>> Summary.of([0.003, 0.001, 0.002])
     Summary(median_ms=2.0, min_ms=1.0, max_ms=3.0, repeats=3)
     """
+    each = 1e3 / in_a_call
     return cls(
-      statistics.median(seconds) * 1e3,
-      min(seconds) * 1e3,
-      max(seconds) * 1e3,
+      statistics.median(seconds) * each,
+      min(seconds) * each,
+      max(seconds) * each,
       len(seconds),
     )
 
@@ -235,7 +254,7 @@ def _sample(side: Side, count: int, clock: Clock) -> float:
     start = now_ns()
     side.loop(state, count)
     stop = now_ns()
-  elif clock.blocks:
+  elif clock.waits is Waits.EVERY_CALL:
     start = now_ns()
     for _ in range(count):
       result = jax.block_until_ready(call(state))
@@ -246,6 +265,8 @@ def _sample(side: Side, count: int, clock: Clock) -> float:
     for _ in range(count):
       result = call(state)
       state = advance(state, result)
+    if clock.waits is Waits.LAST_CALL:
+      jax.block_until_ready(result)
     stop = now_ns()
     jax.block_until_ready(result)
   return (stop - start) / count / 1e9
@@ -276,7 +297,7 @@ def _calls_per_sample(side: Side, settings: Settings, clock: Clock) -> int:
 
 def measure(
   sides: Sequence[Side], settings: Settings, clock: Clock = WALL
-) -> list[Summary]:
+) -> list[list[float]]:
   """Times `sides`, interleaved.
 
   Args:
@@ -285,7 +306,7 @@ def measure(
     clock: what to time with.
 
   Returns:
-    One summary a side, in the order given.
+    The seconds of a call, of each side in the order given: one value a sample.
   """
   counts = [_calls_per_sample(side, settings, clock) for side in sides]
   seconds: list[list[float]] = [[] for _ in sides]
@@ -300,35 +321,69 @@ def measure(
       with _collector_paused():
         sample = _sample(sides[index], counts[index], clock)
       seconds[index].append(sample)
-  return [Summary.of(samples) for samples in seconds]
+  return seconds
 
 
-def check(comparison: Comparison, label: str) -> None:
+def _observe(side: Side) -> Any:
+  """Runs a side once; returns what to compare, None if there is nothing."""
+  state = side.fresh()
+  if side.stopwatch is not None:
+    if side.optional:
+      side.stopwatch(state)
+    return None
+  result = jax.block_until_ready(side.call(state))
+  return side.observe(state, result) if side.observe is not None else None
+
+
+@dataclasses.dataclass(frozen=True)
+class Checked:
+  """What is known of a row's baselines before any is timed.
+
+  Attributes:
+    baselines: those that run.
+    differences: by name, how far the results of those that are compared are
+      from ours, as the tolerance measures it.
+    without: by name, why the others do not run.
+  """
+
+  baselines: list[Side] = dataclasses.field(default_factory=list)
+  differences: dict[str, float] = dataclasses.field(default_factory=dict)
+  without: dict[str, str] = dataclasses.field(default_factory=dict)
+
+
+def check(comparison: Comparison, label: str) -> Checked:
   """Runs every side once and compares it with ours.
 
   Args:
     comparison: the row.
     label: the row's name, for the message.
 
+  Returns:
+    The baselines to time.
+
   Raises:
     compare.MismatchError: if a baseline and ours differ by more than the
-      tolerance of their dtypes.
+      tolerance.
   """
-  if comparison.ours.stopwatch is not None:
-    return
-
-  def observe(side: Side) -> Any:
-    state = side.fresh()
-    return side.observe(state, side.call(state))
-
-  ours = observe(comparison.ours)
+  checked = Checked()
+  ours = _observe(comparison.ours)
   for baseline in comparison.baselines:
-    compare.check_same(
-      ours,
-      observe(baseline),
-      label=f"{label}: ours against {baseline.name}",
-      tolerance=comparison.tolerance,
-    )
+    try:
+      theirs = _observe(baseline)
+    except Exception as error:
+      if not baseline.optional:
+        raise
+      checked.without[baseline.name] = str(error)[:300]
+      continue
+    if ours is not None and theirs is not None:
+      checked.differences[baseline.name] = compare.check_same(
+        ours,
+        theirs,
+        label=f"{label}: ours against {baseline.name}",
+        tolerance=comparison.tolerance,
+      )
+    checked.baselines.append(baseline)
+  return checked
 
 
 def _floor_sides(comparison: Comparison) -> Iterator[Side]:
@@ -343,6 +398,61 @@ def _floor_sides(comparison: Comparison) -> Iterator[Side]:
       call=lambda state: state,
       stopwatch=lambda state: mover.seconds(),
     )
+
+
+@dataclasses.dataclass(frozen=True)
+class Measurement:
+  """What a row came to; times are of one of what the row measures.
+
+  Attributes:
+    ours: our side.
+    baselines: those that run, by name.
+    floor_ms: the floor, None if there is none.
+    differences: see `Checked`.
+    without: see `Checked`.
+  """
+
+  ours: Summary
+  baselines: dict[str, Summary]
+  floor_ms: float | None
+  differences: dict[str, float]
+  without: dict[str, str]
+
+
+def measure_row(
+  comparison: Comparison, label: str, settings: Settings
+) -> Measurement:
+  """Checks and times one row.
+
+  Args:
+    comparison: the row.
+    label: its name, for messages.
+    settings: how long to measure.
+
+  Raises:
+    compare.MismatchError: if the sides disagree; nothing is timed then.
+  """
+  checked = check(comparison, label)
+  sides = [comparison.ours, *checked.baselines]
+  floors = list(_floor_sides(comparison))
+  samples = measure([*sides, *floors], settings, comparison.clock)
+  ours, *theirs = (
+    Summary.of(seconds, comparison.in_a_call)
+    for seconds in samples[: len(sides)]
+  )
+  floor_ms = None
+  if floors:
+    floor_ms = sum(
+      Summary.of(seconds).median_ms for seconds in samples[len(sides) :]
+    )
+  names = [baseline.name for baseline in checked.baselines]
+  return Measurement(
+    ours,
+    dict(zip(names, theirs, strict=True)),
+    floor_ms,
+    checked.differences,
+    checked.without,
+  )
 
 
 def run_case(
@@ -367,43 +477,36 @@ def run_case(
     compare.MismatchError: if the sides disagree; nothing is timed then.
   """
   comparison = case.build()
-  check(comparison, case.label)
-  sides = [comparison.ours, *comparison.baselines]
-  floors = list(_floor_sides(comparison))
-  summaries = measure([*sides, *floors], settings, comparison.clock)
-  ours, floor_summaries = summaries[0], summaries[len(sides) :]
-  floor_ms = (
-    sum(summary.median_ms for summary in floor_summaries) if floors else None
-  )
-  records = []
-  for baseline, theirs in zip(
-    comparison.baselines, summaries[1 : len(sides)], strict=True
-  ):
-    records.append(
-      {
-        "suite": case.suite,
-        "op": case.op,
-        "case": case.case,
-        "dtype": case.dtype,
-        "ours_ms": ours.median_ms,
-        "ours_min_ms": ours.min_ms,
-        "ours_max_ms": ours.max_ms,
-        "baseline": baseline.name,
-        "baseline_ms": theirs.median_ms,
-        "baseline_min_ms": theirs.min_ms,
-        "baseline_max_ms": theirs.max_ms,
-        "ratio": theirs.median_ms / ours.median_ms,
-        "floor": comparison.floor_name,
-        "floor_ms": floor_ms,
-        "fraction_of_floor": (
-          None if floor_ms is None else floor_ms / ours.median_ms
-        ),
-        "clock": comparison.clock.name,
-        "repeats": ours.repeats,
-        "quick": settings.quick,
-        "details": dict(comparison.details),
-        "device": device,
-        "versions": dict(versions),
-      }
-    )
-  return records
+  measured = measure_row(comparison, case.label, settings)
+  ours, floor_ms = measured.ours, measured.floor_ms
+  details = dict(comparison.details)
+  if measured.without:
+    details["without"] = measured.without
+  return [
+    {
+      "suite": case.suite,
+      "op": case.op,
+      "case": case.case,
+      "dtype": case.dtype,
+      "ours_ms": ours.median_ms,
+      "ours_min_ms": ours.min_ms,
+      "ours_max_ms": ours.max_ms,
+      "baseline": name,
+      "baseline_ms": theirs.median_ms,
+      "baseline_min_ms": theirs.min_ms,
+      "baseline_max_ms": theirs.max_ms,
+      "ratio": theirs.median_ms / ours.median_ms,
+      "floor": comparison.floor_name,
+      "floor_ms": floor_ms,
+      "fraction_of_floor": (
+        None if floor_ms is None else floor_ms / ours.median_ms
+      ),
+      "clock": comparison.clock.name,
+      "repeats": ours.repeats,
+      "quick": settings.quick,
+      "details": details,
+      "device": device,
+      "versions": dict(versions),
+    }
+    for name, theirs in measured.baselines.items()
+  ]

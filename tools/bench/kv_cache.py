@@ -26,12 +26,11 @@ import numpy as np
 
 from kernels import kv_cache
 from kernels.kv_cache import arg_specs
-from tools.bench import choice, harness
+from tools.bench import choice, harness, int8
 
 NAME = "kv_cache"
 _DTYPES = ("float32", "bfloat16", "float16")
 _QUICK_DTYPES = ("bfloat16",)
-_INT8_SCALE = 1 / 32
 
 # One token of every layer whose cache is not stacked, and one prefill.
 _SPECS = tuple(
@@ -97,12 +96,9 @@ def _dispatch_only(cache_k, cache_v, new_k, new_v, index, *operands):
 def _quantised(update: Callable[..., Any]) -> Callable[..., Any]:
   """Makes `update` take floating rows for int8 caches."""
 
-  def quantise(rows):
-    scaled = jnp.round(rows.astype(jnp.float32) / _INT8_SCALE)
-    return jnp.clip(scaled, -127, 127).astype(jnp.int8)
-
   def quantised_update(cache_k, cache_v, new_k, new_v, index):
-    return update(cache_k, cache_v, quantise(new_k), quantise(new_v), index)
+    news = int8.quantise(new_k), int8.quantise(new_v)
+    return update(cache_k, cache_v, *news, index)
 
   return quantised_update
 
@@ -114,8 +110,8 @@ def _ours_int8(cache_k, cache_v, new_k, new_v, index):
     new_k,
     new_v,
     index,
-    k_scale=_INT8_SCALE,
-    v_scale=_INT8_SCALE,
+    k_scale=int8.SCALE,
+    v_scale=int8.SCALE,
   )
 
 

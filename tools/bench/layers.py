@@ -1,16 +1,16 @@
 """Suite `layers`: what layers cost in Python, outside of `jit`.
 
 Both sides call the same layer with the same parameters on arrays so small that
-the arithmetic hardly counts. The floor is what cannot be saved: the plain jax
-expression, run as it stands or, for `eager_batch_norm`, the one compiled call
-of its kernel. `build_transformer` makes a model and calls nothing.
+the arithmetic hardly counts. A further baseline is the plain jax expression, as
+it stands; the floor of `eager_batch_norm` is the one compiled call of its
+kernel. `build_transformer` makes a model and calls nothing.
 """
 
 from collections.abc import Callable, Sequence
+import dataclasses
 import functools
 from typing import Any
 
-from flax import nnx as flax_nnx
 import jax
 from jax import numpy as jnp
 
@@ -23,8 +23,7 @@ _BATCH = 32
 _FEATURES = 64
 _LAYERS = 24
 
-# `nnx` or `flax.nnx`: the programs below use only what both have.
-Library = Any
+Library = models.Library
 
 
 def _array(*shape: int) -> jax.Array:
@@ -35,11 +34,16 @@ def _call(layer: Any, x: jax.Array) -> Any:
   return layer(x)
 
 
+# Computes with a layer's arrays, by name, and no layer.
+Plain = Callable[[dict[str, jax.Array], jax.Array], Any]
+
+
 def _compare(
   make: Callable[[Library], Any],
   x: jax.Array,
-  plain: Callable[[Any, jax.Array], Any] | None = None,
-  plain_name: str = "",
+  *,
+  plain: tuple[str, Plain] | None = None,
+  floor: tuple[str, Plain] | None = None,
   call: Callable[[Any, jax.Array], Any] = _call,
 ) -> harness.Comparison:
   """Calls the same layer of both libraries.
@@ -47,53 +51,55 @@ def _compare(
   Args:
     make: makes the layer.
     x: its input.
-    plain: the same with our layer's arrays and no layer.
-    plain_name: what that is, in words.
+    plain: a name, and the same as an expression in jax.
+    floor: a name, and what is compiled of it at best.
     call: calls the layer.
   """
   layers = {
-    library: models.make(library, functools.partial(make, library))
-    for library in (nnx, flax_nnx)
+    name: models.make(library, functools.partial(make, library))
+    for name, library in models.LIBRARIES
+  }
+  arrays = {
+    name: value.value
+    for name, value in vars(layers["nnx"]).items()
+    if isinstance(value, nnx.Variable)
   }
 
   def side(library: Library, name: str) -> harness.Side:
+    del library
     return harness.Side(
       name=name,
       fresh=lambda: x,
-      call=functools.partial(call, layers[library]),
+      call=functools.partial(call, layers[name]),
     )
 
-  floor = None
-  if plain is not None:
-    layer = layers[nnx]
-    arrays = {
-      name: value.value
-      for name, value in vars(layer).items()
-      if isinstance(value, nnx.Variable)
-    }
-    floor = harness.Side(
-      name=plain_name, fresh=lambda: x, call=lambda x: plain(arrays, x)
+  def plain_side(name: str, function: Plain) -> harness.Side:
+    return harness.Side(
+      name=name,
+      fresh=lambda: x,
+      call=functools.partial(function, arrays),
     )
-  return harness.Comparison(
-    ours=side(nnx, "nnx"),
-    baselines=[side(flax_nnx, "flax.nnx")],
-    floor_side=floor,
-    floor_name=plain_name,
+
+  both = models.comparison(side)
+  return dataclasses.replace(
+    both,
+    baselines=[*both.baselines, *([plain_side(*plain)] if plain else [])],
+    floor_side=plain_side(*floor) if floor else None,
+    floor_name=floor[0] if floor else "",
   )
 
 
 def _build_linear() -> harness.Comparison:
-  """`Linear`, beside `x @ kernel + bias`."""
+  """Calls `Linear`, beside `x @ kernel + bias`."""
   return _compare(
     lambda lib: lib.Linear(_FEATURES, _FEATURES, rngs=lib.Rngs(0)),
     _array(_BATCH, _FEATURES),
-    lambda p, x: x @ p["kernel"] + p["bias"],
-    "x @ kernel + bias",
+    plain=("x @ kernel + bias", lambda p, x: x @ p["kernel"] + p["bias"]),
   )
 
 
 def _build_batch_norm() -> harness.Comparison:
-  """`BatchNorm` in training, beside the compiled call of its kernel."""
+  """Calls `BatchNorm` in training, beside one compiled call of its kernel."""
 
   @jax.jit
   def kernel(p, x):
@@ -104,13 +110,12 @@ def _build_batch_norm() -> harness.Comparison:
   return _compare(
     lambda lib: lib.BatchNorm(_FEATURES, rngs=lib.Rngs(0)),
     _array(_BATCH, _FEATURES),
-    kernel,
-    "one call of kernels.batch_stat.batch_norm",
+    floor=("one call of kernels.batch_stat.batch_norm", kernel),
   )
 
 
 def _build_batch_norm_eval() -> harness.Comparison:
-  """`BatchNorm` by its running averages."""
+  """Calls `BatchNorm` by its running averages."""
   return _compare(
     lambda lib: lib.BatchNorm(
       _FEATURES, use_running_average=True, rngs=lib.Rngs(0)
@@ -120,7 +125,7 @@ def _build_batch_norm_eval() -> harness.Comparison:
 
 
 def _build_layer_norm() -> harness.Comparison:
-  """`LayerNorm`, beside its formula."""
+  """Calls `LayerNorm`, beside its formula."""
 
   def plain(p, x):
     mean, var = jnp.mean(x, -1, keepdims=True), jnp.var(x, -1, keepdims=True)
@@ -129,30 +134,28 @@ def _build_layer_norm() -> harness.Comparison:
   return _compare(
     lambda lib: lib.LayerNorm(_FEATURES, rngs=lib.Rngs(0)),
     _array(_BATCH, _FEATURES),
-    plain,
-    "the formula in jnp",
+    plain=("the formula in jnp", plain),
   )
 
 
 def _build_conv() -> harness.Comparison:
-  """`Conv` of 3x3."""
+  """Calls `Conv` of 3x3."""
   return _compare(
     lambda lib: lib.Conv(8, 8, (3, 3), rngs=lib.Rngs(0)), _array(4, 8, 8, 8)
   )
 
 
 def _build_embed() -> harness.Comparison:
-  """`Embed`, beside indexing."""
+  """Calls `Embed`, beside indexing."""
   return _compare(
     lambda lib: lib.Embed(128, _FEATURES, rngs=lib.Rngs(0)),
     jnp.arange(_BATCH),
-    lambda p, x: p["embedding"][x],
-    "embedding[tokens]",
+    plain=("embedding[tokens]", lambda p, x: p["embedding"][x]),
   )
 
 
 def _build_attention() -> harness.Comparison:
-  """`MultiHeadAttention` of a short sequence."""
+  """Calls `MultiHeadAttention` of a short sequence."""
   return _compare(
     lambda lib: lib.MultiHeadAttention(
       4, _FEATURES, decode=False, rngs=lib.Rngs(0)
@@ -162,7 +165,7 @@ def _build_attention() -> harness.Comparison:
 
 
 def _build_lstm() -> harness.Comparison:
-  """One step of `LSTMCell`."""
+  """Calls `LSTMCell` for one step."""
   carry = (jnp.zeros((_BATCH, _FEATURES)),) * 2
   return _compare(
     lambda lib: lib.LSTMCell(_FEATURES, _FEATURES, rngs=lib.Rngs(0)),
@@ -172,7 +175,7 @@ def _build_lstm() -> harness.Comparison:
 
 
 def _build_rnn() -> harness.Comparison:
-  """`RNN` of an `LSTMCell` over 16 steps, outside of `jit`."""
+  """Calls `RNN` of an `LSTMCell` over 16 steps, outside of `jit`."""
   return _compare(
     lambda lib: lib.RNN(
       lib.LSTMCell(_FEATURES, _FEATURES, rngs=lib.Rngs(0)), rngs=lib.Rngs(0)
@@ -182,7 +185,7 @@ def _build_rnn() -> harness.Comparison:
 
 
 def _build_scan() -> harness.Comparison:
-  """A scan over 8 stacked layers outside of `jit`, by one function for all."""
+  """Scans over 8 stacked layers outside of `jit`, by one function for all."""
 
   def make(library: Library) -> Any:
     layer = library.vmap(
@@ -193,7 +196,7 @@ def _build_scan() -> harness.Comparison:
     return layer(jax.random.split(jax.random.key(0), 8))
 
   scans = {}
-  for library in (nnx, flax_nnx):
+  for _, library in models.LIBRARIES:
     scans[library.Linear] = library.scan(
       lambda x, layer: jnp.tanh(layer(x)),
       in_axes=(library.Carry, 0),
@@ -207,7 +210,7 @@ def _build_scan() -> harness.Comparison:
 
 
 def _make_transformer(library: Library, layers: int) -> Any:
-  """A stack of layers as in an encoder."""
+  """Returns what makes a stack of layers as in an encoder."""
 
   class Block(library.Module):
     """Attention and two linear maps."""
@@ -234,7 +237,7 @@ def _make_transformer(library: Library, layers: int) -> Any:
 
 
 def _build_transformer(layers: int) -> harness.Comparison:
-  """Making a transformer, parameters and all."""
+  """Builds the row of making a transformer, parameters and all."""
 
   def side(library: Library, name: str) -> harness.Side:
     make = _make_transformer(library, layers)
@@ -249,11 +252,7 @@ def _build_transformer(layers: int) -> harness.Comparison:
       observe=lambda _, model: arrays(model),
     )
 
-  return harness.Comparison(
-    ours=side(nnx, "nnx"),
-    baselines=[side(flax_nnx, "flax.nnx")],
-    clock=harness.THREAD_CPU,
-  )
+  return models.comparison(side, clock=harness.THREAD_CPU)
 
 
 _ROWS = f"{_BATCH}x{_FEATURES}"

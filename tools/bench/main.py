@@ -2,15 +2,20 @@
 
 Every row computes one thing several ways, checks that all agree, and times
 them interleaved in one process. Rows where ours is slower are printed like any
-other. The exit status is 1 if a row failed or its sides disagreed.
+other. Without options it makes a tour of at most four minutes: some rows of
+every suite, a table and a plot. The exit status is 1 if a row failed or its
+sides disagreed.
 """
 
 import argparse
 from collections.abc import Sequence
 import gc
+import math
 import pathlib
 import re
 import sys
+import tempfile
+import time
 import traceback
 from typing import Any
 
@@ -22,6 +27,7 @@ from tools.bench import (
   harness,
   report,
   suites,
+  tour,
 )
 
 
@@ -29,13 +35,17 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
   parser = argparse.ArgumentParser(prog="bench", description=__doc__)
   parser.add_argument(
     "--suite",
-    default=",".join(suites.NAMES),
-    help="comma-separated suites (default: all: %(default)s)",
+    metavar="NAME,NAME",
+    help=f"all rows of these suites, of {','.join(suites.NAMES)}",
   )
-  parser.add_argument(
+  sizes = parser.add_mutually_exclusive_group()
+  sizes.add_argument(
+    "--full", action="store_true", help="all rows of all suites"
+  )
+  sizes.add_argument(
     "--quick",
     action="store_true",
-    help="small shapes and short samples, under a minute in total",
+    help="small shapes and short samples, about a minute in total",
   )
   parser.add_argument(
     "--filter",
@@ -43,7 +53,9 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     help="only rows whose suite/op/case/dtype it matches somewhere",
   )
   parser.add_argument(
-    "--repeats", type=int, help="samples of each side (9, or 3 if quick)"
+    "--repeats",
+    type=int,
+    help="samples of each side (9; 3 if quick; 5 in a tour)",
   )
   parser.add_argument(
     "--json", metavar="FILE", help="write the records here (see schema.json)"
@@ -52,6 +64,11 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     "--plot", metavar="FILE.png", help="draw the ratios into this file"
   )
   options = parser.parse_args(arguments)
+  options.tour = not (
+    options.full or options.quick or options.suite or options.filter
+  )
+  if options.suite is None:
+    options.suite = ",".join(suites.NAMES)
   options.suite = [name for name in options.suite.split(",") if name]
   unknown = sorted(set(options.suite) - set(suites.NAMES))
   if unknown or not options.suite:
@@ -81,24 +98,43 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def run_cases(
-  cases: Sequence[harness.Case], settings: harness.Settings
-) -> tuple[list[dict[str, Any]], list[str]]:
+  cases: Sequence[harness.Case],
+  settings: harness.Settings,
+  last_start: float = math.inf,
+) -> tuple[list[dict[str, Any]], list[str], Sequence[harness.Case]]:
   """Runs the rows one after the other, behind a progress bar.
 
   Args:
     cases: the rows.
     settings: how long to measure.
+    last_start: seconds after which no row begins.
 
   Returns:
-    The records, and one text for each row that failed.
+    The records, one text for each row that failed, and the rows that were not
+    begun in time.
   """
   records: list[dict[str, Any]] = []
   failures: list[str] = []
+  left: Sequence[harness.Case] = ()
+  done = 0
   device, versions = environment.device_description(), environment.versions()
-  bar = tqdm.tqdm(total=len(cases), unit="row", file=sys.stderr)
+  start = time.monotonic()
+  bar = tqdm.tqdm(
+    total=len(cases),
+    file=sys.stderr,
+    bar_format="{percentage:3.0f}%|{bar:20}| {n_fmt}/{total_fmt} rows{postfix}",
+  )
   with bar:
     for case in cases:
-      bar.set_description(case.label)
+      elapsed = time.monotonic() - start
+      if elapsed > last_start:
+        left = cases[done:]
+        break
+      words = case.label
+      if done:
+        to_go = min(elapsed / done * (len(cases) - done), last_start - elapsed)
+        words = f"about {report.format_minutes(to_go)} left: {words}"
+      bar.set_postfix_str(words)
       try:
         records += harness.run_case(
           case,
@@ -115,34 +151,53 @@ def run_cases(
         # One broken row must not cost the others; the exit status tells.
         failures.append(f"{case.label}: {traceback.format_exc()}")
       gc.collect()
+      done += 1
       bar.update()
-    bar.set_description("done")
-  return records, failures
+    bar.set_postfix_str(
+      f"{report.format_minutes(time.monotonic() - start)} in all"
+    )
+  return records, failures, left
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
   """Runs the benchmark and returns the exit status."""
+  start = time.monotonic()
   options = _parse(arguments)
-  settings = harness.Settings.for_run(
-    quick=options.quick, repeats=options.repeats
-  )
-  cases = [
-    case
-    for name in options.suite
-    for case in suites.cases(name, settings)
-    if options.filter is None or options.filter.search(case.label)
-  ]
+  last_start = math.inf
+  if options.tour:
+    settings = tour.settings(options.repeats)
+    cases = tour.cases(settings)
+    last_start = tour.last_start() - (time.monotonic() - start)
+    options.plot = options.plot or pathlib.Path(
+      tempfile.mkdtemp(prefix="bench."), "tour.png"
+    )
+  else:
+    settings = harness.Settings.for_run(
+      quick=options.quick, repeats=options.repeats
+    )
+    cases = [
+      case
+      for name in options.suite
+      for case in suites.cases(name, settings)
+      if options.filter is None or options.filter.search(case.label)
+    ]
   if not cases:
     print("no row matches --suite and --filter", file=sys.stderr)
     return 2
-  records, failures = run_cases(cases, settings)
-  print(report.full_text(records))
+  records, failures, left = run_cases(cases, settings, last_start)
+  records.sort(key=lambda record: suites.NAMES.index(record["suite"]))
+  print((report.tour_text if options.tour else report.full_text)(records))
   if options.json is not None:
-    report.write_json(records, pathlib.Path(options.json))
+    report.write_json(records, options.json)
     print(f"wrote {options.json}")
   if options.plot is not None and records:
-    report.write_plot(records, pathlib.Path(options.plot))
+    report.write_plot(records, options.plot)
     print(f"wrote {options.plot}")
+  if left:
+    labels = ", ".join(case.label for case in left)
+    print(f"Left out, to end within {tour.SECONDS / 60:g} minutes: {labels}")
+  if options.tour:
+    print("All rows: --full; those of a suite: --suite=graph")
   for failure in failures:
     print(f"\nFAILED {failure}", file=sys.stderr)
   return 1 if failures else 0

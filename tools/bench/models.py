@@ -1,18 +1,41 @@
-"""Makes models fast, where only what they do is measured."""
+"""What the suites share that run one program on `nnx` and on `flax.nnx`."""
 
 from collections.abc import Callable
 from typing import Any
 
+from flax import nnx as flax_nnx
 import jax
 
+import nnx
+from tools.bench import harness
 from tools.build_defs import quick_xla
 
+# `nnx` or `flax.nnx`: a program that is written once uses only what both have.
+Library = Any
+LIBRARIES: tuple[tuple[str, Library], ...] = (
+  ("nnx", nnx),
+  ("flax.nnx", flax_nnx),
+)
 
-def make(library: Any, constructor: Callable[[], Any]) -> Any:
-  """Returns `constructor()`, made as one compiled program.
+
+def comparison(
+  make: Callable[[Library, str], harness.Side], **options: Any
+) -> harness.Comparison:
+  """Compares the same side of both libraries.
 
   Args:
-    library: `nnx` or `flax.nnx`.
+    make: makes it, of a library and its name.
+    **options: further attributes of the comparison.
+  """
+  ours, theirs = (make(library, name) for name, library in LIBRARIES)
+  return harness.Comparison(ours=ours, baselines=[theirs], **options)
+
+
+def make(library: Library, constructor: Callable[[], Any]) -> Any:
+  """Returns `constructor()`, made fast, as one compiled program.
+
+  Args:
+    library: the library.
     constructor: makes a Module of that library.
   """
   graphdef = None
@@ -24,3 +47,11 @@ def make(library: Any, constructor: Callable[[], Any]) -> Any:
 
   state = jax.jit(init, compiler_options=quick_xla.options())()
   return library.merge(graphdef, state)
+
+
+def arrays(library: Library, state: Any) -> dict[str, Any]:
+  """Returns the arrays of a State by path, to compare the two libraries."""
+  return {
+    "/".join(map(str, path)): leaf[...] if hasattr(leaf, "get_value") else leaf
+    for path, leaf in library.to_flat_state(state)
+  }

@@ -1,6 +1,7 @@
 """Turns records into a table, a JSON file, a plot and Markdown."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+import dataclasses
 import itertools
 import json
 import math
@@ -10,22 +11,6 @@ from typing import Any
 from tools.bench import schema
 
 Record = dict[str, Any]
-
-_HEADER = (
-  "suite",
-  "op",
-  "case",
-  "dtype",
-  "ours ms",
-  "min..max",
-  "baseline",
-  "baseline ms",
-  "min..max",
-  "ratio",
-  "floor ms",
-  "of floor",
-)
-_TEXT_COLUMNS = {0, 1, 2, 3, 6}
 
 
 def format_ms(value: float | None) -> str:
@@ -56,23 +41,58 @@ def format_ratio(value: float | None) -> str:
   return f"{value:.{digits}f}x"
 
 
-def _cells(record: Record) -> tuple[str, ...]:
-  fraction = record["fraction_of_floor"]
-  return (
-    record["suite"],
-    record["op"],
-    record["case"],
-    record["dtype"] or "-",
-    format_ms(record["ours_ms"]),
-    f"{format_ms(record['ours_min_ms'])}..{format_ms(record['ours_max_ms'])}",
-    record["baseline"],
-    format_ms(record["baseline_ms"]),
-    f"{format_ms(record['baseline_min_ms'])}.."
-    f"{format_ms(record['baseline_max_ms'])}",
-    format_ratio(record["ratio"]),
-    format_ms(record["floor_ms"]),
-    "-" if fraction is None else f"{fraction:.2f}",
-  )
+def format_minutes(seconds: float) -> str:
+  """Formats seconds as a clock does.
+
+  >>> format_minutes(83.4)
+  '1:23'
+  """
+  return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"
+
+
+def _format_range(record: Record, side: str) -> str:
+  low, high = (format_ms(record[f"{side}_{end}_ms"]) for end in ("min", "max"))
+  return f"{low}..{high}"
+
+
+def _format_fraction(value: float | None) -> str:
+  return "-" if value is None else f"{value:.2f}"
+
+
+@dataclasses.dataclass(frozen=True)
+class _Column:
+  """A column of a table of records.
+
+  Attributes:
+    title: its head.
+    cell: what it shows of a record.
+    is_text: whether it is aligned as words are, to the left.
+  """
+
+  title: str
+  cell: Callable[[Record], str]
+  is_text: bool = False
+
+
+_COLUMNS = (
+  _Column("suite", lambda record: record["suite"], True),
+  _Column("op", lambda record: record["op"], True),
+  _Column("case", lambda record: record["case"], True),
+  _Column("dtype", lambda record: record["dtype"] or "-", True),
+  _Column("ours ms", lambda record: format_ms(record["ours_ms"])),
+  _Column("min..max", lambda record: _format_range(record, "ours")),
+  _Column("baseline", lambda record: record["baseline"], True),
+  _Column("baseline ms", lambda record: format_ms(record["baseline_ms"])),
+  _Column("min..max", lambda record: _format_range(record, "baseline")),
+  _Column("ratio", lambda record: format_ratio(record["ratio"])),
+  _Column("floor ms", lambda record: format_ms(record["floor_ms"])),
+  _Column(
+    "of floor", lambda record: _format_fraction(record["fraction_of_floor"])
+  ),
+)
+_TOUR_COLUMNS = tuple(
+  column for column in _COLUMNS if column.title not in ("min..max", "floor ms")
+)
 
 
 def geometric_mean(values: Iterable[float]) -> float:
@@ -85,37 +105,50 @@ def geometric_mean(values: Iterable[float]) -> float:
   return math.exp(sum(logarithms) / len(logarithms))
 
 
-def summary_lines(records: Sequence[Record]) -> list[str]:
-  """Returns one line for each op and baseline: mean and worst ratio."""
-  groups: dict[tuple[str, str, str], list[float]] = {}
+def summary_lines(
+  records: Sequence[Record],
+  group: Callable[[Record], str] = lambda record: (
+    f"{record['suite']}/{record['op']} against {record['baseline']}"
+  ),
+) -> list[str]:
+  """Returns one line for each group of records: mean and worst ratio.
+
+  Args:
+    records: the records.
+    group: names the group of a record; by default op and baseline.
+  """
+  groups: dict[str, list[float]] = {}
   for record in records:
-    key = (record["suite"], record["op"], record["baseline"])
-    groups.setdefault(key, []).append(record["ratio"])
+    groups.setdefault(group(record), []).append(record["ratio"])
   return [
-    f"{suite}/{op} against {baseline}: geometric mean "
-    f"{format_ratio(geometric_mean(ratios))}, worst "
+    f"{name}: geometric mean {format_ratio(geometric_mean(ratios))}, worst "
     f"{format_ratio(min(ratios))}, {len(ratios)} rows"
-    for (suite, op, baseline), ratios in groups.items()
+    for name, ratios in groups.items()
   ]
 
 
-def text_table(records: Sequence[Record]) -> str:
-  """Returns the records as an aligned table, a blank line between suites."""
+def text_table(
+  records: Sequence[Record], columns: Sequence[_Column] = _COLUMNS
+) -> str:
+  """Returns the records as an aligned table, a blank line between suites.
+
+  Args:
+    records: the records, those of a suite together.
+    columns: what to show of each.
+  """
   if not records:
     return "no rows"
-  rows = [_cells(record) for record in records]
-  widths = [
-    max(len(row[column]) for row in (_HEADER, *rows))
-    for column in range(len(_HEADER))
-  ]
+  rows = [[column.cell(record) for column in columns] for record in records]
+  titles = [column.title for column in columns]
+  widths = [max(map(len, cells)) for cells in zip(titles, *rows, strict=True)]
 
   def line(cells: Sequence[str]) -> str:
     return "  ".join(
-      cell.ljust(width) if column in _TEXT_COLUMNS else cell.rjust(width)
-      for column, (cell, width) in enumerate(zip(cells, widths, strict=True))
+      cell.ljust(width) if column.is_text else cell.rjust(width)
+      for column, cell, width in zip(columns, cells, widths, strict=True)
     ).rstrip()
 
-  lines = [line(_HEADER), "  ".join("-" * width for width in widths)]
+  lines = [line(titles), "  ".join("-" * width for width in widths)]
   for suite, group in itertools.groupby(rows, key=lambda row: row[0]):
     if suite != rows[0][0]:
       lines.append("")
@@ -130,20 +163,35 @@ def _environment_line(record: Record) -> str:
   return f"{record['device']}; {versions}"
 
 
-def full_text(records: Sequence[Record]) -> str:
-  """Returns table, summary and environment, as the program prints them."""
+def _text(
+  records: Sequence[Record], columns: Sequence[_Column], summary: Sequence[str]
+) -> str:
   if not records:
     return text_table(records)
   return "\n".join(
     [
-      text_table(records),
+      text_table(records, columns),
       "",
-      *summary_lines(records),
+      *summary,
       "",
       "ratio = baseline / ours, above 1 ours is faster; of floor = floor / "
       "ours, 1 is at the floor",
       _environment_line(records[0]),
     ]
+  )
+
+
+def full_text(records: Sequence[Record]) -> str:
+  """Returns table, summary and environment, as the program prints them."""
+  return _text(records, _COLUMNS, summary_lines(records))
+
+
+def tour_text(records: Sequence[Record]) -> str:
+  """Returns what fits a screen: fewer columns, a summary line a suite."""
+  return _text(
+    records,
+    _TOUR_COLUMNS,
+    summary_lines(records, lambda record: record["suite"]),
   )
 
 
@@ -247,6 +295,14 @@ def write_plot(records: Sequence[Record], path: pathlib.Path) -> None:
   figure.savefig(path, dpi=130, format="png")
 
 
+def _markdown_table(
+  titles: Sequence[str], are_text: Sequence[bool], rows: Iterable[Sequence[str]]
+) -> list[str]:
+  """Returns the lines of a table."""
+  marks = ["---" if is_text else "---:" for is_text in are_text]
+  return [f"| {' | '.join(cells)} |" for cells in (titles, marks, *rows)]
+
+
 def markdown(named_records: Sequence[tuple[str, Sequence[Record]]]) -> str:
   """Returns RESULTS.md for some result files.
 
@@ -269,16 +325,12 @@ def markdown(named_records: Sequence[tuple[str, Sequence[Record]]]) -> str:
       continue
     lines += [_environment_line(records[0]), ""]
     lines += [f"- {line}" for line in summary_lines(records)]
-    lines += ["", "| " + " | ".join(_HEADER) + " |"]
-    lines.append(
-      "|"
-      + "|".join(
-        " --- " if column in _TEXT_COLUMNS else " ---: "
-        for column in range(len(_HEADER))
-      )
-      + "|"
+    lines.append("")
+    lines += _markdown_table(
+      [column.title for column in _COLUMNS],
+      [column.is_text for column in _COLUMNS],
+      [[column.cell(record) for column in _COLUMNS] for record in records],
     )
-    lines += ["| " + " | ".join(_cells(record)) + " |" for record in records]
   return "\n".join(lines) + "\n"
 
 
@@ -330,20 +382,19 @@ def gpu_markdown(named_results: Sequence[tuple[str, Record]]) -> str:
         else "Measured only: no tests ran."
       ),
       "",
-      f"| row | ours ms | {' | '.join(_GPU_RATIOS)} | of copy |",
-      f"| --- |{' ---: |' * (len(_GPU_RATIOS) + 2)}",
     ]
+    rows = []
     for row in result["bench"]:
       ms = row["ms"]
       ratios = [
         format_ratio(ms[side] / ms[ours] if {side, ours} <= ms.keys() else None)
         for side, ours in _GPU_RATIOS.values()
       ]
-      cells = [
-        row["row"],
-        format_ms(ms["ours"]),
-        *ratios,
-        f"{row['fraction_of_copy']:.2f}",
-      ]
-      lines.append(f"| {' | '.join(cells)} |")
+      copy = _format_fraction(row["fraction_of_copy"])
+      rows.append([row["row"], format_ms(ms["ours"]), *ratios, copy])
+    lines += _markdown_table(
+      ["row", "ours ms", *_GPU_RATIOS, "of copy"],
+      [True] + [False] * (len(_GPU_RATIOS) + 2),
+      rows,
+    )
   return "\n".join(lines) + "\n"

@@ -9,7 +9,6 @@ from collections.abc import Callable, Sequence
 import functools
 from typing import Any
 
-from flax import nnx as flax_nnx
 import jax
 from jax import lax
 from jax import numpy as jnp
@@ -32,12 +31,7 @@ _SCANNED_LAYERS = 24
 # A step of Adam divides by the size of the gradient, which may be small.
 _TOLERANCE = compare.Tolerance(1e-3, 1e-4)
 
-# `nnx` or `flax.nnx`: the programs below use only what both have.
-Library = Any
-_LIBRARIES: tuple[tuple[str, Library], ...] = (
-  ("nnx", nnx),
-  ("flax.nnx", flax_nnx),
-)
+Library = models.Library
 
 
 # One class for each library, made once: a new class would be a new structure.
@@ -132,11 +126,7 @@ def _loss(model: Callable[[jax.Array], jax.Array], x: Any, target: Any) -> Any:
 
 
 def _params(library: Library, model: Any) -> dict[str, jax.Array]:
-  """Returns the parameters by path, to compare the libraries."""
-  return {
-    "/".join(map(str, path)): leaf[...]
-    for path, leaf in library.to_flat_state(library.state(model, library.Param))
-  }
+  return models.arrays(library, library.state(model, library.Param))
 
 
 # The same by hand: arrays in the order of the paths.
@@ -203,7 +193,7 @@ def _arrays(make_model: Callable[[Library], Any]) -> tuple[jax.Array, ...]:
 
 
 def _build_step(blocks: int) -> harness.Comparison:
-  """`value_and_grad` and `Optimizer.update`, jitted, the old state donated."""
+  """Builds the row of a step, jitted, the old state donated."""
   x, target = _batch()
 
   def make(library: Library, name: str) -> harness.Side:
@@ -236,10 +226,8 @@ def _build_step(blocks: int) -> harness.Comparison:
 
   params = _arrays(lambda library: _model_type(library)(blocks))
   zeros = tuple(map(jnp.zeros_like, params))
-  ours, theirs = (make(library, name) for name, library in _LIBRARIES)
-  return harness.Comparison(
-    ours=ours,
-    baselines=[theirs],
+  return models.comparison(
+    make,
     floor_side=harness.Side(
       name="plain jax.jit",
       fresh=lambda: jax.tree.map(
@@ -255,7 +243,7 @@ def _build_step(blocks: int) -> harness.Comparison:
 
 
 def _build_trace(layers: int) -> harness.Comparison:
-  """Tracing `value_and_grad` of a model under `jit`."""
+  """Builds the row of tracing `value_and_grad` of a model under `jit`."""
   x, target = _batch()
 
   def make(library: Library, name: str) -> harness.Side:
@@ -286,10 +274,8 @@ def _build_trace(layers: int) -> harness.Comparison:
     return jax.jit(step).trace(arrays, x, target)
 
   arrays = _arrays(lambda library: _layers_type(library)(layers))
-  ours, theirs = (make(library, name) for name, library in _LIBRARIES)
-  return harness.Comparison(
-    ours=ours,
-    baselines=[theirs],
+  return models.comparison(
+    make,
     floor_side=harness.Side("plain jax.jit", lambda: arrays, plain_trace),
     floor_name="jax.jit, trace, of the function written by hand",
     clock=harness.THREAD_CPU,
@@ -302,7 +288,7 @@ def _loss_and_grads(library: Library, loss: Any, grads: Any) -> Any:
 
 
 def _build_compile_scan(layers: int) -> harness.Comparison:
-  """Tracing and compiling a scan over stacked layers."""
+  """Builds the row of tracing and compiling a scan over stacked layers."""
   x, _ = _batch()
 
   def make(library: Library, name: str) -> harness.Side:
@@ -323,10 +309,8 @@ def _build_compile_scan(layers: int) -> harness.Comparison:
     return call.lower(arrays, x).compile()
 
   arrays = _arrays(lambda library: _stack_type(library)(layers))
-  ours, theirs = (make(library, name) for name, library in _LIBRARIES)
-  return harness.Comparison(
-    ours=ours,
-    baselines=[theirs],
+  return models.comparison(
+    make,
     floor_side=harness.Side("jax.lax.scan", lambda: arrays, plain_compile),
     floor_name="jax.lax.scan written by hand, traced and compiled",
     tolerance=_TOLERANCE,

@@ -68,7 +68,7 @@ class AlonePlugin:
     return True
 
   def pytest_runtest_logreport(self, report: Any) -> None:
-    """In the fork: keeps a report for the process that waits for it."""
+    """Keeps a report, in the fork, for the process that waits for it."""
     if self._reports is not None:
       config = self._config
       data = config.hook.pytest_report_to_serializable(

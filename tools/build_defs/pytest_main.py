@@ -25,7 +25,7 @@ _DEVICE_NODES = {
 
 
 def _matches(pattern: str, item: pytest.Item) -> bool:
-  """Whether `Class.test`, a part of it or a glob names `item`."""
+  """Says whether `Class.test`, a part of it or a glob names `item`."""
   name = item.nodeid.replace("::", ".")
   pattern = pattern.replace("::", ".")
   return pattern in name or fnmatch.fnmatchcase(name, f"*{pattern}")
@@ -50,7 +50,7 @@ def _has_device(platform: str) -> bool:
 
 
 def _alone_one_of() -> int:
-  """Of how many cases one is run, alone; 0 where all run in one process."""
+  """Says of how many cases one is run, alone; 0 where all share a process."""
   return int(os.environ.get("NNX_ALONE") or 0)
 
 

@@ -86,6 +86,56 @@ class CheckSameTest(parameterized.TestCase):
   def test_empty_arrays_agree(self):
     compare.check_same(jnp.ones((0, 3)), jnp.ones((0, 3)), label="row")
 
+  def test_returns_the_largest_difference(self):
+    ours, theirs = jnp.array([0, 1.0]), jnp.array([0, 1.25])
+    for pair in ((ours, theirs), ({"x": ours, "y": 1}, {"x": theirs, "y": 1})):
+      difference = compare.check_same(
+        *pair, label="row", tolerance=compare.Tolerance(0.0, 1.0)
+      )
+      self.assertEqual(difference, 0.25)
+
+
+class NormToleranceTest(absltest.TestCase):
+  def difference(self, ours, theirs):
+    return compare.check_same(
+      ours, theirs, label="row", tolerance=compare.NormTolerance(10.0)
+    )
+
+  def test_difference_is_of_whole_arrays(self):
+    want = jnp.ones(10000), jnp.full((2, 8), 2.0, "bfloat16"), jnp.arange(3)
+    self.assertEqual(self.difference(want, want), 0)
+    # A gate that is open on one side alone.
+    got = want[0].at[7].set(0), *want[1:]
+    self.assertAlmostEqual(self.difference(got, want), 0.01)
+    # The array that is furthest off counts.
+    got = got[0], want[1] * 1.5, want[2]
+    self.assertAlmostEqual(self.difference(got, want), 0.5)
+    zeros = (jnp.zeros(4),)
+    self.assertAlmostEqual(self.difference((jnp.ones(4),), zeros), 2)
+
+  def test_more_than_the_tolerance_is_refused(self):
+    with self.assertRaisesRegex(
+      compare.MismatchError, "0.4 of the norm .* is 0.5"
+    ):
+      compare.check_same(
+        jnp.full(2, 1.5),
+        jnp.ones(2),
+        label="row",
+        tolerance=compare.NormTolerance(0.4),
+      )
+
+  def test_what_is_not_a_number_never_passes(self):
+    good = jnp.ones(4)
+    for broken in (good.at[1].set(jnp.nan), good.at[1].set(jnp.inf)):
+      for got, want in (
+        ((broken, good), (good, good)),
+        ((good, broken), (good, good)),
+        ((broken, good), (broken, good)),
+        ((good, good), (good, broken)),
+      ):
+        with self.assertRaises(compare.MismatchError):
+          self.difference(got, want)
+
 
 if __name__ == "__main__":
   absltest.main()

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import pytest
 
 from tests.testing import deviceless, op_contract
-from tools.bench import gpu
+from tools.bench import bandwidth, compare, gpu, gpu_rows, harness
 
 
 def tiny(name="add/8/float32", **changes):
@@ -26,7 +26,7 @@ def tiny(name="add/8/float32", **changes):
     "call": call,
     "donated": (0,),
   }
-  return gpu.Row(**(arguments | changes))
+  return gpu_rows.Row(**(arguments | changes))
 
 
 class MeasureTest(absltest.TestCase):
@@ -34,16 +34,18 @@ class MeasureTest(absltest.TestCase):
     super().setUp()
     op_contract.only_on("cpu")
     patch = functools.partial(mock.patch.object, gpu)
-    self.enter_context(patch("_SAMPLE_SECONDS", 1e-4))
-    self.enter_context(patch("_COPY_BYTES", 2**16))
-    self.enter_context(patch("_LARGEST_DIFFERENCE", 1.0))
+    self.enter_context(patch("_TOLERANCE", compare.NormTolerance(1.0)))
+
+  def measure(self, **changes):
+    return gpu.measure(tiny(**changes), gpu._TINY_SETTINGS)
 
   def test_record_compares_and_counts(self):
     def broken(total, x):
       raise ValueError("not here")
 
-    record = gpu.measure(tiny(baselines={"broken": broken}))
+    record = self.measure(baselines={"broken": broken})
     self.assertEqual(set(record["ms"]), {"ours", "xla"})
+    self.assertEqual(set(record["spread_ms"]), {"ours", "xla"})
     self.assertAlmostEqual(record["difference"], 0.5)
     self.assertEqual(record["without"], {"broken": "not here"})
     self.assertAlmostEqual(
@@ -53,21 +55,29 @@ class MeasureTest(absltest.TestCase):
     self.assertIn("of a copy, differs by 5.0e-01", gpu.text(record))
 
   def test_times_are_those_of_one_step_of_one_layer(self):
-    def queue(step, state, count):
-      del count
-      return 12e-3, step(state)[0]
-
-    with mock.patch.object(gpu, "_queue", queue):
-      record = gpu.measure(tiny(layers=2, steps=3))
+    sample = mock.patch.object(harness, "_sample", lambda *_: 12e-3)
+    mover = mock.patch.object(bandwidth, "Mover", autospec=True)
+    with sample, mover:
+      record = self.measure(layers=2, steps=3)
     self.assertAlmostEqual(record["ms"]["ours"], 2.0)
     self.assertAlmostEqual(record["ms"]["xla"], 2.0)
     self.assertAlmostEqual(record["gigabytes_per_second"], 96 / 2e-3 / 1e9)
+    # The copy is of one as it is.
+    self.assertAlmostEqual(record["fraction_of_copy"], 6.0)
 
-  def test_sides_take_turns(self):
-    order = []
-    sides = [mock.Mock(sample=lambda n=n: order.append(n)) for n in "ab"]
-    gpu._time(sides)
-    self.assertEqual(order, ["a", "b"] * gpu._SAMPLES)
+  def test_calls_are_queued_and_the_last_is_waited_for(self):
+    comparison = gpu.build(tiny())
+    self.assertIs(comparison.clock.waits, harness.Waits.LAST_CALL)
+
+  def test_every_layer_has_arrays_of_its_own_which_are_made_once(self):
+    made = []
+
+    def arguments(implementation):
+      made.append(implementation)
+      return jnp.zeros(8), jnp.arange(8.0)
+
+    self.measure(arguments=arguments, layers=3)
+    self.assertEqual(made, ["auto"] * 3 + ["xla"] * 3)
 
   def test_arguments_are_made_for_whom_they_are_for(self):
     asked = []
@@ -76,42 +86,34 @@ class MeasureTest(absltest.TestCase):
       asked.append(implementation)
       return jnp.zeros(8), jnp.arange(8.0)
 
-    both = {name: lambda total, x: (total, x) for name in ("cuda", "other")}
-    gpu.measure(tiny(arguments=arguments, baselines=both))
-    # To compare results, and then to measure.
-    self.assertEqual(asked, ["auto", "xla"] + ["auto", "xla", "cuda", "auto"])
+    def add(total, x):
+      return total + x, x
 
-  def test_difference_is_of_whole_arrays(self):
-    want = jnp.ones(10000), jnp.full((2, 8), 2.0, "bfloat16"), jnp.arange(3)
-    self.assertEqual(gpu._difference(want, want), 0)
-    # A gate that is open on one side alone.
-    got = want[0].at[7].set(0), *want[1:]
-    self.assertAlmostEqual(gpu._difference(got, want), 0.01)
-    # The array that is furthest off counts.
-    got = got[0], want[1] * 1.5, want[2]
-    self.assertAlmostEqual(gpu._difference(got, want), 0.5)
-    zeros = (jnp.zeros(4),)
-    self.assertAlmostEqual(gpu._difference((jnp.ones(4),), zeros), 2)
+    self.measure(
+      arguments=arguments,
+      baselines={"cuda": add, "other": add},
+      others={"alone": add},
+    )
+    self.assertEqual(asked, ["auto", "xla", "cuda", "auto", "auto"])
+
+  def test_what_computes_something_else_is_timed_and_not_compared(self):
+    def other(total, x):
+      return total, x * 100
+
+    record = self.measure(others={"other": other})
+    self.assertEqual(set(record["ms"]), {"ours", "xla", "other"})
+    with self.assertRaisesRegex(compare.MismatchError, "against other"):
+      self.measure(baselines={"other": other})
 
   def test_what_is_wrong_is_not_timed(self):
     def nan(implementation, total, x):
       return total + (jnp.nan if implementation == "auto" else 1), x
 
-    with mock.patch.object(gpu, "_LARGEST_DIFFERENCE", 0.4):
-      for changes, words in (({}, "differs by 0.5"), ({"call": nan}, "by nan")):
-        with self.assertRaisesRegex(ValueError, words):
-          gpu.measure(tiny(**changes))
-
-  def test_what_is_not_a_number_never_passes(self):
-    good = jnp.ones(4)
-    for broken in (good.at[1].set(jnp.nan), good.at[1].set(jnp.inf)):
-      for got, want in (
-        ((broken, good), (good, good)),
-        ((good, broken), (good, good)),
-        ((broken, good), (broken, good)),
-        ((good, good), (good, broken)),
-      ):
-        self.assertFalse(gpu._difference(got, want) < 1e9)
+    strict = compare.NormTolerance(0.4)
+    with mock.patch.object(gpu, "_TOLERANCE", strict):
+      for changes, words in (({}, "is 0.5"), ({"call": nan}, "is nan")):
+        with self.assertRaisesRegex(compare.MismatchError, words):
+          self.measure(**changes)
 
   def test_a_broken_row_is_the_last(self):
     def broken(implementation, *arrays):

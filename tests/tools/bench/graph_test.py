@@ -47,6 +47,8 @@ class CasesTest(absltest.TestCase):
       for case in ("10", "100", "1000"):
         self.assertIn((op, case), rows)
     self.assertIn(("import_time", "process"), rows)
+    for case in ("60_models", "150_models"):
+      self.assertIn(("jit_round_robin", case), rows)
 
   def test_jit_rows_have_the_flat_jit_as_floor(self):
     for case in graph.cases(harness.Settings.for_run(quick=True)):
@@ -54,6 +56,23 @@ class CasesTest(absltest.TestCase):
         comparison = case.build()
         self.assertEqual(comparison.floor_name, "jax.jit on the flat tuple")
         self.assertEqual(comparison.clock, harness.THREAD_CPU)
+
+  def test_round_robin_has_a_program_a_model_on_every_side(self):
+    comparison = graph._build_round_robin(3)
+    flax, static = comparison.baselines
+    self.assertEqual(static.name, "jax.jit, static argument")
+    for side in (comparison.ours, flax, static):
+      state = side.fresh()
+      for times in (1, 2):
+        result = side.call(state)
+        observed = side.observe(state, result)
+        state = side.advance(state, result)
+        # Each model has added its own number so often.
+        self.assertEqual(
+          [float(arrays[0][0]) * 256 for arrays in observed],
+          [times, 2 * times, 3 * times],
+        )
+        self.assertEqual([len(arrays) for arrays in observed], [10] * 3)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """Tests of how rows are checked, timed and recorded; none looks at a clock."""
 
+import dataclasses
 import itertools
 import json
 from unittest import mock
@@ -16,9 +17,9 @@ _VERSIONS = {"python": "3", "jax": "0", "jaxlib": "0", "commit": "c"}
 class FakeClock:
   """A clock that stands still until somebody says that time has passed."""
 
-  def __init__(self, blocks=True):
+  def __init__(self, waits=harness.Waits.EVERY_CALL):
     self.nanoseconds = 0
-    self.clock = harness.Clock("wall", lambda: self.nanoseconds, blocks)
+    self.clock = harness.Clock("wall", lambda: self.nanoseconds, waits)
 
   def spend_ms(self, milliseconds):
     self.nanoseconds += int(milliseconds * 1e6)
@@ -61,14 +62,14 @@ class InterleavingTest(absltest.TestCase):
 
   def test_each_side_gets_every_repeat(self):
     sides = [_side("a"), _side("b")]
-    summaries = harness.measure(sides, _settings(repeats=7))
-    self.assertEqual([summary.repeats for summary in summaries], [7, 7])
+    samples = harness.measure(sides, _settings(repeats=7))
+    self.assertEqual([len(seconds) for seconds in samples], [7, 7])
 
   def test_row_out_of_time_keeps_the_least_repeats(self):
-    summaries = harness.measure(
+    (seconds,) = harness.measure(
       [_side("a")], _settings(repeats=50, row_seconds=0.0, min_repeats=3)
     )
-    self.assertEqual(summaries[0].repeats, 3)
+    self.assertLen(seconds, 3)
 
 
 class TimingTest(absltest.TestCase):
@@ -78,8 +79,11 @@ class TimingTest(absltest.TestCase):
     side = harness.Side(
       "a", lambda: None, lambda _: fake.spend_ms(next(durations))
     )
-    (summary,) = harness.measure([side], _settings(), fake.clock)
+    (seconds,) = harness.measure([side], _settings(), fake.clock)
+    summary = harness.Summary.of(seconds)
     self.assertEqual(summary, harness.Summary(3.0, 1.0, 30.0, 5))
+    half = harness.Summary.of(seconds, in_a_call=2)
+    self.assertEqual(half, harness.Summary(1.5, 0.5, 15.0, 5))
 
   def test_fresh_input_is_not_timed(self):
     fake = FakeClock()
@@ -88,16 +92,16 @@ class TimingTest(absltest.TestCase):
       fresh=lambda: fake.spend_ms(1000),
       call=lambda _: fake.spend_ms(2),
     )
-    (summary,) = harness.measure([side], _settings(), fake.clock)
-    self.assertEqual(summary.max_ms, 2.0)
+    (seconds,) = harness.measure([side], _settings(), fake.clock)
+    self.assertEqual(max(seconds), 2e-3)
 
   def test_time_is_for_one_call_of_many(self):
     fake = FakeClock()
     side = harness.Side("a", lambda: None, lambda _: fake.spend_ms(2))
-    (summary,) = harness.measure(
+    (seconds,) = harness.measure(
       [side], _settings(sample_seconds=0.001), fake.clock
     )
-    self.assertEqual(summary.median_ms, 2.0)
+    self.assertEqual(set(seconds), {2e-3})
 
   def test_own_loop_replaces_the_calls(self):
     fake = FakeClock()
@@ -111,15 +115,15 @@ class TimingTest(absltest.TestCase):
       call=fail,
       loop=lambda _, count: fake.spend_ms(3 * count),
     )
-    (summary,) = harness.measure([side], _settings(), fake.clock)
-    self.assertEqual(summary.median_ms, 3.0)
+    (seconds,) = harness.measure([side], _settings(), fake.clock)
+    self.assertEqual(set(seconds), {3e-3})
 
   def test_stopwatch_reports_its_own_time(self):
     side = harness.Side(
       "a", lambda: None, lambda _: None, stopwatch=lambda _: 0.25
     )
-    (summary,) = harness.measure([side], _settings())
-    self.assertEqual(summary.median_ms, 250.0)
+    (seconds,) = harness.measure([side], _settings())
+    self.assertEqual(set(seconds), {0.25})
 
   def test_donated_input_is_made_anew_and_moved_on(self):
     made = []
@@ -139,9 +143,24 @@ class TimingTest(absltest.TestCase):
     self.assertGreater(len(made), 5)
     self.assertTrue(all(array.is_deleted() for array in made))
 
-  def test_thread_clock_does_not_count_sleep(self):
-    self.assertFalse(harness.THREAD_CPU.blocks)
-    self.assertTrue(harness.WALL.blocks)
+  def test_clock_says_what_a_sample_waits_for(self):
+    fake = FakeClock()
+    with mock.patch.object(
+      jax, "block_until_ready", lambda x: fake.spend_ms(1)
+    ):
+      for waits, milliseconds in (
+        (harness.Waits.EVERY_CALL, 1.0),
+        (harness.Waits.LAST_CALL, 0.25),
+        (harness.Waits.NO_CALL, 0.0),
+      ):
+        clock = dataclasses.replace(fake.clock, waits=waits)
+        seconds = harness._sample(_side("a"), 4, clock)
+        self.assertAlmostEqual(seconds * 1e3, milliseconds)
+
+  def test_kernels_are_waited_for_and_python_is_not(self):
+    self.assertIs(harness.WALL.waits, harness.Waits.EVERY_CALL)
+    self.assertIs(harness.QUEUED.waits, harness.Waits.LAST_CALL)
+    self.assertIs(harness.THREAD_CPU.waits, harness.Waits.NO_CALL)
 
 
 class CheckTest(absltest.TestCase):
@@ -179,9 +198,46 @@ class CheckTest(absltest.TestCase):
       _run(harness.Comparison(ours, [_side("theirs", value=2.0)])), 1
     )
 
+  def test_optional_side_that_does_not_run_is_left_out_with_the_reason(self):
+    def broken(state):
+      raise ValueError("no such library")
+
+    def comparison(**options):
+      side = dataclasses.replace(_side("broken", call=broken), **options)
+      return harness.Comparison(_side("ours"), [side, _side("theirs")])
+
+    for options in ({}, {"stopwatch": broken}):
+      (record,) = _run(comparison(optional=True, **options))
+      self.assertEqual(record["baseline"], "theirs")
+      self.assertEqual(
+        record["details"]["without"], {"broken": "no such library"}
+      )
+    with self.assertRaisesRegex(ValueError, "no such library"):
+      _run(comparison())
+
+  def test_optional_side_must_agree_like_any_other(self):
+    side = dataclasses.replace(_side("bad", value=2.0), optional=True)
+    with self.assertRaisesRegex(compare.MismatchError, "ours against bad"):
+      _run(harness.Comparison(_side("ours"), [side]))
+
+  def test_side_of_something_else_is_not_compared(self):
+    side = dataclasses.replace(_side("other", value=2.0), observe=None)
+    (record,) = _run(harness.Comparison(_side("ours"), [side]))
+    self.assertEqual(record["baseline"], "other")
+
+  def test_differences_are_reported(self):
+    comparison = harness.Comparison(
+      _side("ours"),
+      [_side("same"), _side("near", value=2.0)],
+      tolerance=compare.NormTolerance(0.5),
+    )
+    self.assertEqual(
+      harness.check(comparison, "row").differences, {"same": 0.0, "near": 0.5}
+    )
+
 
 class RecordTest(absltest.TestCase):
-  def _records(self, **changes):
+  def _records(self, changes=None):
     fake = FakeClock()
 
     def side(name, milliseconds):
@@ -208,6 +264,11 @@ class RecordTest(absltest.TestCase):
 
   def test_ratio_above_one_means_ours_is_faster(self):
     self.assertEqual([r["ratio"] for r in self._records()], [4.0, 0.5])
+
+  def test_times_are_those_of_one_in_a_call(self):
+    slow, _ = self._records(lambda side: {"in_a_call": 2})
+    self.assertEqual((slow["ours_ms"], slow["baseline_ms"]), (1.0, 4.0))
+    self.assertEqual((slow["ours_max_ms"], slow["ratio"]), (1.0, 4.0))
 
   def test_records_follow_the_schema(self):
     records = self._records()

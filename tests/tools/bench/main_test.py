@@ -10,7 +10,7 @@ from unittest import mock
 from absl.testing import absltest, parameterized
 from jax import numpy as jnp
 
-from tools.bench import harness, main, schema, suites
+from tools.bench import harness, main, schema, suites, tour
 
 
 def _case(suite, op, theirs=1.0, build=None):
@@ -33,6 +33,17 @@ _CASES = {
 }
 
 
+def _main(*flags):
+  """Returns the exit status, what was printed, and what went to stderr."""
+  out, err = io.StringIO(), io.StringIO()
+  with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+    try:
+      status = main.main(flags)
+    except SystemExit as exit_:
+      status = exit_.code
+  return status, out.getvalue(), err.getvalue()
+
+
 class MainTest(parameterized.TestCase):
   def setUp(self):
     super().setUp()
@@ -45,14 +56,7 @@ class MainTest(parameterized.TestCase):
     self.folder = pathlib.Path(self.create_tempdir().full_path)
 
   def _run(self, *flags):
-    """Returns the exit status, what was printed, and what went to stderr."""
-    out, err = io.StringIO(), io.StringIO()
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-      try:
-        status = main.main(["--quick", "--repeats=1", *flags])
-      except SystemExit as exit_:
-        status = exit_.code
-    return status, out.getvalue(), err.getvalue()
+    return _main("--quick", "--repeats=1", *flags)
 
   def _records(self, *flags):
     path = self.folder / "run.json"
@@ -122,6 +126,7 @@ class MainTest(parameterized.TestCase):
     ("--suite=,", "--suite must name some of .*but got none"),
     ("--filter=(", "--filter must be a regular expression"),
     ("--repeats=0", "--repeats must be at least 1, but got 0"),
+    ("--full", "--full: not allowed with argument --quick"),
     ("--plot=run.jpg", "--plot must end in .png, but got run.jpg"),
     ("--json=/no/such/folder/x", "folder /no/such/folder does not exist"),
   )
@@ -134,6 +139,91 @@ class MainTest(parameterized.TestCase):
     status, _, err = self._run("--filter=nothing")
     self.assertEqual(status, 2)
     self.assertIn("no row matches --suite and --filter", err)
+
+
+class TourTest(absltest.TestCase):
+  """Of a run without options, on rows that take no time."""
+
+  def setUp(self):
+    super().setUp()
+    self.folder = self.create_tempdir().full_path
+    self.enter_context(
+      mock.patch.object(main.tempfile, "mkdtemp", lambda **_: self.folder)
+    )
+    self.enter_context(
+      mock.patch.object(harness, "_calls_per_sample", return_value=1)
+    )
+    self.labels = []
+
+    def cases(name, settings):
+      del settings
+      return [self._case(name, op) for op in ("a", "b", "not in the tour")]
+
+    self.enter_context(mock.patch.object(suites, "cases", cases))
+    self.enter_context(
+      mock.patch.object(
+        tour,
+        "_ROWS",
+        {
+          "batch_stat": ("b/case/float32", "a/case/float32"),
+          "graph": ("a/case/float32",),
+        },
+      )
+    )
+
+  def _case(self, suite, op):
+    def build():
+      self.labels.append(f"{suite}/{op}")
+      return _case(suite, op).build()
+
+    return _case(suite, op, build=build)
+
+  def test_measures_the_first_row_of_each_suite_and_then_the_second(self):
+    status, out, err = _main()
+    self.assertEqual(status, 0)
+    self.assertEqual(self.labels, ["batch_stat/b", "graph/a", "batch_stat/a"])
+    self.assertRegex(err, r"about \d:\d\d left: batch_stat/a")
+    # The table has the rows of a suite together.
+    self.assertRegex(out, r"(?s)batch_stat +b .*batch_stat +a .*graph +a ")
+    self.assertRegex(out, "batch_stat: geometric mean .* 2 rows")
+    self.assertNotIn("Left out", out)
+
+  def test_draws_a_plot_and_says_where(self):
+    _, out, _ = _main()
+    path = pathlib.Path(self.folder, "tour.png")
+    self.assertIn(f"wrote {path}", out)
+    self.assertEqual(path.read_bytes()[:8], b"\x89PNG\r\n\x1a\n")
+
+  def test_begins_no_row_when_the_time_is_over_and_names_those_left(self):
+    # Each row takes two of four minutes.
+    seconds = {"now": 0.0}
+
+    def build():
+      seconds["now"] += 120.0
+      return self._case("batch_stat", "b").build()
+
+    rows = [_case("batch_stat", op, build=build) for op in "abcd"]
+    with (
+      mock.patch.object(tour, "cases", lambda settings: rows),
+      mock.patch.object(
+        main, "time", mock.Mock(monotonic=lambda: seconds["now"])
+      ),
+    ):
+      status, out, _ = _main()
+    self.assertEqual(status, 0)
+    self.assertLen(self.labels, 2)
+    self.assertRegex(
+      out, "Left out, .*4 minutes: batch_stat/c/case/float32, batch_stat/d/case"
+    )
+
+  def test_options_that_choose_rows_make_no_tour(self):
+    for flags in (
+      ("--full",), ("--suite=graph",), ("--filter=graph",), ("--quick",)
+    ):  # fmt: skip
+      with self.subTest(flags), mock.patch.object(tour, "cases") as cases:
+        self.assertEqual(_main("--repeats=1", *flags)[0], 0)
+        cases.assert_not_called()
+    self.assertIn("graph/not in the tour", self.labels)
 
 
 if __name__ == "__main__":

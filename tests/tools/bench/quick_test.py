@@ -6,7 +6,7 @@ import re
 
 from absl.testing import absltest, parameterized
 
-from tools.bench import harness, main, schema, suites
+from tools.bench import harness, main, schema, suites, tour
 
 
 def _rows():
@@ -45,6 +45,19 @@ class QuickTest(parameterized.TestCase):
     for record in records:
       self.assertEqual(record["suite"], suite)
       self.assertEqual(record["quick"], quick)
+
+
+class TourTest(absltest.TestCase):
+  def test_every_suite_has_rows_and_every_row_is_there(self):
+    cases = tour.cases(tour.settings())
+    self.assertEqual({case.suite for case in cases}, set(suites.NAMES))
+    self.assertEqual(
+      [case.suite for case in cases[: len(suites.NAMES)]], list(suites.NAMES)
+    )
+
+  def test_rows_are_of_full_size(self):
+    self.assertFalse(tour.settings().quick)
+    self.assertEqual(tour.settings(repeats=2).repeats, 2)
 
 
 if __name__ == "__main__":
