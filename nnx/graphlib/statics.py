@@ -34,9 +34,9 @@ def freeze(value: Any) -> Any:
   """What a static value holds now, as a value with a hash.
 
   Keys of two values are equal if the values hold the same, types included.
-  What has a hash is taken for immutable, and compared by its own equality,
-  except for what is looked into in any case: numbers, tuples, slices, frozen sets,
-  mappings, and classes of `dataclasses` or `attrs`; and what has no hash.
+  What has a hash is taken for immutable, and compared by its own equality. Into
+  numbers, tuples, slices, frozen sets, mappings, and classes of `dataclasses` or
+  `attrs` is looked in any case, and so is into all that has no hash.
 
   Example:
 
