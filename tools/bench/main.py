@@ -100,23 +100,24 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 def run_cases(
   cases: Sequence[harness.Case],
   settings: harness.Settings,
-  last_start: float = math.inf,
+  seconds: float = math.inf,
 ) -> tuple[list[dict[str, Any]], list[str], Sequence[harness.Case]]:
   """Runs the rows one after the other, behind a progress bar.
 
   Args:
     cases: the rows.
     settings: how long to measure.
-    last_start: seconds after which no row begins.
+    seconds: a row is begun if it ends within these when it takes as long as the
+      longest before it.
 
   Returns:
     The records, one text for each row that failed, and the rows that were not
-    begun in time.
+    begun.
   """
   records: list[dict[str, Any]] = []
   failures: list[str] = []
   left: Sequence[harness.Case] = ()
-  done = 0
+  done, longest = 0, 0.0
   device, versions = environment.device_description(), environment.versions()
   start = time.monotonic()
   bar = tqdm.tqdm(
@@ -127,12 +128,12 @@ def run_cases(
   with bar:
     for case in cases:
       elapsed = time.monotonic() - start
-      if elapsed > last_start:
+      if elapsed + longest > seconds:
         left = cases[done:]
         break
       words = case.label
       if done:
-        to_go = min(elapsed / done * (len(cases) - done), last_start - elapsed)
+        to_go = min(elapsed / done * (len(cases) - done), seconds - elapsed)
         words = f"about {report.format_minutes(to_go)} left: {words}"
       bar.set_postfix_str(words)
       try:
@@ -151,6 +152,7 @@ def run_cases(
         # One broken row must not cost the others; the exit status tells.
         failures.append(f"{case.label}: {traceback.format_exc()}")
       gc.collect()
+      longest = max(longest, time.monotonic() - start - elapsed)
       done += 1
       bar.update()
     bar.set_postfix_str(
@@ -163,11 +165,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
   """Runs the benchmark and returns the exit status."""
   start = time.monotonic()
   options = _parse(arguments)
-  last_start = math.inf
+  seconds = math.inf
   if options.tour:
     settings = tour.settings(options.repeats)
     cases = tour.cases(settings)
-    last_start = tour.last_start() - (time.monotonic() - start)
+    seconds = tour.ROWS_SECONDS - (time.monotonic() - start)
     options.plot = options.plot or pathlib.Path(
       tempfile.mkdtemp(prefix="bench."), "tour.png"
     )
@@ -184,7 +186,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
   if not cases:
     print("no row matches --suite and --filter", file=sys.stderr)
     return 2
-  records, failures, left = run_cases(cases, settings, last_start)
+  records, failures, left = run_cases(cases, settings, seconds)
   records.sort(key=lambda record: suites.NAMES.index(record["suite"]))
   print((report.tour_text if options.tour else report.full_text)(records))
   if options.json is not None:

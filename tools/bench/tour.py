@@ -6,8 +6,8 @@ import itertools
 from tools.bench import harness, suites
 
 SECONDS = 240.0
-# Of these, what the last row and the plot may take.
-_RESERVED_SECONDS = 30.0
+# Of these, what rows may take: a table and a plot come after.
+ROWS_SECONDS = SECONDS - 15.0
 
 # By suite, what matters most first: a slow machine does not come to the last.
 _ROWS = {
@@ -69,11 +69,6 @@ def settings(repeats: int | None = None) -> harness.Settings:
   return harness.Settings(
     repeats=repeats or 5, sample_seconds=0.03, row_seconds=3.0
   )
-
-
-def last_start() -> float:
-  """Returns the seconds after which no row may begin."""
-  return SECONDS - _RESERVED_SECONDS
 
 
 def cases(settings: harness.Settings) -> Sequence[harness.Case]:
