@@ -1,6 +1,8 @@
 """Fused kernels: arrays in, arrays out, usable from any JAX program."""
 
-from kernels import batch_stat, decode_attention, kv_cache
+import typing as _typing
+
+from kernels import batch_stat, kv_cache
 from kernels.common.dispatch import (
   Choice,
   implementations,
@@ -8,6 +10,14 @@ from kernels.common.dispatch import (
   xla_only,
 )
 from kernels.common.explain import explain
+
+if _typing.TYPE_CHECKING:
+  # To a type checker a package is a module, which cannot be called.
+  from kernels.decode_attention import _CallablePackage
+
+  decode_attention: _CallablePackage
+else:
+  from kernels import decode_attention
 
 __all__ = [
   "Choice",

@@ -18,7 +18,6 @@ Example:
 
 import sys
 import types
-from typing import Any
 
 from kernels.decode_attention.api import (
   attend,
@@ -31,8 +30,13 @@ __all__ = ["attend", "decode_attention", "merge", "rope_tables"]
 
 
 class _CallablePackage(types.ModuleType):
-  def __call__(self, *args: Any, **kwargs: Any) -> Any:
-    return decode_attention(*args, **kwargs)
+  """What this package is: a module that can be called."""
+
+  __call__ = staticmethod(decode_attention)
+  attend = staticmethod(attend)
+  decode_attention = staticmethod(decode_attention)
+  merge = staticmethod(merge)
+  rope_tables = staticmethod(rope_tables)
 
 
 sys.modules[__name__].__class__ = _CallablePackage
