@@ -16,9 +16,10 @@ from flax.core import meta
 import jax
 import jax.numpy as jnp
 
-from bridge import to_nnx
-from bridge import variables as variables_lib
 import nnx
+
+from . import to_nnx
+from . import variables as variables_lib
 
 F = TypeVar("F", bound=Callable[..., Any])
 M = TypeVar("M", bound="Module")

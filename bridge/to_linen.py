@@ -17,9 +17,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bridge import to_nnx
-from bridge import variables as variables_lib
 import nnx
+
+from . import to_nnx
+from . import variables as variables_lib
 
 # The collection of what is not a variable of the nnx Module: its graphdef, and
 # arrays that are plain attributes.

@@ -2,22 +2,22 @@
 
 import typing as _typing
 
-from kernels import batch_stat, kv_cache
-from kernels.common.dispatch import (
+from . import batch_stat, kv_cache
+from .common.dispatch import (
   Choice,
   implementations,
   register,
   xla_only,
 )
-from kernels.common.explain import explain
+from .common.explain import explain
 
 if _typing.TYPE_CHECKING:
   # To a type checker a package is a module, which cannot be called.
-  from kernels.decode_attention import _CallablePackage
+  from .decode_attention import _CallablePackage
 
   decode_attention: _CallablePackage
 else:
-  from kernels import decode_attention
+  from . import decode_attention
 
 __all__ = [
   "Choice",

@@ -267,9 +267,10 @@ rngs = rnglib
 
 if _typing.TYPE_CHECKING:
   from nnx import bridge as bridge
+  from nnx import kernels as kernels
 else:
 
   def __getattr__(name: str):
-    if name == "bridge":  # imports flax, so only when asked for
-      return _importlib.import_module("nnx.bridge")
+    if name in ("bridge", "kernels"):  # only when asked for: one imports flax
+      return _importlib.import_module(f"nnx.{name}")
     raise AttributeError(f"module `nnx` has no attribute `{name}`")

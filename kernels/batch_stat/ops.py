@@ -17,8 +17,8 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 import numpy as np
 
-from kernels.batch_stat import reference
-from kernels.common import dispatch
+from ..common import dispatch
+from . import reference
 
 # FFI target names, the same on every platform.
 TARGET_UPDATE = "fused_nnx_batch_stat_update"
@@ -38,12 +38,12 @@ HANDLERS = {
   TARGET_GRAD_INPUT: "grad_input",
 }
 
-CPU_LIBRARY = dispatch.Library("kernels.batch_stat._batch_stat_cpu", HANDLERS)
+CPU_LIBRARY = dispatch.Library(f"{__package__}._batch_stat_cpu", HANDLERS)
 
-PALLAS = "kernels.batch_stat.pallas_tpu"
+PALLAS = f"{__package__}.pallas_tpu"
 
 CUDA_LIBRARY = dispatch.Library(
-  "kernels.batch_stat._batch_stat_cuda", HANDLERS, platform="CUDA"
+  f"{__package__}._batch_stat_cuda", HANDLERS, platform="CUDA"
 )
 
 _KERNEL_DTYPES = ("float64", "float32", "bfloat16", "float16")

@@ -8,8 +8,8 @@ import jax
 from jax import export
 import jax.numpy as jnp
 
-from kernels.batch_stat import checks, ops, reference
-from kernels.common import dispatch, options
+from ..common import dispatch, options
+from . import checks, ops, reference
 
 
 class Update(NamedTuple):

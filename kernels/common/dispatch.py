@@ -33,7 +33,7 @@ from typing import Any
 import jax
 from jax.interpreters import ad, batching, mlir
 
-from kernels.common import jax_private, partitioner
+from . import jax_private, partitioner
 
 AUTO = "auto"
 XLA = "xla"

@@ -19,7 +19,7 @@ Example:
 import sys
 import types
 
-from kernels.decode_attention.api import (
+from .api import (
   attend,
   decode_attention,
   merge,

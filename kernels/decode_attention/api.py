@@ -11,21 +11,21 @@ from jax.interpreters import ad
 import jax.numpy as jnp
 import numpy as np
 
-from kernels.common import dispatch
-from kernels.common import options as options_lib
-from kernels.decode_attention import reference
-from kernels.kv_cache import checks
-from kernels.kv_cache import layout as layout_lib
+from ..common import dispatch
+from ..common import options as options_lib
+from ..kv_cache import checks
+from ..kv_cache import layout as layout_lib
+from . import reference
 
 APPEND_TARGET = "decode_attention_append_and_attend"
 ATTEND_TARGET = "decode_attention_attend"
 
 LIBRARY = dispatch.Library(
-  "kernels.decode_attention._decode_attention_cpu",
+  f"{__package__}._decode_attention_cpu",
   {APPEND_TARGET: "append_and_attend", ATTEND_TARGET: "attend"},
 )
 CUDA_LIBRARY = dispatch.Library(
-  "kernels.decode_attention._decode_attention_cuda",
+  f"{__package__}._decode_attention_cuda",
   {APPEND_TARGET: "append_and_attend", ATTEND_TARGET: "attend"},
   platform="CUDA",
 )
@@ -43,7 +43,7 @@ _BLOCKS = 296
 _BUSY_BLOCKS = 96
 _WORKERS_OF_UNKNOWN = 16  # where sizes of the queries are symbolic
 
-PALLAS = "kernels.decode_attention.pallas_tpu"
+PALLAS = f"{__package__}.pallas_tpu"
 
 # Every operand after the caches and the new rows, in the handlers' order, with
 # the rank and dtype of the empty array that stands for one that is not given.

@@ -27,10 +27,10 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 import jax.numpy as jnp
 
-from kernels.common import dispatch
-from kernels.decode_attention import reference
-from kernels.kv_cache import layout as layout_lib
-from kernels.kv_cache import pallas_tpu as cache_tpu
+from ..common import dispatch
+from ..kv_cache import layout as layout_lib
+from ..kv_cache import pallas_tpu as cache_tpu
+from . import reference
 
 # Of one tile of keys or values; two of each are in flight.
 _TILE_BYTES = 1 << 20

@@ -7,8 +7,8 @@ import jax
 from jax import lax
 import jax.numpy as jnp
 
-from kernels.kv_cache import layout as layout_lib
-from kernels.kv_cache import reference as update_reference
+from ..kv_cache import layout as layout_lib
+from ..kv_cache import reference as update_reference
 
 
 @dataclasses.dataclass(frozen=True)

@@ -7,17 +7,18 @@ from jax.interpreters import ad
 import jax.numpy as jnp
 import numpy as np
 
-from kernels.common import dispatch, options
-from kernels.kv_cache import checks, reference
-from kernels.kv_cache import layout as layout_lib
+from ..common import dispatch, options
+from . import checks, reference
+from . import layout as layout_lib
 
 TARGET = "kv_cache_update"
+PALLAS = f"{__package__}.pallas_tpu"
 
 LIBRARY = dispatch.Library(
-  "kernels.kv_cache._kv_cache_cpu", {TARGET: "kv_cache_update"}
+  f"{__package__}._kv_cache_cpu", {TARGET: "kv_cache_update"}
 )
 CUDA_LIBRARY = dispatch.Library(
-  "kernels.kv_cache._kv_cache_cuda",
+  f"{__package__}._kv_cache_cuda",
   {TARGET: "kv_cache_update"},
   platform="CUDA",
 )
@@ -303,8 +304,8 @@ UPDATE = dispatch.Op(
       name="pallas",
       platforms=("tpu",),
       partitionable=False,
-      fn=dispatch.lazily("kernels.kv_cache.pallas_tpu", "update"),
-      unsupported=dispatch.lazily("kernels.kv_cache.pallas_tpu", "unsupported"),
+      fn=dispatch.lazily(PALLAS, "update"),
+      unsupported=dispatch.lazily(PALLAS, "unsupported"),
     ),
   ),
   batching=_batching,

@@ -11,8 +11,8 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from kernels.common.jax_private import checkify
-from kernels.kv_cache import layout as layout_lib
+from ..common.jax_private import checkify
+from . import layout as layout_lib
 
 # What `violations` functions yield: whether something is wrong, the sentence
 # that says so, and the values that the sentence names.

@@ -26,9 +26,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 import jax.numpy as jnp
 
-from kernels.common import dispatch
-from kernels.kv_cache import layout as layout_lib
-from kernels.kv_cache import quantization
+from ..common import dispatch
+from . import layout as layout_lib
+from . import quantization
 
 LANES = 128
 

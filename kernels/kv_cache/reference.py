@@ -4,8 +4,8 @@ import jax
 from jax import lax
 import jax.numpy as jnp
 
-from kernels.kv_cache import layout as layout_lib
-from kernels.kv_cache import quantization
+from . import layout as layout_lib
+from . import quantization
 
 
 def update(
