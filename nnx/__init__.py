@@ -259,6 +259,8 @@ from nnx.variablelib import variable_type_from_name as variable_type_from_name
 from nnx.variablelib import with_metadata as with_metadata
 from nnx.visualization import display as display
 
+__version__ = "0.1.0"
+
 # Flax's other names of some modules.
 filters = filterlib
 pytree = pytreelib

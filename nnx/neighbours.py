@@ -1,10 +1,10 @@
 """`nnx.kernels` and `nnx.bridge` in a checkout, where they lie beside `nnx`.
 
-`kernels` and `bridge` are other people's names too; under `nnx` nothing else can
-be meant. A wheel has the two packages there. In a checkout they are folders
-beside `nnx` and are found by their place: where the short name means them, as it
-does in this workspace, the long one is a second name of the same modules; where
-it means something else, they are loaded by the long one alone.
+`kernels` and `bridge` are other people's names too; under `nnx` nothing else
+can be meant. A wheel has the two packages there. In a checkout they are folders
+beside `nnx` and are found by their place: where the short name means them, as
+it does in this workspace, the long one is a second name of the same modules;
+where it means something else, they are loaded by the long one alone.
 """
 
 import importlib
