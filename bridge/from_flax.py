@@ -12,8 +12,9 @@ from flax import core
 from flax import nnx as flax_nnx
 import jax
 
-from bridge import to_nnx
 import nnx
+
+from . import to_nnx
 
 # Attributes of Flax's objects that say nothing here.
 _THEIRS_ALONE = {"Optimizer": ("graph",), "ModelAndOptimizer": ("graph",)}

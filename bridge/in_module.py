@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-from bridge import to_nnx
-from bridge.module import Module, check_name, current_module
-from bridge.module_context import current_context
 import nnx
+
+from . import to_nnx
+from .module import Module, check_name, current_module
+from .module_context import current_context
 
 M = TypeVar("M", bound=nnx.Module)
 

@@ -8,9 +8,10 @@ import dataclasses
 import functools
 from typing import Any
 
-from bridge import to_nnx
-from bridge import variables as variables_lib
 import nnx
+
+from . import to_nnx
+from . import variables as variables_lib
 
 # The collection of what is not a variable of the nnx Module: its graphdef, and
 # arrays that are plain attributes.

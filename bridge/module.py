@@ -13,13 +13,14 @@ from flax.core import meta
 import jax
 import jax.numpy as jnp
 
-from bridge import to_nnx
-from bridge import variables as variables_lib
-from bridge.module_context import AttrPriority as AttrPriority
-from bridge.module_context import ModuleStackEntry, Running
-from bridge.module_context import Scope as Scope
-from bridge.module_context import current_context as current_context
 import nnx
+
+from . import to_nnx
+from . import variables as variables_lib
+from .module_context import AttrPriority as AttrPriority
+from .module_context import ModuleStackEntry, Running
+from .module_context import Scope as Scope
+from .module_context import current_context as current_context
 
 F = TypeVar("F", bound=Callable[..., Any])
 

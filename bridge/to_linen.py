@@ -14,11 +14,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bridge import layout as layout_lib
-from bridge import to_linen_checks as checks
-from bridge import to_nnx
-from bridge import variables as variables_lib
 import nnx
+
+from . import layout as layout_lib
+from . import to_linen_checks as checks
+from . import to_nnx
+from . import variables as variables_lib
 
 # It has no arrays, and its classes and functions are those of the program.
 for _type in (nnx.GraphDef, nnx.graph.NodeDef):

@@ -9,8 +9,9 @@ from flax import linen
 from flax import nnx as flax_nnx
 from flax.core import meta
 
-from bridge import layout as layout_lib
 import nnx
+
+from . import layout as layout_lib
 
 
 def check_arguments(model: linen.Module) -> None:

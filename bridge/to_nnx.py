@@ -13,9 +13,10 @@ from flax import nnx as flax_nnx
 from flax.core import meta
 import jax
 
-from bridge import linen_errors
-from bridge import variables as variables_lib
 import nnx
+
+from . import linen_errors
+from . import variables as variables_lib
 
 _PREFIX = "to_nnx__"
 _RESERVED = frozenset(["module", "rngs", "lazy_init"])

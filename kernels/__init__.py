@@ -1,13 +1,23 @@
 """Fused kernels: arrays in, arrays out, usable from any JAX program."""
 
-from kernels import batch_stat, decode_attention, kv_cache
-from kernels.common.dispatch import (
+import typing as _typing
+
+from . import batch_stat, kv_cache
+from .common.dispatch import (
   Choice,
   implementations,
   xla_only,
 )
-from kernels.common.explain import explain
-from kernels.common.libraries import register
+from .common.explain import explain
+from .common.libraries import register
+
+if _typing.TYPE_CHECKING:
+  # To a type checker a package is a module, which cannot be called.
+  from .decode_attention import _CallablePackage
+
+  decode_attention: _CallablePackage
+else:
+  from . import decode_attention
 
 __all__ = [
   "Choice",

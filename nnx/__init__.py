@@ -5,21 +5,18 @@ Modules are Python objects whose state lives in Variables; `split`, `merge`,
 """
 
 import importlib as _importlib
+import typing as _typing
 
 from nnx import compat as compat
 from nnx import errors as errors
 from nnx import filterlib as filterlib
-from nnx import filterlib as filters  # noqa: F401
 from nnx import graph as graph
 from nnx import graphlib as graphlib
 from nnx import nn as nn
 from nnx import partitioning as partitioning
-from nnx import pytreelib as pytree  # noqa: F401
 from nnx import pytreelib as pytreelib
 from nnx import reprlib as reprlib
-from nnx import reprlib as reprs  # noqa: F401
 from nnx import rnglib as rnglib
-from nnx import rnglib as rngs  # noqa: F401
 from nnx import runtime as _runtime  # noqa: F401
 from nnx import spmd as spmd
 from nnx import statelib as statelib
@@ -262,8 +259,20 @@ from nnx.variablelib import variable_type_from_name as variable_type_from_name
 from nnx.variablelib import with_metadata as with_metadata
 from nnx.visualization import display as display
 
+__version__ = "0.1.0"
 
-def __getattr__(name: str):
-  if name == "bridge":  # imports flax, so only when asked for
-    return _importlib.import_module("nnx.bridge")
-  raise AttributeError(f"module `nnx` has no attribute `{name}`")
+# Flax's other names of some modules.
+filters = filterlib
+pytree = pytreelib
+reprs = reprlib
+rngs = rnglib
+
+if _typing.TYPE_CHECKING:
+  from nnx import bridge as bridge
+  from nnx import kernels as kernels
+else:
+
+  def __getattr__(name: str):
+    if name in ("bridge", "kernels"):  # only when asked for: one imports flax
+      return _importlib.import_module(f"nnx.{name}")
+    raise AttributeError(f"module `nnx` has no attribute `{name}`")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import collections.abc
 from collections.abc import Callable, Iterable, Iterator, Mapping
 import inspect
-from typing import Any, TypeVar
+from typing import Any, TypeVar, overload
 
 from nnx import reprlib
 from nnx.module import Module
@@ -14,7 +14,7 @@ from nnx.pytreelib import Marker
 A = TypeVar("A")
 
 
-class List(Module, collections.abc.MutableSequence):
+class List(Module, collections.abc.MutableSequence[A]):
   """A module that is a list of data and static values.
 
   A plain list as an attribute does the same; this one can be marked, passed to
@@ -34,7 +34,7 @@ class List(Module, collections.abc.MutableSequence):
 
   # The elements are attributes with the ints from 0 on as their names.
 
-  def __init__(self, iterable: Iterable[Any] | None = None, /):
+  def __init__(self, iterable: Iterable[A] | None = None, /):
     self._rebuild([] if iterable is None else list(iterable))
 
   def _rebuild(self, elements: list[Any]) -> None:
@@ -92,13 +92,17 @@ class List(Module, collections.abc.MutableSequence):
       size -= 1
     return size
 
-  def __iter__(self) -> Iterator[Any]:
+  def __iter__(self) -> Iterator[A]:
     attributes = vars(self)
     i = 0
     while i in attributes:
       yield attributes[i]
       i += 1
 
+  @overload
+  def __getitem__(self, index: int) -> A: ...
+  @overload
+  def __getitem__(self, index: slice) -> list[A]: ...
   def __getitem__(self, index: int | slice) -> Any:
     if isinstance(index, slice):
       return list(self)[index]
@@ -171,7 +175,7 @@ def _number(name: str) -> int | None:
   return int(name) if name.isdecimal() and name.isascii() else None
 
 
-class Dict(Module, collections.abc.MutableMapping):
+class Dict(Module, collections.abc.MutableMapping[str, A]):
   """A module that is a dict of data and static values with names as keys.
 
   A plain dict as an attribute does the same; this one can be marked, passed to
@@ -191,14 +195,14 @@ class Dict(Module, collections.abc.MutableMapping):
 
   def __init__(
     self,
-    mapping: Mapping[str, Any] | Iterable[tuple[str, Any]] = (),
+    mapping: Mapping[str, A] | Iterable[tuple[str, A]] = (),
     /,
-    **items: Any,
+    **items: A,
   ):
     for key, value in dict(mapping, **items).items():
       self[key] = value
 
-  def __getitem__(self, key: str) -> Any:
+  def __getitem__(self, key: str) -> A:
     return vars(self)[key]
 
   def __setitem__(self, key: str, value: Any) -> None:

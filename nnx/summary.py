@@ -236,7 +236,7 @@ def _flops(function: Callable[..., Any], operands: tuple[Any, ...]) -> int:
     return [x for x in jax.tree.leaves(function(*operands)) if _is_array(x)]
 
   # Here: a table without FLOPs needs no kernels.
-  import kernels
+  from nnx import kernels
 
   # A fused kernel counts as what it computes, which XLA cannot see in it.
   with kernels.xla_only():

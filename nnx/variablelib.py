@@ -21,7 +21,8 @@ import functools
 import math
 import operator
 import threading
-from typing import Any, Generic, TypeVar
+from types import EllipsisType
+from typing import TYPE_CHECKING, Any, Generic, Self, TypeVar, overload
 
 import jax
 import numpy as np
@@ -511,6 +512,21 @@ class Variable(_engine.VariableBase, reprlib.Displayable, Generic[A]):
   __slots__ = ()
   __array_priority__ = 100  # numpy arrays on the left leave operators to us.
 
+  if TYPE_CHECKING:  # The engine has these; it knows no types.
+    value: A
+    raw_value: A
+
+    def __init__(
+      self, value: A | VariableMetadata[A], /, **metadata: Any
+    ) -> None: ...
+    @overload
+    def __getitem__(self, key: EllipsisType) -> A: ...
+    @overload
+    def __getitem__(self: Variable[jax.Array], key: Any) -> jax.Array: ...
+    @overload
+    def __getitem__(self, key: Any) -> Any: ...
+    def __getitem__(self, key: Any) -> Any: ...
+
   # Whether `nnx.update` takes arrays of other shapes for a mistake.
   _fixed_shape = True
   _class_hook_flags = 0
@@ -688,7 +704,7 @@ class Variable(_engine.VariableBase, reprlib.Displayable, Generic[A]):
     """
     for hook in self._hooks("on_set_value"):
       value = hook(self, value)
-    raw = self.raw_value
+    raw: Any = self.raw_value
     if is_ref(raw):
       self._check_can_update()
       value = _unwrap(value)
@@ -933,7 +949,7 @@ class Variable(_engine.VariableBase, reprlib.Displayable, Generic[A]):
     self._set_hook_flags(flags & (_GET_HOOK | _SET_HOOK))
 
   @classmethod
-  def _make(cls, value: Any, metadata: dict[str, Any]) -> Variable[Any]:
+  def _make(cls, value: Any, metadata: dict[str, Any]) -> Self:
     """An instance with these contents, made without `__init__`."""
     result = cls._new(value, metadata)
     if metadata:
@@ -1065,7 +1081,7 @@ class Variable(_engine.VariableBase, reprlib.Displayable, Generic[A]):
 
   def copy(
     self, value: Any = MISSING, *, _copy_ref: bool = True, **updates: Any
-  ) -> Variable[Any]:
+  ) -> Self:
     """A Variable of the same kind, with another value or other metadata.
 
     `replace`, `to_state` and `to_variable` are other names of it.
@@ -1149,10 +1165,10 @@ class Variable(_engine.VariableBase, reprlib.Displayable, Generic[A]):
     if self._metadata != variable_state._metadata:
       self._replace_metadata(dict(variable_state._metadata))
 
-  def __copy__(self) -> Variable[A]:
+  def __copy__(self) -> Self:
     return self.copy()
 
-  def __deepcopy__(self, memo: dict[int, Any]) -> Variable[A]:
+  def __deepcopy__(self, memo: dict[int, Any]) -> Self:
     raw = self.raw_value
     if is_ref(raw):
       value = jax.new_ref(raw[...])
@@ -1217,16 +1233,19 @@ class Variable(_engine.VariableBase, reprlib.Displayable, Generic[A]):
     self.set_value(value)
 
   def __call__(self, *args, **kwargs) -> Any:
-    return self.value(*args, **kwargs)
+    value: Any = self.value
+    return value(*args, **kwargs)
 
   def __len__(self) -> int:
     return len(self.value)
 
   def __iter__(self) -> Iterator[Any]:
-    return iter(self.value)
+    value: Any = self.value
+    return iter(value)
 
   def __contains__(self, item: Any) -> bool:
-    return item in self.value
+    value: Any = self.value
+    return item in value
 
   def __bool__(self) -> bool:
     value = self.value
@@ -1237,7 +1256,8 @@ class Variable(_engine.VariableBase, reprlib.Displayable, Generic[A]):
     return format(self.value, spec) if spec else str(self)
 
   def __round__(self, ndigits: int = 0) -> Any:
-    return self.value.__round__(ndigits)
+    value: Any = self.value
+    return value.__round__(ndigits)
 
   def __divmod__(self, other: Any) -> Any:
     return divmod(self.value, _unwrap(other))

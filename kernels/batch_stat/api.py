@@ -7,14 +7,14 @@ import jax
 from jax import export
 import jax.numpy as jnp
 
-from kernels.batch_stat import (
+from ..common import arrays, dispatch, options
+from . import (
   checks,
   normalization,
   primitive,
   reference,
   running_average,
 )
-from kernels.common import arrays, dispatch, options
 
 
 class Update(NamedTuple):

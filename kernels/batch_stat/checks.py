@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kernels.batch_stat import reference
-from kernels.common import arrays, options
+from ..common import arrays, options
+from . import reference
 
 
 def canonical_feature_axis(x: Any, feature_axis: int) -> int:

@@ -13,7 +13,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from kernels.common import arrays
+from ..common import arrays
 
 _FUSES = "XLA makes one fusion of it and what follows"
 

@@ -9,8 +9,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from kernels.batch_stat import reference, signatures
-from kernels.common import arrays, libraries
+from ..common import arrays, libraries
+from . import reference, signatures
 
 # FFI target names, the same on every platform.
 TARGET_UPDATE = "fused_nnx_batch_stat_update"

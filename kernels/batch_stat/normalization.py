@@ -7,8 +7,8 @@ import jax
 from jax import lax
 import jax.numpy as jnp
 
-from kernels.batch_stat import primitive, reference, sharding
-from kernels.common import arrays
+from ..common import arrays
+from . import primitive, reference, sharding
 
 
 class Static(NamedTuple):

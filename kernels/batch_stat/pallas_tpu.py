@@ -16,8 +16,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 import jax.numpy as jnp
 
-from kernels.batch_stat import reference
-from kernels.common import arrays
+from ..common import arrays
+from . import reference
 
 # Elements and features of x that are in fast memory at once, twice.
 _BLOCK = 1 << 18

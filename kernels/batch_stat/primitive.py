@@ -13,8 +13,8 @@ from typing import Any
 
 from jax import lax
 
-from kernels.batch_stat import costs, ffi, reference, sharding, signatures
-from kernels.common import arrays, dispatch, libraries
+from ..common import arrays, dispatch, libraries
+from . import costs, ffi, reference, sharding, signatures
 
 _PALLAS = "kernels.batch_stat.pallas_tpu"
 

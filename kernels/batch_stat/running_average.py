@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from kernels.batch_stat import primitive, reference, sharding
+from . import primitive, reference, sharding
 
 
 class Static(NamedTuple):

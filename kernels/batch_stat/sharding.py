@@ -14,9 +14,9 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 import numpy as np
 
-from kernels.batch_stat import reference, signatures
-from kernels.batch_stat.signatures import Kind
-from kernels.common import dispatch
+from ..common import dispatch
+from . import reference, signatures
+from .signatures import Kind
 
 
 def partitioning(

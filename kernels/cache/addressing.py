@@ -8,7 +8,7 @@ import jax
 from jax import lax
 import jax.numpy as jnp
 
-from kernels.cache import layouts
+from . import layouts
 
 # Axes of operands, by name, along which there is one value.
 Uniform = tuple[tuple[str, int], ...]

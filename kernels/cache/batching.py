@@ -5,7 +5,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from kernels.cache import addressing, layouts
+from . import addressing, layouts
 
 
 def uniform_of_batch(

@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kernels.cache import addressing, layouts
-from kernels.common import options
+from ..common import options
+from . import addressing, layouts
 
 FLOAT_DTYPES = ("float32", "bfloat16", "float16")
 QUANTIZED_DTYPES = ("int8", "float8_e4m3fn", "float8_e5m2")

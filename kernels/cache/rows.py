@@ -6,7 +6,7 @@ import jax
 from jax import lax
 import jax.numpy as jnp
 
-from kernels.cache import addressing, quantization
+from . import addressing, quantization
 
 
 def quantized(

@@ -20,8 +20,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 import jax.numpy as jnp
 
-from kernels.cache import addressing, layouts, rows, tiles_tpu
-from kernels.common import arrays
+from ..common import arrays
+from . import addressing, layouts, rows, tiles_tpu
 
 # Rows that one DMA takes of a long run of tokens.
 _RUN = 64

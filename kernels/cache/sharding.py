@@ -8,7 +8,7 @@ from jax import lax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
-from kernels.cache import layouts
+from . import layouts
 
 
 def cache_factors(

@@ -21,8 +21,8 @@ from jax import lax
 from jax.experimental.pallas import tpu as pltpu
 import jax.numpy as jnp
 
-from kernels.cache import checks, layouts
-from kernels.common import arrays
+from ..common import arrays
+from . import checks, layouts
 
 LANES = 128
 

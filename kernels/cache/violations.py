@@ -12,7 +12,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from kernels.cache import addressing, checks
+from . import addressing, checks
 
 # What `violations` functions yield: whether something is wrong, the sentence
 # that says so, and the values that the sentence names.

@@ -7,7 +7,7 @@ from typing import Any
 
 import jax
 
-from kernels.common import jax_private
+from . import jax_private
 
 varying_axes = jax_private.varying_axes
 

@@ -30,7 +30,7 @@ from typing import Any
 import jax
 from jax.interpreters import ad, batching, mlir
 
-from kernels.common import jax_private, libraries, partitioner
+from . import jax_private, libraries, partitioner
 
 AUTO = "auto"
 XLA = "xla"

@@ -6,7 +6,7 @@ from typing import Any
 
 import jax
 
-from kernels.common import dispatch, jax_private
+from . import dispatch, jax_private
 
 
 def explain(

@@ -27,7 +27,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from kernels.common import jax_private
+from . import jax_private
 
 # The custom call. What the text means is versioned with it.
 TARGET = "fused_nnx_partitioned_1"

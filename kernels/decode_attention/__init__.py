@@ -18,9 +18,8 @@ Example:
 
 import sys
 import types
-from typing import Any
 
-from kernels.decode_attention.api import (
+from .api import (
   attend,
   decode_attention,
   merge,
@@ -36,8 +35,13 @@ __all__ = ["attend", "decode_attention", "merge", "rope_tables"]
 # itself must be callable, and giving one a class of its own is how Python
 # documents that (data model, "Customizing module attribute access").
 class _CallablePackage(types.ModuleType):
-  def __call__(self, *args: Any, **kwargs: Any) -> Any:
-    return decode_attention(*args, **kwargs)
+  """What this package is: a module that can be called."""
+
+  __call__ = staticmethod(decode_attention)
+  attend = staticmethod(attend)
+  decode_attention = staticmethod(decode_attention)
+  merge = staticmethod(merge)
+  rope_tables = staticmethod(rope_tables)
 
 
 sys.modules[__name__].__class__ = _CallablePackage

@@ -7,10 +7,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kernels.cache import checks as cache_checks
-from kernels.common import dispatch
-from kernels.common import options as options_lib
-from kernels.decode_attention import checks, primitive
+from ..cache import checks as cache_checks
+from ..common import dispatch
+from ..common import options as options_lib
+from . import checks, primitive
 
 
 def decode_attention(

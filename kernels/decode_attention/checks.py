@@ -9,10 +9,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kernels.cache import addressing, violations
-from kernels.cache import checks as cache_checks
-from kernels.common import options as options_lib
-from kernels.decode_attention import reference
+from ..cache import addressing, violations
+from ..cache import checks as cache_checks
+from ..common import options as options_lib
+from . import reference
 
 # Distances of positions are smaller, so that this much is no limit.
 _NO_LIMIT = 2**31 - 1

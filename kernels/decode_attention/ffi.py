@@ -7,9 +7,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kernels.cache import addressing
-from kernels.common import arrays, libraries
-from kernels.decode_attention import reference
+from ..cache import addressing
+from ..common import arrays, libraries
+from . import reference
 
 APPEND_TARGET = "decode_attention_append_and_attend"
 ATTEND_TARGET = "decode_attention_attend"

@@ -13,8 +13,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 import jax.numpy as jnp
 
-from kernels.cache import tiles_tpu
-from kernels.decode_attention import reference
+from ..cache import tiles_tpu
+from . import reference
 
 
 class Tiling(NamedTuple):

@@ -24,9 +24,9 @@ import jax
 from jax import lax
 import jax.numpy as jnp
 
-from kernels.cache import addressing, rows_tpu, tiles_tpu
-from kernels.common import arrays
-from kernels.decode_attention import flash_tpu, reference
+from ..cache import addressing, rows_tpu, tiles_tpu
+from ..common import arrays
+from . import flash_tpu, reference
 
 # Of one tile of keys or values; two of each are in flight.
 _TILE_BYTES = 1 << 20

@@ -12,10 +12,10 @@ from jax.interpreters import ad
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
-from kernels.cache import batching, sharding
-from kernels.cache import checks as cache_checks
-from kernels.common import arrays, dispatch, jax_private, libraries
-from kernels.decode_attention import checks, ffi, reference
+from ..cache import batching, sharding
+from ..cache import checks as cache_checks
+from ..common import arrays, dispatch, jax_private, libraries
+from . import checks, ffi, reference
 
 _PALLAS = "kernels.decode_attention.pallas_tpu"
 

@@ -8,8 +8,8 @@ import jax
 from jax import lax
 import jax.numpy as jnp
 
-from kernels.cache import addressing, layouts
-from kernels.cache import rows as cache_rows
+from ..cache import addressing, layouts
+from ..cache import rows as cache_rows
 
 
 @dataclasses.dataclass(frozen=True)

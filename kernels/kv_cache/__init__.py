@@ -10,7 +10,7 @@ Example:
   [0.0, 0.0, 0.0, 0.0, 0.0, 1.0, 0.0, 0.0]
 """
 
-from kernels.cache.quantization import dequantize, quantize, scale_for
-from kernels.kv_cache.api import update
+from ..cache.quantization import dequantize, quantize, scale_for
+from .api import update
 
 __all__ = ["dequantize", "quantize", "scale_for", "update"]

@@ -2,9 +2,9 @@
 
 import jax
 
-from kernels.cache import checks as cache_checks
-from kernels.common import dispatch
-from kernels.kv_cache import checks, primitive
+from ..cache import checks as cache_checks
+from ..common import dispatch
+from . import checks, primitive
 
 
 def update(

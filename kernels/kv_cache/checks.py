@@ -4,8 +4,8 @@ from typing import Any
 
 import jax
 
-from kernels.cache import checks, violations
-from kernels.common import options
+from ..cache import checks, violations
+from ..common import options
 
 
 def canonicalize(

@@ -7,9 +7,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kernels.cache import addressing
-from kernels.common import libraries
-from kernels.kv_cache import reference
+from ..cache import addressing
+from ..common import libraries
+from . import reference
 
 TARGET = "kv_cache_update"
 

@@ -5,8 +5,8 @@ from typing import Any
 
 import jax
 
-from kernels.cache import addressing, rows_tpu
-from kernels.kv_cache import reference
+from ..cache import addressing, rows_tpu
+from . import reference
 
 
 def unsupported(avals: Sequence[Any], **params: Any) -> str | None:

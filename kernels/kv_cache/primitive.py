@@ -10,7 +10,7 @@ from typing import Any
 from jax.interpreters import ad
 import jax.numpy as jnp
 
-from kernels.cache import (
+from ..cache import (
   addressing,
   batching,
   checks,
@@ -18,8 +18,8 @@ from kernels.cache import (
   sharding,
   violations,
 )
-from kernels.common import arrays, dispatch, jax_private, libraries
-from kernels.kv_cache import ffi, reference
+from ..common import arrays, dispatch, jax_private, libraries
+from . import ffi, reference
 
 _PALLAS = "kernels.kv_cache.pallas_tpu"
 

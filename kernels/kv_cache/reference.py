@@ -5,7 +5,7 @@ from typing import Any
 
 import jax
 
-from kernels.cache import addressing, rows
+from ..cache import addressing, rows
 
 # The primitive's operands, in the handlers' order. The scales are there for
 # quantised caches alone.

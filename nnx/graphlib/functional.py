@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import collections.abc
 from collections.abc import Callable, Mapping, MutableMapping
-from typing import Any, TypeVar
+from typing import Any, TypeVar, overload
 
 import jax
 import jax.numpy as jnp
@@ -86,6 +86,27 @@ def _merged(states: tuple[Any, ...]) -> Any:
   return leaves[0]
 
 
+@overload
+def split(
+  node: Node, *, graph: bool | None = None
+) -> tuple[GraphDef[Node], state_lib.State]: ...
+@overload
+def split(
+  node: Node, filter_: Filter, /, *, graph: bool | None = None
+) -> tuple[GraphDef[Node], state_lib.State]: ...
+@overload
+def split(
+  node: Node,
+  first: Filter,
+  second: Filter,
+  /,
+  *,
+  graph: bool | None = None,
+) -> tuple[GraphDef[Node], state_lib.State, state_lib.State]: ...
+@overload
+def split(
+  node: Node, *filters: Filter, graph: bool | None = None
+) -> tuple[GraphDef[Node], *tuple[state_lib.State, ...]]: ...
 def split(
   node: Node, *filters: Filter, graph: bool | None = None
 ) -> tuple[Any, ...]:
@@ -244,6 +265,16 @@ def update(
   _engine.update(node, state, flags)
 
 
+@overload
+def state(node: Any, /, *, graph: bool | None = None) -> state_lib.State: ...
+@overload
+def state(
+  node: Any, filter_: Filter, /, *, graph: bool | None = None
+) -> state_lib.State: ...
+@overload
+def state(
+  node: Any, /, *filters: Filter, graph: bool | None = None
+) -> tuple[state_lib.State, ...]: ...
 def state(node: Any, /, *filters: Filter, graph: bool | None = None) -> Any:
   """The state of an object, or parts of it.
 
@@ -280,6 +311,10 @@ def state(node: Any, /, *filters: Filter, graph: bool | None = None) -> Any:
 variables = state
 
 
+@overload
+def pop(node: Any, filter_: Filter, /) -> state_lib.State: ...
+@overload
+def pop(node: Any, /, *filters: Filter) -> tuple[state_lib.State, ...]: ...
 def pop(node: Any, /, *filters: Filter) -> Any:
   """Removes Variables, and arrays that are in none, and returns them.
 
@@ -313,7 +348,7 @@ def pop(node: Any, /, *filters: Filter) -> Any:
   return tuple(_as_state(mapping) for mapping in mappings)
 
 
-def graphdef(node: Any, /, *, graph: bool | None = None) -> GraphDef[Any]:
+def graphdef(node: Node, /, *, graph: bool | None = None) -> GraphDef[Node]:
   """The structure of an object, as `split` returns it.
 
   Example:

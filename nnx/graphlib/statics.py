@@ -34,9 +34,9 @@ def freeze(value: Any) -> Any:
   """What a static value holds now, as a value with a hash.
 
   Keys of two values are equal if the values hold the same, types included.
-  What has a hash is taken for immutable, and compared by its own equality. Into
-  numbers, tuples, slices, frozen sets, mappings, and classes of `dataclasses` or
-  `attrs` is looked in any case, and so is into all that has no hash.
+  What has a hash is taken for immutable and compared by its own equality. The
+  contents of numbers, tuples, slices, frozen sets, mappings and classes of
+  `dataclasses` or `attrs` are compared as well, and of all that has no hash.
 
   Example:
 

@@ -236,7 +236,7 @@ def append(
     t, max_length]`.
   """
   # While tracing: programs that never decode import no kernels.
-  from kernels import kv_cache
+  from nnx.kernels import kv_cache
 
   batch, (length, _, features) = buffers.key.shape[:-3], buffers.key.shape[-3:]
   tokens = key.shape[-3]
@@ -319,7 +319,7 @@ def append_and_attend(
   Returns:
     The new cache, and `[*batch, t, n, h]` of the query's dtype, 0 for padding.
   """
-  from kernels import decode_attention
+  from nnx.kernels import decode_attention
 
   batch, (length, _, features) = buffers.key.shape[:-3], buffers.key.shape[-3:]
   tokens = key.shape[-3]

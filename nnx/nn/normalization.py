@@ -461,7 +461,7 @@ def _batch_norm_training(
     dtype = dtypes.canonicalize_dtype(x, scale, bias, dtype=dtype)
   (axis,) = _canonical_axes(x.ndim, axis)
   # While tracing: programs that never train a BatchNorm import no kernels.
-  from kernels import batch_stat
+  from nnx.kernels import batch_stat
 
   out = batch_stat.batch_norm(
     x,

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Iterable, Sequence
 import dataclasses
 import functools
-from typing import Any
+from typing import Any, ParamSpec, TypedDict, TypeVar, Unpack, overload
 
 import jax
 
@@ -21,6 +21,21 @@ from nnx.graphlib import modes
 from nnx.statelib import State
 from nnx.transforms import lift, prefix
 from nnx.variablelib import Param
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+class GradOptions(TypedDict, total=False):
+  """The options of `grad`, for type checkers; see there."""
+
+  argnums: int | DiffState | Sequence[int | DiffState]
+  has_aux: bool
+  holomorphic: bool
+  allow_int: bool
+  reduce_axes: Sequence[Hashable]
+  graph: bool | None
+  graph_updates: bool | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -262,6 +277,14 @@ def _check_reduce_axes(reduce_axes: Sequence[Hashable]) -> None:
     )
 
 
+@overload
+def grad(
+  f: Callable[P, R], **options: Unpack[GradOptions]
+) -> Callable[P, Any]: ...
+@overload
+def grad(
+  f: None = None, **options: Unpack[GradOptions]
+) -> Callable[[Callable[P, R]], Callable[P, Any]]: ...
 def grad(
   f: Callable[..., Any] | None = None,
   *,
@@ -340,6 +363,14 @@ def grad(
   )
 
 
+@overload
+def value_and_grad(
+  f: Callable[P, R], **options: Unpack[GradOptions]
+) -> Callable[P, tuple[R, Any]]: ...
+@overload
+def value_and_grad(
+  f: None = None, **options: Unpack[GradOptions]
+) -> Callable[[Callable[P, R]], Callable[P, tuple[R, Any]]]: ...
 def value_and_grad(
   f: Callable[..., Any] | None = None,
   *,

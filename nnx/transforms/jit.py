@@ -11,7 +11,18 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 import functools
 import inspect
-from typing import Any
+from typing import (
+  TYPE_CHECKING,
+  Any,
+  Concatenate,
+  Generic,
+  ParamSpec,
+  Self,
+  TypedDict,
+  TypeVar,
+  Unpack,
+  overload,
+)
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +30,30 @@ import numpy as np
 
 from nnx.engine import _engine, jax_private, preorder
 from nnx.transforms import lift, prefix
+
+P = ParamSpec("P")
+Q = ParamSpec("Q")
+R = TypeVar("R")
+T1 = TypeVar("T1")
+T2 = TypeVar("T2")
+T3 = TypeVar("T3")
+
+
+class JitOptions(TypedDict, total=False):
+  """The options of `jit`, for type checkers; see there."""
+
+  in_shardings: Any
+  out_shardings: Any
+  static_argnums: int | Sequence[int] | None
+  static_argnames: str | Iterable[str] | None
+  donate_argnums: int | Sequence[int] | None
+  donate_argnames: str | Iterable[str] | None
+  keep_unused: bool
+  device: Any
+  backend: str | None
+  inline: bool
+  graph: bool | None
+  graph_updates: bool | None
 
 
 class StateSharding(prefix.FilterMap):
@@ -349,7 +384,7 @@ class Flat(lift.Lifted):
     return _engine.packed_unflatten(plan, tuple(outputs))
 
 
-class Lowered:
+class Lowered(Generic[P, R]):
   """A jitted function lowered for some arguments, not yet compiled.
 
   Attributes that are not here are those of jax's `Lowered`.
@@ -361,7 +396,7 @@ class Lowered:
 
   def compile(
     self, compiler_options: Mapping[str, Any] | None = None
-  ) -> Compiled:
+  ) -> Compiled[P, R]:
     """Compiles; see `Compiled`."""
     return Compiled(self.lowered.compile(compiler_options), self.call)
 
@@ -369,7 +404,7 @@ class Lowered:
     return getattr(self.lowered, name)
 
 
-class Compiled:
+class Compiled(Generic[P, R]):
   """A compiled function: called like the original, for one structure only.
 
   Attributes that are not here are those of jax's `Compiled`.
@@ -379,14 +414,14 @@ class Compiled:
     self.compiled = compiled
     self._make_call = make_call
 
-  def __call__(self, *args: Any, **kwargs: Any) -> Any:
+  def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
     return self._make_call(self.compiled, args, kwargs)
 
   def __getattr__(self, name: str) -> Any:
     return getattr(self.compiled, name)
 
 
-class JitWrapped(_engine.JitFunction):
+class JitWrapped(_engine.JitFunction, Generic[P, R]):
   """A function compiled by `nnx.jit`; see there.
 
   Example:
@@ -439,6 +474,19 @@ class JitWrapped(_engine.JitFunction):
         " give it a copy."
       )
 
+  if TYPE_CHECKING:  # The engine has these; it knows no types.
+
+    def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R: ...
+    @overload
+    def __get__(self, instance: None, owner: type | None = None) -> Self: ...
+    @overload
+    def __get__(
+      self: JitWrapped[Concatenate[Any, Q], R],
+      instance: object,
+      owner: type | None = None,
+    ) -> Callable[Q, R]: ...
+    def __get__(self, instance: Any, owner: type | None = None) -> Any: ...
+
   def _roots(self, args: tuple, kwargs: Mapping[str, Any]):
     """The structure, leaves and objects of a call."""
     names = sorted(kwargs)
@@ -448,7 +496,7 @@ class JitWrapped(_engine.JitFunction):
     values = (*args, *(kwargs[name] for name in names))
     return _engine.flatten(values, tuple(static))
 
-  def lower(self, *args: Any, **kwargs: Any) -> Lowered:
+  def lower(self, *args: Any, **kwargs: Any) -> Lowered[P, R]:
     """Lowers the function for arguments, which may be abstract.
 
     Example:
@@ -491,7 +539,7 @@ class JitWrapped(_engine.JitFunction):
     compiled, flat_args, _ = self._prepare(*args, **kwargs)
     return compiled.trace(*flat_args)
 
-  def eval_shape(self, *args: Any, **kwargs: Any) -> Any:
+  def eval_shape(self, *args: P.args, **kwargs: P.kwargs) -> R:
     """The result with shapes in place of arrays; nothing is computed."""
     compiled, flat_args, _ = self._prepare(*args, **kwargs)
     structure, leaves, _ = self._roots(args, kwargs)
@@ -510,18 +558,18 @@ def _partition(leaves: tuple, donated: tuple[int, ...]) -> tuple[tuple, ...]:
   return kept, tuple(leaves[i] for i in donated)
 
 
-class JitPartial:
+class JitPartial(Generic[P, R]):
   """A jitted function with its first arguments given; see `nnx.jit_partial`."""
 
-  def __init__(self, jitted: JitWrapped, args: tuple[Any, ...]):
+  def __init__(self, jitted: JitWrapped[..., R], args: tuple[Any, ...]):
     self.jitted = jitted
     self.args = args
     functools.update_wrapper(self, jitted)
 
-  def __call__(self, *args: Any, **kwargs: Any) -> Any:
+  def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
     return self.jitted(*self.args, *args, **kwargs)
 
-  def lower(self, *args: Any, **kwargs: Any) -> Lowered:
+  def lower(self, *args: Any, **kwargs: Any) -> Lowered[P, R]:
     """As `JitWrapped.lower`, for the remaining arguments.
 
     So are the arguments of the compiled function.
@@ -544,11 +592,19 @@ class JitPartial:
   def _cache_size(self) -> int:
     return self.jitted._cache_size()
 
-  def eval_shape(self, *args: Any, **kwargs: Any) -> Any:
+  def eval_shape(self, *args: P.args, **kwargs: P.kwargs) -> R:
     """As `JitWrapped.eval_shape`, for the remaining arguments."""
     return self.jitted.eval_shape(*self.args, *args, **kwargs)
 
 
+@overload
+def jit(
+  fun: Callable[P, R], **options: Unpack[JitOptions]
+) -> JitWrapped[P, R]: ...
+@overload
+def jit(
+  fun: None = None, **options: Unpack[JitOptions]
+) -> Callable[[Callable[P, R]], JitWrapped[P, R]]: ...
 def jit(
   fun: Callable[..., Any] | None = None,
   *,
@@ -678,9 +734,37 @@ def _shifted(nums: int | Sequence[int] | None) -> tuple[int, ...]:
   return tuple(n + 1 if n >= 0 else n for n in _as_tuple(nums, int))
 
 
+@overload
+def jit_partial(
+  fun: Callable[Concatenate[T1, P], R],
+  arg: T1,
+  /,
+  **options: Unpack[JitOptions],
+) -> JitPartial[P, R]: ...
+@overload
+def jit_partial(
+  fun: Callable[Concatenate[T1, T2, P], R],
+  arg1: T1,
+  arg2: T2,
+  /,
+  **options: Unpack[JitOptions],
+) -> JitPartial[P, R]: ...
+@overload
+def jit_partial(
+  fun: Callable[Concatenate[T1, T2, T3, P], R],
+  arg1: T1,
+  arg2: T2,
+  arg3: T3,
+  /,
+  **options: Unpack[JitOptions],
+) -> JitPartial[P, R]: ...
+@overload
+def jit_partial(
+  fun: Callable[..., R], *partial_args: Any, **options: Unpack[JitOptions]
+) -> JitPartial[..., R]: ...
 def jit_partial(
   fun: Callable[..., Any], *partial_args: Any, **options: Any
-) -> JitPartial:
+) -> JitPartial[..., Any]:
   """Compiles a function with its first arguments given.
 
   The given arguments are objects, not values: their state may change between

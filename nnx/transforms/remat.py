@@ -4,13 +4,31 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 import functools
-from typing import Any
+from typing import Any, TypedDict, TypeVar, Unpack, overload
 
 import jax
 
 from nnx.transforms import lift
 
+F = TypeVar("F", bound=Callable[..., Any])
 
+
+class RematOptions(TypedDict, total=False):
+  """The options of `remat`, for type checkers; see there."""
+
+  prevent_cse: bool
+  static_argnums: int | Iterable[int]
+  policy: Callable[..., bool] | None
+  graph: bool | None
+  graph_updates: bool | None
+
+
+@overload
+def remat(f: F, **options: Unpack[RematOptions]) -> F: ...
+@overload
+def remat(
+  f: None = None, **options: Unpack[RematOptions]
+) -> Callable[[F], F]: ...
 def remat(
   f: Callable[..., Any] | None = None,
   *,

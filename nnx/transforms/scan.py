@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 import functools
-from typing import Any
+from typing import Any, TypedDict, TypeVar, Unpack, overload
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +18,22 @@ from nnx.transforms import jit as jit_lib
 from nnx.transforms import lift, mapped, prefix
 from nnx.transforms import vmap as vmap_lib
 from nnx.transforms.carry import Carry
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+class ScanOptions(TypedDict, total=False):
+  """The options of `scan`, for type checkers; see there."""
+
+  length: int | None
+  reverse: bool
+  unroll: int | bool
+  _split_transpose: bool
+  in_axes: Any
+  out_axes: Any
+  transform_metadata: Mapping[str, Any] | None
+  graph: bool | None
+  graph_updates: bool | None
 
 
 def _is_axis(value: Any) -> bool:
@@ -72,6 +88,12 @@ def _check_out_axes(out_axes: Any) -> None:
       )
 
 
+@overload
+def scan(f: F, **options: Unpack[ScanOptions]) -> F: ...
+@overload
+def scan(
+  f: None = None, **options: Unpack[ScanOptions]
+) -> Callable[[F], F]: ...
 def scan(
   f: Callable[..., Any] | None = None,
   *,

@@ -4,21 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 import functools
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import jax
 
 from nnx import partitioning, spmd
 from nnx.transforms import lift
 
+P = ParamSpec("P")
+R = TypeVar("R")
+
 
 def eval_shape(
-  f: Callable[..., Any],
+  f: Callable[..., R],
   *args: Any,
   graph: bool | None = None,
   graph_updates: bool | None = None,
   **kwargs: Any,
-) -> Any:
+) -> R:
   """Computes the shapes and dtypes that a function would return.
 
   As `jax.eval_shape`, but arguments and results may hold Modules and Variables:
@@ -132,11 +135,11 @@ def make_jaxpr(
 
 
 def checkify(
-  f: Callable[..., Any],
+  f: Callable[P, R],
   errors: Any = None,
   graph: bool | None = None,
   graph_updates: bool | None = None,
-) -> Callable[..., Any]:
+) -> Callable[P, tuple[Any, R]]:
   """Makes a function that also returns the errors of the checks in it.
 
   As `jax.experimental.checkify.checkify`, but arguments and results may hold

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 import functools
-from typing import Any
+from typing import Any, TypedDict, TypeVar, Unpack, overload
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +13,21 @@ from nnx import spmd
 from nnx.engine import _engine, jax_private
 from nnx.transforms import lift, mapped, prefix
 from nnx.transforms.carry import Carry
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+class VmapOptions(TypedDict, total=False):
+  """The options of `vmap`, for type checkers; see there."""
+
+  in_axes: Any
+  out_axes: Any
+  axis_name: Hashable | None
+  axis_size: int | None
+  spmd_axis_name: Hashable | tuple[Hashable, ...] | None
+  transform_metadata: Mapping[str, Any] | None
+  graph: bool | None
+  graph_updates: bool | None
 
 
 class StateAxes(prefix.FilterMap, Mapping[Any, Any]):
@@ -153,6 +168,12 @@ def _unmapped_error(plans: Sequence[Any], walk, out_root) -> str:
   )
 
 
+@overload
+def vmap(f: F, **options: Unpack[VmapOptions]) -> F: ...
+@overload
+def vmap(
+  f: None = None, **options: Unpack[VmapOptions]
+) -> Callable[[F], F]: ...
 def vmap(
   f: Callable[..., Any] | None = None,
   *,

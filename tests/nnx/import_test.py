@@ -1,7 +1,9 @@
 """What `import nnx` brings in: little more than jax."""
 
+import shutil
 import subprocess
 import sys
+import tempfile
 
 from absl.testing import absltest
 
@@ -37,6 +39,20 @@ class ImportTest(absltest.TestCase):
     )
     self.assertEqual(done.stdout.split(), [])
 
+  def test_a_checkout_that_is_not_built_says_how(self):
+    with tempfile.TemporaryDirectory() as folder:
+      shutil.copytree("nnx", f"{folder}/nnx", ignore=ignored)
+      path = f"import sys; sys.path[:] = {[folder, *sys.path]!r}"
+      done = subprocess.run(
+        [sys.executable, "-c", f"{path}\nimport nnx"],
+        capture_output=True,
+        text=True,
+      )
+    last = done.stderr.strip().splitlines()[-1]
+    self.assertIn("run `tools/bazel run //tools:develop` in", last)
+
+
+ignored = shutil.ignore_patterns("*.so", "cc", "__pycache__")
 
 if __name__ == "__main__":
   absltest.main()

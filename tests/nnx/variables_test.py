@@ -1,6 +1,7 @@
 """Variables behave as flax.nnx's, or as Flax 0.10's where those differ."""
 
 import copy
+import inspect
 import operator
 import pickle
 import warnings
@@ -201,6 +202,21 @@ class ValueTest(parameterized.TestCase):
     self.assertIsInstance(np.ones(3) * p, jax.Array)
     np.testing.assert_array_equal(np.ones(3) + p, [1.0, 2.0, 3.0])
     np.testing.assert_array_equal(jax.jit(lambda x: x * 2)(p.value), p * 2)
+
+
+class SignatureTest(absltest.TestCase):
+  def test_that_of_the_engine_is_known(self):
+    text = str(inspect.signature(nnx.Param))
+    self.assertEqual(text, "(value, /, **metadata)")
+
+  def test_that_of_a_subclass_is_its_own(self):
+    class Named(nnx.Variable):
+      def __init__(self, name, size=1):
+        super().__init__(jnp.zeros(size), name=name)
+
+    self.assertEqual(
+      list(inspect.signature(Named).parameters), ["name", "size"]
+    )
 
 
 class OperatorsTest(parameterized.TestCase):

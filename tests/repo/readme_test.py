@@ -1,14 +1,87 @@
-"""What the README says is so."""
+"""What README.md and the pages of docs/ show is so."""
 
+import os
 import pathlib
+import re
+import subprocess
+import sys
 
-README = pathlib.Path("README.md").read_text(encoding="utf-8")
-EXAMPLE = (
-  README.split("## An example")[1].split("```python\n")[1].split("```")[0]
+import pytest
+
+ROOT = pathlib.Path.cwd()
+README = ROOT / "README.md"
+PAGES = [README, *sorted((ROOT / "docs").glob("*.md"))]
+BLOCK = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+
+
+def blocks(page: pathlib.Path) -> list[str]:
+  """The blocks of Python of a page, each at its line."""
+  text = page.read_text(encoding="utf-8")
+  return [
+    "\n" * (text[: match.start(1)].count("\n")) + match[1]
+    for match in BLOCK.finditer(text)
+  ]
+
+
+# Each page is one program, whose blocks go on from those before.
+PROGRAM = """
+import pathlib, sys
+sys.path.insert(0, "tests/repo")
+import readme_test
+page = pathlib.Path(sys.argv[1])
+names = {"__name__": "__main__"}
+for block in readme_test.blocks(page):
+  exec(compile(block, str(page), "exec"), names)
+"""
+
+
+def run(page: pathlib.Path) -> subprocess.CompletedProcess:
+  return subprocess.run(
+    [sys.executable, "-W", "error", "-c", PROGRAM, page],
+    env={
+      **os.environ,
+      "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), *sys.path])),
+      "JAX_PLATFORMS": "cpu",
+      # For the page on sharding.
+      "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
+    },
+    capture_output=True,
+    text=True,
+  )
+
+
+@pytest.mark.parametrize(
+  "page", [page for page in PAGES if blocks(page)], ids=lambda page: page.name
 )
+def test_blocks_of_a_page_run(page):
+  done = run(page)
+  assert done.returncode == 0, done.stderr
 
 
-def test_the_example_runs_and_is_short(capsys):
-  exec(compile(EXAMPLE, "README.md", "exec"), {"__name__": "__main__"})
-  assert capsys.readouterr().out, "the example should print what it did"
-  assert len([line for line in EXAMPLE.splitlines() if line]) <= 20
+def test_a_block_that_fails_is_seen(tmp_path):
+  page = tmp_path / "page.md"
+  page.write_text(
+    "Text.\n\n```python\nx = 1\n```\n\n```python\nassert x == 2\n```"
+  )
+  assert "line 8" in run(page).stderr
+
+
+def test_the_example_is_short_and_prints():
+  example = README.read_text(encoding="utf-8").split("## An example")[1]
+  (code, *_) = BLOCK.findall(example)
+  assert len([line for line in code.splitlines() if line]) <= 20
+  assert run(README).stdout, "the example should print what it did"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_pages_that_are_named_exist(page):
+  text = page.read_text(encoding="utf-8")
+  for name in re.findall(r"docs/\w+\.md", text):
+    assert (ROOT / name).exists(), name
+  for name in re.findall(r"\]\((\w+\.md)", text):
+    assert (page.parent / name).exists(), name
+
+
+def test_the_opening_is_short():
+  opening = README.read_text(encoding="utf-8").split("## An example")[0]
+  assert len(opening.split()) <= 330

@@ -8,6 +8,7 @@ load("@rules_cc//cc:defs.bzl", _cc_binary = "cc_binary", _cc_library = "cc_libra
 load("@rules_python//python:defs.bzl", _py_binary = "py_binary", _py_library = "py_library", _py_test = "py_test")
 load("//tools/build_defs:cuda.bzl", "cuda_objects")
 load(":byte_code.bzl", "py_byte_code")
+load(":wheel.bzl", _wheel = "wheel")
 
 # Headers of others come in through `includes`, which makes them system headers,
 # and so these hold for our own sources only.
@@ -37,6 +38,7 @@ _PLATFORM_DEPS = {
 
 py_binary = _py_binary
 py_library = _py_library
+wheel = _wheel
 
 def cc_library(name, copts = [], **kwargs):
     """A C++17 library, warnings being errors."""

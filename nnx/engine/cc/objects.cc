@@ -375,7 +375,9 @@ PyMethodDef variable_methods[] = {
 };
 
 PyType_Slot variable_slots[] = {
-    {Py_tp_doc, const_cast<char*>("Base of Variable, with its storage.")},
+    // The first line is what `inspect.signature` reads.
+    {Py_tp_doc, const_cast<char*>("VariableBase(value, /, **metadata)\n--\n\n"
+                                  "Base of Variable, with its storage.")},
     {Py_tp_new, reinterpret_cast<void*>(VariableNew)},
     {Py_tp_init, reinterpret_cast<void*>(VariableInit)},
     {Py_tp_dealloc, reinterpret_cast<void*>(VariableDealloc)},
