@@ -394,17 +394,49 @@ def chains_that_are_taken_apart():
   del jitted
 
 
+def _call_at(depth: int, function: Any) -> None:
+  """Calls a function with that many calls through C around it."""
+
+  def go_down(depth):
+    return list(map(go_down, (depth - 1,))) if depth else function()
+
+  go_down(depth)
+
+
+def _deepest() -> int:
+  """The depth at which `_call_at` has used up what it may."""
+  reached = 0
+
+  def go_down(depth):
+    nonlocal reached
+    reached = depth
+    list(map(go_down, (depth + 1,)))
+
+  try:
+    go_down(0)
+  except RecursionError:
+    return reached
+  raise AssertionError("there is no limit")
+
+
 def structures_deeper_than_the_stack():
   """Made where there is much stack, used where there is little."""
   made = []
 
   def make():
-    value = nnx.Param(np.ones(1))
-    for _ in range(20_000):
-      value = nnx.Dict(a=value)
     sys.setrecursionlimit(10**6)
-    graphdef, mappings = _engine.split(value, (True,), True)
-    made.extend([value, graphdef, mappings[0], _engine.flatten((value,))])
+    # Python 3.12 and 3.13 have a limit of their own for C, which none can set.
+    for depth in (20_000, 700):
+      value = nnx.Param(np.ones(1))
+      for _ in range(depth):
+        value = nnx.Dict(a=value)
+      try:
+        graphdef, mappings = _engine.split(value, (True,), True)
+        flat = _engine.flatten((value,))
+      except RecursionError:
+        continue
+      made.extend([value, graphdef, mappings[0], flat])
+      return
 
   limit = sys.getrecursionlimit()
   threading.stack_size(1 << 29)
@@ -412,6 +444,7 @@ def structures_deeper_than_the_stack():
   thread.start()
   thread.join()
   sys.setrecursionlimit(limit)
+  depth = _deepest() - 50
   value, graphdef, mapping, (structure, leaves, objects) = made
   for function in (
     lambda: _engine.merge(graphdef, mapping, 0),
@@ -429,7 +462,7 @@ def structures_deeper_than_the_stack():
     lambda: graphdef.__reduce__()[0](*graphdef.__reduce__()[1]),
   ):
     try:
-      function()
+      _call_at(depth, function)
     except (RecursionError, ZeroDivisionError):
       continue
     raise AssertionError("there was enough of the stack")
