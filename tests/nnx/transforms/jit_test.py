@@ -9,6 +9,7 @@ os.environ["XLA_FLAGS"] = (
 import dataclasses
 import functools
 import gc
+import re
 import weakref
 
 from absl.testing import absltest, parameterized
@@ -20,6 +21,7 @@ from jax.sharding import PartitionSpec as P
 import numpy as np
 
 import nnx
+from nnx.transforms import lift
 
 
 class Dense(nnx.Module):
@@ -614,6 +616,27 @@ class OptionsTest(parameterized.TestCase):
       ValueError, "must be called with arguments of the structure"
     ):
       compiled(dense, jnp.ones((1, 2)))
+
+  def test_arrays_of_the_outside_come_first_and_have_no_names(self):
+    # Where jax passes them as arguments it puts names in front of ours.
+    table = jnp.arange(3.0)
+    jitted = nnx.jit(lambda m, x: m(x) + table)
+    names = lift.Call(jitted.__wrapped__, (Dense(), 1.0)).lifted.leaf_names
+    self.assertEqual(("", *names([1, 2])), ("",) + names([1, 2]))
+    before = jax.config.jax_use_simplified_jaxpr_constants
+    jax.config.update("jax_use_simplified_jaxpr_constants", True)
+    try:
+      lowered = jitted.lower(Dense(), jnp.ones((1, 2)))
+      y = jitted(Dense(), jnp.ones((1, 2)))
+    finally:
+      jax.config.update("jax_use_simplified_jaxpr_constants", before)
+    np.testing.assert_array_equal(y, [[2, 3, 4]])
+    arguments = re.search(
+      r"@main\((.*?)\) ->", lowered.as_text(debug_info=True)
+    )
+    self.assertEqual(
+      re.findall(r'loc\("(.*?)"\)', arguments[1]), ["m.bias", "m.kernel", "x"]
+    )
 
   def test_eval_shape_leaves_arguments_alone(self):
     dense = Dense()
