@@ -15,16 +15,6 @@ import jax
 import nnx
 
 
-class _Metadata(dict[str, Any]):
-  """Metadata of a Variable, whose annotation is found by each of its names."""
-
-  def __missing__(self, name: str) -> Any:
-    stored = nnx.partitioning.sharding_key(self)
-    if stored is None or name not in nnx.partitioning.SHARDING_KEYS:
-      raise KeyError(name)
-    return self[stored]
-
-
 class NNXMeta(struct.PyTreeNode, meta.AxisMetadata[Any]):
   """The Linen box of a Variable whose kind or metadata must not be lost.
 
@@ -80,7 +70,11 @@ class NNXMeta(struct.PyTreeNode, meta.AxisMetadata[Any]):
       # Without an annotation no name is needed; the hooks run all the same.
       params = {meta.PARTITION_NAME: None, **params}
     change(variable, index, params)
-    return self.replace(metadata=_Metadata(variable.get_metadata()))
+    metadata = variable.get_metadata()
+    given = nnx.partitioning.sharding_key(self.metadata)
+    if given is not None:  # so that the other way gives back this very box
+      metadata[given] = metadata.pop("out_sharding")
+    return self.replace(metadata=metadata)
 
   def get_partition_spec(self) -> jax.sharding.PartitionSpec:
     """Returns how the value is to be laid out on a mesh."""
@@ -123,7 +117,7 @@ def to_linen_var(variable: nnx.Variable[Any]) -> Any:
   if box is None:
     if not needs_box(metadata):
       return value
-    return NNXMeta(type(variable), value, _Metadata(metadata))
+    return NNXMeta(type(variable), value, metadata)
   if hasattr(box, "from_nnx_metadata"):
     return box.from_nnx_metadata({"value": value, **metadata})
   fields = {k: v for k, v in metadata.items() if k != "linen_meta_type"}

@@ -16,7 +16,9 @@ import jax
 from jax.sharding import NamedSharding, PartitionSpec
 
 # The annotation's names, in the order in which they are looked for: that of
-# Flax 0.12, then the two of Flax 0.10. It is stored under the name given.
+# Flax 0.12, then the two of Flax 0.10. It is stored under the name given, since
+# `variable.sharding` is the annotation only where it was called so, and shown
+# under the first one.
 SHARDING_KEYS = ("out_sharding", "sharding", "sharding_names")
 
 AxisRules = Iterable[tuple[str, Any]]
@@ -123,6 +125,35 @@ def sharding_key(metadata: Mapping[str, Any]) -> str | None:
     if key in metadata:
       return key
   return None
+
+
+class Metadata(dict[str, Any]):
+  """Metadata to look at: the annotation is found by each of its names.
+
+  Example:
+
+    >>> from nnx import partitioning
+    >>> metadata = partitioning.Metadata({"sharding": ("a", None)})
+    >>> metadata
+    {'out_sharding': ('a', None)}
+    >>> metadata["sharding_names"]
+    ('a', None)
+
+  Args:
+    metadata: as a Variable stores them.
+  """
+
+  def __init__(self, metadata: Mapping[str, Any]):
+    super().__init__(metadata)
+    key = sharding_key(self)
+    if key is not None:
+      self[SHARDING_KEYS[0]] = self.pop(key)
+
+  def __missing__(self, name: str) -> Any:
+    stored = sharding_key(self)
+    if stored is None or name not in SHARDING_KEYS:
+      raise KeyError(name)
+    return self[stored]
 
 
 def partition_spec(

@@ -818,6 +818,9 @@ class Variable(_engine.VariableBase, reprs.Displayable, Generic[A]):
   ) -> Any:
     """One piece of metadata, or all of them as a new dict.
 
+    The dict has a sharding annotation under `out_sharding`, whichever of its
+    names that was given by.
+
     Example:
 
       >>> import nnx
@@ -846,10 +849,10 @@ class Variable(_engine.VariableBase, reprs.Displayable, Generic[A]):
           f" `default={default!r}`."
         )
       if exclude_required:
-        return {
+        metadata = {
           k: v for k, v in metadata.items() if k not in self.required_metadata
         }
-      return dict(metadata)
+      return partitioning.Metadata(metadata)
     if exclude_required is not None:
       raise TypeError(
         "`exclude_required` is about all of the metadata, but got it with"

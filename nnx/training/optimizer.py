@@ -121,18 +121,16 @@ def _opt_state_of(leaf: Any) -> Variable[Any]:
   metadata = leaf.get_metadata()
   parameter = metadata.pop(_PARAMETER).array
   own = metadata.pop("optimizer_sharding", None)
-  key = partitioning.sharding_key(metadata)
   if own is not None:
-    if key is not None:
-      del metadata[key]
-    return OptVariable(leaf.raw_value, **metadata, out_sharding=own)
+    return OptVariable(leaf.raw_value, **metadata | {"out_sharding": own})
   value = leaf.raw_value
-  if key is not None and jnp.shape(value) != jnp.shape(parameter):
+  annotated = "out_sharding" in metadata
+  if annotated and jnp.shape(value) != jnp.shape(parameter):
     # What a transformation keeps may have other axes than the parameter, as the
     # factors of Adafactor have; which ones is not known here.
-    del metadata[key]
-  elif key is not None and leaf.eager_sharding:
-    placed = _placed_like(value, parameter, metadata[key])
+    del metadata["out_sharding"]
+  elif annotated and leaf.eager_sharding:
+    placed = _placed_like(value, parameter, metadata["out_sharding"])
     if placed is not None:
       return OptVariable.from_metadata(placed, metadata)
   return OptVariable(value, **metadata)

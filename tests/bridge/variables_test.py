@@ -112,7 +112,7 @@ def test_an_annotation_is_found_by_each_of_its_names(given):
   for name in ("sharding", "sharding_names", "out_sharding"):
     assert box.metadata[name] == ("a", None)
     assert added.metadata[name] == ("layers", "a", None)
-  assert box.metadata == {given: ("a", None), "unit": "m"}
+  assert box.metadata == {"out_sharding": ("a", None), "unit": "m"}
   plain = bridge.to_linen_var(nnx.Param(1.0, unit="m"))
   for metadata, name in ((box.metadata, "u"), (plain.metadata, "sharding")):
     with pytest.raises(KeyError, match=name):

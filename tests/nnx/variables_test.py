@@ -566,9 +566,11 @@ class MetadataTest(parameterized.TestCase):
     self.assertEqual(p.out_sharding, ("a", None))
     self.assertEqual(p.sharding_names, ("a", None))
     p.set_metadata(out_sharding=("b",))
-    self.assertEqual(p.get_metadata(), {name: ("b",)})
+    self.assertEqual(p.get_metadata(), {"out_sharding": ("b",)})
+    self.assertEqual(p.to_state().get_metadata(), {"out_sharding": ("b",)})
+    self.assertEqual(p.get_metadata()[name], ("b",))
     p.sharding_names = ("c",)
-    self.assertEqual(p.get_metadata(), {name: ("c",)})
+    self.assertEqual(p.get_metadata(), {"out_sharding": ("c",)})
     p.del_metadata("out_sharding")
     self.assertEqual(p.get_metadata(), {})
 

@@ -219,7 +219,7 @@ class OracleTest(parameterized.TestCase):
       rngs=nnx.Rngs(0),
     )
     mean = nnx.Optimizer(model, optax.adam(0.1)).opt_state[0].mu
-    self.assertEqual(mean.kernel.get_metadata(), {"sharding": ("a", None)})
+    self.assertEqual(mean.kernel.get_metadata(), {"out_sharding": ("a", None)})
     self.assertEqual(mean.bias.get_metadata(), {"out_sharding": ("b",)})
 
 
