@@ -153,7 +153,7 @@ def flash(
 
   in_place = pl.BlockSpec(memory_space=pl.ANY)
   groups, rows = tiling.groups, tiling.rows
-  v_dim = values.shape[-1]
+  v_dim = caches[1].shape[-1]
 
   def tiles(cache):
     shape = list(cache.shape[-3:])

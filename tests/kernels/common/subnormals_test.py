@@ -26,7 +26,7 @@ UNITS = {"float16": 2.0**-24, "bfloat16": 2.0**-133, "float32": 2.0**-149}
 @contextlib.contextmanager
 def simd(op, level):
   """Runs an op's kernels at a SIMD level; skips where the machine has less."""
-  module = importlib.import_module(f"kernels.{op}._{op}_cpu")
+  module = importlib.import_module(f"kernels.{op}.cpu._{op}_cpu")
   try:
     module.set_simd_level(level)
   except ValueError:
