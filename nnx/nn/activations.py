@@ -100,7 +100,7 @@ def _prelu(inputs: jax.Array, slope: jax.Array) -> jax.Array:
   return jnp.where(inputs >= 0, inputs, slope * inputs)
 
 
-@eager.one_call
+@eager.compiled
 def _prelu_in_dtype_of_inputs(inputs: jax.Array, slope: jax.Array) -> jax.Array:
   inputs = jnp.asarray(inputs)
   return _prelu(inputs, slope.astype(inputs.dtype))

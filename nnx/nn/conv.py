@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 from jax import lax
@@ -15,10 +15,11 @@ from nnx.nn import checks, dtypes
 from nnx.nn.initializers import (
   NO_METADATA,
   Initializer,
+  default_bias_init,
   default_kernel_init,
   initialize,
 )
-from nnx.nn.linear import default_bias_init
+from nnx.nn.products import product_options
 from nnx.rnglib import Rngs
 from nnx.variablelib import Param
 
@@ -108,54 +109,90 @@ def _add_bias(y: jax.Array, bias: jax.Array | None) -> jax.Array:
   return y if bias is None else y + bias.reshape((1,) * (y.ndim - 1) + (-1,))
 
 
+class _Convolution(NamedTuple):
+  """How `Conv` convolves: what its arithmetic takes besides arrays.
+
+  It is static where that is compiled. A tuple rather than a dataclass: each
+  eager call makes one and hashes it, which a tuple does in C.
+  """
+
+  strides: tuple[int, ...]
+  padding: Any
+  input_dilation: tuple[int, ...]
+  kernel_dilation: tuple[int, ...]
+  groups: int
+  dtype: dtypes.Dtype | None
+  precision: Any
+  preferred_element_type: dtypes.Dtype | None
+  out_sharding: Any
+  promote_dtype: dtypes.PromoteDtypeFn
+  conv_general_dilated: Callable[..., jax.Array]
+
+
+def _padded(
+  inputs: jax.Array, sizes: tuple[int, ...], how: _Convolution
+) -> tuple[jax.Array, Any]:
+  """Makes the padding that jax's convolution does not know, and says the rest.
+
+  Args:
+    inputs: `[b, *spatial, k]`.
+    sizes: The sizes of the kernel's spatial axes.
+    how: The convolution.
+
+  Returns:
+    The padded inputs, and the padding that is left to the convolution.
+  """
+  padding, dilation = how.padding, how.kernel_dilation
+  if padding in _PAD_MODES:
+    reach = [(k - 1) * d for k, d in zip(sizes, dilation)]
+    pads = [(0, 0), *((r // 2, (r + 1) // 2) for r in reach), (0, 0)]
+    return jnp.pad(inputs, pads, mode=_PAD_MODES[padding]), "VALID"
+  if padding == "CAUSAL":
+    before = dilation[0] * (sizes[0] - 1)
+    return jnp.pad(inputs, [(0, 0), (before, 0), (0, 0)]), "VALID"
+  return inputs, padding
+
+
 def _convolve(
-  inputs, kernel, bias, mask, strides, padding, input_dilation,
-  kernel_dilation, groups, dtype, precision, preferred_element_type,
-  out_sharding, promote_dtype=dtypes.promote_dtype,
-  conv_general_dilated=lax.conv_general_dilated,
-):  # fmt: skip
-  """What `Conv` computes of arrays."""
+  inputs: jax.Array,
+  kernel: jax.Array,
+  bias: jax.Array | None,
+  mask: jax.Array | None,
+  how: _Convolution,
+) -> jax.Array:
+  """Computes what `Conv` does to arrays."""
   inputs = jnp.asarray(inputs)
   sizes = kernel.shape[:-2]
   spatial = len(sizes)
   batch = inputs.shape[: inputs.ndim - spatial - 1]
-  inputs = _one_batch_axis(inputs, spatial)
-  if padding in _PAD_MODES:
-    reach = [(k - 1) * d for k, d in zip(sizes, kernel_dilation)]
-    pads = [(0, 0), *((r // 2, (r + 1) // 2) for r in reach), (0, 0)]
-    inputs = jnp.pad(inputs, pads, mode=_PAD_MODES[padding])
-    padding = "VALID"
-  elif padding == "CAUSAL":
-    before = kernel_dilation[0] * (sizes[0] - 1)
-    inputs = jnp.pad(inputs, [(0, 0), (before, 0), (0, 0)])
-    padding = "VALID"
+  inputs, padding = _padded(_one_batch_axis(inputs, spatial), sizes, how)
   if mask is not None:
     kernel = kernel * mask
-  inputs, kernel, bias = promote_dtype((inputs, kernel, bias), dtype=dtype)
-  options: dict[str, Any] = {"out_sharding": out_sharding}
-  if preferred_element_type is not None:
-    options["preferred_element_type"] = preferred_element_type
+  inputs, kernel, bias = how.promote_dtype(
+    (inputs, kernel, bias), dtype=how.dtype
+  )
   last = spatial + 1
   data_axes = (0, last, *range(1, last))
-  y = eager.current(conv_general_dilated)(
+  y = eager.current(how.conv_general_dilated)(
     inputs,
     kernel,
-    strides,
+    how.strides,
     padding,
-    lhs_dilation=input_dilation,
-    rhs_dilation=kernel_dilation,
+    lhs_dilation=how.input_dilation,
+    rhs_dilation=how.kernel_dilation,
     dimension_numbers=lax.ConvDimensionNumbers(
       data_axes, (last, spatial, *range(spatial)), data_axes
     ),
-    feature_group_count=groups,
-    precision=precision,
-    **options,
+    feature_group_count=how.groups,
+    **product_options(
+      how.precision, how.preferred_element_type, how.out_sharding
+    ),
   )
   y = _add_bias(y, bias)
   return y if len(batch) == 1 else y.reshape((*batch, *y.shape[1:]))
 
 
-_one_convolve = eager.one_call(_convolve, static_argnums=tuple(range(4, 13)))
+_convolve_compiled = eager.compiled(_convolve, static=("how",))
 
 
 class Conv(Module):
@@ -305,30 +342,32 @@ class Conv(Module):
         "`padding='CAUSAL'` must come with one spatial axis, but got"
         f" `kernel_size={self.kernel_size}`."
       )
-    arguments = (
+    arrays = (
       inputs,
       self.kernel.value,
       None if self.bias is None else self.bias.value,
       self.mask,
-      _as_tuple(self.strides, rank),
-      padding,
-      _as_tuple(self.input_dilation, rank),
-      _as_tuple(self.kernel_dilation, rank),
-      self.feature_group_count,
-      self.dtype,
-      self.precision,
-      self.preferred_element_type,
-      out_sharding,
+    )
+    how = _Convolution(
+      strides=_as_tuple(self.strides, rank),
+      padding=padding,
+      input_dilation=_as_tuple(self.input_dilation, rank),
+      kernel_dilation=_as_tuple(self.kernel_dilation, rank),
+      groups=self.feature_group_count,
+      dtype=self.dtype,
+      precision=self.precision,
+      preferred_element_type=self.preferred_element_type,
+      out_sharding=out_sharding,
+      promote_dtype=self.promote_dtype,
+      conv_general_dilated=self.conv_general_dilated,
     )
     try:
       if (
         self.promote_dtype is dtypes.promote_dtype
         and self.conv_general_dilated is _CONV_GENERAL_DILATED
       ):
-        return _one_convolve(*arguments)
-      return _convolve(
-        *arguments, self.promote_dtype, self.conv_general_dilated
-      )
+        return _convolve_compiled(*arrays, how)
+      return _convolve(*arrays, how)
     except (IndexError, TypeError, ValueError):
       channels = self.kernel.shape[-2] * self.feature_group_count
       _check_inputs(self, inputs, channels)
@@ -346,44 +385,61 @@ def _wrap_around(y: jax.Array, axis: int, period: int, before: int):
   )
 
 
+class _Transposed(NamedTuple):
+  """How `ConvTranspose` convolves, as `_Convolution` says it of `Conv`."""
+
+  strides: tuple[int, ...]
+  padding: Any
+  kernel_dilation: tuple[int, ...]
+  transpose_kernel: bool
+  dtype: dtypes.Dtype | None
+  precision: Any
+  preferred_element_type: dtypes.Dtype | None
+  promote_dtype: dtypes.PromoteDtypeFn
+
+
 def _convolve_transposed(
-  inputs, kernel, bias, mask, strides, padding, kernel_dilation,
-  transpose_kernel, dtype, precision, preferred_element_type,
-  promote_dtype=dtypes.promote_dtype,
-):  # fmt: skip
-  """What `ConvTranspose` computes of arrays."""
+  inputs: jax.Array,
+  kernel: jax.Array,
+  bias: jax.Array | None,
+  mask: jax.Array | None,
+  how: _Transposed,
+) -> jax.Array:
+  """Computes what `ConvTranspose` does to arrays."""
   inputs = jnp.asarray(inputs)
   spatial = kernel.ndim - 2
   batch = inputs.shape[: inputs.ndim - spatial - 1]
   inputs = _one_batch_axis(inputs, spatial)
   if mask is not None:
     kernel = kernel * mask
-  inputs, kernel, bias = promote_dtype((inputs, kernel, bias), dtype=dtype)
-  circular = padding == "CIRCULAR"
+  inputs, kernel, bias = how.promote_dtype(
+    (inputs, kernel, bias), dtype=how.dtype
+  )
+  circular = how.padding == "CIRCULAR"
   y = lax.conv_transpose(
     inputs,
     kernel,
-    strides,
-    "VALID" if circular else padding,
-    rhs_dilation=kernel_dilation,
-    transpose_kernel=transpose_kernel,
-    precision=precision,
-    preferred_element_type=preferred_element_type,
+    how.strides,
+    "VALID" if circular else how.padding,
+    rhs_dilation=how.kernel_dilation,
+    transpose_kernel=how.transpose_kernel,
+    precision=how.precision,
+    preferred_element_type=how.preferred_element_type,
   )
   if circular:
-    for axis, stride in enumerate(strides, 1):
+    for axis, stride in enumerate(how.strides, 1):
       period = inputs.shape[axis] * stride
-      # What is missing to an odd number of periods, of which the input's own
-      # shall be the middle one.
+      # What is missing to an odd number of periods, the middle one of which
+      # is to be that of the input.
       missing = -(y.shape[axis] - period) % (2 * period)
-      before = missing // 2 if transpose_kernel else (missing + 1) // 2
+      before = missing // 2 if how.transpose_kernel else (missing + 1) // 2
       y = _wrap_around(y, axis, period, before)
   y = _add_bias(y, bias)
   return y if len(batch) == 1 else y.reshape((*batch, *y.shape[1:]))
 
 
-_one_convolve_transposed = eager.one_call(
-  _convolve_transposed, static_argnums=tuple(range(4, 11))
+_convolve_transposed_compiled = eager.compiled(
+  _convolve_transposed, static=("how",)
 )
 
 
@@ -510,23 +566,26 @@ class ConvTranspose(Module):
     """
     rank = len(self.kernel_size)
     _check_mask(self)
-    arguments = (
+    arrays = (
       inputs,
       self.kernel.value,
       None if self.bias is None else self.bias.value,
       self.mask,
-      _as_tuple(self.strides, rank),
-      _canonical_padding(self.padding, rank),
-      _as_tuple(self.kernel_dilation, rank),
-      self.transpose_kernel,
-      self.dtype,
-      self.precision,
-      self.preferred_element_type,
+    )
+    how = _Transposed(
+      strides=_as_tuple(self.strides, rank),
+      padding=_canonical_padding(self.padding, rank),
+      kernel_dilation=_as_tuple(self.kernel_dilation, rank),
+      transpose_kernel=self.transpose_kernel,
+      dtype=self.dtype,
+      precision=self.precision,
+      preferred_element_type=self.preferred_element_type,
+      promote_dtype=self.promote_dtype,
     )
     try:
       if self.promote_dtype is dtypes.promote_dtype:
-        return _one_convolve_transposed(*arguments)
-      return _convolve_transposed(*arguments, self.promote_dtype)
+        return _convolve_transposed_compiled(*arrays, how)
+      return _convolve_transposed(*arrays, how)
     except (IndexError, TypeError, ValueError):
       axis = -1 if self.transpose_kernel else -2
       _check_inputs(self, inputs, self.kernel.shape[axis])

@@ -12,9 +12,10 @@ import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from nnx import eager
-from nnx.nn import dot_product, rotary
+from nnx.nn import masks, rotary
 
 # By how much later keys and values may exceed those that the scales were made
 # from. An integer loses a bit for each factor of 2, a float nothing.
@@ -34,13 +35,13 @@ class Options:
 
   Attributes:
     window: how many keys a query sees, as for
-      `nnx.nn.dot_product.check_window`.
+      `nnx.nn.masks.check_window`.
     softcap: logits become `softcap * tanh(logits / softcap)`.
     rope_base: of the wavelengths of rotary embedding; none, if None.
     rope_scale: positions are divided by it.
   """
 
-  window: dot_product.Window | None = None
+  window: masks.Window | None = None
   softcap: float | None = None
   rope_base: float | None = None
   rope_scale: float = 1.0
@@ -107,6 +108,82 @@ def is_quantized(dtype: jnp.dtype) -> bool:
   return jnp.dtype(dtype).itemsize == 1
 
 
+def check_room(
+  buffers: Buffers,
+  query: jax.Array,
+  key: jax.Array,
+  lengths: jax.Array | None,
+) -> jax.Array | None:
+  """Refuses new tokens that do not fit into the cache.
+
+  Example:
+
+    >>> import jax.numpy as jnp
+    >>> from nnx.nn import decoding
+    >>> cache, x = jnp.zeros((1, 4, 1, 2)), jnp.ones((1, 2, 1, 2))
+    >>> buffers = decoding.Buffers(jnp.array(3), cache, cache)
+    >>> decoding.check_room(buffers, x, x, None)  # doctest: +ELLIPSIS
+    Traceback (most recent call last):
+      ...
+    ValueError: The cache must have room for all tokens, but ...
+
+  Args:
+    buffers: The cache.
+    query: `[*batch, t, n, h]`.
+    key: `[*batch, t, kv heads, h]`.
+    lengths: `[]` or `[*batch]` int32, the number of tokens that are not
+      padding; all, if None.
+
+  Returns:
+    None if all tokens fit. Where a trace does not know the number of tokens,
+    which of them do not, `[*index axes, t]`.
+
+  Raises:
+    ValueError: If shapes do not fit, or the cache has no room.
+  """
+  *batch, length, heads, features = buffers.key.shape
+  tokens = key.shape[-3]
+  expected = (*batch, tokens, heads, features)
+  if key.shape != expected or query.shape[:-2] != expected[:-2]:
+    raise ValueError(
+      "The inputs must fit the cache, whose shape"
+      f" {buffers.key.shape} expects keys of the shape {expected},"
+      f" but got keys of the shape {key.shape} and queries of the shape"
+      f" {query.shape}. Call `init_cache` with this batch."
+    )
+  index = buffers.index
+  if lengths is not None and lengths.ndim > index.ndim:
+    raise ValueError(
+      "`lengths` of each sequence need a `cache_index` of each, but its shape"
+      f" is {index.shape} and that of `lengths` is {lengths.shape}. Call"
+      " `init_cache(..., per_sequence=True)`."
+    )
+  new = tokens if lengths is None else lengths
+  if isinstance(index, jax.core.Tracer) or isinstance(new, jax.core.Tracer):
+    return _without_room(buffers, tokens, lengths)
+  room = np.max(np.asarray(index) + np.asarray(new), initial=0)
+  if room > length:
+    raise ValueError(
+      f"The cache must have room for all tokens, but its `max_length` is"
+      f" {length}, `cache_index` is {np.max(index)}, and {np.max(new)} more"
+      " came. Call `init_cache` with more room, or again to start anew."
+    )
+  return None
+
+
+def _without_room(
+  buffers: Buffers, tokens: int, lengths: jax.Array | None
+) -> jax.Array:
+  """Returns which new tokens the cache cannot take: `[*index axes, t]`."""
+  index = jnp.expand_dims(buffers.index, -1)
+  steps = jnp.arange(tokens).reshape((1,) * buffers.index.ndim + (-1,))
+  lost = index + steps >= buffers.key.shape[-3]
+  if lengths is None:
+    return lost
+  real = masks.real_tokens(lengths, tokens)
+  return jnp.logical_and(lost, masks.both(None, real, lost.ndim))
+
+
 def _positions(first: jax.Array, tokens: int) -> jax.Array:
   """Positions of some tokens in a row: `[*first, t]`."""
   steps = jnp.arange(tokens, dtype=jnp.int32)
@@ -150,17 +227,17 @@ def _with_scales(
   size = jnp.abs(key)
   if rotates:  # by whatever angle: it leaves a pair's length alone
     size = jnp.hypot(*jnp.split(key, 2, -1))
+  key_scale = _scale(buffers.key_scale, size, lengths, buffers.key.dtype)
+  value_scale = _scale(
+    buffers.value_scale, jnp.abs(value), lengths, buffers.value.dtype
+  )
   buffers = dataclasses.replace(
-    buffers,
-    key_scale=_scale(buffers.key_scale, size, lengths, buffers.key.dtype),
-    value_scale=_scale(
-      buffers.value_scale, jnp.abs(value), lengths, buffers.value.dtype
-    ),
+    buffers, key_scale=key_scale, value_scale=value_scale
   )
   # Without a scale there were only zeros, for which any will do.
   scales = {
-    "k_scale": jnp.where(buffers.key_scale > 0, buffers.key_scale, 1.0),
-    "v_scale": jnp.where(buffers.value_scale > 0, buffers.value_scale, 1.0),
+    "k_scale": jnp.where(key_scale > 0, key_scale, 1.0),
+    "v_scale": jnp.where(value_scale > 0, value_scale, 1.0),
   }
   return buffers, {
     name: scale.reshape(-1, scale.shape[-1]) for name, scale in scales.items()
@@ -199,7 +276,7 @@ def _written(
   return cache.at[jnp.arange(batch)[:, None], slots].set(new, mode="drop")
 
 
-@functools.partial(eager.one_call, static_argnames="options")
+@functools.partial(eager.compiled, static=("options",))
 def append(
   buffers: Buffers,
   query: jax.Array,
@@ -270,7 +347,7 @@ def append(
       return cache
     return cache * jnp.expand_dims(scale, (-3, -1)).astype(dtype)
 
-  seen = dot_product.positions_mask(
+  seen = masks.positions_mask(
     positions, jnp.arange(length), True, options.window
   )
   return (
@@ -282,7 +359,7 @@ def append(
   )
 
 
-@functools.partial(eager.one_call, static_argnames="options")
+@functools.partial(eager.compiled, static=("options",))
 def append_and_attend(
   buffers: Buffers,
   query: jax.Array,

@@ -141,7 +141,7 @@ def _take(table: jax.Array, inputs: jax.Array, one: bool) -> jax.Array:
   return jnp.take(table, inputs, axis=0)
 
 
-@functools.partial(eager.one_call, static_argnums=(2, 3))
+@functools.partial(eager.compiled, static=("one", "dtype"))
 def _look_up(
   table: jax.Array, inputs: jax.Array, one: bool, dtype: dtypes.Dtype
 ) -> jax.Array:
@@ -149,7 +149,7 @@ def _look_up(
   return _take(table, inputs, one)
 
 
-@functools.partial(eager.one_call, static_argnums=(2, 3))
+@functools.partial(eager.compiled, static=("dtype", "out_sharding"))
 def _attend(
   query: jax.Array, table: jax.Array, dtype: dtypes.Dtype, out_sharding: Any
 ) -> jax.Array:

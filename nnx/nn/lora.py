@@ -156,7 +156,7 @@ class LoRA(Module):
     return y if base is None else y + base(promoted, **kwargs)
 
 
-@functools.partial(eager.one_call, static_argnums=3)
+@functools.partial(eager.compiled, static=("dtype",))
 def _lora(
   x: jax.Array, a: jax.Array, b: jax.Array, dtype: dtypes.Dtype | None
 ) -> tuple[jax.Array, jax.Array]:

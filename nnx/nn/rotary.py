@@ -23,14 +23,18 @@ from nnx.variablelib import Variable
 _STRIDE = 256
 
 
+def _rates(pairs: int, base: float) -> np.ndarray:
+  """Returns by what angle, in radians, each pair turns per position."""
+  return base ** (-np.arange(pairs, dtype=np.float64) / pairs)
+
+
 @functools.lru_cache(maxsize=64)
 def _angles(
   count: int, stride: int, pairs: int, base: float, scale: float
 ) -> tuple[np.ndarray, np.ndarray]:
   """Cosines and sines at the multiples of `stride`, from angles in float64."""
-  rates = base ** (-np.arange(pairs, dtype=np.float64) / pairs)
   angles = np.arange(count, dtype=np.float64)[:, None] * (stride / scale)
-  angles = angles * rates
+  angles = angles * _rates(pairs, base)
   return np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32)
 
 
@@ -110,7 +114,7 @@ def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
   return turned.astype(x.dtype)
 
 
-@functools.partial(eager.one_call, static_argnums=(2, 3))
+@functools.partial(eager.compiled, static=("base", "scale"))
 def rotate_from_start(
   query: jax.Array, key: jax.Array, base: float, scale: float = 1.0
 ) -> tuple[jax.Array, jax.Array]:
@@ -228,8 +232,8 @@ class RoPE(Module):
           f"`input_positions` must have one for each of the {length} tokens of"
           f" `x`, but got the shape {input_positions.shape}."
         )
-      rates = self.theta ** (-np.arange(0, features, 2) / features)
-      angles = input_positions[..., None] * rates.astype(np.float32)
+      rates = _rates(features // 2, self.theta).astype(np.float32)
+      angles = input_positions[..., None] * rates
       cos, sin = jnp.cos(angles), jnp.sin(angles)
     elif self.cached_sin is None or self.cached_cos is None:
       cos, sin = self._from_start(length, features)

@@ -146,7 +146,7 @@ class Dropout(Module):
       self.deterministic = deterministic
 
 
-@functools.partial(eager.one_call, static_argnums=3)
+@functools.partial(eager.compiled, static=("dims",))
 def _drop(
   key: jax.Array, inputs: jax.Array, keep_prob: Any, dims: tuple[int, ...]
 ) -> jax.Array:

@@ -80,6 +80,8 @@ class WeightNorm(Module):
       whose optimizers left them alone.
   """
 
+  layer_instance: Any  # a Module with a `__call__`
+
   def __init__(
     self,
     layer_instance: Module,
@@ -145,9 +147,10 @@ class WeightNorm(Module):
     weight, scale = param.value, None
     kept = self._axes(weight.ndim)
     if self.use_scale:
-      if path not in self.scales:
+      scales = self.scales or {}
+      if path not in scales:
         raise _changed(path)
-      scale = self.scales[path]
+      scale = scales[path]
       scale = scale.value if isinstance(scale, Variable) else scale
       scale = scale.reshape(
         [size if i in kept else 1 for i, size in enumerate(weight.shape)]
@@ -199,6 +202,8 @@ class SpectralNorm(Module):
   Raises:
     ValueError: if a weight is refused.
   """
+
+  layer_instance: Any  # a Module with a `__call__`
 
   def __init__(
     self,

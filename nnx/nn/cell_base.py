@@ -1,0 +1,175 @@
+"""What `RNN` needs of a cell, and what the cells of this package share."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from nnx.module import Module
+from nnx.nn import dtypes, initializers
+from nnx.nn.initializers import (
+  Initializer,
+  default_recurrent_init,
+  initialize,
+)
+from nnx.rnglib import Rngs, RngStream
+
+
+def modified_orthogonal(
+  key: jax.Array, shape: tuple[int, ...], dtype: dtypes.Dtype = jnp.float32
+) -> jax.Array:
+  """An orthogonal matrix, made in float32, in any dtype.
+
+  Example:
+
+    >>> import jax
+    >>> import jax.numpy as jnp
+    >>> from nnx.nn.recurrent import modified_orthogonal
+    >>> modified_orthogonal(jax.random.key(0), (4, 4), jnp.bfloat16).dtype
+    dtype(bfloat16)
+
+  Args:
+    key: `[]`, a random key.
+    shape: the shape of the matrix.
+    dtype: its dtype.
+
+  Returns:
+    The matrix.
+  """
+  matrix = initialize(default_recurrent_init, key, shape, jnp.float32)
+  return matrix.astype(dtype)
+
+
+class RNNCellBase(Module):
+  """What `RNN` needs of a cell; a base for cells of one's own.
+
+  Example:
+
+    >>> import jax.numpy as jnp
+    >>> import nnx
+    >>> class Sum(nnx.RNNCellBase):
+    ...   num_feature_axes = 1
+    ...
+    ...   def initialize_carry(self, input_shape, rngs=None, carry_init=None):
+    ...     return jnp.zeros(input_shape)
+    ...
+    ...   def __call__(self, carry, inputs):
+    ...     return carry + inputs, carry + inputs
+    >>> nnx.RNN(Sum())(jnp.ones((1, 3, 1)))[0, :, 0]
+    Array([1., 2., 3.], dtype=float32)
+  """
+
+  def initialize_carry(
+    self,
+    input_shape: tuple[int, ...],
+    rngs: Rngs | RngStream | None = None,
+    carry_init: Initializer | None = None,
+  ) -> Any:
+    """Makes the carry to start with.
+
+    Args:
+      input_shape: the shape of the input of one step.
+      rngs: where `carry_init` gets its keys from.
+      carry_init: `(key, shape, dtype) -> carry`.
+
+    Returns:
+      A pytree of arrays.
+    """
+    raise NotImplementedError(
+      f"`{type(self).__name__}` must define `initialize_carry(input_shape,"
+      " rngs, carry_init)`."
+    )
+
+  def __call__(self, carry: Any, inputs: jax.Array) -> tuple[Any, jax.Array]:
+    """Does one step.
+
+    Args:
+      carry: of the step before.
+      inputs: of this step.
+
+    Returns:
+      The new carry, and the output of this step.
+    """
+    raise NotImplementedError(
+      f"`{type(self).__name__}` must define `__call__(carry, inputs)`."
+    )
+
+  @property
+  def num_feature_axes(self) -> int:
+    """How many of the last axes of the inputs are no batch axes."""
+    raise NotImplementedError(
+      f"`{type(self).__name__}` must define `num_feature_axes`."
+    )
+
+
+class Cell(RNNCellBase):
+  """Base of the cells whose carry is arrays of `hidden_features`."""
+
+  hidden_features: int
+  param_dtype: dtypes.Dtype
+  carry_init: Initializer | None
+  rngs: RngStream | None
+
+  _num_carries = 1
+
+  def initialize_carry(
+    self,
+    input_shape: tuple[int, ...],
+    rngs: Rngs | RngStream | None = None,
+    carry_init: Initializer | None = None,
+  ) -> Any:
+    """Makes the carry to start with.
+
+    Example:
+
+      >>> import nnx
+      >>> cell = nnx.GRUCell(3, 2, rngs=nnx.Rngs(0))
+      >>> cell.initialize_carry((1, 3))
+      Array([[0., 0.]], dtype=float32)
+
+    Args:
+      input_shape: `(..., in_features)`, of the input of one step.
+      rngs: its stream `carry`, or this stream, gives the keys; the cell's own,
+        if None. Not needed for zeros and what else takes no key.
+      carry_init: `(key, shape, dtype) -> array`; the cell's, if None, and
+        without any zeros.
+
+    Returns:
+      `[..., hidden_features]`, or for an LSTM the pair of memory and output.
+
+    Raises:
+      ValueError: if `carry_init` takes keys and neither the call nor the cell
+        has `rngs`.
+    """
+    rngs = self.rngs if rngs is None else rngs
+    if isinstance(rngs, Rngs):
+      rngs = rngs.carry
+    carry_init = carry_init or self.carry_init or initializers.zeros
+    shape = (*input_shape[:-1], self.hidden_features)
+    try:
+      carries = tuple(
+        initialize(
+          carry_init,
+          None if rngs is None else rngs(),
+          shape,
+          self.param_dtype,
+        )
+        for _ in range(self._num_carries)
+      )
+    except TypeError as error:
+      if rngs is not None:
+        raise
+      # jax refuses None as a key.
+      raise ValueError(
+        "`initialize_carry` must have `rngs` for a `carry_init` that takes"
+        " keys, but they are None in the call and in the cell, and it raised:"
+        f" {error}. Pass `rngs=nnx.Rngs(seed)`."
+      ) from error
+    return carries if len(carries) > 1 else carries[0]
+
+  @property
+  def num_feature_axes(self) -> int:
+    """How many of the last axes of the inputs are no batch axes: 1."""
+    return 1
