@@ -22,6 +22,7 @@ import jax.numpy as jnp
 from nnx.engine import _engine, jax_private
 
 F = TypeVar("F", bound=Callable[..., Any])
+T = TypeVar("T")
 
 
 class _Names:
@@ -155,3 +156,38 @@ def compiled(function: F, *, static: Sequence[str] = ()) -> F:
     return function(*args, **kwargs)
 
   return cast(F, call)
+
+
+def interned(cls: type[T]) -> Callable[..., T]:
+  """Makes a constructor that returns one object for equal arguments.
+
+  For classes of static options. Such an object may hash by its identity, so
+  that an eager call pays little for it: a dataclass that hashes its fields does
+  so in Python.
+
+  Example:
+
+    >>> import dataclasses
+    >>> from nnx import eager
+    >>> @dataclasses.dataclass(frozen=True, eq=False)
+    ... class Options:
+    ...   epsilon: float
+    >>> options = eager.interned(Options)
+    >>> options(1e-6) is options(1e-6), options(1e-6) == options(1e-5)
+    (True, False)
+
+  Args:
+    cls: A frozen dataclass with `eq=False`.
+
+  Returns:
+    A function of positional arguments.
+  """
+  kept = functools.lru_cache(maxsize=1024, typed=True)(cls)
+
+  def make(*args: Any) -> T:
+    try:
+      return kept(*args)
+    except TypeError:  # an argument without a hash
+      return cls(*args)
+
+  return make

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+import dataclasses
+from typing import Any
 
 import jax
 from jax import lax
@@ -109,12 +110,9 @@ def _add_bias(y: jax.Array, bias: jax.Array | None) -> jax.Array:
   return y if bias is None else y + bias.reshape((1,) * (y.ndim - 1) + (-1,))
 
 
-class _Convolution(NamedTuple):
-  """How `Conv` convolves: what its arithmetic takes besides arrays.
-
-  It is static where that is compiled. A tuple rather than a dataclass: each
-  eager call makes one and hashes it, which a tuple does in C.
-  """
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Convolution:
+  """How `Conv` convolves: what its arithmetic takes besides arrays."""
 
   strides: tuple[int, ...]
   padding: Any
@@ -127,6 +125,9 @@ class _Convolution(NamedTuple):
   out_sharding: Any
   promote_dtype: dtypes.PromoteDtypeFn
   conv_general_dilated: Callable[..., jax.Array]
+
+
+_convolution = eager.interned(_Convolution)
 
 
 def _padded(
@@ -348,18 +349,18 @@ class Conv(Module):
       None if self.bias is None else self.bias.value,
       self.mask,
     )
-    how = _Convolution(
-      strides=_as_tuple(self.strides, rank),
-      padding=padding,
-      input_dilation=_as_tuple(self.input_dilation, rank),
-      kernel_dilation=_as_tuple(self.kernel_dilation, rank),
-      groups=self.feature_group_count,
-      dtype=self.dtype,
-      precision=self.precision,
-      preferred_element_type=self.preferred_element_type,
-      out_sharding=out_sharding,
-      promote_dtype=self.promote_dtype,
-      conv_general_dilated=self.conv_general_dilated,
+    how = _convolution(
+      _as_tuple(self.strides, rank),
+      padding,
+      _as_tuple(self.input_dilation, rank),
+      _as_tuple(self.kernel_dilation, rank),
+      self.feature_group_count,
+      self.dtype,
+      self.precision,
+      self.preferred_element_type,
+      out_sharding,
+      self.promote_dtype,
+      self.conv_general_dilated,
     )
     try:
       if (
@@ -385,7 +386,8 @@ def _wrap_around(y: jax.Array, axis: int, period: int, before: int):
   )
 
 
-class _Transposed(NamedTuple):
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Transposed:
   """How `ConvTranspose` convolves, as `_Convolution` says it of `Conv`."""
 
   strides: tuple[int, ...]
@@ -396,6 +398,9 @@ class _Transposed(NamedTuple):
   precision: Any
   preferred_element_type: dtypes.Dtype | None
   promote_dtype: dtypes.PromoteDtypeFn
+
+
+_transposed = eager.interned(_Transposed)
 
 
 def _convolve_transposed(
@@ -572,15 +577,15 @@ class ConvTranspose(Module):
       None if self.bias is None else self.bias.value,
       self.mask,
     )
-    how = _Transposed(
-      strides=_as_tuple(self.strides, rank),
-      padding=_canonical_padding(self.padding, rank),
-      kernel_dilation=_as_tuple(self.kernel_dilation, rank),
-      transpose_kernel=self.transpose_kernel,
-      dtype=self.dtype,
-      precision=self.precision,
-      preferred_element_type=self.preferred_element_type,
-      promote_dtype=self.promote_dtype,
+    how = _transposed(
+      _as_tuple(self.strides, rank),
+      _canonical_padding(self.padding, rank),
+      _as_tuple(self.kernel_dilation, rank),
+      self.transpose_kernel,
+      self.dtype,
+      self.precision,
+      self.preferred_element_type,
+      self.promote_dtype,
     )
     try:
       if self.promote_dtype is dtypes.promote_dtype:

@@ -175,7 +175,7 @@ class GroupNorm(norm_base.Norm):
     """
     rank = jnp.ndim(x)
     if self.reduction_axes is None:
-      axes = tuple(range(1, rank))
+      others = tuple(range(1, rank - 1))
     else:
       axes = moments.canonical_axes(rank, self.reduction_axes)
       if rank - 1 not in axes:
@@ -183,12 +183,13 @@ class GroupNorm(norm_base.Norm):
           "`reduction_axes` must contain the last axis, that of the features,"
           f" but got `{self.reduction_axes}` for an input of rank {rank}."
         )
+      others = tuple(axis for axis in axes if axis != rank - 1)
     arguments = (
       x,
       norm_base.value_of(self.scale),
       norm_base.value_of(self.bias),
       mask,
-      tuple(axis for axis in axes if axis != rank - 1),
+      others,
       self.num_groups,
       self._options(),
     )

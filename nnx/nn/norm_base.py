@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from nnx import eager
 from nnx.module import Module
 from nnx.nn import checks, dtypes
 from nnx.nn.initializers import Initializer, initialize
@@ -15,11 +17,9 @@ from nnx.rnglib import Rngs
 from nnx.variablelib import Param
 
 
-class Options(NamedTuple):
+@dataclasses.dataclass(frozen=True, eq=False)
+class Options:
   """How a layer normalises: what its arithmetic takes besides arrays.
-
-  It is static where that is compiled. A tuple rather than a dataclass: each
-  eager call makes one and hashes it, which a tuple does in C.
 
   Attributes:
     dtype: The dtype of the result; of inputs and parameters, if None.
@@ -36,6 +36,9 @@ class Options(NamedTuple):
   axis_index_groups: Any
   use_fast_variance: bool
   promote_dtype: dtypes.PromoteDtypeFn
+
+
+_options = eager.interned(Options)
 
 
 def make_vector(
@@ -91,7 +94,7 @@ class Norm(Module):
 
   def _options(self) -> Options:
     groups = self.axis_index_groups
-    return Options(
+    return _options(
       self.dtype,
       self.epsilon,
       self.axis_name,

@@ -1,9 +1,17 @@
-"""`eager.compiled`: one compiled call, with static options by name."""
+"""One compiled call, with static options by name."""
+
+import dataclasses
+from typing import Any
 
 from absl.testing import absltest
 import jax.numpy as jnp
 
 from nnx import eager
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Options:
+  value: Any
 
 
 class CompiledTest(absltest.TestCase):
@@ -46,6 +54,31 @@ class CompiledTest(absltest.TestCase):
     compiled = eager.compiled(function)
     self.assertEqual(compiled.__name__, "function")
     self.assertEqual(compiled.__doc__, "Returns x.")
+
+
+class InternedTest(absltest.TestCase):
+  def test_tells_types_apart(self):
+    options = eager.interned(_Options)
+    self.assertIs(options(1), options(1))
+    self.assertIsNot(options(1), options(1.0))
+
+  def test_takes_arguments_without_a_hash(self):
+    options = eager.interned(_Options)
+    self.assertEqual(options([1]).value, [1])
+    self.assertIsNot(options([1]), options([1]))
+
+  def test_is_compiled_for_once(self):
+    traces = []
+
+    def scale(x, options):
+      traces.append(options.value)
+      return x * options.value
+
+    options = eager.interned(_Options)
+    compiled = eager.compiled(scale, static=("options",))
+    for value in (2, 3, 2, 3):
+      compiled(jnp.ones(2), options(value))
+    self.assertEqual(traces, [2, 3])
 
 
 if __name__ == "__main__":
