@@ -134,8 +134,8 @@ def compiled(function: F, *, static: Sequence[str] = ()) -> F:
     Array(0, dtype=bfloat16)
 
   Args:
-    function: of arrays; pure, and made of functions of jax and of `nnx.nn`.
-    static: its parameters that are no arrays but hashable options, by name.
+    function: Of arrays; pure, and made of functions of jax and of `nnx.nn`.
+    static: Its parameters that are no arrays but hashable options, by name.
       The function is compiled for each value of them. They may be passed by
       position, which is faster than by keyword.
 
@@ -144,7 +144,7 @@ def compiled(function: F, *, static: Sequence[str] = ()) -> F:
     are not those that were imported, it runs `function` as it is written.
 
   Raises:
-    ValueError: if `static` names no parameter.
+    ValueError: If `static` names no parameter.
   """
   context, outside = jax_private.trace_context(), jax_private.eval_trace()
   one_call = jax.jit(function, static_argnames=tuple(static))

@@ -135,34 +135,34 @@ class MultiHeadAttention(CachedAttention):
 
   Args:
     num_heads: n, the number of query heads.
-    in_features: size of the last axis of the queries' inputs, and of the
+    in_features: Size of the last axis of the queries' inputs, and of the
       others' unless `in_kv_features` says otherwise.
     qkv_features: n * h, the features of all query heads; `in_features`, if
       None.
-    out_features: size of the last axis of the result; `in_features`, if None.
-    num_kv_heads: number of key and value heads, a divisor of `num_heads`, which
+    out_features: Size of the last axis of the result; `in_features`, if None.
+    num_kv_heads: Number of key and value heads, a divisor of `num_heads`, which
       is taken if None.
-    in_kv_features: size of the last axis of the keys' and values' inputs.
-    dtype: the dtype to compute in; of inputs and parameters, if None.
-    param_dtype: the dtype of the parameters.
-    broadcast_dropout: whether all of a batch and all heads drop the same
+    in_kv_features: Size of the last axis of the keys' and values' inputs.
+    dtype: The dtype to compute in; of inputs and parameters, if None.
+    param_dtype: The dtype of the parameters.
+    broadcast_dropout: Whether all of a batch and all heads drop the same
       weights.
-    dropout_rate: in [0, 1], the probability with which an attention weight is
+    dropout_rate: In [0, 1], the probability with which an attention weight is
       dropped.
-    deterministic: whether to drop none; `train()` and `eval()` set it. None, if
-      each call says it, or `dropout_rate` is 0.
-    precision: of the products, as in `jax.lax.dot_general`.
+    deterministic: Whether to drop none; `train()` and `eval()` set it. None, if
+      each call says so or `dropout_rate` is 0.
+    precision: Precision of the products, as in `jax.lax.dot_general`.
     kernel_init: `(key, shape, dtype) -> kernel`, of the flat shape `[inputs,
       outputs]`.
-    out_kernel_init: the same for the last projection; `kernel_init`, if None.
+    out_kernel_init: The same for the last projection; `kernel_init`, if None.
     bias_init: `(key, shape, dtype) -> bias`.
-    out_bias_init: the same for the last projection; `bias_init`, if None.
-    use_bias: whether the projections have biases.
-    attention_fn: called in place of `dot_product_attention`, with its
+    out_bias_init: The same for the last projection; `bias_init`, if None.
+    use_bias: Whether the projections have biases.
+    attention_fn: Called in place of `dot_product_attention`, with its
       arguments; with `window`, `softcap` and `input_positions` only if they are
       set.
-    decode: whether to use the cache. None, if each call says it.
-    normalize_qk: whether to apply a `LayerNorm` to each head's queries and keys
+    decode: Whether to use the cache. None, if each call says so.
+    normalize_qk: Whether to apply a `LayerNorm` to each head's queries and keys
       (Dehghani et al. 2023, "Scaling vision transformers to 22 billion
       parameters").
     qkv_promote_dtype: `promote_dtype` of the first three projections.
@@ -172,25 +172,25 @@ class MultiHeadAttention(CachedAttention):
     out_dot_general: `dot_general` of the last projection.
     qkv_dot_general_cls: `dot_general_cls` of the first three projections.
     out_dot_general_cls: `dot_general_cls` of the last projection.
-    rngs: the stream `params` gives the keys of the parameters; of `dropout` a
+    rngs: The stream `params` gives the keys of the parameters; of `dropout` a
       fork is kept, if there is dropout.
-    keep_rngs: whether to keep it; otherwise each call brings keys.
-    kernel_metadata: metadata of the kernels.
-    out_kernel_metadata: the same for the last projection; `kernel_metadata`, if
+    keep_rngs: Whether to keep that fork; otherwise each call brings keys.
+    kernel_metadata: Metadata of the kernels.
+    out_kernel_metadata: The same for the last projection; `kernel_metadata`, if
       empty.
-    bias_metadata: metadata of the biases.
-    out_bias_metadata: the same for the last projection; `bias_metadata`, if
+    bias_metadata: Metadata of the biases.
+    out_bias_metadata: The same for the last projection; `bias_metadata`, if
       empty.
-    query_ln_scale_metadata: metadata of the scale of the queries' norm.
-    key_ln_scale_metadata: metadata of the scale of the keys' norm.
-    window: how many keys a token sees, its own the last of them; or a pair of
-      how many before and how many after its own, -1 for all. With a cache,
+    query_ln_scale_metadata: Metadata of the scale of the queries' norm.
+    key_ln_scale_metadata: Metadata of the scale of the keys' norm.
+    window: The number of keys that a token sees, its own the last of them; or a
+      pair of the numbers before and after its own, -1 for all. With a cache,
       none after.
-    softcap: logits become `softcap * tanh(logits / softcap)`.
-    rope_base: base of the wavelengths of rotary embedding, usually 10000.0:
-      queries and keys are rotated by their positions (`nnx.nn.rotary`). None
-      are, if None.
-    rope_scale: positions are divided by it, to reach past the lengths that a
+    softcap: Logits become `softcap * tanh(logits / softcap)`.
+    rope_base: Base of the wavelengths of rotary embedding, usually 10000.0:
+      queries and keys are rotated by their positions (`nnx.nn.rotary`). They
+      are not, if None.
+    rope_scale: Positions are divided by it, to reach past the lengths that a
       model was trained on.
 
   Attributes:
@@ -207,9 +207,9 @@ class MultiHeadAttention(CachedAttention):
       caches. `cached_value_scale` likewise.
 
   Raises:
-    ValueError: if `qkv_features`, `num_heads` or the features of a head cannot
-      be divided, or if `window`, `softcap` or a number of `rope_*` is not
-      possible.
+    ValueError: If `qkv_features`, `num_heads` or the features of a head cannot
+      be divided, or if `window`, `softcap`, `rope_base` or `rope_scale` is out
+      of range.
   """
 
   def __init__(
@@ -372,34 +372,34 @@ class MultiHeadAttention(CachedAttention):
     Args:
       inputs_q: `[..., t, in_features]`.
       inputs_k: `[..., s, in_kv_features]`; `inputs_q`, if None.
-      inputs_v: like `inputs_k`, which is taken if it is None.
-      mask: broadcasts to `[..., n, t, s]`; False where a key is not seen. When
+      inputs_v: Like `inputs_k`, which is taken if it is None.
+      mask: Broadcasts to `[..., n, t, s]`; False where a key is not seen. When
         decoding, s is the length of the cache.
-      deterministic: in place of the layer's, if not None.
-      rngs: streams or the stream that the dropout's key comes from, in place of
-        the layer's, if not None.
-      sow_weights: whether to sow the attention weights as `Intermediate`
+      deterministic: Overrides that of the layer, if not None.
+      rngs: Streams or the stream that the dropout's key comes from, overriding
+        those of the layer, if not None.
+      sow_weights: Whether to sow the attention weights as `Intermediate`
         `attention_weights`.
-      decode: in place of the layer's, if not None.
-      is_causal: whether token i sees no key after key i; decoding is causal
+      decode: Overrides that of the layer, if not None.
+      is_causal: Whether token i sees no key after key i; decoding is causal
         anyway.
-      out_sharding: the sharding of the last projection's product, under a mesh
+      out_sharding: The sharding of the last projection's product, under a mesh
         with explicit axes.
-      qkv_sharding: the same for the first three.
-      input_positions: passed on to the layer's `attention_fn`, which must be
+      qkv_sharding: The same for the first three.
+      input_positions: Passed on to the layer's `attention_fn`, which must be
         one that takes them. Rotary embedding by `rope_base` needs none: it
         counts the tokens.
-      lengths: `[]` or `[...]` integers in [0, t]: how many of a sequence's
-        tokens are real. The rest is padding, which no token sees, whose own
-        result is that of attending to nothing, and which takes no room in the
-        cache. All, if None. For each sequence with a cache, it needs an index
-        of each: `init_cache(..., per_sequence=True)`.
+      lengths: `[]` or `[...]` integers in [0, t]: the number of real tokens of
+        each sequence; all, if None. The rest is padding: no token sees it, its
+        own result is that of attending to nothing, and it takes no room in the
+        cache. With a cache, a length for each sequence needs an index for each:
+        `init_cache(..., per_sequence=True)`.
 
     Returns:
       `[..., t, out_features]`.
 
     Raises:
-      ValueError: if shapes do not fit; if there are `input_positions` and no
+      ValueError: If shapes do not fit; if there are `input_positions` and no
         `attention_fn` for them; if the cache is missing, has no index for each
         of the `lengths` or, where the index is known (outside of `jit`), no
         room; or if neither the call nor the layer says what is needed.
@@ -606,14 +606,14 @@ class MultiHeadAttention(CachedAttention):
       (5, 16, 2, 2)
 
     Args:
-      deterministic: whether to drop no attention weights.
-      decode: whether to use the cache.
-      batch_size: the batch axes of the cache, which is made if there is none
+      deterministic: Whether to drop no attention weights.
+      decode: Whether to use the cache.
+      batch_size: The batch axes of the cache, which is made if there is none
         and `max_length` is given too.
-      max_length: its length.
+      max_length: Its length.
 
     Raises:
-      TypeError: if only one of `batch_size` and `max_length` is given.
+      TypeError: If only one of `batch_size` and `max_length` is given.
     """
     if deterministic is not None:
       self.deterministic = deterministic

@@ -64,10 +64,10 @@ class CachedAttention(Module):
     Args:
       input_shape: `(*batch, max_length, features)` of the inputs of a whole
         sequence; the last is not used.
-      dtype: of the cache: float32, bfloat16 or float16; or int8,
+      dtype: Dtype of the cache: float32, bfloat16 or float16; or int8,
         float8_e4m3fn or float8_e5m2, with a scale for each sequence and head
         that the first tokens decide.
-      per_sequence: whether each sequence has its own position, `cache_index`
+      per_sequence: Whether each sequence has its own position, `cache_index`
         `[*batch]`: for prompts of different `lengths`, or to start one anew by
         setting its index (and its scales) to 0.
     """

@@ -56,26 +56,26 @@ class BatchNorm(norm_base.Norm):
 
   Args:
     num_features: c, the size of the feature axis.
-    use_running_average: whether to normalise with the running averages;
-      `train()` and `eval()` set it. None, if each call says it.
-    axis: the feature axis.
-    momentum: in [0, 1], the weight of the old averages.
-    epsilon: added to the variance.
-    dtype: the dtype of the result; of inputs and parameters, if None.
-    param_dtype: the dtype of scale and bias.
-    use_bias: whether there is a bias.
-    use_scale: whether there is a scale.
+    use_running_average: Whether to normalise with the running averages;
+      `train()` and `eval()` set it. None, if each call says so.
+    axis: The feature axis.
+    momentum: In [0, 1], the weight of the old averages.
+    epsilon: Added to the variance.
+    dtype: The dtype of the result; of inputs and parameters, if None.
+    param_dtype: The dtype of scale and bias.
+    use_bias: Whether there is a bias.
+    use_scale: Whether there is a scale.
     bias_init: `(key, shape, dtype) -> bias`.
     scale_init: `(key, shape, dtype) -> scale`.
-    axis_name: a mapped axis, the members of which have parts of one batch.
-    axis_index_groups: groups of indices along `axis_name`, as in
-      `jax.lax.psum`, that have batches of their own.
-    use_fast_variance: whether one pass over x may do for the variance.
-    promote_dtype: `((x, mean, var, scale, bias), dtype=dtype)` to those five in
-      the dtype to compute in.
-    rngs: the stream `params` gives the keys of scale and bias.
-    bias_metadata: metadata of the bias.
-    scale_metadata: metadata of the scale.
+    axis_name: A mapped axis, over which a batch is split.
+    axis_index_groups: Groups of indices along `axis_name`, as in
+      `jax.lax.psum`, that have separate batches.
+    use_fast_variance: Whether to compute the variance in one pass over x.
+    promote_dtype: `((x, mean, var, scale, bias), dtype=dtype)`; returns those
+      five in the dtype to compute in.
+    rngs: The stream `params` gives the keys of scale and bias.
+    bias_metadata: Metadata of the bias.
+    scale_metadata: Metadata of the scale.
 
   Attributes:
     mean: `BatchStat`, `[c]`, float32.
@@ -146,15 +146,15 @@ class BatchNorm(norm_base.Norm):
 
     Args:
       x: `[..., c, ...]`, c at `axis`.
-      use_running_average: in place of the layer's, if not None.
-      mask: broadcasts to x; False positions do not count in the statistics.
+      use_running_average: Overrides that of the layer, if not None.
+      mask: Broadcasts to x; False positions do not count in the statistics.
 
     Returns:
       An array of x's shape.
 
     Raises:
-      ValueError: if neither the call nor the layer says `use_running_average`.
-      TypeError: if x is complex and not only the running averages are used.
+      ValueError: If neither the call nor the layer says `use_running_average`.
+      TypeError: If x is complex and not only the running averages are used.
     """
     if use_running_average is None:
       use_running_average = self.use_running_average
@@ -200,7 +200,7 @@ class BatchNorm(norm_base.Norm):
       True
 
     Args:
-      use_running_average: whether to normalise with the running averages.
+      use_running_average: Whether to normalise with the running averages.
     """
     if use_running_average is not None:
       self.use_running_average = use_running_average

@@ -32,8 +32,8 @@ def modified_orthogonal(
 
   Args:
     key: `[]`, a random key.
-    shape: the shape of the matrix.
-    dtype: its dtype.
+    shape: The shape of the matrix.
+    dtype: Its dtype.
 
   Returns:
     The matrix.
@@ -70,8 +70,8 @@ class RNNCellBase(Module):
     """Makes the carry to start with.
 
     Args:
-      input_shape: the shape of the input of one step.
-      rngs: where `carry_init` gets its keys from.
+      input_shape: The shape of the input of one step.
+      rngs: The source of the keys for `carry_init`.
       carry_init: `(key, shape, dtype) -> carry`.
 
     Returns:
@@ -86,8 +86,8 @@ class RNNCellBase(Module):
     """Does one step.
 
     Args:
-      carry: of the step before.
-      inputs: of this step.
+      carry: Carry of the step before.
+      inputs: Input of this step.
 
     Returns:
       The new carry, and the output of this step.
@@ -131,16 +131,16 @@ class Cell(RNNCellBase):
 
     Args:
       input_shape: `(..., in_features)`, of the input of one step.
-      rngs: its stream `carry`, or this stream, gives the keys; the cell's own,
-        if None. Not needed for zeros and what else takes no key.
-      carry_init: `(key, shape, dtype) -> array`; the cell's, if None, and
-        without any zeros.
+      rngs: Its stream `carry`, or this stream, gives the keys; the cell's own,
+        if None. Not needed if `carry_init` takes no key, as zeros do.
+      carry_init: `(key, shape, dtype) -> array`; that of the cell, if None, and
+        zeros if it has none.
 
     Returns:
       `[..., hidden_features]`, or for an LSTM the pair of memory and output.
 
     Raises:
-      ValueError: if `carry_init` takes keys and neither the call nor the cell
+      ValueError: If `carry_init` takes keys and neither the call nor the cell
         has `rngs`.
     """
     rngs = self.rngs if rngs is None else rngs

@@ -46,20 +46,20 @@ class LSTMCell(Cell):
   Args:
     in_features: k, the features of the input x.
     hidden_features: c, those of the memory and of the output h.
-    gate_fn: of the gates.
-    activation_fn: of what is written and read.
+    gate_fn: Activation of the gates.
+    activation_fn: Activation of what is written and read.
     kernel_init: `(key, shape, dtype) -> kernel` of the input.
-    recurrent_kernel_init: the same of the output of the step before.
+    recurrent_kernel_init: The same for the kernel of the last output.
     bias_init: `(key, shape, dtype) -> bias`.
-    dtype: the dtype to compute in; of inputs and parameters, if None.
-    param_dtype: the dtype of the parameters and of the carry.
+    dtype: The dtype to compute in; of inputs and parameters, if None.
+    param_dtype: The dtype of the parameters and of the carry.
     carry_init: `(key, shape, dtype) -> array`, of the carry; zeros, if None.
     promote_dtype: `promote_dtype` of the linear layers.
-    keep_rngs: whether to keep a fork of the stream `carry`.
-    rngs: the stream `params` gives the keys of the parameters.
-    kernel_metadata: metadata of the kernels of the input.
-    recurrent_kernel_metadata: the same of the output of the step before.
-    bias_metadata: metadata of the biases.
+    keep_rngs: Whether to keep a fork of the stream `carry`.
+    rngs: The stream `params` gives the keys of the parameters.
+    kernel_metadata: Metadata of the kernels of the input.
+    recurrent_kernel_metadata: The same for the kernel of the last output.
+    bias_metadata: Metadata of the biases.
 
   Attributes:
     ii: `Linear`, of the input; `if_`, `ig` and `io` likewise.
@@ -135,7 +135,7 @@ class LSTMCell(Cell):
     """Does one step.
 
     Args:
-      carry: the memory and the last output, each `[..., c]`.
+      carry: The memory and the last output, each `[..., c]`.
       inputs: `[..., k]`.
 
     Returns:
@@ -177,24 +177,24 @@ class OptimizedLSTMCell(Cell):
   Args:
     in_features: k, the features of the input.
     hidden_features: c, those of the memory and of the output.
-    gate_fn: of the gates.
-    activation_fn: of what is written and read.
+    gate_fn: Activation of the gates.
+    activation_fn: Activation of what is written and read.
     kernel_init: `(key, shape, dtype) -> kernel` of the input.
-    recurrent_kernel_init: the same of the output of the step before.
+    recurrent_kernel_init: The same for the kernel of the last output.
     bias_init: `(key, shape, dtype) -> bias`.
-    dtype: the dtype to compute in; of inputs and parameters, if None.
-    param_dtype: the dtype of the parameters and of the carry.
+    dtype: The dtype to compute in; of inputs and parameters, if None.
+    param_dtype: The dtype of the parameters and of the carry.
     carry_init: `(key, shape, dtype) -> array`, of the carry; zeros, if None.
     promote_dtype: `promote_dtype` of the linear layers.
-    keep_rngs: whether to keep a fork of the stream `carry`.
-    rngs: the stream `params` gives the keys of the parameters.
-    kernel_metadata: metadata of the kernel of the input.
-    recurrent_kernel_metadata: the same of the output of the step before.
-    bias_metadata: metadata of the bias.
+    keep_rngs: Whether to keep a fork of the stream `carry`.
+    rngs: The stream `params` gives the keys of the parameters.
+    kernel_metadata: Metadata of the kernel of the input.
+    recurrent_kernel_metadata: The same for the kernel of the last output.
+    bias_metadata: Metadata of the bias.
 
   Attributes:
     dense_i: `Linear` to `[..., 4 * c]`, the gates i, f, g and o, of the input.
-    dense_h: the same of the last output.
+    dense_h: The same of the last output.
   """
 
   _num_carries = 2
@@ -260,7 +260,7 @@ class OptimizedLSTMCell(Cell):
     """Does one step.
 
     Args:
-      carry: the memory and the last output, each `[..., c]`.
+      carry: The memory and the last output, each `[..., c]`.
       inputs: `[..., k]`.
 
     Returns:
@@ -289,20 +289,20 @@ class SimpleCell(Cell):
   Args:
     in_features: k, the features of the input x.
     hidden_features: c, those of the output h.
-    dtype: the dtype to compute in; of inputs and parameters, if None.
-    param_dtype: the dtype of the parameters and of the carry.
+    dtype: The dtype to compute in; of inputs and parameters, if None.
+    param_dtype: The dtype of the parameters and of the carry.
     carry_init: `(key, shape, dtype) -> array`, of the carry; zeros, if None.
-    residual: whether to add the last output before `activation_fn`.
-    activation_fn: of the sum.
+    residual: Whether to add the last output before `activation_fn`.
+    activation_fn: Activation of the sum.
     kernel_init: `(key, shape, dtype) -> kernel` of the input.
-    recurrent_kernel_init: the same of the output of the step before.
+    recurrent_kernel_init: The same for the kernel of the last output.
     bias_init: `(key, shape, dtype) -> bias`.
     promote_dtype: `promote_dtype` of the linear layers.
-    keep_rngs: whether to keep a fork of the stream `carry`.
-    rngs: the stream `params` gives the keys of the parameters.
-    kernel_metadata: metadata of the kernel of the input.
-    recurrent_kernel_metadata: the same of the output of the step before.
-    bias_metadata: metadata of the bias.
+    keep_rngs: Whether to keep a fork of the stream `carry`.
+    rngs: The stream `params` gives the keys of the parameters.
+    kernel_metadata: Metadata of the kernel of the input.
+    recurrent_kernel_metadata: The same for the kernel of the last output.
+    bias_metadata: Metadata of the bias.
 
   Attributes:
     dense_i: `Linear` of the input.
@@ -371,7 +371,7 @@ class SimpleCell(Cell):
     """Does one step.
 
     Args:
-      carry: the last output, `[..., c]`.
+      carry: The last output, `[..., c]`.
       inputs: `[..., k]`.
 
     Returns:
@@ -408,24 +408,24 @@ class GRUCell(Cell):
   Args:
     in_features: k, the features of the input x.
     hidden_features: c, those of the output h.
-    gate_fn: of the gates r and z.
-    activation_fn: of n.
+    gate_fn: Activation of the gates r and z.
+    activation_fn: Activation of n.
     kernel_init: `(key, shape, dtype) -> kernel` of the input.
-    recurrent_kernel_init: the same of the output of the step before.
+    recurrent_kernel_init: The same for the kernel of the last output.
     bias_init: `(key, shape, dtype) -> bias`.
-    dtype: the dtype to compute in; of inputs and parameters, if None.
-    param_dtype: the dtype of the parameters and of the carry.
+    dtype: The dtype to compute in; of inputs and parameters, if None.
+    param_dtype: The dtype of the parameters and of the carry.
     carry_init: `(key, shape, dtype) -> array`, of the carry; zeros, if None.
     promote_dtype: `promote_dtype` of the linear layers.
-    keep_rngs: whether to keep a fork of the stream `carry`.
-    rngs: the stream `params` gives the keys of the parameters.
-    kernel_metadata: metadata of the kernel of the input.
-    recurrent_kernel_metadata: the same of the output of the step before.
-    bias_metadata: metadata of the bias.
+    keep_rngs: Whether to keep a fork of the stream `carry`.
+    rngs: The stream `params` gives the keys of the parameters.
+    kernel_metadata: Metadata of the kernel of the input.
+    recurrent_kernel_metadata: The same for the kernel of the last output.
+    bias_metadata: Metadata of the bias.
 
   Attributes:
     dense_i: `Linear` to `[..., 3 * c]`, for r, z and n, of the input.
-    dense_h: the same of the last output, without bias.
+    dense_h: The same of the last output, without bias.
   """
 
   def __init__(
@@ -489,7 +489,7 @@ class GRUCell(Cell):
     """Does one step.
 
     Args:
-      carry: the last output, `[..., c]`.
+      carry: The last output, `[..., c]`.
       inputs: `[..., k]`.
 
     Returns:

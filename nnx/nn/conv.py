@@ -212,38 +212,39 @@ class Conv(Module):
   Args:
     in_features: k, the channels of the input.
     out_features: c, the channels of the result.
-    kernel_size: the size of the kernel along each spatial axis; an int for one
+    kernel_size: The size of the kernel along each spatial axis; an int for one
       axis.
-    strides: of the kernel's steps, one number or one for each spatial axis.
+    strides: Steps of the kernel, one number or one for each spatial axis.
     padding: "SAME", "VALID", "CIRCULAR" (the input repeats), "REFLECT" (it is
       mirrored), "CAUSAL" (zeros in front, for one spatial axis), or how many
       zeros: one number, or for each spatial axis a number or a pair (before,
       after).
-    input_dilation: distance of the input's elements, likewise.
-    kernel_dilation: distance of the kernel's elements, likewise.
-    feature_group_count: how many groups of channels are convolved on their own.
-    use_bias: whether there is a bias.
-    mask: of the kernel's shape, multiplied to it; or None.
-    dtype: the dtype to compute in; of inputs and parameters, if None.
-    param_dtype: the dtype of the parameters.
-    precision: of the products, as in `jax.lax.conv_general_dilated`.
+    input_dilation: Distance of the input's elements, likewise.
+    kernel_dilation: Distance of the kernel's elements, likewise.
+    feature_group_count: How many groups of channels are convolved separately.
+    use_bias: Whether there is a bias.
+    mask: An array of the kernel's shape that the kernel is multiplied by, or
+      None.
+    dtype: The dtype to compute in; of inputs and parameters, if None.
+    param_dtype: The dtype of the parameters.
+    precision: Precision of the products, as in `jax.lax.conv_general_dilated`.
     kernel_init: `(key, shape, dtype) -> kernel`.
     bias_init: `(key, shape, dtype) -> bias`.
-    conv_general_dilated: called in place of `jax.lax.conv_general_dilated`.
-    promote_dtype: `((inputs, kernel, bias), dtype=dtype)` to those three in the
-      dtype to compute in.
-    preferred_element_type: the dtype of the result before the bias, as in
+    conv_general_dilated: Called in place of `jax.lax.conv_general_dilated`.
+    promote_dtype: `((inputs, kernel, bias), dtype=dtype)`; returns those three
+      in the dtype to compute in.
+    preferred_element_type: The dtype of the result before the bias, as in
       `jax.lax.conv_general_dilated`.
-    rngs: the stream `params` gives the keys of kernel and bias.
-    kernel_metadata: metadata of the kernel.
-    bias_metadata: metadata of the bias.
+    rngs: The stream `params` gives the keys of kernel and bias.
+    kernel_metadata: Metadata of the kernel.
+    bias_metadata: Metadata of the bias.
 
   Attributes:
     kernel: `Param`, `[*kernel_size, k // feature_group_count, c]`.
     bias: `Param`, `[c]`, or None.
 
   Raises:
-    ValueError: if `feature_group_count` does not divide the channels.
+    ValueError: If `feature_group_count` does not divide the channels.
   """
 
   def __init__(
@@ -326,14 +327,14 @@ class Conv(Module):
 
     Args:
       inputs: `[..., *spatial, k]`.
-      out_sharding: the sharding of the convolution, under a mesh with explicit
+      out_sharding: The sharding of the convolution, under a mesh with explicit
         axes.
 
     Returns:
       `[..., *spatial, c]`, the sizes as strides and padding make them.
 
     Raises:
-      ValueError: if `mask` or `padding` do not fit the kernel.
+      ValueError: If `mask` or `padding` do not fit the kernel.
     """
     rank = len(self.kernel_size)
     _check_mask(self)
@@ -464,31 +465,32 @@ class ConvTranspose(Module):
   Args:
     in_features: k, the channels of the input.
     out_features: c, the channels of the result.
-    kernel_size: the size of the kernel along each spatial axis; an int for one
+    kernel_size: The size of the kernel along each spatial axis; an int for one
       axis.
-    strides: from element to element in the result, one number or one for each
+    strides: From element to element in the result, one number or one for each
       spatial axis; 1, if None.
     padding: "SAME", "VALID", "CIRCULAR" (the result repeats), or how many zeros
       around the input with its strides: one number, or for each spatial axis a
       number or a pair (before, after). The `Conv` of `padding=p` is undone, in
       shape, by `kernel_dilation * (kernel_size - 1) - p` here.
-    kernel_dilation: distance of the kernel's elements, like `strides`.
-    use_bias: whether there is a bias.
-    mask: of the kernel's shape, multiplied to it; or None.
-    dtype: the dtype to compute in; of inputs and parameters, if None.
-    param_dtype: the dtype of the parameters.
-    precision: of the products, as in `jax.lax.conv_transpose`.
+    kernel_dilation: Distance of the kernel's elements, like `strides`.
+    use_bias: Whether there is a bias.
+    mask: An array of the kernel's shape that the kernel is multiplied by, or
+      None.
+    dtype: The dtype to compute in; of inputs and parameters, if None.
+    param_dtype: The dtype of the parameters.
+    precision: Precision of the products, as in `jax.lax.conv_transpose`.
     kernel_init: `(key, shape, dtype) -> kernel`.
     bias_init: `(key, shape, dtype) -> bias`.
-    transpose_kernel: whether to flip the kernel's spatial axes and swap its
+    transpose_kernel: Whether to flip the kernel's spatial axes and swap its
       channels, so that the layer is the transpose of the `Conv` with it.
-    promote_dtype: `((inputs, kernel, bias), dtype=dtype)` to those three in the
-      dtype to compute in.
-    preferred_element_type: the dtype of the result before the bias, as in
+    promote_dtype: `((inputs, kernel, bias), dtype=dtype)`; returns those three
+      in the dtype to compute in.
+    preferred_element_type: The dtype of the result before the bias, as in
       `jax.lax.conv_transpose`.
-    rngs: the stream `params` gives the keys of kernel and bias.
-    kernel_metadata: metadata of the kernel.
-    bias_metadata: metadata of the bias.
+    rngs: The stream `params` gives the keys of kernel and bias.
+    kernel_metadata: Metadata of the kernel.
+    bias_metadata: Metadata of the bias.
 
   Attributes:
     kernel: `Param`, `[*kernel_size, k, c]`, or `[*kernel_size, c, k]` with
@@ -567,7 +569,7 @@ class ConvTranspose(Module):
       `[..., *spatial, c]`, the sizes as strides and padding make them.
 
     Raises:
-      ValueError: if `mask` or `padding` do not fit the kernel.
+      ValueError: If `mask` or `padding` do not fit the kernel.
     """
     rank = len(self.kernel_size)
     _check_mask(self)

@@ -34,11 +34,12 @@ class Options:
     Options(window=128, softcap=None, rope_base=None, rope_scale=1.0)
 
   Attributes:
-    window: how many keys a query sees, as for
+    window: How many keys a query sees, as for
       `nnx.nn.masks.check_window`.
-    softcap: logits become `softcap * tanh(logits / softcap)`.
-    rope_base: of the wavelengths of rotary embedding; none, if None.
-    rope_scale: positions are divided by it.
+    softcap: Logits become `softcap * tanh(logits / softcap)`.
+    rope_base: Base of the wavelengths of rotary embedding; no rotation, if
+      None.
+    rope_scale: Positions are divided by it.
   """
 
   window: masks.Window | None = None
@@ -61,8 +62,8 @@ class Options:
 
     Args:
       positions: `[...]` integers.
-      max_length: how many positions there may be.
-      features: those of a head.
+      max_length: The number of positions.
+      features: The features of a head.
     """
     assert self.rope_base is not None
     return rotary.rows(
@@ -80,12 +81,12 @@ class Buffers:
   """The arrays of a cache.
 
   Attributes:
-    index: `[]` or `[*batch]` int32, how many tokens it has.
+    index: `[]` or `[*batch]` int32, the number of tokens in it.
     key: `[*batch, max_length, kv heads, h]`.
-    value: the same.
+    value: The same.
     key_scale: `[*batch, kv heads]` float32 for a quantised cache, the factors
       of what is stored, 0 where there are no tokens yet; otherwise None.
-    value_scale: the same.
+    value_scale: The same.
   """
 
   index: jax.Array
@@ -199,7 +200,7 @@ def _scale(
     scale: `[*batch, kv heads]`, 0 where there is none.
     size: `[*batch, t, kv heads, ...]`, bounds of what the cache stores.
     lengths: `[*batch]`, how many tokens count.
-    dtype: of the cache.
+    dtype: Dtype of the cache.
   """
   axis = lengths.ndim
   steps = jnp.expand_dims(jnp.arange(size.shape[axis]), tuple(range(axis)))
@@ -299,13 +300,13 @@ def append(
     ([0.0, 1.0, 1.0, 0.0], [[1, 1, 0, 0], [1, 1, 1, 0]])
 
   Args:
-    buffers: the cache.
+    buffers: The cache.
     query: `[*batch, t, n, h]`.
     key: `[*batch, t, kv heads, h]`.
-    value: like `key`.
-    lengths: `[]` or `[*batch]` int32, how many of the tokens are no padding;
-      all, if None.
-    options: of the attention.
+    value: Like `key`.
+    lengths: `[]` or `[*batch]` int32, the number of tokens that are not
+      padding; all, if None.
+    options: Options of the attention.
 
   Returns:
     The new cache; the query, rotated; all keys and values of the cache, in the
@@ -383,15 +384,15 @@ def append_and_attend(
     ((1, 2, 1, 2), [1.0, 1.0, 0.0, 0.0], 2)
 
   Args:
-    buffers: the cache.
+    buffers: The cache.
     query: `[*batch, t, n, h]`, float32, bfloat16 or float16.
     key: `[*batch, t, kv heads, h]`.
-    value: like `key`.
-    lengths: `[]` or `[*batch]` int32, how many of the tokens are no padding;
-      all, if None.
-    mask: broadcasts to `[*batch, n, t, max_length]`; False where a key is not
+    value: Like `key`.
+    lengths: `[]` or `[*batch]` int32, the number of tokens that are not
+      padding; all, if None.
+    mask: Broadcasts to `[*batch, n, t, max_length]`; False where a key is not
       seen.
-    options: of the attention.
+    options: Options of the attention.
 
   Returns:
     The new cache, and `[*batch, t, n, h]` of the query's dtype, 0 for padding.

@@ -58,10 +58,10 @@ def check_softcap(softcap: float | None) -> None:
     >>> dot_product.check_softcap(50.0)
 
   Args:
-    softcap: as for `dot_product_attention`.
+    softcap: As for `dot_product_attention`.
 
   Raises:
-    ValueError: if it is not positive and finite.
+    ValueError: If it is not positive and finite.
   """
   if softcap is not None and not 0 < softcap < math.inf:
     raise ValueError(
@@ -150,29 +150,29 @@ def dot_product_attention_weights(
   Args:
     query: `[..., t, n, h]`.
     key: `[..., s, n // groups, h]`.
-    bias: broadcasts to `[..., n, t, s]`, added to the logits.
-    mask: broadcasts to `[..., n, t, s]`; False where a key is not seen.
-    broadcast_dropout: whether all of a batch and all heads drop the same
+    bias: Broadcasts to `[..., n, t, s]`, added to the logits.
+    mask: Broadcasts to `[..., n, t, s]`; False where a key is not seen.
+    broadcast_dropout: Whether all of a batch and all heads drop the same
       weights.
     dropout_rng: `[]`, the key of the dropout.
-    dropout_rate: in [0, 1], the probability with which a weight is dropped.
-    deterministic: whether to drop none.
-    dtype: the dtype to compute in; of query and key, if None.
-    precision: of the product, as in `jnp.einsum`.
-    module: sows the weights, before dropout, as `Intermediate`
+    dropout_rate: In [0, 1], the probability with which a weight is dropped.
+    deterministic: Whether to drop none.
+    dtype: The dtype to compute in; of query and key, if None.
+    precision: Precision of the product, as in `jnp.einsum`.
+    module: Sows the weights, before dropout, as `Intermediate`
       `attention_weights`.
-    promote_dtype: `((query, key), dtype=dtype)` to those two in the dtype to
-      compute in.
-    is_causal: whether query i sees no key after key i.
-    window: how many keys a query sees, its own the last of them; or a pair of
-      how many before and how many after its own, -1 for all.
-    softcap: logits become `softcap * tanh(logits / softcap)`.
+    promote_dtype: `((query, key), dtype=dtype)`; returns those two in the dtype
+      to compute in.
+    is_causal: Whether query i sees no key after key i.
+    window: The number of keys that a query sees, its own the last of them; or a
+      pair of the numbers before and after its own, -1 for all.
+    softcap: Logits become `softcap * tanh(logits / softcap)`.
 
   Returns:
     `[..., n, t, s]`, in the dtype to compute in.
 
   Raises:
-    ValueError: if ranks, batch axes, features, heads, `window` or `softcap` do
+    ValueError: If ranks, batch axes, features, heads, `window` or `softcap` do
       not fit; if `dropout_rate` is not in [0, 1], or has no key.
   """
   _check_dropout(dropout_rate, dropout_rng, deterministic)
@@ -310,29 +310,29 @@ def dot_product_attention(
     query: `[..., t, n, h]`.
     key: `[..., s, n // groups, h]`.
     value: `[..., s, n // groups, v]`.
-    bias: broadcasts to `[..., n, t, s]`, added to the logits.
-    mask: broadcasts to `[..., n, t, s]`; False where a key is not seen.
-    broadcast_dropout: whether all of a batch and all heads drop the same
+    bias: Broadcasts to `[..., n, t, s]`, added to the logits.
+    mask: Broadcasts to `[..., n, t, s]`; False where a key is not seen.
+    broadcast_dropout: Whether all of a batch and all heads drop the same
       weights.
     dropout_rng: `[]`, the key of the dropout.
-    dropout_rate: in [0, 1], the probability with which a weight is dropped.
-    deterministic: whether to drop none.
-    dtype: the dtype to compute in; of the three arrays, if None.
-    precision: of the products, as in `jnp.einsum`.
-    module: sows the weights, before dropout, as `Intermediate`
+    dropout_rate: In [0, 1], the probability with which a weight is dropped.
+    deterministic: Whether to drop none.
+    dtype: The dtype to compute in; of the three arrays, if None.
+    precision: Precision of the products, as in `jnp.einsum`.
+    module: Sows the weights, before dropout, as `Intermediate`
       `attention_weights`.
-    promote_dtype: `((query, key, value), dtype=dtype)` to those three in the
-      dtype to compute in.
-    is_causal: whether query i sees no key after key i.
-    window: how many keys a query sees, its own the last of them; or a pair of
-      how many before and how many after its own, -1 for all.
-    softcap: logits become `softcap * tanh(logits / softcap)`.
+    promote_dtype: `((query, key, value), dtype=dtype)`; returns those three in
+      the dtype to compute in.
+    is_causal: Whether query i sees no key after key i.
+    window: The number of keys that a query sees, its own the last of them; or a
+      pair of the numbers before and after its own, -1 for all.
+    softcap: Logits become `softcap * tanh(logits / softcap)`.
 
   Returns:
     `[..., t, n, v]`, in the dtype to compute in.
 
   Raises:
-    ValueError: if ranks, batch axes, lengths, features, heads, `window` or
+    ValueError: If ranks, batch axes, lengths, features, heads, `window` or
       `softcap` do not fit; if `dropout_rate` is not in [0, 1], or has no key.
 
   Numerics: without dropout, `precision` and `module`, softmax in float32, as in

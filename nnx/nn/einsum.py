@@ -94,18 +94,18 @@ def einsum(
     (5, 3)
 
   Args:
-    inputs: the first operand.
-    kernel: the second operand.
+    inputs: The first operand.
+    kernel: The second operand.
     bias: None, or as many elements as the axes of the result that come from
       the kernel have.
-    equation: as in `jnp.einsum`, with `->`.
-    kernel_shape: the shape of the kernel.
-    dtype: the dtype to compute in; of inputs and parameters, if None.
-    precision: of the product, as in `jnp.einsum`.
-    preferred_element_type: the dtype of the product, likewise.
-    out_sharding: the sharding of the product, likewise.
-    promote_dtype: brings the three arrays to `dtype`.
-    einsum_op: the product; gets `preferred_element_type` only if it is set.
+    equation: As in `jnp.einsum`, with `->`.
+    kernel_shape: The shape of the kernel.
+    dtype: The dtype to compute in; of inputs and parameters, if None.
+    precision: Precision of the product, as in `jnp.einsum`.
+    preferred_element_type: The dtype of the product, likewise.
+    out_sharding: The sharding of the product, likewise.
+    promote_dtype: Converts the three arrays to `dtype`.
+    einsum_op: The product; gets `preferred_element_type` only if it is set.
 
   Returns:
     An array with the axes that the equation says.
@@ -147,30 +147,30 @@ class Einsum(Module):
     (16, 11, 8, 4)
 
   Args:
-    einsum_str: the equation as in `jnp.einsum`, with `->`; its first operand is
+    einsum_str: The equation as in `jnp.einsum`, with `->`; its first operand is
       the input, its second the kernel. None, if each call gives it.
-    kernel_shape: the shape of the kernel.
-    bias_shape: the shape of the bias: the axes of the result that come from the
+    kernel_shape: The shape of the kernel.
+    bias_shape: The shape of the bias: the axes of the result that come from the
       kernel, or the size of the only one. There is none, if None.
-    dtype: the dtype to compute in; of inputs and parameters, if None.
-    param_dtype: the dtype of the parameters.
-    precision: of the product, as in `jnp.einsum`.
+    dtype: The dtype to compute in; of inputs and parameters, if None.
+    param_dtype: The dtype of the parameters.
+    precision: Precision of the product, as in `jnp.einsum`.
     kernel_init: `(key, shape, dtype) -> kernel`.
     bias_init: `(key, shape, dtype) -> bias`.
-    promote_dtype: `((inputs, kernel, bias), dtype=dtype)` to those three in the
-      dtype to compute in.
-    einsum_op: called in place of `jnp.einsum`.
-    preferred_element_type: the dtype of the product, as in `jnp.einsum`.
-    rngs: the stream `params` gives the keys of kernel and bias.
-    kernel_metadata: metadata of the kernel.
-    bias_metadata: metadata of the bias.
+    promote_dtype: `((inputs, kernel, bias), dtype=dtype)`; returns those three
+      in the dtype to compute in.
+    einsum_op: Called in place of `jnp.einsum`.
+    preferred_element_type: The dtype of the product, as in `jnp.einsum`.
+    rngs: The stream `params` gives the keys of kernel and bias.
+    kernel_metadata: Metadata of the kernel.
+    bias_metadata: Metadata of the bias.
 
   Attributes:
     kernel: `Param`, `[*kernel_shape]`.
     bias: `Param`, `[*bias_shape]`, or None.
 
   Raises:
-    ValueError: if the equation has no `->` or not two operands.
+    ValueError: If the equation has no `->` or not two operands.
   """
 
   def __init__(
@@ -226,16 +226,16 @@ class Einsum(Module):
     """Applies the layer.
 
     Args:
-      inputs: the first operand.
-      einsum_str: the equation, in place of the constructor's.
-      out_sharding: the sharding of the product, under a mesh with explicit
+      inputs: The first operand.
+      einsum_str: The equation, in place of the constructor's.
+      out_sharding: The sharding of the product, under a mesh with explicit
         axes.
 
     Returns:
       An array with the axes that the equation says.
 
     Raises:
-      ValueError: if there is no equation, or one that the constructor refuses.
+      ValueError: If there is no equation, or one that the constructor refuses.
     """
     if einsum_str is None:
       einsum_str = self.einsum_str

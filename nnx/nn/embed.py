@@ -38,13 +38,14 @@ class Embed(Module):
   Args:
     num_embeddings: n, the number of vectors.
     features: c, the size of a vector.
-    dtype: the dtype of the result; that of the table, if None.
-    param_dtype: the dtype of the table.
+    dtype: The dtype of the result; that of the table, if None.
+    param_dtype: The dtype of the table.
     embedding_init: `(key, shape, dtype) -> table`.
     promote_dtype: `((embedding,), dtype=dtype, inexact=False)`, or for `attend`
-      `((query, embedding), dtype=dtype)`, to those in the dtype to compute in.
-    rngs: the stream `params` gives the key of the table.
-    embedding_metadata: metadata of the table.
+      `((query, embedding), dtype=dtype)`; returns those in the dtype to compute
+      in.
+    rngs: The stream `params` gives the key of the table.
+    embedding_metadata: Metadata of the table.
 
   Attributes:
     embedding: `Param`, `[n, c]`.
@@ -85,13 +86,13 @@ class Embed(Module):
     Args:
       inputs: `[...]`, integers in [-n, n), negative ones from the end. Others
         give NaN. With one vector, any integer gives that.
-      out_sharding: the sharding of the result, under a mesh with explicit axes.
+      out_sharding: The sharding of the result, under a mesh with explicit axes.
 
     Returns:
       `[..., c]`.
 
     Raises:
-      ValueError: if `inputs` are not integers.
+      ValueError: If `inputs` are not integers.
     """
     if not jnp.issubdtype(inputs.dtype, jnp.integer):
       raise ValueError(
@@ -119,7 +120,7 @@ class Embed(Module):
 
     Args:
       query: `[..., c]`.
-      out_sharding: the sharding of the result, under a mesh with explicit axes.
+      out_sharding: The sharding of the result, under a mesh with explicit axes.
 
     Returns:
       `[..., n]`.

@@ -77,33 +77,34 @@ class GroupNorm(norm_base.Norm):
 
   Args:
     num_features: c, the number of features.
-    num_groups: how many groups; None, if `group_size` says it.
-    group_size: how many features a group has; None, if `num_groups` says it.
-    epsilon: added to the variance.
-    dtype: the dtype of the result; of inputs and parameters, if None.
-    param_dtype: the dtype of scale and bias.
-    use_bias: whether there is a bias.
-    use_scale: whether there is a scale.
+    num_groups: The number of groups; None, if `group_size` is given.
+    group_size: The number of features of a group; None, if `num_groups` is
+      given.
+    epsilon: Added to the variance.
+    dtype: The dtype of the result; of inputs and parameters, if None.
+    param_dtype: The dtype of scale and bias.
+    use_bias: Whether there is a bias.
+    use_scale: Whether there is a scale.
     bias_init: `(key, shape, dtype) -> bias`.
     scale_init: `(key, shape, dtype) -> scale`.
-    reduction_axes: the axes that statistics are taken over, the last one among
+    reduction_axes: The axes that statistics are taken over, the last one among
       them; all but the first, if None.
-    axis_name: a mapped axis that statistics are taken over as well.
-    axis_index_groups: groups of indices along `axis_name`, as in
-      `jax.lax.psum`, that have statistics of their own.
-    use_fast_variance: whether to compute the variance as `E[x^2] - E[x]^2`.
-    promote_dtype: `((x, scale, bias), dtype=dtype)` to those three in the dtype
-      to compute in.
-    rngs: the stream `params` gives the keys of scale and bias.
-    bias_metadata: metadata of the bias.
-    scale_metadata: metadata of the scale.
+    axis_name: A mapped axis that statistics are taken over as well.
+    axis_index_groups: Groups of indices along `axis_name`, as in
+      `jax.lax.psum`, that have separate statistics.
+    use_fast_variance: Whether to compute the variance as `E[x^2] - E[x]^2`.
+    promote_dtype: `((x, scale, bias), dtype=dtype)`; returns those three in the
+      dtype to compute in.
+    rngs: The stream `params` gives the keys of scale and bias.
+    bias_metadata: Metadata of the bias.
+    scale_metadata: Metadata of the scale.
 
   Attributes:
     scale: `Param`, `[c]`, or None.
     bias: `Param`, `[c]`, or None.
 
   Raises:
-    ValueError: unless one of `num_groups` and `group_size` is given, and
+    ValueError: Unless one of `num_groups` and `group_size` is given, and
       divides `num_features`.
   """
 
@@ -171,7 +172,7 @@ class GroupNorm(norm_base.Norm):
       An array of x's shape.
 
     Raises:
-      ValueError: if `reduction_axes` lack the last axis.
+      ValueError: If `reduction_axes` lack the last axis.
     """
     rank = jnp.ndim(x)
     if self.reduction_axes is None:

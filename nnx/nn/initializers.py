@@ -101,8 +101,8 @@ def initialize(
   Args:
     init: `(key, shape, dtype) -> value`.
     key: `[]`, a random key.
-    shape: the shape of the value.
-    dtype: the dtype of the value.
+    shape: The shape of the value.
+    dtype: The dtype of the value.
 
   Returns:
     What `init` returns: an array, or a `VariableMetadata` around one.

@@ -63,12 +63,12 @@ def linear(
     inputs: `[..., k]`.
     kernel: `[k, c]`.
     bias: `[c]` or None.
-    dtype: the dtype to compute in; of inputs and parameters, if None.
-    precision: of the product, as in `jax.lax.dot_general`.
-    preferred_element_type: the dtype of the product, likewise.
-    out_sharding: the sharding of the product, likewise.
-    promote_dtype: brings the three arrays to `dtype`.
-    dot_general: the product; gets `preferred_element_type` only if it is set.
+    dtype: The dtype to compute in; of inputs and parameters, if None.
+    precision: Precision of the product, as in `jax.lax.dot_general`.
+    preferred_element_type: The dtype of the product, likewise.
+    out_sharding: The sharding of the product, likewise.
+    promote_dtype: Converts the three arrays to `dtype`.
+    dot_general: The product; gets `preferred_element_type` only if it is set.
 
   Returns:
     `[..., c]`.
@@ -117,20 +117,20 @@ class Linear(Module):
   Args:
     in_features: k, the size of the last axis of the input.
     out_features: c, that of the output.
-    use_bias: whether there is a bias.
-    dtype: the dtype to compute in; of inputs and parameters, if None.
-    param_dtype: the dtype of the parameters.
-    precision: of the product, as in `jax.lax.dot_general`.
+    use_bias: Whether there is a bias.
+    dtype: The dtype to compute in; of inputs and parameters, if None.
+    param_dtype: The dtype of the parameters.
+    precision: Precision of the product, as in `jax.lax.dot_general`.
     kernel_init: `(key, shape, dtype) -> kernel`.
     bias_init: `(key, shape, dtype) -> bias`.
-    dot_general: called in place of `jax.lax.dot_general`.
-    promote_dtype: `((inputs, kernel, bias), dtype=dtype)` to those three in the
-      dtype to compute in.
-    preferred_element_type: the dtype of the product, as in
+    dot_general: Called in place of `jax.lax.dot_general`.
+    promote_dtype: `((inputs, kernel, bias), dtype=dtype)`; returns those three
+      in the dtype to compute in.
+    preferred_element_type: The dtype of the product, as in
       `jax.lax.dot_general`.
-    rngs: the stream `params` gives the keys of kernel and bias.
-    kernel_metadata: metadata of the kernel.
-    bias_metadata: metadata of the bias.
+    rngs: The stream `params` gives the keys of kernel and bias.
+    kernel_metadata: Metadata of the kernel.
+    bias_metadata: Metadata of the bias.
 
   Attributes:
     kernel: `Param`, `[k, c]`.
@@ -184,14 +184,14 @@ class Linear(Module):
 
     Args:
       inputs: `[..., k]`.
-      out_sharding: the sharding of the product, under a mesh with explicit
+      out_sharding: The sharding of the product, under a mesh with explicit
         axes.
 
     Returns:
       `[..., c]`.
 
     Raises:
-      ValueError: if the last axis of `inputs` has another size.
+      ValueError: If the last axis of `inputs` has another size.
     """
     arguments = (
       inputs,

@@ -40,7 +40,7 @@ class AxisSizes(collections.abc.Mapping):
     (5, True, True)
 
   Args:
-    sizes: what it maps.
+    sizes: The mapping.
   """
 
   def __init__(self, sizes: Mapping[int, int] = NO_METADATA):
@@ -87,18 +87,18 @@ def linear_general(
     (5, 4)
 
   Args:
-    inputs: an array with the axes `axis` and `batch_axis`, and any others.
+    inputs: An array with the axes `axis` and `batch_axis`, and any others.
     kernel: `[*batch_axis, *axis, *out]`, where `axis` is sorted.
     bias: `[*batch_axis, *out]` or None.
-    axis: the axes of `inputs` to contract.
-    batch_axis: the axes of `inputs` for each index of which there is a kernel.
-    out_rank: how many axes `out` has.
-    dtype: the dtype to compute in; of inputs and parameters, if None.
-    precision: of the product, as in `jax.lax.dot_general`.
-    preferred_element_type: the dtype of the product, likewise.
-    out_sharding: the sharding of the product, likewise.
-    promote_dtype: brings the three arrays to `dtype`.
-    dot_general: the product; gets `preferred_element_type` only if it is set.
+    axis: The axes of `inputs` to contract.
+    batch_axis: The axes of `inputs` for each index of which there is a kernel.
+    out_rank: How many axes `out` has.
+    dtype: The dtype to compute in; of inputs and parameters, if None.
+    precision: Precision of the product, as in `jax.lax.dot_general`.
+    preferred_element_type: The dtype of the product, likewise.
+    out_sharding: The sharding of the product, likewise.
+    promote_dtype: Converts the three arrays to `dtype`.
+    dot_general: The product; gets `preferred_element_type` only if it is set.
 
   Returns:
     `[*batch_axis, *others, *out]`.
@@ -173,34 +173,35 @@ class LinearGeneral(Module):
     (16, 4, 5)
 
   Args:
-    in_features: the sizes of the axes that are contracted, an int for one.
-    out_features: the sizes of the axes that they become, an int for one.
-    axis: which axes of the input are contracted, as many as `in_features`.
-    batch_axis: axes of the input, the leading ones, with their sizes: each
+    in_features: The sizes of the axes that are contracted, an int for one.
+    out_features: The sizes of the axes that they become, an int for one.
+    axis: Which axes of the input are contracted, as many as `in_features`.
+    batch_axis: Axes of the input, the leading ones, with their sizes: each
       index along them has its own kernel and bias.
-    use_bias: whether there is a bias.
-    dtype: the dtype to compute in; of inputs and parameters, if None.
-    param_dtype: the dtype of the parameters.
+    use_bias: Whether there is a bias.
+    dtype: The dtype to compute in; of inputs and parameters, if None.
+    param_dtype: The dtype of the parameters.
     kernel_init: `(key, shape, dtype) -> kernel`, of the flat shape `[inputs,
       outputs]`.
     bias_init: `(key, shape, dtype) -> bias`, of one axis.
-    precision: of the product, as in `jax.lax.dot_general`.
-    promote_dtype: `((inputs, kernel, bias), dtype=dtype)` to those three in the
-      dtype to compute in.
-    dot_general: called in place of `jax.lax.dot_general`, if not None.
-    dot_general_cls: what makes a `dot_general` for each call, if not None.
-    preferred_element_type: the dtype of the product, as in
+    precision: Precision of the product, as in `jax.lax.dot_general`.
+    promote_dtype: `((inputs, kernel, bias), dtype=dtype)`; returns those three
+      in the dtype to compute in.
+    dot_general: Called in place of `jax.lax.dot_general`, if not None.
+    dot_general_cls: A constructor of a `dot_general` for each call, if not
+      None.
+    preferred_element_type: The dtype of the product, as in
       `jax.lax.dot_general`.
-    rngs: the stream `params` gives the keys of kernel and bias.
-    kernel_metadata: metadata of the kernel.
-    bias_metadata: metadata of the bias.
+    rngs: The stream `params` gives the keys of kernel and bias.
+    kernel_metadata: Metadata of the kernel.
+    bias_metadata: Metadata of the bias.
 
   Attributes:
     kernel: `Param`, `[*batch_axis, *in_features, *out_features]`.
     bias: `Param`, `[*batch_axis, *out_features]`, or None.
 
   Raises:
-    ValueError: if `in_features` and `axis` differ in length, or `batch_axis`
+    ValueError: If `in_features` and `axis` differ in length, or `batch_axis`
       are not the leading axes.
   """
 
@@ -279,8 +280,8 @@ class LinearGeneral(Module):
     """Applies the layer.
 
     Args:
-      inputs: an array with the axes `axis` and `batch_axis`, and any others.
-      out_sharding: the sharding of the product, under a mesh with explicit
+      inputs: An array with the axes `axis` and `batch_axis`, and any others.
+      out_sharding: The sharding of the product, under a mesh with explicit
         axes.
 
     Returns:

@@ -31,15 +31,15 @@ def check_window(window: Window | None) -> tuple[int, int] | None:
     ((3, 0), (2, -1))
 
   Args:
-    window: the number of keys, the query's own the last of them; or a pair of
-      how many before and how many after its own, -1 for all.
+    window: The number of keys, the query's own the last of them; or a pair of
+      the numbers before and after its own, -1 for all.
 
   Returns:
     A pair, or None for None.
 
   Raises:
-    TypeError: if it is no integer or pair of integers.
-    ValueError: if there is no such window.
+    TypeError: If it is not an integer or a pair of integers.
+    ValueError: If a number is out of range.
   """
   if window is None:
     return None
@@ -86,8 +86,8 @@ def positions_mask(
   Args:
     query: `[..., t]` integers, positions.
     key: `[s]` integers, positions.
-    is_causal: whether no key after the query's position is seen.
-    window: which keys around it are, as for `check_window`.
+    is_causal: Whether no key after the query's position is seen.
+    window: Which keys around it are, as for `check_window`.
 
   Returns:
     `[..., t, s]`, bool.
@@ -171,9 +171,9 @@ def make_attention_mask(
   Args:
     query_input: `[..., t]`.
     key_input: `[..., s]`.
-    pairwise_fn: the comparison, of arrays that broadcast.
-    extra_batch_dims: how many axes of 1 to put in front.
-    dtype: of the mask.
+    pairwise_fn: A function of two arrays that broadcast.
+    extra_batch_dims: How many axes of 1 to put in front.
+    dtype: Dtype of the mask.
 
   Returns:
     `[1, ..., 1, t, s]`, an axis of 1 for the heads.
@@ -199,8 +199,8 @@ def make_causal_mask(
 
   Args:
     x: `[..., t]`, of which only the shape matters.
-    extra_batch_dims: how many axes of 1 to put in front.
-    dtype: of the mask.
+    extra_batch_dims: How many axes of 1 to put in front.
+    dtype: Dtype of the mask.
 
   Returns:
     `[1, ..., 1, t, t]`, an axis of 1 for the heads.
@@ -224,14 +224,14 @@ def combine_masks(
     Array([1., 0., 0.], dtype=float32)
 
   Args:
-    *masks: arrays of one rank that broadcast; None is passed over.
-    dtype: of the mask.
+    *masks: Arrays of one rank that broadcast; None is passed over.
+    dtype: Dtype of the mask.
 
   Returns:
     The mask, or None if there are none.
 
   Raises:
-    ValueError: if the ranks differ.
+    ValueError: If the ranks differ.
   """
   given = [mask for mask in masks if mask is not None]
   if not given:

@@ -118,24 +118,24 @@ class LayerNorm(norm_base.Norm):
 
   Args:
     num_features: c, the number of features.
-    epsilon: added to the variance.
-    dtype: the dtype of the result; of inputs and parameters, if None.
-    param_dtype: the dtype of scale and bias.
-    use_bias: whether there is a bias.
-    use_scale: whether there is a scale.
+    epsilon: Added to the variance.
+    dtype: The dtype of the result; of inputs and parameters, if None.
+    param_dtype: The dtype of scale and bias.
+    use_bias: Whether there is a bias.
+    use_scale: Whether there is a scale.
     bias_init: `(key, shape, dtype) -> bias`.
     scale_init: `(key, shape, dtype) -> scale`.
-    reduction_axes: the axes that statistics are taken over.
-    feature_axes: the axes of scale and bias.
-    axis_name: a mapped axis that statistics are taken over as well.
-    axis_index_groups: groups of indices along `axis_name`, as in
-      `jax.lax.psum`, that have statistics of their own.
-    use_fast_variance: whether to compute the variance as `E[x^2] - E[x]^2`.
-    promote_dtype: `((x, scale, bias), dtype=dtype)` to those three in the dtype
-      to compute in.
-    rngs: the stream `params` gives the keys of scale and bias.
-    bias_metadata: metadata of the bias.
-    scale_metadata: metadata of the scale.
+    reduction_axes: The axes that statistics are taken over.
+    feature_axes: The axes of scale and bias.
+    axis_name: A mapped axis that statistics are taken over as well.
+    axis_index_groups: Groups of indices along `axis_name`, as in
+      `jax.lax.psum`, that have separate statistics.
+    use_fast_variance: Whether to compute the variance as `E[x^2] - E[x]^2`.
+    promote_dtype: `((x, scale, bias), dtype=dtype)`; returns those three in the
+      dtype to compute in.
+    rngs: The stream `params` gives the keys of scale and bias.
+    bias_metadata: Metadata of the bias.
+    scale_metadata: Metadata of the scale.
 
   Attributes:
     scale: `Param`, `[c]`, or None.
@@ -195,7 +195,7 @@ class LayerNorm(norm_base.Norm):
 
     Args:
       x: `[..., c]`, or c at `feature_axes`.
-      mask: broadcasts to x; False positions do not count in the statistics.
+      mask: Broadcasts to x; False positions do not count in the statistics.
 
     Returns:
       An array of x's shape.
@@ -222,22 +222,22 @@ class RMSNorm(norm_base.Norm):
 
   Args:
     num_features: c, the number of features.
-    epsilon: added to the mean square.
-    dtype: the dtype of the result; of inputs and parameters, if None.
-    param_dtype: the dtype of the scale.
-    use_scale: whether there is a scale.
+    epsilon: Added to the mean square.
+    dtype: The dtype of the result; of inputs and parameters, if None.
+    param_dtype: The dtype of the scale.
+    use_scale: Whether there is a scale.
     scale_init: `(key, shape, dtype) -> scale`.
-    reduction_axes: the axes that the mean is taken over.
-    feature_axes: the axes of the scale.
-    axis_name: a mapped axis that the mean is taken over as well.
-    axis_index_groups: groups of indices along `axis_name`, as in
-      `jax.lax.psum`, that have means of their own.
-    use_fast_variance: as in `LayerNorm`; without a mean to subtract both ways
-      are the same.
-    promote_dtype: `((x, scale), dtype=dtype)` to those two in the dtype to
-      compute in.
-    rngs: the stream `params` gives the key of the scale.
-    scale_metadata: metadata of the scale.
+    reduction_axes: The axes that the mean is taken over.
+    feature_axes: The axes of the scale.
+    axis_name: A mapped axis that the mean is taken over as well.
+    axis_index_groups: Groups of indices along `axis_name`, as in
+      `jax.lax.psum`, that have separate means.
+    use_fast_variance: As in `LayerNorm`; both ways are the same here, where no
+      mean is subtracted.
+    promote_dtype: `((x, scale), dtype=dtype)`; returns those two in the dtype
+      to compute in.
+    rngs: The stream `params` gives the key of the scale.
+    scale_metadata: Metadata of the scale.
 
   Attributes:
     scale: `Param`, `[c]`, or None.
@@ -285,7 +285,7 @@ class RMSNorm(norm_base.Norm):
 
     Args:
       x: `[..., c]`, or c at `feature_axes`.
-      mask: broadcasts to x; False positions do not count in the mean.
+      mask: Broadcasts to x; False positions do not count in the mean.
 
     Returns:
       An array of x's shape.
@@ -316,24 +316,24 @@ class InstanceNorm(norm_base.Norm):
 
   Args:
     num_features: c, the number of features.
-    epsilon: added to the variance.
-    dtype: the dtype of the result; of inputs and parameters, if None.
-    param_dtype: the dtype of scale and bias.
-    use_bias: whether there is a bias.
-    use_scale: whether there is a scale.
+    epsilon: Added to the variance.
+    dtype: The dtype of the result; of inputs and parameters, if None.
+    param_dtype: The dtype of scale and bias.
+    use_bias: Whether there is a bias.
+    use_scale: Whether there is a scale.
     bias_init: `(key, shape, dtype) -> bias`.
     scale_init: `(key, shape, dtype) -> scale`.
-    feature_axes: the axes of the features. Statistics are taken over all others
+    feature_axes: The axes of the features. Statistics are taken over all others
       but the first, which is the batch.
-    axis_name: a mapped axis that statistics are taken over as well.
-    axis_index_groups: groups of indices along `axis_name`, as in
-      `jax.lax.psum`, that have statistics of their own.
-    use_fast_variance: whether to compute the variance as `E[x^2] - E[x]^2`.
-    promote_dtype: `((x, scale, bias), dtype=dtype)` to those three in the dtype
-      to compute in.
-    rngs: the stream `params` gives the keys of scale and bias.
-    bias_metadata: metadata of the bias.
-    scale_metadata: metadata of the scale.
+    axis_name: A mapped axis that statistics are taken over as well.
+    axis_index_groups: Groups of indices along `axis_name`, as in
+      `jax.lax.psum`, that have separate statistics.
+    use_fast_variance: Whether to compute the variance as `E[x^2] - E[x]^2`.
+    promote_dtype: `((x, scale, bias), dtype=dtype)`; returns those three in the
+      dtype to compute in.
+    rngs: The stream `params` gives the keys of scale and bias.
+    bias_metadata: Metadata of the bias.
+    scale_metadata: Metadata of the scale.
 
   Attributes:
     scale: `Param`, `[c]`, or None.
@@ -391,13 +391,13 @@ class InstanceNorm(norm_base.Norm):
 
     Args:
       x: `[b, ..., c]`, or c at `feature_axes`.
-      mask: broadcasts to x; False positions do not count in the statistics.
+      mask: Broadcasts to x; False positions do not count in the statistics.
 
     Returns:
       An array of x's shape.
 
     Raises:
-      ValueError: if `feature_axes` contain the first axis.
+      ValueError: If `feature_axes` contain the first axis.
     """
     rank = jnp.ndim(x)
     feature_axes = moments.canonical_axes(rank, self.feature_axes)

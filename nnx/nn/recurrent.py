@@ -43,11 +43,11 @@ def flip_sequences(
 
   Args:
     inputs: `[*batch, time, ...]`, or `[time, *batch, ...]`.
-    seq_lengths: `[*batch]`, integers, how long each sequence is; the rest is
+    seq_lengths: `[*batch]`, integers, the length of each sequence; the rest is
       padding, which goes to the end in reverse order as well. All are as long
       as the axis, if None.
-    num_batch_dims: how many axes `batch` has.
-    time_major: whether time comes first.
+    num_batch_dims: How many axes `batch` has.
+    time_major: Whether time comes first.
 
   Returns:
     An array of the shape of `inputs`.
@@ -116,20 +116,20 @@ class RNN(Module):
     (2, 7, 4)
 
   Args:
-    cell: the cell.
-    time_major: whether time is the first axis, not the last before features.
-    return_carry: whether to return the last carry too.
-    reverse: whether to start at the end.
-    keep_order: whether outputs of a reversed run keep the order of the inputs.
-    unroll: how many steps to unroll in one, as in `jax.lax.scan`.
-    state_axes: filters of the cell's Variables with an axis that is scanned,
+    cell: The cell.
+    time_major: Whether time is the first axis, not the last before features.
+    return_carry: Whether to return the last carry too.
+    reverse: Whether to run from the end to the start.
+    keep_order: Whether outputs of a reversed run keep the order of the inputs.
+    unroll: How many steps to unroll in one, as in `jax.lax.scan`.
+    state_axes: Filters of the cell's Variables with an axis that is scanned,
       `nnx.Carry`, or None for what is the same for all steps; all are carried,
       if None.
-    broadcast_rngs: a filter of the cell's random streams that give the same
-      keys in each step.
-    rngs: where the keys of the first carry come from: a fork of the stream
-      `carry`, this stream, if True, or None as in Flax 0.10, one of the seed 0,
-      if False what each call brings.
+    broadcast_rngs: A filter of the cell's random streams that give the same
+      keys in every step.
+    rngs: The source of the keys of the first carry: a `Rngs`, of whose stream
+      `carry` a fork is kept; a stream; True, or None as in Flax 0.10, for a
+      stream of the seed 0; False, if each call brings its own.
   """
 
   def __init__(
@@ -172,15 +172,15 @@ class RNN(Module):
 
     Args:
       inputs: `[*batch, time, *features]`, or `[time, *batch, *features]`.
-      initial_carry: what to start with; the cell's, if None.
-      seq_lengths: `[*batch]`, integers, how long each sequence is. The steps
-        after that are run but do not count in the carry that is returned, and
-        stay at the end in a reversed run.
-      return_carry: in place of the layer's, if not None.
-      time_major: likewise.
-      reverse: likewise.
-      keep_order: likewise.
-      rngs: likewise; of a `Rngs`, a fork of the stream `carry`.
+      initial_carry: The carry to start with; that of the cell, if None.
+      seq_lengths: `[*batch]`, integers, the length of each sequence. Later
+        steps are run, but do not count in the carry that is returned, and stay
+        at the end in a reversed run.
+      return_carry: Overrides that of the layer, if not None.
+      time_major: Likewise.
+      reverse: Likewise.
+      keep_order: Likewise.
+      rngs: Likewise; of a `Rngs`, a fork of the stream `carry`.
 
     Returns:
       The outputs of all steps, with time where it was; or the last carry and
@@ -288,14 +288,14 @@ class Bidirectional(Module):
     (2, 7, 8)
 
   Args:
-    forward_rnn: an `RNN`, or what is called like one.
-    backward_rnn: the same; with one object in both places, both directions
+    forward_rnn: An `RNN`, or a layer that is called like one.
+    backward_rnn: The same; with one object in both places, both directions
       share its parameters.
-    merge_fn: of the outputs of both, which have one order; concatenates them
+    merge_fn: Of the outputs of both, which have one order; concatenates them
       along the last axis by default.
-    time_major: whether time is the first axis, not the last before features.
-    return_carry: whether to return the last carries too.
-    rngs: where the keys of the first carries come from, as in `RNN`.
+    time_major: Whether time is the first axis, not the last before features.
+    return_carry: Whether to return the last carries too.
+    rngs: The source of the keys of the first carries, as in `RNN`.
   """
 
   def __init__(
@@ -331,14 +331,14 @@ class Bidirectional(Module):
 
     Args:
       inputs: `[*batch, time, *features]`, or `[time, *batch, *features]`.
-      initial_carry: what both start with; their own, if None.
-      rngs: in place of the layer's, if not None.
-      seq_lengths: `[*batch]`, integers, how long each sequence is.
-      return_carry: in place of the layer's, if not None.
-      time_major: likewise.
-      reverse: without effect, since both directions are run; so that the layer
-        can be called like an `RNN`.
-      keep_order: likewise.
+      initial_carry: The carries to start with; those of the layers, if None.
+      rngs: Overrides that of the layer, if not None.
+      seq_lengths: `[*batch]`, integers, the length of each sequence.
+      return_carry: Overrides that of the layer, if not None.
+      time_major: Likewise.
+      reverse: Has no effect, as both directions are run; it lets the layer be
+        called like an `RNN`.
+      keep_order: Likewise.
 
     Returns:
       The joined outputs of all steps; or the last carries and these.

@@ -59,10 +59,10 @@ def rows(
 
   Args:
     positions: `[...]` integers in [0, `max_length`).
-    max_length: how many positions there may be.
-    features: h, even, those of a head.
-    base: of the wavelengths.
-    scale: positions are divided by it.
+    max_length: The number of positions.
+    features: h, even, the features of a head.
+    base: Base of the wavelengths.
+    scale: Positions are divided by it.
 
   Returns:
     Two arrays `[..., h // 2]`, float32.
@@ -98,7 +98,7 @@ def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
   Args:
     x: `[..., t, n, h]`, floating.
     cos: `[..., t, h // 2]`, or with fewer leading axes.
-    sin: like `cos`.
+    sin: Like `cos`.
 
   Returns:
     An array like x, computed in float32 at least.
@@ -132,8 +132,8 @@ def rotate_from_start(
   Args:
     query: `[..., t, n, h]`, floating.
     key: `[..., s, kv heads, h]`, floating.
-    base: of the wavelengths.
-    scale: positions are divided by it.
+    base: Base of the wavelengths.
+    scale: Positions are divided by it.
 
   Returns:
     Arrays like `query` and `key`.
@@ -160,16 +160,16 @@ class RoPE(Module):
     [[1.0, 1.0], [-0.30000001192092896, 1.399999976158142]]
 
   Args:
-    theta: base of the wavelengths.
+    theta: Base of the wavelengths.
     embedding_size: h, even; with `max_seq_len`, tables are made once.
-    max_seq_len: the most tokens that the tables serve.
+    max_seq_len: The most tokens that the tables serve.
 
   Attributes:
     cached_sin: `Variable`, `[max_seq_len, h // 2]`, or None without
       `max_seq_len`; `cached_cos` likewise.
 
   Raises:
-    ValueError: if only one of `embedding_size` and `max_seq_len` is given, or
+    ValueError: If only one of `embedding_size` and `max_seq_len` is given, or
       `embedding_size` is odd.
   """
 
@@ -213,7 +213,7 @@ class RoPE(Module):
       An array like x, of float32 at least.
 
     Raises:
-      ValueError: if x has no axis of tokens; if h is odd, or not that of the
+      ValueError: If x has no axis of tokens; if h is odd, or not that of the
         tables; if t is more than they serve, or not that of `input_positions`.
 
     Numerics: `input_positions` are not known when compiling, and make angles in
@@ -288,17 +288,17 @@ def dot_product_attention_with_rope(
     query: `[..., t, n, h]`.
     key: `[..., s, n // groups, h]`.
     value: `[..., s, n // groups, v]`.
-    rope: what rotates.
+    rope: The rotary embedding.
     input_positions: `[..., t]`, or with fewer leading axes: the positions of
       queries and keys, of which there are then as many; those from the start
       on, if None.
-    **kwargs: of `dot_product_attention`.
+    **kwargs: Of `dot_product_attention`.
 
   Returns:
     `[..., t, n, v]`.
 
   Raises:
-    ValueError: if shapes do not fit.
+    ValueError: If shapes do not fit.
   """
   for name, x in (("query", query), ("key", key)):
     if x.ndim < 3:

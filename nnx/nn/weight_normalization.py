@@ -60,19 +60,19 @@ class WeightNorm(Module):
     Array([1., 1.], dtype=float32)
 
   Args:
-    layer_instance: the layer. Its parameters hold the normalised weights after
+    layer_instance: The layer. Its parameters hold the normalised weights after
       a call.
-    feature_axes: the axes of a weight each index of which has a norm of its
-      own; None, for one norm of all.
-    use_scale: whether to multiply with scales.
+    feature_axes: The axes of a weight along which each index has its own norm;
+      None, for one norm of the whole weight.
+    use_scale: Whether to multiply by scales.
     scale_init: `(key, shape, dtype) -> scale`.
-    epsilon: added to the square of the norm.
-    dtype: the dtype of the weights; that of weight and scale, if None.
-    param_dtype: the dtype of the scales.
-    variable_filter: which parameters are normalised.
-    promote_dtype: `((weight, scale), dtype=dtype)` to those two in the dtype to
-      compute in.
-    rngs: the stream `params` gives the keys of scales, unless they are ones.
+    epsilon: Added to the square of the norm.
+    dtype: The dtype of the weights; that of weight and scale, if None.
+    param_dtype: The dtype of the scales.
+    variable_filter: Which parameters are normalised.
+    promote_dtype: `((weight, scale), dtype=dtype)`; returns those two in the
+      dtype to compute in.
+    rngs: The stream `params` gives the keys of scales, unless they are ones.
 
   Attributes:
     scales: `Param`s of the sizes of `feature_axes`, by the paths of the
@@ -128,15 +128,15 @@ class WeightNorm(Module):
     """Normalises the weights and calls the layer.
 
     Args:
-      x: the input of the layer.
-      *args: further arguments of the layer.
-      **kwargs: keywords of the layer.
+      x: The input of the layer.
+      *args: Further arguments of the layer.
+      **kwargs: Keywords of the layer.
 
     Returns:
       The result of the layer.
 
     Raises:
-      RuntimeError: if the layer has new parameters.
+      RuntimeError: If the layer has new parameters.
     """
     for path, param in _parameters(self.layer_instance):
       if self.variable_filter(path, param):
@@ -184,23 +184,23 @@ class SpectralNorm(Module):
     Array(1., dtype=float32)
 
   Args:
-    layer_instance: the layer. Its parameters hold the normalised weights after
+    layer_instance: The layer. Its parameters hold the normalised weights after
       a call.
-    n_steps: steps of power iteration for each call; without any, nothing is
+    n_steps: Steps of power iteration for each call; without any, nothing is
       done.
-    epsilon: added to the squares of norms.
-    dtype: what weights are rounded to; that of weights and vectors, if None.
-    param_dtype: the dtype of the vectors.
-    error_on_non_matrix: whether to refuse weights of more than two axes.
-    update_stats: whether to keep the vectors; `train()` and `eval()` set it.
-    rngs: the stream `params` gives the keys of the vectors.
+    epsilon: Added to the squares of norms.
+    dtype: What weights are rounded to; that of weights and vectors, if None.
+    param_dtype: The dtype of the vectors.
+    error_on_non_matrix: Whether to refuse weights of more than two axes.
+    update_stats: Whether to keep the vectors; `train()` and `eval()` set it.
+    rngs: The stream `params` gives the keys of the vectors.
 
   Attributes:
     batch_stats: `BatchStat`s `u`, `[1, columns]`, and `sigma`, `[]`, by the
       paths of the parameters and these names.
 
   Raises:
-    ValueError: if a weight is refused.
+    ValueError: If a weight is refused.
   """
 
   layer_instance: Any  # a Module with a `__call__`
@@ -252,15 +252,15 @@ class SpectralNorm(Module):
     """Normalises the weights and calls the layer.
 
     Args:
-      x: the input of the layer.
-      update_stats: in place of the layer's, if not None.
+      x: The input of the layer.
+      update_stats: Overrides that of the layer, if not None.
 
     Returns:
       The result of the layer.
 
     Raises:
-      RuntimeError: if the layer has new parameters.
-      ValueError: if a weight is refused.
+      RuntimeError: If the layer has new parameters.
+      ValueError: If a weight is refused.
     """
     if update_stats is None:
       update_stats = not self.use_running_average

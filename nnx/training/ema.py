@@ -34,19 +34,19 @@ class EMA(Pytree):
     Array([2., 2.], dtype=float32)
 
   Args:
-    params: the model, or any pytree of Variables.
-    decay: in [0, 1], the weight of the old average.
-    only: a filter of the Variables that are averaged.
-    graph: accepted for programs of Flax 0.12; references are always followed.
+    params: The model, or any pytree of Variables.
+    decay: In [0, 1], the weight of the old average.
+    only: A filter of the Variables that are averaged.
+    graph: Accepted for programs of Flax 0.12; references are always followed.
 
   Attributes:
-    decay: the weight.
-    filter: the filter.
-    params: a State of the averages, Variables of the same kinds.
+    decay: The weight.
+    filter: The filter.
+    params: A State of the averages, Variables of the same kinds.
 
   Raises:
-    TypeError: if the filter selects what is no Variable.
-    ValueError: if `decay` is not in [0, 1].
+    TypeError: If the filter selects something that is not a Variable.
+    ValueError: If `decay` is not in [0, 1].
   """
 
   def __init__(
@@ -85,10 +85,10 @@ class EMA(Pytree):
       2.0
 
     Args:
-      updates: the model, or its State.
+      updates: The model, or its State.
 
     Raises:
-      ValueError: if it lacks one of the Variables that are averaged.
+      ValueError: If it lacks one of the Variables that are averaged.
     """
     if not isinstance(self.params, State):
       self._move(self.params, updates)
@@ -131,7 +131,7 @@ class EMA(Pytree):
       (True, True)
 
     Args:
-      model: the model that this was made for, or one like it.
+      model: The model that this was made for, or one like it.
 
     Returns:
       A new model.

@@ -150,11 +150,11 @@ class Average(Metric):
     Array(nan, dtype=float32)
 
   Args:
-    argname: the keyword by which `update` takes the values.
+    argname: The keyword by which `update` takes the values.
 
   Attributes:
-    total: the sum of the values, a scalar float32.
-    count: their number, a scalar int32.
+    total: The sum of the values, a scalar float32.
+    count: Their number, a scalar int32.
   """
 
   def __init__(self, argname: str = "values"):
@@ -171,13 +171,13 @@ class Average(Metric):
     """Takes in values.
 
     Args:
-      mask: weights of the values, or which of them count: broadcast to them.
-      **kwargs: the values under the metric's name for them, an array `[...]`
+      mask: Weights of the values, or which of them count: broadcast to them.
+      **kwargs: The values under the metric's name for them, an array `[...]`
         or a number; other keywords are left to other metrics.
 
     Raises:
-      TypeError: if the values are missing.
-      ValueError: if a mask comes with a number, or does not broadcast.
+      TypeError: If the values are missing.
+      ValueError: If a mask comes with a number, or does not broadcast.
     """
     values = _taken(kwargs, self.argname, self)
     if _is_number(values):
@@ -218,9 +218,10 @@ class Statistics(NamedTuple):
     'Statistics'
 
   Attributes:
-    mean: of the values.
-    standard_error_of_mean: the standard deviation over the root of the number.
-    standard_deviation: of the values, that of the whole population.
+    mean: Of the values.
+    standard_error_of_mean: The standard deviation over the square root of the
+      number of values.
+    standard_deviation: That of the values, as of a whole population.
   """
 
   mean: jax.Array
@@ -260,12 +261,12 @@ class Welford(Metric):
     (2.0, 1.22474)
 
   Args:
-    argname: the keyword by which `update` takes the values.
+    argname: The keyword by which `update` takes the values.
 
   Attributes:
-    count: the number of values, a scalar int32.
-    mean: their mean, a scalar float32.
-    m2: the sum of their squared distances from the mean, a scalar float32.
+    count: The number of values, a scalar int32.
+    mean: Their mean, a scalar float32.
+    m2: The sum of their squared distances from the mean, a scalar float32.
 
   Source: T. Chan, G. Golub, R. LeVeque, Updating Formulae and a Pairwise
   Algorithm for Computing Sample Variances, 1979.
@@ -287,12 +288,12 @@ class Welford(Metric):
     """Takes in values.
 
     Args:
-      mask: not possible here; None.
-      **kwargs: the values under the metric's name for them, an array `[...]`
+      mask: Not possible here; None.
+      **kwargs: The values under the metric's name for them, an array `[...]`
         or a number; other keywords are left to other metrics.
 
     Raises:
-      TypeError: if the values are missing, or there is a mask.
+      TypeError: If the values are missing, or there is a mask.
     """
     if mask is not None:
       raise TypeError(
@@ -345,13 +346,13 @@ class Accuracy(Average):
     Array(0.5, dtype=float32)
 
   Args:
-    threshold: for two classes told apart by one logit: from here on it says
-      class 1. `None` if there is a logit for each class.
-    *args: those of `Average`.
-    **kwargs: the same.
+    threshold: The logit from which on an element is of class 1, for two classes
+      told apart by one logit. None, if there is a logit for each class.
+    *args: Those of `Average`.
+    **kwargs: The same.
 
   Raises:
-    TypeError: if `threshold` is not a float.
+    TypeError: If `threshold` is not a float.
   """
 
   def __init__(self, threshold: float | None = None, *args: Any, **kwargs: Any):
@@ -376,12 +377,12 @@ class Accuracy(Average):
     Args:
       logits: `[..., c]` for `c` classes, `[...]` with a threshold.
       labels: `[...]`, integers: the right classes.
-      mask: weights of the predictions, or which of them count: broadcast to
+      mask: Weights of the predictions, or which of them count: broadcast to
         the labels.
 
     Raises:
-      ValueError: if the labels are no integers, or have not the shape that
-        goes with the logits.
+      ValueError: If the labels are not integers, or do not have the shape that
+        fits the logits.
     """
     logits, labels = jnp.asarray(logits), jnp.asarray(labels)
     if self.threshold is not None:
@@ -433,10 +434,10 @@ class MultiMetric(Metric):
     Array(nan, dtype=float32)
 
   Args:
-    **metrics: the metrics; each becomes an attribute of its name.
+    **metrics: The metrics; each becomes an attribute of its name.
 
   Raises:
-    ValueError: if a name is that of a method.
+    ValueError: If a name is that of a method.
   """
 
   def __init__(self, **metrics: Metric):
@@ -459,11 +460,11 @@ class MultiMetric(Metric):
     """Updates each metric, with everything given.
 
     Args:
-      **updates: what the metrics take. A `mask` that is a dict has one for each
-        metric named in it, and none for the others.
+      **updates: Arguments of the metrics. A `mask` that is a dict has one for
+        each metric named in it, and none for the others.
 
     Raises:
-      TypeError: if no metric takes a keyword, or a mask is for none of them.
+      TypeError: If no metric takes a keyword, or a mask is for none of them.
     """
     self._check(updates)
     mask = updates.pop("mask", None)

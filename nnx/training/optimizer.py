@@ -176,8 +176,8 @@ def apply_updates(params: Any, updates: Any) -> Any:
     {'w': Array(1.5, dtype=bfloat16)}
 
   Args:
-    params: a pytree of arrays.
-    updates: one of the same structure.
+    params: A pytree of arrays.
+    updates: One of the same structure.
 
   Returns:
     A pytree of that structure.
@@ -266,24 +266,24 @@ class Optimizer(Pytree, Generic[M]):
     >>> _ = optimizer.update(nnx.grad(loss_fn)(optimizer.model))
 
   Args:
-    model: the model.
-    tx: the transformation.
-    *old_wrt: at most one filter: that of an optimizer that keeps the model,
+    model: The model.
+    tx: The transformation.
+    *old_wrt: At most one filter: that of an optimizer that keeps the model,
       in place of `nnx.Param`.
-    wrt: a filter of the Variables to update, which should be the one that
+    wrt: A filter of the Variables to update, which should be the one that
       `nnx.grad` is given.
-    graph: accepted for programs of Flax 0.12; references are always followed.
+    graph: Accepted for programs of Flax 0.12; references are always followed.
 
   Attributes:
-    step: an `OptState`, the number of updates.
-    tx: the transformation.
-    opt_state: its state: what `tx.init` returns, with an `OptVariable` in the
+    step: An `OptState`, the number of updates.
+    tx: The transformation.
+    opt_state: Its state: what `tx.init` returns, with an `OptVariable` in the
       place of each Variable and an `OptArray` in that of each other leaf.
-    wrt: the filter.
+    wrt: The filter.
 
   Raises:
-    TypeError: if `tx` has no `init` and `update`, or if two filters are given.
-    ValueError: if `wrt` selects nothing of the model.
+    TypeError: If `tx` has no `init` and `update`, or if two filters are given.
+    ValueError: If `wrt` selects nothing of the model.
   """
 
   model: M
@@ -361,10 +361,10 @@ class Optimizer(Pytree, Generic[M]):
       (-1.0, 0.0)
 
     Args:
-      model: the model that the optimizer was made for, or one like it.
-      grads: the gradients, with those of the Variables that `wrt` selects: a
+      model: The model that the optimizer was made for, or one like it.
+      grads: The gradients, with those of the Variables that `wrt` selects: a
         `State` as `nnx.grad` returns it, a Module, or nested dicts.
-      **kwargs: passed to `tx.update`, for the transformations that take more,
+      **kwargs: Passed to `tx.update`, for the transformations that take more,
         such as `value` for those that look at the loss. Variables in them are
         replaced by their values.
 
@@ -373,9 +373,9 @@ class Optimizer(Pytree, Generic[M]):
       arrays in place of the Variables.
 
     Raises:
-      TypeError: if the gradients are missing, or the model, and the optimizer
+      TypeError: If the gradients are missing, or the model, and the optimizer
         does not keep one.
-      ValueError: if the gradients are not those of the Variables that `wrt`
+      ValueError: If the gradients are not those of the Variables that `wrt`
         selects of the model, or if the model is not like the one that the
         optimizer was made for.
     """
@@ -430,9 +430,9 @@ class ModelAndOptimizer(Optimizer[M]):
     (True, 1)
 
   Args:
-    model: the model, kept as the attribute `model`.
-    tx: the transformation.
-    wrt: a filter of the Variables to update.
+    model: The model, kept as the attribute `model`.
+    tx: The transformation.
+    wrt: A filter of the Variables to update.
   """
 
   def __init__(self, model: M, tx: Any, *, wrt: Filter = Param):
@@ -452,8 +452,8 @@ class ModelAndOptimizer(Optimizer[M]):
       0.0
 
     Args:
-      grads: the gradients.
-      **kwargs: passed to `tx.update`.
+      grads: The gradients.
+      **kwargs: Passed to `tx.update`.
 
     Returns:
       The updates that were added to the parameters.
