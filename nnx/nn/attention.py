@@ -89,17 +89,17 @@ class MultiHeadAttention(CachedAttention):
       q, k, v = query(inputs_q), key(inputs_k), value(inputs_v)
       y = out(dot_product_attention(q, k, v))
 
-  With `decode=True`, keys and values of earlier calls are kept in a cache, to
-  which each call appends those of its tokens: call `init_cache` first, then the
-  layer with any number of tokens, usually a prompt and then one by one. Each
-  token sees itself and those before. The call that appends and attends is one
-  kernel, `kernels.decode_attention`, which updates the cache in place where the
-  caller donates it. A call with more tokens than the cache has room for raises;
-  under `jit`, where their number is not known, it overwrites nothing, and the
-  results of the tokens that found no room are NaN.
+  With `decode=True`, a cache keeps the keys and values of earlier calls, and
+  each call appends those of its tokens. Call `init_cache` first, then the layer
+  with any number of tokens, usually with a prompt and then with one token at a
+  time. Each token sees itself and earlier ones. One kernel,
+  `kernels.decode_attention`, appends and attends; it updates the cache in place
+  if the caller donates it. A call with more tokens than the cache has room for
+  raises. Under `jit`, where their number is not known, it overwrites nothing,
+  and the results of tokens without room are NaN.
 
-  `window`, `softcap` and rotary embedding do the same with a cache and without,
-  so that what was trained is what decodes.
+  `window`, `softcap` and rotary embedding do the same with and without a cache,
+  so that a model decodes as it was trained.
 
   Example:
 
@@ -563,7 +563,7 @@ class MultiHeadAttention(CachedAttention):
   def _dropout(
     self, deterministic: bool | None, rngs: Rngs | RngStream | None
   ) -> tuple[bool, jax.Array | None]:
-    """Whether there is no dropout, and the key if there is."""
+    """Returns whether there is no dropout, and the key if there is."""
     if self.dropout_rate == 0.0:
       return True, None
     if deterministic is None:

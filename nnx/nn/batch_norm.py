@@ -23,7 +23,7 @@ class BatchNorm(norm_base.Norm):
       self.mean = momentum * self.mean + (1 - momentum) * mean
       self.var = momentum * self.var + (1 - momentum) * var
 
-  After `eval()`, y is made with the running averages, which stay as they are.
+  After `eval()`, the running averages normalise, and are not updated.
 
   Example:
 

@@ -1,4 +1,4 @@
-"""What `RNN` needs of a cell, and what the cells of this package share."""
+"""Bases of recurrent cells: what `RNN` calls, and what our cells share."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from nnx.rnglib import Rngs, RngStream
 def modified_orthogonal(
   key: jax.Array, shape: tuple[int, ...], dtype: dtypes.Dtype = jnp.float32
 ) -> jax.Array:
-  """An orthogonal matrix, made in float32, in any dtype.
+  """Makes an orthogonal matrix in float32 and converts it to a dtype.
 
   Example:
 
@@ -43,7 +43,7 @@ def modified_orthogonal(
 
 
 class RNNCellBase(Module):
-  """What `RNN` needs of a cell; a base for cells of one's own.
+  """Base of recurrent cells, also of your own: what `RNN` calls.
 
   Example:
 
@@ -67,7 +67,7 @@ class RNNCellBase(Module):
     rngs: Rngs | RngStream | None = None,
     carry_init: Initializer | None = None,
   ) -> Any:
-    """Makes the carry to start with.
+    """Makes the initial carry.
 
     Args:
       input_shape: The shape of the input of one step.
@@ -98,7 +98,7 @@ class RNNCellBase(Module):
 
   @property
   def num_feature_axes(self) -> int:
-    """How many of the last axes of the inputs are no batch axes."""
+    """Returns how many of the last axes of the inputs are features."""
     raise NotImplementedError(
       f"`{type(self).__name__}` must define `num_feature_axes`."
     )
@@ -120,7 +120,7 @@ class Cell(RNNCellBase):
     rngs: Rngs | RngStream | None = None,
     carry_init: Initializer | None = None,
   ) -> Any:
-    """Makes the carry to start with.
+    """Makes the initial carry.
 
     Example:
 
@@ -171,5 +171,5 @@ class Cell(RNNCellBase):
 
   @property
   def num_feature_axes(self) -> int:
-    """How many of the last axes of the inputs are no batch axes: 1."""
+    """Returns how many of the last axes of the inputs are features: 1."""
     return 1

@@ -22,7 +22,7 @@ from nnx.rnglib import Rngs
 
 
 class LSTMCell(Cell):
-  r"""A cell with a memory c, which gates decide to keep, write and read.
+  r"""A cell with a memory c, whose gates control keeping, writing and reading.
 
       i = gate_fn(x @ W_ii + h @ W_hi + b_hi)
       f = gate_fn(x @ W_if + h @ W_hf + b_hf)
@@ -160,7 +160,7 @@ def _lstm(cell, memory, i, f, g, o):
 
 
 class OptimizedLSTMCell(Cell):
-  r"""An `LSTMCell` with the four kernels of each input in one.
+  r"""An `LSTMCell` whose four kernels for each input are one.
 
   Example:
 
@@ -272,7 +272,7 @@ class OptimizedLSTMCell(Cell):
 
 
 class SimpleCell(Cell):
-  r"""A cell whose output is all that it remembers.
+  r"""A cell whose only memory is its output.
 
       h = activation_fn(x @ W_i + b_i + h @ W_h)
 
@@ -385,7 +385,7 @@ class SimpleCell(Cell):
 
 
 class GRUCell(Cell):
-  r"""A cell whose gates decide how much of its output to keep and to use.
+  r"""A cell whose gates decide how much of its last output to keep and use.
 
       r = gate_fn(x @ W_ir + b_ir + h @ W_hr)
       z = gate_fn(x @ W_iz + b_iz + h @ W_hz)

@@ -1,6 +1,6 @@
-"""Checks of what layers are made with, and of what they are called with.
+"""Checks of the arguments of layers and of their calls.
 
-Values that a trace does not know pass.
+Tracers pass, as their values are not known.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ def _is_known(value: Any) -> bool:
 
 
 def whole(name: str, value: Any, least: int = 0) -> None:
-  """Refuses what is no integer, or one that is too small.
+  """Refuses a value that is not an integer, or is too small.
 
   Example:
 
@@ -54,7 +54,7 @@ def whole(name: str, value: Any, least: int = 0) -> None:
 
 
 def wholes(name: str, values: Any, least: int = 0) -> None:
-  """Refuses an integer, or integers, as `whole` does.
+  """Refuses one value or several as `whole` does.
 
   Example:
 
@@ -75,7 +75,7 @@ def wholes(name: str, values: Any, least: int = 0) -> None:
 
 
 def rate(name: str, value: Any) -> None:
-  """Refuses what is no number in [0, 1].
+  """Refuses a value that is not a number in [0, 1].
 
   Example:
 
@@ -97,7 +97,7 @@ def rate(name: str, value: Any) -> None:
 
 
 def small(name: str, value: Any) -> None:
-  """Refuses what cannot be added to a variance to keep it from 0.
+  """Refuses an epsilon, as of a variance, that is negative or not finite.
 
   Example:
 
@@ -118,7 +118,7 @@ def small(name: str, value: Any) -> None:
 
 
 def positive(name: str, value: Any) -> None:
-  """Refuses what is no positive finite number.
+  """Refuses a value that is not a positive finite number.
 
   Example:
 
@@ -137,7 +137,7 @@ def positive(name: str, value: Any) -> None:
 
 
 def key(rngs: Any) -> jax.Array:
-  """The next key for a parameter.
+  """Returns the next key for a parameter.
 
   Example:
 
@@ -167,7 +167,8 @@ def key(rngs: Any) -> jax.Array:
 def last_axis(layer: Any, name: str, inputs: Any, features: int) -> None:
   """Refuses inputs whose last axis is not that of a layer.
 
-  Called when the operation has failed, it costs nothing where all is well.
+  A layer calls this after an operation has failed, so that it costs nothing
+  otherwise.
 
   Example:
 

@@ -34,14 +34,14 @@ _PAD_MODES = {"CIRCULAR": "wrap", "REFLECT": "reflect"}
 
 
 def _as_tuple(value: int | Sequence[int] | None, rank: int) -> tuple[int, ...]:
-  """One number for each spatial axis; None is 1."""
+  """Returns one number for each spatial axis; None is 1."""
   if value is None:
     value = 1
   return (value,) * rank if isinstance(value, int) else tuple(value)
 
 
 def _canonical_padding(padding: Padding, rank: int) -> Any:
-  """A string, or a pair for each spatial axis."""
+  """Returns a string, or a pair for each spatial axis."""
   if isinstance(padding, str):
     return padding
   if isinstance(padding, int):
@@ -58,7 +58,7 @@ def _canonical_padding(padding: Padding, rank: int) -> Any:
 
 
 def _check_steps(name: str, value: Any, kernel_size: Any) -> None:
-  """Refuses what is not one step, or one for each spatial axis."""
+  """Refuses anything but one step, or one for each spatial axis."""
   if value is None:
     return
   checks.wholes(name, value, 1)
@@ -71,7 +71,7 @@ def _check_steps(name: str, value: Any, kernel_size: Any) -> None:
 
 
 def _check_padding(padding: Padding, others: Sequence[str]) -> None:
-  """Refuses strings that name no padding."""
+  """Refuses a string that is not the name of a padding."""
   names = ("SAME", "VALID", "SAME_LOWER", *others)
   if isinstance(padding, str) and padding not in names:
     raise ValueError(
@@ -81,7 +81,7 @@ def _check_padding(padding: Padding, others: Sequence[str]) -> None:
 
 
 def _check_inputs(layer: Any, inputs: Any, channels: int) -> None:
-  """Says in what the inputs do not fit, if they do not."""
+  """Raises if the inputs do not fit the kernel."""
   least = len(layer.kernel_size) + 1
   if jnp.ndim(inputs) < least:
     raise ValueError(
@@ -133,7 +133,7 @@ _convolution = eager.interned(_Convolution)
 def _padded(
   inputs: jax.Array, sizes: tuple[int, ...], how: _Convolution
 ) -> tuple[jax.Array, Any]:
-  """Makes the padding that jax's convolution does not know, and says the rest.
+  """Pads the inputs where jax has no name for the padding.
 
   Args:
     inputs: `[b, *spatial, k]`.
@@ -377,7 +377,7 @@ class Conv(Module):
 
 
 def _wrap_around(y: jax.Array, axis: int, period: int, before: int):
-  """Sums what lies a multiple of the period apart."""
+  """Sums the elements that are a multiple of the period apart."""
   after = -(before + y.shape[axis]) % period
   pads = [(0, 0)] * y.ndim
   pads[axis] = (before, after)
@@ -450,7 +450,7 @@ _convolve_transposed_compiled = eager.compiled(
 
 
 class ConvTranspose(Module):
-  """Convolves with strides in the result instead of the input.
+  """Convolves with strides in the result, as the transpose of `Conv` does.
 
   Example:
 

@@ -1,7 +1,7 @@
-"""A step of attention with a cache: append keys and values, and attend.
+"""One step of attention with a cache: append keys and values, and attend.
 
-Functions of arrays, which run as `nnx.eager` says: outside of traces each is
-one compiled call.
+These are functions of arrays, which run as `nnx.eager` says: outside of traces
+each is one compiled call.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _FLOAT_HEADROOM = 16
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-  """What attention does besides averaging by products.
+  """How attention decodes: its window, cap and rotation.
 
   Example:
 
@@ -186,7 +186,7 @@ def _without_room(
 
 
 def _positions(first: jax.Array, tokens: int) -> jax.Array:
-  """Positions of some tokens in a row: `[*first, t]`."""
+  """Returns the positions of consecutive tokens: `[*first, t]`."""
   steps = jnp.arange(tokens, dtype=jnp.int32)
   return jnp.expand_dims(first, -1) + steps.reshape((1,) * first.ndim + (-1,))
 
@@ -194,7 +194,7 @@ def _positions(first: jax.Array, tokens: int) -> jax.Array:
 def _scale(
   scale: jax.Array, size: jax.Array, lengths: jax.Array, dtype: jnp.dtype
 ) -> jax.Array:
-  """Keeps a scale, or makes it from the first tokens where there is none.
+  """Keeps a scale, or makes one from the first tokens if there is none.
 
   Args:
     scale: `[*batch, kv heads]`, 0 where there is none.
@@ -221,7 +221,7 @@ def _with_scales(
   lengths: jax.Array,
   rotates: bool,
 ) -> tuple[Buffers, dict[str, jax.Array]]:
-  """Scales that suit the new tokens, and the kernel's operands."""
+  """Returns the cache with scales for new tokens, and the kernel's operands."""
   if buffers.key_scale is None or buffers.value_scale is None:
     return buffers, {}
   lengths = jnp.broadcast_to(lengths, buffers.key.shape[:-3])
@@ -248,7 +248,7 @@ def _with_scales(
 def _filled(
   buffers: Buffers, new: tuple[jax.Array, ...], lengths: jax.Array
 ) -> Buffers:
-  """The cache with what a kernel wrote, and the index after it."""
+  """Returns the cache with what a kernel wrote, and the index after it."""
   key, value = (x.reshape(buffers.key.shape) for x in new)
   return dataclasses.replace(
     buffers, index=buffers.index + lengths, key=key, value=value
@@ -260,14 +260,14 @@ def _in_one_batch_axis(x: jax.Array, batch: tuple[int, ...]) -> jax.Array:
 
 
 def _each(number: jax.Array) -> jax.Array:
-  """One number, or one for each sequence in one axis."""
+  """Returns one number, or one for each sequence in one axis."""
   return number.reshape(-1) if number.ndim else number
 
 
 def _written(
   cache: jax.Array, new: jax.Array, index: jax.Array, lengths: jax.Array
 ) -> jax.Array:
-  """What `kernels.kv_cache.update` does to one cache, in plain jax."""
+  """Appends to one cache as `kernels.kv_cache.update` does, in plain jax."""
   batch, tokens = new.shape[:2]
   index = jnp.broadcast_to(index, (batch,))
   lengths = jnp.broadcast_to(lengths, (batch,))
@@ -286,7 +286,7 @@ def append(
   lengths: jax.Array | None = None,
   options: Options = Options(),
 ) -> tuple[Buffers, jax.Array, jax.Array, jax.Array, jax.Array]:
-  """Appends keys and values, for attention that something else computes.
+  """Appends keys and values; another function then computes the attention.
 
   Example:
 

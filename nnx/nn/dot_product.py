@@ -40,7 +40,7 @@ def _check_shapes(names: str, *arrays: jax.Array) -> None:
 
 
 def _check_groups(heads: int, name: str, shared: int) -> int:
-  """How many query heads share a head of the keys or values."""
+  """Returns how many query heads share a head of the keys or values."""
   if heads % shared:
     raise ValueError(
       f"The heads of `query` must be a multiple of those of `{name}`, but got"
@@ -50,7 +50,7 @@ def _check_groups(heads: int, name: str, shared: int) -> int:
 
 
 def check_softcap(softcap: float | None) -> None:
-  """Refuses a soft cap that is none.
+  """Refuses a soft cap that is not positive and finite.
 
   Example:
 
@@ -76,7 +76,7 @@ def _soft_cap(logits, softcap):
 
 
 def _products(query, key, **options):
-  """All queries with all keys: `[..., n, t, s]`."""
+  """Multiplies all queries with all keys: `[..., n, t, s]`."""
   heads, shared = query.shape[-2], key.shape[-2]
   groups = _check_groups(heads, "key", shared)
   if groups == 1:
@@ -87,7 +87,7 @@ def _products(query, key, **options):
 
 
 def _averages(weights, value, **options):
-  """Sums of values by weights: `[..., t, n, v]`."""
+  """Sums the values by weights: `[..., t, n, v]`."""
   heads, shared = weights.shape[-3], value.shape[-2]
   groups = _check_groups(heads, "value", shared)
   if groups == 1:
@@ -100,7 +100,7 @@ def _averages(weights, value, **options):
 
 
 def _softmax(logits, bias, mask, is_causal, window):
-  """Softmax over the keys that are seen."""
+  """Applies softmax over the keys that are seen."""
   if bias is not None:
     logits = logits + bias
   seen = None if mask is None else jnp.asarray(mask).astype(bool)
@@ -216,7 +216,7 @@ def _plain_attention(
   query, key, value, bias, mask, is_causal, window, softcap, dtype,
   promote_dtype=dtypes.promote_dtype,
 ):  # fmt: skip
-  """Attention of which nothing but the result is wanted."""
+  """Computes attention, without dropout and without sowing weights."""
   query, key, value = promote_dtype((query, key, value), dtype=dtype)
   _check_qkv(query, key, value)
   if mask is not None:

@@ -1,4 +1,4 @@
-"""What dtype a layer computes in."""
+"""The dtypes that layers compute in."""
 
 from __future__ import annotations
 

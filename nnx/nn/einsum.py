@@ -45,7 +45,7 @@ def _parse_equation(equation: str) -> tuple[str, str, str]:
 
 
 def _expand_labels(labels: str, rank: int) -> list[Any]:
-  """One label for each axis; an ellipsis numbers its axes from the right."""
+  """Returns a label for each axis; an ellipsis gives negative ints."""
   if "..." not in labels:
     return list(labels)
   before, after = labels.split("...", 1)
@@ -56,7 +56,7 @@ def _expand_labels(labels: str, rank: int) -> list[Any]:
 def _bias_shape(
   equation: str, inputs_rank: int, kernel_shape: Sequence[int]
 ) -> list[int]:
-  """The shape that lets the bias add to the result: kernel's sizes, else 1."""
+  """Returns the shape in which the bias broadcasts to the result."""
   inputs, kernel, result = _parse_equation(equation)
   kernel_labels = _expand_labels(kernel, len(kernel_shape))
   sizes = dict(zip(kernel_labels, kernel_shape))

@@ -1,4 +1,4 @@
-"""Tables of vectors that integers look up."""
+"""Embedding tables."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ default_embed_init = initializers.variance_scaling(
 
 
 class Embed(Module):
-  """Looks up the learned vectors of integers.
+  """Looks up learned vectors by integers.
 
   Example:
 

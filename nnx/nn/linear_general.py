@@ -316,7 +316,7 @@ class LinearGeneral(Module):
       raise
 
   def _check_axes(self, inputs: Any) -> None:
-    """Says in what the inputs do not fit, if they do not."""
+    """Raises if the inputs do not fit the kernel."""
     shape = jnp.shape(inputs)
     axes = [*self.batch_axis, *self.axis]
     sizes = (*self.batch_axis.values(), *self.in_features)

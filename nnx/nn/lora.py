@@ -26,7 +26,7 @@ A = TypeVar("A")
 
 
 class LoRAParam(Param[A], Generic[A]):
-  """A parameter of a low-rank adaptation, which filters tell from others.
+  """A parameter of a low-rank adaptation; filters select it by its type.
 
   Example:
 
@@ -38,7 +38,7 @@ class LoRAParam(Param[A], Generic[A]):
 
 
 class LoRA(Module):
-  """Multiplies by two thin matrices, and adds that to a module's result.
+  """Adds a product with two thin matrices to the result of a module.
 
       y = x @ lora_a @ lora_b + base_module(x)
 
@@ -161,7 +161,7 @@ class LoRA(Module):
 def _lora(
   x: jax.Array, a: jax.Array, b: jax.Array, dtype: dtypes.Dtype | None
 ) -> tuple[jax.Array, jax.Array]:
-  """The promoted x, and its product."""
+  """Returns the promoted x, and its product with both matrices."""
   x, a, b = dtypes.promote_dtype((x, a, b), dtype=dtype)
   return x, x @ a @ b
 

@@ -127,7 +127,7 @@ def real_tokens(lengths: jax.Array, tokens: int) -> jax.Array:
 
 
 def both(mask: jax.Array | None, seen: jax.Array, rank: int) -> jax.Array:
-  """Returns the mask that lets through what two masks do.
+  """Returns the conjunction of two masks.
 
   Example:
 
@@ -188,7 +188,7 @@ def make_attention_mask(
 def make_causal_mask(
   x: jax.Array, extra_batch_dims: int = 0, dtype: Dtype = jnp.float32
 ) -> jax.Array:
-  """Returns the mask by which each token sees itself and those before.
+  """Returns the mask by which each token sees itself and earlier ones.
 
   Example:
 
@@ -214,7 +214,7 @@ def make_causal_mask(
 def combine_masks(
   *masks: jax.Array | None, dtype: Dtype = jnp.float32
 ) -> jax.Array | None:
-  """Returns the mask that lets through what all of some masks do.
+  """Returns the conjunction of masks.
 
   Example:
 

@@ -26,7 +26,7 @@ def _as_sizes(name: str, sizes: Any) -> tuple[int, ...]:
 
 
 def _as_pairs(padding: Any) -> tuple[tuple[int, ...], ...]:
-  """The pairs, or nothing where there are none."""
+  """Returns the pairs as tuples, or nothing if there are none."""
   try:
     return tuple(map(tuple, padding))
   except TypeError:

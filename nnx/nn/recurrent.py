@@ -67,7 +67,7 @@ def flip_sequences(
 
 
 def _last_carry(carries: Any, seq_lengths: jax.Array) -> Any:
-  """The carries `[time, *batch, ...]` at the ends of the sequences."""
+  """Returns the carries of `[time, *batch, ...]` at the ends of sequences."""
 
   def pick(x):
     last = jnp.expand_dims(seq_lengths - 1, 0)
@@ -78,7 +78,7 @@ def _last_carry(carries: Any, seq_lengths: jax.Array) -> Any:
 
 
 def _streams(cell: Any, only: filterlib.Filter) -> list[tuple[Any, ...]]:
-  """The streams of a cell that a filter selects, with their keys and counts."""
+  """Returns the streams that a filter selects, with their keys and counts."""
   if only is None:
     return []
   selects = filterlib.to_predicate(only)
@@ -236,7 +236,7 @@ class RNN(Module):
 
 
 def _make_steps(state_axes, broadcast_rngs, axis, every_carry, unroll):
-  """A function that runs a cell over an axis of its inputs."""
+  """Makes a function that runs a cell over an axis of its inputs."""
 
   @scan(
     in_axes=(
@@ -261,7 +261,7 @@ _kept_steps = functools.lru_cache(maxsize=256, typed=True)(_make_steps)
 
 
 def _steps(*options: Any) -> Callable[..., Any]:
-  """The same function for the same options, so that it is compiled once."""
+  """Returns one function for the same options, so that it is compiled once."""
   try:
     return _kept_steps(*options)
   except TypeError:  # A filter that has no hash, such as a list.
@@ -273,7 +273,7 @@ def _concatenate(a: jax.Array, b: jax.Array) -> jax.Array:
 
 
 class Bidirectional(Module):
-  """Runs one layer forwards and one backwards, and joins what they put out.
+  """Runs one layer forwards and one backwards, and joins their outputs.
 
   Example:
 

@@ -32,7 +32,7 @@ def _rates(pairs: int, base: float) -> np.ndarray:
 def _angles(
   count: int, stride: int, pairs: int, base: float, scale: float
 ) -> tuple[np.ndarray, np.ndarray]:
-  """Cosines and sines at the multiples of `stride`, from angles in float64."""
+  """Returns cosines and sines at multiples of `stride`, by float64 angles."""
   angles = np.arange(count, dtype=np.float64)[:, None] * (stride / scale)
   angles = angles * _rates(pairs, base)
   return np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32)
@@ -67,9 +67,9 @@ def rows(
   Returns:
     Two arrays `[..., h // 2]`, float32.
 
-  Numerics: a float32 angle is wrong by 0.01 at position 100,000. So angles are
-    float64 and known when compiling, at multiples of 256 and for the rest, and
-    their cosines and sines are joined in float32.
+  Numerics: A float32 angle is off by 0.01 at position 100,000. So the angles of
+    multiples of 256, and of the remainders, are computed in float64 when the
+    program is traced; their cosines and sines are combined in float32.
   """
   pairs = features // 2
   blocks = -(-max_length // _STRIDE)
@@ -85,7 +85,7 @@ def rows(
 
 
 def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
-  """Turns the pairs of each head.
+  """Rotates the pairs of each head.
 
   Example:
 
@@ -146,10 +146,11 @@ def rotate_from_start(
 
 
 class RoPE(Module):
-  """Rotary position embedding as a function of its own.
+  """Rotary position embedding as a module of its own.
 
-  `MultiHeadAttention(..., rope_base=theta)` does the same without it, and
-  decodes. This is for attention of one's own, and for models of Flax.
+  It is for custom attention, and for models of Flax.
+  `MultiHeadAttention(..., rope_base=theta)` does the same without it, and also
+  decodes.
 
   Example:
 
@@ -202,7 +203,7 @@ class RoPE(Module):
   def __call__(
     self, x: jax.Array, input_positions: jax.Array | None = None
   ) -> jax.Array:
-    """Turns the pairs of each token.
+    """Rotates the pairs of each token.
 
     Args:
       x: `[..., t, h]`, floating.

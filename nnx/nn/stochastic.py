@@ -17,7 +17,7 @@ from nnx.rnglib import Rngs, RngStream
 
 
 class Dropout(Module):
-  """Sets random elements to 0 and divides the others by the odds to stay.
+  """Sets random elements to 0 and scales the others up to keep the mean.
 
       keep = jax.random.bernoulli(key, 1 - rate, inputs.shape)
       y = jnp.where(keep, inputs / (1 - rate), 0)

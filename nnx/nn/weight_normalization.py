@@ -43,7 +43,7 @@ def _changed(path: Path) -> RuntimeError:
 
 
 class WeightNorm(Module):
-  """Brings weights to norm 1, times a scale, before each call of a layer.
+  """Normalises weights to norm 1, times a scale, before each call of a layer.
 
       kernel = scale * kernel / jnp.linalg.norm(kernel, axis=other_axes)
 
@@ -164,9 +164,9 @@ class WeightNorm(Module):
 class SpectralNorm(Module):
   """Divides weights by their largest singular values before each call.
 
-  The singular values are estimated by power iteration, which goes on from where
-  the last call left off: training improves it, and after `eval()` it stays.
-  Weights of more than two axes count as matrices of their last axis.
+  Power iteration estimates the singular values, from where the last call
+  stopped: each training call improves the estimate; after `eval()` it is kept.
+  A weight of more than two axes is a matrix whose columns are its last axis.
 
   Source: Miyato et al. 2018, "Spectral normalization for generative adversarial
   networks".

@@ -72,8 +72,8 @@ class EMA(Pytree):
   def update(self, updates: Any) -> None:
     """Moves the averages towards new values.
 
-    What is not floating-point, such as a count or a key, is not averaged: the
-    newest is kept.
+    Values that are not floating-point, such as a count or a key, are not
+    averaged: the newest one is kept.
 
     Example:
 
@@ -116,10 +116,10 @@ class EMA(Pytree):
     _set_raw_value(average, jax.tree.map(moved, old, new))
 
   def apply_to(self, model: A) -> A:
-    """A model like the one given whose Variables are the averages.
+    """Returns a model like the one given whose Variables are the averages.
 
-    They are the Variables of this object: what `update` does is seen in the
-    model. Those that are not averaged are those of `model`.
+    It shares them with this object, so that it follows each `update`. Variables
+    that are not averaged are those of `model`.
 
     Example:
 
@@ -143,7 +143,7 @@ class EMA(Pytree):
 
 
 def _average_of(path: Any, leaf: Any) -> Variable[Any]:
-  """A copy of a Variable with arrays of its own, which may be donated."""
+  """Copies a Variable and its arrays, which may then be donated."""
   if not isinstance(leaf, Variable):
     where = "/".join(map(str, path))
     raise TypeError(

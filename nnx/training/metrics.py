@@ -59,19 +59,19 @@ class Metric(Pytree):
     raise _must_define(self, "__init__")
 
   def reset(self) -> None:
-    """Forgets what was seen."""
+    """Forgets all values."""
     raise _must_define(self, "reset")
 
   def update(self, **kwargs: Any) -> None:
-    """Takes in new values."""
+    """Adds new values."""
     raise _must_define(self, "update")
 
   def compute(self) -> Any:
-    """The value of the metric."""
+    """Returns the value of the metric."""
     raise _must_define(self, "compute")
 
   def split(self, *filters: Filter) -> tuple[Any, ...]:
-    """As `nnx.split(self, *filters)`.
+    """Splits the metric, as `nnx.split(self, *filters)`.
 
     Example:
 
@@ -83,9 +83,9 @@ class Metric(Pytree):
     return functional.split(self, *filters)
 
   def _keywords(self) -> frozenset[str] | None:
-    """The keywords that `update` makes use of; None, if it may use any.
+    """Returns the keywords that `update` uses; None, if it may use any.
 
-    What is gathered under a name such as `_` or `_others` is not used.
+    Keywords gathered under a name such as `_` or `_others` are not used.
     """
     names = set()
     for name, parameter in inspect.signature(self.update).parameters.items():
@@ -168,7 +168,7 @@ class Average(Metric):
     self.count[...] = jnp.array(0, dtype=jnp.int32)
 
   def update(self, mask: jax.Array | None = None, **kwargs: Any) -> None:
-    """Takes in values.
+    """Adds values.
 
     Args:
       mask: Weights of the values, or which of them count: broadcast to them.
@@ -197,7 +197,7 @@ class Average(Metric):
       self.count[...] += mask.sum().astype(self.count.dtype)
 
   def compute(self) -> jax.Array:
-    """The mean, a scalar float32; NaN if there were no values."""
+    """Returns the mean, a scalar float32; NaN if there were no values."""
     return self.total / self.count
 
   def _keywords(self) -> frozenset[str] | None:
@@ -229,7 +229,7 @@ class Statistics(NamedTuple):
   standard_deviation: jax.Array
 
   def replace(self, **changes: Any) -> Statistics:
-    """A copy with some fields changed.
+    """Returns a copy with some fields changed.
 
     Example:
 
@@ -285,7 +285,7 @@ class Welford(Metric):
     self.m2[...] = jnp.array(0, dtype=jnp.float32)
 
   def update(self, mask: jax.Array | None = None, **kwargs: Any) -> None:
-    """Takes in values.
+    """Adds values.
 
     Args:
       mask: Not possible here; None.
@@ -313,7 +313,7 @@ class Welford(Metric):
     self.m2[...] += m2 + delta * delta * count * before / self.count
 
   def compute(self) -> Statistics:
-    """The `Statistics` of the values; scalars, float32."""
+    """Returns the `Statistics` of the values; scalars, float32."""
     variance = self.m2 / self.count
     deviation = variance**0.5
     return Statistics(
@@ -372,7 +372,7 @@ class Accuracy(Average):
     mask: jax.Array | None = None,
     **_: Any,
   ) -> None:
-    """Takes in predictions.
+    """Adds predictions.
 
     Args:
       logits: `[..., c]` for `c` classes, `[...]` with a threshold.
@@ -480,7 +480,7 @@ class MultiMetric(Metric):
       getattr(self, name).update(**updates, **extra)
 
   def _check(self, updates: dict[str, Any]) -> None:
-    """Refuses keywords that no metric makes use of."""
+    """Refuses keywords that no metric uses."""
     taken = self._keywords()
     if taken is None:
       return
@@ -502,5 +502,5 @@ class MultiMetric(Metric):
     return frozenset(names)
 
   def compute(self) -> dict[str, Any]:
-    """The value of each metric, by name."""
+    """Returns the value of each metric, by name."""
     return {name: getattr(self, name).compute() for name in self._metric_names}

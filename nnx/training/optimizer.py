@@ -50,7 +50,7 @@ class OptState(Variable):
 
 
 class OptArray(OptState):
-  """State of an optimizer that belongs to no single Variable: a step count.
+  """State of an optimizer that does not belong to one Variable: a step count.
 
   Example:
 
@@ -67,8 +67,8 @@ class OptArray(OptState):
 class OptVariable(OptState):
   """State of an optimizer that belongs to a Variable: its momentum.
 
-  It has the metadata of the Variable, apart from hooks on values. A sharding
-  under the name `optimizer_sharding` is taken in place of the Variable's own.
+  It has the metadata of the Variable except hooks on values. A sharding named
+  `optimizer_sharding` replaces that of the Variable.
 
   Example:
 
@@ -100,7 +100,7 @@ class _Array:
 
 
 def _for_init(path: Any, leaf: Any) -> Any:
-  """A Variable as `tx.init` may see it: of its kind, with a plain array."""
+  """Returns a Variable for `tx.init`: of its type, with a plain array."""
   del path
   if not _is_variable(leaf):
     return leaf
@@ -116,7 +116,7 @@ def _for_init(path: Any, leaf: Any) -> Any:
 
 
 def _opt_state_of(leaf: Any) -> Variable[Any]:
-  """The Variable that holds a leaf of what `tx.init` returned."""
+  """Returns the Variable that holds a leaf of the result of `tx.init`."""
   if not _is_variable(leaf):
     return OptArray(leaf)
   metadata = leaf.get_metadata()
@@ -140,10 +140,10 @@ def _opt_state_of(leaf: Any) -> Variable[Any]:
 
 
 def _placed_like(value: Any, parameter: Any, annotation: Any) -> Any:
-  """An array where its parameter is, or None if the annotation says that.
+  """Places an array like its parameter; None if the annotation says where.
 
-  One that has fewer names than the array has axes may be that of a slice: of a
-  parameter that a transform has stacked.
+  An annotation with fewer names than the array has axes may be that of a slice,
+  if a transform has stacked the parameter.
   """
   if not isinstance(value, jax.Array) or not isinstance(parameter, jax.Array):
     return None
@@ -166,7 +166,7 @@ def _placed_like(value: Any, parameter: Any, annotation: Any) -> Any:
 
 
 def apply_updates(params: Any, updates: Any) -> Any:
-  """Parameters with updates added to them, each in the parameter's dtype.
+  """Adds updates to parameters, each in the dtype of the parameter.
 
   Example:
 
@@ -190,7 +190,7 @@ def apply_updates(params: Any, updates: Any) -> Any:
 
 
 def _gradients_of(params: Any, grads: Any, wrt: Filter) -> Any:
-  """The arrays of the gradients, in the structure of the parameters."""
+  """Returns the arrays of the gradients, in the structure of parameters."""
   if not isinstance(params, State):  # of a model that is one Variable
     return functional.as_pure(grads)
   given = dict(to_flat_state(functional.state(grads)))

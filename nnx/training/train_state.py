@@ -18,7 +18,7 @@ T = TypeVar("T", bound="TrainState[Any]")
 
 
 def _is_static(field: dataclasses.Field) -> bool:
-  """Whether a field is static, said as here or as by `flax.struct.field`."""
+  """Returns whether a field is static, by our mark or `flax.struct.field`'s."""
   metadata = field.metadata
   return metadata.get("static", not metadata.get("pytree_node", True))
 
@@ -93,7 +93,7 @@ class TrainState(Generic[M]):
     step: int = 0,
     **kwargs: Any,
   ) -> T:
-    """Makes one, with the transformation's state for the parameters.
+    """Makes a train state, with the optimizer's state for the parameters.
 
     Example:
 
@@ -169,7 +169,7 @@ class TrainState(Generic[M]):
     return self.graphdef.apply(*given)
 
   def apply_gradients(self: T, grads: State, **kwargs: Any) -> T:
-    """The train state after one step.
+    """Returns the train state after one step.
 
     Example:
 
@@ -198,7 +198,7 @@ class TrainState(Generic[M]):
     )
 
   def replace(self: T, **changes: Any) -> T:
-    """A copy with some fields changed.
+    """Returns a copy with some fields changed.
 
     Example:
 
