@@ -42,7 +42,7 @@ class _Names:
   def hold(self) -> bool:
     if _engine.same_values(self.namespace, self.values):
       return True
-    # A name that the module did not have before is no replacement.
+    # A name that is new in the module replaces nothing.
     now = dict(self.namespace)
     for name, value in self.stood.items():
       if now.get(name) is not value:
@@ -135,7 +135,7 @@ def compiled(function: F, *, static: Sequence[str] = ()) -> F:
 
   Args:
     function: Of arrays; pure, and made of functions of jax and of `nnx.nn`.
-    static: Its parameters that are no arrays but hashable options, by name.
+    static: The names of its parameters that are hashable options, not arrays.
       The function is compiled for each value of them. They may be passed by
       position, which is faster than by keyword.
 

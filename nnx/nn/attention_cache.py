@@ -68,7 +68,7 @@ class CachedAttention(Module):
         float8_e4m3fn or float8_e5m2, with a scale for each sequence and head
         that the first tokens decide.
       per_sequence: Whether each sequence has its own position, `cache_index`
-        `[*batch]`: for prompts of different `lengths`, or to start one anew by
+        `[*batch]`: for prompts of different `lengths`, or to restart one by
         setting its index (and its scales) to 0.
     """
     *batch, length, _ = input_shape

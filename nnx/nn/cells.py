@@ -47,7 +47,7 @@ class LSTMCell(Cell):
     in_features: k, the features of the input x.
     hidden_features: c, those of the memory and of the output h.
     gate_fn: Activation of the gates.
-    activation_fn: Activation of what is written and read.
+    activation_fn: Activation of the new content and of the output.
     kernel_init: `(key, shape, dtype) -> kernel` of the input.
     recurrent_kernel_init: The same for the kernel of the last output.
     bias_init: `(key, shape, dtype) -> bias`.
@@ -178,7 +178,7 @@ class OptimizedLSTMCell(Cell):
     in_features: k, the features of the input.
     hidden_features: c, those of the memory and of the output.
     gate_fn: Activation of the gates.
-    activation_fn: Activation of what is written and read.
+    activation_fn: Activation of the new content and of the output.
     kernel_init: `(key, shape, dtype) -> kernel` of the input.
     recurrent_kernel_init: The same for the kernel of the last output.
     bias_init: `(key, shape, dtype) -> bias`.

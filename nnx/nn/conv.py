@@ -112,7 +112,7 @@ def _add_bias(y: jax.Array, bias: jax.Array | None) -> jax.Array:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class _Convolution:
-  """How `Conv` convolves: what its arithmetic takes besides arrays."""
+  """How `Conv` convolves: the arguments of its arithmetic but the arrays."""
 
   strides: tuple[int, ...]
   padding: Any
@@ -341,7 +341,7 @@ class Conv(Module):
     padding = _canonical_padding(self.padding, rank)
     if padding == "CAUSAL" and rank != 1:
       raise ValueError(
-        "`padding='CAUSAL'` must come with one spatial axis, but got"
+        "`padding='CAUSAL'` needs exactly one spatial axis, but got"
         f" `kernel_size={self.kernel_size}`."
       )
     arrays = (
@@ -389,7 +389,7 @@ def _wrap_around(y: jax.Array, axis: int, period: int, before: int):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class _Transposed:
-  """How `ConvTranspose` convolves, as `_Convolution` says it of `Conv`."""
+  """How `ConvTranspose` convolves; see `_Convolution`."""
 
   strides: tuple[int, ...]
   padding: Any

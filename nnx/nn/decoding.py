@@ -166,8 +166,8 @@ def check_room(
   if room > length:
     raise ValueError(
       f"The cache must have room for all tokens, but its `max_length` is"
-      f" {length}, `cache_index` is {np.max(index)}, and {np.max(new)} more"
-      " came. Call `init_cache` with more room, or again to start anew."
+      f" {length}, `cache_index` is {np.max(index)}, and the call adds"
+      f" {np.max(new)}. Call `init_cache` for a larger or an empty one."
     )
   return None
 

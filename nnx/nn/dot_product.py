@@ -265,8 +265,8 @@ def _check_qkv(query, key, value):
   _check_shapes("`query`, `key` and `value`", query, key, value)
   if key.shape[-3] != value.shape[-3]:
     raise ValueError(
-      "`key` and `value` must have as many tokens, but got the shapes"
-      f" {key.shape} and {value.shape}."
+      "`key` and `value` must have the same number of tokens, but got the"
+      f" shapes {key.shape} and {value.shape}."
     )
 
 

@@ -31,7 +31,7 @@ def _parse_equation(equation: str) -> tuple[str, str, str]:
   equation = equation.replace(" ", "")
   if "->" not in equation:
     raise ValueError(
-      "`einsum_str` must say the result after `->`, but got"
+      "`einsum_str` must have the result after `->`, but got"
       f" `{equation}`. Write it as in 'nta,hab->nthb'."
     )
   operands, result = equation.split("->", 1)

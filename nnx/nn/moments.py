@@ -1,4 +1,4 @@
-"""Means and variances, and what is normalised by them."""
+"""Means and variances, and normalisation by them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What all normalising layers share: settings, a scale and a bias."""
+"""The base of the normalising layers, and the options of their arithmetic."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from nnx.variablelib import Param
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Options:
-  """How a layer normalises: what its arithmetic takes besides arrays.
+  """How a layer normalises: the arguments of its arithmetic but the arrays.
 
   Attributes:
     dtype: The dtype of the result; of inputs and parameters, if None.

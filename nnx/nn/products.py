@@ -1,4 +1,4 @@
-"""What the layers that multiply by a kernel share."""
+"""Helpers of the layers that multiply by a kernel."""
 
 from __future__ import annotations
 

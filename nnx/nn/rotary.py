@@ -23,6 +23,9 @@ from nnx.variablelib import Variable
 _STRIDE = 256
 
 
+# `kernels.decode_attention.rope_tables` computes the same angles, in an order
+# that rounds differently unless `scale` is a power of two.  It is not called
+# here, so that numbers stay and programs that only train import no kernels.
 def _rates(pairs: int, base: float) -> np.ndarray:
   """Returns by what angle, in radians, each pair turns per position."""
   return base ** (-np.arange(pairs, dtype=np.float64) / pairs)

@@ -243,7 +243,7 @@ class SpectralNorm(Module):
       return False
     if param.ndim > 2 and self.error_on_non_matrix:
       raise ValueError(
-        "Weights must be matrices where `error_on_non_matrix` says so, but"
+        "Weights must be matrices with `error_on_non_matrix=True`, but"
         f" `{'/'.join(map(str, path))}` has the shape {param.shape}."
       )
     return True

@@ -30,8 +30,8 @@ class MetricState(Variable):
 class Metric(Pytree):
   """The base of metrics, which define the constructor and three methods.
 
-  A metric is an object of Variables, as a Module is: it goes through `nnx.jit`
-  and the other transforms, and what is done to it there is seen outside.
+  Like a Module, a metric is an object of Variables: `nnx.jit` and the other
+  transforms take it and propagate what happens to it.
 
   Example:
 
@@ -297,8 +297,8 @@ class Welford(Metric):
     """
     if mask is not None:
       raise TypeError(
-        "`Welford` must be updated without a `mask`, but got one. Leave values"
-        " out before, or give a `MultiMetric` a dict of masks by metric."
+        "`Welford` must be updated without a `mask`, but got one. Select the"
+        " values first, or give a `MultiMetric` a dict of masks by metric."
       )
     values = _taken(kwargs, self.argname, self)
     if _is_number(values):
