@@ -404,14 +404,7 @@ class MultiHeadAttention(CachedAttention):
         of the `lengths` or, where the index is known (outside of `jit`), no
         room; or if neither the call nor the layer says what is needed.
     """
-    if (
-      input_positions is not None and self.attention_fn is dot_product_attention
-    ):
-      raise ValueError(
-        "`input_positions` are for an `attention_fn` that takes them, but the"
-        " layer's is `dot_product_attention`. Give the layer another, or"
-        " `rope_base`, which counts the tokens and needs none."
-      )
+    keywords = self._own_keywords(input_positions)
     query, key, value = self._project(
       inputs_q, inputs_k, inputs_v, qkv_sharding
     )
@@ -426,8 +419,7 @@ class MultiHeadAttention(CachedAttention):
     deterministic, dropout_rng = self._dropout(deterministic, rngs)
     if lengths is not None:
       lengths = self._as_lengths(lengths, query, key)
-    attend = functools.partial(
-      self.attention_fn,
+    keywords.update(
       dropout_rng=dropout_rng,
       dropout_rate=self.dropout_rate,
       broadcast_dropout=self.broadcast_dropout,
@@ -435,22 +427,23 @@ class MultiHeadAttention(CachedAttention):
       dtype=self.dtype,
       precision=self.precision,
       module=self if sow_weights else None,
-      **self._own_options(input_positions),
     )
     if decode:
       can_fuse = deterministic and not sow_weights
-      x = self._decode(attend, query, key, value, lengths, mask, can_fuse)
+      x = self._decode(query, key, value, lengths, mask, keywords, can_fuse)
     else:
       if self.rope_base is not None:
         query, key = rotary.rotate_from_start(
           query, key, self.rope_base, self.rope_scale
         )
       if self.window is not None:
-        attend = functools.partial(attend, window=self.window)
+        keywords["window"] = self.window
       if lengths is not None:
         real = masks.real_tokens(lengths, key.shape[-3])
         mask = masks.both(mask, real[..., None, None, :], query.ndim)
-      x = attend(query, key, value, mask=mask, is_causal=is_causal)
+      x = self.attention_fn(
+        query, key, value, mask=mask, is_causal=is_causal, **keywords
+      )
       x = _zero_padding(lengths, x)
     return self.out(x, out_sharding=out_sharding)
 
@@ -485,35 +478,41 @@ class MultiHeadAttention(CachedAttention):
       key = self.key_ln(key)
     return query, key, value
 
-  def _own_options(self, input_positions: jax.Array | None) -> dict[str, Any]:
+  def _own_keywords(self, input_positions: jax.Array | None) -> dict[str, Any]:
     """Returns the keywords that `attention_fn` gets only if they are set."""
-    options: dict[str, Any] = {}
-    if self.softcap is not None:
-      options["softcap"] = self.softcap
+    keywords: dict[str, Any] = {}
     if input_positions is not None:
-      options["input_positions"] = input_positions
-    return options
+      if self.attention_fn is dot_product_attention:
+        raise ValueError(
+          "`input_positions` are for an `attention_fn` that takes them, but the"
+          " layer's is `dot_product_attention`. Give the layer another, or"
+          " `rope_base`, which counts the tokens and needs none."
+        )
+      keywords["input_positions"] = input_positions
+    if self.softcap is not None:
+      keywords["softcap"] = self.softcap
+    return keywords
 
   def _decode(
     self,
-    attend: Callable[..., jax.Array],
     query: jax.Array,
     key: jax.Array,
     value: jax.Array,
     lengths: jax.Array | None,
     mask: jax.Array | None,
+    keywords: Mapping[str, Any],
     can_fuse: bool,
   ) -> jax.Array:
     """Appends keys and values to the cache and attends to all of it.
 
     Args:
-      attend: The attention, if it is not the kernel that appends as well.
       query: `[..., t, n, h]`.
       key: `[..., t, kv heads, h]`.
       value: Like `key`.
       lengths: How many tokens are not padding; all, if None.
       mask: Broadcasts to `[..., n, t, max_length]`, or None.
-      can_fuse: Whether nothing but the result is wanted.
+      keywords: Further keywords of `attention_fn`.
+      can_fuse: Whether one kernel may append and attend.
 
     Returns:
       `[..., t, n, h]`; NaN for tokens that found no room, if a trace did not
@@ -542,7 +541,9 @@ class MultiHeadAttention(CachedAttention):
       )
       self._keep(buffers)
       mask = masks.both(mask, seen, query.ndim)
-      x = attend(query, key, value, mask=mask, is_causal=False)
+      x = self.attention_fn(
+        query, key, value, mask=mask, is_causal=False, **keywords
+      )
       x = _zero_padding(lengths, x)
     return _nan_where(lost, x)
 
