@@ -29,7 +29,7 @@ Padding = str | int | Sequence[int | tuple[int, int]]
 # As it was imported, and the default; see `eager.current`.
 _CONV_GENERAL_DILATED = lax.conv_general_dilated
 
-# Paddings that `jnp.pad` makes before the convolution, by its names for them.
+# Paddings that `jnp.pad` makes before the convolution, and its modes for them.
 _PAD_MODES = {"CIRCULAR": "wrap", "REFLECT": "reflect"}
 
 
@@ -435,8 +435,8 @@ def _convolve_transposed(
   if circular:
     for axis, stride in enumerate(how.strides, 1):
       period = inputs.shape[axis] * stride
-      # What is missing to an odd number of periods, the middle one of which
-      # is to be that of the input.
+      # Pads to an odd number of periods, the middle one of which is that of
+      # the input.
       missing = -(y.shape[axis] - period) % (2 * period)
       before = missing // 2 if how.transpose_kernel else (missing + 1) // 2
       y = _wrap_around(y, axis, period, before)

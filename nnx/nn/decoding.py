@@ -17,8 +17,8 @@ import numpy as np
 from nnx import eager
 from nnx.nn import masks, rotary
 
-# By how much later keys and values may exceed those that the scales were made
-# from. An integer loses a bit for each factor of 2, a float nothing.
+# By this factor, later keys and values may exceed those that set the scales.
+# An integer loses a bit for each factor of 2, a float nothing.
 _INTEGER_HEADROOM = 2
 _FLOAT_HEADROOM = 16
 
@@ -226,7 +226,7 @@ def _with_scales(
     return buffers, {}
   lengths = jnp.broadcast_to(lengths, buffers.key.shape[:-3])
   size = jnp.abs(key)
-  if rotates:  # by whatever angle: it leaves a pair's length alone
+  if rotates:  # a rotation keeps the length of a pair
     size = jnp.hypot(*jnp.split(key, 2, -1))
   key_scale = _scale(buffers.key_scale, size, lengths, buffers.key.dtype)
   value_scale = _scale(
@@ -235,7 +235,7 @@ def _with_scales(
   buffers = dataclasses.replace(
     buffers, key_scale=key_scale, value_scale=value_scale
   )
-  # Without a scale there were only zeros, for which any will do.
+  # Without a scale there were only zeros, and any scale stores them.
   scales = {
     "k_scale": jnp.where(key_scale > 0, key_scale, 1.0),
     "v_scale": jnp.where(value_scale > 0, value_scale, 1.0),
@@ -411,7 +411,7 @@ def append_and_attend(
   rotates = options.rope_base is not None
   rope = {}
   if rotates:
-    # Tables of the rows in use alone, which the kernel picks in their order.
+    # Tables of the rows in use only, one for each new token in order.
     positions = _positions(index, tokens)
     table = options.rope_rows(positions.reshape(-1), length, features)
     row = jnp.arange(positions.size, dtype=jnp.int32).reshape(-1, tokens)

@@ -110,7 +110,7 @@ class Embed(Module):
     def take(table, inputs):
       return _take(table, inputs, False)
 
-    # `jnp.take` itself has no parameter for it.
+    # `jnp.take` has no parameter for the sharding.
     return jax.sharding.auto_axes(take, out_sharding=out_sharding)(
       table, inputs
     )

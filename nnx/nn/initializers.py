@@ -68,8 +68,8 @@ default_bias_init = zeros
 default_lora_init = he_uniform()
 default_recurrent_init = orthogonal()
 
-# One call in place of about ten (`eager`). Only for initializers whose numbers
-# stay the same to the bit, which a product at the end of `normal` does not.
+# One compiled call in place of about ten. Only for initializers whose numbers
+# stay bit-equal; those of `normal`, which ends with a product, do not.
 _ONE_CALL = {
   init: eager.compiled(init, static=("shape", "dtype"))
   for init in (

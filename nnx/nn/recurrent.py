@@ -217,7 +217,7 @@ class RNN(Module):
     if self.broadcast_rngs is None:
       carry, outputs = steps(self.cell, carry, inputs)
     else:
-      # Keys that are the same in all steps, but not in all calls.
+      # The keys are the same in all steps of a call, and differ between calls.
       with split_rngs(
         self.cell,
         splits=1,
@@ -256,7 +256,7 @@ def _make_steps(state_axes, broadcast_rngs, axis, every_carry, unroll):
   return steps
 
 
-# By type as well: to unroll 1 step is not to unroll all of them, True.
+# Typed, as `unroll=1` and `unroll=True` compare equal.
 _kept_steps = functools.lru_cache(maxsize=256, typed=True)(_make_steps)
 
 

@@ -289,5 +289,5 @@ class SpectralNorm(Module):
       kept_u.value = u.astype(kept_u.dtype)
       kept_sigma.value = sigma.astype(kept_sigma.dtype)
     dtype = dtypes.canonicalize_dtype(matrix, u, v, sigma, dtype=self.dtype)
-    # Rounded to `dtype`, the parameter keeps its own.
+    # Rounded to `dtype`; the parameter keeps its own dtype.
     param[...] = matrix.reshape(weight.shape).astype(dtype)

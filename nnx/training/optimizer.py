@@ -30,8 +30,7 @@ class _Missing:
 
 _MISSING = _Missing()
 
-# A parameter's hooks on its values are about the parameter: its momentum must
-# not pass through them.
+# Hooks on the values of a parameter must not run on its momentum.
 _VALUE_HOOKS = frozenset(["on_create_value", "on_get_value", "on_set_value"])
 
 
@@ -129,8 +128,8 @@ def _opt_state_of(leaf: Any) -> Variable[Any]:
     return OptVariable(leaf.raw_value, **metadata, out_sharding=own)
   value = leaf.raw_value
   if key is not None and jnp.shape(value) != jnp.shape(parameter):
-    # What a transformation keeps may have other axes than the parameter, as the
-    # factors of Adafactor have; which ones is not known here.
+    # A state may have other axes than the parameter, as the factors of
+    # Adafactor have; which ones is not known here.
     del metadata[key]
   elif key is not None and leaf.eager_sharding:
     placed = _placed_like(value, parameter, metadata[key])

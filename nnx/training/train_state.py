@@ -163,8 +163,8 @@ class TrainState(Generic[M]):
             f"`{type(self).__name__}.{name}` must be a State to be applied, but"
             f" it is a `{type(part).__name__}`."
           )
-      # A copy: the model that is called must write to no Variable of this
-      # state, which is immutable, and may be of an outer trace.
+      # A copy, as the model must not write to Variables of this state: it is
+      # immutable, and may belong to an outer trace.
       given.append(jax.tree.map(lambda leaf: leaf, part))
     return self.graphdef.apply(*given)
 
