@@ -40,7 +40,7 @@ class List(Module, collections.abc.MutableSequence[A]):
   def _rebuild(self, elements: list[Any]) -> None:
     """Makes `elements` the contents, keeping the marks that they have."""
     self._check_can_update()
-    attributes = vars(self)
+    attributes: dict[Any, Any] = vars(self)
     statuses = self._pytree_status or {}
     for i in range(len(self)):
       del attributes[i]

@@ -1,16 +1,16 @@
 """Layers outside of traces: one compiled call each, if nobody can tell.
 
-A layer is a few plain operations of jax. Inside a trace they run as they are
-written. Outside, one compiled call in their place takes a fraction of the time,
-but hides them from a program that replaces functions of jax for a while, by
-their name in a module or by their `__code__`, to count, quantise or adapt. So
-it is taken only while every public function of jax is the one that was there
-when this module was imported.
+A layer is a few plain operations of jax. Inside a trace they run as written.
+Outside, one compiled call takes a fraction of their time. But it hides them
+from a program that temporarily replaces functions of jax, by their name in a
+module or by their `__code__`, to count, quantise or adapt operations. So a
+layer takes the compiled call only while every public function of jax is the one
+that was there when this module was imported.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 import functools
 import types
 from typing import Any, TypeVar, cast
@@ -22,10 +22,11 @@ import jax.numpy as jnp
 from nnx.engine import _engine, jax_private
 
 F = TypeVar("F", bound=Callable[..., Any])
+T = TypeVar("T")
 
 
 class _Names:
-  """What stands under the public names of a module that are functions."""
+  """The functions under the public names of a module."""
 
   def __init__(self, module: types.ModuleType):
     self.namespace = vars(module)
@@ -41,7 +42,7 @@ class _Names:
   def hold(self) -> bool:
     if _engine.same_values(self.namespace, self.values):
       return True
-    # A module also gets names that it did not have; of those nothing is known.
+    # A name that is new in the module replaces nothing.
     now = dict(self.namespace)
     for name, value in self.stood.items():
       if now.get(name) is not value:
@@ -69,7 +70,7 @@ _CODES = tuple(function.__code__ for function in _FUNCTIONS)
 
 
 def functions_are_as_imported() -> bool:
-  """Whether all public functions of jax are those that were imported.
+  """Returns whether all public functions of jax are those that were imported.
 
   Example:
 
@@ -93,10 +94,10 @@ def functions_are_as_imported() -> bool:
 
 
 def current(function: F) -> F:
-  """Returns what has taken the place of a function of jax, or the function.
+  """Returns what has replaced a function of jax, or the function itself.
 
-  A default argument is a function as it was imported; who replaces it by name
-  means that as well.
+  A default argument is bound to the function that was imported. A program that
+  replaces the function by name means the default as well.
 
   Example:
 
@@ -109,13 +110,13 @@ def current(function: F) -> F:
     True
 
   Args:
-    function: any function.
+    function: Any function.
   """
   place = _PLACES.get(function)
   return function if place is None else place[0][place[1]]
 
 
-def one_call(function: F, **options: Any) -> F:
+def compiled(function: F, *, static: Sequence[str] = ()) -> F:
   """Makes one compiled call of a function of arrays, where that is not seen.
 
   Example:
@@ -123,28 +124,70 @@ def one_call(function: F, **options: Any) -> F:
     >>> from unittest import mock
     >>> import jax.numpy as jnp
     >>> from nnx import eager
-    >>> double = eager.one_call(lambda x: jnp.multiply(x, 2.0))
-    >>> double(3.0)
-    Array(6., dtype=float32, weak_type=True)
-    >>> with mock.patch.object(jnp, "multiply", lambda x, y: "seen"):
-    ...   double(3.0)
-    'seen'
+    >>> def add(x, y, dtype):
+    ...   return jnp.add(x, y).astype(dtype)
+    >>> add = eager.compiled(add, static=("dtype",))
+    >>> add(3.0, 4.0, jnp.bfloat16)
+    Array(7, dtype=bfloat16)
+    >>> with mock.patch.object(jnp, "add", lambda x, y: jnp.zeros(())):
+    ...   add(3.0, 4.0, jnp.bfloat16)
+    Array(0, dtype=bfloat16)
 
   Args:
-    function: of arrays; pure, and made of functions of jax and of `nnx.nn`.
-    **options: for `jax.jit`.
+    function: Of arrays; pure, and made of functions of jax and of `nnx.nn`.
+    static: The names of its parameters that are hashable options, not arrays.
+      The function is compiled for each value of them. They may be passed by
+      position, which is faster than by keyword.
 
   Returns:
     A function that does the same. Inside a trace, and where functions of jax
-    are not those that were imported, it runs the function as it is written.
+    are not those that were imported, it runs `function` as it is written.
+
+  Raises:
+    ValueError: If `static` names no parameter.
   """
   context, outside = jax_private.trace_context(), jax_private.eval_trace()
-  compiled = jax.jit(function, **options)
+  one_call = jax.jit(function, static_argnames=tuple(static))
 
   @functools.wraps(function)
   def call(*args: Any, **kwargs: Any) -> Any:
     if context.trace is outside and functions_are_as_imported():
-      return compiled(*args, **kwargs)
+      return one_call(*args, **kwargs)
     return function(*args, **kwargs)
 
   return cast(F, call)
+
+
+def interned(cls: type[T]) -> Callable[..., T]:
+  """Makes a constructor that returns one object for equal arguments.
+
+  For classes of static options. Such an object may hash by its identity, so
+  that an eager call pays little for it: a dataclass that hashes its fields does
+  so in Python.
+
+  Example:
+
+    >>> import dataclasses
+    >>> from nnx import eager
+    >>> @dataclasses.dataclass(frozen=True, eq=False)
+    ... class Options:
+    ...   epsilon: float
+    >>> options = eager.interned(Options)
+    >>> options(1e-6) is options(1e-6), options(1e-6) == options(1e-5)
+    (True, False)
+
+  Args:
+    cls: A frozen dataclass with `eq=False`.
+
+  Returns:
+    A function of positional arguments.
+  """
+  kept = functools.lru_cache(maxsize=1024, typed=True)(cls)
+
+  def make(*args: Any) -> T:
+    try:
+      return kept(*args)
+    except TypeError:  # an argument without a hash
+      return cls(*args)
+
+  return make

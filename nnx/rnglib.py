@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 import functools
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import jax
 from jax import random
@@ -85,10 +85,14 @@ _next_key_compiled = jax.jit(_next_key)
 
 # The same for what a stream is made of.
 _make_key = jax.jit(
-  lambda seed, impl: random.key(seed, impl=impl), static_argnums=1, inline=True
+  lambda seed, impl: random.key(seed, impl=impl),
+  static_argnames="impl",
+  inline=True,
 )
 _zeros = jax.jit(
-  lambda shape: jnp.zeros(shape, jnp.uint32), static_argnums=0, inline=True
+  lambda shape: jnp.zeros(shape, jnp.uint32),
+  static_argnames="shape",
+  inline=True,
 )
 _MAX_SEED = 2**31  # below it, `random.key` treats seeds of all types alike
 
@@ -549,7 +553,7 @@ def _decorator(transform: Callable[..., Any], in_place: bool) -> Any:
       args, kwargs = transform((args, kwargs))
       return f(*args, **kwargs)
 
-    return wrapper
+    return cast(F, wrapper)
 
   return decorator
 

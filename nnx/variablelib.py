@@ -22,7 +22,7 @@ import math
 import operator
 import threading
 from types import EllipsisType
-from typing import TYPE_CHECKING, Any, Generic, Self, TypeVar, overload
+from typing import TYPE_CHECKING, Any, Generic, Self, TypeVar, cast, overload
 
 import jax
 import numpy as np
@@ -190,7 +190,7 @@ def _route_construction_through_python() -> None:
   global _defaults_changed
   if not _defaults_changed:
     _defaults_changed = True
-    classes = [Variable]
+    classes: list[type[Variable[Any]]] = [Variable]
     while classes:
       cls = classes.pop()
       cls._class_hook_flags |= _CREATE_HOOK
@@ -412,7 +412,7 @@ def with_metadata(
       initializer(*args, **kwargs), metadata=template._all()
     )
 
-  return wrapper
+  return cast(F, wrapper)
 
 
 # Operators
@@ -614,7 +614,7 @@ class Variable(_engine.VariableBase, reprlib.Displayable, Generic[A]):
     for hook in self._hooks("on_create_value"):
       value = hook(self, value)
       self.raw_value = value
-    value = self.create_value(value)
+    value = self.create_value(cast(A, value))
     if metadata.get("eager_sharding", _settings.eager_sharding):
       value = partitioning.place(value, metadata)
     if metadata.get("ref"):
@@ -1347,7 +1347,7 @@ def is_hook_name(name: str) -> bool:
 def _unpickle(cls: type[V], value: Any, metadata: dict[str, Any]) -> V:
   if metadata.get("ref"):
     value = jax.new_ref(value)
-  return cls._make(value, metadata)
+  return cast(V, cls._make(value, metadata))
 
 
 class Param(Variable[A]):

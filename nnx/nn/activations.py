@@ -53,12 +53,12 @@ class PReLU(Module):
     Array([-1.,  2.], dtype=float32)
 
   Args:
-    negative_slope_init: the first slope.
-    dtype: the dtype to compute in; the input's, if None, also where the
+    negative_slope_init: The first slope.
+    dtype: The dtype to compute in; the input's, if None, also where the
       parameter's is wider.
-    param_dtype: the dtype of the parameter.
-    promote_dtype: brings input and slope to `dtype`, if that is not None.
-    negative_slope_metadata: metadata of the parameter.
+    param_dtype: The dtype of the parameter.
+    promote_dtype: Converts input and slope to `dtype`, if that is not None.
+    negative_slope_metadata: Metadata of the parameter.
 
   Attributes:
     negative_slope: `Param`, `[]`.
@@ -100,7 +100,7 @@ def _prelu(inputs: jax.Array, slope: jax.Array) -> jax.Array:
   return jnp.where(inputs >= 0, inputs, slope * inputs)
 
 
-@eager.one_call
+@eager.compiled
 def _prelu_in_dtype_of_inputs(inputs: jax.Array, slope: jax.Array) -> jax.Array:
   inputs = jnp.asarray(inputs)
   return _prelu(inputs, slope.astype(inputs.dtype))

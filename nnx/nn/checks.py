@@ -1,6 +1,6 @@
-"""Checks of what layers are made with, and of what they are called with.
+"""Checks of the arguments of layers and of their calls.
 
-Values that a trace does not know pass.
+Tracers pass, as their values are not known.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ def _is_known(value: Any) -> bool:
 
 
 def whole(name: str, value: Any, least: int = 0) -> None:
-  """Refuses what is no integer, or one that is too small.
+  """Refuses a value that is not an integer, or is too small.
 
   Example:
 
@@ -33,13 +33,13 @@ def whole(name: str, value: Any, least: int = 0) -> None:
     ValueError: `features` must be at least 0, but got -3.
 
   Args:
-    name: of the argument.
-    value: of the argument.
-    least: the smallest value allowed.
+    name: Name of the argument.
+    value: Value of the argument.
+    least: The smallest value allowed.
 
   Raises:
-    TypeError: if the value is no integer.
-    ValueError: if it is below `least`.
+    TypeError: If the value is not an integer.
+    ValueError: If it is below `least`.
   """
   if not _is_known(value):
     return
@@ -54,7 +54,7 @@ def whole(name: str, value: Any, least: int = 0) -> None:
 
 
 def wholes(name: str, values: Any, least: int = 0) -> None:
-  """Refuses an integer, or integers, as `whole` does.
+  """Refuses one value or several as `whole` does.
 
   Example:
 
@@ -62,20 +62,20 @@ def wholes(name: str, values: Any, least: int = 0) -> None:
     >>> checks.wholes("strides", (1, 2), 1)
 
   Args:
-    name: of the argument.
-    values: one value or several.
-    least: the smallest value allowed.
+    name: Name of the argument.
+    values: One value or several.
+    least: The smallest value allowed.
 
   Raises:
-    TypeError: if a value is no integer.
-    ValueError: if one is below `least`.
+    TypeError: If a value is not an integer.
+    ValueError: If one is below `least`.
   """
   for value in values if isinstance(values, Iterable) else (values,):
     whole(name, value, least)
 
 
 def rate(name: str, value: Any) -> None:
-  """Refuses what is no number in [0, 1].
+  """Refuses a value that is not a number in [0, 1].
 
   Example:
 
@@ -86,18 +86,18 @@ def rate(name: str, value: Any) -> None:
     ValueError: `dropout_rate` must lie in [0, 1], but got nan.
 
   Args:
-    name: of the argument.
-    value: of the argument.
+    name: Name of the argument.
+    value: Value of the argument.
 
   Raises:
-    ValueError: if it is outside, or NaN.
+    ValueError: If it is outside, or NaN.
   """
   if _is_known(value) and not 0 <= value <= 1:
     raise ValueError(f"`{name}` must lie in [0, 1], but got {value}.")
 
 
 def small(name: str, value: Any) -> None:
-  """Refuses what cannot be added to a variance to keep it from 0.
+  """Refuses an epsilon, as of a variance, that is negative or not finite.
 
   Example:
 
@@ -105,11 +105,11 @@ def small(name: str, value: Any) -> None:
     >>> checks.small("epsilon", 1e-6)
 
   Args:
-    name: of the argument.
-    value: of the argument.
+    name: Name of the argument.
+    value: Value of the argument.
 
   Raises:
-    ValueError: if it is negative, infinite or NaN.
+    ValueError: If it is negative, infinite or NaN.
   """
   if _is_known(value) and not 0 <= value < math.inf:
     raise ValueError(
@@ -118,7 +118,7 @@ def small(name: str, value: Any) -> None:
 
 
 def positive(name: str, value: Any) -> None:
-  """Refuses what is no positive finite number.
+  """Refuses a value that is not a positive finite number.
 
   Example:
 
@@ -126,18 +126,18 @@ def positive(name: str, value: Any) -> None:
     >>> checks.positive("rope_base", 10000.0)
 
   Args:
-    name: of the argument.
-    value: of the argument.
+    name: Name of the argument.
+    value: Value of the argument.
 
   Raises:
-    ValueError: if it is not positive, infinite or NaN.
+    ValueError: If it is not positive, infinite or NaN.
   """
   if _is_known(value) and not 0 < value < math.inf:
     raise ValueError(f"`{name}` must be positive and finite, but got {value}.")
 
 
 def key(rngs: Any) -> jax.Array:
-  """The next key for a parameter.
+  """Returns the next key for a parameter.
 
   Example:
 
@@ -149,10 +149,10 @@ def key(rngs: Any) -> jax.Array:
     TypeError: `rngs` must be an `nnx.Rngs`, but got 0. Pass `nnx.Rngs(seed)`.
 
   Args:
-    rngs: of whose stream `params` it is.
+    rngs: Streams; `params` gives the key.
 
   Raises:
-    TypeError: if it has no streams.
+    TypeError: If it has no streams.
   """
   if not isinstance(rngs, Rngs) and not hasattr(rngs, "params"):
     shown = repr(rngs)
@@ -167,7 +167,8 @@ def key(rngs: Any) -> jax.Array:
 def last_axis(layer: Any, name: str, inputs: Any, features: int) -> None:
   """Refuses inputs whose last axis is not that of a layer.
 
-  Called when the operation has failed, it costs nothing where all is well.
+  A layer calls this after an operation has failed, so that it costs nothing
+  otherwise.
 
   Example:
 
@@ -181,13 +182,13 @@ def last_axis(layer: Any, name: str, inputs: Any, features: int) -> None:
     ValueError: The last axis of `inputs` must be 4 for this `object`, ...
 
   Args:
-    layer: that was called.
-    name: of the argument.
-    inputs: of any shape.
-    features: the size that its last axis must have.
+    layer: The layer that was called.
+    name: Name of the argument.
+    inputs: An array of any shape.
+    features: The size that its last axis must have.
 
   Raises:
-    ValueError: if it has another.
+    ValueError: If it has another.
   """
   shape = jnp.shape(inputs)
   if not shape or shape[-1] != features:

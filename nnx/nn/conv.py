@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+import dataclasses
 from typing import Any
 
 import jax
@@ -15,10 +16,11 @@ from nnx.nn import checks, dtypes
 from nnx.nn.initializers import (
   NO_METADATA,
   Initializer,
+  default_bias_init,
   default_kernel_init,
   initialize,
 )
-from nnx.nn.linear import default_bias_init
+from nnx.nn.products import product_options
 from nnx.rnglib import Rngs
 from nnx.variablelib import Param
 
@@ -27,19 +29,19 @@ Padding = str | int | Sequence[int | tuple[int, int]]
 # As it was imported, and the default; see `eager.current`.
 _CONV_GENERAL_DILATED = lax.conv_general_dilated
 
-# Paddings that `jnp.pad` makes before the convolution, by its names for them.
+# Paddings that `jnp.pad` makes before the convolution, and its modes for them.
 _PAD_MODES = {"CIRCULAR": "wrap", "REFLECT": "reflect"}
 
 
 def _as_tuple(value: int | Sequence[int] | None, rank: int) -> tuple[int, ...]:
-  """One number for each spatial axis; None is 1."""
+  """Returns one number for each spatial axis; None is 1."""
   if value is None:
     value = 1
   return (value,) * rank if isinstance(value, int) else tuple(value)
 
 
 def _canonical_padding(padding: Padding, rank: int) -> Any:
-  """A string, or a pair for each spatial axis."""
+  """Returns a string, or a pair for each spatial axis."""
   if isinstance(padding, str):
     return padding
   if isinstance(padding, int):
@@ -56,7 +58,7 @@ def _canonical_padding(padding: Padding, rank: int) -> Any:
 
 
 def _check_steps(name: str, value: Any, kernel_size: Any) -> None:
-  """Refuses what is not one step, or one for each spatial axis."""
+  """Refuses anything but one step, or one for each spatial axis."""
   if value is None:
     return
   checks.wholes(name, value, 1)
@@ -69,7 +71,7 @@ def _check_steps(name: str, value: Any, kernel_size: Any) -> None:
 
 
 def _check_padding(padding: Padding, others: Sequence[str]) -> None:
-  """Refuses strings that name no padding."""
+  """Refuses a string that is not the name of a padding."""
   names = ("SAME", "VALID", "SAME_LOWER", *others)
   if isinstance(padding, str) and padding not in names:
     raise ValueError(
@@ -79,7 +81,7 @@ def _check_padding(padding: Padding, others: Sequence[str]) -> None:
 
 
 def _check_inputs(layer: Any, inputs: Any, channels: int) -> None:
-  """Says in what the inputs do not fit, if they do not."""
+  """Raises if the inputs do not fit the kernel."""
   least = len(layer.kernel_size) + 1
   if jnp.ndim(inputs) < least:
     raise ValueError(
@@ -108,54 +110,90 @@ def _add_bias(y: jax.Array, bias: jax.Array | None) -> jax.Array:
   return y if bias is None else y + bias.reshape((1,) * (y.ndim - 1) + (-1,))
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Convolution:
+  """How `Conv` convolves: the arguments of its arithmetic but the arrays."""
+
+  strides: tuple[int, ...]
+  padding: Any
+  input_dilation: tuple[int, ...]
+  kernel_dilation: tuple[int, ...]
+  groups: int
+  dtype: dtypes.Dtype | None
+  precision: Any
+  preferred_element_type: dtypes.Dtype | None
+  out_sharding: Any
+  promote_dtype: dtypes.PromoteDtypeFn
+  conv_general_dilated: Callable[..., jax.Array]
+
+
+_convolution = eager.interned(_Convolution)
+
+
+def _padded(
+  inputs: jax.Array, sizes: tuple[int, ...], how: _Convolution
+) -> tuple[jax.Array, Any]:
+  """Pads the inputs where jax has no name for the padding.
+
+  Args:
+    inputs: `[b, *spatial, k]`.
+    sizes: The sizes of the kernel's spatial axes.
+    how: The convolution.
+
+  Returns:
+    The padded inputs, and the padding that is left to the convolution.
+  """
+  padding, dilation = how.padding, how.kernel_dilation
+  if padding in _PAD_MODES:
+    reach = [(k - 1) * d for k, d in zip(sizes, dilation)]
+    pads = [(0, 0), *((r // 2, (r + 1) // 2) for r in reach), (0, 0)]
+    return jnp.pad(inputs, pads, mode=_PAD_MODES[padding]), "VALID"
+  if padding == "CAUSAL":
+    before = dilation[0] * (sizes[0] - 1)
+    return jnp.pad(inputs, [(0, 0), (before, 0), (0, 0)]), "VALID"
+  return inputs, padding
+
+
 def _convolve(
-  inputs, kernel, bias, mask, strides, padding, input_dilation,
-  kernel_dilation, groups, dtype, precision, preferred_element_type,
-  out_sharding, promote_dtype=dtypes.promote_dtype,
-  conv_general_dilated=lax.conv_general_dilated,
-):  # fmt: skip
-  """What `Conv` computes of arrays."""
+  inputs: jax.Array,
+  kernel: jax.Array,
+  bias: jax.Array | None,
+  mask: jax.Array | None,
+  how: _Convolution,
+) -> jax.Array:
+  """Computes what `Conv` does to arrays."""
   inputs = jnp.asarray(inputs)
   sizes = kernel.shape[:-2]
   spatial = len(sizes)
   batch = inputs.shape[: inputs.ndim - spatial - 1]
-  inputs = _one_batch_axis(inputs, spatial)
-  if padding in _PAD_MODES:
-    reach = [(k - 1) * d for k, d in zip(sizes, kernel_dilation)]
-    pads = [(0, 0), *((r // 2, (r + 1) // 2) for r in reach), (0, 0)]
-    inputs = jnp.pad(inputs, pads, mode=_PAD_MODES[padding])
-    padding = "VALID"
-  elif padding == "CAUSAL":
-    before = kernel_dilation[0] * (sizes[0] - 1)
-    inputs = jnp.pad(inputs, [(0, 0), (before, 0), (0, 0)])
-    padding = "VALID"
+  inputs, padding = _padded(_one_batch_axis(inputs, spatial), sizes, how)
   if mask is not None:
     kernel = kernel * mask
-  inputs, kernel, bias = promote_dtype((inputs, kernel, bias), dtype=dtype)
-  options: dict[str, Any] = {"out_sharding": out_sharding}
-  if preferred_element_type is not None:
-    options["preferred_element_type"] = preferred_element_type
+  inputs, kernel, bias = how.promote_dtype(
+    (inputs, kernel, bias), dtype=how.dtype
+  )
   last = spatial + 1
   data_axes = (0, last, *range(1, last))
-  y = eager.current(conv_general_dilated)(
+  y = eager.current(how.conv_general_dilated)(
     inputs,
     kernel,
-    strides,
+    how.strides,
     padding,
-    lhs_dilation=input_dilation,
-    rhs_dilation=kernel_dilation,
+    lhs_dilation=how.input_dilation,
+    rhs_dilation=how.kernel_dilation,
     dimension_numbers=lax.ConvDimensionNumbers(
       data_axes, (last, spatial, *range(spatial)), data_axes
     ),
-    feature_group_count=groups,
-    precision=precision,
-    **options,
+    feature_group_count=how.groups,
+    **product_options(
+      how.precision, how.preferred_element_type, how.out_sharding
+    ),
   )
   y = _add_bias(y, bias)
   return y if len(batch) == 1 else y.reshape((*batch, *y.shape[1:]))
 
 
-_one_convolve = eager.one_call(_convolve, static_argnums=tuple(range(4, 13)))
+_convolve_compiled = eager.compiled(_convolve, static=("how",))
 
 
 class Conv(Module):
@@ -174,38 +212,39 @@ class Conv(Module):
   Args:
     in_features: k, the channels of the input.
     out_features: c, the channels of the result.
-    kernel_size: the size of the kernel along each spatial axis; an int for one
+    kernel_size: The size of the kernel along each spatial axis; an int for one
       axis.
-    strides: of the kernel's steps, one number or one for each spatial axis.
+    strides: Steps of the kernel, one number or one for each spatial axis.
     padding: "SAME", "VALID", "CIRCULAR" (the input repeats), "REFLECT" (it is
       mirrored), "CAUSAL" (zeros in front, for one spatial axis), or how many
       zeros: one number, or for each spatial axis a number or a pair (before,
       after).
-    input_dilation: distance of the input's elements, likewise.
-    kernel_dilation: distance of the kernel's elements, likewise.
-    feature_group_count: how many groups of channels are convolved on their own.
-    use_bias: whether there is a bias.
-    mask: of the kernel's shape, multiplied to it; or None.
-    dtype: the dtype to compute in; of inputs and parameters, if None.
-    param_dtype: the dtype of the parameters.
-    precision: of the products, as in `jax.lax.conv_general_dilated`.
+    input_dilation: Distance of the input's elements, likewise.
+    kernel_dilation: Distance of the kernel's elements, likewise.
+    feature_group_count: How many groups of channels are convolved separately.
+    use_bias: Whether there is a bias.
+    mask: An array of the kernel's shape that the kernel is multiplied by, or
+      None.
+    dtype: The dtype to compute in; of inputs and parameters, if None.
+    param_dtype: The dtype of the parameters.
+    precision: Precision of the products, as in `jax.lax.conv_general_dilated`.
     kernel_init: `(key, shape, dtype) -> kernel`.
     bias_init: `(key, shape, dtype) -> bias`.
-    conv_general_dilated: called in place of `jax.lax.conv_general_dilated`.
-    promote_dtype: `((inputs, kernel, bias), dtype=dtype)` to those three in the
-      dtype to compute in.
-    preferred_element_type: the dtype of the result before the bias, as in
+    conv_general_dilated: Called in place of `jax.lax.conv_general_dilated`.
+    promote_dtype: `((inputs, kernel, bias), dtype=dtype)`; returns those three
+      in the dtype to compute in.
+    preferred_element_type: The dtype of the result before the bias, as in
       `jax.lax.conv_general_dilated`.
-    rngs: the stream `params` gives the keys of kernel and bias.
-    kernel_metadata: metadata of the kernel.
-    bias_metadata: metadata of the bias.
+    rngs: The stream `params` gives the keys of kernel and bias.
+    kernel_metadata: Metadata of the kernel.
+    bias_metadata: Metadata of the bias.
 
   Attributes:
     kernel: `Param`, `[*kernel_size, k // feature_group_count, c]`.
     bias: `Param`, `[c]`, or None.
 
   Raises:
-    ValueError: if `feature_group_count` does not divide the channels.
+    ValueError: If `feature_group_count` does not divide the channels.
   """
 
   def __init__(
@@ -288,28 +327,30 @@ class Conv(Module):
 
     Args:
       inputs: `[..., *spatial, k]`.
-      out_sharding: the sharding of the convolution, under a mesh with explicit
+      out_sharding: The sharding of the convolution, under a mesh with explicit
         axes.
 
     Returns:
       `[..., *spatial, c]`, the sizes as strides and padding make them.
 
     Raises:
-      ValueError: if `mask` or `padding` do not fit the kernel.
+      ValueError: If `mask` or `padding` do not fit the kernel.
     """
     rank = len(self.kernel_size)
     _check_mask(self)
     padding = _canonical_padding(self.padding, rank)
     if padding == "CAUSAL" and rank != 1:
       raise ValueError(
-        "`padding='CAUSAL'` must come with one spatial axis, but got"
+        "`padding='CAUSAL'` needs exactly one spatial axis, but got"
         f" `kernel_size={self.kernel_size}`."
       )
-    arguments = (
+    arrays = (
       inputs,
       self.kernel.value,
       None if self.bias is None else self.bias.value,
       self.mask,
+    )
+    how = _convolution(
       _as_tuple(self.strides, rank),
       padding,
       _as_tuple(self.input_dilation, rank),
@@ -319,16 +360,16 @@ class Conv(Module):
       self.precision,
       self.preferred_element_type,
       out_sharding,
+      self.promote_dtype,
+      self.conv_general_dilated,
     )
     try:
       if (
         self.promote_dtype is dtypes.promote_dtype
         and self.conv_general_dilated is _CONV_GENERAL_DILATED
       ):
-        return _one_convolve(*arguments)
-      return _convolve(
-        *arguments, self.promote_dtype, self.conv_general_dilated
-      )
+        return _convolve_compiled(*arrays, how)
+      return _convolve(*arrays, how)
     except (IndexError, TypeError, ValueError):
       channels = self.kernel.shape[-2] * self.feature_group_count
       _check_inputs(self, inputs, channels)
@@ -336,7 +377,7 @@ class Conv(Module):
 
 
 def _wrap_around(y: jax.Array, axis: int, period: int, before: int):
-  """Sums what lies a multiple of the period apart."""
+  """Sums the elements that are a multiple of the period apart."""
   after = -(before + y.shape[axis]) % period
   pads = [(0, 0)] * y.ndim
   pads[axis] = (before, after)
@@ -346,49 +387,70 @@ def _wrap_around(y: jax.Array, axis: int, period: int, before: int):
   )
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Transposed:
+  """How `ConvTranspose` convolves; see `_Convolution`."""
+
+  strides: tuple[int, ...]
+  padding: Any
+  kernel_dilation: tuple[int, ...]
+  transpose_kernel: bool
+  dtype: dtypes.Dtype | None
+  precision: Any
+  preferred_element_type: dtypes.Dtype | None
+  promote_dtype: dtypes.PromoteDtypeFn
+
+
+_transposed = eager.interned(_Transposed)
+
+
 def _convolve_transposed(
-  inputs, kernel, bias, mask, strides, padding, kernel_dilation,
-  transpose_kernel, dtype, precision, preferred_element_type,
-  promote_dtype=dtypes.promote_dtype,
-):  # fmt: skip
-  """What `ConvTranspose` computes of arrays."""
+  inputs: jax.Array,
+  kernel: jax.Array,
+  bias: jax.Array | None,
+  mask: jax.Array | None,
+  how: _Transposed,
+) -> jax.Array:
+  """Computes what `ConvTranspose` does to arrays."""
   inputs = jnp.asarray(inputs)
   spatial = kernel.ndim - 2
   batch = inputs.shape[: inputs.ndim - spatial - 1]
   inputs = _one_batch_axis(inputs, spatial)
   if mask is not None:
     kernel = kernel * mask
-  inputs, kernel, bias = promote_dtype((inputs, kernel, bias), dtype=dtype)
-  circular = padding == "CIRCULAR"
+  inputs, kernel, bias = how.promote_dtype(
+    (inputs, kernel, bias), dtype=how.dtype
+  )
+  circular = how.padding == "CIRCULAR"
   y = lax.conv_transpose(
     inputs,
     kernel,
-    strides,
-    "VALID" if circular else padding,
-    rhs_dilation=kernel_dilation,
-    transpose_kernel=transpose_kernel,
-    precision=precision,
-    preferred_element_type=preferred_element_type,
+    how.strides,
+    "VALID" if circular else how.padding,
+    rhs_dilation=how.kernel_dilation,
+    transpose_kernel=how.transpose_kernel,
+    precision=how.precision,
+    preferred_element_type=how.preferred_element_type,
   )
   if circular:
-    for axis, stride in enumerate(strides, 1):
+    for axis, stride in enumerate(how.strides, 1):
       period = inputs.shape[axis] * stride
-      # What is missing to an odd number of periods, of which the input's own
-      # shall be the middle one.
+      # Pads to an odd number of periods, the middle one of which is that of
+      # the input.
       missing = -(y.shape[axis] - period) % (2 * period)
-      before = missing // 2 if transpose_kernel else (missing + 1) // 2
+      before = missing // 2 if how.transpose_kernel else (missing + 1) // 2
       y = _wrap_around(y, axis, period, before)
   y = _add_bias(y, bias)
   return y if len(batch) == 1 else y.reshape((*batch, *y.shape[1:]))
 
 
-_one_convolve_transposed = eager.one_call(
-  _convolve_transposed, static_argnums=tuple(range(4, 11))
+_convolve_transposed_compiled = eager.compiled(
+  _convolve_transposed, static=("how",)
 )
 
 
 class ConvTranspose(Module):
-  """Convolves with strides in the result instead of the input.
+  """Convolves with strides in the result, as the transpose of `Conv` does.
 
   Example:
 
@@ -403,31 +465,32 @@ class ConvTranspose(Module):
   Args:
     in_features: k, the channels of the input.
     out_features: c, the channels of the result.
-    kernel_size: the size of the kernel along each spatial axis; an int for one
+    kernel_size: The size of the kernel along each spatial axis; an int for one
       axis.
-    strides: from element to element in the result, one number or one for each
+    strides: From element to element in the result, one number or one for each
       spatial axis; 1, if None.
     padding: "SAME", "VALID", "CIRCULAR" (the result repeats), or how many zeros
       around the input with its strides: one number, or for each spatial axis a
       number or a pair (before, after). The `Conv` of `padding=p` is undone, in
       shape, by `kernel_dilation * (kernel_size - 1) - p` here.
-    kernel_dilation: distance of the kernel's elements, like `strides`.
-    use_bias: whether there is a bias.
-    mask: of the kernel's shape, multiplied to it; or None.
-    dtype: the dtype to compute in; of inputs and parameters, if None.
-    param_dtype: the dtype of the parameters.
-    precision: of the products, as in `jax.lax.conv_transpose`.
+    kernel_dilation: Distance of the kernel's elements, like `strides`.
+    use_bias: Whether there is a bias.
+    mask: An array of the kernel's shape that the kernel is multiplied by, or
+      None.
+    dtype: The dtype to compute in; of inputs and parameters, if None.
+    param_dtype: The dtype of the parameters.
+    precision: Precision of the products, as in `jax.lax.conv_transpose`.
     kernel_init: `(key, shape, dtype) -> kernel`.
     bias_init: `(key, shape, dtype) -> bias`.
-    transpose_kernel: whether to flip the kernel's spatial axes and swap its
+    transpose_kernel: Whether to flip the kernel's spatial axes and swap its
       channels, so that the layer is the transpose of the `Conv` with it.
-    promote_dtype: `((inputs, kernel, bias), dtype=dtype)` to those three in the
-      dtype to compute in.
-    preferred_element_type: the dtype of the result before the bias, as in
+    promote_dtype: `((inputs, kernel, bias), dtype=dtype)`; returns those three
+      in the dtype to compute in.
+    preferred_element_type: The dtype of the result before the bias, as in
       `jax.lax.conv_transpose`.
-    rngs: the stream `params` gives the keys of kernel and bias.
-    kernel_metadata: metadata of the kernel.
-    bias_metadata: metadata of the bias.
+    rngs: The stream `params` gives the keys of kernel and bias.
+    kernel_metadata: Metadata of the kernel.
+    bias_metadata: Metadata of the bias.
 
   Attributes:
     kernel: `Param`, `[*kernel_size, k, c]`, or `[*kernel_size, c, k]` with
@@ -506,15 +569,17 @@ class ConvTranspose(Module):
       `[..., *spatial, c]`, the sizes as strides and padding make them.
 
     Raises:
-      ValueError: if `mask` or `padding` do not fit the kernel.
+      ValueError: If `mask` or `padding` do not fit the kernel.
     """
     rank = len(self.kernel_size)
     _check_mask(self)
-    arguments = (
+    arrays = (
       inputs,
       self.kernel.value,
       None if self.bias is None else self.bias.value,
       self.mask,
+    )
+    how = _transposed(
       _as_tuple(self.strides, rank),
       _canonical_padding(self.padding, rank),
       _as_tuple(self.kernel_dilation, rank),
@@ -522,11 +587,12 @@ class ConvTranspose(Module):
       self.dtype,
       self.precision,
       self.preferred_element_type,
+      self.promote_dtype,
     )
     try:
       if self.promote_dtype is dtypes.promote_dtype:
-        return _one_convolve_transposed(*arguments)
-      return _convolve_transposed(*arguments, self.promote_dtype)
+        return _convolve_transposed_compiled(*arrays, how)
+      return _convolve_transposed(*arrays, how)
     except (IndexError, TypeError, ValueError):
       axis = -1 if self.transpose_kernel else -2
       _check_inputs(self, inputs, self.kernel.shape[axis])

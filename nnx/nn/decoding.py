@@ -1,7 +1,7 @@
-"""A step of attention with a cache: append keys and values, and attend.
+"""One step of attention with a cache: append keys and values, and attend.
 
-Functions of arrays, which run as `nnx.eager` says: outside of traces each is
-one compiled call.
+These are functions of arrays, which run as `nnx.eager` says: outside of traces
+each is one compiled call.
 """
 
 from __future__ import annotations
@@ -12,19 +12,20 @@ import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from nnx import eager
-from nnx.nn import dot_product, rotary
+from nnx.nn import masks, rotary
 
-# By how much later keys and values may exceed those that the scales were made
-# from. An integer loses a bit for each factor of 2, a float nothing.
+# By this factor, later keys and values may exceed those that set the scales.
+# An integer loses a bit for each factor of 2, a float nothing.
 _INTEGER_HEADROOM = 2
 _FLOAT_HEADROOM = 16
 
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-  """What attention does besides averaging by products.
+  """How attention decodes: its window, cap and rotation.
 
   Example:
 
@@ -33,14 +34,15 @@ class Options:
     Options(window=128, softcap=None, rope_base=None, rope_scale=1.0)
 
   Attributes:
-    window: how many keys a query sees, as for
-      `nnx.nn.dot_product.check_window`.
-    softcap: logits become `softcap * tanh(logits / softcap)`.
-    rope_base: of the wavelengths of rotary embedding; none, if None.
-    rope_scale: positions are divided by it.
+    window: How many keys a query sees, as for
+      `nnx.nn.masks.check_window`.
+    softcap: Logits become `softcap * tanh(logits / softcap)`.
+    rope_base: Base of the wavelengths of rotary embedding; no rotation, if
+      None.
+    rope_scale: Positions are divided by it.
   """
 
-  window: dot_product.Window | None = None
+  window: masks.Window | None = None
   softcap: float | None = None
   rope_base: float | None = None
   rope_scale: float = 1.0
@@ -60,8 +62,8 @@ class Options:
 
     Args:
       positions: `[...]` integers.
-      max_length: how many positions there may be.
-      features: those of a head.
+      max_length: The number of positions.
+      features: The features of a head.
     """
     assert self.rope_base is not None
     return rotary.rows(
@@ -79,12 +81,12 @@ class Buffers:
   """The arrays of a cache.
 
   Attributes:
-    index: `[]` or `[*batch]` int32, how many tokens it has.
+    index: `[]` or `[*batch]` int32, the number of tokens in it.
     key: `[*batch, max_length, kv heads, h]`.
-    value: the same.
+    value: The same.
     key_scale: `[*batch, kv heads]` float32 for a quantised cache, the factors
       of what is stored, 0 where there are no tokens yet; otherwise None.
-    value_scale: the same.
+    value_scale: The same.
   """
 
   index: jax.Array
@@ -107,8 +109,84 @@ def is_quantized(dtype: jnp.dtype) -> bool:
   return jnp.dtype(dtype).itemsize == 1
 
 
+def check_room(
+  buffers: Buffers,
+  query: jax.Array,
+  key: jax.Array,
+  lengths: jax.Array | None,
+) -> jax.Array | None:
+  """Refuses new tokens that do not fit into the cache.
+
+  Example:
+
+    >>> import jax.numpy as jnp
+    >>> from nnx.nn import decoding
+    >>> cache, x = jnp.zeros((1, 4, 1, 2)), jnp.ones((1, 2, 1, 2))
+    >>> buffers = decoding.Buffers(jnp.array(3), cache, cache)
+    >>> decoding.check_room(buffers, x, x, None)  # doctest: +ELLIPSIS
+    Traceback (most recent call last):
+      ...
+    ValueError: The cache must have room for all tokens, but ...
+
+  Args:
+    buffers: The cache.
+    query: `[*batch, t, n, h]`.
+    key: `[*batch, t, kv heads, h]`.
+    lengths: `[]` or `[*batch]` int32, the number of tokens that are not
+      padding; all, if None.
+
+  Returns:
+    None if all tokens fit. Where a trace does not know the number of tokens,
+    which of them do not, `[*index axes, t]`.
+
+  Raises:
+    ValueError: If shapes do not fit, or the cache has no room.
+  """
+  *batch, length, heads, features = buffers.key.shape
+  tokens = key.shape[-3]
+  expected = (*batch, tokens, heads, features)
+  if key.shape != expected or query.shape[:-2] != expected[:-2]:
+    raise ValueError(
+      "The inputs must fit the cache, whose shape"
+      f" {buffers.key.shape} expects keys of the shape {expected},"
+      f" but got keys of the shape {key.shape} and queries of the shape"
+      f" {query.shape}. Call `init_cache` with this batch."
+    )
+  index = buffers.index
+  if lengths is not None and lengths.ndim > index.ndim:
+    raise ValueError(
+      "`lengths` of each sequence need a `cache_index` of each, but its shape"
+      f" is {index.shape} and that of `lengths` is {lengths.shape}. Call"
+      " `init_cache(..., per_sequence=True)`."
+    )
+  new = tokens if lengths is None else lengths
+  if isinstance(index, jax.core.Tracer) or isinstance(new, jax.core.Tracer):
+    return _without_room(buffers, tokens, lengths)
+  room = np.max(np.asarray(index) + np.asarray(new), initial=0)
+  if room > length:
+    raise ValueError(
+      f"The cache must have room for all tokens, but its `max_length` is"
+      f" {length}, `cache_index` is {np.max(index)}, and the call adds"
+      f" {np.max(new)}. Call `init_cache` for a larger or an empty one."
+    )
+  return None
+
+
+def _without_room(
+  buffers: Buffers, tokens: int, lengths: jax.Array | None
+) -> jax.Array:
+  """Returns which new tokens the cache cannot take: `[*index axes, t]`."""
+  index = jnp.expand_dims(buffers.index, -1)
+  steps = jnp.arange(tokens).reshape((1,) * buffers.index.ndim + (-1,))
+  lost = index + steps >= buffers.key.shape[-3]
+  if lengths is None:
+    return lost
+  real = masks.real_tokens(lengths, tokens)
+  return jnp.logical_and(lost, masks.both(None, real, lost.ndim))
+
+
 def _positions(first: jax.Array, tokens: int) -> jax.Array:
-  """Positions of some tokens in a row: `[*first, t]`."""
+  """Returns the positions of consecutive tokens: `[*first, t]`."""
   steps = jnp.arange(tokens, dtype=jnp.int32)
   return jnp.expand_dims(first, -1) + steps.reshape((1,) * first.ndim + (-1,))
 
@@ -116,13 +194,13 @@ def _positions(first: jax.Array, tokens: int) -> jax.Array:
 def _scale(
   scale: jax.Array, size: jax.Array, lengths: jax.Array, dtype: jnp.dtype
 ) -> jax.Array:
-  """Keeps a scale, or makes it from the first tokens where there is none.
+  """Keeps a scale, or makes one from the first tokens if there is none.
 
   Args:
     scale: `[*batch, kv heads]`, 0 where there is none.
     size: `[*batch, t, kv heads, ...]`, bounds of what the cache stores.
     lengths: `[*batch]`, how many tokens count.
-    dtype: of the cache.
+    dtype: Dtype of the cache.
   """
   axis = lengths.ndim
   steps = jnp.expand_dims(jnp.arange(size.shape[axis]), tuple(range(axis)))
@@ -143,24 +221,24 @@ def _with_scales(
   lengths: jax.Array,
   rotates: bool,
 ) -> tuple[Buffers, dict[str, jax.Array]]:
-  """Scales that suit the new tokens, and the kernel's operands."""
+  """Returns the cache with scales for new tokens, and the kernel's operands."""
   if buffers.key_scale is None or buffers.value_scale is None:
     return buffers, {}
   lengths = jnp.broadcast_to(lengths, buffers.key.shape[:-3])
   size = jnp.abs(key)
-  if rotates:  # by whatever angle: it leaves a pair's length alone
+  if rotates:  # a rotation keeps the length of a pair
     size = jnp.hypot(*jnp.split(key, 2, -1))
-  buffers = dataclasses.replace(
-    buffers,
-    key_scale=_scale(buffers.key_scale, size, lengths, buffers.key.dtype),
-    value_scale=_scale(
-      buffers.value_scale, jnp.abs(value), lengths, buffers.value.dtype
-    ),
+  key_scale = _scale(buffers.key_scale, size, lengths, buffers.key.dtype)
+  value_scale = _scale(
+    buffers.value_scale, jnp.abs(value), lengths, buffers.value.dtype
   )
-  # Without a scale there were only zeros, for which any will do.
+  buffers = dataclasses.replace(
+    buffers, key_scale=key_scale, value_scale=value_scale
+  )
+  # Without a scale there were only zeros, and any scale stores them.
   scales = {
-    "k_scale": jnp.where(buffers.key_scale > 0, buffers.key_scale, 1.0),
-    "v_scale": jnp.where(buffers.value_scale > 0, buffers.value_scale, 1.0),
+    "k_scale": jnp.where(key_scale > 0, key_scale, 1.0),
+    "v_scale": jnp.where(value_scale > 0, value_scale, 1.0),
   }
   return buffers, {
     name: scale.reshape(-1, scale.shape[-1]) for name, scale in scales.items()
@@ -170,7 +248,7 @@ def _with_scales(
 def _filled(
   buffers: Buffers, new: tuple[jax.Array, ...], lengths: jax.Array
 ) -> Buffers:
-  """The cache with what a kernel wrote, and the index after it."""
+  """Returns the cache with what a kernel wrote, and the index after it."""
   key, value = (x.reshape(buffers.key.shape) for x in new)
   return dataclasses.replace(
     buffers, index=buffers.index + lengths, key=key, value=value
@@ -182,14 +260,14 @@ def _in_one_batch_axis(x: jax.Array, batch: tuple[int, ...]) -> jax.Array:
 
 
 def _each(number: jax.Array) -> jax.Array:
-  """One number, or one for each sequence in one axis."""
+  """Returns one number, or one for each sequence in one axis."""
   return number.reshape(-1) if number.ndim else number
 
 
 def _written(
   cache: jax.Array, new: jax.Array, index: jax.Array, lengths: jax.Array
 ) -> jax.Array:
-  """What `kernels.kv_cache.update` does to one cache, in plain jax."""
+  """Appends to one cache as `kernels.kv_cache.update` does, in plain jax."""
   batch, tokens = new.shape[:2]
   index = jnp.broadcast_to(index, (batch,))
   lengths = jnp.broadcast_to(lengths, (batch,))
@@ -199,7 +277,7 @@ def _written(
   return cache.at[jnp.arange(batch)[:, None], slots].set(new, mode="drop")
 
 
-@functools.partial(eager.one_call, static_argnames="options")
+@functools.partial(eager.compiled, static=("options",))
 def append(
   buffers: Buffers,
   query: jax.Array,
@@ -208,7 +286,7 @@ def append(
   lengths: jax.Array | None = None,
   options: Options = Options(),
 ) -> tuple[Buffers, jax.Array, jax.Array, jax.Array, jax.Array]:
-  """Appends keys and values, for attention that something else computes.
+  """Appends keys and values; another function then computes the attention.
 
   Example:
 
@@ -222,13 +300,13 @@ def append(
     ([0.0, 1.0, 1.0, 0.0], [[1, 1, 0, 0], [1, 1, 1, 0]])
 
   Args:
-    buffers: the cache.
+    buffers: The cache.
     query: `[*batch, t, n, h]`.
     key: `[*batch, t, kv heads, h]`.
-    value: like `key`.
-    lengths: `[]` or `[*batch]` int32, how many of the tokens are no padding;
-      all, if None.
-    options: of the attention.
+    value: Like `key`.
+    lengths: `[]` or `[*batch]` int32, the number of tokens that are not
+      padding; all, if None.
+    options: Options of the attention.
 
   Returns:
     The new cache; the query, rotated; all keys and values of the cache, in the
@@ -270,7 +348,7 @@ def append(
       return cache
     return cache * jnp.expand_dims(scale, (-3, -1)).astype(dtype)
 
-  seen = dot_product.positions_mask(
+  seen = masks.positions_mask(
     positions, jnp.arange(length), True, options.window
   )
   return (
@@ -282,7 +360,7 @@ def append(
   )
 
 
-@functools.partial(eager.one_call, static_argnames="options")
+@functools.partial(eager.compiled, static=("options",))
 def append_and_attend(
   buffers: Buffers,
   query: jax.Array,
@@ -306,15 +384,15 @@ def append_and_attend(
     ((1, 2, 1, 2), [1.0, 1.0, 0.0, 0.0], 2)
 
   Args:
-    buffers: the cache.
+    buffers: The cache.
     query: `[*batch, t, n, h]`, float32, bfloat16 or float16.
     key: `[*batch, t, kv heads, h]`.
-    value: like `key`.
-    lengths: `[]` or `[*batch]` int32, how many of the tokens are no padding;
-      all, if None.
-    mask: broadcasts to `[*batch, n, t, max_length]`; False where a key is not
+    value: Like `key`.
+    lengths: `[]` or `[*batch]` int32, the number of tokens that are not
+      padding; all, if None.
+    mask: Broadcasts to `[*batch, n, t, max_length]`; False where a key is not
       seen.
-    options: of the attention.
+    options: Options of the attention.
 
   Returns:
     The new cache, and `[*batch, t, n, h]` of the query's dtype, 0 for padding.
@@ -333,7 +411,7 @@ def append_and_attend(
   rotates = options.rope_base is not None
   rope = {}
   if rotates:
-    # Tables of the rows in use alone, which the kernel picks in their order.
+    # Tables of the rows in use only, one for each new token in order.
     positions = _positions(index, tokens)
     table = options.rope_rows(positions.reshape(-1), length, features)
     row = jnp.arange(positions.size, dtype=jnp.int32).reshape(-1, tokens)

@@ -1,4 +1,4 @@
-"""Attention as functions of arrays, and the masks for it.
+"""Attention as functions of arrays; the masks for it are in `masks`.
 
 Arrays are `[..., t, n, h]`: tokens, heads, features of a head. Keys and values
 may have fewer heads than queries (grouped-query attention): of `n` query heads,
@@ -7,24 +7,23 @@ each `n // key heads` in a row share one.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-import functools
 import math
 from typing import Any
 
 import jax
 from jax import random
 import jax.numpy as jnp
-import numpy as np
 
 from nnx import eager
 from nnx.module import Module
 from nnx.nn import checks, dtypes
+from nnx.nn.masks import Window as Window
+from nnx.nn.masks import check_window as check_window
+from nnx.nn.masks import combine_masks as combine_masks
+from nnx.nn.masks import make_attention_mask as make_attention_mask
+from nnx.nn.masks import make_causal_mask as make_causal_mask
+from nnx.nn.masks import positions_mask as positions_mask
 from nnx.variablelib import Intermediate
-
-# How many keys a query sees, its own the last of them; or how many before and
-# how many after its own, -1 for all.
-Window = int | tuple[int, int]
 
 
 def _check_shapes(names: str, *arrays: jax.Array) -> None:
@@ -41,7 +40,7 @@ def _check_shapes(names: str, *arrays: jax.Array) -> None:
 
 
 def _check_groups(heads: int, name: str, shared: int) -> int:
-  """How many query heads share a head of the keys or values."""
+  """Returns how many query heads share a head of the keys or values."""
   if heads % shared:
     raise ValueError(
       f"The heads of `query` must be a multiple of those of `{name}`, but got"
@@ -50,92 +49,8 @@ def _check_groups(heads: int, name: str, shared: int) -> int:
   return heads // shared
 
 
-def check_window(window: Window | None) -> tuple[int, int] | None:
-  """Returns how many keys before and after its own a query sees.
-
-  Example:
-
-    >>> from nnx.nn import dot_product
-    >>> dot_product.check_window(4), dot_product.check_window((2, -1))
-    ((3, 0), (2, -1))
-
-  Args:
-    window: the number of keys, the query's own the last of them; or a pair of
-      how many before and how many after its own, -1 for all.
-
-  Returns:
-    A pair, or None for None.
-
-  Raises:
-    TypeError: if it is no integer or pair of integers.
-    ValueError: if there is no such window.
-  """
-  if window is None:
-    return None
-  if isinstance(window, (tuple, list)) and len(window) == 2:
-    before, after = window
-  else:
-    before, after = window, None
-  for size in (before, 0 if after is None else after):
-    if not isinstance(size, (int, np.integer)) or isinstance(size, bool):
-      raise TypeError(
-        f"`window` must be an integer or a pair of integers, but got {window}."
-      )
-  if after is None:
-    if before < 1:
-      raise ValueError(
-        "`window` must be at least 1, the query's own key, but got"
-        f" {window}. For no limit, pass None."
-      )
-    return before - 1, 0
-  if before < -1 or after < -1:
-    raise ValueError(
-      "`window` must be a pair of numbers that are at least 0, or -1 for no"
-      f" limit, but got {window}."
-    )
-  return before, after
-
-
-def positions_mask(
-  query: jax.Array,
-  key: jax.Array,
-  is_causal: bool,
-  window: Window | None = None,
-) -> jax.Array:
-  """Returns which keys each query sees, by positions alone.
-
-  Example:
-
-    >>> import jax.numpy as jnp
-    >>> from nnx.nn import dot_product
-    >>> at = jnp.arange(3)
-    >>> dot_product.positions_mask(at, at, True, 2).astype(int).tolist()
-    [[1, 0, 0], [1, 1, 0], [0, 1, 1]]
-
-  Args:
-    query: `[..., t]` integers, positions.
-    key: `[s]` integers, positions.
-    is_causal: whether no key after the query's position is seen.
-    window: which keys around it are, as for `check_window`.
-
-  Returns:
-    `[..., t, s]`, bool.
-  """
-  query = jnp.expand_dims(query, -1)
-  key = key.reshape((1,) * (query.ndim - 1) + key.shape)
-  before, after = check_window(window) or (-1, -1)
-  if is_causal:
-    after = 0
-  seen = jnp.ones((*query.shape[:-1], key.size), bool)
-  if before >= 0:
-    seen &= key >= query - before
-  if after >= 0:
-    seen &= key <= query + after
-  return seen
-
-
 def check_softcap(softcap: float | None) -> None:
-  """Refuses a soft cap that is none.
+  """Refuses a soft cap that is not positive and finite.
 
   Example:
 
@@ -143,10 +58,10 @@ def check_softcap(softcap: float | None) -> None:
     >>> dot_product.check_softcap(50.0)
 
   Args:
-    softcap: as for `dot_product_attention`.
+    softcap: As for `dot_product_attention`.
 
   Raises:
-    ValueError: if it is not positive and finite.
+    ValueError: If it is not positive and finite.
   """
   if softcap is not None and not 0 < softcap < math.inf:
     raise ValueError(
@@ -161,7 +76,7 @@ def _soft_cap(logits, softcap):
 
 
 def _products(query, key, **options):
-  """All queries with all keys: `[..., n, t, s]`."""
+  """Multiplies all queries with all keys: `[..., n, t, s]`."""
   heads, shared = query.shape[-2], key.shape[-2]
   groups = _check_groups(heads, "key", shared)
   if groups == 1:
@@ -172,7 +87,7 @@ def _products(query, key, **options):
 
 
 def _averages(weights, value, **options):
-  """Sums of values by weights: `[..., t, n, v]`."""
+  """Sums the values by weights: `[..., t, n, v]`."""
   heads, shared = weights.shape[-3], value.shape[-2]
   groups = _check_groups(heads, "value", shared)
   if groups == 1:
@@ -185,7 +100,7 @@ def _averages(weights, value, **options):
 
 
 def _softmax(logits, bias, mask, is_causal, window):
-  """Softmax over the keys that are seen."""
+  """Applies softmax over the keys that are seen."""
   if bias is not None:
     logits = logits + bias
   seen = None if mask is None else jnp.asarray(mask).astype(bool)
@@ -235,29 +150,29 @@ def dot_product_attention_weights(
   Args:
     query: `[..., t, n, h]`.
     key: `[..., s, n // groups, h]`.
-    bias: broadcasts to `[..., n, t, s]`, added to the logits.
-    mask: broadcasts to `[..., n, t, s]`; False where a key is not seen.
-    broadcast_dropout: whether all of a batch and all heads drop the same
+    bias: Broadcasts to `[..., n, t, s]`, added to the logits.
+    mask: Broadcasts to `[..., n, t, s]`; False where a key is not seen.
+    broadcast_dropout: Whether all of a batch and all heads drop the same
       weights.
     dropout_rng: `[]`, the key of the dropout.
-    dropout_rate: in [0, 1], the probability with which a weight is dropped.
-    deterministic: whether to drop none.
-    dtype: the dtype to compute in; of query and key, if None.
-    precision: of the product, as in `jnp.einsum`.
-    module: sows the weights, before dropout, as `Intermediate`
+    dropout_rate: In [0, 1], the probability with which a weight is dropped.
+    deterministic: Whether to drop none.
+    dtype: The dtype to compute in; of query and key, if None.
+    precision: Precision of the product, as in `jnp.einsum`.
+    module: Sows the weights, before dropout, as `Intermediate`
       `attention_weights`.
-    promote_dtype: `((query, key), dtype=dtype)` to those two in the dtype to
-      compute in.
-    is_causal: whether query i sees no key after key i.
-    window: how many keys a query sees, its own the last of them; or a pair of
-      how many before and how many after its own, -1 for all.
-    softcap: logits become `softcap * tanh(logits / softcap)`.
+    promote_dtype: `((query, key), dtype=dtype)`; returns those two in the dtype
+      to compute in.
+    is_causal: Whether query i sees no key after key i.
+    window: The number of keys that a query sees, its own the last of them; or a
+      pair of the numbers before and after its own, -1 for all.
+    softcap: Logits become `softcap * tanh(logits / softcap)`.
 
   Returns:
     `[..., n, t, s]`, in the dtype to compute in.
 
   Raises:
-    ValueError: if ranks, batch axes, features, heads, `window` or `softcap` do
+    ValueError: If ranks, batch axes, features, heads, `window` or `softcap` do
       not fit; if `dropout_rate` is not in [0, 1], or has no key.
   """
   _check_dropout(dropout_rate, dropout_rng, deterministic)
@@ -301,7 +216,7 @@ def _plain_attention(
   query, key, value, bias, mask, is_causal, window, softcap, dtype,
   promote_dtype=dtypes.promote_dtype,
 ):  # fmt: skip
-  """Attention of which nothing but the result is wanted."""
+  """Computes attention, without dropout and without sowing weights."""
   query, key, value = promote_dtype((query, key, value), dtype=dtype)
   _check_qkv(query, key, value)
   if mask is not None:
@@ -341,15 +256,17 @@ def _plain_attention(
   return out.reshape((*batch, *out.shape[-3:])) if len(batch) > 1 else out
 
 
-_one_attention = eager.one_call(_plain_attention, static_argnums=(5, 6, 7, 8))
+_plain_attention_compiled = eager.compiled(
+  _plain_attention, static=("is_causal", "window", "softcap", "dtype")
+)
 
 
 def _check_qkv(query, key, value):
   _check_shapes("`query`, `key` and `value`", query, key, value)
   if key.shape[-3] != value.shape[-3]:
     raise ValueError(
-      "`key` and `value` must have as many tokens, but got the shapes"
-      f" {key.shape} and {value.shape}."
+      "`key` and `value` must have the same number of tokens, but got the"
+      f" shapes {key.shape} and {value.shape}."
     )
 
 
@@ -393,29 +310,29 @@ def dot_product_attention(
     query: `[..., t, n, h]`.
     key: `[..., s, n // groups, h]`.
     value: `[..., s, n // groups, v]`.
-    bias: broadcasts to `[..., n, t, s]`, added to the logits.
-    mask: broadcasts to `[..., n, t, s]`; False where a key is not seen.
-    broadcast_dropout: whether all of a batch and all heads drop the same
+    bias: Broadcasts to `[..., n, t, s]`, added to the logits.
+    mask: Broadcasts to `[..., n, t, s]`; False where a key is not seen.
+    broadcast_dropout: Whether all of a batch and all heads drop the same
       weights.
     dropout_rng: `[]`, the key of the dropout.
-    dropout_rate: in [0, 1], the probability with which a weight is dropped.
-    deterministic: whether to drop none.
-    dtype: the dtype to compute in; of the three arrays, if None.
-    precision: of the products, as in `jnp.einsum`.
-    module: sows the weights, before dropout, as `Intermediate`
+    dropout_rate: In [0, 1], the probability with which a weight is dropped.
+    deterministic: Whether to drop none.
+    dtype: The dtype to compute in; of the three arrays, if None.
+    precision: Precision of the products, as in `jnp.einsum`.
+    module: Sows the weights, before dropout, as `Intermediate`
       `attention_weights`.
-    promote_dtype: `((query, key, value), dtype=dtype)` to those three in the
-      dtype to compute in.
-    is_causal: whether query i sees no key after key i.
-    window: how many keys a query sees, its own the last of them; or a pair of
-      how many before and how many after its own, -1 for all.
-    softcap: logits become `softcap * tanh(logits / softcap)`.
+    promote_dtype: `((query, key, value), dtype=dtype)`; returns those three in
+      the dtype to compute in.
+    is_causal: Whether query i sees no key after key i.
+    window: The number of keys that a query sees, its own the last of them; or a
+      pair of the numbers before and after its own, -1 for all.
+    softcap: Logits become `softcap * tanh(logits / softcap)`.
 
   Returns:
     `[..., t, n, v]`, in the dtype to compute in.
 
   Raises:
-    ValueError: if ranks, batch axes, lengths, features, heads, `window` or
+    ValueError: If ranks, batch axes, lengths, features, heads, `window` or
       `softcap` do not fit; if `dropout_rate` is not in [0, 1], or has no key.
 
   Numerics: without dropout, `precision` and `module`, softmax in float32, as in
@@ -435,7 +352,7 @@ def dot_product_attention(
       dtype,
     )
     if promote_dtype is dtypes.promote_dtype:
-      return _one_attention(*arguments)
+      return _plain_attention_compiled(*arguments)
     return _plain_attention(*arguments, promote_dtype)
   query, key, value = promote_dtype((query, key, value), dtype=dtype)
   _check_qkv(query, key, value)
@@ -457,99 +374,3 @@ def dot_product_attention(
     softcap=softcap,
   )
   return _averages(weights, value, precision=precision)
-
-
-# Masks.
-
-
-def make_attention_mask(
-  query_input: jax.Array,
-  key_input: jax.Array,
-  pairwise_fn: Callable[..., Any] = jnp.multiply,
-  extra_batch_dims: int = 0,
-  dtype: dtypes.Dtype = jnp.float32,
-) -> jax.Array:
-  """Compares each query token with each key token.
-
-  Example:
-
-    >>> import jax.numpy as jnp
-    >>> import nnx
-    >>> tokens = jnp.array([1, 1, 0])
-    >>> nnx.make_attention_mask(tokens, tokens)[0].tolist()
-    [[1.0, 1.0, 0.0], [1.0, 1.0, 0.0], [0.0, 0.0, 0.0]]
-
-  Args:
-    query_input: `[..., t]`.
-    key_input: `[..., s]`.
-    pairwise_fn: the comparison, of arrays that broadcast.
-    extra_batch_dims: how many axes of 1 to put in front.
-    dtype: of the mask.
-
-  Returns:
-    `[1, ..., 1, t, s]`, an axis of 1 for the heads.
-  """
-  mask = pairwise_fn(
-    jnp.expand_dims(query_input, -1), jnp.expand_dims(key_input, -2)
-  )
-  mask = jnp.expand_dims(mask, -3)
-  return mask.reshape((1,) * extra_batch_dims + mask.shape).astype(dtype)
-
-
-def make_causal_mask(
-  x: jax.Array, extra_batch_dims: int = 0, dtype: dtypes.Dtype = jnp.float32
-) -> jax.Array:
-  """Returns the mask by which each token sees itself and those before.
-
-  Example:
-
-    >>> import jax.numpy as jnp
-    >>> import nnx
-    >>> nnx.make_causal_mask(jnp.ones(3))[0].tolist()
-    [[1.0, 0.0, 0.0], [1.0, 1.0, 0.0], [1.0, 1.0, 1.0]]
-
-  Args:
-    x: `[..., t]`, of which only the shape matters.
-    extra_batch_dims: how many axes of 1 to put in front.
-    dtype: of the mask.
-
-  Returns:
-    `[1, ..., 1, t, t]`, an axis of 1 for the heads.
-  """
-  positions = jnp.broadcast_to(jnp.arange(x.shape[-1]), x.shape)
-  return make_attention_mask(
-    positions, positions, jnp.greater_equal, extra_batch_dims, dtype
-  )
-
-
-def combine_masks(
-  *masks: jax.Array | None, dtype: dtypes.Dtype = jnp.float32
-) -> jax.Array | None:
-  """Returns the mask that lets through what all of some masks do.
-
-  Example:
-
-    >>> import jax.numpy as jnp
-    >>> import nnx
-    >>> nnx.combine_masks(jnp.array([1, 1, 0]), None, jnp.array([1, 0, 1]))
-    Array([1., 0., 0.], dtype=float32)
-
-  Args:
-    *masks: arrays of one rank that broadcast; None is passed over.
-    dtype: of the mask.
-
-  Returns:
-    The mask, or None if there are none.
-
-  Raises:
-    ValueError: if the ranks differ.
-  """
-  given = [mask for mask in masks if mask is not None]
-  if not given:
-    return None
-  ranks = [jnp.ndim(mask) for mask in given]
-  if len(set(ranks)) > 1:
-    raise ValueError(
-      f"`masks` must have the same rank, but got the ranks {ranks}."
-    )
-  return functools.reduce(jnp.logical_and, given).astype(dtype)

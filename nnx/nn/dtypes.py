@@ -1,4 +1,4 @@
-"""What dtype a layer computes in."""
+"""The dtypes that layers compute in."""
 
 from __future__ import annotations
 
@@ -52,16 +52,16 @@ def canonicalize_dtype(
     dtype('float32')
 
   Args:
-    *args: arrays, or what jax makes arrays of; None is passed over.
-    dtype: the answer, unless it is None.
-    inexact: whether the dtype must be floating or complex; integers alone then
+    *args: Arrays, or what jax makes arrays of; None is passed over.
+    dtype: The answer, unless it is None.
+    inexact: Whether the dtype must be floating or complex; integers alone then
       make float32.
 
   Returns:
     `dtype`, or jax's common dtype of the arguments.
 
   Raises:
-    ValueError: if `dtype` is not floating or complex where it must be.
+    ValueError: If `dtype` is not floating or complex where it must be.
   """
   if dtype is None:
     dtype = jnp.result_type(*(jnp.asarray(x) for x in args if x is not None))
@@ -93,15 +93,15 @@ def promote_dtype(
     (Array([0., 1.], dtype=float32), None)
 
   Args:
-    args: arrays, or what jax makes arrays of; None stays None.
-    dtype: the dtype, unless it is None: then that of `canonicalize_dtype`.
-    inexact: whether the dtype must be floating or complex.
+    args: Arrays, or what jax makes arrays of; None stays None.
+    dtype: The dtype, unless it is None: then that of `canonicalize_dtype`.
+    inexact: Whether the dtype must be floating or complex.
 
   Returns:
     A tuple of arrays of that dtype, and of None.
 
   Raises:
-    ValueError: if `dtype` is not floating or complex where it must be.
+    ValueError: If `dtype` is not floating or complex where it must be.
   """
   dtype = canonicalize_dtype(*args, dtype=dtype, inexact=inexact)
   wanted = jnp.dtype(dtype)

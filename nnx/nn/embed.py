@@ -1,4 +1,4 @@
-"""Tables of vectors that integers look up."""
+"""Embedding tables."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ default_embed_init = initializers.variance_scaling(
 
 
 class Embed(Module):
-  """Looks up the learned vectors of integers.
+  """Looks up learned vectors by integers.
 
   Example:
 
@@ -38,13 +38,14 @@ class Embed(Module):
   Args:
     num_embeddings: n, the number of vectors.
     features: c, the size of a vector.
-    dtype: the dtype of the result; that of the table, if None.
-    param_dtype: the dtype of the table.
+    dtype: The dtype of the result; that of the table, if None.
+    param_dtype: The dtype of the table.
     embedding_init: `(key, shape, dtype) -> table`.
     promote_dtype: `((embedding,), dtype=dtype, inexact=False)`, or for `attend`
-      `((query, embedding), dtype=dtype)`, to those in the dtype to compute in.
-    rngs: the stream `params` gives the key of the table.
-    embedding_metadata: metadata of the table.
+      `((query, embedding), dtype=dtype)`; returns those in the dtype to compute
+      in.
+    rngs: The stream `params` gives the key of the table.
+    embedding_metadata: Metadata of the table.
 
   Attributes:
     embedding: `Param`, `[n, c]`.
@@ -85,13 +86,13 @@ class Embed(Module):
     Args:
       inputs: `[...]`, integers in [-n, n), negative ones from the end. Others
         give NaN. With one vector, any integer gives that.
-      out_sharding: the sharding of the result, under a mesh with explicit axes.
+      out_sharding: The sharding of the result, under a mesh with explicit axes.
 
     Returns:
       `[..., c]`.
 
     Raises:
-      ValueError: if `inputs` are not integers.
+      ValueError: If `inputs` are not integers.
     """
     if not jnp.issubdtype(inputs.dtype, jnp.integer):
       raise ValueError(
@@ -109,7 +110,7 @@ class Embed(Module):
     def take(table, inputs):
       return _take(table, inputs, False)
 
-    # `jnp.take` itself has no parameter for it.
+    # `jnp.take` has no parameter for the sharding.
     return jax.sharding.auto_axes(take, out_sharding=out_sharding)(
       table, inputs
     )
@@ -119,7 +120,7 @@ class Embed(Module):
 
     Args:
       query: `[..., c]`.
-      out_sharding: the sharding of the result, under a mesh with explicit axes.
+      out_sharding: The sharding of the result, under a mesh with explicit axes.
 
     Returns:
       `[..., n]`.
@@ -141,7 +142,7 @@ def _take(table: jax.Array, inputs: jax.Array, one: bool) -> jax.Array:
   return jnp.take(table, inputs, axis=0)
 
 
-@functools.partial(eager.one_call, static_argnums=(2, 3))
+@functools.partial(eager.compiled, static=("one", "dtype"))
 def _look_up(
   table: jax.Array, inputs: jax.Array, one: bool, dtype: dtypes.Dtype
 ) -> jax.Array:
@@ -149,7 +150,7 @@ def _look_up(
   return _take(table, inputs, one)
 
 
-@functools.partial(eager.one_call, static_argnums=(2, 3))
+@functools.partial(eager.compiled, static=("dtype", "out_sharding"))
 def _attend(
   query: jax.Array, table: jax.Array, dtype: dtypes.Dtype, out_sharding: Any
 ) -> jax.Array:

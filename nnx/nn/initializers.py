@@ -64,13 +64,14 @@ def ones_init() -> Initializer:
 
 # The defaults of the layers: one object each, so that `initialize` knows them.
 default_kernel_init = lecun_normal()
+default_bias_init = zeros
 default_lora_init = he_uniform()
 default_recurrent_init = orthogonal()
 
-# One call in place of about ten (`eager`). Only for initializers whose numbers
-# stay the same to the bit, which a product at the end of `normal` does not.
+# One compiled call in place of about ten. Only for initializers whose numbers
+# stay bit-equal; those of `normal`, which ends with a product, do not.
 _ONE_CALL = {
-  init: eager.one_call(init, static_argnums=(1, 2))
+  init: eager.compiled(init, static=("shape", "dtype"))
   for init in (
     default_kernel_init,
     default_lora_init,
@@ -100,8 +101,8 @@ def initialize(
   Args:
     init: `(key, shape, dtype) -> value`.
     key: `[]`, a random key.
-    shape: the shape of the value.
-    dtype: the dtype of the value.
+    shape: The shape of the value.
+    dtype: The dtype of the value.
 
   Returns:
     What `init` returns: an array, or a `VariableMetadata` around one.

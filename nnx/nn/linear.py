@@ -1,15 +1,13 @@
 """Linear maps of features: `Linear`, `LinearGeneral`, `Einsum`.
 
 The arithmetic is in functions of arrays. With the default `promote_dtype` and
-product they run as `nnx.eager` says: as one compiled call outside of traces.
-With other functions, which may do anything, they run as they are.
+product they run as `nnx.eager` says: outside of traces each is one compiled
+call. With other functions, which may do anything, they run as written.
 """
 
 from __future__ import annotations
 
-import collections.abc
-from collections.abc import Callable, Iterator, Mapping, Sequence
-import math
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -19,29 +17,21 @@ import jax.numpy as jnp
 from nnx import eager
 from nnx.module import Module
 from nnx.nn import checks, dtypes
-from nnx.nn.initializers import (
-  NO_METADATA,
-  Initializer,
-  default_kernel_init,
-  initialize,
-  zeros_init,
-)
+from nnx.nn.einsum import Einsum as Einsum
+from nnx.nn.einsum import einsum as einsum
+from nnx.nn.initializers import NO_METADATA, Initializer, initialize
+from nnx.nn.initializers import default_bias_init as default_bias_init
+from nnx.nn.initializers import default_kernel_init as default_kernel_init
+from nnx.nn.linear_general import AxisSizes as AxisSizes
+from nnx.nn.linear_general import LinearGeneral as LinearGeneral
+from nnx.nn.linear_general import linear_general as linear_general
+from nnx.nn.products import DotGeneral as DotGeneral
+from nnx.nn.products import product_options
 from nnx.rnglib import Rngs
-from nnx.variablelib import Param, VariableMetadata
+from nnx.variablelib import Param
 
-DotGeneral = Callable[..., jax.Array]
-
-default_bias_init = zeros_init()
-
-# As they were imported, and the layers' defaults; see `eager.current`.
+# As it was imported, and the layer's default; see `eager.current`.
 _DOT_GENERAL = lax.dot_general
-_EINSUM = jnp.einsum
-
-
-def _as_tuple(value: int | Sequence[int]) -> tuple[int, ...]:
-  if isinstance(value, collections.abc.Iterable):
-    return tuple(value)
-  return (value,)
 
 
 def _over_last_axes(bias: jax.Array, rank: int) -> jax.Array:
@@ -73,31 +63,30 @@ def linear(
     inputs: `[..., k]`.
     kernel: `[k, c]`.
     bias: `[c]` or None.
-    dtype: the dtype to compute in; of inputs and parameters, if None.
-    precision: of the product, as in `jax.lax.dot_general`.
-    preferred_element_type: the dtype of the product, likewise.
-    out_sharding: the sharding of the product, likewise.
-    promote_dtype: brings the three arrays to `dtype`.
-    dot_general: the product; gets `preferred_element_type` only if it is set.
+    dtype: The dtype to compute in; of inputs and parameters, if None.
+    precision: Precision of the product, as in `jax.lax.dot_general`.
+    preferred_element_type: The dtype of the product, likewise.
+    out_sharding: The sharding of the product, likewise.
+    promote_dtype: Converts the three arrays to `dtype`.
+    dot_general: The product; gets `preferred_element_type` only if it is set.
 
   Returns:
     `[..., c]`.
   """
   inputs, kernel, bias = promote_dtype((inputs, kernel, bias), dtype=dtype)
-  options: dict[str, Any] = {"out_sharding": out_sharding}
-  if preferred_element_type is not None:
-    options["preferred_element_type"] = preferred_element_type
   y = eager.current(dot_general)(
     inputs,
     kernel,
     (((inputs.ndim - 1,), (0,)), ((), ())),
-    precision=precision,
-    **options,
+    **product_options(precision, preferred_element_type, out_sharding),
   )
   return y if bias is None else y + _over_last_axes(bias, y.ndim)
 
 
-_linear = eager.one_call(linear, static_argnums=(3, 4, 5, 6))
+_linear = eager.compiled(
+  linear,
+  static=("dtype", "precision", "preferred_element_type", "out_sharding"),
+)
 
 
 class Linear(Module):
@@ -128,20 +117,20 @@ class Linear(Module):
   Args:
     in_features: k, the size of the last axis of the input.
     out_features: c, that of the output.
-    use_bias: whether there is a bias.
-    dtype: the dtype to compute in; of inputs and parameters, if None.
-    param_dtype: the dtype of the parameters.
-    precision: of the product, as in `jax.lax.dot_general`.
+    use_bias: Whether there is a bias.
+    dtype: The dtype to compute in; of inputs and parameters, if None.
+    param_dtype: The dtype of the parameters.
+    precision: Precision of the product, as in `jax.lax.dot_general`.
     kernel_init: `(key, shape, dtype) -> kernel`.
     bias_init: `(key, shape, dtype) -> bias`.
-    dot_general: called in place of `jax.lax.dot_general`.
-    promote_dtype: `((inputs, kernel, bias), dtype=dtype)` to those three in the
-      dtype to compute in.
-    preferred_element_type: the dtype of the product, as in
+    dot_general: Called in place of `jax.lax.dot_general`.
+    promote_dtype: `((inputs, kernel, bias), dtype=dtype)`; returns those three
+      in the dtype to compute in.
+    preferred_element_type: The dtype of the product, as in
       `jax.lax.dot_general`.
-    rngs: the stream `params` gives the keys of kernel and bias.
-    kernel_metadata: metadata of the kernel.
-    bias_metadata: metadata of the bias.
+    rngs: The stream `params` gives the keys of kernel and bias.
+    kernel_metadata: Metadata of the kernel.
+    bias_metadata: Metadata of the bias.
 
   Attributes:
     kernel: `Param`, `[k, c]`.
@@ -195,14 +184,14 @@ class Linear(Module):
 
     Args:
       inputs: `[..., k]`.
-      out_sharding: the sharding of the product, under a mesh with explicit
+      out_sharding: The sharding of the product, under a mesh with explicit
         axes.
 
     Returns:
       `[..., c]`.
 
     Raises:
-      ValueError: if the last axis of `inputs` has another size.
+      ValueError: If the last axis of `inputs` has another size.
     """
     arguments = (
       inputs,
@@ -223,523 +212,3 @@ class Linear(Module):
     except (TypeError, ValueError):
       checks.last_axis(self, "inputs", inputs, self.kernel.shape[0])
       raise
-
-
-class AxisSizes(collections.abc.Mapping):
-  """An immutable, hashable mapping from axes to sizes.
-
-  Example:
-
-    >>> from nnx.nn.linear import AxisSizes
-    >>> sizes = AxisSizes({0: 5})
-    >>> sizes[0], sizes == {0: 5}, hash(sizes) == hash(AxisSizes({0: 5}))
-    (5, True, True)
-
-  Args:
-    sizes: what it maps.
-  """
-
-  def __init__(self, sizes: Mapping[int, int] = NO_METADATA):
-    self._sizes = dict(sizes)
-
-  def __getitem__(self, axis: int) -> int:
-    return self._sizes[axis]
-
-  def __iter__(self) -> Iterator[int]:
-    return iter(self._sizes)
-
-  def __len__(self) -> int:
-    return len(self._sizes)
-
-  def __hash__(self) -> int:
-    return hash(frozenset(self._sizes.items()))
-
-  def __repr__(self) -> str:
-    return f"AxisSizes({self._sizes})"
-
-
-def linear_general(
-  inputs: Any,
-  kernel: jax.Array,
-  bias: jax.Array | None,
-  axis: tuple[int, ...],
-  batch_axis: tuple[int, ...] = (),
-  out_rank: int = 1,
-  dtype: dtypes.Dtype | None = None,
-  precision: Any = None,
-  preferred_element_type: dtypes.Dtype | None = None,
-  out_sharding: Any = None,
-  promote_dtype: dtypes.PromoteDtypeFn = dtypes.promote_dtype,
-  dot_general: DotGeneral = lax.dot_general,
-) -> jax.Array:
-  """Contracts some axes with a kernel and adds a bias.
-
-  Example:
-
-    >>> import jax.numpy as jnp
-    >>> from nnx.nn.linear import linear_general
-    >>> x, kernel = jnp.ones((5, 2, 3)), jnp.ones((2, 3, 4))
-    >>> linear_general(x, kernel, None, (1, 2)).shape
-    (5, 4)
-
-  Args:
-    inputs: an array with the axes `axis` and `batch_axis`, and any others.
-    kernel: `[*batch_axis, *axis, *out]`, where `axis` is sorted.
-    bias: `[*batch_axis, *out]` or None.
-    axis: the axes of `inputs` to contract.
-    batch_axis: the axes of `inputs` for each index of which there is a kernel.
-    out_rank: how many axes `out` has.
-    dtype: the dtype to compute in; of inputs and parameters, if None.
-    precision: of the product, as in `jax.lax.dot_general`.
-    preferred_element_type: the dtype of the product, likewise.
-    out_sharding: the sharding of the product, likewise.
-    promote_dtype: brings the three arrays to `dtype`.
-    dot_general: the product; gets `preferred_element_type` only if it is set.
-
-  Returns:
-    `[*batch_axis, *others, *out]`.
-  """
-  rank = jnp.ndim(inputs)
-  shape = jnp.shape(inputs)
-  axis = tuple(sorted(a % rank if a < 0 else a for a in axis))
-  batch_axis = tuple(sorted(a % rank if a < 0 else a for a in batch_axis))
-  inputs, kernel, bias = promote_dtype((inputs, kernel, bias), dtype=dtype)
-  options: dict[str, Any] = {"out_sharding": out_sharding}
-  if preferred_element_type is not None:
-    options["preferred_element_type"] = preferred_element_type
-  first = len(batch_axis)
-  y = eager.current(dot_general)(
-    inputs,
-    kernel,
-    (
-      (axis, tuple(range(first, first + len(axis)))),
-      (batch_axis, tuple(range(first))),
-    ),
-    precision=precision,
-    **options,
-  )
-  if bias is None:
-    return y
-  kept = [a for a in range(rank) if a not in axis]
-  ones = [shape[a] if a in batch_axis else 1 for a in kept]
-  features = bias.shape[bias.ndim - out_rank :]
-  return y + jnp.reshape(bias, (*ones, *features))
-
-
-_linear_general = eager.one_call(
-  linear_general, static_argnums=(3, 4, 5, 6, 7, 8, 9)
-)
-
-
-def _initialize_flat(
-  init: Initializer,
-  key: jax.Array,
-  flat_shape: tuple[int, ...],
-  shape: tuple[int, ...],
-  dtype: dtypes.Dtype,
-) -> Any:
-  """Runs an initializer on a flat shape, on which its fans depend."""
-  value = initialize(init, key, flat_shape, dtype)
-  if flat_shape == shape:
-    return value
-  if isinstance(value, VariableMetadata):
-    value.raw_value = jnp.reshape(value.raw_value, shape)
-    return value
-  return jnp.reshape(value, shape)
-
-
-class LinearGeneral(Module):
-  """Contracts some axes with a learned kernel and adds a learned bias.
-
-  Example:
-
-    >>> import jax.numpy as jnp
-    >>> import nnx
-    >>> layer = nnx.LinearGeneral(
-    ...   (2, 3), (4, 5), axis=(1, -1), rngs=nnx.Rngs(0)
-    ... )
-    >>> layer.kernel.shape, layer.bias.shape
-    ((2, 3, 4, 5), (4, 5))
-    >>> layer(jnp.ones((16, 2, 3))).shape
-    (16, 4, 5)
-
-  Args:
-    in_features: the sizes of the axes that are contracted, an int for one.
-    out_features: the sizes of the axes that they become, an int for one.
-    axis: which axes of the input are contracted, as many as `in_features`.
-    batch_axis: axes of the input, the leading ones, with their sizes: each
-      index along them has its own kernel and bias.
-    use_bias: whether there is a bias.
-    dtype: the dtype to compute in; of inputs and parameters, if None.
-    param_dtype: the dtype of the parameters.
-    kernel_init: `(key, shape, dtype) -> kernel`, of the flat shape `[inputs,
-      outputs]`.
-    bias_init: `(key, shape, dtype) -> bias`, of one axis.
-    precision: of the product, as in `jax.lax.dot_general`.
-    promote_dtype: `((inputs, kernel, bias), dtype=dtype)` to those three in the
-      dtype to compute in.
-    dot_general: called in place of `jax.lax.dot_general`, if not None.
-    dot_general_cls: what makes a `dot_general` for each call, if not None.
-    preferred_element_type: the dtype of the product, as in
-      `jax.lax.dot_general`.
-    rngs: the stream `params` gives the keys of kernel and bias.
-    kernel_metadata: metadata of the kernel.
-    bias_metadata: metadata of the bias.
-
-  Attributes:
-    kernel: `Param`, `[*batch_axis, *in_features, *out_features]`.
-    bias: `Param`, `[*batch_axis, *out_features]`, or None.
-
-  Raises:
-    ValueError: if `in_features` and `axis` differ in length, or `batch_axis`
-      are not the leading axes.
-  """
-
-  def __init__(
-    self,
-    in_features: int | Sequence[int],
-    out_features: int | Sequence[int],
-    *,
-    axis: int | Sequence[int] = -1,
-    batch_axis: Mapping[int, int] = NO_METADATA,
-    use_bias: bool = True,
-    dtype: dtypes.Dtype | None = None,
-    param_dtype: dtypes.Dtype = jnp.float32,
-    kernel_init: Initializer = default_kernel_init,
-    bias_init: Initializer = default_bias_init,
-    precision: Any = None,
-    promote_dtype: dtypes.PromoteDtypeFn = dtypes.promote_dtype,
-    dot_general: DotGeneral | None = None,
-    dot_general_cls: Callable[[], DotGeneral] | None = None,
-    preferred_element_type: dtypes.Dtype | None = None,
-    rngs: Rngs,
-    kernel_metadata: Mapping[str, Any] = NO_METADATA,
-    bias_metadata: Mapping[str, Any] = NO_METADATA,
-  ):
-    checks.wholes("in_features", in_features)
-    checks.wholes("out_features", out_features)
-    self.in_features = _as_tuple(in_features)
-    self.out_features = _as_tuple(out_features)
-    self.axis = _as_tuple(axis)
-    self.batch_axis = AxisSizes(batch_axis)
-    self.use_bias = use_bias
-    self.dtype = dtype
-    self.param_dtype = param_dtype
-    self.precision = precision
-    self.promote_dtype = promote_dtype
-    self.dot_general = dot_general
-    self.dot_general_cls = dot_general_cls
-    self.preferred_element_type = preferred_element_type
-    if len(self.in_features) != len(self.axis):
-      raise ValueError(
-        "`in_features` must have one size for each of `axis`, but got"
-        f" `in_features={self.in_features}` and `axis={self.axis}`."
-      )
-    if sorted(self.batch_axis) != list(range(len(self.batch_axis))):
-      raise ValueError(
-        "`batch_axis` must name the leading axes, from 0 on without a gap, but"
-        f" got `{dict(self.batch_axis)}`. Move those axes to the front."
-      )
-    batch = tuple(self.batch_axis.values())
-    fan_in = math.prod(batch) * math.prod(self.in_features)
-    fan_out = math.prod(self.out_features)
-    self.kernel = Param(
-      _initialize_flat(
-        kernel_init,
-        checks.key(rngs),
-        (fan_in, fan_out),
-        (*batch, *self.in_features, *self.out_features),
-        param_dtype,
-      ),
-      **kernel_metadata,
-    )
-    self.bias = None
-    if use_bias:
-      self.bias = Param(
-        _initialize_flat(
-          bias_init,
-          checks.key(rngs),
-          (math.prod(batch) * fan_out,),
-          (*batch, *self.out_features),
-          param_dtype,
-        ),
-        **bias_metadata,
-      )
-
-  def __call__(self, inputs: jax.Array, out_sharding: Any = None) -> jax.Array:
-    """Applies the layer.
-
-    Args:
-      inputs: an array with the axes `axis` and `batch_axis`, and any others.
-      out_sharding: the sharding of the product, under a mesh with explicit
-        axes.
-
-    Returns:
-      `[*batch_axis, *others, *out_features]`.
-    """
-    arguments = (
-      inputs,
-      self.kernel.value,
-      None if self.bias is None else self.bias.value,
-      self.axis,
-      tuple(self.batch_axis),
-      len(self.out_features),
-      self.dtype,
-      self.precision,
-      self.preferred_element_type,
-      out_sharding,
-    )
-    try:
-      if (
-        self.promote_dtype is dtypes.promote_dtype
-        and self.dot_general is None
-        and self.dot_general_cls is None
-      ):
-        return _linear_general(*arguments)
-      if self.dot_general_cls is not None:
-        dot_general = self.dot_general_cls()
-      else:
-        dot_general = self.dot_general or _DOT_GENERAL
-      return linear_general(*arguments, self.promote_dtype, dot_general)
-    except (TypeError, ValueError):
-      self._check_axes(inputs)
-      raise
-
-  def _check_axes(self, inputs: Any) -> None:
-    """Says in what the inputs do not fit, if they do not."""
-    shape = jnp.shape(inputs)
-    axes = [*self.batch_axis, *self.axis]
-    sizes = (*self.batch_axis.values(), *self.in_features)
-    for axis, size in zip(axes, sizes):
-      if not -len(shape) <= axis < len(shape) or shape[axis] != size:
-        raise ValueError(
-          f"Axis {axis} of `inputs` must be {size} for this"
-          f" `{type(self).__name__}`, but got {shape}."
-        ) from None
-
-
-def _parse_equation(equation: str) -> tuple[str, str, str]:
-  """Splits an equation into the labels of inputs, kernel and result."""
-  equation = equation.replace(" ", "")
-  if "->" not in equation:
-    raise ValueError(
-      "`einsum_str` must say the result after `->`, but got"
-      f" `{equation}`. Write it as in 'nta,hab->nthb'."
-    )
-  operands, result = equation.split("->", 1)
-  if operands.count(",") != 1:
-    raise ValueError(
-      "`einsum_str` must have two operands, the inputs and the kernel, but got"
-      f" {operands.count(',') + 1} in `{equation}`."
-    )
-  inputs, kernel = operands.split(",")
-  return inputs, kernel, result
-
-
-def _expand_labels(labels: str, rank: int) -> list[Any]:
-  """One label for each axis; an ellipsis numbers its axes from the right."""
-  if "..." not in labels:
-    return list(labels)
-  before, after = labels.split("...", 1)
-  hidden = rank - len(before) - len(after)
-  return [*before, *range(-hidden, 0), *after]
-
-
-def _bias_shape(
-  equation: str, inputs_rank: int, kernel_shape: Sequence[int]
-) -> list[int]:
-  """The shape that lets the bias add to the result: kernel's sizes, else 1."""
-  inputs, kernel, result = _parse_equation(equation)
-  kernel_labels = _expand_labels(kernel, len(kernel_shape))
-  sizes = dict(zip(kernel_labels, kernel_shape))
-  hidden = [
-    sum(isinstance(label, int) for label in labels)
-    for labels in (_expand_labels(inputs, inputs_rank), kernel_labels)
-  ]
-  rank = len(result.replace("...", ""))
-  if "..." in result:
-    rank += max(hidden)
-  return [sizes.get(label, 1) for label in _expand_labels(result, rank)]
-
-
-def einsum(
-  inputs: Any,
-  kernel: jax.Array,
-  bias: jax.Array | None,
-  equation: str,
-  kernel_shape: tuple[int, ...],
-  dtype: dtypes.Dtype | None = None,
-  precision: Any = None,
-  preferred_element_type: dtypes.Dtype | None = None,
-  out_sharding: Any = None,
-  promote_dtype: dtypes.PromoteDtypeFn = dtypes.promote_dtype,
-  einsum_op: Callable[..., jax.Array] = jnp.einsum,
-) -> jax.Array:
-  """Multiplies by a kernel as an equation says and adds a bias.
-
-  Example:
-
-    >>> import jax.numpy as jnp
-    >>> from nnx.nn.linear import einsum
-    >>> x, kernel = jnp.ones((5, 2)), jnp.ones((2, 3))
-    >>> einsum(x, kernel, jnp.ones(3), "na,ab->nb", (2, 3)).shape
-    (5, 3)
-
-  Args:
-    inputs: the first operand.
-    kernel: the second operand.
-    bias: None, or as many elements as the axes of the result that come from
-      the kernel have.
-    equation: as in `jnp.einsum`, with `->`.
-    kernel_shape: the shape of the kernel.
-    dtype: the dtype to compute in; of inputs and parameters, if None.
-    precision: of the product, as in `jnp.einsum`.
-    preferred_element_type: the dtype of the product, likewise.
-    out_sharding: the sharding of the product, likewise.
-    promote_dtype: brings the three arrays to `dtype`.
-    einsum_op: the product; gets `preferred_element_type` only if it is set.
-
-  Returns:
-    An array with the axes that the equation says.
-  """
-  inputs, kernel, bias = promote_dtype((inputs, kernel, bias), dtype=dtype)
-  options: dict[str, Any] = {"out_sharding": out_sharding}
-  if preferred_element_type is not None:
-    options["preferred_element_type"] = preferred_element_type
-  y = eager.current(einsum_op)(
-    equation, inputs, kernel, precision=precision, **options
-  )
-  if bias is None:
-    return y
-  return y + jnp.reshape(bias, _bias_shape(equation, inputs.ndim, kernel_shape))
-
-
-_einsum = eager.one_call(einsum, static_argnums=(3, 4, 5, 6, 7, 8))
-
-
-class Einsum(Module):
-  """Multiplies by a learned kernel as an equation says, and adds a bias.
-
-  Example:
-
-    >>> import jax.numpy as jnp
-    >>> import nnx
-    >>> layer = nnx.Einsum("nta,hab->nthb", (8, 2, 4), (8, 4), rngs=nnx.Rngs(0))
-    >>> layer(jnp.ones((16, 11, 2))).shape
-    (16, 11, 8, 4)
-
-  Args:
-    einsum_str: the equation as in `jnp.einsum`, with `->`; its first operand is
-      the input, its second the kernel. None, if each call gives it.
-    kernel_shape: the shape of the kernel.
-    bias_shape: the shape of the bias: the axes of the result that come from the
-      kernel, or the size of the only one. There is none, if None.
-    dtype: the dtype to compute in; of inputs and parameters, if None.
-    param_dtype: the dtype of the parameters.
-    precision: of the product, as in `jnp.einsum`.
-    kernel_init: `(key, shape, dtype) -> kernel`.
-    bias_init: `(key, shape, dtype) -> bias`.
-    promote_dtype: `((inputs, kernel, bias), dtype=dtype)` to those three in the
-      dtype to compute in.
-    einsum_op: called in place of `jnp.einsum`.
-    preferred_element_type: the dtype of the product, as in `jnp.einsum`.
-    rngs: the stream `params` gives the keys of kernel and bias.
-    kernel_metadata: metadata of the kernel.
-    bias_metadata: metadata of the bias.
-
-  Attributes:
-    kernel: `Param`, `[*kernel_shape]`.
-    bias: `Param`, `[*bias_shape]`, or None.
-
-  Raises:
-    ValueError: if the equation has no `->` or not two operands.
-  """
-
-  def __init__(
-    self,
-    einsum_str: str | None,
-    kernel_shape: Sequence[int],
-    bias_shape: Sequence[int] | int | None = None,
-    *,
-    dtype: dtypes.Dtype | None = None,
-    param_dtype: dtypes.Dtype = jnp.float32,
-    precision: Any = None,
-    kernel_init: Initializer = default_kernel_init,
-    bias_init: Initializer = default_bias_init,
-    promote_dtype: dtypes.PromoteDtypeFn = dtypes.promote_dtype,
-    einsum_op: Callable[..., jax.Array] = jnp.einsum,
-    preferred_element_type: dtypes.Dtype | None = None,
-    rngs: Rngs,
-    kernel_metadata: Mapping[str, Any] = NO_METADATA,
-    bias_metadata: Mapping[str, Any] = NO_METADATA,
-  ):
-    if einsum_str is not None:
-      einsum_str = einsum_str.replace(" ", "")
-      _parse_equation(einsum_str)
-    checks.wholes("kernel_shape", kernel_shape)
-    checks.wholes("bias_shape", () if bias_shape is None else bias_shape)
-    self.kernel = Param(
-      initialize(kernel_init, checks.key(rngs), kernel_shape, param_dtype),
-      **kernel_metadata,
-    )
-    self.bias = None
-    if bias_shape is not None:
-      bias_shape = _as_tuple(bias_shape)
-      self.bias = Param(
-        initialize(bias_init, checks.key(rngs), bias_shape, param_dtype),
-        **bias_metadata,
-      )
-    self.einsum_str = einsum_str
-    self.kernel_shape = tuple(kernel_shape)
-    self.bias_shape = bias_shape
-    self.dtype = dtype
-    self.param_dtype = param_dtype
-    self.precision = precision
-    self.promote_dtype = promote_dtype
-    self.einsum_op = einsum_op
-    self.preferred_element_type = preferred_element_type
-
-  def __call__(
-    self,
-    inputs: jax.Array,
-    einsum_str: str | None = None,
-    out_sharding: Any = None,
-  ) -> jax.Array:
-    """Applies the layer.
-
-    Args:
-      inputs: the first operand.
-      einsum_str: the equation, in place of the constructor's.
-      out_sharding: the sharding of the product, under a mesh with explicit
-        axes.
-
-    Returns:
-      An array with the axes that the equation says.
-
-    Raises:
-      ValueError: if there is no equation, or one that the constructor refuses.
-    """
-    if einsum_str is None:
-      einsum_str = self.einsum_str
-      if einsum_str is None:
-        raise ValueError(
-          "`Einsum` must get `einsum_str` from its constructor or its call, but"
-          " both are None."
-        )
-    else:
-      einsum_str = einsum_str.replace(" ", "")
-      _parse_equation(einsum_str)
-    arguments = (
-      inputs,
-      self.kernel.value,
-      None if self.bias is None else self.bias.value,
-      einsum_str,
-      self.kernel_shape,
-      self.dtype,
-      self.precision,
-      self.preferred_element_type,
-      out_sharding,
-    )
-    if self.promote_dtype is dtypes.promote_dtype and self.einsum_op is _EINSUM:
-      return _einsum(*arguments)
-    return einsum(*arguments, self.promote_dtype, self.einsum_op)

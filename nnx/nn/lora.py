@@ -26,7 +26,7 @@ A = TypeVar("A")
 
 
 class LoRAParam(Param[A], Generic[A]):
-  """A parameter of a low-rank adaptation, which filters tell from others.
+  """A parameter of a low-rank adaptation; filters select it by its type.
 
   Example:
 
@@ -38,7 +38,7 @@ class LoRAParam(Param[A], Generic[A]):
 
 
 class LoRA(Module):
-  """Multiplies by two thin matrices, and adds that to a module's result.
+  """Adds a product with two thin matrices to the result of a module.
 
       y = x @ lora_a @ lora_b + base_module(x)
 
@@ -62,17 +62,18 @@ class LoRA(Module):
     in_features: k, the size of the last axis of the input.
     lora_rank: r, the size between the matrices.
     out_features: c, the size of the last axis of the result.
-    base_module: a callable module, to the result of which is added; or None.
-    dtype: the dtype to compute in; of inputs and parameters, if None.
-    param_dtype: the dtype of the parameters.
+    base_module: A callable module, to whose result the product is added; or
+      None.
+    dtype: The dtype to compute in; of inputs and parameters, if None.
+    param_dtype: The dtype of the parameters.
     a_initializer: `(key, shape, dtype) -> lora_a`.
     b_initializer: `(key, shape, dtype) -> lora_b`.
-    lora_param_type: the type of the parameters.
-    promote_dtype: `((x, lora_a, lora_b), dtype=dtype)` to those three in the
-      dtype to compute in.
-    rngs: the stream `params` gives the keys of the matrices.
-    a_metadata: metadata of `lora_a`.
-    b_metadata: metadata of `lora_b`.
+    lora_param_type: The type of the parameters.
+    promote_dtype: `((x, lora_a, lora_b), dtype=dtype)`; returns those three in
+      the dtype to compute in.
+    rngs: The stream `params` gives the keys of the matrices.
+    a_metadata: Metadata of `lora_a`.
+    b_metadata: Metadata of `lora_b`.
     kernel_init: Flax 0.10's word for both initializers, in place of them if not
       None.
 
@@ -129,13 +130,13 @@ class LoRA(Module):
 
     Args:
       x: `[..., k]`.
-      **kwargs: for `base_module`, if there is one.
+      **kwargs: For `base_module`, if there is one.
 
     Returns:
       `[..., c]`.
 
     Raises:
-      ValueError: if `base_module` cannot be called.
+      ValueError: If `base_module` cannot be called.
     """
     base = self.base_module
     if base is not None and not callable(base):
@@ -156,11 +157,11 @@ class LoRA(Module):
     return y if base is None else y + base(promoted, **kwargs)
 
 
-@functools.partial(eager.one_call, static_argnums=3)
+@functools.partial(eager.compiled, static=("dtype",))
 def _lora(
   x: jax.Array, a: jax.Array, b: jax.Array, dtype: dtypes.Dtype | None
 ) -> tuple[jax.Array, jax.Array]:
-  """The promoted x, and its product."""
+  """Returns the promoted x, and its product with both matrices."""
   x, a, b = dtypes.promote_dtype((x, a, b), dtype=dtype)
   return x, x @ a @ b
 
@@ -190,18 +191,18 @@ class LoRALinear(Linear):
     in_features: k, the size of the last axis of the input.
     out_features: c, the size of the last axis of the result.
     lora_rank: r, the size between the two thin matrices.
-    lora_dtype: the `dtype` of the adaptation.
-    lora_param_dtype: the dtype of its parameters.
+    lora_dtype: The `dtype` of the adaptation.
+    lora_param_dtype: The dtype of its parameters.
     a_initializer: `(key, shape, dtype) -> lora_a`.
     b_initializer: `(key, shape, dtype) -> lora_b`.
-    lora_param_type: the type of its parameters.
-    lora_promote_dtype: its `promote_dtype`.
-    rngs: the stream `params` gives all keys.
-    a_metadata: metadata of `lora_a`.
-    b_metadata: metadata of `lora_b`.
+    lora_param_type: The type of its parameters.
+    lora_promote_dtype: Its `promote_dtype`.
+    rngs: The stream `params` gives all keys.
+    a_metadata: Metadata of `lora_a`.
+    b_metadata: Metadata of `lora_b`.
     lora_kernel_init: Flax 0.10's word for both initializers, in place of them
       if not None.
-    **kwargs: the keywords of `Linear`.
+    **kwargs: The keywords of `Linear`.
 
   Attributes:
     kernel: `Param`, `[k, c]`.
@@ -249,7 +250,7 @@ class LoRALinear(Linear):
 
     Args:
       x: `[..., k]`.
-      out_sharding: the sharding of the kernel's product, under a mesh with
+      out_sharding: The sharding of the kernel's product, under a mesh with
         explicit axes.
 
     Returns:

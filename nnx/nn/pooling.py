@@ -26,7 +26,7 @@ def _as_sizes(name: str, sizes: Any) -> tuple[int, ...]:
 
 
 def _as_pairs(padding: Any) -> tuple[tuple[int, ...], ...]:
-  """The pairs, or nothing where there are none."""
+  """Returns the pairs as tuples, or nothing if there are none."""
   try:
     return tuple(map(tuple, padding))
   except TypeError:
@@ -54,11 +54,11 @@ def pool(
 
   Args:
     inputs: `[..., *spatial, c]`.
-    init: what each reduction starts with.
-    reduce_fn: the function, as in `jax.lax.reduce_window`; derivatives exist
+    init: The value that each reduction starts with.
+    reduce_fn: The function, as in `jax.lax.reduce_window`; derivatives exist
       for `lax.add`, `lax.max` and `lax.min`.
-    window_shape: the sizes of a window along the spatial axes.
-    strides: from window to window; all 1, if None.
+    window_shape: The sizes of a window along the spatial axes.
+    strides: From window to window; all 1, if None.
     padding: "SAME", "VALID", or for each spatial axis how much of `init` to put
       before and after.
 
@@ -66,8 +66,8 @@ def pool(
     `[..., *fewer, c]`.
 
   Raises:
-    ValueError: if `strides` or `padding` do not fit `window_shape`, or that
-      does not fit `inputs`.
+    ValueError: If `strides` or `padding` do not fit `window_shape`, or
+      `window_shape` does not fit `inputs`.
   """
   window = _as_sizes("window_shape", window_shape)
   batch = inputs.ndim - len(window) - 1
@@ -125,17 +125,17 @@ def avg_pool(
 
   Args:
     inputs: `[..., *spatial, c]`, floating.
-    window_shape: the sizes of a window along the spatial axes.
-    strides: from window to window; all 1, if None.
+    window_shape: The sizes of a window along the spatial axes.
+    strides: From window to window; all 1, if None.
     padding: "SAME", "VALID", or for each spatial axis how many zeros to put
       before and after.
-    count_include_pad: whether these zeros count as elements.
+    count_include_pad: Whether these zeros count as elements.
 
   Returns:
     `[..., *fewer, c]`.
 
   Raises:
-    ValueError: as `pool`.
+    ValueError: For the same reasons as `pool`.
   """
   sums = pool(inputs, 0.0, lax.add, window_shape, strides, padding)
   if count_include_pad:
@@ -163,8 +163,8 @@ def max_pool(
 
   Args:
     inputs: `[..., *spatial, c]`, floating.
-    window_shape: the sizes of a window along the spatial axes.
-    strides: from window to window; all 1, if None.
+    window_shape: The sizes of a window along the spatial axes.
+    strides: From window to window; all 1, if None.
     padding: "SAME", "VALID", or for each spatial axis how much of `-inf` to put
       before and after.
 
@@ -172,7 +172,7 @@ def max_pool(
     `[..., *fewer, c]`.
 
   Raises:
-    ValueError: as `pool`.
+    ValueError: For the same reasons as `pool`.
   """
   return pool(inputs, -jnp.inf, lax.max, window_shape, strides, padding)
 
@@ -194,8 +194,8 @@ def min_pool(
 
   Args:
     inputs: `[..., *spatial, c]`, floating.
-    window_shape: the sizes of a window along the spatial axes.
-    strides: from window to window; all 1, if None.
+    window_shape: The sizes of a window along the spatial axes.
+    strides: From window to window; all 1, if None.
     padding: "SAME", "VALID", or for each spatial axis how much of `inf` to put
       before and after.
 
@@ -203,6 +203,6 @@ def min_pool(
     `[..., *fewer, c]`.
 
   Raises:
-    ValueError: as `pool`.
+    ValueError: For the same reasons as `pool`.
   """
   return pool(inputs, jnp.inf, lax.min, window_shape, strides, padding)

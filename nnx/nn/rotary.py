@@ -23,14 +23,21 @@ from nnx.variablelib import Variable
 _STRIDE = 256
 
 
+# `kernels.decode_attention.rope_tables` computes the same angles, in an order
+# that rounds differently unless `scale` is a power of two.  It is not called
+# here, so that numbers stay and programs that only train import no kernels.
+def _rates(pairs: int, base: float) -> np.ndarray:
+  """Returns by what angle, in radians, each pair turns per position."""
+  return base ** (-np.arange(pairs, dtype=np.float64) / pairs)
+
+
 @functools.lru_cache(maxsize=64)
 def _angles(
   count: int, stride: int, pairs: int, base: float, scale: float
 ) -> tuple[np.ndarray, np.ndarray]:
-  """Cosines and sines at the multiples of `stride`, from angles in float64."""
-  rates = base ** (-np.arange(pairs, dtype=np.float64) / pairs)
+  """Returns cosines and sines at multiples of `stride`, by float64 angles."""
   angles = np.arange(count, dtype=np.float64)[:, None] * (stride / scale)
-  angles = angles * rates
+  angles = angles * _rates(pairs, base)
   return np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32)
 
 
@@ -55,17 +62,17 @@ def rows(
 
   Args:
     positions: `[...]` integers in [0, `max_length`).
-    max_length: how many positions there may be.
-    features: h, even, those of a head.
-    base: of the wavelengths.
-    scale: positions are divided by it.
+    max_length: The number of positions.
+    features: h, even, the features of a head.
+    base: Base of the wavelengths.
+    scale: Positions are divided by it.
 
   Returns:
     Two arrays `[..., h // 2]`, float32.
 
-  Numerics: a float32 angle is wrong by 0.01 at position 100,000. So angles are
-    float64 and known when compiling, at multiples of 256 and for the rest, and
-    their cosines and sines are joined in float32.
+  Numerics: A float32 angle is off by 0.01 at position 100,000. So the angles of
+    multiples of 256, and of the remainders, are computed in float64 when the
+    program is traced; their cosines and sines are combined in float32.
   """
   pairs = features // 2
   blocks = -(-max_length // _STRIDE)
@@ -81,7 +88,7 @@ def rows(
 
 
 def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
-  """Turns the pairs of each head.
+  """Rotates the pairs of each head.
 
   Example:
 
@@ -94,7 +101,7 @@ def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
   Args:
     x: `[..., t, n, h]`, floating.
     cos: `[..., t, h // 2]`, or with fewer leading axes.
-    sin: like `cos`.
+    sin: Like `cos`.
 
   Returns:
     An array like x, computed in float32 at least.
@@ -110,7 +117,7 @@ def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
   return turned.astype(x.dtype)
 
 
-@functools.partial(eager.one_call, static_argnums=(2, 3))
+@functools.partial(eager.compiled, static=("base", "scale"))
 def rotate_from_start(
   query: jax.Array, key: jax.Array, base: float, scale: float = 1.0
 ) -> tuple[jax.Array, jax.Array]:
@@ -128,8 +135,8 @@ def rotate_from_start(
   Args:
     query: `[..., t, n, h]`, floating.
     key: `[..., s, kv heads, h]`, floating.
-    base: of the wavelengths.
-    scale: positions are divided by it.
+    base: Base of the wavelengths.
+    scale: Positions are divided by it.
 
   Returns:
     Arrays like `query` and `key`.
@@ -142,10 +149,11 @@ def rotate_from_start(
 
 
 class RoPE(Module):
-  """Rotary position embedding as a function of its own.
+  """Rotary position embedding as a module of its own.
 
-  `MultiHeadAttention(..., rope_base=theta)` does the same without it, and
-  decodes. This is for attention of one's own, and for models of Flax.
+  It is for custom attention, and for models of Flax.
+  `MultiHeadAttention(..., rope_base=theta)` does the same without it, and also
+  decodes.
 
   Example:
 
@@ -156,16 +164,16 @@ class RoPE(Module):
     [[1.0, 1.0], [-0.30000001192092896, 1.399999976158142]]
 
   Args:
-    theta: base of the wavelengths.
+    theta: Base of the wavelengths.
     embedding_size: h, even; with `max_seq_len`, tables are made once.
-    max_seq_len: the most tokens that the tables serve.
+    max_seq_len: The most tokens that the tables serve.
 
   Attributes:
     cached_sin: `Variable`, `[max_seq_len, h // 2]`, or None without
       `max_seq_len`; `cached_cos` likewise.
 
   Raises:
-    ValueError: if only one of `embedding_size` and `max_seq_len` is given, or
+    ValueError: If only one of `embedding_size` and `max_seq_len` is given, or
       `embedding_size` is odd.
   """
 
@@ -198,7 +206,7 @@ class RoPE(Module):
   def __call__(
     self, x: jax.Array, input_positions: jax.Array | None = None
   ) -> jax.Array:
-    """Turns the pairs of each token.
+    """Rotates the pairs of each token.
 
     Args:
       x: `[..., t, h]`, floating.
@@ -209,7 +217,7 @@ class RoPE(Module):
       An array like x, of float32 at least.
 
     Raises:
-      ValueError: if x has no axis of tokens; if h is odd, or not that of the
+      ValueError: If x has no axis of tokens; if h is odd, or not that of the
         tables; if t is more than they serve, or not that of `input_positions`.
 
     Numerics: `input_positions` are not known when compiling, and make angles in
@@ -228,8 +236,8 @@ class RoPE(Module):
           f"`input_positions` must have one for each of the {length} tokens of"
           f" `x`, but got the shape {input_positions.shape}."
         )
-      rates = self.theta ** (-np.arange(0, features, 2) / features)
-      angles = input_positions[..., None] * rates.astype(np.float32)
+      rates = _rates(features // 2, self.theta).astype(np.float32)
+      angles = input_positions[..., None] * rates
       cos, sin = jnp.cos(angles), jnp.sin(angles)
     elif self.cached_sin is None or self.cached_cos is None:
       cos, sin = self._from_start(length, features)
@@ -284,17 +292,17 @@ def dot_product_attention_with_rope(
     query: `[..., t, n, h]`.
     key: `[..., s, n // groups, h]`.
     value: `[..., s, n // groups, v]`.
-    rope: what rotates.
+    rope: The rotary embedding.
     input_positions: `[..., t]`, or with fewer leading axes: the positions of
       queries and keys, of which there are then as many; those from the start
       on, if None.
-    **kwargs: of `dot_product_attention`.
+    **kwargs: Of `dot_product_attention`.
 
   Returns:
     `[..., t, n, v]`.
 
   Raises:
-    ValueError: if shapes do not fit.
+    ValueError: If shapes do not fit.
   """
   for name, x in (("query", query), ("key", key)):
     if x.ndim < 3:

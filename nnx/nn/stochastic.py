@@ -17,7 +17,7 @@ from nnx.rnglib import Rngs, RngStream
 
 
 class Dropout(Module):
-  """Sets random elements to 0 and divides the others by the odds to stay.
+  """Sets random elements to 0 and scales the others up to keep the mean.
 
       keep = jax.random.bernoulli(key, 1 - rate, inputs.shape)
       y = jnp.where(keep, inputs / (1 - rate), 0)
@@ -35,17 +35,17 @@ class Dropout(Module):
     True
 
   Args:
-    rate: in [0, 1], the probability with which an element is dropped.
-    broadcast_dims: axes along which all elements share one fate.
-    deterministic: whether to return the input as it is; `train()` and `eval()`
-      set it. None, if each call says it.
-    rng_collection: the stream that keys come from.
-    rngs: a fork of its stream, or of this stream, is kept. None, if each call
+    rate: In [0, 1], the probability with which an element is dropped.
+    broadcast_dims: Axes along which all elements are kept or dropped together.
+    deterministic: Whether to return the input as it is; `train()` and `eval()`
+      set it. None, if each call says so.
+    rng_collection: The stream that keys come from.
+    rngs: A fork of its stream, or of this stream, is kept. None, if each call
       brings keys.
 
   Raises:
-    TypeError: if `rngs` is something else.
-    ValueError: if `rate` is not in [0, 1].
+    TypeError: If `rngs` is something else.
+    ValueError: If `rate` is not in [0, 1].
   """
 
   def __init__(
@@ -82,16 +82,17 @@ class Dropout(Module):
 
     Args:
       inputs: `[...]`, floating.
-      deterministic: in place of the layer's, if not None.
-      rngs: streams, a stream or a key, in place of the layer's, if not None.
+      deterministic: Overrides that of the layer, if not None.
+      rngs: Streams, a stream or a key, overriding those of the layer, if not
+        None.
 
     Returns:
       An array of the shape and dtype of `inputs`.
 
     Raises:
-      ValueError: if neither the call nor the layer says `deterministic`, or
+      ValueError: If neither the call nor the layer says `deterministic`, or
         has `rngs` where they are needed.
-      TypeError: if `rngs` is something else.
+      TypeError: If `rngs` is something else.
     """
     if deterministic is None:
       deterministic = self.deterministic
@@ -140,13 +141,13 @@ class Dropout(Module):
       True
 
     Args:
-      deterministic: whether to return the input as it is.
+      deterministic: Whether to return the input as it is.
     """
     if deterministic is not None:
       self.deterministic = deterministic
 
 
-@functools.partial(eager.one_call, static_argnums=3)
+@functools.partial(eager.compiled, static=("dims",))
 def _drop(
   key: jax.Array, inputs: jax.Array, keep_prob: Any, dims: tuple[int, ...]
 ) -> jax.Array:

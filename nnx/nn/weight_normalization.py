@@ -43,7 +43,7 @@ def _changed(path: Path) -> RuntimeError:
 
 
 class WeightNorm(Module):
-  """Brings weights to norm 1, times a scale, before each call of a layer.
+  """Normalises weights to norm 1, times a scale, before each call of a layer.
 
       kernel = scale * kernel / jnp.linalg.norm(kernel, axis=other_axes)
 
@@ -60,25 +60,27 @@ class WeightNorm(Module):
     Array([1., 1.], dtype=float32)
 
   Args:
-    layer_instance: the layer. Its parameters hold the normalised weights after
+    layer_instance: The layer. Its parameters hold the normalised weights after
       a call.
-    feature_axes: the axes of a weight each index of which has a norm of its
-      own; None, for one norm of all.
-    use_scale: whether to multiply with scales.
+    feature_axes: The axes of a weight along which each index has its own norm;
+      None, for one norm of the whole weight.
+    use_scale: Whether to multiply by scales.
     scale_init: `(key, shape, dtype) -> scale`.
-    epsilon: added to the square of the norm.
-    dtype: the dtype of the weights; that of weight and scale, if None.
-    param_dtype: the dtype of the scales.
-    variable_filter: which parameters are normalised.
-    promote_dtype: `((weight, scale), dtype=dtype)` to those two in the dtype to
-      compute in.
-    rngs: the stream `params` gives the keys of scales, unless they are ones.
+    epsilon: Added to the square of the norm.
+    dtype: The dtype of the weights; that of weight and scale, if None.
+    param_dtype: The dtype of the scales.
+    variable_filter: Which parameters are normalised.
+    promote_dtype: `((weight, scale), dtype=dtype)`; returns those two in the
+      dtype to compute in.
+    rngs: The stream `params` gives the keys of scales, unless they are ones.
 
   Attributes:
     scales: `Param`s of the sizes of `feature_axes`, by the paths of the
       parameters; None without scales. Arrays in objects from Flax up to 0.12.8,
       whose optimizers left them alone.
   """
+
+  layer_instance: Any  # a Module with a `__call__`
 
   def __init__(
     self,
@@ -126,15 +128,15 @@ class WeightNorm(Module):
     """Normalises the weights and calls the layer.
 
     Args:
-      x: the input of the layer.
-      *args: further arguments of the layer.
-      **kwargs: keywords of the layer.
+      x: The input of the layer.
+      *args: Further arguments of the layer.
+      **kwargs: Keywords of the layer.
 
     Returns:
       The result of the layer.
 
     Raises:
-      RuntimeError: if the layer has new parameters.
+      RuntimeError: If the layer has new parameters.
     """
     for path, param in _parameters(self.layer_instance):
       if self.variable_filter(path, param):
@@ -145,9 +147,10 @@ class WeightNorm(Module):
     weight, scale = param.value, None
     kept = self._axes(weight.ndim)
     if self.use_scale:
-      if path not in self.scales:
+      scales = self.scales or {}
+      if path not in scales:
         raise _changed(path)
-      scale = self.scales[path]
+      scale = scales[path]
       scale = scale.value if isinstance(scale, Variable) else scale
       scale = scale.reshape(
         [size if i in kept else 1 for i, size in enumerate(weight.shape)]
@@ -161,9 +164,9 @@ class WeightNorm(Module):
 class SpectralNorm(Module):
   """Divides weights by their largest singular values before each call.
 
-  The singular values are estimated by power iteration, which goes on from where
-  the last call left off: training improves it, and after `eval()` it stays.
-  Weights of more than two axes count as matrices of their last axis.
+  Power iteration estimates the singular values, from where the last call
+  stopped: each training call improves the estimate; after `eval()` it is kept.
+  A weight of more than two axes is a matrix whose columns are its last axis.
 
   Source: Miyato et al. 2018, "Spectral normalization for generative adversarial
   networks".
@@ -181,24 +184,26 @@ class SpectralNorm(Module):
     Array(1., dtype=float32)
 
   Args:
-    layer_instance: the layer. Its parameters hold the normalised weights after
+    layer_instance: The layer. Its parameters hold the normalised weights after
       a call.
-    n_steps: steps of power iteration for each call; without any, nothing is
+    n_steps: Steps of power iteration for each call; without any, nothing is
       done.
-    epsilon: added to the squares of norms.
-    dtype: what weights are rounded to; that of weights and vectors, if None.
-    param_dtype: the dtype of the vectors.
-    error_on_non_matrix: whether to refuse weights of more than two axes.
-    update_stats: whether to keep the vectors; `train()` and `eval()` set it.
-    rngs: the stream `params` gives the keys of the vectors.
+    epsilon: Added to the squares of norms.
+    dtype: What weights are rounded to; that of weights and vectors, if None.
+    param_dtype: The dtype of the vectors.
+    error_on_non_matrix: Whether to refuse weights of more than two axes.
+    update_stats: Whether to keep the vectors; `train()` and `eval()` set it.
+    rngs: The stream `params` gives the keys of the vectors.
 
   Attributes:
     batch_stats: `BatchStat`s `u`, `[1, columns]`, and `sigma`, `[]`, by the
       paths of the parameters and these names.
 
   Raises:
-    ValueError: if a weight is refused.
+    ValueError: If a weight is refused.
   """
+
+  layer_instance: Any  # a Module with a `__call__`
 
   def __init__(
     self,
@@ -238,7 +243,7 @@ class SpectralNorm(Module):
       return False
     if param.ndim > 2 and self.error_on_non_matrix:
       raise ValueError(
-        "Weights must be matrices where `error_on_non_matrix` says so, but"
+        "Weights must be matrices with `error_on_non_matrix=True`, but"
         f" `{'/'.join(map(str, path))}` has the shape {param.shape}."
       )
     return True
@@ -247,15 +252,15 @@ class SpectralNorm(Module):
     """Normalises the weights and calls the layer.
 
     Args:
-      x: the input of the layer.
-      update_stats: in place of the layer's, if not None.
+      x: The input of the layer.
+      update_stats: Overrides that of the layer, if not None.
 
     Returns:
       The result of the layer.
 
     Raises:
-      RuntimeError: if the layer has new parameters.
-      ValueError: if a weight is refused.
+      RuntimeError: If the layer has new parameters.
+      ValueError: If a weight is refused.
     """
     if update_stats is None:
       update_stats = not self.use_running_average
@@ -284,5 +289,5 @@ class SpectralNorm(Module):
       kept_u.value = u.astype(kept_u.dtype)
       kept_sigma.value = sigma.astype(kept_sigma.dtype)
     dtype = dtypes.canonicalize_dtype(matrix, u, v, sigma, dtype=self.dtype)
-    # Rounded to `dtype`, the parameter keeps its own.
+    # Rounded to `dtype`; the parameter keeps its own dtype.
     param[...] = matrix.reshape(weight.shape).astype(dtype)

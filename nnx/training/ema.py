@@ -34,19 +34,19 @@ class EMA(Pytree):
     Array([2., 2.], dtype=float32)
 
   Args:
-    params: the model, or any pytree of Variables.
-    decay: in [0, 1], the weight of the old average.
-    only: a filter of the Variables that are averaged.
-    graph: accepted for programs of Flax 0.12; references are always followed.
+    params: The model, or any pytree of Variables.
+    decay: In [0, 1], the weight of the old average.
+    only: A filter of the Variables that are averaged.
+    graph: Accepted for programs of Flax 0.12; references are always followed.
 
   Attributes:
-    decay: the weight.
-    filter: the filter.
-    params: a State of the averages, Variables of the same kinds.
+    decay: The weight.
+    filter: The filter.
+    params: A State of the averages, Variables of the same kinds.
 
   Raises:
-    TypeError: if the filter selects what is no Variable.
-    ValueError: if `decay` is not in [0, 1].
+    TypeError: If the filter selects something that is not a Variable.
+    ValueError: If `decay` is not in [0, 1].
   """
 
   def __init__(
@@ -72,8 +72,8 @@ class EMA(Pytree):
   def update(self, updates: Any) -> None:
     """Moves the averages towards new values.
 
-    What is not floating-point, such as a count or a key, is not averaged: the
-    newest is kept.
+    Values that are not floating-point, such as a count or a key, are not
+    averaged: the newest one is kept.
 
     Example:
 
@@ -85,10 +85,10 @@ class EMA(Pytree):
       2.0
 
     Args:
-      updates: the model, or its State.
+      updates: The model, or its State.
 
     Raises:
-      ValueError: if it lacks one of the Variables that are averaged.
+      ValueError: If it lacks one of the Variables that are averaged.
     """
     if not isinstance(self.params, State):
       self._move(self.params, updates)
@@ -116,10 +116,10 @@ class EMA(Pytree):
     _set_raw_value(average, jax.tree.map(moved, old, new))
 
   def apply_to(self, model: A) -> A:
-    """A model like the one given whose Variables are the averages.
+    """Returns a model like the one given whose Variables are the averages.
 
-    They are the Variables of this object: what `update` does is seen in the
-    model. Those that are not averaged are those of `model`.
+    It shares them with this object, so that it follows each `update`. Variables
+    that are not averaged are those of `model`.
 
     Example:
 
@@ -131,7 +131,7 @@ class EMA(Pytree):
       (True, True)
 
     Args:
-      model: the model that this was made for, or one like it.
+      model: The model that this was made for, or one like it.
 
     Returns:
       A new model.
@@ -143,7 +143,7 @@ class EMA(Pytree):
 
 
 def _average_of(path: Any, leaf: Any) -> Variable[Any]:
-  """A copy of a Variable with arrays of its own, which may be donated."""
+  """Copies a Variable and its arrays, which may then be donated."""
   if not isinstance(leaf, Variable):
     where = "/".join(map(str, path))
     raise TypeError(

@@ -30,8 +30,8 @@ class MetricState(Variable):
 class Metric(Pytree):
   """The base of metrics, which define the constructor and three methods.
 
-  A metric is an object of Variables, as a Module is: it goes through `nnx.jit`
-  and the other transforms, and what is done to it there is seen outside.
+  Like a Module, a metric is an object of Variables: `nnx.jit` and the other
+  transforms take it and propagate what happens to it.
 
   Example:
 
@@ -59,19 +59,19 @@ class Metric(Pytree):
     raise _must_define(self, "__init__")
 
   def reset(self) -> None:
-    """Forgets what was seen."""
+    """Forgets all values."""
     raise _must_define(self, "reset")
 
   def update(self, **kwargs: Any) -> None:
-    """Takes in new values."""
+    """Adds new values."""
     raise _must_define(self, "update")
 
   def compute(self) -> Any:
-    """The value of the metric."""
+    """Returns the value of the metric."""
     raise _must_define(self, "compute")
 
   def split(self, *filters: Filter) -> tuple[Any, ...]:
-    """As `nnx.split(self, *filters)`.
+    """Splits the metric, as `nnx.split(self, *filters)`.
 
     Example:
 
@@ -83,9 +83,9 @@ class Metric(Pytree):
     return functional.split(self, *filters)
 
   def _keywords(self) -> frozenset[str] | None:
-    """The keywords that `update` makes use of; None, if it may use any.
+    """Returns the keywords that `update` uses; None, if it may use any.
 
-    What is gathered under a name such as `_` or `_others` is not used.
+    Keywords gathered under a name such as `_` or `_others` are not used.
     """
     names = set()
     for name, parameter in inspect.signature(self.update).parameters.items():
@@ -150,11 +150,11 @@ class Average(Metric):
     Array(nan, dtype=float32)
 
   Args:
-    argname: the keyword by which `update` takes the values.
+    argname: The keyword by which `update` takes the values.
 
   Attributes:
-    total: the sum of the values, a scalar float32.
-    count: their number, a scalar int32.
+    total: The sum of the values, a scalar float32.
+    count: Their number, a scalar int32.
   """
 
   def __init__(self, argname: str = "values"):
@@ -168,16 +168,16 @@ class Average(Metric):
     self.count[...] = jnp.array(0, dtype=jnp.int32)
 
   def update(self, mask: jax.Array | None = None, **kwargs: Any) -> None:
-    """Takes in values.
+    """Adds values.
 
     Args:
-      mask: weights of the values, or which of them count: broadcast to them.
-      **kwargs: the values under the metric's name for them, an array `[...]`
+      mask: Weights of the values, or which of them count: broadcast to them.
+      **kwargs: The values under the metric's name for them, an array `[...]`
         or a number; other keywords are left to other metrics.
 
     Raises:
-      TypeError: if the values are missing.
-      ValueError: if a mask comes with a number, or does not broadcast.
+      TypeError: If the values are missing.
+      ValueError: If a mask comes with a number, or does not broadcast.
     """
     values = _taken(kwargs, self.argname, self)
     if _is_number(values):
@@ -197,7 +197,7 @@ class Average(Metric):
       self.count[...] += mask.sum().astype(self.count.dtype)
 
   def compute(self) -> jax.Array:
-    """The mean, a scalar float32; NaN if there were no values."""
+    """Returns the mean, a scalar float32; NaN if there were no values."""
     return self.total / self.count
 
   def _keywords(self) -> frozenset[str] | None:
@@ -218,9 +218,10 @@ class Statistics(NamedTuple):
     'Statistics'
 
   Attributes:
-    mean: of the values.
-    standard_error_of_mean: the standard deviation over the root of the number.
-    standard_deviation: of the values, that of the whole population.
+    mean: Of the values.
+    standard_error_of_mean: The standard deviation over the square root of the
+      number of values.
+    standard_deviation: That of the values, as of a whole population.
   """
 
   mean: jax.Array
@@ -228,7 +229,7 @@ class Statistics(NamedTuple):
   standard_deviation: jax.Array
 
   def replace(self, **changes: Any) -> Statistics:
-    """A copy with some fields changed.
+    """Returns a copy with some fields changed.
 
     Example:
 
@@ -260,12 +261,12 @@ class Welford(Metric):
     (2.0, 1.22474)
 
   Args:
-    argname: the keyword by which `update` takes the values.
+    argname: The keyword by which `update` takes the values.
 
   Attributes:
-    count: the number of values, a scalar int32.
-    mean: their mean, a scalar float32.
-    m2: the sum of their squared distances from the mean, a scalar float32.
+    count: The number of values, a scalar int32.
+    mean: Their mean, a scalar float32.
+    m2: The sum of their squared distances from the mean, a scalar float32.
 
   Source: T. Chan, G. Golub, R. LeVeque, Updating Formulae and a Pairwise
   Algorithm for Computing Sample Variances, 1979.
@@ -284,20 +285,20 @@ class Welford(Metric):
     self.m2[...] = jnp.array(0, dtype=jnp.float32)
 
   def update(self, mask: jax.Array | None = None, **kwargs: Any) -> None:
-    """Takes in values.
+    """Adds values.
 
     Args:
-      mask: not possible here; None.
-      **kwargs: the values under the metric's name for them, an array `[...]`
+      mask: Not possible here; None.
+      **kwargs: The values under the metric's name for them, an array `[...]`
         or a number; other keywords are left to other metrics.
 
     Raises:
-      TypeError: if the values are missing, or there is a mask.
+      TypeError: If the values are missing, or there is a mask.
     """
     if mask is not None:
       raise TypeError(
-        "`Welford` must be updated without a `mask`, but got one. Leave values"
-        " out before, or give a `MultiMetric` a dict of masks by metric."
+        "`Welford` must be updated without a `mask`, but got one. Select the"
+        " values first, or give a `MultiMetric` a dict of masks by metric."
       )
     values = _taken(kwargs, self.argname, self)
     if _is_number(values):
@@ -312,7 +313,7 @@ class Welford(Metric):
     self.m2[...] += m2 + delta * delta * count * before / self.count
 
   def compute(self) -> Statistics:
-    """The `Statistics` of the values; scalars, float32."""
+    """Returns the `Statistics` of the values; scalars, float32."""
     variance = self.m2 / self.count
     deviation = variance**0.5
     return Statistics(
@@ -345,13 +346,13 @@ class Accuracy(Average):
     Array(0.5, dtype=float32)
 
   Args:
-    threshold: for two classes told apart by one logit: from here on it says
-      class 1. `None` if there is a logit for each class.
-    *args: those of `Average`.
-    **kwargs: the same.
+    threshold: The logit from which on an element is of class 1, for two classes
+      told apart by one logit. None, if there is a logit for each class.
+    *args: Those of `Average`.
+    **kwargs: The same.
 
   Raises:
-    TypeError: if `threshold` is not a float.
+    TypeError: If `threshold` is not a float.
   """
 
   def __init__(self, threshold: float | None = None, *args: Any, **kwargs: Any):
@@ -371,17 +372,17 @@ class Accuracy(Average):
     mask: jax.Array | None = None,
     **_: Any,
   ) -> None:
-    """Takes in predictions.
+    """Adds predictions.
 
     Args:
       logits: `[..., c]` for `c` classes, `[...]` with a threshold.
       labels: `[...]`, integers: the right classes.
-      mask: weights of the predictions, or which of them count: broadcast to
+      mask: Weights of the predictions, or which of them count: broadcast to
         the labels.
 
     Raises:
-      ValueError: if the labels are no integers, or have not the shape that
-        goes with the logits.
+      ValueError: If the labels are not integers, or do not have the shape that
+        fits the logits.
     """
     logits, labels = jnp.asarray(logits), jnp.asarray(labels)
     if self.threshold is not None:
@@ -433,10 +434,10 @@ class MultiMetric(Metric):
     Array(nan, dtype=float32)
 
   Args:
-    **metrics: the metrics; each becomes an attribute of its name.
+    **metrics: The metrics; each becomes an attribute of its name.
 
   Raises:
-    ValueError: if a name is that of a method.
+    ValueError: If a name is that of a method.
   """
 
   def __init__(self, **metrics: Metric):
@@ -459,11 +460,11 @@ class MultiMetric(Metric):
     """Updates each metric, with everything given.
 
     Args:
-      **updates: what the metrics take. A `mask` that is a dict has one for each
-        metric named in it, and none for the others.
+      **updates: Arguments of the metrics. A `mask` that is a dict has one for
+        each metric named in it, and none for the others.
 
     Raises:
-      TypeError: if no metric takes a keyword, or a mask is for none of them.
+      TypeError: If no metric takes a keyword, or a mask is for none of them.
     """
     self._check(updates)
     mask = updates.pop("mask", None)
@@ -479,7 +480,7 @@ class MultiMetric(Metric):
       getattr(self, name).update(**updates, **extra)
 
   def _check(self, updates: dict[str, Any]) -> None:
-    """Refuses keywords that no metric makes use of."""
+    """Refuses keywords that no metric uses."""
     taken = self._keywords()
     if taken is None:
       return
@@ -501,5 +502,5 @@ class MultiMetric(Metric):
     return frozenset(names)
 
   def compute(self) -> dict[str, Any]:
-    """The value of each metric, by name."""
+    """Returns the value of each metric, by name."""
     return {name: getattr(self, name).compute() for name in self._metric_names}

@@ -31,8 +31,7 @@ class _Missing:
 
 _MISSING = _Missing()
 
-# A parameter's hooks on its values are about the parameter: its momentum must
-# not pass through them.
+# Hooks on the values of a parameter must not run on its momentum.
 _VALUE_HOOKS = frozenset(["on_create_value", "on_get_value", "on_set_value"])
 
 
@@ -55,7 +54,7 @@ class OptState(Variable):
 
 
 class OptArray(OptState):
-  """State of an optimizer that belongs to no single Variable: a step count.
+  """State of an optimizer that does not belong to one Variable: a step count.
 
   Example:
 
@@ -72,8 +71,8 @@ class OptArray(OptState):
 class OptVariable(OptState):
   """State of an optimizer that belongs to a Variable: its momentum.
 
-  It has the metadata of the Variable, apart from hooks on values. A sharding
-  under the name `optimizer_sharding` is taken in place of the Variable's own.
+  It has the metadata of the Variable except hooks on values. A sharding named
+  `optimizer_sharding` replaces that of the Variable.
 
   Example:
 
@@ -105,7 +104,7 @@ class _Array:
 
 
 def _for_init(path: Any, leaf: Any) -> Any:
-  """A Variable as `tx.init` may see it: of its kind, with a plain array."""
+  """Returns a Variable for `tx.init`: of its type, with a plain array."""
   del path
   if not _is_variable(leaf):
     return leaf
@@ -121,7 +120,7 @@ def _for_init(path: Any, leaf: Any) -> Any:
 
 
 def _opt_state_of(leaf: Any) -> Variable[Any]:
-  """The Variable that holds a leaf of what `tx.init` returned."""
+  """Returns the Variable that holds a leaf of the result of `tx.init`."""
   if not _is_variable(leaf):
     return OptArray(leaf)
   metadata = leaf.get_metadata()
@@ -143,10 +142,10 @@ def _opt_state_of(leaf: Any) -> Variable[Any]:
 
 
 def _placed_like(value: Any, parameter: Any, annotation: Any) -> Any:
-  """An array where its parameter is, or None if the annotation says that.
+  """Places an array like its parameter; None if the annotation says where.
 
-  One that has fewer names than the array has axes may be that of a slice: of a
-  parameter that a transform has stacked.
+  An annotation with fewer names than the array has axes may be that of a slice,
+  if a transform has stacked the parameter.
   """
   if not isinstance(value, jax.Array) or not isinstance(parameter, jax.Array):
     return None
@@ -169,7 +168,7 @@ def _placed_like(value: Any, parameter: Any, annotation: Any) -> Any:
 
 
 def apply_updates(params: Any, updates: Any) -> Any:
-  """Parameters with updates added to them, each in the parameter's dtype.
+  """Adds updates to parameters, each in the dtype of the parameter.
 
   Example:
 
@@ -179,8 +178,8 @@ def apply_updates(params: Any, updates: Any) -> Any:
     {'w': Array(1.5, dtype=bfloat16)}
 
   Args:
-    params: a pytree of arrays.
-    updates: one of the same structure.
+    params: A pytree of arrays.
+    updates: One of the same structure.
 
   Returns:
     A pytree of that structure.
@@ -193,7 +192,7 @@ def apply_updates(params: Any, updates: Any) -> Any:
 
 
 def _gradients_of(params: Any, grads: Any, wrt: Filter) -> Any:
-  """The arrays of the gradients, in the structure of the parameters."""
+  """Returns the arrays of the gradients, in the structure of parameters."""
   if not isinstance(params, State):  # of a model that is one Variable
     return functional.as_pure(grads)
   given = dict(to_flat_state(functional.state(grads)))
@@ -269,24 +268,24 @@ class Optimizer(Pytree, Generic[M]):
     >>> _ = optimizer.update(nnx.grad(loss_fn)(optimizer.model))
 
   Args:
-    model: the model.
-    tx: the transformation.
-    *old_wrt: at most one filter: that of an optimizer that keeps the model,
+    model: The model.
+    tx: The transformation.
+    *old_wrt: At most one filter: that of an optimizer that keeps the model,
       in place of `nnx.Param`.
-    wrt: a filter of the Variables to update, which should be the one that
+    wrt: A filter of the Variables to update, which should be the one that
       `nnx.grad` is given.
-    graph: accepted for programs of Flax 0.12; references are always followed.
+    graph: Accepted for programs of Flax 0.12; references are always followed.
 
   Attributes:
-    step: an `OptState`, the number of updates.
-    tx: the transformation.
-    opt_state: its state: what `tx.init` returns, with an `OptVariable` in the
+    step: An `OptState`, the number of updates.
+    tx: The transformation.
+    opt_state: Its state: what `tx.init` returns, with an `OptVariable` in the
       place of each Variable and an `OptArray` in that of each other leaf.
-    wrt: the filter.
+    wrt: The filter.
 
   Raises:
-    TypeError: if `tx` has no `init` and `update`, or if two filters are given.
-    ValueError: if `wrt` selects nothing of the model.
+    TypeError: If `tx` has no `init` and `update`, or if two filters are given.
+    ValueError: If `wrt` selects nothing of the model.
   """
 
   model: M
@@ -371,10 +370,10 @@ class Optimizer(Pytree, Generic[M]):
       (-1.0, 0.0)
 
     Args:
-      model: the model that the optimizer was made for, or one like it.
-      grads: the gradients, with those of the Variables that `wrt` selects: a
+      model: The model that the optimizer was made for, or one like it.
+      grads: The gradients, with those of the Variables that `wrt` selects: a
         `State` as `nnx.grad` returns it, a Module, or nested dicts.
-      **kwargs: passed to `tx.update`, for the transformations that take more,
+      **kwargs: Passed to `tx.update`, for the transformations that take more,
         such as `value` for those that look at the loss. Variables in them are
         replaced by their values.
 
@@ -383,9 +382,9 @@ class Optimizer(Pytree, Generic[M]):
       arrays in place of the Variables.
 
     Raises:
-      TypeError: if the gradients are missing, or the model, and the optimizer
+      TypeError: If the gradients are missing, or the model, and the optimizer
         does not keep one.
-      ValueError: if the gradients are not those of the Variables that `wrt`
+      ValueError: If the gradients are not those of the Variables that `wrt`
         selects of the model, or if the model is not like the one that the
         optimizer was made for.
     """
@@ -446,9 +445,9 @@ class ModelAndOptimizer(Optimizer[M]):
     (True, 1)
 
   Args:
-    model: the model, kept as the attribute `model`.
-    tx: the transformation.
-    wrt: a filter of the Variables to update.
+    model: The model, kept as the attribute `model`.
+    tx: The transformation.
+    wrt: A filter of the Variables to update.
   """
 
   def __init__(self, model: M, tx: Any, *, wrt: Filter = Param):
@@ -468,8 +467,8 @@ class ModelAndOptimizer(Optimizer[M]):
       0.0
 
     Args:
-      grads: the gradients.
-      **kwargs: passed to `tx.update`.
+      grads: The gradients.
+      **kwargs: Passed to `tx.update`.
 
     Returns:
       The updates that were added to the parameters.

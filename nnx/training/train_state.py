@@ -18,7 +18,7 @@ T = TypeVar("T", bound="TrainState[Any]")
 
 
 def _is_static(field: dataclasses.Field) -> bool:
-  """Whether a field is static, said as here or as by `flax.struct.field`."""
+  """Returns whether a field is static, by our mark or `flax.struct.field`'s."""
   metadata = field.metadata
   return metadata.get("static", not metadata.get("pytree_node", True))
 
@@ -66,11 +66,11 @@ class TrainState(Generic[M]):
     (1, Array([1. , 1.5], dtype=float32))
 
   Attributes:
-    graphdef: the structure of the model.
-    params: the parameters.
-    opt_state: the state of the transformation.
-    step: the number of steps taken, a scalar integer.
-    tx: the transformation, static.
+    graphdef: The structure of the model.
+    params: The parameters.
+    opt_state: The state of the transformation.
+    step: The number of steps taken, a scalar integer.
+    tx: The transformation, static.
   """
 
   graphdef: GraphDef[M]
@@ -93,7 +93,7 @@ class TrainState(Generic[M]):
     step: int = 0,
     **kwargs: Any,
   ) -> T:
-    """Makes one, with the transformation's state for the parameters.
+    """Makes a train state, with the optimizer's state for the parameters.
 
     Example:
 
@@ -104,11 +104,11 @@ class TrainState(Generic[M]):
       Array(0, dtype=int32, weak_type=True)
 
     Args:
-      graphdef: the structure of the model, from `nnx.split`.
-      params: its parameters.
-      tx: a transformation of optax.
-      step: the number of steps taken before.
-      **kwargs: the fields of a derived class.
+      graphdef: The structure of the model, from `nnx.split`.
+      params: Its parameters.
+      tx: A transformation of optax.
+      step: The number of steps taken before.
+      **kwargs: The fields of a derived class.
 
     Returns:
       The train state.
@@ -144,15 +144,15 @@ class TrainState(Generic[M]):
       6.0
 
     Args:
-      state: a State, or the name of a field that is one.
-      *states: more of them; together all of the model's state.
+      state: A State, or the name of a field that is one.
+      *states: More of them; together all of the model's state.
 
     Returns:
       What `graphdef.apply` returns: a function of the model's arguments that
       returns its result and a pair of the graphdef and the new state.
 
     Raises:
-      TypeError: if a field that is named is no State.
+      TypeError: If a field that is named is not a State.
     """
     given = []
     for part in (state, *states):
@@ -163,13 +163,13 @@ class TrainState(Generic[M]):
             f"`{type(self).__name__}.{name}` must be a State to be applied, but"
             f" it is a `{type(part).__name__}`."
           )
-      # A copy: the model that is called must write to no Variable of this
-      # state, which is immutable, and may be of an outer trace.
+      # A copy, as the model must not write to Variables of this state: it is
+      # immutable, and may belong to an outer trace.
       given.append(jax.tree.map(lambda leaf: leaf, part))
     return self.graphdef.apply(*given)
 
   def apply_gradients(self: T, grads: State, **kwargs: Any) -> T:
-    """The train state after one step.
+    """Returns the train state after one step.
 
     Example:
 
@@ -183,8 +183,8 @@ class TrainState(Generic[M]):
       (0.5, 1)
 
     Args:
-      grads: the gradients of the parameters, of their structure.
-      **kwargs: new values of other fields.
+      grads: The gradients of the parameters, of their structure.
+      **kwargs: New values of other fields.
 
     Returns:
       A new train state.
@@ -198,7 +198,7 @@ class TrainState(Generic[M]):
     )
 
   def replace(self: T, **changes: Any) -> T:
-    """A copy with some fields changed.
+    """Returns a copy with some fields changed.
 
     Example:
 

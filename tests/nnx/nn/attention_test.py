@@ -154,7 +154,7 @@ def test_attention_refuses_what_does_not_fit():
     nnx.dot_product_attention(q, q[0], q[0])
   with pytest.raises(ValueError, match="must have the same batch axes"):
     nnx.dot_product_attention(q, q[:1], q[:1])
-  with pytest.raises(ValueError, match="must have as many tokens"):
+  with pytest.raises(ValueError, match="must have the same number of tokens"):
     nnx.dot_product_attention(q, q, q[:, 1:])
   with pytest.raises(ValueError, match="heads of `query` must be a multiple"):
     nnx.dot_product_attention(q, q[:, :, :3], q[:, :, :3], precision="high")
@@ -427,14 +427,16 @@ def test_a_full_cache_is_an_error():
   ours, _ = decoders(length=2)
   ours(array(2, 2, 8))
   before = jax.tree.leaves(nnx.state(ours, nnx.Cache))
-  message = "`max_length` is 2, `cache_index` is 2, and 1 more came"
+  message = "`max_length` is 2, `cache_index` is 2, and the call adds 1"
   with pytest.raises(ValueError, match=message):
     ours(array(2, 1, 8))
   for a, b in zip(before, jax.tree.leaves(nnx.state(ours, nnx.Cache))):
     np.testing.assert_array_equal(a, b)
   ours.init_cache((2, 2, 8))
   ours(array(2, 1, 8))
-  with pytest.raises(ValueError, match="`cache_index` is 1, and 2 more came"):
+  with pytest.raises(
+    ValueError, match="`cache_index` is 1, and the call adds 2"
+  ):
     ours(array(2, 2, 8))
 
 

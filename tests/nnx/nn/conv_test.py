@@ -191,5 +191,5 @@ def test_refusals_of_conv():
   with pytest.raises(ValueError, match="`feature_group_count` must divide"):
     nnx.Conv(3, 4, 3, feature_group_count=2, rngs=nnx.Rngs(0))
   layer = nnx.Conv(3, 4, (3, 3), padding="CAUSAL", rngs=nnx.Rngs(0))
-  with pytest.raises(ValueError, match="must come with one spatial axis"):
+  with pytest.raises(ValueError, match="needs exactly one spatial axis"):
     layer(array(2, 8, 8, 3))

@@ -317,7 +317,9 @@ def test_each_sequence_has_room_of_its_own():
   layer.init_cache((2, 4, FEATURES), per_sequence=True)
   x = array(2, 3, FEATURES)
   layer(x, lengths=jnp.array([3, 1]))
-  with pytest.raises(ValueError, match="`cache_index` is 3, and 3 more came"):
+  with pytest.raises(
+    ValueError, match="`cache_index` is 3, and the call adds 3"
+  ):
     layer(x)
   layer(x, lengths=jnp.array([1, 3]))
   assert layer.cache_index.value.tolist() == [4, 4]

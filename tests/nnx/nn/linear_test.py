@@ -168,7 +168,7 @@ def test_einsum_takes_an_equation_of_the_call():
 
 
 def test_einsum_refuses_equations_that_are_none():
-  with pytest.raises(ValueError, match="`einsum_str` must say the result"):
+  with pytest.raises(ValueError, match="`einsum_str` must have the result"):
     nnx.Einsum("na,ab", (2, 4), rngs=nnx.Rngs(0))
   with pytest.raises(ValueError, match="two operands.*but got 3 in"):
     nnx.Einsum("na,ab,bc->nc", (2, 4), rngs=nnx.Rngs(0))

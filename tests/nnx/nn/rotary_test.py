@@ -8,13 +8,23 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from kernels import decode_attention
 import nnx
+from nnx.nn import rotary
 from tests.nnx.nn import comparison
 from tests.nnx.nn.comparison import array
 
 needs_new_flax = pytest.mark.skipif(
   not hasattr(flax_nnx, "RoPE"), reason="this Flax does not have RoPE yet"
 )
+
+
+@pytest.mark.parametrize("scale", [1.0, 4.0])
+def test_rows_are_those_of_the_kernels(scale):
+  rows = rotary.rows(jnp.arange(200), 200, 64, 1e4, scale)
+  tables = decode_attention.rope_tables(200, 64, theta=1e4, scale=scale)
+  for row, table in zip(rows, tables):
+    np.testing.assert_array_equal(row, table)
 
 
 def turned(x, positions, theta):

@@ -1,5 +1,7 @@
 """Every parameter of flax.nnx's signatures, in its order."""
 
+import importlib
+
 from flax import nnx as flax_nnx
 import pytest
 
@@ -63,6 +65,37 @@ FUNCTIONS = (
   "pool",
 )
 
+# Where Flax's users import names from that `nnx` has as well.
+MODULES = {
+  "attention": (
+    "MultiHeadAttention",
+    "combine_masks",
+    "dot_product_attention",
+    "dot_product_attention_weights",
+    "make_attention_mask",
+    "make_causal_mask",
+  ),
+  "linear": ("Einsum", "Linear", "LinearGeneral", "default_kernel_init"),
+  "normalization": (
+    "BatchNorm",
+    "GroupNorm",
+    "InstanceNorm",
+    "LayerNorm",
+    "RMSNorm",
+  ),
+  "recurrent": (
+    "RNN",
+    "Bidirectional",
+    "GRUCell",
+    "LSTMCell",
+    "OptimizedLSTMCell",
+    "RNNCellBase",
+    "SimpleCell",
+    "flip_sequences",
+    "modified_orthogonal",
+  ),
+}
+
 # Since Flax 0.12.12.
 NEW = {"RoPE", "dot_product_attention_with_rope"}
 
@@ -119,6 +152,19 @@ def test_functions_take_the_parameters_of_flax(name):
   comparison.assert_same_signature(
     getattr(nnx, name), getattr(flax_nnx, name), OWN.get(name, ())
   )
+
+
+@pytest.mark.parametrize(
+  ("module", "name"),
+  [(module, name) for module, names in MODULES.items() for name in names],
+)
+def test_modules_have_the_names_of_flax(module, name):
+  ours, theirs = (
+    getattr(importlib.import_module(f"{library}.nn.{module}"), name)
+    for library in ("nnx", "flax.nnx")
+  )
+  assert callable(ours) and callable(theirs)
+  assert ours is getattr(nnx, name, ours)
 
 
 @pytest.mark.parametrize("name", ACTIVATIONS)
