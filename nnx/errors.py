@@ -147,8 +147,7 @@ def trace_error(target: Any) -> TraceContextError:
     lines.append(f"It is `{path.lstrip('.')}` of a `{type(root).__name__}`.")
   origin = target._origin
   if origin is not None:
-    filename, line = origin
-    lines.append(f'It was made at "{filename}", line {line}.')
+    lines.append(f'It was made at "{origin.filename}", line {origin.line}.')
   lines.append(
     "A transform traces its function with values that must not leak out of the"
     " trace, so objects from outside of it cannot be written there. Pass the"

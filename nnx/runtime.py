@@ -85,7 +85,7 @@ def configure() -> None:
     state=statelib.State,
     structure=definitions.NodeDef,
     freeze_static=statics.freeze,
-    library_prefix=os.path.dirname(os.path.dirname(__file__)) + os.sep,
+    library_prefix=os.path.dirname(__file__) + os.sep,
     restored_value=restored.restored_value,
     shape_message=restored.shape_message,
     restored_leaf=restored.LEAF,

@@ -110,7 +110,8 @@ class MergeContext:
     return _engine.merge(
       graphdef,
       functional._merged((state, *states)),
-      0,
+      False,
+      False,
       self._seen,
       self._updated,
     )

@@ -36,11 +36,6 @@ Node = TypeVar("Node")
 Filter = filters_lib.Filter
 PathParts = filters_lib.PathParts
 
-# Flags of `_engine.merge`.
-_COPY, _KEEP_ARRAYS = 1, 2
-# Flags of `_engine.update`.
-_ANY_SHAPE, _NEW_ARRAYS = 1, 2
-
 _ALL = (True,)
 
 
@@ -178,11 +173,11 @@ def merge(
       "`merge` must be given the states that `nnx.split` returned, but got only"
       " a graphdef."
     )
-  flags = (_COPY if copy else 0) | (0 if recreate_variables else _KEEP_ARRAYS)
   state = states[0] if len(states) == 1 else None
   if type(state) is not state_lib.State:
     state = _merged(states)
-  return _engine.merge(graphdef, state, flags)
+  keep_arrays = not recreate_variables
+  return _engine.merge(graphdef, state, copy, keep_arrays)
 
 
 def _unpacked(packed: tuple[Any, ...]) -> tuple[Any, tuple[Any, ...]]:
@@ -233,15 +228,13 @@ def update(
     ValueError: if a state does not fit the object.
     TraceContextError: if the object belongs to another trace.
   """
-  flags = 0 if check_shapes else _ANY_SHAPE
+  new_arrays = True
   if states or type(state) is not state_lib.State:
     made_by_us = (state_lib.State, GraphState, state_lib.FlatState)
-    if all(isinstance(part, made_by_us) for part in (state, *states)):
-      flags |= _NEW_ARRAYS
+    new_arrays = all(isinstance(part, made_by_us) for part in (state, *states))
     state = _merged((state, *states))
-  else:
-    flags |= _NEW_ARRAYS
-  _engine.update(node, state, flags)
+  any_shape = not check_shapes
+  _engine.update(node, state, any_shape, new_arrays)
 
 
 def state(node: Any, /, *filters: Filter, graph: bool | None = None) -> Any:
@@ -566,10 +559,14 @@ def unflatten(
     seen = _by_number(index_ref)
   if outer_index_outer_ref is not None:
     updated = _by_number(outer_index_outer_ref)
-  flags = (_COPY if copy_variables else 0) | (
-    0 if recreate_variables else _KEEP_ARRAYS
+  node = _engine.merge(
+    graphdef,
+    _from_state(state),
+    copy_variables,
+    not recreate_variables,
+    seen,
+    updated,
   )
-  node = _engine.merge(graphdef, _from_state(state), flags, seen, updated)
   if index_ref is not None and seen is not None:
     for number in range(len(index_ref), len(seen)):
       index_ref[number] = seen[number]

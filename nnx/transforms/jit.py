@@ -157,7 +157,7 @@ class Options:
     if not donated:
       if shardings is not None:
         options["in_shardings"] = (tuple(shardings),)
-      return jax.jit(flat, **options), None
+      return _engine.JitEntry((jax.jit(flat, **options), None))
     kept = [i for i in range(len(leaves)) if i not in set(donated)]
     if shardings is not None:
       options["in_shardings"] = (
@@ -165,7 +165,8 @@ class Options:
         tuple(shardings[i] for i in donated),
       )
     split = flat.split(kept, donated)
-    return jax.jit(split, donate_argnums=1, **options), donated
+    compiled = jax.jit(split, donate_argnums=1, **options)
+    return _engine.JitEntry((compiled, donated))
 
   def check_leaves(self, structure, leaves, names) -> None:
     """Refuses what cannot be traced, with the path to it."""
@@ -234,17 +235,19 @@ class Options:
         continue
       node_end = start  # of the outermost graph node around, or before it
       for i in range(start, end):
-        kind, index, leaf = records[i][:3]
-        if index >= 0 and kind != "ref" and i >= node_end:
+        record = records[i]
+        if preorder.is_graph_node(record) and i >= node_end:
           node_end = preorder.subtree_end(records, i)
-        if leaf >= 0:
-          asked.append(leaf)
+        if record.leaf >= 0:
+          asked.append(record.leaf)
           if i >= node_end:
-            plain.add(leaf)
+            plain.add(record.leaf)
     if not asked:
       return []
     _, plan = flat.trace(leaves)
-    unchanged = {~source for source in plan.sources if source < 0}
+    unchanged = {
+      match for match, output in zip(plan.matches, plan.output_of) if output < 0
+    }
     return [i for i in asked if i in plain or i not in unchanged]
 
 
@@ -317,7 +320,7 @@ class Flat(lift.Lifted):
     if self.shardings is None and self.options.out_shardings is None:
       return packed
     plan, outputs = packed.plan, list(packed.outputs)
-    filled = [None if s < 0 else outputs[s] for s in plan.sources]
+    filled = lift.leaf_values(plan, outputs, [None] * self.structure.num_leaves)
     wanted: list[Any] = [None] * len(filled)
     roots = plan.structure._num_roots
     if self.options.out_shardings is not None:
@@ -331,20 +334,28 @@ class Flat(lift.Lifted):
       )
     if self.shardings is not None:
       sharding_of = {
-        index: self.shardings[leaf]
-        for kind, index, leaf, *_ in self.structure._records
-        if kind == "variable" and leaf >= 0
+        record.index: self.shardings[record.leaf]
+        for record in _variables(self.structure)
       }
-      for kind, index, leaf, *_ in plan.structure._records:
-        if kind == "variable" and leaf >= 0 and plan.origin[index] >= 0:
-          wanted[leaf] = sharding_of.get(plan.origin[index])
-    for leaf, sharding in enumerate(wanted):
-      source = plan.sources[leaf]
-      if source >= 0 and sharding is not None:
-        outputs[source] = jax.lax.with_sharding_constraint(
-          outputs[source], sharding
+      origin = plan.origin
+      for record in _variables(plan.structure):
+        if origin[record.index] >= 0:
+          wanted[record.leaf] = sharding_of.get(origin[record.index])
+    for output, sharding in zip(plan.output_of, wanted):
+      if output >= 0 and sharding is not None:
+        outputs[output] = jax.lax.with_sharding_constraint(
+          outputs[output], sharding
         )
     return _engine.packed_unflatten(plan, tuple(outputs))
+
+
+def _variables(structure: _engine.StructureBase) -> list[_engine.NodeRecord]:
+  """Lists the records of the Variables that are one leaf each."""
+  return [
+    record
+    for record in structure._records
+    if record.kind is _engine.NodeKind.VARIABLE and record.leaf >= 0
+  ]
 
 
 class Lowered:
@@ -402,7 +413,7 @@ class JitWrapped(_engine.JitFunction):
     functools.update_wrapper(self, options.fun)
     jax_private.register_cache(self, "nnx.jit")
 
-  def _roots(self, args: tuple, kwargs: Mapping[str, Any]):
+  def _roots(self, args: tuple, kwargs: Mapping[str, Any]) -> _engine.Flattened:
     """The structure, leaves and objects of a call."""
     names = sorted(kwargs)
     static = [
@@ -426,7 +437,7 @@ class JitWrapped(_engine.JitFunction):
       A `Lowered`, with `compile()`.
     """
     compiled, flat_args, donated = self._prepare(*args, **kwargs)
-    structure = self._roots(args, kwargs)[0]
+    structure = self._roots(args, kwargs).structure
 
     def call(run, args, kwargs):
       given, leaves, objects = self._roots(args, kwargs)
@@ -460,7 +471,7 @@ class JitWrapped(_engine.JitFunction):
     structure, leaves, _ = self._roots(args, kwargs)
     packed = compiled.eval_shape(*flat_args)
     # Applied to copies: the arguments stay as they are.
-    objects = _engine.unflatten(structure, leaves)[1]
+    objects = _engine.unflatten(structure, leaves).objects
     return _engine.apply(packed, objects, leaves)
 
 

@@ -16,6 +16,7 @@
 #include "nnx/engine/cc/match.h"
 #include "nnx/engine/cc/plan.h"
 #include "nnx/engine/cc/structure.h"
+#include "nnx/engine/cc/vocabulary.h"
 
 namespace nnx::engine {
 namespace {
@@ -24,7 +25,7 @@ struct JitFunction {
   PyObject_HEAD PyObject* dict;
   PyObject* weaklist;
   vectorcallfunc vectorcall;
-  // (structure, leaves, names, objects) -> (compiled, donated)
+  // (structure, leaves, names, objects) -> JitEntry
   PyObject* make_entry;
   PyObject* copy_array;  // (array) -> array
   PyObject* statics;     // frozenset of positions and keyword names
@@ -216,18 +217,14 @@ std::shared_ptr<Entry> SlowEntry(JitFunction* self, const Arguments& arguments,
         nullptr));
   }
   if (!made) return nullptr;
-  if (!PyTuple_Check(made.get()) || PyTuple_GET_SIZE(made.get()) != 2) {
-    PyErr_SetString(PyExc_TypeError,
-                    "`make_entry` must return (function, donated leaves).");
-    return nullptr;
-  }
+  JitEntry parts;
+  if (!JitEntry::Read(made.get(), &parts)) return nullptr;
   auto entry = std::make_shared<Entry>();
   entry->structure = structure;
   entry->names = arguments.names;
-  entry->compiled = Ref::Borrow(PyTuple_GET_ITEM(made.get(), 0));
-  PyObject* donated = PyTuple_GET_ITEM(made.get(), 1);
-  if (donated != Py_None) {
-    Ref items = Ref::Steal(PySequence_Tuple(donated));
+  entry->compiled = Ref::Borrow(parts.function);
+  if (parts.donated != Py_None) {
+    Ref items = Ref::Steal(PySequence_Tuple(parts.donated));
     if (!items) return nullptr;
     std::vector<bool> is_donated(call->leaves.size());
     for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(items.get()); ++i) {
@@ -451,8 +448,7 @@ PyObject* JitCacheSize(PyObject* self, PyObject*) {
   return PyLong_FromSize_t(AsJit(self)->cache->size());
 }
 
-// _prepare(*args, **kwargs): (compiled function, its arguments, numbers of the
-// donated leaves), for lowering without running.
+// _prepare(*args, **kwargs): a Prepared, for lowering without running.
 PyObject* JitPrepare(PyObject* callable, PyObject* const* args,
                      Py_ssize_t nargs, PyObject* kwnames) {
   JitFunction* self = AsJit(callable);
@@ -479,10 +475,10 @@ PyObject* JitPrepare(PyObject* callable, PyObject* const* args,
     if (!number) return nullptr;
     PyTuple_SET_ITEM(numbers.get(), static_cast<Py_ssize_t>(i), number);
   }
-  return donates ? Py_BuildValue("(O(OO)O)", entry->compiled.get(), kept.get(),
-                                 donated.get(), numbers.get())
-                 : Py_BuildValue("(O(O)O)", entry->compiled.get(), kept.get(),
-                                 numbers.get());
+  Ref operands = Ref::Steal(donates ? PyTuple_Pack(2, kept.get(), donated.get())
+                                    : PyTuple_Pack(1, kept.get()));
+  return NewRecord(g_prepared_type, {entry->compiled, operands, numbers})
+      .release();
 }
 
 PyMemberDef jit_members[] = {
@@ -510,7 +506,7 @@ PyMethodDef jit_methods[] = {
      "Number of structures that were compiled for."},
     {"_prepare", reinterpret_cast<PyCFunction>(JitPrepare),
      METH_FASTCALL | METH_KEYWORDS,
-     "_prepare(*args, **kwargs): (compiled, its arguments, donated leaves)."},
+     "_prepare(*args, **kwargs): the call, Prepared and not made."},
     {nullptr, nullptr, 0, nullptr},
 };
 

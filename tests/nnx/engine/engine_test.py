@@ -108,7 +108,7 @@ def test_graphdefs_pickle_and_copy(graph):
 
 def _pickles(graph):
   return not any(
-    record[0] == "pytree" for record in nnx.graphdef(graph)._records
+    record.kind == "pytree" for record in nnx.graphdef(graph)._records
   )
 
 
@@ -277,7 +277,7 @@ def test_marked_scalars_are_leaves():
   assert leaves == (1,)
   vars(node)["a"] = np.ones(1)
   assert _engine.matches(structure, (node,))
-  assert _engine.flatten((node,))[0] == structure
+  assert _engine.flatten((node,)).structure == structure
 
 
 def test_equal_statics_of_other_types_do_not_match():
@@ -319,7 +319,7 @@ def test_layouts_of_one_class_are_many():
     node = graphs.Node()
     for j in range(i, -1, -1):
       setattr(node, f"a{j}", nnx.Param(j))
-    structures.append((node, _engine.flatten((node,))[0]))
+    structures.append((node, _engine.flatten((node,)).structure))
   for node, structure in structures:
     assert _engine.matches(structure, (node,))
     assert [path[0] for path, _ in nnx.state(node).flat_state()] == sorted(
