@@ -47,6 +47,10 @@ PROGRAMS = ("examples", "tools")
 ORDER = (
   "nnx.engine",
   "nnx.filterlib",
+  "nnx.variable_settings",
+  "nnx.variable_metadata",
+  "nnx.variable_operators",
+  "nnx.variable_base",
   "nnx.variablelib",
   "nnx.statelib",
   "nnx.graphlib",
