@@ -55,21 +55,6 @@ def keys_text(keys: Any) -> str:
   return f"[{shown}{', ...' if len(keys) > 12 else ''}]"
 
 
-def path_text(path: tuple[Any, ...]) -> str:
-  """A path as a user would write it.
-
-  Example:
-
-    >>> from nnx.restored import path_text
-    >>> path_text(("layers", 0, "kernel"))
-    'layers[0].kernel'
-  """
-  text = ""
-  for key in path:
-    text += f".{key}" if isinstance(key, str) else f"[{key!r}]"
-  return text.lstrip(".") or "<root>"
-
-
 def restored_value(
   old: Any, value: Any, path: str, check_shapes: bool = True
 ) -> Any:

@@ -13,9 +13,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from nnx import reprlib
+from nnx import reprlib, summary_cells
 from nnx.containers import Dict, List
-from nnx.engine import pytrees
 from nnx.graphlib import functional
 from nnx.module import Module
 from nnx.pytreelib import Pytree
@@ -124,7 +123,7 @@ class _Recorder:
   ) -> Any:
     order, self._calls = self._calls, self._calls + 1
     path = getattr(node, _PLACE).path
-    inputs = _arguments_text(args, kwargs)
+    inputs = summary_cells.arguments_text(args, kwargs)
     identity = path, name, inputs
     if identity in self._seen:
       return method(node, *args, **kwargs)
@@ -168,10 +167,6 @@ def _abstract(value: Any) -> Any:
   return value
 
 
-def _is_array(value: Any) -> bool:
-  return isinstance(value, (jax.Array, np.ndarray, jax.ShapeDtypeStruct))
-
-
 # A function of arrays, and abstract ones to call it with.
 _Flat = tuple[Callable[..., Any], tuple[Any, ...]]
 
@@ -190,7 +185,7 @@ def _flat(
   graphdef, state = functional.split(node)
   variables, statedef = jax.tree.flatten(state)
   leaves, treedef = jax.tree.flatten((args, dict(kwargs)))
-  dynamic = [i for i, leaf in enumerate(leaves) if _is_array(leaf)]
+  dynamic = [i for i, leaf in enumerate(leaves) if summary_cells.is_array(leaf)]
 
   def function(variables, arrays):
     copy = functional.merge(graphdef, statedef.unflatten(variables))
@@ -224,7 +219,8 @@ def _vjp(
     return [
       leaf
       for leaf in outputs
-      if _is_array(leaf) and jnp.issubdtype(leaf.dtype, jnp.inexact)
+      if summary_cells.is_array(leaf)
+      and jnp.issubdtype(leaf.dtype, jnp.inexact)
     ]
 
   primals, backward = jax.vjp(of_floats, [inputs[i] for i in floats])
@@ -233,7 +229,11 @@ def _vjp(
 
 def _flops(function: Callable[..., Any], operands: tuple[Any, ...]) -> int:
   def arrays_of(*operands):
-    return [x for x in jax.tree.leaves(function(*operands)) if _is_array(x)]
+    return [
+      x
+      for x in jax.tree.leaves(function(*operands))
+      if summary_cells.is_array(x)
+    ]
 
   # Here: a table without FLOPs needs no kernels.
   import kernels
@@ -323,93 +323,6 @@ def _record(
     _watch.recorder = before
 
 
-# What is in the cells
-
-
-def _array_text(value: Any) -> str:
-  shape = ",".join(map(str, value.shape))
-  return f"[dim]{value.dtype}[/dim][{shape}]"
-
-
-def _scalar_text(value: Any) -> str:
-  from rich import markup
-
-  if _is_array(value):
-    return _array_text(value)
-  if isinstance(value, Variable):
-    return _scalar_text(value.raw_value)
-  if isinstance(value, type):
-    return f"type\\[{value.__name__}]"
-  if isinstance(value, Pytree):
-    return f"{type(value).__name__}(...)"
-  return markup.escape(repr(value).replace("'", ""))
-
-
-def _children(value: Any) -> dict[Any, Any] | list[Any] | None:
-  """What a value consists of, by name or in order; None of a scalar."""
-  if isinstance(value, (Pytree, Variable)) or _is_array(value):
-    return None
-  if isinstance(value, Mapping):
-    if all(isinstance(key, str) for key in value):
-      return dict(sorted(value.items()))
-    return dict(value)
-  if isinstance(value, (list, tuple)) and not hasattr(value, "_fields"):
-    return list(value)
-  opened = pytrees.flatten_pytree(value)
-  if opened is None or value is None:
-    return None
-  children, _, keys = opened
-  return dict(zip(keys, children, strict=True))
-
-
-def _lines(value: Any) -> list[str]:
-  """Nested values as lines: `name: value`, and `- value` in lists."""
-  children = _children(value)
-  if children is None:
-    return _scalar_text(value).split("\n")
-  if not children:
-    return ["{}" if isinstance(children, dict) else "[]"]
-  lines = []
-  if isinstance(children, list):
-    for child in children:
-      first, *rest = _lines(child)
-      lines += [f"- {first}", *(f"  {line}" for line in rest)]
-    return lines
-  for name, child in children.items():
-    inner = _children(child)
-    if inner:
-      margin = "" if isinstance(inner, list) else "  "
-      lines.append(f"{name}:")
-      lines += [margin + line for line in _lines(child)]
-    else:
-      first, *rest = _lines(child)
-      lines += [f"{name}: {first}", *(f"  {line}" for line in rest)]
-  return lines
-
-
-def _text(value: Any) -> str:
-  children = _children(value)
-  if value is None or (children is not None and not children):
-    return ""
-  return "\n".join(_lines(value))
-
-
-def _arguments_text(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> str:
-  parts = []
-  if len(args) == 1 and not kwargs:
-    parts.append(_text(args[0]))
-  elif args:
-    parts.append(_text(args))
-  if kwargs:
-    parts.append(_text(kwargs))
-  return "\n".join(parts)
-
-
-def _size_text(size: reprlib.Size) -> str:
-  elements, rest = repr(size).split(" ", 1)
-  return f"{elements} [dim]{rest}[/dim]"
-
-
 # The table
 
 
@@ -446,11 +359,11 @@ class _Contents:
       if where[:-1] != path or not where or self.type_of(variable) is not type_:
         continue
       value = _value(variable)
-      text = value if _is_array(value) else ""
+      text = value if summary_cells.is_array(value) else ""
       metadata = variable.get_metadata(exclude_required=True)
       if metadata:
         found[where[-1]] = {"value": text, **metadata}
-      elif _is_array(value):
+      elif summary_cells.is_array(value):
         found[where[-1]] = text
     return found
 
@@ -546,7 +459,7 @@ def tabulate(
   columns = {"path": ["/".join(map(str, row.path)) for row in rows]}
   columns["type"] = [row.type.__name__ for row in rows]
   columns["inputs"] = [row.inputs_repr for row in rows]
-  columns["outputs"] = [_text(row.outputs) for row in rows]
+  columns["outputs"] = [summary_cells.text(row.outputs) for row in rows]
   if compute_flops:
     columns["flops"] = [str(row.flops) for row in rows]
   if compute_vjp_flops:
@@ -589,18 +502,20 @@ def _render(
   table.columns[-1].footer = rich_text.Text("Total", justify="right")
   for type_, total in zip(types, totals, strict=True):
     table.add_column(type_.__name__, **column_kwargs)
-    table.columns[-1].footer = _size_text(total)
+    table.columns[-1].footer = summary_cells.size_text(total)
   for i, row in enumerate(rows):
     cells = [cells[i] for cells in columns.values()]
     for type_ in types:
-      attributes = _text(contents.at(row.object_path, type_))
+      attributes = summary_cells.text(contents.at(row.object_path, type_))
       size = contents.below(row.object_path, type_)
       cell = f"{attributes}\n\n" if attributes else ""
-      cells.append(cell + (f"[bold]{_size_text(size)}[/bold]" if size else ""))
+      cells.append(
+        cell + (f"[bold]{summary_cells.size_text(size)}[/bold]" if size else "")
+      )
     table.add_row(*cells)
   table.caption_style = "bold"
   total = sum(totals, reprlib.Size())
-  table.caption = f"\nTotal Parameters: {_size_text(total)}"
+  table.caption = f"\nTotal Parameters: {summary_cells.size_text(total)}"
   file = io.StringIO()
   options = {"force_terminal": True, "force_jupyter": reprlib.in_notebook()}
   rich_console.Console(file=file, **(options | dict(console_kwargs))).print(

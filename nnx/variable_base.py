@@ -16,10 +16,10 @@ import jax
 
 from nnx import partitioning, reprlib
 from nnx.engine import _engine, pytrees
+from nnx.missing import MISSING
 from nnx.variable_metadata import (
   CREATE_HOOK,
   GET_HOOK,
-  MISSING,
   SET_HOOK,
   HasMetadata,
   VariableMetadata,

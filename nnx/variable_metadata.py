@@ -15,18 +15,12 @@ from typing import Any, Generic, TypeVar
 
 from nnx import partitioning
 from nnx.engine import _engine
+from nnx.missing import MISSING
 from nnx.variable_settings import settings
 
 A = TypeVar("A")
 F = TypeVar("F", bound=Callable[..., Any])
 
-
-class _Missing:
-  def __repr__(self) -> str:
-    return "<missing>"
-
-
-MISSING = _Missing()
 
 # Flax 0.10's names of the hooks, and those under which they are stored.
 HOOK_ALIASES = {

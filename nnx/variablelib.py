@@ -10,11 +10,11 @@ from __future__ import annotations
 import functools
 from typing import Any, TypeVar
 
+from nnx.missing import MISSING as MISSING
 from nnx.variable_base import Variable as Variable
 from nnx.variable_base import is_ref as is_ref
 from nnx.variable_metadata import CREATE_HOOK
 from nnx.variable_metadata import HOOK_ALIASES as HOOK_ALIASES
-from nnx.variable_metadata import MISSING as MISSING
 from nnx.variable_metadata import VariableMetadata as VariableMetadata
 from nnx.variable_metadata import as_hooks as as_hooks
 from nnx.variable_metadata import is_hook_name as is_hook_name

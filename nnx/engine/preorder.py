@@ -149,17 +149,19 @@ def leaf_names(
   }
 
 
-def path_text(path: Sequence[Any]) -> str:
-  """Writes a path as a user would type it.
+def path_text(path: Sequence[Any], start: str = "") -> str:
+  """Writes a path, from a name on, as a user would type it.
 
   Example:
 
     >>> from nnx.engine import preorder
     >>> preorder.path_text(("layers", 0, "w"))
     'layers[0].w'
+    >>> preorder.path_text(("layers", 0), "model")
+    'model.layers[0]'
   """
   parts = [f".{key}" if isinstance(key, str) else f"[{key!r}]" for key in path]
-  return "".join(parts).lstrip(".") or "<root>"
+  return (start + "".join(parts)).lstrip(".") or "<root>"
 
 
 def leaves(records: Records, start: int, end: int) -> list[int]:

@@ -17,7 +17,7 @@ from typing import Any
 
 from nnx import filterlib as filters_lib
 from nnx.engine import _engine
-from nnx.graphlib import functional
+from nnx.graphlib.states import as_state, merged
 
 
 class _Stacks(threading.local):
@@ -68,7 +68,7 @@ class SplitContext:
       self._seen,
       self._updated,
     )
-    return (graphdef, *map(functional._as_state, mappings))
+    return (graphdef, *map(as_state, mappings))
 
   def flatten(self, node: Any, /, *filters: filters_lib.Filter) -> Any:
     """`split` with flat states.
@@ -109,7 +109,7 @@ class MergeContext:
     """
     return _engine.merge(
       graphdef,
-      functional._merged((state, *states)),
+      merged((state, *states)),
       False,
       False,
       self._seen,

@@ -9,8 +9,7 @@ effect: shared references are always handled.
 
 from __future__ import annotations
 
-import collections.abc
-from collections.abc import Callable, Mapping, MutableMapping
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 import jax
@@ -25,6 +24,11 @@ from nnx.graphlib.definitions import GraphState as GraphState
 from nnx.graphlib.definitions import NodeDef as NodeDef
 from nnx.graphlib.definitions import PureState as PureState
 from nnx.graphlib.definitions import call as call
+from nnx.graphlib.flat import IndexMap as IndexMap
+from nnx.graphlib.flat import RefMap as RefMap
+from nnx.graphlib.flat import flatten as flatten
+from nnx.graphlib.flat import unflatten as unflatten
+from nnx.graphlib.states import as_state, merged
 from nnx.graphlib.traversal import find_duplicates as find_duplicates
 from nnx.graphlib.traversal import iter_children as iter_children
 from nnx.graphlib.traversal import iter_graph as iter_graph
@@ -37,48 +41,6 @@ Filter = filters_lib.Filter
 PathParts = filters_lib.PathParts
 
 _ALL = (True,)
-
-
-def _as_state(mapping: Any) -> Any:
-  """A mapping of the engine as a State; the leaf that a Variable's state is."""
-  if type(mapping) is dict:
-    return state_lib.State._from_nested(mapping)
-  return mapping
-
-
-def _from_state(state: Any) -> Any:
-  """What the engine takes for a state: a State, a dict, a list, or a leaf."""
-  if isinstance(state, (state_lib.State, dict)):
-    return state
-  if isinstance(state, GraphState):
-    return state._state
-  if isinstance(state, state_lib.FlatState):
-    if state.paths == ((),):
-      return state.leaves[0]
-    return state_lib.unflatten_mapping(state)
-  if isinstance(state, collections.abc.Mapping):
-    return state_lib.copy_mapping(state)
-  return state
-
-
-def _merged(states: tuple[Any, ...]) -> Any:
-  """One state of several; of a leaf and empty ones, the leaf."""
-  parts = tuple(_from_state(state) for state in states)
-  if len(parts) == 1:
-    return parts[0]
-  leaves = [
-    part for part in parts if not isinstance(part, (state_lib.State, dict))
-  ]
-  if not leaves:
-    return _engine.merge_mappings(*parts)
-  if len(leaves) > 1 or any(
-    len(part) for part in parts if part is not leaves[0]
-  ):
-    raise ValueError(
-      "The states of a single Variable or array must be one leaf and otherwise"
-      f" empty, but got {[type(part).__name__ for part in parts]}."
-    )
-  return leaves[0]
 
 
 def split(
@@ -120,7 +82,7 @@ def split(
   graphdef, mappings = _engine.split(
     node, filters_lib.engine_filters(filters) if filters else _ALL, True
   )
-  return (graphdef, *(_as_state(mapping) for mapping in mappings))
+  return (graphdef, *(as_state(mapping) for mapping in mappings))
 
 
 def merge(
@@ -175,7 +137,7 @@ def merge(
     )
   state = states[0] if len(states) == 1 else None
   if type(state) is not state_lib.State:
-    state = _merged(states)
+    state = merged(states)
   keep_arrays = not recreate_variables
   return _engine.merge(graphdef, state, copy, keep_arrays)
 
@@ -232,7 +194,7 @@ def update(
   if states or type(state) is not state_lib.State:
     made_by_us = (state_lib.State, GraphState, state_lib.FlatState)
     new_arrays = all(isinstance(part, made_by_us) for part in (state, *states))
-    state = _merged((state, *states))
+    state = merged((state, *states))
   any_shape = not check_shapes
   _engine.update(node, state, any_shape, new_arrays)
 
@@ -266,8 +228,8 @@ def state(node: Any, /, *filters: Filter, graph: bool | None = None) -> Any:
     node, filters_lib.engine_filters(filters) if filters else _ALL
   )
   if len(mappings) == 1:
-    return _as_state(mappings[0])
-  return tuple(_as_state(mapping) for mapping in mappings)
+    return as_state(mappings[0])
+  return tuple(as_state(mapping) for mapping in mappings)
 
 
 variables = state
@@ -302,8 +264,8 @@ def pop(node: Any, /, *filters: Filter) -> Any:
     )
   mappings = _engine.pop(node, filters_lib.engine_filters(filters))
   if len(mappings) == 1:
-    return _as_state(mappings[0])
-  return tuple(_as_state(mapping) for mapping in mappings)
+    return as_state(mappings[0])
+  return tuple(as_state(mapping) for mapping in mappings)
 
 
 def graphdef(node: Any, /, *, graph: bool | None = None) -> GraphDef[Any]:
@@ -399,178 +361,6 @@ def unpack(node: Node, /, *filters: Filter, graph: bool | None = None) -> Any:
   graphdef, *states = split(node, *filters)
   packed = tuple(GraphState(graphdef, state) for state in states)
   return packed[0] if len(packed) == 1 else packed
-
-
-class RefMap(MutableMapping[Any, int]):
-  """A mapping from objects, by identity, to numbers.
-
-  Example:
-
-    >>> import nnx
-    >>> refs = nnx.graph.RefMap()
-    >>> key = []
-    >>> refs[key] = 0
-    >>> key in refs, [] in refs
-    (True, False)
-  """
-
-  def __init__(self, mapping: Any = ()):
-    self._entries: dict[int, tuple[Any, int]] = {}
-    self.update(mapping)
-
-  def __getitem__(self, key: Any) -> int:
-    return self._entries[id(key)][1]
-
-  def __setitem__(self, key: Any, value: int) -> None:
-    self._entries[id(key)] = (key, value)
-
-  def __delitem__(self, key: Any) -> None:
-    del self._entries[id(key)]
-
-  def __contains__(self, key: Any) -> bool:
-    return id(key) in self._entries
-
-  def __iter__(self):
-    return (key for key, _ in self._entries.values())
-
-  def __len__(self) -> int:
-    return len(self._entries)
-
-
-class IndexMap(dict[int, Any]):
-  """A mapping from numbers to objects.
-
-  Example:
-
-    >>> import nnx
-    >>> nnx.graph.IndexMap.from_refmap(nnx.graph.RefMap([("a", 0)]))
-    {0: 'a'}
-  """
-
-  @staticmethod
-  def from_refmap(refmap: RefMap) -> IndexMap:
-    """The inverse of a `RefMap`."""
-    return IndexMap((index, ref) for ref, index in refmap.items())
-
-
-def _by_number(mapping: Mapping[int, Any]) -> list[Any]:
-  size = max(mapping, default=-1) + 1
-  return [mapping.get(number) for number in range(size)]
-
-
-def flatten(
-  node: Node,
-  /,
-  *,
-  with_paths: bool = True,
-  ref_index: RefMap | None = None,
-  ref_outer_index: RefMap | None = None,
-  graph: bool | None = None,
-) -> tuple[Any, Any]:
-  """The structure of an object and its leaves.
-
-  Example:
-
-    >>> import nnx
-    >>> graphdef, leaves = nnx.graph.flatten(nnx.Dict(a=nnx.Param(1.0)))
-    >>> leaves.paths
-    (('a',),)
-    >>> nnx.graph.unflatten(graphdef, leaves).a.value
-    1.0
-
-  Args:
-    node: an object, a Variable, or a pytree of them.
-    with_paths: whether to return a `FlatState`; otherwise a list of the values
-      of the Variables.
-    ref_index: the objects that earlier calls met, with their numbers; they are
-      references now, and those that are new are added.
-    ref_outer_index: numbers of objects that `unflatten` shall update.
-    graph: accepted for programs of Flax 0.12; references are always followed.
-
-  Returns:
-    The graphdef and the leaves, in canonical order.
-  """
-  del graph
-  seen: list[Any] | None = None
-  updated: list[Any] | None = None
-  if ref_index is not None:
-    seen = _by_number(IndexMap.from_refmap(ref_index))
-  if ref_outer_index is not None:
-    updated = _by_number(IndexMap.from_refmap(ref_outer_index))
-  graphdef, (mapping,) = _engine.split(node, _ALL, True, seen, updated)
-  if ref_index is not None and seen is not None:
-    for number in range(len(ref_index), len(seen)):
-      ref_index[seen[number]] = number
-  if type(mapping) is dict:
-    paths, leaves = _engine.flatten_mapping(mapping)
-  else:
-    paths, leaves = ((),), [mapping]
-  if with_paths:
-    return graphdef, state_lib.FlatState.from_sorted_keys_values(paths, leaves)
-  return graphdef, [
-    leaf.raw_value if isinstance(leaf, _engine.VariableBase) else leaf
-    for leaf in leaves
-  ]
-
-
-def unflatten(
-  graphdef: GraphDef[Node],
-  state: Any,
-  /,
-  *,
-  index_ref: IndexMap | dict[int, Any] | None = None,
-  outer_index_outer_ref: IndexMap | dict[int, Any] | None = None,
-  copy_variables: bool = False,
-  recreate_variables: bool = True,
-) -> Node:
-  """Makes an object of its structure and its leaves; inverse of `flatten`.
-
-  Example:
-
-    >>> import nnx
-    >>> graphdef, leaves = nnx.graph.flatten(
-    ...   nnx.Dict(a=nnx.Param(1.0)), with_paths=False
-    ... )
-    >>> nnx.graph.unflatten(graphdef, [2.0]).a.value
-    2.0
-
-  Args:
-    graphdef: the graphdef.
-    state: a `FlatState`, a list of leaves in canonical order, a `State`, or a
-      nested dict.
-    index_ref: the objects that earlier calls made, by number; those that this
-      call makes are added.
-    outer_index_outer_ref: objects by the numbers that `flatten` got in
-      `ref_outer_index`; they are changed into what the graphdef has in their
-      place.
-    copy_variables: whether to copy the Variables among the leaves.
-    recreate_variables: whether a value in the place of a Variable becomes a
-      Variable of the kind that was there.
-
-  Returns:
-    The object.
-
-  Raises:
-    ValueError: if the leaves are not those of the graph.
-  """
-  seen: list[Any] | None = None
-  updated: list[Any] | None = None
-  if index_ref is not None:
-    seen = _by_number(index_ref)
-  if outer_index_outer_ref is not None:
-    updated = _by_number(outer_index_outer_ref)
-  node = _engine.merge(
-    graphdef,
-    _from_state(state),
-    copy_variables,
-    not recreate_variables,
-    seen,
-    updated,
-  )
-  if index_ref is not None and seen is not None:
-    for number in range(len(index_ref), len(seen)):
-      index_ref[number] = seen[number]
-  return node
 
 
 def map(

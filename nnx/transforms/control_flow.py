@@ -11,12 +11,9 @@ import jax
 from nnx.engine import _engine
 from nnx.transforms import carry as carry_lib
 from nnx.transforms import lift, mapped, prefix
+from nnx.variable_operators import unwrap
 
 T = TypeVar("T")
-
-
-def _unboxed(value: Any) -> Any:
-  return value.value if isinstance(value, _engine.VariableBase) else value
 
 
 def cond(
@@ -59,7 +56,7 @@ def cond(
     ValueError: if the functions return, or leave behind, other structures.
     TypeError: as `jax.lax.cond`, if shapes or dtypes differ.
   """
-  choice = functools.partial(jax.lax.cond, _unboxed(pred))
+  choice = functools.partial(jax.lax.cond, unwrap(pred))
   names = ("true_fun", "false_fun")
   return _select("cond", choice, (true_fun, false_fun), names, operands)
 
@@ -111,7 +108,7 @@ def switch(
 
   def choice(*functions_and_operand):
     *functions, operand = functions_and_operand
-    return jax.lax.switch(_unboxed(index), functions, operand)
+    return jax.lax.switch(unwrap(index), functions, operand)
 
   return _select("switch", choice, branches, names, operands)
 
@@ -326,7 +323,7 @@ def while_loop(
         "`cond_fun` of `nnx.while_loop` must not change its argument, but it"
         f" changes `{path}`. Change it in `body_fun`."
       )
-    return _unboxed(result)
+    return unwrap(result)
 
   call, carried = loop.call, loop.carried
   tested = lift.Lifted(cond_fun, call.structure, call.lifted.names)
@@ -383,8 +380,8 @@ def fori_loop(
   return loop.finish(
     loop.call.framed(
       functools.partial(jax.lax.fori_loop, unroll=unroll),
-      _unboxed(lower),
-      _unboxed(upper),
+      unwrap(lower),
+      unwrap(upper),
       lambda i, values: loop.body(values, i),
       loop.call.pick(loop.carried),
     )

@@ -437,6 +437,5 @@ class Walk:
 
 
 def text(where: str, path: Sequence[Any]) -> str:
-  """A path as a user would type it."""
-  parts = [f".{key}" if isinstance(key, str) else f"[{key!r}]" for key in path]
-  return (where + "".join(parts)).lstrip(".") or "<root>"
+  """Writes a path as a user would type it."""
+  return preorder.path_text(path, where)
