@@ -132,7 +132,7 @@ def static(value: Any = MISSING, /, **field: Any) -> Any:
 
 @dataclass_transform(field_specifiers=(dataclasses.field, data, static))
 def dataclass(cls: Any = None, /, **options: Any) -> Any:
-  """`dataclasses.dataclass` for objects of this library, which show themselves.
+  """Makes a dataclass of a class of this library, which prints itself.
 
   Example:
 
@@ -192,7 +192,7 @@ def register_data_type(type_: T, /) -> T:
 
 
 def is_data(value: Any, /) -> bool:
-  """Whether a value by itself makes an attribute data.
+  """Tells whether a value by itself makes an attribute data.
 
   Example:
 
@@ -227,7 +227,7 @@ def is_data(value: Any, /) -> bool:
 
 
 def has_data(value: Any, /) -> list[Any]:
-  """The data among the leaves of a pytree.
+  """Lists the data among the leaves of a pytree.
 
   Example:
 

@@ -46,7 +46,7 @@ class _Held(NamedTuple):
 
 
 def _hold(referrer: Any, known: dict[int, _Held]) -> _Held | None:
-  """How `referrer` holds one of the `known`, if it is a kind we follow."""
+  """Finds how `referrer` holds one of the `known`, if we follow its kind."""
   if isinstance(referrer, _engine.ObjectBase):
     held = known.get(id(vars(referrer)))
     if held is not None and held.attributes is not None:
@@ -67,7 +67,7 @@ def _hold(referrer: Any, known: dict[int, _Held]) -> _Held | None:
 
 
 def _rank(held: _Held) -> int:
-  """Which holders to follow first where there are many."""
+  """Ranks holders: which to follow first where there are many."""
   if isinstance(held.holder, _engine.ObjectBase):
     return 0
   return 1 if isinstance(held.holder, dict) else 2

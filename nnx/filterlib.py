@@ -279,7 +279,7 @@ def to_predicate(filter: Filter) -> Predicate:
     A callable.
 
   Raises:
-    TypeError: if `filter` is none of the kinds in the table.
+    TypeError: if `filter` is not of a kind in the table.
   """
   if isinstance(filter, type):
     return OfType(filter)

@@ -29,7 +29,7 @@ def with_attributes(
   graph: bool | None = None,
   **attributes: Any,
 ) -> A:
-  """A copy of an object with attributes of its modules set.
+  """Copies an object, with attributes of its modules set.
 
   The copy shares the Variables of the original.
 
@@ -77,7 +77,7 @@ def with_attributes(
 
 
 def _view_parameters(node: Any) -> tuple[set[str], bool]:
-  """The names that `set_view` takes, and whether it takes any name."""
+  """Lists the names that `set_view` takes, and whether it takes any."""
   kinds = inspect.Parameter
   parameters = inspect.signature(node.set_view).parameters
   names = {
@@ -98,7 +98,7 @@ def view(
   graph: bool | None = None,
   **kwargs: Any,
 ) -> A:
-  """A copy of an object in another mode, as its modules' `set_view` makes it.
+  """Copies an object into another mode, by its modules' `set_view`.
 
   The copy shares the Variables of the original. Each module whose class has a
   method `set_view` gets the keywords that this method takes.
@@ -158,7 +158,7 @@ def view(
 def view_info(
   node: Any, /, *, only: Filter = ..., graph: bool | None = None
 ) -> str:
-  """What `view` can set on an object, as a text.
+  """Describes what `view` can set on an object.
 
   Example:
 
@@ -219,7 +219,7 @@ def _parameter_text(parameter: inspect.Parameter) -> str:
 
 
 def _argument_descriptions(doc: str | None) -> dict[str, list[str]] | None:
-  """The lines about each argument in the `Args:` section of a docstring."""
+  """Reads the `Args:` section of a docstring: lines by argument."""
   if doc is None:
     return None
   descriptions: dict[str, list[str]] = {}

@@ -190,7 +190,7 @@ class Module(Pytree):
     return jax.tree.map(jnp.add, variable.value, value)
 
   def iter_modules(self) -> Iterator[tuple[PathParts, Module]]:
-    """The modules below this one, and itself; see `nnx.iter_modules`.
+    """Walks over the modules below, and itself; see `nnx.iter_modules`.
 
     Example:
 
@@ -202,7 +202,7 @@ class Module(Pytree):
     return iter_modules(self)
 
   def iter_children(self) -> Iterator[tuple[Key, Module]]:
-    """The modules that are attributes, with their names.
+    """Walks over the modules that are attributes, with their names.
 
     Example:
 
@@ -315,7 +315,7 @@ def not_found_error(names: set[str]) -> ValueError:
 
 
 def first_from(*args: A | None, error_msg: str) -> A:
-  """The first argument that is not None: of a call, or else of the layer.
+  """Returns the first argument that is not None.
 
   Example:
 
@@ -342,7 +342,7 @@ def first_from(*args: A | None, error_msg: str) -> A:
 def iter_modules(
   node: Any, /, *, graph: bool | None = None
 ) -> Iterator[tuple[PathParts, Module]]:
-  """The modules below an object with their paths, and the object itself.
+  """Walks over the modules of an object with their paths, itself included.
 
   Children come before their parents, in the order of their names; a module
   that is shared comes once.
@@ -372,7 +372,7 @@ def iter_modules(
 def iter_children(
   node: Any, /, *, graph: bool | None = None
 ) -> Iterator[tuple[Key, Any]]:
-  """The objects and Variables that are attributes of an object.
+  """Walks over the objects and Variables that are attributes of an object.
 
   Example:
 
@@ -410,7 +410,7 @@ def iter_children(
 def iter_module_children(
   node: Any, /, *, graph: bool | None = None
 ) -> Iterator[tuple[Key, Any]]:
-  """The objects that are attributes of an object, without its Variables.
+  """Walks over the objects that are attributes of an object.
 
   Example:
 

@@ -43,7 +43,7 @@ def sorted_by_path(
 
 
 def copy_mapping(mapping: Mapping[Any, Any]) -> dict[Any, Any]:
-  """A copy of nested mappings as dicts, with the same leaves.
+  """Copies nested mappings as dicts, with the same leaves.
 
   Example:
 

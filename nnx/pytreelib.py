@@ -35,7 +35,7 @@ _HAS_STATUSES, _STRICT = 1, 2
 
 
 def _annotated_status(annotation: Any) -> bool | None:
-  """What an annotation says of an attribute: data, static, or nothing."""
+  """Reads an annotation of an attribute: data, static, or nothing."""
   if isinstance(annotation, str):
     name = annotation.split("[")[0].strip().removeprefix("nnx.")
     return {"Data": True, "Static": False}.get(name)
@@ -46,7 +46,7 @@ def _annotated_status(annotation: Any) -> bool | None:
 
 
 def _declared_statuses(cls: type) -> dict[str, bool]:
-  """The attributes that the body of a class marks."""
+  """Finds the attributes that the body of a class marks."""
   statuses = {}
   for name, annotation in inspect.get_annotations(cls).items():
     status = _annotated_status(annotation)
@@ -215,7 +215,7 @@ pytrees.register_object_type(Pytree)
 
 
 class Object(Pytree, pytree=False):
-  """An object whose attributes form a graph, but that is no pytree of jax.
+  """An object whose attributes form a graph, but that is not a pytree of jax.
 
   Example:
 
@@ -231,7 +231,7 @@ class Object(Pytree, pytree=False):
   def __init_subclass__(cls, *, pytree: bool = False, **kwargs: Any) -> None:
     if pytree:
       raise ValueError(
-        f"An `Object` is no pytree, but `{cls.__name__}` has `pytree=True`."
+        f"An `Object` is not a pytree, but `{cls.__name__}` has `pytree=True`."
         " Derive it from `nnx.Pytree`."
       )
     super().__init_subclass__(pytree=False, **kwargs)
@@ -260,7 +260,7 @@ def check_pytree(pytree: Any) -> None:
     pytree: the object.
 
   Raises:
-    TypeError: if it is no `Pytree`.
+    TypeError: if it is not a `Pytree`.
     ValueError: if a static attribute holds data, if a container holds a mark,
       or, in a strict class, if a container holds data without a mark.
   """
@@ -318,7 +318,7 @@ _DOTS = _Dots()
 
 
 def _shown_first(node: Pytree) -> bool:
-  """Whether the display that is being made has not shown `node` yet."""
+  """Tells whether a display shows `node` for the first time."""
   shown = reprlib.memo().setdefault("shown", set())
   first = id(node) not in shown
   shown.add(id(node))
@@ -335,7 +335,7 @@ def _shown_attributes(node: Pytree) -> list[tuple[Any, Any]]:
 
 
 def sizes_comment(node: Pytree) -> str:
-  """The sizes of the Variables below an object, for each kind of them.
+  """Writes the sizes of the Variables below an object, by their kind.
 
   Example:
 
@@ -361,7 +361,7 @@ def sizes_comment(node: Pytree) -> str:
 def _sizes(
   node: Any, known: dict[int, dict[int, tuple[str, reprlib.Size]]]
 ) -> dict[int, tuple[str, reprlib.Size]]:
-  """The kind and size of every Variable below `node`, by identity."""
+  """Finds the kind and size of every Variable below `node`, by identity."""
   if isinstance(node, _engine.VariableBase):
     size = reprlib.Size.of(node.raw_value)
     return {id(node): (_size_kind(type(node)), size)} if size else {}

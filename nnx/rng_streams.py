@@ -67,7 +67,7 @@ class RngKey(RngState):
 def next_key_and_count(
   key: jax.Array, count: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-  """The key that is next, and the count after it."""
+  """Makes the next key, and the count after it."""
   return random.fold_in(key, count), count + jnp.ones((), count.dtype)
 
 
@@ -140,7 +140,7 @@ for _name in _INITIALIZERS:
 
 
 def as_key(key: Any) -> jax.Array:
-  """A typed key of a seed, of raw key data, or of a typed key."""
+  """Makes a typed key of a seed, raw key data or a typed key."""
   if isinstance(key, RngStream):
     key = key.key
   if isinstance(key, Variable):
@@ -195,7 +195,7 @@ class RngStream(_RandomMethods, Pytree):
     return key
 
   def split(self, k: Shape) -> RngStream:
-    """A stream of `k` keys at once, made of the next key.
+    """Makes a stream of `k` keys at once, of the next key.
 
     Example:
 
@@ -206,7 +206,7 @@ class RngStream(_RandomMethods, Pytree):
     return type(self)(random.split(self(), k), tag=self.tag)
 
   def fork(self, *, split: Shape | None = None) -> RngStream:
-    """A stream of its own, made of the next key.
+    """Makes an independent stream of the next key.
 
     Example:
 
@@ -216,14 +216,14 @@ class RngStream(_RandomMethods, Pytree):
       False
 
     Args:
-      split: of how many keys the stream shall be, as `split` makes it.
+      split: how many keys to give the stream, as `split` does.
     """
     if split is not None:
       return self.split(split)
     return type(self)(self(), tag=self.tag)
 
   def broadcast(self, k: Shape) -> RngStream:
-    """A stream of `k` times the same key, made of the next key.
+    """Makes a stream of `k` times the same key, of the next key.
 
     Example:
 
@@ -305,7 +305,7 @@ class Rngs(_RandomMethods, Pytree):
     return name in vars(self)
 
   def items(self) -> Iterator[tuple[str, RngStream]]:
-    """The names and streams.
+    """Walks over the names and streams.
 
     Example:
 
@@ -323,7 +323,7 @@ class Rngs(_RandomMethods, Pytree):
     change: Callable[[RngStream, Any], RngStream],
     other: Callable[[RngStream], RngStream],
   ) -> Rngs:
-    """New `Rngs`, changed by the first of the rules whose filter holds.
+    """Makes new `Rngs`, each stream changed by the first rule that selects it.
 
     A stream that is not changed is the same stream: to start another one from
     its key would give the keys that it has given once more.
@@ -397,7 +397,7 @@ class Rngs(_RandomMethods, Pytree):
       False
 
     Args:
-      split: how many keys the streams shall have, or a mapping from filters to
+      split: how many keys to give the streams, or a mapping from filters to
         that.
 
     Returns:

@@ -106,7 +106,7 @@ def restore_rngs(backups: Iterable[tuple[Any, ...]], /) -> None:
 def backup_keys(
   node: Any, /, *, graph: bool | None = None
 ) -> list[tuple[RngStream, jax.Array]]:
-  """The streams below an object with their keys, for `restore_rngs`.
+  """Lists the streams below an object with their keys, for `restore_rngs`.
 
   Example:
 
@@ -132,7 +132,7 @@ def _split_shape(splits: Shape) -> tuple[int, ...]:
 
 
 def _next_keys(stream: RngStream) -> jax.Array:
-  """The next key of each key of a stream that has several."""
+  """Makes the next key of each key of a stream that has several."""
   next_key = next_key_and_count
   for _ in stream.count.shape:
     next_key = jax.vmap(next_key)
@@ -282,7 +282,7 @@ def fork_rngs(
 
   Args:
     node: an object, or a pytree of objects.
-    split: how many keys the streams shall have, or a mapping from filters to
+    split: how many keys to give the streams, or a mapping from filters to
       that; streams that no filter selects are left as they are.
     graph: `False` does what `graph_updates=False` does; None stands for
       `nnx.set_graph_mode`.
@@ -341,7 +341,7 @@ def with_rngs(
   graph: bool | None = None,
   graph_updates: bool | None = None,
 ) -> Any:
-  """A copy of an object whose streams are split, forked or broadcast.
+  """Copies an object, with its streams split, forked or broadcast.
 
   Without an object it is a decorator, which hands such copies of its arguments
   to a function. The streams of the object itself only move on by one key.
@@ -356,10 +356,10 @@ def with_rngs(
 
   Args:
     node: an object, or a pytree of objects.
-    split: how many keys the streams shall have, or a mapping from filters to
+    split: how many keys to give the streams, or a mapping from filters to
       that.
     fork: a filter, or several, of the streams to fork.
-    broadcast: how many times the streams shall have one key, or a mapping from
+    broadcast: how many times to repeat the keys of streams, or a mapping from
       filters to that.
     only: a filter of the streams to look at; the others stay as they are.
     graph: accepted for programs of Flax 0.12; references are always followed.
@@ -481,7 +481,7 @@ def reseed(
       that differ.
 
   Raises:
-    ValueError: if `policy` is none of these, or refuses a stream.
+    ValueError: if `policy` is unknown, or refuses a stream.
   """
   del graph
   if not callable(policy):

@@ -68,7 +68,7 @@ class FlatState(flat_states.FlatLeaves[V]):
   __slots__ = ()
 
   def to_nested_state(self) -> State[Key, V]:
-    """The `State` with these leaves.
+    """Makes the `State` with these leaves.
 
     Example:
 
@@ -239,7 +239,7 @@ class State(reprlib.Displayable, MutableMapping[K, V], Generic[K, V]):
     return map_state(f, self)
 
   def flat_state(self) -> FlatState[V]:
-    """The leaves in the order of their paths; see `to_flat_state`.
+    """Lists the leaves in the order of their paths; see `to_flat_state`.
 
     Example:
 
@@ -268,7 +268,7 @@ class State(reprlib.Displayable, MutableMapping[K, V], Generic[K, V]):
   def to_pure_dict(
     self, extract_fn: Callable[[Any], Any] | None = None
   ) -> dict[Any, Any]:
-    """The values as nested dicts; see `nnx.to_pure_dict`.
+    """Makes nested dicts of the values; see `nnx.to_pure_dict`.
 
     Example:
 
@@ -355,7 +355,7 @@ jax.tree_util.register_pytree_node(
 
 
 def to_flat_state(state: Mapping[Any, Any]) -> FlatState[Any]:
-  """The leaves of a State in the order of their paths.
+  """Lists the leaves of a State in the order of their paths.
 
   Example:
 
@@ -504,7 +504,7 @@ def merge_state(
 
 
 def diff(state: State[Any, Any], other: State[Any, Any]) -> State[Any, Any]:
-  """The part of a State at paths that another one does not have.
+  """Takes the part of a State at paths that another one does not have.
 
   Example:
 
@@ -528,7 +528,7 @@ def diff(state: State[Any, Any], other: State[Any, Any]) -> State[Any, Any]:
 def to_pure_dict(
   state: Mapping[Any, Any], extract_fn: Callable[[Any], Any] | None = None
 ) -> dict[Any, Any]:
-  """The values of a State as nested dicts, without Variables.
+  """Makes nested dicts of the values of a State.
 
   It is the form that checkpoints keep: it depends on the names and the values
   alone. `replace_by_pure_dict` is the way back.
@@ -586,7 +586,7 @@ def replace_by_pure_dict(
 
 
 def raw_mapping(state: Mapping[Any, Any]) -> dict[Any, Any]:
-  """The dict that a State wraps; another mapping as a dict.
+  """Returns the dict that a State wraps; another mapping as a dict.
 
   Example:
 
@@ -603,7 +603,7 @@ def raw_mapping(state: Mapping[Any, Any]) -> dict[Any, Any]:
     same leaves for mappings of other types.
 
   Raises:
-    TypeError: if it is no mapping.
+    TypeError: if it is not a mapping.
   """
   if isinstance(state, State):
     return state._mapping

@@ -74,7 +74,7 @@ class CallInfo(NamedTuple):
 
 
 def filter_rng_streams(row: CallInfo) -> bool:
-  """Whether a row is no call of a stream of random numbers.
+  """Tells whether a row is anything but a call of a random stream.
 
   Example:
 
@@ -177,7 +177,7 @@ def _flat(
   args: tuple[Any, ...],
   kwargs: Mapping[str, Any],
 ) -> _Flat:
-  """A call as a function of abstract arrays, and those of this call.
+  """Turns a call into a function of arrays, and gives its abstract ones.
 
   The function works on a copy of the node, and returns the arrays of the
   result.
@@ -202,7 +202,7 @@ def _flat(
 def _vjp(
   function: Callable[..., Any], variables: list[Any], arrays: list[Any]
 ) -> Any:
-  """The gradient of all outputs by all inputs, where both are floats."""
+  """Computes the gradient of all float outputs by all float inputs."""
   inputs = [*variables, *arrays]
   floats = [
     i
@@ -246,12 +246,12 @@ def _flops(function: Callable[..., Any], operands: tuple[Any, ...]) -> int:
   return int((cost or {}).get("flops", 0))
 
 
-# What models call of these is no part of what they compute.
+# Calls of the methods of these are not part of what a model computes.
 _COMMON = (Module, Pytree, Dict, List)
 
 
 def _watched_methods(cls: type) -> Iterator[tuple[str, Any]]:
-  """The methods of a class that are rows: not those that all Modules have."""
+  """Lists the methods of a class that are rows, but those of all Modules."""
   found: set[str] = set()
   for base in cls.__mro__:
     for name, method in vars(base).items():
@@ -267,7 +267,7 @@ def _watched_methods(cls: type) -> Iterator[tuple[str, Any]]:
 
 @functools.lru_cache(maxsize=256)
 def _watched_class(cls: type) -> type:
-  """A class derived from another whose methods tell that they are called."""
+  """Derives a class whose methods tell that they are called."""
 
   def watched(name: str, method: Any) -> Callable[..., Any]:
     @functools.wraps(method)
@@ -345,7 +345,7 @@ class _Contents:
     return sorted(types, key=lambda t: t.__name__)
 
   def below(self, path: tuple[Any, ...], type_: type) -> reprlib.Size:
-    """The size of the Variables of a kind in what is at a path."""
+    """Sums the sizes of the Variables of a kind below a path."""
     total = reprlib.Size()
     for where, variable in self.variables:
       if where[: len(path)] == path and self.type_of(variable) is type_:
@@ -353,7 +353,7 @@ class _Contents:
     return total
 
   def at(self, path: tuple[Any, ...], type_: type) -> dict[Any, Any]:
-    """The attributes, of the object at a path, that are Variables of a kind."""
+    """Finds the Variables of a kind among the attributes at a path."""
     found = {}
     for where, variable in self.variables:
       if where[:-1] != path or not where or self.type_of(variable) is not type_:
@@ -386,7 +386,7 @@ def tabulate(
   compute_vjp_flops: bool = False,
   **input_kwargs: Any,
 ) -> str:
-  """A table of the calls that a method of a model makes, and of its Variables.
+  """Draws a table of the calls that a method makes, and of the Variables.
 
   Each object whose methods are called has a row for each of them: its path, its
   class, the arguments, the results, and the Variables of each kind with their
@@ -423,7 +423,7 @@ def tabulate(
       `jax.ShapeDtypeStruct`s.
     depth: how long the paths of rows may be.
     method: the name of the method.
-    row_filter: says which rows to show; by default those that are no calls of
+    row_filter: says which rows to show; by default all but calls of
       streams of random numbers.
     table_kwargs: keywords of `rich.table.Table`.
     column_kwargs: keywords of its `add_column`, for each column.
@@ -439,7 +439,7 @@ def tabulate(
 
   Raises:
     ModuleNotFoundError: if `rich` is not installed.
-    TypeError: if `obj` is no object of this library.
+    TypeError: if `obj` is not an object of this library.
     ValueError: if it has no such method.
   """
   if not isinstance(obj, Pytree):

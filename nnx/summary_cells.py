@@ -56,7 +56,7 @@ def _scalar_text(value: Any) -> str:
 
 
 def _children(value: Any) -> dict[Any, Any] | list[Any] | None:
-  """What a value consists of, by name or in order; None of a scalar."""
+  """Opens a value, by name or in order; None for a scalar."""
   if isinstance(value, (Pytree, Variable)) or is_array(value):
     return None
   if isinstance(value, Mapping):
@@ -73,7 +73,7 @@ def _children(value: Any) -> dict[Any, Any] | list[Any] | None:
 
 
 def _lines(value: Any) -> list[str]:
-  """Nested values as lines: `name: value`, and `- value` in lists."""
+  """Writes nested values as lines: `name: value`, and `- value` in lists."""
   children = _children(value)
   if children is None:
     return _scalar_text(value).split("\n")

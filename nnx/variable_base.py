@@ -35,7 +35,7 @@ V = TypeVar("V", bound="Variable[Any]")
 
 
 def is_ref(value: Any) -> bool:
-  """Whether a value is a mutable array of jax (`jax.new_ref`).
+  """Tells whether a value is a mutable array of jax (`jax.new_ref`).
 
   Example:
 
@@ -48,7 +48,7 @@ def is_ref(value: Any) -> bool:
 
 
 def _copy_containers(value: Any) -> Any:
-  """A copy of the lists and dicts of a value, with the same leaves."""
+  """Copies the lists and dicts of a value, with the same leaves."""
   if type(value) in (list, dict):
     return jax.tree.map(lambda x: x, value)
   return value
@@ -93,7 +93,7 @@ class Variable(HasMetadata, Operators, reprlib.Displayable, Generic[A]):
   __slots__ = ()
   __hash__ = None  # Equality is that of the values, elementwise.
 
-  # Whether `nnx.update` takes arrays of other shapes for a mistake.
+  # Whether `nnx.update` refuses arrays of other shapes.
   _fixed_shape = True
   # Whether the constructor must look at `var_defaults`. It need not as long as
   # no program has changed them, and then runs in the engine alone.
@@ -123,7 +123,7 @@ class Variable(HasMetadata, Operators, reprlib.Displayable, Generic[A]):
     /,
     **metadata: Any,
   ):
-    """The constructor where there is more to do than to store a value."""
+    """Constructs where there is more to do than to store a value."""
     if (value is MISSING) != ("value" in metadata):
       raise TypeError(
         f"`{type(self).__name__}` must be given one value, as the first"
@@ -191,7 +191,7 @@ class Variable(HasMetadata, Operators, reprlib.Displayable, Generic[A]):
   # The value.
 
   def create_value(self, value: A) -> A:
-    """What to store first; for subclasses to override.
+    """Makes the value that is stored first; subclasses may override it.
 
     Example:
 
@@ -205,7 +205,7 @@ class Variable(HasMetadata, Operators, reprlib.Displayable, Generic[A]):
     return value
 
   def get_value(self, *, index: Any = MISSING) -> A:
-    """The value after the hooks; subclasses may override it.
+    """Returns the value after the hooks; subclasses may override it.
 
     Example:
 
@@ -287,7 +287,7 @@ class Variable(HasMetadata, Operators, reprlib.Displayable, Generic[A]):
     self.set_value(value, index=index)
 
   def get_raw_value(self) -> A:
-    """The stored value, past the hooks.
+    """Returns the stored value, past the hooks.
 
     Example:
 
@@ -319,7 +319,7 @@ class Variable(HasMetadata, Operators, reprlib.Displayable, Generic[A]):
 
   @classmethod
   def _make(cls, value: Any, metadata: dict[str, Any]) -> Variable[Any]:
-    """An instance with these contents, made without `__init__`."""
+    """Makes an instance with these contents, without `__init__`."""
     result = cls._new(value, metadata)
     if metadata:
       result._update_hook_flags()
@@ -348,7 +348,7 @@ class Variable(HasMetadata, Operators, reprlib.Displayable, Generic[A]):
   def copy(
     self, value: Any = MISSING, *, _copy_ref: bool = True, **updates: Any
   ) -> Variable[Any]:
-    """A Variable of the same kind, with another value or other metadata.
+    """Copies a Variable, with another value or other metadata if given.
 
     `replace`, `to_state` and `to_variable` are other names of it.
 
@@ -361,7 +361,7 @@ class Variable(HasMetadata, Operators, reprlib.Displayable, Generic[A]):
 
     Args:
       value: the raw value of the copy; that of this Variable if not given.
-      **updates: metadata that the copy shall have besides or instead.
+      **updates: metadata of the copy, in addition or instead.
     """
     if value is MISSING:
       value = updates.pop("value", self.raw_value)

@@ -33,15 +33,15 @@ HOOK_ALIASES = {
 _HOOK_NAMES = frozenset(HOOK_ALIASES.values())
 _ALIASED_NAMES = frozenset(HOOK_ALIASES) | frozenset(partitioning.SHARDING_KEYS)
 
-# As plain ints, which are faster to combine. The last one is no business of
-# the engine's.
+# As plain ints, which are faster to combine. The engine does not know the
+# last one.
 GET_HOOK = int(_engine.HookFlags.GET)
 SET_HOOK = int(_engine.HookFlags.SET)
 CREATE_HOOK = 4
 
 
 def is_hook_name(name: str) -> bool:
-  """Whether a name is that of a kind of hooks, in either spelling.
+  """Tells whether a name is that of a kind of hooks, in either spelling.
 
   Example:
 
@@ -53,7 +53,7 @@ def is_hook_name(name: str) -> bool:
 
 
 def as_hooks(hooks: Any) -> tuple[Callable[..., Any], ...]:
-  """One hook, several, or none, as a tuple.
+  """Makes a tuple of one hook, several or none.
 
   Example:
 
@@ -300,7 +300,7 @@ class HasMetadata(_engine.VariableBase):
   required_metadata = frozenset(["hijax", "ref", "eager_sharding"])
 
   def _hooks(self, name: str) -> tuple[Callable[..., Any], ...]:
-    """The hooks of one kind: those of the metadata, or else of the class."""
+    """Finds the hooks of one kind: in the metadata, or else the class."""
     hooks = self._metadata.get(name)
     if hooks is None:
       hooks = getattr(type(self), name, None)
@@ -358,7 +358,7 @@ class HasMetadata(_engine.VariableBase):
     return self._metadata.get("eager_sharding", settings.eager_sharding)
 
   def _stored_name(self, name: str) -> str:
-    """The name under which a piece of metadata is, or is to be, stored."""
+    """Finds the name under which a piece of metadata is or will be stored."""
     if name in HOOK_ALIASES:
       return HOOK_ALIASES[name]
     if name in partitioning.SHARDING_KEYS:
@@ -372,7 +372,7 @@ class HasMetadata(_engine.VariableBase):
     *,
     exclude_required: bool | None = None,
   ) -> Any:
-    """One piece of metadata, or all of them as a new dict.
+    """Returns one piece of metadata, or all of them as a new dict.
 
     Example:
 
@@ -463,7 +463,7 @@ class HasMetadata(_engine.VariableBase):
     self._replace_metadata(new)
 
   def _metadata_with(self, updates: Mapping[str, Any]) -> dict[str, Any]:
-    """The metadata with some pieces replaced, each under its stored name."""
+    """Copies the metadata with some pieces replaced, by their stored names."""
     new = dict(self._metadata)
     for name, value in updates.items():
       stored = self._stored_name(name)
@@ -486,7 +486,7 @@ class HasMetadata(_engine.VariableBase):
     self._set_hook_flags(flags & (GET_HOOK | SET_HOOK))
 
   def has_metadata(self, name: str) -> bool:
-    """Whether there is a piece of metadata of a given name.
+    """Tells whether there is a piece of metadata of a given name.
 
     Example:
 

@@ -48,7 +48,7 @@ def _unary(operation: Callable[[Any], Any]) -> Callable[..., Any]:
 
 
 def _in_place(operation: Callable[[Any, Any], Any]) -> Callable[..., Any]:
-  """`v += x` is `v.value = v.value + x`, as in Flax 0.10; 0.12 refuses it."""
+  """Makes `v += x` set the value, as in Flax 0.10; 0.12 refuses it."""
 
   def method(self, other):
     self.value = operation(self.value, unwrap(other))

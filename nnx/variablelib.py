@@ -125,7 +125,7 @@ class Perturbation(Intermediate[A]):
 def var_defaults(
   *, hijax: bool | None = None, ref: bool | None = None
 ) -> VarDefaults:
-  """Sets, or with no arguments tells, what new Variables are made with.
+  """Sets what new Variables are made with; without arguments tells it.
 
   Example:
 
@@ -179,7 +179,7 @@ def variable_type_from_name(
   base: type[Variable[Any]] = Variable,
   allow_register: bool = False,
 ) -> type[Variable[Any]]:
-  """The kind of Variable that goes by a name.
+  """Finds the kind of Variable with a given name.
 
   Example:
 
@@ -189,14 +189,14 @@ def variable_type_from_name(
 
   Args:
     name: the name, such as that of a Linen collection.
-    base: the base of the kind that is made if there is none.
-    allow_register: whether to make and register one if there is none.
+    base: the base class of a kind that is made.
+    allow_register: whether to make and register a kind if the name is new.
 
   Returns:
     The class.
 
   Raises:
-    ValueError: if there is none and none may be made.
+    ValueError: if the name is new and no kind may be made.
   """
   if name not in _types_by_name:
     if not allow_register:
@@ -212,7 +212,7 @@ def variable_type_from_name(
 def variable_name_from_type(
   typ: type[Variable[Any]], /, *, allow_register: bool = False
 ) -> str:
-  """The name that a kind of Variable goes by.
+  """Finds the name of a kind of Variable.
 
   Example:
 

@@ -89,7 +89,7 @@ def flatten_pytree(value: Any) -> _engine.OpenedPytree | None:
 
 
 def plain_key(key: Any) -> Any:
-  """A key of one of jax's paths as it is written in ours.
+  """Turns a key of one of jax's paths into one of ours.
 
   Example:
 

@@ -52,7 +52,7 @@ class SplitContext:
   def split(
     self, node: Any, /, *filters: filters_lib.Filter
   ) -> tuple[Any, ...]:
-    """`nnx.split` where objects split before are references.
+    """Splits as `nnx.split`, with references to objects split before.
 
     Args:
       node: an object, a Variable, or a pytree of them.
@@ -71,7 +71,7 @@ class SplitContext:
     return (graphdef, *map(as_state, mappings))
 
   def flatten(self, node: Any, /, *filters: filters_lib.Filter) -> Any:
-    """`split` with flat states.
+    """Splits as `split`, into flat states.
 
     Args:
       node: an object, a Variable, or a pytree of them.
@@ -93,7 +93,7 @@ class MergeContext:
     self._updated = update.outer if update is not None and not inner else None
 
   def merge(self, graphdef: Any, state: Any, /, *states: Any) -> Any:
-    """`nnx.merge` where references lead to objects merged before.
+    """Merges as `nnx.merge`, with references to objects merged before.
 
     Args:
       graphdef: the graphdef.
@@ -161,7 +161,7 @@ class UpdateContext:
 
 @contextlib.contextmanager
 def split_context(ctxtag: Hashable | None = None) -> Iterator[SplitContext]:
-  """A block in which several objects are split; see `SplitContext`.
+  """Opens a block in which several objects are split; see `SplitContext`.
 
   Example:
 
@@ -192,7 +192,7 @@ def split_context(ctxtag: Hashable | None = None) -> Iterator[SplitContext]:
 def merge_context(
   ctxtag: Hashable | None = None, inner: bool | None = None
 ) -> Iterator[MergeContext]:
-  """A block in which several objects are merged; see `SplitContext`.
+  """Opens a block in which several objects are merged; see `SplitContext`.
 
   Example:
 
@@ -290,7 +290,7 @@ class update_context:
 
 
 def current_update_context(tag: Hashable) -> UpdateContext:
-  """The innermost `update_context` with a given tag.
+  """Finds the innermost `update_context` with a given tag.
 
   Example:
 

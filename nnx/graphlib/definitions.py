@@ -92,7 +92,7 @@ class GraphDef(_engine.StructureBase, Generic[Node]):
     )
 
   def leaf_records(self) -> list[tuple[tuple[Any, ...], type | None, dict]]:
-    """The leaves: path, type of the Variable (None: an array), its metadata.
+    """Lists the leaves: path, type of Variable (None: array), metadata.
 
     Example:
 
@@ -217,7 +217,7 @@ def call(graphdef_and_state: tuple[Any, ...], /) -> Caller:
     returns the result and the pair of graphdef and state afterwards.
 
   Raises:
-    TypeError: on call, if the first item is no graphdef.
+    TypeError: on call, if the first item is not a graphdef.
     ValueError: on call, if the states are not those of the graphdef.
   """
 
@@ -307,7 +307,7 @@ PureState = tuple[GraphDef[Node], State]
 
 
 def _packed(graphdef: GraphDef[Any], state: Any) -> GraphState[Any]:
-  """Any `state`: jax also unflattens with placeholders as children."""
+  """Takes any `state`: jax also unflattens with placeholders as children."""
   packed = object.__new__(GraphState)
   object.__setattr__(packed, "_graphdef", graphdef)
   object.__setattr__(packed, "_state", state)

@@ -61,7 +61,7 @@ class IndexMap(dict[int, Any]):
 
   @staticmethod
   def from_refmap(refmap: RefMap) -> IndexMap:
-    """The inverse of a `RefMap`."""
+    """Inverts a `RefMap`."""
     return IndexMap((index, ref) for ref, index in refmap.items())
 
 
@@ -79,7 +79,7 @@ def flatten(
   ref_outer_index: RefMap | None = None,
   graph: bool | None = None,
 ) -> tuple[Any, Any]:
-  """The structure of an object and its leaves.
+  """Splits an object into its structure and its leaves.
 
   Example:
 
@@ -96,7 +96,7 @@ def flatten(
       of the Variables.
     ref_index: the objects that earlier calls met, with their numbers; they are
       references now, and those that are new are added.
-    ref_outer_index: numbers of objects that `unflatten` shall update.
+    ref_outer_index: numbers of objects that `unflatten` is to update.
     graph: accepted for programs of Flax 0.12; references are always followed.
 
   Returns:

@@ -200,7 +200,7 @@ def update(
 
 
 def state(node: Any, /, *filters: Filter, graph: bool | None = None) -> Any:
-  """The state of an object, or parts of it.
+  """Takes the state of an object, or parts of it.
 
   The State holds the Variables of the object themselves. `variables` is another
   name of this function.
@@ -269,7 +269,7 @@ def pop(node: Any, /, *filters: Filter) -> Any:
 
 
 def graphdef(node: Any, /, *, graph: bool | None = None) -> GraphDef[Any]:
-  """The structure of an object, as `split` returns it.
+  """Finds the structure of an object, as `split` returns it.
 
   Example:
 
@@ -300,7 +300,7 @@ def clone(
   arrays: bool = False,
   graph: bool | None = None,
 ) -> Node:
-  """A copy of an object, with shared references shared in the same way.
+  """Copies an object; references that are shared stay shared.
 
   Example:
 
@@ -371,7 +371,7 @@ def map(
   graph: bool | None = None,
   recreate_variables: bool = True,
 ) -> A:
-  """A copy of an object with a function applied to its leaves.
+  """Copies an object, with a function applied to its leaves.
 
   Example:
 
@@ -401,7 +401,7 @@ def map(
 
 
 def as_pure(tree: A) -> A:
-  """A pytree with the raw values of its Variables in their places.
+  """Replaces the Variables of a pytree by their raw values.
 
   `pure` is another name of it.
 
@@ -443,7 +443,7 @@ def with_vars(
   only: Filter = ...,
   allow_duplicates: bool = False,
 ) -> A:
-  """A copy of an object whose Variables hold their values in another way.
+  """Copies an object; the new Variables hold their values in another way.
 
   `vars_as` is another name of it.
 
@@ -535,7 +535,7 @@ def cached_partial(
   graph: bool | None = None,
   graph_updates: bool | None = None,
 ) -> Callable[..., A]:
-  """A function with its first arguments given, for programs of Flax.
+  """Gives a function its first arguments, for programs of Flax.
 
   In Flax it saves `nnx.jit` the walk over the arguments. Here that walk costs
   next to nothing, so `nnx.jit` needs no help; this function does what it

@@ -167,7 +167,7 @@ class Flattener:
     return False
 
   def _record(self, kind, **fields):
-    """Adds a record; what is not given is as in a static value of None."""
+    """Adds a record; fields that are not given are those of `_NOTHING`."""
     fields = {**_NOTHING, "kind": kind, **fields}
     self.records.append(_engine.NodeRecord(fields.values()))
 
