@@ -45,9 +45,8 @@ uint64_t NextEpoch() {
   return ++epoch;
 }
 
-bool BelongsToTrace(const GraphObject* object, PyObject* trace) {
-  if (!object->trace_ref) return trace == nullptr;
-  return trace && WeakrefTarget(object->trace_ref) == trace;
+bool IsTraceOf(const GraphObject* object, PyObject* trace) {
+  return WeakrefTarget(object->trace_ref) == trace;
 }
 
 void RaiseTraceError(PyObject* object) {

@@ -30,8 +30,14 @@ inline GraphObject* AsGraphObject(PyObject* value) {
 // The number of a new walk.
 uint64_t NextEpoch();
 
+// Whether `trace` is the one that an object was made under, of which it has a
+// weak reference.
+bool IsTraceOf(const GraphObject* object, PyObject* trace);
 // Whether the object may be changed while `trace` (null: none) is current.
-bool BelongsToTrace(const GraphObject* object, PyObject* trace);
+inline bool BelongsToTrace(const GraphObject* object, PyObject* trace) {
+  if (!object->trace_ref) return trace == nullptr;
+  return trace && IsTraceOf(object, trace);
+}
 // Raises the trace error for `object`.
 void RaiseTraceError(PyObject* object);
 // Both together, for the current trace.

@@ -57,7 +57,12 @@ Ref NewObject(PyTypeObject* type, PyObject* status, const GraphObject* origin);
 // The hooks that a class itself has.
 uint8_t ClassHookFlags(PyTypeObject* type);
 
-void SetRaw(VariableObject* variable, PyObject* raw);
+inline void SetRaw(VariableObject* variable, PyObject* raw) {
+  Py_INCREF(raw);
+  PyObject* old = variable->raw;
+  variable->raw = raw;
+  Py_XDECREF(old);
+}
 // Gives `target` the value, the metadata and the hooks of `source`.
 bool AssignVariable(VariableObject* target, VariableObject* source);
 

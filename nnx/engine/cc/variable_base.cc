@@ -301,13 +301,6 @@ uint8_t ClassHookFlags(PyTypeObject* type) {
   return static_cast<uint8_t>(flags & (kGetHooks | kSetHooks));
 }
 
-void SetRaw(VariableObject* variable, PyObject* raw) {
-  Py_INCREF(raw);
-  PyObject* old = variable->raw;
-  variable->raw = raw;
-  Py_XDECREF(old);
-}
-
 bool AssignVariable(VariableObject* target, VariableObject* source) {
   if (target == source) return true;
   SetRaw(target, source->raw);

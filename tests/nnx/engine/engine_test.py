@@ -144,6 +144,30 @@ def _items(node):
   return _engine.items(node)
 
 
+def test_a_plan_says_which_output_each_leaf_is():
+  node = nnx.Dict(a=nnx.Param(1.0), b=nnx.Param(2.0))
+  flattened = _engine.flatten((node,))
+  copies = _engine.unflatten(flattened.structure, flattened.leaves)
+  copies.values[0].b.value = 3.0
+  packed = _engine.pack(
+    flattened.structure, copies.objects, flattened.leaves, 4.0
+  )
+  plan = packed.plan
+  assert packed.outputs == (3.0, 4.0)
+  assert plan.output_of == (-1, 0, 1)  # of `a`, `b` and the result
+  assert plan.matches == (0, 1)
+  (write,) = plan.writes
+  assert flattened.objects[write.index] is node.b and write.output == 0
+
+
+def test_records_have_names_and_members_of_enums():
+  root, *_, variable = nnx.graphdef([1, graphs.Hooked(2)])._records
+  assert root.kind is _engine.NodeKind.LIST and root.children == 2
+  assert variable.kind is _engine.NodeKind.VARIABLE
+  assert isinstance(variable.hook_flags, _engine.HookFlags)
+  assert variable.hook_flags and variable.leaf == 0
+
+
 @PROPERTY
 @given(graphs.graphs())
 def test_a_jitted_identity_changes_nothing(graph):
