@@ -16,6 +16,7 @@
 #include "nnx/engine/cc/match.h"
 #include "nnx/engine/cc/plan.h"
 #include "nnx/engine/cc/structure.h"
+#include "nnx/engine/cc/tuples.h"
 #include "nnx/engine/cc/vocabulary.h"
 
 namespace nnx::engine {
@@ -45,16 +46,6 @@ struct Call {
     for (PyObject* object : objects) Py_XDECREF(object);
   }
 };
-
-Ref ToTuple(const std::vector<PyObject*>& items) {
-  Ref tuple = Ref::Steal(PyTuple_New(static_cast<Py_ssize_t>(items.size())));
-  if (!tuple) return Ref();
-  for (size_t i = 0; i < items.size(); ++i) {
-    Py_INCREF(items[i]);
-    PyTuple_SET_ITEM(tuple.get(), static_cast<Py_ssize_t>(i), items[i]);
-  }
-  return tuple;
-}
 
 // The arguments in the order of the structure's roots: positions, then keywords
 // by name.
@@ -253,14 +244,9 @@ std::shared_ptr<Entry> SlowEntry(JitFunction* self, const Arguments& arguments,
 
 // The leaves with the given numbers, as a tuple.
 Ref Pick(const Call& call, const std::vector<int32_t>& numbers) {
-  Ref tuple = Ref::Steal(PyTuple_New(static_cast<Py_ssize_t>(numbers.size())));
-  if (!tuple) return Ref();
-  for (size_t i = 0; i < numbers.size(); ++i) {
-    PyObject* leaf = call.leaves[numbers[i]];
-    Py_INCREF(leaf);
-    PyTuple_SET_ITEM(tuple.get(), static_cast<Py_ssize_t>(i), leaf);
-  }
-  return tuple;
+  return ToTuple(numbers, [&call](int32_t number) {
+    return Ref::Borrow(call.leaves[number]);
+  });
 }
 
 // An array that is donated twice, or donated and also kept, is copied: the
@@ -467,17 +453,10 @@ PyObject* JitPrepare(PyObject* callable, PyObject* const* args,
   Ref kept = Pick(call, donates ? entry->kept : all);
   Ref donated = Pick(call, entry->donated);
   if (!kept || !donated) return nullptr;
-  Ref numbers =
-      Ref::Steal(PyTuple_New(static_cast<Py_ssize_t>(entry->donated.size())));
-  if (!numbers) return nullptr;
-  for (size_t i = 0; i < entry->donated.size(); ++i) {
-    PyObject* number = PyLong_FromLong(entry->donated[i]);
-    if (!number) return nullptr;
-    PyTuple_SET_ITEM(numbers.get(), static_cast<Py_ssize_t>(i), number);
-  }
   Ref operands = Ref::Steal(donates ? PyTuple_Pack(2, kept.get(), donated.get())
                                     : PyTuple_Pack(1, kept.get()));
-  return NewRecord(g_prepared_type, {entry->compiled, operands, numbers})
+  return NewRecord(g_prepared_type,
+                   {entry->compiled, operands, ToTuple(entry->donated)})
       .release();
 }
 

@@ -5,6 +5,7 @@
 #include "nnx/engine/cc/objects.h"
 #include "nnx/engine/cc/recursion_guard.h"
 #include "nnx/engine/cc/runtime.h"
+#include "nnx/engine/cc/tuples.h"
 #include "nnx/engine/cc/unflatten.h"
 #include "nnx/engine/cc/vocabulary.h"
 
@@ -361,16 +362,6 @@ bool CheckObjectTuple(const Structure* structure, PyObject* objects) {
                       /*origin=*/nullptr);
 }
 
-Ref ToTuple(std::vector<Ref>& values) {
-  Ref tuple = Ref::Steal(PyTuple_New(static_cast<Py_ssize_t>(values.size())));
-  if (!tuple) return Ref();
-  for (size_t i = 0; i < values.size(); ++i) {
-    PyTuple_SET_ITEM(tuple.get(), static_cast<Py_ssize_t>(i),
-                     Ref(values[i]).release());
-  }
-  return tuple;
-}
-
 // Whether a structure is that of arguments, as `flatten` makes it: one that
 // `split` makes in a context may refer to objects that are not there.
 bool CheckClosed(PyObject* value) {
@@ -406,9 +397,8 @@ PyObject* FlattenFunction(PyObject*, PyObject* args, PyObject* kwargs) {
   }
   Ref structure = flattener.Finish();
   if (!structure) return nullptr;
-  std::vector<Ref> object_refs = flattener.objects();
   return NewRecord(g_flattened_type, {structure, ToTuple(flattener.leaves()),
-                                      ToTuple(object_refs)})
+                                      ToTuple(flattener.objects())})
       .release();
 }
 
@@ -434,8 +424,7 @@ PyObject* UnflattenFunction(PyObject*, PyObject* const* args,
     if (!value) return nullptr;
     PyTuple_SET_ITEM(values.get(), i, value.release());
   }
-  std::vector<Ref> object_refs = build.objects();
-  return NewRecord(g_unflattened_type, {values, ToTuple(object_refs)})
+  return NewRecord(g_unflattened_type, {values, ToTuple(build.objects())})
       .release();
 }
 

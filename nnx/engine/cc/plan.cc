@@ -1,6 +1,7 @@
 #include "nnx/engine/cc/plan.h"
 
 #include "nnx/engine/cc/structure.h"
+#include "nnx/engine/cc/tuples.h"
 #include "nnx/engine/cc/vocabulary.h"
 
 namespace nnx::engine {
@@ -26,40 +27,28 @@ int PlanTraverse(PyObject* self, visitproc visit, void* arg) {
   return 0;
 }
 
-Ref Number(int32_t number) { return Ref::Steal(PyLong_FromLong(number)); }
-
-// A tuple of what `convert` makes of each item.
-template <typename T, typename F>
-PyObject* ToTuple(const std::vector<T>& items, F convert) {
-  Ref tuple = Ref::Steal(PyTuple_New(static_cast<Py_ssize_t>(items.size())));
-  if (!tuple) return nullptr;
-  for (size_t i = 0; i < items.size(); ++i) {
-    PyObject* item = convert(items[i]).release();
-    if (!item) return nullptr;
-    PyTuple_SET_ITEM(tuple.get(), static_cast<Py_ssize_t>(i), item);
-  }
-  return tuple.release();
-}
-
 PyObject* PlanWrites(PyObject* self, void*) {
   const Plan::Data& data = PlanData(self);
   if (!data.values_only) Py_RETURN_NONE;
-  return ToTuple(data.writes, [](const std::pair<int32_t, int32_t>& write) {
-    return NewRecord(g_variable_write_type,
-                     {Number(write.first), Number(write.second)});
-  });
+  return ToTuple(data.writes,
+                 [](const std::pair<int32_t, int32_t>& write) {
+                   return NewRecord(
+                       g_variable_write_type,
+                       {Number(write.first), Number(write.second)});
+                 })
+      .release();
 }
 
 PyObject* PlanOutputOf(PyObject* self, void*) {
-  return ToTuple(PlanData(self).output_of, Number);
+  return ToTuple(PlanData(self).output_of).release();
 }
 
 PyObject* PlanMatches(PyObject* self, void*) {
-  return ToTuple(PlanData(self).matches, Number);
+  return ToTuple(PlanData(self).matches).release();
 }
 
 PyObject* PlanOrigin(PyObject* self, void*) {
-  return ToTuple(PlanData(self).origin, Number);
+  return ToTuple(PlanData(self).origin).release();
 }
 
 PyObject* PlanStructure(PyObject* self, void*) {

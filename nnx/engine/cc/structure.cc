@@ -7,6 +7,7 @@
 #include "nnx/engine/cc/recursion_guard.h"
 #include "nnx/engine/cc/runtime.h"
 #include "nnx/engine/cc/statics.h"
+#include "nnx/engine/cc/tuples.h"
 
 namespace nnx::engine {
 
@@ -202,7 +203,6 @@ PyObject* StructureCompare(PyObject* self, PyObject* other, int op) {
 }
 
 Ref OrNone(const Ref& ref) { return ref ? ref : Ref::Borrow(Py_None); }
-Ref Number(int32_t number) { return Ref::Steal(PyLong_FromLong(number)); }
 Ref Flag(bool flag) { return Ref::Borrow(flag ? Py_True : Py_False); }
 
 // The record of a node: what Python needs to print, pickle and test a
@@ -222,17 +222,7 @@ Ref RecordOf(const Node& node) {
 }
 
 PyObject* StructureRecords(PyObject* self, void*) {
-  const Structure* structure = AsStructure(self);
-  Ref records = Ref::Steal(
-      PyTuple_New(static_cast<Py_ssize_t>(structure->nodes->size())));
-  if (!records) return nullptr;
-  Py_ssize_t count = 0;
-  for (const Node& node : *structure->nodes) {
-    PyObject* record = RecordOf(node).release();
-    if (!record) return nullptr;
-    PyTuple_SET_ITEM(records.get(), count++, record);
-  }
-  return records.release();
+  return ToTuple(*AsStructure(self)->nodes, RecordOf).release();
 }
 
 // Sets the ends of a subtree; -1 if it does not fit into the vector.
