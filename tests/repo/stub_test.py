@@ -32,6 +32,10 @@ def declared(
   """The names that a stub's body declares, with their statements."""
   found = {}
   for node in body:
+    if isinstance(node, ast.ClassDef) and "TypedDict" in map(
+      ast.unparse, node.bases
+    ):
+      continue  # a type for the stub's own use, as the plain assignments below
     if isinstance(node, ast.FunctionDef | ast.ClassDef):
       found[node.name] = node
     elif isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
