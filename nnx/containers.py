@@ -53,7 +53,7 @@ class List(Module, collections.abc.MutableSequence[A]):
     self._pytree_status = statuses or None
 
   def _elements(self) -> list[Any]:
-    """The elements, marked as they were."""
+    """Lists the elements, marked as they were."""
     statuses = self._pytree_status or {}
     return [
       Marker(element, statuses[i]) if i in statuses else element
@@ -280,7 +280,7 @@ class Sequential(Module):
       **kwargs: keywords of the first one.
 
     Returns:
-      What the last one returns; the arguments if there are none.
+      What the last one returns; without functions, the arguments.
 
     Raises:
       TypeError: if one of them cannot be called.

@@ -70,7 +70,7 @@ _CODES = tuple(function.__code__ for function in _FUNCTIONS)
 
 
 def functions_are_as_imported() -> bool:
-  """Returns whether all public functions of jax are those that were imported.
+  """Tells whether jax's public functions are those that were imported.
 
   Example:
 

@@ -46,7 +46,7 @@ class _Held(NamedTuple):
 
 
 def _hold(referrer: Any, known: dict[int, _Held]) -> _Held | None:
-  """How `referrer` holds one of the `known`, if it is a kind we follow."""
+  """Finds how `referrer` holds one of the `known`, if we follow its kind."""
   if isinstance(referrer, _engine.ObjectBase):
     held = known.get(id(vars(referrer)))
     if held is not None and held.attributes is not None:
@@ -67,7 +67,7 @@ def _hold(referrer: Any, known: dict[int, _Held]) -> _Held | None:
 
 
 def _rank(held: _Held) -> int:
-  """Which holders to follow first where there are many."""
+  """Ranks holders: which to follow first where there are many."""
   if isinstance(held.holder, _engine.ObjectBase):
     return 0
   return 1 if isinstance(held.holder, dict) else 2
@@ -147,8 +147,7 @@ def trace_error(target: Any) -> TraceContextError:
     lines.append(f"It is `{path.lstrip('.')}` of a `{type(root).__name__}`.")
   origin = target._origin
   if origin is not None:
-    filename, line = origin
-    lines.append(f'It was made at "{filename}", line {line}.')
+    lines.append(f'It was made at "{origin.filename}", line {origin.line}.')
   lines.append(
     "A transform traces its function with values that must not leak out of the"
     " trace, so objects from outside of it cannot be written there. Pass the"

@@ -22,14 +22,14 @@ from collections.abc import Callable, Sequence
 from typing import Any as AnyValue
 from typing import Union
 
+from nnx.missing import MISSING
+
 Key = int | str
 PathParts = tuple[Key, ...]
 Predicate = Callable[[PathParts, AnyValue], bool]
 Filter = Union[
   type, str, Predicate, bool, "ellipsis", None, Sequence["Filter"]  # noqa: F821
 ]
-
-_MISSING = object()
 
 
 class _Predicate:
@@ -101,11 +101,11 @@ class WithTag(_Predicate):
     # through their value, which would end in an AttributeError.
     metadata = getattr(value, "_metadata", None)
     if isinstance(metadata, dict):
-      tag = metadata.get("tag", _MISSING)
-      if tag is _MISSING:
-        tag = getattr(type(value), "tag", _MISSING)
+      tag = metadata.get("tag", MISSING)
+      if tag is MISSING:
+        tag = getattr(type(value), "tag", MISSING)
     else:
-      tag = getattr(value, "tag", _MISSING)
+      tag = getattr(value, "tag", MISSING)
     return isinstance(tag, str) and tag == self.tag
 
 
@@ -279,7 +279,7 @@ def to_predicate(filter: Filter) -> Predicate:
     A callable.
 
   Raises:
-    TypeError: if `filter` is none of the kinds in the table.
+    TypeError: if `filter` is not of a kind in the table.
   """
   if isinstance(filter, type):
     return OfType(filter)

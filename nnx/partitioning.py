@@ -32,7 +32,7 @@ _rules = _Rules()
 
 
 def get_logical_axis_rules() -> tuple[tuple[str, Any], ...]:
-  """The rules in force from logical axis names to mesh axis names.
+  """Returns the rules in force from logical to mesh axis names.
 
   Example:
 
@@ -113,7 +113,7 @@ def composite_rules(first: AxisRules, second: AxisRules) -> dict[str, Any]:
 
 
 def sharding_key(metadata: Mapping[str, Any]) -> str | None:
-  """The name under which `metadata` holds a sharding annotation, if any.
+  """Finds the name under which metadata hold a sharding annotation.
 
   Example:
 
@@ -171,7 +171,7 @@ def partition_spec(
 
   Args:
     annotation: a name, a tuple of names, or `None` for each array axis.
-    local_rules: rules that hold besides those of `logical_axis_rules`.
+    local_rules: rules in addition to those of `logical_axis_rules`.
 
   Returns:
     The `PartitionSpec`; names without a rule stay as they are.
@@ -187,7 +187,7 @@ def partition_spec(
 
 
 def active_mesh() -> jax.sharding.AbstractMesh | None:
-  """The mesh set by `jax.set_mesh`, or `None`.
+  """Returns the mesh set by `jax.set_mesh`, or `None`.
 
   Example:
 

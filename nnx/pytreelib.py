@@ -14,294 +14,39 @@ from collections.abc import Mapping
 import dataclasses
 import inspect
 from typing import (
-  Annotated,
   Any,
-  TypeVar,
-  dataclass_transform,
 )
 
-import jax
-import numpy as np
-
-from nnx import reprlib
+from nnx import attribute_marks, reprlib
+from nnx.attribute_marks import Data as Data
+from nnx.attribute_marks import Marker as Marker
+from nnx.attribute_marks import Static as Static
+from nnx.attribute_marks import data as data
+from nnx.attribute_marks import data_types as data_types
+from nnx.attribute_marks import dataclass as dataclass
+from nnx.attribute_marks import has_data as has_data
+from nnx.attribute_marks import is_data as is_data
+from nnx.attribute_marks import register_data_type as register_data_type
+from nnx.attribute_marks import static as static
 from nnx.engine import _engine, pytrees
-
-A = TypeVar("A")
-T = TypeVar("T", bound=type)
-
-
-class _Missing:
-  def __repr__(self) -> str:
-    return "<missing>"
-
-
-_MISSING = _Missing()
 
 # Bits of `_setattr_flags`: why assignments to a class's objects need Python.
 _HAS_STATUSES, _STRICT = 1, 2
 
 
-class Marker:
-  """A value on its way into an attribute, marked as data or as static.
-
-  Example:
-
-    >>> import nnx
-    >>> marker = nnx.static((1, 2))
-    >>> marker.value, marker.is_data
-    ((1, 2), False)
-
-  Args:
-    value: the value.
-    is_data: whether the attribute is data.
-  """
-
-  __slots__ = ("value", "is_data")
-
-  def __init__(self, value: Any, is_data: bool):
-    self.value = value
-    self.is_data = is_data
-
-  def __repr__(self) -> str:
-    return f"nnx.{'data' if self.is_data else 'static'}({self.value!r})"
-
-  def __hash__(self) -> int:
-    # One that is hidden in a container must not pass for a static value.
-    raise ValueError(
-      "`nnx.data(...)` and `nnx.static(...)` must be assigned to attributes,"
-      f" but a container holds `{self!r}`. Wrap the whole container."
-    )
-
-
-_DATA, _STATIC = "nnx.Data", "nnx.Static"
-
-Data = Annotated[A, _DATA]
-Static = Annotated[A, _STATIC]
-
-
-def _mark(value: Any, is_data: bool, field: dict[str, Any]) -> Any:
-  name = "data" if is_data else "static"
-  if value is not _MISSING:
-    if field:
-      raise TypeError(
-        f"`nnx.{name}` must be called with a value or with keywords of"
-        f" `dataclasses.field`, but got `{value!r}` and {sorted(field)}."
-      )
-    return Marker(value, is_data)
-  metadata = dict(field.pop("metadata", None) or {})
-  if "static" in metadata:
-    raise ValueError(
-      f"`metadata` given to `nnx.{name}` must not have the key `static`, which"
-      f" is set by it, but got `{metadata}`."
-    )
-  return dataclasses.field(
-    **field, metadata={**metadata, "static": not is_data}
-  )
-
-
-def data(value: Any = _MISSING, /, **field: Any) -> Any:
-  """Marks an attribute as data.
-
-  Assigned to an attribute, it marks it; in the body of a class it declares an
-  attribute, and takes the keywords of `dataclasses.field`.
-
-  Example:
-
-    >>> import jax, nnx
-    >>> class Foo(nnx.Pytree):
-    ...   def __init__(self):
-    ...     self.a = nnx.data(42)
-    ...     self.b = 7
-    >>> jax.tree.leaves(Foo())
-    [42]
-
-  Args:
-    value: the value of the attribute.
-    **field: keywords of `dataclasses.field`, if there is no value.
-
-  Returns:
-    What to assign to the attribute.
-
-  Raises:
-    TypeError: if a value and keywords are given.
-    ValueError: if `metadata` has the key `static`.
-  """
-  return _mark(value, True, field)
-
-
-def static(value: Any = _MISSING, /, **field: Any) -> Any:
-  """Marks an attribute as static; see `data`.
-
-  Example:
-
-    >>> import jax, nnx
-    >>> class Foo(nnx.Pytree):
-    ...   def __init__(self):
-    ...     self.a = nnx.static((1, 2))
-    >>> jax.tree.leaves(Foo())
-    []
-
-  Args:
-    value: the value of the attribute, which must hold no data.
-    **field: keywords of `dataclasses.field`, if there is no value.
-
-  Returns:
-    What to assign to the attribute.
-
-  Raises:
-    TypeError: if a value and keywords are given.
-    ValueError: if `metadata` has the key `static`; on assignment, if the value
-      holds data.
-  """
-  return _mark(value, False, field)
-
-
-@dataclass_transform(field_specifiers=(dataclasses.field, data, static))
-def dataclass(cls: Any = None, /, **options: Any) -> Any:
-  """`dataclasses.dataclass` for objects of this library, which show themselves.
-
-  Example:
-
-    >>> import jax, nnx
-    >>> @nnx.dataclass
-    ... class Foo(nnx.Pytree):
-    ...   a: int = nnx.data()
-    ...   b: str = "x"
-    >>> jax.tree.leaves(Foo(3))
-    [3]
-
-  Args:
-    cls: the class; without it a decorator is returned.
-    **options: those of `dataclasses.dataclass`, without `repr` and `frozen`.
-
-  Returns:
-    The class.
-
-  Raises:
-    TypeError: if `frozen` or `slots` is asked for.
-  """
-  for option in ("frozen", "slots"):
-    if options.get(option):
-      raise TypeError(
-        "Objects of nnx keep attributes in their `__dict__` and can be changed,"
-        f" but `nnx.dataclass` got `{option}=True`. Leave it out."
-      )
-  return dataclasses.dataclass(cls, repr=False, **options)
-
-
-# Data types
-
-data_types: set[type] = set()
-
-
-def register_data_type(type_: T, /) -> T:
-  """Makes attributes whose value is of a given type data; also a decorator.
-
-  Example:
-
-    >>> import jax, nnx
-    >>> @nnx.register_data_type
-    ... class Handle:
-    ...   pass
-    >>> nnx.is_data(Handle())
-    True
-
-  Args:
-    type_: the type; subclasses of it are not meant.
-
-  Returns:
-    The type.
-  """
-  data_types.add(type_)
-  _engine.forget_type(type_)
-  return type_
-
-
-def is_data(value: Any, /) -> bool:
-  """Whether a value by itself makes an attribute data.
-
-  Example:
-
-    >>> import jax.numpy as jnp
-    >>> import nnx
-    >>> [nnx.is_data(x) for x in (jnp.zeros(2), nnx.Param(1), nnx.Rngs(0))]
-    [True, True, True]
-    >>> [nnx.is_data(x) for x in ("a", 42, [jnp.zeros(2)])]
-    [False, False, False]
-
-  Args:
-    value: anything.
-
-  Returns:
-    True for arrays of jax and numpy, mutable arrays, Variables, objects of this
-    library and registered types. Lists, tuples and dicts are not data, but the
-    graph functions look into them.
-  """
-  return (
-    isinstance(
-      value,
-      (
-        _engine.VariableBase,
-        _engine.ObjectBase,
-        jax.Array,
-        np.ndarray,
-        jax.Ref,
-      ),
-    )
-    or type(value) in data_types
-  )
-
-
-def has_data(value: Any, /) -> list[Any]:
-  """The data among the leaves of a pytree.
-
-  Example:
-
-    >>> import numpy as np
-    >>> import nnx
-    >>> nnx.has_data([1, np.zeros(1), "a"])
-    [array([0.])]
-
-  Args:
-    value: anything; objects of this library count as leaves.
-
-  Returns:
-    The leaves for which `is_data` holds.
-  """
-  return [leaf for leaf in _leaves(value) if is_data(leaf)]
-
-
-def _leaves(value: Any) -> list[Any]:
-  visited: set[int] = set()
-
-  def is_leaf(x: Any) -> bool:
-    if isinstance(x, Marker) or is_data(x):
-      return True
-    if isinstance(x, (list, dict)):  # only these can contain themselves
-      if id(x) in visited:
-        return True
-      visited.add(id(x))
-    return False
-
-  return jax.tree.leaves(value, is_leaf=is_leaf)
-
-
-# Classes
-
-
 def _annotated_status(annotation: Any) -> bool | None:
-  """What an annotation says of an attribute: data, static, or nothing."""
+  """Reads an annotation of an attribute: data, static, or nothing."""
   if isinstance(annotation, str):
     name = annotation.split("[")[0].strip().removeprefix("nnx.")
     return {"Data": True, "Static": False}.get(name)
   metadata = getattr(annotation, "__metadata__", ())
-  if _DATA in metadata:
+  if attribute_marks.DATA in metadata:
     return True
-  return False if _STATIC in metadata else None
+  return False if attribute_marks.STATIC in metadata else None
 
 
 def _declared_statuses(cls: type) -> dict[str, bool]:
-  """The attributes that the body of a class marks."""
+  """Finds the attributes that the body of a class marks."""
   statuses = {}
   for name, annotation in inspect.get_annotations(cls).items():
     status = _annotated_status(annotation)
@@ -470,7 +215,7 @@ pytrees.register_object_type(Pytree)
 
 
 class Object(Pytree, pytree=False):
-  """An object whose attributes form a graph, but that is no pytree of jax.
+  """An object whose attributes form a graph, but that is not a pytree of jax.
 
   Example:
 
@@ -486,7 +231,7 @@ class Object(Pytree, pytree=False):
   def __init_subclass__(cls, *, pytree: bool = False, **kwargs: Any) -> None:
     if pytree:
       raise ValueError(
-        f"An `Object` is no pytree, but `{cls.__name__}` has `pytree=True`."
+        f"An `Object` is not a pytree, but `{cls.__name__}` has `pytree=True`."
         " Derive it from `nnx.Pytree`."
       )
     super().__init_subclass__(pytree=False, **kwargs)
@@ -515,7 +260,7 @@ def check_pytree(pytree: Any) -> None:
     pytree: the object.
 
   Raises:
-    TypeError: if it is no `Pytree`.
+    TypeError: if it is not a `Pytree`.
     ValueError: if a static attribute holds data, if a container holds a mark,
       or, in a strict class, if a container holds data without a mark.
   """
@@ -532,7 +277,7 @@ def check_pytree(pytree: Any) -> None:
 def _check_value(
   owner: Pytree, name: Any, value: Any, status: bool | None, strict: bool
 ) -> None:
-  leaves = _leaves(value)
+  leaves = attribute_marks.leaves(value)
   where = f"`{name}` of `{type(owner).__name__}`"
   if any(isinstance(leaf, Marker) for leaf in leaves):
     raise ValueError(
@@ -573,7 +318,7 @@ _DOTS = _Dots()
 
 
 def _shown_first(node: Pytree) -> bool:
-  """Whether the display that is being made has not shown `node` yet."""
+  """Tells whether a display shows `node` for the first time."""
   shown = reprlib.memo().setdefault("shown", set())
   first = id(node) not in shown
   shown.add(id(node))
@@ -590,7 +335,7 @@ def _shown_attributes(node: Pytree) -> list[tuple[Any, Any]]:
 
 
 def sizes_comment(node: Pytree) -> str:
-  """The sizes of the Variables below an object, for each kind of them.
+  """Writes the sizes of the Variables below an object, by their kind.
 
   Example:
 
@@ -616,7 +361,7 @@ def sizes_comment(node: Pytree) -> str:
 def _sizes(
   node: Any, known: dict[int, dict[int, tuple[str, reprlib.Size]]]
 ) -> dict[int, tuple[str, reprlib.Size]]:
-  """The kind and size of every Variable below `node`, by identity."""
+  """Finds the kind and size of every Variable below `node`, by identity."""
   if isinstance(node, _engine.VariableBase):
     size = reprlib.Size.of(node.raw_value)
     return {id(node): (_size_kind(type(node)), size)} if size else {}

@@ -91,7 +91,7 @@ def showing(**settings: bool) -> Iterator[None]:
 
 
 def setting(name: str) -> bool:
-  """The present value of one of the settings of `showing`.
+  """Returns the present value of one of the settings of `showing`.
 
   Example:
 
@@ -103,7 +103,7 @@ def setting(name: str) -> bool:
 
 
 def memo() -> dict[Any, Any]:
-  """What the display that is being made remembers, until it is finished.
+  """Returns what the display that is being made remembers.
 
   Example:
 
@@ -115,7 +115,7 @@ def memo() -> dict[Any, Any]:
 
 
 def in_notebook() -> bool:
-  """Whether IPython runs; without importing it, which is slow.
+  """Tells whether IPython runs, without importing it, which is slow.
 
   Example:
 
@@ -196,7 +196,7 @@ class Size:
 
   @classmethod
   def of(cls, tree: Any) -> Size:
-    """The sum over the arrays, abstract or not, of a pytree.
+    """Sums over the arrays, abstract or not, of a pytree.
 
     Example:
 
@@ -233,7 +233,7 @@ def _is_large_array(value: Any) -> bool:
 
 
 def value_text(value: Any) -> str:
-  """The text of any value as it stands inside the display of another.
+  """Writes a value as it stands inside the display of another.
 
   Example:
 
@@ -269,7 +269,7 @@ def value_text(value: Any) -> str:
 
 
 def _container_parts(value: list | tuple | dict) -> Parts:
-  """A plain container that holds displayable objects, one on each line."""
+  """Lays out a plain container of displayable objects, one on each line."""
   if type(value) is dict:
     return Parts("", list(value.items()), start="{", end="}", separator=": ")
   start, end = "[]" if type(value) is list else "()"

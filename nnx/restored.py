@@ -15,7 +15,7 @@ import numpy as np
 
 
 class _Leaf:
-  """An array or number of which no more is known."""
+  """An array or number of unknown shape."""
 
   shape = None
 
@@ -26,7 +26,7 @@ _NUMBERS = (bool, int, float, complex, np.generic)
 
 
 def int_key(key: Any) -> Any:
-  """The int that a key is the text of; other keys as they are.
+  """Turns a key that is the text of an int into the int.
 
   Example:
 
@@ -42,7 +42,7 @@ def int_key(key: Any) -> Any:
 
 
 def keys_text(keys: Any) -> str:
-  """Some keys for an error, not all of a great many.
+  """Writes some keys for an error, not all of a great many.
 
   Example:
 
@@ -55,25 +55,10 @@ def keys_text(keys: Any) -> str:
   return f"[{shown}{', ...' if len(keys) > 12 else ''}]"
 
 
-def path_text(path: tuple[Any, ...]) -> str:
-  """A path as a user would write it.
-
-  Example:
-
-    >>> from nnx.restored import path_text
-    >>> path_text(("layers", 0, "kernel"))
-    'layers[0].kernel'
-  """
-  text = ""
-  for key in path:
-    text += f".{key}" if isinstance(key, str) else f"[{key!r}]"
-  return text.lstrip(".") or "<root>"
-
-
 def restored_value(
   old: Any, value: Any, path: str, check_shapes: bool = True
 ) -> Any:
-  """The value of a Variable, of what a checkpoint holds in its place.
+  """Makes the value of a Variable of what a checkpoint holds for it.
 
   Example:
 
@@ -103,7 +88,7 @@ def restored_value(
 
 
 def _is_boxed(old: Any, value: Any) -> bool:
-  """Whether a value is in a dict under `value`, and that is none of `old`."""
+  """Tells whether a value is in a dict under `value`, unlike `old`."""
   if not isinstance(value, Mapping) or list(value) != ["value"]:
     return False
   if not isinstance(old, Mapping) or "value" not in old:
@@ -164,7 +149,7 @@ def _like(old: Any, value: Any, path: str, check_shapes: bool) -> Any:
 
 
 def shape_message(path: str, given: Any, wanted: Any) -> str:
-  """The text of the error for an array of another shape.
+  """Writes the error for an array of another shape.
 
   Example:
 
@@ -179,12 +164,12 @@ def shape_message(path: str, given: Any, wanted: Any) -> str:
 
 
 def _key_in(mapping: Mapping[Any, Any], key: Any) -> Any:
-  """The key of `mapping` that a checkpoint's key stands for."""
+  """Finds the key of `mapping` that a checkpoint's key stands for."""
   return key if key in mapping or int_key(key) not in mapping else int_key(key)
 
 
 def _items_of(old: Any, value: Mapping[Any, Any], path: str) -> list[Any]:
-  """The items of a list or tuple that a checkpoint has made a dict of."""
+  """Lists the items of a sequence that a checkpoint has made a dict of."""
   names = getattr(old, "_fields", None)
   by_key = {int_key(key): item for key, item in value.items()}
   wanted = list(range(len(value)) if names is None else names)

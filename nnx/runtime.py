@@ -40,7 +40,7 @@ _FLAX_NNX = frozenset(
 
 
 def is_of_flax_nnx(cls: type) -> bool:
-  """Whether instances are Modules, Variables or States of `flax.nnx`.
+  """Tells whether a class is a Module, Variable or State of `flax.nnx`.
 
   By the names of the bases: nothing of Flax is imported here.
   """
@@ -52,7 +52,7 @@ def is_of_flax_nnx(cls: type) -> bool:
 
 
 def is_array_type(cls: type) -> Any:
-  """What instances of a class are to the graph functions.
+  """Tells what instances of a class are to the graph functions.
 
   Returns:
     Ellipsis for objects of `flax.nnx`; True for arrays, and for data of other

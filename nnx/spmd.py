@@ -67,7 +67,7 @@ def with_sharding_constraint(
     mesh: the mesh; the active one, if None, also that of `with mesh:`.
 
   Returns:
-    `x`, constrained where there is a mesh.
+    `x`, constrained if there is a mesh.
   """
   if axis_resources is None:
     return x
@@ -289,7 +289,7 @@ def remove_axis(
 
 
 def get_var_pspec(variable: Variable[Any]) -> PartitionSpec | None:
-  """The `PartitionSpec` of a Variable, by its annotation and the axis rules.
+  """Makes a Variable's `PartitionSpec` by its annotation and the axis rules.
 
   Example:
 
@@ -376,7 +376,7 @@ def get_abstract_model(
   *,
   graph: bool | None = None,
 ) -> tuple[Any, Any]:
-  """The GraphDef and the abstract State of a model, without computing it.
+  """Finds the GraphDef and abstract State of a model without computing it.
 
   Example:
 

@@ -1,8 +1,9 @@
 """State: the leaves of a model as a nested mapping, and the functions on it.
 
 A `State` wraps one nested plain dict, whose leaves are Variables or arrays.
-Flattening, splitting and merging are done by few small functions on such dicts,
-at the end of this module; the classes only wrap what these take and return.
+Flattening, splitting and merging are done by a few small functions on such
+dicts, in `nested_mappings` and in the engine; the classes wrap what they take
+and return.
 """
 
 from __future__ import annotations
@@ -25,8 +26,19 @@ from typing import (
 import jax
 
 from nnx import filterlib as filters_lib
-from nnx import reprlib, restored
+from nnx import flat_states, reprlib
 from nnx.engine import _engine, pytrees
+from nnx.nested_mappings import copy_mapping as copy_mapping
+from nnx.nested_mappings import (
+  leaf_value,
+  nested_items,
+  one_or_tuple,
+  replace_in,
+)
+from nnx.nested_mappings import path_sort_key as path_sort_key
+from nnx.nested_mappings import restore_int_paths as restore_int_paths
+from nnx.nested_mappings import sorted_by_path as sorted_by_path
+from nnx.nested_mappings import unflatten_mapping as unflatten_mapping
 
 K = TypeVar("K")
 V = TypeVar("V")
@@ -36,7 +48,7 @@ PathParts = filters_lib.PathParts
 Filter = filters_lib.Filter
 
 
-class FlatState(reprlib.Displayable, Sequence[tuple[PathParts, V]]):
+class FlatState(flat_states.FlatLeaves[V]):
   """The leaves of a `State` in the order of their paths.
 
   Behaves as a sequence of pairs `(path, leaf)`; it is a pytree.
@@ -53,90 +65,10 @@ class FlatState(reprlib.Displayable, Sequence[tuple[PathParts, V]]):
     sort: whether to sort them by path; if not, they must be sorted.
   """
 
-  __slots__ = ("_keys", "_values")
-
-  def __init__(
-    self, items: Iterable[tuple[PathParts, V]], /, *, sort: bool = True
-  ):
-    items = list(items)
-    if sort:
-      items = sorted_by_path(items)
-    self._keys = tuple(path for path, _ in items)
-    self._values = [leaf for _, leaf in items]
-
-  @classmethod
-  def from_sorted_keys_values(
-    cls, keys: tuple[PathParts, ...], values: list[V], /
-  ) -> FlatState[V]:
-    """Wraps paths in order and their leaves without copying them.
-
-    Example:
-
-      >>> import nnx
-      >>> nnx.FlatState.from_sorted_keys_values((("a",),), [1])[0]
-      (('a',), 1)
-    """
-    self = object.__new__(cls)
-    self._keys = keys
-    self._values = values
-    return self
-
-  @property
-  def paths(self) -> tuple[PathParts, ...]:
-    """The paths, in order.
-
-    Example:
-
-      >>> import nnx
-      >>> nnx.FlatState([(("b",), 1), (("a",), 2)]).paths
-      (('a',), ('b',))
-    """
-    return self._keys
-
-  @property
-  def leaves(self) -> list[V]:
-    """The leaves, in the order of their paths.
-
-    Example:
-
-      >>> import nnx
-      >>> nnx.FlatState([(("b",), 1), (("a",), 2)]).leaves
-      [2, 1]
-    """
-    return self._values
-
-  def __getitem__(self, index):
-    if isinstance(index, slice):
-      return FlatState.from_sorted_keys_values(
-        self._keys[index], self._values[index]
-      )
-    return self._keys[index], self._values[index]
-
-  def __len__(self) -> int:
-    return len(self._keys)
-
-  def __iter__(self) -> Iterator[tuple[PathParts, V]]:
-    return iter(zip(self._keys, self._values))
-
-  def __eq__(self, other) -> bool:
-    if not isinstance(other, FlatState):
-      return NotImplemented
-    return self._keys == other._keys and self._values == other._values
-
-  __hash__ = None
-
-  def _display(self) -> reprlib.Parts:
-    return reprlib.Parts(
-      "FlatState",
-      [(None, pair) for pair in self],
-      start="([",
-      end="])",
-      type=FlatState,
-      nested={"in_state": True},
-    )
+  __slots__ = ()
 
   def to_nested_state(self) -> State[Key, V]:
-    """The `State` with these leaves.
+    """Makes the `State` with these leaves.
 
     Example:
 
@@ -149,66 +81,6 @@ class FlatState(reprlib.Displayable, Sequence[tuple[PathParts, V]]):
       })
     """
     return from_flat_state(self)
-
-  def split(self, first: Filter, /, *filters: Filter):
-    """Splits the leaves by filters that together must select all of them.
-
-    Example:
-
-      >>> import nnx
-      >>> a, b = nnx.FlatState([(("a",), 1), (("b",), 2.0)]).split(int, ...)
-      >>> a.paths, b.paths
-      ((('a',),), (('b',),))
-
-    Returns:
-      One `FlatState`, or a tuple of them if there are several filters.
-
-    Raises:
-      ValueError: if a leaf is left.
-    """
-    *parts, rest = _split_pairs(self, (first, *filters))
-    if rest:
-      raise ValueError(
-        "Filters must cover every leaf, but none of them selects those at"
-        f" {[path for path, _ in rest]}: add `...` as the last filter, or use"
-        " the non-exhaustive `filter`."
-      )
-    return _one_or_tuple([FlatState(part, sort=False) for part in parts])
-
-  def filter(self, first: Filter, /, *filters: Filter):
-    """Selects leaves by filters; those that no filter selects are left out.
-
-    Example:
-
-      >>> import nnx
-      >>> nnx.FlatState([(("a",), 1), (("b",), 2.0)]).filter(int).paths
-      (('a',),)
-
-    Returns:
-      One `FlatState`, or a tuple of them if there are several filters.
-    """
-    *parts, _ = _split_pairs(self, (first, *filters))
-    return _one_or_tuple([FlatState(part, sort=False) for part in parts])
-
-  @staticmethod
-  def merge(
-    flat_state: Iterable[tuple[PathParts, V]],
-    /,
-    *flat_states: Iterable[tuple[PathParts, V]],
-  ) -> FlatState[V]:
-    """Joins flat states into one, which is sorted.
-
-    Example:
-
-      >>> import nnx
-      >>> nnx.FlatState.merge([(("b",), 1)], [(("a",), 2)]).paths
-      (('a',), ('b',))
-    """
-    if not flat_states and isinstance(flat_state, FlatState):
-      return flat_state
-    return FlatState(
-      [pair for part in (flat_state, *flat_states) for pair in part], sort=True
-    )
 
 
 class State(reprlib.Displayable, MutableMapping[K, V], Generic[K, V]):
@@ -347,7 +219,7 @@ class State(reprlib.Displayable, MutableMapping[K, V], Generic[K, V]):
   def _display(self) -> reprlib.Parts:
     return reprlib.Parts(
       type(self).__name__,
-      _nested_items(self._mapping),
+      nested_items(self._mapping),
       start="({",
       end="})",
       separator=": ",
@@ -367,7 +239,7 @@ class State(reprlib.Displayable, MutableMapping[K, V], Generic[K, V]):
     return map_state(f, self)
 
   def flat_state(self) -> FlatState[V]:
-    """The leaves in the order of their paths; see `to_flat_state`.
+    """Lists the leaves in the order of their paths; see `to_flat_state`.
 
     Example:
 
@@ -396,7 +268,7 @@ class State(reprlib.Displayable, MutableMapping[K, V], Generic[K, V]):
   def to_pure_dict(
     self, extract_fn: Callable[[Any], Any] | None = None
   ) -> dict[Any, Any]:
-    """The values as nested dicts; see `nnx.to_pure_dict`.
+    """Makes nested dicts of the values; see `nnx.to_pure_dict`.
 
     Example:
 
@@ -483,7 +355,7 @@ jax.tree_util.register_pytree_node(
 
 
 def to_flat_state(state: Mapping[Any, Any]) -> FlatState[Any]:
-  """The leaves of a State in the order of their paths.
+  """Lists the leaves of a State in the order of their paths.
 
   Example:
 
@@ -632,7 +504,7 @@ def merge_state(
 
 
 def diff(state: State[Any, Any], other: State[Any, Any]) -> State[Any, Any]:
-  """The part of a State at paths that another one does not have.
+  """Takes the part of a State at paths that another one does not have.
 
   Example:
 
@@ -656,7 +528,7 @@ def diff(state: State[Any, Any], other: State[Any, Any]) -> State[Any, Any]:
 def to_pure_dict(
   state: Mapping[Any, Any], extract_fn: Callable[[Any], Any] | None = None
 ) -> dict[Any, Any]:
-  """The values of a State as nested dicts, without Variables.
+  """Makes nested dicts of the values of a State.
 
   It is the form that checkpoints keep: it depends on the names and the values
   alone. `replace_by_pure_dict` is the way back.
@@ -675,7 +547,7 @@ def to_pure_dict(
     Nested dicts with keys in order.
   """
   if extract_fn is None:
-    extract_fn = _leaf_value
+    extract_fn = leaf_value
   return unflatten_mapping(
     [(path, extract_fn(leaf)) for path, leaf in to_flat_state(state)]
   )
@@ -710,37 +582,11 @@ def replace_by_pure_dict(
     ValueError: if `pure_dict` has a path that `state` has not, or something
       else than an array where a Variable of an array is.
   """
-  _replace_in(state._mapping, pure_dict, replace_fn, ())
-
-
-def restore_int_paths(pure_dict: Mapping[Any, Any]) -> dict[Any, Any]:
-  """Turns the keys of nested dicts that are texts of ints back into ints.
-
-  Example:
-
-    >>> import nnx
-    >>> nnx.restore_int_paths({"layers": {"0": 1, "1": 2}})
-    {'layers': {0: 1, 1: 2}}
-
-  Args:
-    pure_dict: nested dicts, such as a checkpoint returns them.
-
-  Returns:
-    New nested dicts.
-  """
-  return {
-    restored.int_key(key): restore_int_paths(value)
-    if isinstance(value, collections.abc.Mapping)
-    else value
-    for key, value in pure_dict.items()
-  }
-
-
-# Functions on nested dicts
+  replace_in(state._mapping, pure_dict, replace_fn, ())
 
 
 def raw_mapping(state: Mapping[Any, Any]) -> dict[Any, Any]:
-  """The dict that a State wraps; another mapping as a dict.
+  """Returns the dict that a State wraps; another mapping as a dict.
 
   Example:
 
@@ -757,7 +603,7 @@ def raw_mapping(state: Mapping[Any, Any]) -> dict[Any, Any]:
     same leaves for mappings of other types.
 
   Raises:
-    TypeError: if it is no mapping.
+    TypeError: if it is not a mapping.
   """
   if isinstance(state, State):
     return state._mapping
@@ -771,142 +617,6 @@ def raw_mapping(state: Mapping[Any, Any]) -> dict[Any, Any]:
   )
 
 
-def path_sort_key(path: PathParts) -> tuple[tuple[bool, Any], ...]:
-  """Sorts paths of ints and strings: ints come first.
-
-  Example:
-
-    >>> from nnx.statelib import path_sort_key
-    >>> sorted([("b",), (1,)], key=path_sort_key)
-    [(1,), ('b',)]
-  """
-  return tuple((isinstance(key, str), key) for key in path)
-
-
-def sorted_by_path(
-  items: Sequence[tuple[PathParts, V]],
-) -> list[tuple[PathParts, V]]:
-  """Sorts pairs of path and leaf.
-
-  Example:
-
-    >>> from nnx.statelib import sorted_by_path
-    >>> sorted_by_path([(("b",), 1), (("a", 0), 2)])
-    [(('a', 0), 2), (('b',), 1)]
-  """
-  return sorted(items, key=lambda item: path_sort_key(item[0]))
-
-
-def copy_mapping(mapping: Mapping[Any, Any]) -> dict[Any, Any]:
-  """A copy of nested mappings as dicts, with the same leaves.
-
-  Example:
-
-    >>> import nnx
-    >>> from nnx.statelib import copy_mapping
-    >>> copy_mapping(nnx.State({"a": {"b": 1}}))
-    {'a': {'b': 1}}
-  """
-  return {
-    key: copy_mapping(value)
-    if isinstance(value, collections.abc.Mapping)
-    else value
-    for key, value in mapping.items()
-  }
-
-
-def unflatten_mapping(
-  flat: Mapping[PathParts, V] | Iterable[tuple[PathParts, V]],
-) -> dict[Any, Any]:
-  """Makes nested dicts of paths and leaves.
-
-  Example:
-
-    >>> from nnx.statelib import unflatten_mapping
-    >>> unflatten_mapping([(("a", 0), 1), (("a", 1), 2)])
-    {'a': {0: 1, 1: 2}}
-
-  Raises:
-    ValueError: if a path leads through a leaf.
-  """
-  if isinstance(flat, collections.abc.Mapping):
-    flat = flat.items()
-  result: dict[Any, Any] = {}
-  for path, leaf in flat:
-    *parents, last = path
-    node = result
-    for key in parents:
-      node = node.setdefault(key, {})
-      if type(node) is not dict:
-        raise _through_leaf_error(path)
-    node[last] = leaf
-  return result
-
-
-def _split_pairs(
-  pairs: Iterable[tuple[PathParts, Any]], filters: Sequence[Filter]
-) -> list[list[tuple[PathParts, Any]]]:
-  """One list a filter, and one of the pairs that no filter selects."""
-  predicates = filters_lib.filters_to_predicates(filters)
-  parts: list[list[Any]] = [[] for _ in range(len(predicates) + 1)]
-  for path, leaf in pairs:
-    for i, predicate in enumerate(predicates):
-      if predicate(path, leaf):
-        parts[i].append((path, leaf))
-        break
-    else:
-      parts[-1].append((path, leaf))
-  return parts
-
-
-def _replace_in(
-  mapping: dict[Any, Any],
-  pure_dict: Mapping[Any, Any],
-  replace_fn: Callable[[Any, Any], Any] | None,
-  prefix: PathParts,
-) -> None:
-  for given, value in pure_dict.items():
-    key = given if given in mapping else restored.int_key(given)
-    path = (*prefix, key)
-    if key not in mapping:
-      raise ValueError(
-        "Every path of `pure_dict` must be one of the `State`, but got"
-        f" `{(*prefix, given)}`. The keys there are"
-        f" {restored.keys_text(mapping)}."
-      )
-    if key is not given and key in pure_dict:
-      raise ValueError(
-        f"`pure_dict` must have one value for `{path}`, but it has the keys"
-        f" {key!r} and {given!r}."
-      )
-    old = mapping[key]
-    if type(old) is dict:
-      if not isinstance(value, collections.abc.Mapping):
-        raise ValueError(
-          f"`pure_dict` must hold a mapping at `{path}`, as the `State` does,"
-          f" but got a `{type(value).__name__}`."
-        )
-      _replace_in(old, value, replace_fn, path)
-    elif replace_fn is None:
-      mapping[key] = _leaf_with_value(old, value, path)
-    else:
-      mapping[key] = replace_fn(old, value)
-
-
-def _leaf_value(leaf: Any) -> Any:
-  return leaf.value if isinstance(leaf, _engine.VariableBase) else leaf
-
-
-def _leaf_with_value(leaf: Any, value: Any, path: PathParts) -> Any:
-  if not isinstance(leaf, _engine.VariableBase):
-    return value
-  if not isinstance(value, _engine.VariableBase):
-    value = restored.restored_value(
-      leaf.raw_value, value, restored.path_text(path), check_shapes=False
-    )
-  return leaf.replace(value)
-
-
 def _split(
   state: Mapping[Any, Any], filters: Sequence[Filter], *, exhaustive: bool
 ) -> Any:
@@ -914,28 +624,4 @@ def _split(
     raw_mapping(state), filters_lib.engine_filters(filters), exhaustive
   )
   cls = type(state) if isinstance(state, State) else State
-  return _one_or_tuple([cls._from_nested(part) for part in parts])
-
-
-def _one_or_tuple(parts: list[Any]) -> Any:
-  return parts[0] if len(parts) == 1 else tuple(parts)
-
-
-def _nested_items(mapping: Mapping[Any, Any]) -> list[tuple[Any, Any]]:
-  return [
-    (
-      key,
-      reprlib.Parts(
-        "", _nested_items(value), start="{", end="}", separator=": "
-      )
-      if isinstance(value, collections.abc.Mapping)
-      else value,
-    )
-    for key, value in mapping.items()
-  ]
-
-
-def _through_leaf_error(path: PathParts) -> ValueError:
-  return ValueError(
-    f"A path must lead to a leaf or through mappings, but `{path}` does both."
-  )
+  return one_or_tuple([cls._from_nested(part) for part in parts])

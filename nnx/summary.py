@@ -13,9 +13,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from nnx import reprlib
+from nnx import reprlib, summary_cells
 from nnx.containers import Dict, List
-from nnx.engine import pytrees
 from nnx.graphlib import functional
 from nnx.module import Module
 from nnx.pytreelib import Pytree
@@ -75,7 +74,7 @@ class CallInfo(NamedTuple):
 
 
 def filter_rng_streams(row: CallInfo) -> bool:
-  """Whether a row is no call of a stream of random numbers.
+  """Tells whether a row is anything but a call of a random stream.
 
   Example:
 
@@ -124,7 +123,7 @@ class _Recorder:
   ) -> Any:
     order, self._calls = self._calls, self._calls + 1
     path = getattr(node, _PLACE).path
-    inputs = _arguments_text(args, kwargs)
+    inputs = summary_cells.arguments_text(args, kwargs)
     identity = path, name, inputs
     if identity in self._seen:
       return method(node, *args, **kwargs)
@@ -168,10 +167,6 @@ def _abstract(value: Any) -> Any:
   return value
 
 
-def _is_array(value: Any) -> bool:
-  return isinstance(value, (jax.Array, np.ndarray, jax.ShapeDtypeStruct))
-
-
 # A function of arrays, and abstract ones to call it with.
 _Flat = tuple[Callable[..., Any], tuple[Any, ...]]
 
@@ -182,7 +177,7 @@ def _flat(
   args: tuple[Any, ...],
   kwargs: Mapping[str, Any],
 ) -> _Flat:
-  """A call as a function of abstract arrays, and those of this call.
+  """Turns a call into a function of arrays, and gives its abstract ones.
 
   The function works on a copy of the node, and returns the arrays of the
   result.
@@ -190,7 +185,7 @@ def _flat(
   graphdef, state = functional.split(node)
   variables, statedef = jax.tree.flatten(state)
   leaves, treedef = jax.tree.flatten((args, dict(kwargs)))
-  dynamic = [i for i, leaf in enumerate(leaves) if _is_array(leaf)]
+  dynamic = [i for i, leaf in enumerate(leaves) if summary_cells.is_array(leaf)]
 
   def function(variables, arrays):
     copy = functional.merge(graphdef, statedef.unflatten(variables))
@@ -207,7 +202,7 @@ def _flat(
 def _vjp(
   function: Callable[..., Any], variables: list[Any], arrays: list[Any]
 ) -> Any:
-  """The gradient of all outputs by all inputs, where both are floats."""
+  """Computes the gradient of all float outputs by all float inputs."""
   inputs = [*variables, *arrays]
   floats = [
     i
@@ -224,7 +219,8 @@ def _vjp(
     return [
       leaf
       for leaf in outputs
-      if _is_array(leaf) and jnp.issubdtype(leaf.dtype, jnp.inexact)
+      if summary_cells.is_array(leaf)
+      and jnp.issubdtype(leaf.dtype, jnp.inexact)
     ]
 
   primals, backward = jax.vjp(of_floats, [inputs[i] for i in floats])
@@ -233,7 +229,11 @@ def _vjp(
 
 def _flops(function: Callable[..., Any], operands: tuple[Any, ...]) -> int:
   def arrays_of(*operands):
-    return [x for x in jax.tree.leaves(function(*operands)) if _is_array(x)]
+    return [
+      x
+      for x in jax.tree.leaves(function(*operands))
+      if summary_cells.is_array(x)
+    ]
 
   # Here: a table without FLOPs needs no kernels.
   from nnx import kernels
@@ -246,12 +246,12 @@ def _flops(function: Callable[..., Any], operands: tuple[Any, ...]) -> int:
   return int((cost or {}).get("flops", 0))
 
 
-# What models call of these is no part of what they compute.
+# Calls of the methods of these are not part of what a model computes.
 _COMMON = (Module, Pytree, Dict, List)
 
 
 def _watched_methods(cls: type) -> Iterator[tuple[str, Any]]:
-  """The methods of a class that are rows: not those that all Modules have."""
+  """Lists the methods of a class that are rows, but those of all Modules."""
   found: set[str] = set()
   for base in cls.__mro__:
     for name, method in vars(base).items():
@@ -267,7 +267,7 @@ def _watched_methods(cls: type) -> Iterator[tuple[str, Any]]:
 
 @functools.lru_cache(maxsize=256)
 def _watched_class(cls: type) -> type:
-  """A class derived from another whose methods tell that they are called."""
+  """Derives a class whose methods tell that they are called."""
 
   def watched(name: str, method: Any) -> Callable[..., Any]:
     @functools.wraps(method)
@@ -323,93 +323,6 @@ def _record(
     _watch.recorder = before
 
 
-# What is in the cells
-
-
-def _array_text(value: Any) -> str:
-  shape = ",".join(map(str, value.shape))
-  return f"[dim]{value.dtype}[/dim][{shape}]"
-
-
-def _scalar_text(value: Any) -> str:
-  from rich import markup
-
-  if _is_array(value):
-    return _array_text(value)
-  if isinstance(value, Variable):
-    return _scalar_text(value.raw_value)
-  if isinstance(value, type):
-    return f"type\\[{value.__name__}]"
-  if isinstance(value, Pytree):
-    return f"{type(value).__name__}(...)"
-  return markup.escape(repr(value).replace("'", ""))
-
-
-def _children(value: Any) -> dict[Any, Any] | list[Any] | None:
-  """What a value consists of, by name or in order; None of a scalar."""
-  if isinstance(value, (Pytree, Variable)) or _is_array(value):
-    return None
-  if isinstance(value, Mapping):
-    if all(isinstance(key, str) for key in value):
-      return dict(sorted(value.items()))
-    return dict(value)
-  if isinstance(value, (list, tuple)) and not hasattr(value, "_fields"):
-    return list(value)
-  opened = pytrees.flatten_pytree(value)
-  if opened is None or value is None:
-    return None
-  children, _, keys = opened
-  return dict(zip(keys, children, strict=True))
-
-
-def _lines(value: Any) -> list[str]:
-  """Nested values as lines: `name: value`, and `- value` in lists."""
-  children = _children(value)
-  if children is None:
-    return _scalar_text(value).split("\n")
-  if not children:
-    return ["{}" if isinstance(children, dict) else "[]"]
-  lines = []
-  if isinstance(children, list):
-    for child in children:
-      first, *rest = _lines(child)
-      lines += [f"- {first}", *(f"  {line}" for line in rest)]
-    return lines
-  for name, child in children.items():
-    inner = _children(child)
-    if inner:
-      margin = "" if isinstance(inner, list) else "  "
-      lines.append(f"{name}:")
-      lines += [margin + line for line in _lines(child)]
-    else:
-      first, *rest = _lines(child)
-      lines += [f"{name}: {first}", *(f"  {line}" for line in rest)]
-  return lines
-
-
-def _text(value: Any) -> str:
-  children = _children(value)
-  if value is None or (children is not None and not children):
-    return ""
-  return "\n".join(_lines(value))
-
-
-def _arguments_text(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> str:
-  parts = []
-  if len(args) == 1 and not kwargs:
-    parts.append(_text(args[0]))
-  elif args:
-    parts.append(_text(args))
-  if kwargs:
-    parts.append(_text(kwargs))
-  return "\n".join(parts)
-
-
-def _size_text(size: reprlib.Size) -> str:
-  elements, rest = repr(size).split(" ", 1)
-  return f"{elements} [dim]{rest}[/dim]"
-
-
 # The table
 
 
@@ -432,7 +345,7 @@ class _Contents:
     return sorted(types, key=lambda t: t.__name__)
 
   def below(self, path: tuple[Any, ...], type_: type) -> reprlib.Size:
-    """The size of the Variables of a kind in what is at a path."""
+    """Sums the sizes of the Variables of a kind below a path."""
     total = reprlib.Size()
     for where, variable in self.variables:
       if where[: len(path)] == path and self.type_of(variable) is type_:
@@ -440,17 +353,17 @@ class _Contents:
     return total
 
   def at(self, path: tuple[Any, ...], type_: type) -> dict[Any, Any]:
-    """The attributes, of the object at a path, that are Variables of a kind."""
+    """Finds the Variables of a kind among the attributes at a path."""
     found = {}
     for where, variable in self.variables:
       if where[:-1] != path or not where or self.type_of(variable) is not type_:
         continue
       value = _value(variable)
-      text = value if _is_array(value) else ""
+      text = value if summary_cells.is_array(value) else ""
       metadata = variable.get_metadata(exclude_required=True)
       if metadata:
         found[where[-1]] = {"value": text, **metadata}
-      elif _is_array(value):
+      elif summary_cells.is_array(value):
         found[where[-1]] = text
     return found
 
@@ -473,7 +386,7 @@ def tabulate(
   compute_vjp_flops: bool = False,
   **input_kwargs: Any,
 ) -> str:
-  """A table of the calls that a method of a model makes, and of its Variables.
+  """Draws a table of the calls that a method makes, and of the Variables.
 
   Each object whose methods are called has a row for each of them: its path, its
   class, the arguments, the results, and the Variables of each kind with their
@@ -510,7 +423,7 @@ def tabulate(
       `jax.ShapeDtypeStruct`s.
     depth: how long the paths of rows may be.
     method: the name of the method.
-    row_filter: says which rows to show; by default those that are no calls of
+    row_filter: says which rows to show; by default all but calls of
       streams of random numbers.
     table_kwargs: keywords of `rich.table.Table`.
     column_kwargs: keywords of its `add_column`, for each column.
@@ -526,7 +439,7 @@ def tabulate(
 
   Raises:
     ModuleNotFoundError: if `rich` is not installed.
-    TypeError: if `obj` is no object of this library.
+    TypeError: if `obj` is not an object of this library.
     ValueError: if it has no such method.
   """
   if not isinstance(obj, Pytree):
@@ -546,7 +459,7 @@ def tabulate(
   columns = {"path": ["/".join(map(str, row.path)) for row in rows]}
   columns["type"] = [row.type.__name__ for row in rows]
   columns["inputs"] = [row.inputs_repr for row in rows]
-  columns["outputs"] = [_text(row.outputs) for row in rows]
+  columns["outputs"] = [summary_cells.text(row.outputs) for row in rows]
   if compute_flops:
     columns["flops"] = [str(row.flops) for row in rows]
   if compute_vjp_flops:
@@ -589,18 +502,20 @@ def _render(
   table.columns[-1].footer = rich_text.Text("Total", justify="right")
   for type_, total in zip(types, totals, strict=True):
     table.add_column(type_.__name__, **column_kwargs)
-    table.columns[-1].footer = _size_text(total)
+    table.columns[-1].footer = summary_cells.size_text(total)
   for i, row in enumerate(rows):
     cells = [cells[i] for cells in columns.values()]
     for type_ in types:
-      attributes = _text(contents.at(row.object_path, type_))
+      attributes = summary_cells.text(contents.at(row.object_path, type_))
       size = contents.below(row.object_path, type_)
       cell = f"{attributes}\n\n" if attributes else ""
-      cells.append(cell + (f"[bold]{_size_text(size)}[/bold]" if size else ""))
+      cells.append(
+        cell + (f"[bold]{summary_cells.size_text(size)}[/bold]" if size else "")
+      )
     table.add_row(*cells)
   table.caption_style = "bold"
   total = sum(totals, reprlib.Size())
-  table.caption = f"\nTotal Parameters: {_size_text(total)}"
+  table.caption = f"\nTotal Parameters: {summary_cells.size_text(total)}"
   file = io.StringIO()
   options = {"force_terminal": True, "force_jupyter": reprlib.in_notebook()}
   rich_console.Console(file=file, **(options | dict(console_kwargs))).print(

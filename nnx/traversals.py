@@ -24,14 +24,14 @@ def flatten_to_sequence(
     [(('a',), 1), (('b', 'c'), 2)]
 
   Args:
-    xs: the mapping; whatever in it is no mapping is a leaf.
+    xs: the mapping; anything in it that is not a mapping is a leaf.
     is_leaf: `is_leaf(path, mapping)` says of a mapping that it is a leaf too.
 
   Returns:
     Pairs of a path and a leaf, in the order of the mappings.
 
   Raises:
-    TypeError: if `xs` is no mapping.
+    TypeError: if `xs` is not a mapping.
   """
   return [
     (path, leaf)
@@ -57,7 +57,7 @@ def flatten_mapping(
     {'a': 1, 'b/c': 2}
 
   Args:
-    xs: the mapping; whatever in it is no mapping is a leaf.
+    xs: the mapping; anything in it that is not a mapping is a leaf.
     keep_empty_nodes: whether empty mappings stay, as `empty_node`.
     is_leaf: `is_leaf(path, mapping)` says of a mapping that it is a leaf too.
     sep: joins the keys, which are strings then; None for tuples of keys.
@@ -66,7 +66,7 @@ def flatten_mapping(
     A dict from paths to leaves. `unflatten_mapping` undoes it.
 
   Raises:
-    TypeError: if `xs` is no mapping.
+    TypeError: if `xs` is not a mapping.
   """
   return {
     path if sep is None else sep.join(path): leaf
@@ -91,7 +91,7 @@ def unflatten_mapping(
     sep: what joins the keys of a path; None for tuples of keys.
 
   Raises:
-    TypeError: if `xs` is no mapping.
+    TypeError: if `xs` is not a mapping.
   """
   _check_mapping(xs)
   nested: dict[Any, Any] = {}

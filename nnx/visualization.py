@@ -90,7 +90,7 @@ def to_treescope(
         comma,
       )
     )
-  # What stands in angle brackets is no Python code.
+  # Text in angle brackets is not Python code.
   less = rendering_parts.roundtrip_condition(
     roundtrip=rendering_parts.text("<")
   )

@@ -25,19 +25,19 @@ from jax.interpreters import ad, batching, mlir
 
 
 def trace_context() -> Any:
-  """The object whose attribute `trace` is the current trace."""
+  """Returns the object whose attribute `trace` is the current trace."""
   return _core.trace_ctx
 
 
 def eval_trace() -> Any:
-  """The trace that is current outside of all transformations."""
+  """Returns the trace that is current outside of all transformations."""
   return _core.eval_trace
 
 
 def debug_info(
   traced_for: str, fun: Callable[..., Any], names: Sequence[str]
 ) -> Any:
-  """What jax's errors say of a function of arrays, under `DEBUG_INFO`.
+  """Makes what jax's errors say of a function, to be kept as `DEBUG_INFO`.
 
   Args:
     traced_for: the transform.
@@ -53,7 +53,7 @@ DEBUG_INFO = "__fun_debug_info__"
 
 
 def directory() -> str:
-  """Where jax's own code is."""
+  """Finds the directory of jax's own code."""
   return os.path.dirname(jax.__file__)
 
 
@@ -66,22 +66,22 @@ def hide_lines(folder: str) -> None:
 
 
 def array_type() -> type:
-  """The class of concrete arrays; asking an array for it would start jax."""
+  """Returns the class of concrete arrays, without starting jax."""
   return _array.ArrayImpl
 
 
 def is_pytree_type(cls: type) -> bool:
-  """Whether jax opens instances of a class, which no public function tells."""
+  """Tells whether jax opens instances of a class."""
   return cls in _tree_util._registry
 
 
 def primitive_type() -> Any:
-  """The class of jax's primitives; `jax.extend.core` would import Pallas."""
+  """Returns the class of primitives; `jax.extend.core` imports Pallas."""
   return _core.Primitive
 
 
 def context_mesh() -> Any:
-  """The mesh of `with mesh:`, which jax has deprecated, or None."""
+  """Returns the mesh of `with mesh:`, which jax has deprecated, or None."""
   resources = getattr(_mesh, "thread_resources", None)
   mesh = None if resources is None else resources.env.physical_mesh
   return None if mesh is None or mesh.empty else mesh
@@ -94,7 +94,7 @@ def register_cache(cache: Any, name: str) -> None:
 
 @functools.cache
 def _alike() -> Any:
-  """The primitive of `sharded_alike`."""
+  """Makes the primitive of `sharded_alike`."""
   primitive = _core.Primitive("sharded_alike")
   primitive.def_abstract_eval(lambda value, like: value)
   primitive.def_impl(lambda value, like: value)
@@ -127,7 +127,7 @@ def _alike() -> Any:
 
 
 def sharded_alike(value: Any, like: Any) -> Any:
-  """An array that the compiler places, if traced, where it places another.
+  """Makes the compiler place a traced array where it places another.
 
   Without Shardy, which jax has given up, it may lie elsewhere.
 

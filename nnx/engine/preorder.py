@@ -1,21 +1,33 @@
-"""Walks over the records of a structure, which stand in preorder.
-
-`GraphDef._records` has one record a node: kind, index, leaf, number of
-children, type, keys, aux, and more that no walk needs. `reference.py` says what
-they mean.
-"""
+"""Walks over the records of a structure, which stand in preorder."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-Records = tuple[tuple[Any, ...], ...]
+from nnx.engine import _engine
+
+Records = Sequence[_engine.NodeRecord]
 Path = tuple[Any, ...]
 
 
-def child_keys(record: tuple[Any, ...]) -> Sequence[Any]:
-  """The keys of a node's children.
+def is_graph_node(record: _engine.NodeRecord) -> bool:
+  """Tells whether a node has an identity, and is met here first.
+
+  Example:
+
+    >>> import nnx
+    >>> from nnx.engine import preorder
+    >>> shared = nnx.Param(1.0)
+    >>> records = nnx.graphdef([shared, 2, shared])._records
+    >>> [preorder.is_graph_node(record) for record in records]
+    [True, True, False, False]
+  """
+  return record.index >= 0 and record.kind is not _engine.NodeKind.REF
+
+
+def child_keys(record: _engine.NodeRecord) -> Sequence[Any]:
+  """Lists the keys of a node's children.
 
   Example:
 
@@ -25,16 +37,15 @@ def child_keys(record: tuple[Any, ...]) -> Sequence[Any]:
     >>> list(preorder.child_keys(root)), list(preorder.child_keys(variable))
     ([0], ['value'])
   """
-  kind, _, _, children, _, keys = record[:6]
-  if kind == "variable":
-    return ("value",)[:children]
-  return range(children) if keys is None else keys
+  if record.kind is _engine.NodeKind.VARIABLE:
+    return ("value",)[: record.children]
+  return range(record.children) if record.keys is None else record.keys
 
 
 def walk(
   records: Records, position: int = 0, path: Path = ()
 ) -> Iterator[tuple[int, Path]]:
-  """The nodes of a subtree with their paths, parents first.
+  """Walks over the nodes of a subtree, parents first.
 
   Example:
 
@@ -63,7 +74,7 @@ def walk(
 
 
 def subtree_end(records: Records, position: int) -> int:
-  """The position after a subtree.
+  """Finds the position after a subtree.
 
   Example:
 
@@ -74,13 +85,13 @@ def subtree_end(records: Records, position: int) -> int:
   """
   left = 1
   while left:
-    left += records[position][3] - 1
+    left += records[position].children - 1
     position += 1
   return position
 
 
-def roots(structure: Any) -> list[tuple[int, int]]:
-  """Where the subtree of each root starts and ends.
+def roots(structure: _engine.StructureBase) -> list[tuple[int, int]]:
+  """Finds where the subtree of each root starts and ends.
 
   Example:
 
@@ -98,9 +109,9 @@ def roots(structure: Any) -> list[tuple[int, int]]:
 
 
 def walk_roots(
-  structure: Any, keys: Sequence[Any]
+  structure: _engine.StructureBase, keys: Sequence[Any]
 ) -> Iterator[tuple[int, Path]]:
-  """The nodes below all roots; the first key of a path is that of the root.
+  """Walks over the nodes of all roots; paths start with the key of the root.
 
   Example:
 
@@ -114,8 +125,10 @@ def walk_roots(
     yield from walk(records, start, (key,))
 
 
-def leaf_names(structure: Any, keys: Sequence[Any]) -> dict[int, str]:
-  """What a user calls the leaves of a structure, by their numbers.
+def leaf_names(
+  structure: _engine.StructureBase, keys: Sequence[Any]
+) -> dict[int, str]:
+  """Names the leaves of a structure, by their numbers.
 
   Example:
 
@@ -130,27 +143,29 @@ def leaf_names(structure: Any, keys: Sequence[Any]) -> dict[int, str]:
   """
   records = structure._records
   return {
-    records[position][2]: path_text(path)
+    records[position].leaf: path_text(path)
     for position, path in walk_roots(structure, keys)
-    if records[position][2] >= 0
+    if records[position].leaf >= 0
   }
 
 
-def path_text(path: Sequence[Any]) -> str:
-  """A path as a user would type it.
+def path_text(path: Sequence[Any], start: str = "") -> str:
+  """Writes a path, from a name on, as a user would type it.
 
   Example:
 
     >>> from nnx.engine import preorder
     >>> preorder.path_text(("layers", 0, "w"))
     'layers[0].w'
+    >>> preorder.path_text(("layers", 0), "model")
+    'model.layers[0]'
   """
   parts = [f".{key}" if isinstance(key, str) else f"[{key!r}]" for key in path]
-  return "".join(parts).lstrip(".") or "<root>"
+  return (start + "".join(parts)).lstrip(".") or "<root>"
 
 
 def leaves(records: Records, start: int, end: int) -> list[int]:
-  """The numbers of the leaves between two positions.
+  """Lists the numbers of the leaves between two positions.
 
   Example:
 
@@ -160,4 +175,4 @@ def leaves(records: Records, start: int, end: int) -> list[int]:
     >>> preorder.leaves(records, 2, len(records))
     [1]
   """
-  return [record[2] for record in records[start:end] if record[2] >= 0]
+  return [record.leaf for record in records[start:end] if record.leaf >= 0]

@@ -72,11 +72,11 @@ def register_static_type(cls: type) -> None:
   jax.tree_util.register_static(cls)
 
 
-def flatten_pytree(value: Any):
-  """Opens a registered pytree node one level, for the engine.
+def flatten_pytree(value: Any) -> _engine.OpenedPytree | None:
+  """Opens a registered pytree node by one level, for the engine.
 
   Returns:
-    `(children, treedef, keys)`, or `None` for a leaf.
+    The node, or None for a leaf.
   """
   if jax.tree_util.default_registry.flatten_one_level(value) is None:
     return None
@@ -84,11 +84,12 @@ def flatten_pytree(value: Any):
     value, is_leaf=lambda x: x is not value
   )
   keys = tuple(plain_key(path[0]) for path, _ in pairs)
-  return tuple(child for _, child in pairs), treedef, keys
+  children = tuple(child for _, child in pairs)
+  return _engine.OpenedPytree((children, treedef, keys))
 
 
 def plain_key(key: Any) -> Any:
-  """A key of one of jax's paths as it is written in ours.
+  """Turns a key of one of jax's paths into one of ours.
 
   Example:
 

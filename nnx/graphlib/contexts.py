@@ -17,7 +17,7 @@ from typing import Any
 
 from nnx import filterlib as filters_lib
 from nnx.engine import _engine
-from nnx.graphlib import functional
+from nnx.graphlib.states import as_state, merged
 
 
 class _Stacks(threading.local):
@@ -52,7 +52,7 @@ class SplitContext:
   def split(
     self, node: Any, /, *filters: filters_lib.Filter
   ) -> tuple[Any, ...]:
-    """`nnx.split` where objects split before are references.
+    """Splits as `nnx.split`, with references to objects split before.
 
     Args:
       node: an object, a Variable, or a pytree of them.
@@ -68,10 +68,10 @@ class SplitContext:
       self._seen,
       self._updated,
     )
-    return (graphdef, *map(functional._as_state, mappings))
+    return (graphdef, *map(as_state, mappings))
 
   def flatten(self, node: Any, /, *filters: filters_lib.Filter) -> Any:
-    """`split` with flat states.
+    """Splits as `split`, into flat states.
 
     Args:
       node: an object, a Variable, or a pytree of them.
@@ -93,7 +93,7 @@ class MergeContext:
     self._updated = update.outer if update is not None and not inner else None
 
   def merge(self, graphdef: Any, state: Any, /, *states: Any) -> Any:
-    """`nnx.merge` where references lead to objects merged before.
+    """Merges as `nnx.merge`, with references to objects merged before.
 
     Args:
       graphdef: the graphdef.
@@ -109,8 +109,9 @@ class MergeContext:
     """
     return _engine.merge(
       graphdef,
-      functional._merged((state, *states)),
-      0,
+      merged((state, *states)),
+      False,
+      False,
       self._seen,
       self._updated,
     )
@@ -160,7 +161,7 @@ class UpdateContext:
 
 @contextlib.contextmanager
 def split_context(ctxtag: Hashable | None = None) -> Iterator[SplitContext]:
-  """A block in which several objects are split; see `SplitContext`.
+  """Opens a block in which several objects are split; see `SplitContext`.
 
   Example:
 
@@ -191,7 +192,7 @@ def split_context(ctxtag: Hashable | None = None) -> Iterator[SplitContext]:
 def merge_context(
   ctxtag: Hashable | None = None, inner: bool | None = None
 ) -> Iterator[MergeContext]:
-  """A block in which several objects are merged; see `SplitContext`.
+  """Opens a block in which several objects are merged; see `SplitContext`.
 
   Example:
 
@@ -289,7 +290,7 @@ class update_context:
 
 
 def current_update_context(tag: Hashable) -> UpdateContext:
-  """The innermost `update_context` with a given tag.
+  """Finds the innermost `update_context` with a given tag.
 
   Example:
 

@@ -78,16 +78,21 @@ class GraphDef(_engine.StructureBase, Generic[Node]):
     return self
 
   def __reduce__(self):
+    # Plain tuples and names: a pickle must not depend on the engine's types.
+    records = tuple(
+      (str(record.kind), *record[1:-1], int(record.hook_flags))
+      for record in self._records
+    )
     return _restore, (
       type(self),
-      self._records,
+      records,
       self._num_roots,
       self._num_outer,
       self._updates,
     )
 
   def leaf_records(self) -> list[tuple[tuple[Any, ...], type | None, dict]]:
-    """The leaves: path, type of the Variable (None: an array), its metadata.
+    """Lists the leaves: path, type of Variable (None: array), metadata.
 
     Example:
 
@@ -103,13 +108,13 @@ class GraphDef(_engine.StructureBase, Generic[Node]):
     leaves: list[tuple[tuple[Any, ...], type | None, dict]] = []
     records, inside = self._records, 0
     for position, path in preorder.walk(records):
-      kind, _, leaf, _, type_, _, aux = records[position][:7]
+      record = records[position]
       if position < inside:
         continue  # a Variable's value is not looked into
-      if kind == "variable":
-        leaves.append((path, type_, dict(aux or {})))
+      if record.kind is _engine.NodeKind.VARIABLE:
+        leaves.append((path, record.type, dict(record.aux or {})))
         inside = preorder.subtree_end(records, position)
-      elif leaf >= 0:
+      elif record.leaf >= 0:
         leaves.append((path, None, {}))
     return leaves
 
@@ -143,7 +148,7 @@ NodeDef.__module__ = "nnx.graph"
 GraphDef.__module__ = "nnx.graph"
 
 
-def _restore(cls: type[_engine.StructureBase], *contents: Any) -> GraphDef[Any]:
+def _restore(cls: type[GraphDef[Any]], *contents: Any) -> GraphDef[Any]:
   return cls._restore(*contents)
 
 
@@ -212,14 +217,14 @@ def call(graphdef_and_state: tuple[Any, ...], /) -> Caller:
     returns the result and the pair of graphdef and state afterwards.
 
   Raises:
-    TypeError: on call, if the first item is no graphdef.
+    TypeError: on call, if the first item is not a graphdef.
     ValueError: on call, if the states are not those of the graphdef.
   """
 
   def run(steps, args, kwargs):
     graphdef, *states = graphdef_and_state
     state = states[0] if len(states) == 1 else _engine.merge_mappings(*states)
-    value = node = _engine.merge(graphdef, state, 0)
+    value = node = _engine.merge(graphdef, state, False, False)
     for step in steps:
       value = step(value)
     result = value(*args, **kwargs)
@@ -302,25 +307,26 @@ PureState = tuple[GraphDef[Node], State]
 
 
 def _packed(graphdef: GraphDef[Any], state: Any) -> GraphState[Any]:
-  """Any `state`: jax also unflattens with placeholders as children."""
+  """Takes any `state`: jax also unflattens with placeholders as children."""
   packed = object.__new__(GraphState)
   object.__setattr__(packed, "_graphdef", graphdef)
   object.__setattr__(packed, "_state", state)
   return packed
 
 
-def _describe(record: tuple[Any, ...], path: tuple[Any, ...]) -> str:
-  """The line of one node."""
-  kind, index, _, _, type_, _, aux = record[:7]
+def _describe(record: _engine.NodeRecord, path: preorder.Path) -> str:
+  """Writes the line of one node."""
+  kinds = _engine.NodeKind
   indent = "  " * len(path)
   prefix = f"{indent}{path[-1]}: " if path else indent
-  if kind == "static":
-    return f"{prefix}{aux!r}"
-  if kind == "leaf":
+  if record.kind is kinds.STATIC:
+    return f"{prefix}{record.aux!r}"
+  if record.kind is kinds.LEAF:
     return f"{prefix}<array>"
-  if kind == "ref":
-    return f"{prefix}<shared #{index}>"
-  name = type_.__name__ if type_ is not None else kind
-  number = f" #{index}" if index >= 0 else ""
-  metadata = f" {aux}" if kind == "variable" and aux else ""
+  if record.kind is kinds.REF:
+    return f"{prefix}<shared #{record.index}>"
+  name = record.kind if record.type is None else record.type.__name__
+  number = f" #{record.index}" if record.index >= 0 else ""
+  is_variable = record.kind is kinds.VARIABLE
+  metadata = f" {record.aux}" if is_variable and record.aux else ""
   return f"{prefix}{name}{number}{metadata}"

@@ -60,19 +60,19 @@ class NodeStates:
   def from_split(
     cls, graphdef: Any, state: Any, /, *states: Any, metadata: Any = None
   ) -> NodeStates:
-    """Of the results of a split."""
+    """Makes one of the results of a split."""
     return cls(graphdef, (state, *states), metadata)
 
   @classmethod
   def from_states(cls, state: Any, *states: Any) -> NodeStates:
-    """Of states alone."""
+    """Makes one of states alone."""
     return cls(None, (state, *states))
 
   @classmethod
   def from_prefixes(
     cls, prefixes: Any, /, *, metadata: Any = None
   ) -> NodeStates:
-    """Of what stands for the states in a prefix of a tree, such as axes."""
+    """Makes one of what stands for states in a prefix of a tree, say axes."""
     return cls(None, tuple(prefixes), metadata)
 
 
@@ -125,7 +125,7 @@ def _map(
   prefix: Any,
   is_leaf: Callable[[Any], bool],
 ) -> Any:
-  """Applies `function(path, prefix, leaf)` to a tree; None is no prefix."""
+  """Applies `function(path, prefix, leaf)` to a tree; None is not a prefix."""
   leaves, treedef = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_leaf)
   if prefix is None:
     prefixes = [None] * len(leaves)
@@ -156,7 +156,7 @@ def to_tree(
   map_non_graph_nodes: bool = False,
   ctxtag: Hashable | None = None,
 ) -> Any:
-  """A tree with its objects and Variables replaced by `NodeStates`.
+  """Replaces the objects and Variables of a tree by `NodeStates`.
 
   Example:
 
@@ -199,7 +199,7 @@ def from_tree(
   is_inner: bool | None = None,
   ctxtag: Hashable | None = None,
 ) -> Any:
-  """The inverse of `to_tree`; see there.
+  """Inverts `to_tree`; see there.
 
   Example:
 

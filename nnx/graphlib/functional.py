@@ -9,8 +9,7 @@ effect: shared references are always handled.
 
 from __future__ import annotations
 
-import collections.abc
-from collections.abc import Callable, Mapping, MutableMapping
+from collections.abc import Callable
 from typing import Any, TypeVar, overload
 
 import jax
@@ -25,6 +24,11 @@ from nnx.graphlib.definitions import GraphState as GraphState
 from nnx.graphlib.definitions import NodeDef as NodeDef
 from nnx.graphlib.definitions import PureState as PureState
 from nnx.graphlib.definitions import call as call
+from nnx.graphlib.flat import IndexMap as IndexMap
+from nnx.graphlib.flat import RefMap as RefMap
+from nnx.graphlib.flat import flatten as flatten
+from nnx.graphlib.flat import unflatten as unflatten
+from nnx.graphlib.states import as_state, merged
 from nnx.graphlib.traversal import find_duplicates as find_duplicates
 from nnx.graphlib.traversal import iter_children as iter_children
 from nnx.graphlib.traversal import iter_graph as iter_graph
@@ -36,54 +40,7 @@ Node = TypeVar("Node")
 Filter = filters_lib.Filter
 PathParts = filters_lib.PathParts
 
-# Flags of `_engine.merge`.
-_COPY, _KEEP_ARRAYS = 1, 2
-# Flags of `_engine.update`.
-_ANY_SHAPE, _NEW_ARRAYS = 1, 2
-
 _ALL = (True,)
-
-
-def _as_state(mapping: Any) -> Any:
-  """A mapping of the engine as a State; the leaf that a Variable's state is."""
-  if type(mapping) is dict:
-    return state_lib.State._from_nested(mapping)
-  return mapping
-
-
-def _from_state(state: Any) -> Any:
-  """What the engine takes for a state: a State, a dict, a list, or a leaf."""
-  if isinstance(state, (state_lib.State, dict)):
-    return state
-  if isinstance(state, GraphState):
-    return state._state
-  if isinstance(state, state_lib.FlatState):
-    if state.paths == ((),):
-      return state.leaves[0]
-    return state_lib.unflatten_mapping(state)
-  if isinstance(state, collections.abc.Mapping):
-    return state_lib.copy_mapping(state)
-  return state
-
-
-def _merged(states: tuple[Any, ...]) -> Any:
-  """One state of several; of a leaf and empty ones, the leaf."""
-  parts = tuple(_from_state(state) for state in states)
-  if len(parts) == 1:
-    return parts[0]
-  leaves = [
-    part for part in parts if not isinstance(part, (state_lib.State, dict))
-  ]
-  if not leaves:
-    return _engine.merge_mappings(*parts)
-  if len(leaves) > 1 or any(
-    len(part) for part in parts if part is not leaves[0]
-  ):
-    raise ValueError(
-      "The states of a single Variable or array must be one leaf and otherwise"
-      f" empty, but got {[type(part).__name__ for part in parts]}."
-    )
-  return leaves[0]
 
 
 @overload
@@ -146,7 +103,7 @@ def split(
   graphdef, mappings = _engine.split(
     node, filters_lib.engine_filters(filters) if filters else _ALL, True
   )
-  return (graphdef, *(_as_state(mapping) for mapping in mappings))
+  return (graphdef, *(as_state(mapping) for mapping in mappings))
 
 
 def merge(
@@ -199,11 +156,11 @@ def merge(
       "`merge` must be given the states that `nnx.split` returned, but got only"
       " a graphdef."
     )
-  flags = (_COPY if copy else 0) | (0 if recreate_variables else _KEEP_ARRAYS)
   state = states[0] if len(states) == 1 else None
   if type(state) is not state_lib.State:
-    state = _merged(states)
-  return _engine.merge(graphdef, state, flags)
+    state = merged(states)
+  keep_arrays = not recreate_variables
+  return _engine.merge(graphdef, state, copy, keep_arrays)
 
 
 def _unpacked(packed: tuple[Any, ...]) -> tuple[Any, tuple[Any, ...]]:
@@ -254,15 +211,13 @@ def update(
     ValueError: if a state does not fit the object.
     TraceContextError: if the object belongs to another trace.
   """
-  flags = 0 if check_shapes else _ANY_SHAPE
+  new_arrays = True
   if states or type(state) is not state_lib.State:
     made_by_us = (state_lib.State, GraphState, state_lib.FlatState)
-    if all(isinstance(part, made_by_us) for part in (state, *states)):
-      flags |= _NEW_ARRAYS
-    state = _merged((state, *states))
-  else:
-    flags |= _NEW_ARRAYS
-  _engine.update(node, state, flags)
+    new_arrays = all(isinstance(part, made_by_us) for part in (state, *states))
+    state = merged((state, *states))
+  any_shape = not check_shapes
+  _engine.update(node, state, any_shape, new_arrays)
 
 
 @overload
@@ -276,7 +231,7 @@ def state(
   node: Any, /, *filters: Filter, graph: bool | None = None
 ) -> tuple[state_lib.State, ...]: ...
 def state(node: Any, /, *filters: Filter, graph: bool | None = None) -> Any:
-  """The state of an object, or parts of it.
+  """Takes the state of an object, or parts of it.
 
   The State holds the Variables of the object themselves. `variables` is another
   name of this function.
@@ -304,8 +259,8 @@ def state(node: Any, /, *filters: Filter, graph: bool | None = None) -> Any:
     node, filters_lib.engine_filters(filters) if filters else _ALL
   )
   if len(mappings) == 1:
-    return _as_state(mappings[0])
-  return tuple(_as_state(mapping) for mapping in mappings)
+    return as_state(mappings[0])
+  return tuple(as_state(mapping) for mapping in mappings)
 
 
 variables = state
@@ -344,12 +299,12 @@ def pop(node: Any, /, *filters: Filter) -> Any:
     )
   mappings = _engine.pop(node, filters_lib.engine_filters(filters))
   if len(mappings) == 1:
-    return _as_state(mappings[0])
-  return tuple(_as_state(mapping) for mapping in mappings)
+    return as_state(mappings[0])
+  return tuple(as_state(mapping) for mapping in mappings)
 
 
 def graphdef(node: Node, /, *, graph: bool | None = None) -> GraphDef[Node]:
-  """The structure of an object, as `split` returns it.
+  """Finds the structure of an object, as `split` returns it.
 
   Example:
 
@@ -380,7 +335,7 @@ def clone(
   arrays: bool = False,
   graph: bool | None = None,
 ) -> Node:
-  """A copy of an object, with shared references shared in the same way.
+  """Copies an object; references that are shared stay shared.
 
   Example:
 
@@ -443,174 +398,6 @@ def unpack(node: Node, /, *filters: Filter, graph: bool | None = None) -> Any:
   return packed[0] if len(packed) == 1 else packed
 
 
-class RefMap(MutableMapping[Any, int]):
-  """A mapping from objects, by identity, to numbers.
-
-  Example:
-
-    >>> import nnx
-    >>> refs = nnx.graph.RefMap()
-    >>> key = []
-    >>> refs[key] = 0
-    >>> key in refs, [] in refs
-    (True, False)
-  """
-
-  def __init__(self, mapping: Any = ()):
-    self._entries: dict[int, tuple[Any, int]] = {}
-    self.update(mapping)
-
-  def __getitem__(self, key: Any) -> int:
-    return self._entries[id(key)][1]
-
-  def __setitem__(self, key: Any, value: int) -> None:
-    self._entries[id(key)] = (key, value)
-
-  def __delitem__(self, key: Any) -> None:
-    del self._entries[id(key)]
-
-  def __contains__(self, key: Any) -> bool:
-    return id(key) in self._entries
-
-  def __iter__(self):
-    return (key for key, _ in self._entries.values())
-
-  def __len__(self) -> int:
-    return len(self._entries)
-
-
-class IndexMap(dict[int, Any]):
-  """A mapping from numbers to objects.
-
-  Example:
-
-    >>> import nnx
-    >>> nnx.graph.IndexMap.from_refmap(nnx.graph.RefMap([("a", 0)]))
-    {0: 'a'}
-  """
-
-  @staticmethod
-  def from_refmap(refmap: RefMap) -> IndexMap:
-    """The inverse of a `RefMap`."""
-    return IndexMap((index, ref) for ref, index in refmap.items())
-
-
-def _by_number(mapping: Mapping[int, Any]) -> list[Any]:
-  size = max(mapping, default=-1) + 1
-  return [mapping.get(number) for number in range(size)]
-
-
-def flatten(
-  node: Node,
-  /,
-  *,
-  with_paths: bool = True,
-  ref_index: RefMap | None = None,
-  ref_outer_index: RefMap | None = None,
-  graph: bool | None = None,
-) -> tuple[Any, Any]:
-  """The structure of an object and its leaves.
-
-  Example:
-
-    >>> import nnx
-    >>> graphdef, leaves = nnx.graph.flatten(nnx.Dict(a=nnx.Param(1.0)))
-    >>> leaves.paths
-    (('a',),)
-    >>> nnx.graph.unflatten(graphdef, leaves).a.value
-    1.0
-
-  Args:
-    node: an object, a Variable, or a pytree of them.
-    with_paths: whether to return a `FlatState`; otherwise a list of the values
-      of the Variables.
-    ref_index: the objects that earlier calls met, with their numbers; they are
-      references now, and those that are new are added.
-    ref_outer_index: numbers of objects that `unflatten` shall update.
-    graph: accepted for programs of Flax 0.12; references are always followed.
-
-  Returns:
-    The graphdef and the leaves, in canonical order.
-  """
-  del graph
-  seen: list[Any] | None = None
-  updated: list[Any] | None = None
-  if ref_index is not None:
-    seen = _by_number(IndexMap.from_refmap(ref_index))
-  if ref_outer_index is not None:
-    updated = _by_number(IndexMap.from_refmap(ref_outer_index))
-  graphdef, (mapping,) = _engine.split(node, _ALL, True, seen, updated)
-  if ref_index is not None and seen is not None:
-    for number in range(len(ref_index), len(seen)):
-      ref_index[seen[number]] = number
-  if type(mapping) is dict:
-    paths, leaves = _engine.flatten_mapping(mapping)
-  else:
-    paths, leaves = ((),), [mapping]
-  if with_paths:
-    return graphdef, state_lib.FlatState.from_sorted_keys_values(paths, leaves)
-  return graphdef, [
-    leaf.raw_value if isinstance(leaf, _engine.VariableBase) else leaf
-    for leaf in leaves
-  ]
-
-
-def unflatten(
-  graphdef: GraphDef[Node],
-  state: Any,
-  /,
-  *,
-  index_ref: IndexMap | dict[int, Any] | None = None,
-  outer_index_outer_ref: IndexMap | dict[int, Any] | None = None,
-  copy_variables: bool = False,
-  recreate_variables: bool = True,
-) -> Node:
-  """Makes an object of its structure and its leaves; inverse of `flatten`.
-
-  Example:
-
-    >>> import nnx
-    >>> graphdef, leaves = nnx.graph.flatten(
-    ...   nnx.Dict(a=nnx.Param(1.0)), with_paths=False
-    ... )
-    >>> nnx.graph.unflatten(graphdef, [2.0]).a.value
-    2.0
-
-  Args:
-    graphdef: the graphdef.
-    state: a `FlatState`, a list of leaves in canonical order, a `State`, or a
-      nested dict.
-    index_ref: the objects that earlier calls made, by number; those that this
-      call makes are added.
-    outer_index_outer_ref: objects by the numbers that `flatten` got in
-      `ref_outer_index`; they are changed into what the graphdef has in their
-      place.
-    copy_variables: whether to copy the Variables among the leaves.
-    recreate_variables: whether a value in the place of a Variable becomes a
-      Variable of the kind that was there.
-
-  Returns:
-    The object.
-
-  Raises:
-    ValueError: if the leaves are not those of the graph.
-  """
-  seen: list[Any] | None = None
-  updated: list[Any] | None = None
-  if index_ref is not None:
-    seen = _by_number(index_ref)
-  if outer_index_outer_ref is not None:
-    updated = _by_number(outer_index_outer_ref)
-  flags = (_COPY if copy_variables else 0) | (
-    0 if recreate_variables else _KEEP_ARRAYS
-  )
-  node = _engine.merge(graphdef, _from_state(state), flags, seen, updated)
-  if index_ref is not None and seen is not None:
-    for number in range(len(index_ref), len(seen)):
-      index_ref[number] = seen[number]
-  return node
-
-
 def map(
   f: Callable[[PathParts, Any], Any],
   node: A,
@@ -619,7 +406,7 @@ def map(
   graph: bool | None = None,
   recreate_variables: bool = True,
 ) -> A:
-  """A copy of an object with a function applied to its leaves.
+  """Copies an object, with a function applied to its leaves.
 
   Example:
 
@@ -649,7 +436,7 @@ def map(
 
 
 def as_pure(tree: A) -> A:
-  """A pytree with the raw values of its Variables in their places.
+  """Replaces the Variables of a pytree by their raw values.
 
   `pure` is another name of it.
 
@@ -691,7 +478,7 @@ def with_vars(
   only: Filter = ...,
   allow_duplicates: bool = False,
 ) -> A:
-  """A copy of an object whose Variables hold their values in another way.
+  """Copies an object; the new Variables hold their values in another way.
 
   `vars_as` is another name of it.
 
@@ -783,7 +570,7 @@ def cached_partial(
   graph: bool | None = None,
   graph_updates: bool | None = None,
 ) -> Callable[..., A]:
-  """A function with its first arguments given, for programs of Flax.
+  """Gives a function its first arguments, for programs of Flax.
 
   In Flax it saves `nnx.jit` the walk over the arguments. Here that walk costs
   next to nothing, so `nnx.jit` needs no help; this function does what it

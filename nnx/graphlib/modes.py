@@ -70,12 +70,12 @@ class _Switch:
 
   @classmethod
   def current_value(cls) -> bool:
-    """The value that was set last in this thread."""
+    """Returns the value that was set last in this thread."""
     return getattr(_settings, cls._name)
 
 
 def is_tree(graph: bool | None, graph_updates: bool | None) -> bool:
-  """Whether Modules are to be plain pytrees, or only their values to change.
+  """Tells whether only values may change, as in a plain pytree.
 
   Example:
 
@@ -85,7 +85,7 @@ def is_tree(graph: bool | None, graph_updates: bool | None) -> bool:
 
   Args:
     graph: the argument of a function; None stands for `set_graph_mode`.
-    graph_updates: likewise; None stands for `set_graph_updates`.
+    graph_updates: the same; None stands for `set_graph_updates`.
   """
   if graph is None:
     graph = _settings.graph_mode

@@ -1,19 +1,7 @@
 """Flatten and unflatten in plain Python: the oracle of the engine's tests.
 
 Written to be read, and never made faster. `flatten` gives the records that
-`GraphDef._records` gives: of each node, in preorder,
-
-  kind        what it is, see `_engine.StructureBase._records`
-  index       its number among the nodes that have an identity, or -1
-  leaf        its number among the leaves, or -1
-  children    how many children follow
-  type        its class, or None
-  keys        the names of the children; None for 0, 1, 2, ...
-  aux         static: the value; variable: its metadata; object: its marks;
-              pytree: its treedef; custom: its metadata; or None
-  reference   whether it is a list or dict with an identity
-  atomic      static: whether it is compared without calling Python code
-  hook_flags  variable: which hooks it has
+`GraphDef._records` gives: a `NodeRecord` of each node, in preorder.
 """
 
 from __future__ import annotations
@@ -29,12 +17,14 @@ from nnx.engine import _engine, pytrees
 from nnx.graphlib import registry
 from nnx.statelib import State
 
+Kind = _engine.NodeKind
+
 _SCALARS = (type(None), bool, int, float, complex, str, bytes, type(...))
 _FUNCTIONS = (types.FunctionType, types.BuiltinFunctionType, types.MethodType)
 
 
 def canonical_keys(keys: Sequence[Any]) -> tuple[Any, ...]:
-  """Ints, then strings, each ascending; as they come if there are others.
+  """Sorts ints, then strings; keeps the order if there are others.
 
   Example:
 
@@ -48,7 +38,7 @@ def canonical_keys(keys: Sequence[Any]) -> tuple[Any, ...]:
 
 
 def is_plain(value: Any) -> bool:
-  """Whether a value is a scalar, function or class: never a pytree node.
+  """Tells whether a value is a scalar, function or class: never a pytree node.
 
   Example:
 
@@ -64,7 +54,7 @@ def is_plain(value: Any) -> bool:
 
 
 def is_atomic(value: Any) -> bool:
-  """Whether a static value is compared without calling Python code.
+  """Tells whether a static value is compared without calling Python code.
 
   Example:
 
@@ -83,8 +73,22 @@ def is_atomic(value: Any) -> bool:
   )
 
 
+_NOTHING = {
+  "kind": Kind.STATIC,
+  "index": -1,
+  "leaf": -1,
+  "children": 0,
+  "type": None,
+  "keys": None,
+  "aux": None,
+  "reference": False,
+  "atomic": False,
+  "hook_flags": _engine.HookFlags(0),
+}
+
+
 class Flattener:
-  """Records of values, one root after the other.
+  """The records of values, one root after the other.
 
   Example:
 
@@ -92,7 +96,7 @@ class Flattener:
     >>> from nnx.graphlib import reference
     >>> walk = reference.Flattener()
     >>> walk.add({"a": nnx.Param(1.0)}, attributes=True)
-    >>> [record[0] for record in walk.records], walk.leaves
+    >>> [str(record.kind) for record in walk.records], walk.leaves
     (['dict', 'variable'], [1.0])
   """
 
@@ -130,25 +134,24 @@ class Flattener:
       if not self._refer(value):
         pairs, metadata = registry.node_types[type(value)].flatten(value)
         items = dict(pairs)
-        self._node(
-          "custom", value, canonical_keys(list(items)), metadata, items, True
-        )
+        keys = canonical_keys(list(items))
+        self._node(Kind.CUSTOM, value, items, keys, metadata)
     elif isinstance(value, tuple):
       names = getattr(value, "_fields", None)
       items = dict(zip(names or range(len(value)), value))
-      kind = "tuple" if names is None else "namedtuple"
-      self._node(kind, value, names, None, items, attributes)
+      kind = Kind.TUPLE if names is None else Kind.NAMEDTUPLE
+      self._node(kind, value, items, names, attributes=attributes)
     elif isinstance(value, State):
       items = value._mapping
-      self._node(
-        "state", value, canonical_keys(list(items)), None, items, False
-      )
+      keys = canonical_keys(list(items))
+      self._node(Kind.STATE, value, items, keys, attributes=False)
     else:
       opened = pytrees.flatten_pytree(value)
       if opened is not None:
-        children, treedef, keys = opened
-        items = dict(zip(keys, children))
-        self._node("pytree", value, keys, treedef, items, attributes)
+        items = dict(zip(opened.keys, opened.children))
+        self._node(
+          Kind.PYTREE, value, items, opened.keys, opened.treedef, attributes
+        )
       elif attributes:
         self._static(value)
       else:
@@ -158,25 +161,21 @@ class Flattener:
     """Records a reference if the value was met before; else numbers it."""
     for index, known in enumerate(self.objects):
       if known is value:
-        self._record("ref", index=index)
+        self._record(Kind.REF, index=index)
         return True
     self.objects.append(value)
     return False
 
-  def _record(
-    self, kind, index=-1, leaf=-1, children=0, type=None, keys=None, aux=None,
-    reference=False, atomic=False, hook_flags=0,
-  ):  # fmt: skip
-    self.records.append((
-      kind, index, leaf, children, type, keys, aux, reference, atomic,
-      hook_flags,
-    ))  # fmt: skip
+  def _record(self, kind, **fields):
+    """Adds a record; fields that are not given are those of `_NOTHING`."""
+    fields = {**_NOTHING, "kind": kind, **fields}
+    self.records.append(_engine.NodeRecord(fields.values()))
 
   def _static(self, value):
-    self._record("static", aux=value, atomic=is_atomic(value))
+    self._record(Kind.STATIC, aux=value, atomic=is_atomic(value))
 
   def _leaf(self, value):
-    self._record("leaf", leaf=len(self.leaves))
+    self._record(Kind.LEAF, leaf=len(self.leaves))
     self.leaves.append(value)
 
   def _variable(self, variable):
@@ -192,7 +191,7 @@ class Flattener:
       )
     )
     self._record(
-      "variable",
+      Kind.VARIABLE,
       index=len(self.objects) - 1,
       leaf=len(self.leaves) if is_leaf else -1,
       children=0 if is_leaf else 1,
@@ -209,7 +208,7 @@ class Flattener:
     marks = value._pytree_status or {}
     keys = canonical_keys(list(vars(value)))
     self._record(
-      "object",
+      Kind.OBJECT,
       index=len(self.objects) - 1,
       children=len(keys),
       type=type(value),
@@ -229,14 +228,16 @@ class Flattener:
   def _container(self, value, attributes):
     keys = None if type(value) is list else canonical_keys(list(value))
     items = dict(enumerate(value)) if keys is None else value
-    self._node(
-      type(value).__name__, value, keys, None, items, attributes, attributes
-    )
+    kind = Kind.LIST if keys is None else Kind.DICT
+    self._node(kind, value, items, keys, None, attributes, attributes)
 
-  def _node(self, kind, value, keys, aux, items, attributes, reference=False):
+  def _node(
+    self, kind, value, items, keys, aux=None, attributes=True, reference=False
+  ):
+    has_identity = reference or kind is Kind.CUSTOM
     self._record(
       kind,
-      index=len(self.objects) - 1 if reference or kind == "custom" else -1,
+      index=len(self.objects) - 1 if has_identity else -1,
       children=len(items),
       type=type(value),
       keys=keys,
@@ -248,7 +249,7 @@ class Flattener:
 
 
 def flatten(value: Any) -> tuple[tuple[Any, ...], list[Any], list[Any]]:
-  """The records of an object as `nnx.split` sees it, its leaves and nodes.
+  """Records an object as `nnx.split` sees it; also its leaves and nodes.
 
   Example:
 
@@ -264,7 +265,7 @@ def flatten(value: Any) -> tuple[tuple[Any, ...], list[Any], list[Any]]:
 
 
 def unflatten(records: Sequence[Any], leaves: Sequence[Any]) -> Any:
-  """The object that records and leaves describe.
+  """Builds the object that records and leaves describe.
 
   Example:
 
@@ -278,42 +279,44 @@ def unflatten(records: Sequence[Any], leaves: Sequence[Any]) -> Any:
   rest = iter(records)
 
   def build() -> Any:
-    kind, index, leaf, children, cls, keys, aux, *_ = next(rest)
-    if kind == "static":
+    record = next(rest)
+    kind, index, leaf = record.kind, record.index, record.leaf
+    cls, keys, aux = record.type, record.keys, record.aux
+    if kind is Kind.STATIC:
       return aux
-    if kind == "leaf":
+    if kind is Kind.LEAF:
       return leaves[leaf]
-    if kind == "ref":
+    if kind is Kind.REF:
       return made[index]
-    if kind == "variable":
+    if kind is Kind.VARIABLE:
       made[index] = variable = cls.from_metadata(None, aux or {})
       variable.raw_value = leaves[leaf] if leaf >= 0 else build()
       return variable
-    if kind == "object":
+    if kind is Kind.OBJECT:
       made[index] = value = cls.__new__(cls)
       value._pytree_status = dict(aux) if aux else None
       for key in keys:
         vars(value)[key] = build()
       return value
-    if kind == "list":
+    if kind is Kind.LIST:
       made[index] = value = []
-      for _ in range(children):
+      for _ in range(record.children):
         value.append(build())
       return value
-    if kind in ("dict", "state"):
+    if kind in (Kind.DICT, Kind.STATE):
       made[index] = value = {}
       for key in keys:
         value[key] = build()
-      return cls._from_nested(value) if kind == "state" else value
-    if kind == "custom":
+      return cls._from_nested(value) if kind is Kind.STATE else value
+    if kind is Kind.CUSTOM:
       node_type = registry.node_types[cls]
       made[index] = value = node_type.create_empty(aux)
       node_type.init(value, [(key, build()) for key in keys])
       return value
-    items = [build() for _ in range(children)]
-    if kind == "tuple":
+    items = [build() for _ in range(record.children)]
+    if kind is Kind.TUPLE:
       return tuple(items)
-    if kind == "namedtuple":
+    if kind is Kind.NAMEDTUPLE:
       return cls(*items)
     return aux.unflatten(items)  # a pytree of jax
 

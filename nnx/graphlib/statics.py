@@ -31,7 +31,7 @@ class _HoldsData(Exception):
 
 
 def freeze(value: Any) -> Any:
-  """What a static value holds now, as a value with a hash.
+  """Makes a value with a hash of what a static value holds now.
 
   Keys of two values are equal if the values hold the same, types included.
   What has a hash is taken for immutable and compared by its own equality. The
@@ -111,7 +111,7 @@ def _compared(value: Any, outer: tuple[int, ...]) -> Any:
 
 
 def _contents(value: Any, outer: tuple[int, ...]) -> tuple[Any, ...]:
-  """What a value without a hash holds, in any place that it can."""
+  """Finds what a value without a hash holds, wherever it can hold it."""
   # Copied before it is walked: another thread may change it meanwhile.
   found: list[Any] = []
   if isinstance(value, abc.Set):

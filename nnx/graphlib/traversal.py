@@ -18,7 +18,7 @@ PathParts = filters_lib.PathParts
 
 
 def is_graph_node(value: Any) -> bool:
-  """Whether a value is a node with an identity: an object or a custom node.
+  """Tells whether a value has an identity: an object or a custom node.
 
   Example:
 
@@ -30,7 +30,7 @@ def is_graph_node(value: Any) -> bool:
 
 
 def is_node(value: Any) -> bool:
-  """Whether a value is a node of a graph: a graph node or a pytree node.
+  """Tells whether a value is a node: a graph node or a pytree node.
 
   Example:
 
@@ -44,7 +44,7 @@ def is_node(value: Any) -> bool:
 def iter_graph(
   node: Any, /, *, graph: bool | None = None
 ) -> Iterator[tuple[PathParts, Any]]:
-  """The nodes and leaves of a graph with their paths, and the graph itself.
+  """Walks over the nodes and leaves of a graph with their paths.
 
   Children come before their parents, in the order of their names, ints before
   strings. A node or Variable that is shared comes once; static values come
@@ -99,7 +99,7 @@ def iter_graph(
 def iter_children(
   node: Any, /, *, graph: bool | None = None
 ) -> Iterator[tuple[Key, Any]]:
-  """The graph nodes directly below a node, with their names.
+  """Walks over the graph nodes directly below a node, with their names.
 
   Example:
 
@@ -132,7 +132,7 @@ def iter_children(
 def _with_child(
   node: Any, items: list[tuple[Key, Any]], position: int, child: Any
 ) -> Any:
-  """`node` with a child replaced: in place if it can be changed."""
+  """Replaces a child of a node: in place if it can be changed."""
   key = items[position][0]
   if isinstance(node, _engine.ObjectBase):
     node._check_can_update()
@@ -224,7 +224,7 @@ def recursive_map(
 def find_duplicates(
   node: Any, /, *, only: filters_lib.Filter = ...
 ) -> list[list[PathParts]]:
-  """The paths of nodes, Variables and arrays that are there more than once.
+  """Finds the paths of nodes, Variables and arrays that occur repeatedly.
 
   Example:
 

@@ -37,12 +37,12 @@ class Opened:
     """The leaves that are in no graph node."""
     result, position = [], 0
     while position < len(self.records):
-      kind, index, leaf = self.records[position][:3]
-      if index >= 0 and kind != "ref":
+      record = self.records[position]
+      if preorder.is_graph_node(record):
         position = preorder.subtree_end(self.records, position)
         continue
-      if leaf >= 0:
-        result.append(leaf)
+      if record.leaf >= 0:
+        result.append(record.leaf)
       position += 1
     return result
 
@@ -70,25 +70,34 @@ def difference(before: Any, after: Any, names: Sequence[str]) -> Difference:
   return "", "", ""
 
 
-def _described(record: tuple) -> tuple:
-  kind, index, leaf, children, type_, keys, aux = record[:7]
-  return kind, index, leaf >= 0, children, type_, keys, type(aux), aux
+def _described(record: _engine.NodeRecord) -> tuple[Any, ...]:
+  return (
+    record.kind,
+    record.index,
+    record.leaf >= 0,
+    record.children,
+    record.type,
+    record.keys,
+    type(record.aux),
+    record.aux,
+  )
 
 
-def _describe(record: tuple) -> str:
-  kind, _, _, children, type_, keys, aux = record[:7]
-  if kind == "static":
-    return f"`{aux!r}`"
-  if kind == "leaf":
+def _describe(record: _engine.NodeRecord) -> str:
+  if record.kind is _engine.NodeKind.STATIC:
+    return f"`{record.aux!r}`"
+  if record.kind is _engine.NodeKind.LEAF:
     return "an array"
-  if kind == "ref":
+  if record.type is None:
     return "a node that is also elsewhere"
-  name = f"a {type_.__name__}"
-  if kind == "variable":
-    return f"{name} with metadata {aux or {}}"
-  if keys is not None:
-    return f"{name} with {list(keys)}"
-  return f"{name} of {children}" if type_ in (list, tuple) else name
+  name = f"a {record.type.__name__}"
+  if record.kind is _engine.NodeKind.VARIABLE:
+    return f"{name} with metadata {record.aux or {}}"
+  if record.keys is not None:
+    return f"{name} with {list(record.keys)}"
+  return (
+    f"{name} of {record.children}" if record.type in (list, tuple) else name
+  )
 
 
 def check_same(
@@ -119,7 +128,8 @@ def check_same(
 def node_path(records: preorder.Records, index: int) -> preorder.Path:
   """The path to a node of the only root."""
   for position, path in preorder.walk(records):
-    if records[position][1] == index and records[position][0] != "ref":
+    record = records[position]
+    if record.index == index and preorder.is_graph_node(record):
       return path
   raise AssertionError(index)
 
@@ -169,11 +179,7 @@ def next_values(
     plain: the leaves of the carry that are in no graph node.
     first: the leaf of the plan that is the first of these in the result.
   """
-  new = {
-    match: outputs[source]
-    for match, source in zip(plan.matches, plan.sources)
-    if match >= 0 and source >= 0
-  }
-  for k, leaf in enumerate(plain):
-    new[leaf] = outputs[plan.sources[first + k]]
+  new = {leaf: outputs[output] for leaf, output in lift.written(plan).items()}
+  for leaf, output in zip(plain, plan.output_of[first:]):
+    new[leaf] = outputs[output]
   return [new.get(leaf, leaves[leaf]) for leaf in carried]

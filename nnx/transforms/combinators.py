@@ -173,9 +173,9 @@ class Remat(_OfMethods):
     ((1, 3), (2, 3))
 
   Args:
-    module_constructor: makes the Module inside.
-    module_init_args: its positional arguments.
-    module_init_kwargs: its keyword arguments.
+    module_constructor: as in `nnx.Jit`.
+    module_init_args: the same.
+    module_init_kwargs: the same.
     **options: those of `nnx.remat`; argument 0 is the Module.
   """
 
@@ -394,8 +394,8 @@ class Scan(LiftedModule):
     transform_metadata: as in `nnx.scan`.
     scan_output: whether methods return a pair of the carry and results that
       are stacked, instead of the carry.
-    module_init_args: positional arguments for `module_constructor`.
-    module_init_kwargs: its keyword arguments.
+    module_init_args: as in `nnx.Vmap`.
+    module_init_kwargs: the same.
   """
 
   _inside = "scan_module"

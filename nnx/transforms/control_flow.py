@@ -11,12 +11,9 @@ import jax
 from nnx.engine import _engine
 from nnx.transforms import carry as carry_lib
 from nnx.transforms import lift, mapped, prefix
+from nnx.variable_operators import unwrap
 
 T = TypeVar("T")
-
-
-def _unboxed(value: Any) -> Any:
-  return value.value if isinstance(value, _engine.VariableBase) else value
 
 
 def cond(
@@ -59,7 +56,7 @@ def cond(
     ValueError: if the functions return, or leave behind, other structures.
     TypeError: as `jax.lax.cond`, if shapes or dtypes differ.
   """
-  choice = functools.partial(jax.lax.cond, _unboxed(pred))
+  choice = functools.partial(jax.lax.cond, unwrap(pred))
   names = ("true_fun", "false_fun")
   return _select("cond", choice, (true_fun, false_fun), names, operands)
 
@@ -111,7 +108,7 @@ def switch(
 
   def choice(*functions_and_operand):
     *functions, operand = functions_and_operand
-    return jax.lax.switch(_unboxed(index), functions, operand)
+    return jax.lax.switch(unwrap(index), functions, operand)
 
   return _select("switch", choice, branches, names, operands)
 
@@ -133,16 +130,16 @@ def _select(transform, choice, branches, names, operands) -> Any:
   # Every branch has as outputs what any of them has.
   wanted = tuple(
     leaf
-    for leaf in range(len(plans[0].sources))
-    if any(plan.sources[leaf] >= 0 for plan in plans)
+    for leaf, outputs_of in enumerate(zip(*(p.output_of for p in plans)))
+    if max(outputs_of) >= 0
   )
 
   def branch_function(plan, jaxpr):
     def run(values):
       leaves = call.with_leaves(inputs, values)
       outputs = lift.run_jaxpr(jaxpr, *values)
-      sources = [plan.sources[leaf] for leaf in wanted]
-      return tuple(outputs[s] if s >= 0 else leaves[~s] for s in sources)
+      after = lift.leaf_values(plan, outputs, leaves)
+      return tuple(after[leaf] for leaf in wanted)
 
     return run
 
@@ -151,8 +148,9 @@ def _select(transform, choice, branches, names, operands) -> Any:
   _check_same_types(transform, names, traced, wanted, plan, call)
   selected = choice(*functions, call.pick(inputs))
   outputs: list[Any] = [None] * len(wanted)
+  output_of = plan.output_of
   for leaf, value in zip(wanted, selected):
-    outputs[plan.sources[leaf]] = value
+    outputs[output_of[leaf]] = value
   return call.apply_outputs(plan, outputs)
 
 
@@ -220,18 +218,19 @@ def _walk_operands(call: lift.Call) -> prefix.Walk:
 def _check_same_types(transform, names, traced, wanted, merged, call) -> None:
   """Refuses branches whose outputs differ in shape or dtype."""
 
-  def type_of(leaf, plan, jaxpr):
-    source = plan.sources[leaf]
-    return (
-      jaxpr.out_avals[source]
-      if source >= 0
-      else jax.typeof(call.leaves[~source])
-    )
+  def types_of(plan, jaxpr):
+    values = lift.leaf_values(plan, jaxpr.out_avals, call.leaves)
+    output_of = plan.output_of
+    return {
+      leaf: values[leaf] if output_of[leaf] >= 0 else jax.typeof(values[leaf])
+      for leaf in wanted
+    }
 
+  first_types, *other_types = (types_of(*each) for each in traced)
   for leaf in wanted:
-    first = type_of(leaf, *traced[0])
-    for name, (plan, jaxpr) in zip(names[1:], traced[1:]):
-      other = type_of(leaf, plan, jaxpr)
+    first = first_types[leaf]
+    for name, types in zip(names[1:], other_types):
+      other = types[leaf]
       if carry_lib.same_type(first, other):
         continue
       root = prefix.Root(None, "result", "result")
@@ -239,7 +238,7 @@ def _check_same_types(transform, names, traced, wanted, merged, call) -> None:
       raise TypeError(
         f"The functions given to `nnx.{transform}` must give the same shapes"
         f" and"
-        f" dtypes, but `{paths[merged.sources[leaf]]}` is {first.str_short()}"
+        f" dtypes, but `{paths[merged.output_of[leaf]]}` is {first.str_short()}"
         f" after `{names[0]}` and {other.str_short()} after `{name}`."
       )
 
@@ -324,7 +323,7 @@ def while_loop(
         "`cond_fun` of `nnx.while_loop` must not change its argument, but it"
         f" changes `{path}`. Change it in `body_fun`."
       )
-    return _unboxed(result)
+    return unwrap(result)
 
   call, carried = loop.call, loop.carried
   tested = lift.Lifted(cond_fun, call.structure, call.lifted.names)
@@ -382,8 +381,8 @@ def fori_loop(
   return loop.finish(
     call.framed(
       functools.partial(jax.lax.fori_loop, unroll=unroll),
-      _unboxed(lower),
-      _unboxed(upper),
+      unwrap(lower),
+      unwrap(upper),
       call.described(
         lambda i, values: loop.body(values, i), "fori_loop", carried, first=1
       ),
@@ -439,7 +438,7 @@ class _Loop:
       plan,
       packed.outputs,
       self.plain,
-      len(plan.matches),
+      lift.result_leaves(plan).start,
     )
     for leaf, old, value in zip(self.carried, carry_leaves, new):
       path = self.walk.places[leaf].text
@@ -448,14 +447,13 @@ class _Loop:
 
   def finish(self, final: Sequence[Any]) -> Any:
     """Writes the last values and builds the result."""
-    plan, first = self.plan, len(self.plan.matches)
+    plan = self.plan
     last = self.call.with_leaves(self.carried, final)
-    outputs: list[Any] = [None] * (1 + max(plan.sources, default=-1))
-    for leaf, source in enumerate(plan.sources):
-      if source >= 0:
-        outputs[source] = last[
-          plan.matches[leaf] if leaf < first else self.plain[leaf - first]
-        ]
+    outputs: list[Any] = [None] * (1 + max(plan.output_of, default=-1))
+    in_place_of = (*plan.matches, *self.plain)
+    for leaf, output in zip(in_place_of, plan.output_of):
+      if output >= 0:
+        outputs[output] = last[leaf]
     return self.call.apply_outputs(plan, outputs)
 
   def first_change(self, plan: Any) -> str:

@@ -261,11 +261,9 @@ class _Application:
       next(stream) if is_array else other
       for other, is_array in zip(others, arrays)
     ]
-    *nondiff, residual = _engine.unflatten(structure, tuple(filled))[0]
+    *nondiff, residual = _engine.unflatten(structure, tuple(filled)).values
     written = {
-      match: cotangents[source]
-      for match, source in zip(plan.matches, plan.sources)
-      if match >= 0 and source >= 0
+      leaf: cotangents[output] for leaf, output in lift.written(plan).items()
     }
     zeros = [_zero(leaf) for leaf in self.call.leaves]
     state_g = [written.get(i, zero) for i, zero in enumerate(zeros)]

@@ -536,7 +536,7 @@ def vjp(
   form, structure, others = forms[-1], call.structure, call.leaves
 
   def pull_back(cotangent: Any) -> tuple[Any, ...]:
-    leaves = _engine.flatten((cotangent,))[1]
+    leaves = _engine.flatten((cotangent,)).leaves
     if len(leaves) != form.num_leaves:
       raise ValueError(
         "The cotangent must have the form of the output, which has"
@@ -547,7 +547,7 @@ def vjp(
     filled = list(others)
     for leaf, value in zip(selected, cotangents):
       filled[leaf] = value
-    return _engine.unflatten(structure, tuple(filled))[0][: len(primals)]
+    return _engine.unflatten(structure, tuple(filled)).values[: len(primals)]
 
   if has_aux:
     return result[0], pull_back, result[1]
@@ -612,7 +612,7 @@ def jvp(
         f" got a `{type(value).__name__}`."
       )
   call = lift.Call(f, primals, lift.with_owner(f, {}))
-  tangent_leaves = _engine.flatten(tuple(tangents))[1]
+  tangent_leaves = _engine.flatten(tuple(tangents)).leaves
   count = len(lift.leaves_of_roots(call.structure, range(len(primals))))
   if len(tangents) != len(primals) or len(tangent_leaves) != count:
     raise ValueError(

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 import functools
-import inspect
 from typing import (
   TYPE_CHECKING,
   Any,
@@ -26,10 +25,12 @@ from typing import (
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from nnx.engine import _engine, jax_private, preorder
+from nnx.engine import _engine, jax_private
 from nnx.transforms import lift, prefix
+from nnx.transforms.jit_options import Flat as Flat
+from nnx.transforms.jit_options import Options as Options
+from nnx.transforms.jit_options import argument_keys, as_tuple
 
 P = ParamSpec("P")
 Q = ParamSpec("Q")
@@ -75,313 +76,6 @@ class StateSharding(prefix.FilterMap):
   def shardings(self) -> tuple[Any, ...]:
     """The shardings, in the order of the filters."""
     return self.entries
-
-
-_TRACEABLE = (
-  jax.Array,
-  jax.ShapeDtypeStruct,
-  np.ndarray,
-  np.generic,
-  bool,
-  int,
-  float,
-  complex,
-)
-
-
-def _is_sharding(value: Any) -> bool:
-  return value is None or isinstance(
-    value, (jax.sharding.Sharding, jax.sharding.PartitionSpec)
-  )
-
-
-def _as_tuple(value: Any, item: type) -> tuple[Any, ...]:
-  if value is None:
-    return ()
-  return (value,) if isinstance(value, item) else tuple(value)
-
-
-def _positions(
-  fun: Callable[..., Any], nums: Any, names: Any, option: str
-) -> frozenset[int | str]:
-  """The arguments meant, by position and by name wherever both are possible."""
-  positions = list(_as_tuple(nums, int))
-  keywords = list(_as_tuple(names, str))
-  if not positions and not keywords:
-    return frozenset()
-  try:
-    parameters = list(inspect.signature(fun).parameters.values())
-  except (TypeError, ValueError):
-    return frozenset((*positions, *keywords))
-  positional = [
-    p
-    for p in parameters
-    if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)
-  ]
-  variadic = any(p.kind == p.VAR_POSITIONAL for p in parameters)
-  free = any(p.kind == p.VAR_KEYWORD for p in parameters)
-  result: set[int | str] = set()
-  for position in positions:
-    at = position + len(positional) if position < 0 else position
-    if at < 0 or (at >= len(positional) and not variadic):
-      raise ValueError(
-        f"`{option}argnums` must name positional parameters of"
-        f" `{_name_of(fun)}`, which has {len(positional)}, but got {position}."
-      )
-    result.add(at)
-    if at < len(positional):
-      if positional[at].kind == inspect.Parameter.POSITIONAL_OR_KEYWORD:
-        result.add(positional[at].name)
-  by_name = {p.name: p for p in parameters}
-  for name in keywords:
-    if name not in by_name and not free:
-      raise ValueError(
-        f"`{option}argnames` must name parameters of `{_name_of(fun)}`, which"
-        f" are {list(by_name)}, but got `{name}`."
-      )
-    result.add(name)
-    if name in by_name and by_name[name] in positional:
-      result.add(positional.index(by_name[name]))
-  return frozenset(result)
-
-
-def _name_of(fun: Callable[..., Any]) -> str:
-  return getattr(fun, "__qualname__", None) or type(fun).__name__
-
-
-class Options:
-  """What a jitted function was asked to do, and how its parts are made."""
-
-  def __init__(
-    self,
-    fun: Callable[..., Any],
-    in_shardings: Any,
-    out_shardings: Any,
-    statics: frozenset[int | str],
-    donated: frozenset[int | str],
-    jit_options: Mapping[str, Any],
-  ):
-    both = sorted(map(str, statics & donated))
-    if both:
-      raise ValueError(
-        "An argument must be static or donated, not both, but got"
-        f" {', '.join(both)}."
-      )
-    self.fun = fun
-    self.in_shardings = in_shardings
-    self.out_shardings = out_shardings
-    self.statics = statics
-    self.donated = donated
-    self.jit_options = jit_options
-
-  def make_entry(
-    self,
-    structure: Any,
-    leaves: tuple,
-    names: tuple[str, ...],
-    objects: tuple,
-  ):
-    """The compiled function for one structure, and the leaves it donates."""
-    self.check_leaves(structure, leaves, names)
-    shardings = self.input_shardings(structure, leaves, names)
-    if shardings is not None:
-      lift.place_variables(structure, objects, shardings)
-    flat = Flat(self, structure, names, shardings)
-    if self.statics:
-      lift.check_statics(flat)
-    donated = self.donated_leaves(structure, leaves, names, flat)
-    options = dict(self.jit_options)
-    if not donated:
-      if shardings is not None:
-        options["in_shardings"] = (tuple(shardings),)
-      return jax.jit(flat, **options), None
-    kept = [i for i in range(len(leaves)) if i not in set(donated)]
-    if shardings is not None:
-      options["in_shardings"] = (
-        tuple(shardings[i] for i in kept),
-        tuple(shardings[i] for i in donated),
-      )
-    split = flat.split(kept, donated)
-    return jax.jit(split, donate_argnums=1, **options), donated
-
-  def check_leaves(self, structure, leaves, names) -> None:
-    """Refuses what cannot be traced, with the path to it."""
-    for number, leaf in enumerate(leaves):
-      if isinstance(leaf, _TRACEABLE):
-        continue
-      try:
-        jax.typeof(leaf)
-      except TypeError:
-        lifted = lift.Lifted(self.fun, structure, names)
-        path = lifted.leaf_names([number])[0]
-        raise TypeError(
-          "Arguments of a jitted function must be arrays, numbers or static,"
-          f" but `{path}` is {leaf!r} of type {type(leaf).__name__}. Name the"
-          " argument in `static_argnames`, or keep the value in an attribute"
-          " of a Module."
-        ) from None
-
-  def root_keys(self, structure: Any, names: tuple[str, ...]) -> list[Any]:
-    """The position or name of each root."""
-    count = structure._num_roots - len(names)
-    return [*range(count), *names]
-
-  def input_shardings(self, structure, leaves, names) -> list[Any] | None:
-    """The sharding of each leaf, or None where nothing was asked."""
-    if self.in_shardings is None:
-      return None
-    keys = self.root_keys(structure, names)
-    count = structure._num_roots - len(names)
-    entry = self.in_shardings
-    if _is_sharding(entry) or isinstance(entry, prefix.FilterMap):
-      entries = [entry] * count
-    else:
-      entries = list(entry)
-      dynamic = [key for key in keys[:count] if key not in self.statics]
-      if len(entries) == len(dynamic) != count:
-        # As in jax: static arguments have no sharding.
-        by_key = dict(zip(dynamic, entries))
-        entries = [by_key.get(key) for key in keys[:count]]
-      if len(entries) != count:
-        raise ValueError(
-          "`in_shardings` must have one entry for each positional argument,"
-          f" but it has {len(entries)} for {count}."
-        )
-    return prefix.broadcast(
-      structure,
-      leaves,
-      [*entries, *[None] * len(names)],
-      is_entry=_is_sharding,
-      option="in_shardings",
-    )
-
-  def donated_leaves(self, structure, leaves, names, flat) -> list[int]:
-    """The leaves that may be donated: plain arrays, and what is written.
-
-    Under an argument that is a graph, only the Variables that the function
-    writes are given up; those that it only reads stay as they are.
-    """
-    if not self.donated:
-      return []
-    asked, plain = [], set()
-    records = structure._records
-    keys = self.root_keys(structure, names)
-    for key, (start, end) in zip(keys, preorder.roots(structure)):
-      if key not in self.donated:
-        continue
-      node_end = start  # of the outermost graph node around, or before it
-      for i in range(start, end):
-        kind, index, leaf = records[i][:3]
-        if index >= 0 and kind != "ref" and i >= node_end:
-          node_end = preorder.subtree_end(records, i)
-        if leaf >= 0:
-          asked.append(leaf)
-          if i >= node_end:
-            plain.add(leaf)
-    if not asked:
-      return []
-    _, plan = flat.trace(leaves)
-    unchanged = {~source for source in plan.sources if source < 0}
-    return [i for i in asked if i in plain or i not in unchanged]
-
-
-class Flat(lift.Lifted):
-  """A lifted function with what jit adds: shardings of results, donation."""
-
-  __slots__ = ("options", "shardings", "_traced")
-
-  def __init__(self, options: Options, structure, names, shardings):
-    super().__init__(options.fun, structure, names)
-    self.options = options
-    self.shardings = shardings
-    self._traced = None
-
-  @property
-  def __name__(self) -> str:
-    return getattr(self.fun, "__name__", type(self.fun).__name__)
-
-  @property
-  def __fun_debug_info__(self) -> Any:
-    return self.debug_info("jit", range(self.structure.num_leaves))
-
-  def __call__(
-    self, leaves: tuple, donated: frozenset[int] = frozenset()
-  ) -> Any:
-    values, objects = _engine.unflatten(self.structure, leaves)
-    result = self.call(values)
-    if donated:
-      # No value is identical to these, so that every donated leaf counts as
-      # written and comes back as an output.
-      leaves = tuple(
-        None if i in donated else leaf for i, leaf in enumerate(leaves)
-      )
-    packed = _engine.pack(self.structure, objects, leaves, result)
-    return self.constrain(packed)
-
-  def trace(self, leaves: tuple) -> tuple[Any, Any]:
-    """Traces once ahead of compilation, which `split` need not do again.
-
-    Returns:
-      The closed jaxpr, and the plan of what the function does.
-    """
-    jaxpr, packed = jax.make_jaxpr(self, return_shape=True)(leaves)
-    self._traced = traced = jaxpr, packed.plan
-    return traced
-
-  def split(self, kept: list[int], donated: list[int]) -> Callable[..., Any]:
-    """The function of the leaves that are kept and those that are donated."""
-    total = len(kept) + len(donated)
-
-    def split(kept_leaves, donated_leaves):
-      leaves: list[Any] = [None] * total
-      for i, leaf in zip((*kept, *donated), (*kept_leaves, *donated_leaves)):
-        leaves[i] = leaf
-      traced, self._traced = self._traced, None
-      if traced is not None:
-        jaxpr, plan = traced
-        if list(jaxpr.in_avals) == [jax.typeof(leaf) for leaf in leaves]:
-          outputs = lift.run_jaxpr(jaxpr, *leaves)
-          return _engine.packed_unflatten(plan, tuple(outputs))
-      return self(tuple(leaves), frozenset(donated))
-
-    split.__name__ = split.__qualname__ = self.__name__
-    info = self.debug_info("jit", [*kept, *donated])
-    setattr(split, jax_private.DEBUG_INFO, info)
-    return split
-
-  def constrain(self, packed: Any) -> Any:
-    """Places the outputs: state where it came from, results where asked."""
-    if self.shardings is None and self.options.out_shardings is None:
-      return packed
-    plan, outputs = packed.plan, list(packed.outputs)
-    filled = [None if s < 0 else outputs[s] for s in plan.sources]
-    wanted: list[Any] = [None] * len(filled)
-    roots = plan.structure._num_roots
-    if self.options.out_shardings is not None:
-      wanted = prefix.broadcast(
-        plan.structure,
-        filled,
-        [self.options.out_shardings],
-        is_entry=_is_sharding,
-        option="out_shardings",
-        first_root=roots - 1,
-      )
-    if self.shardings is not None:
-      sharding_of = {
-        index: self.shardings[leaf]
-        for kind, index, leaf, *_ in self.structure._records
-        if kind == "variable" and leaf >= 0
-      }
-      for kind, index, leaf, *_ in plan.structure._records:
-        if kind == "variable" and leaf >= 0 and plan.origin[index] >= 0:
-          wanted[leaf] = sharding_of.get(plan.origin[index])
-    for leaf, sharding in enumerate(wanted):
-      source = plan.sources[leaf]
-      if source >= 0 and sharding is not None:
-        outputs[source] = jax.lax.with_sharding_constraint(
-          outputs[source], sharding
-        )
-    return _engine.packed_unflatten(plan, tuple(outputs))
 
 
 class Lowered(Generic[P, R]):
@@ -468,8 +162,8 @@ class JitWrapped(_engine.JitFunction, Generic[P, R]):
     if gone:
       more = f" and {len(gone) - 3} more" if len(gone) > 3 else ""
       error.add_note(
-        f"Of the arguments of `{_name_of(self.options.fun)}`, no array is left"
-        f" of {', '.join(gone[:3])}{more}: it was given to a function that"
+        f"Of the arguments of `{lift.name_of(self.options.fun)}`, no array is"
+        f" left of {', '.join(gone[:3])}{more}: it was given to a function that"
         " donates it (`donate_argnums`). Use what that function returned, or"
         " give it a copy."
       )
@@ -487,7 +181,7 @@ class JitWrapped(_engine.JitFunction, Generic[P, R]):
     ) -> Callable[Q, R]: ...
     def __get__(self, instance: Any, owner: type | None = None) -> Any: ...
 
-  def _roots(self, args: tuple, kwargs: Mapping[str, Any]):
+  def _roots(self, args: tuple, kwargs: Mapping[str, Any]) -> _engine.Flattened:
     """The structure, leaves and objects of a call."""
     names = sorted(kwargs)
     static = [
@@ -511,7 +205,7 @@ class JitWrapped(_engine.JitFunction, Generic[P, R]):
       A `Lowered`, with `compile()`.
     """
     compiled, flat_args, donated = self._prepare(*args, **kwargs)
-    structure = self._roots(args, kwargs)[0]
+    structure = self._roots(args, kwargs).structure
 
     def call(run, args, kwargs):
       given, leaves, objects = self._roots(args, kwargs)
@@ -545,7 +239,7 @@ class JitWrapped(_engine.JitFunction, Generic[P, R]):
     structure, leaves, _ = self._roots(args, kwargs)
     packed = compiled.eval_shape(*flat_args)
     # Applied to copies: the arguments stay as they are.
-    objects = _engine.unflatten(structure, leaves)[1]
+    objects = _engine.unflatten(structure, leaves).objects
     return _engine.apply(packed, objects, leaves)
 
 
@@ -721,8 +415,8 @@ def jit(
     fun,
     in_shardings,
     out_shardings,
-    _positions(fun, static_argnums, static_argnames, "static_"),
-    _positions(fun, donate_argnums, donate_argnames, "donate_"),
+    argument_keys(fun, static_argnums, static_argnames, "static_"),
+    argument_keys(fun, donate_argnums, donate_argnames, "donate_"),
     jit_options,
   )
   wrapped = JitWrapped(options)
@@ -731,7 +425,7 @@ def jit(
 
 def _shifted(nums: int | Sequence[int] | None) -> tuple[int, ...]:
   """Positions of a bound method's arguments as those of the function."""
-  return tuple(n + 1 if n >= 0 else n for n in _as_tuple(nums, int))
+  return tuple(n + 1 if n >= 0 else n for n in as_tuple(nums, int))
 
 
 @overload

@@ -292,10 +292,11 @@ def place_variables(
   """
   if not outside_of_traces():
     return
-  for kind, index, leaf, *_ in structure._records:
-    if kind != "variable" or leaf < 0:
+  for record in structure._records:
+    if record.kind is not _engine.NodeKind.VARIABLE or record.leaf < 0:
       continue
-    value, sharding = objects[index].raw_value, shardings[leaf]
+    variable, sharding = objects[record.index], shardings[record.leaf]
+    value = variable.raw_value
     if not isinstance(value, jax.Array):
       continue
     if not isinstance(sharding, jax.sharding.Sharding):
@@ -303,7 +304,7 @@ def place_variables(
     if not sharding.is_fully_addressable:
       continue  # other processes have parts of it
     if not value.sharding.is_equivalent_to(sharding, value.ndim):
-      objects[index].raw_value = jax.device_put(value, sharding)
+      variable.raw_value = jax.device_put(value, sharding)
 
 
 def check_statics(lifted: Lifted) -> None:
@@ -342,6 +343,32 @@ class Static:
 jax.tree_util.register_static(Static)
 
 
+def leaf_values(
+  plan: _engine.Plan, outputs: Sequence[Any], inputs: Sequence[Any]
+) -> tuple[Any, ...]:
+  """Finds the value of each leaf of the plan's structure.
+
+  Args:
+    plan: what the function did.
+    outputs: one value an output.
+    inputs: one value an input leaf.
+  """
+  matches = plan.matches
+  return tuple(
+    outputs[output] if output >= 0 else inputs[matches[leaf]]
+    for leaf, output in enumerate(plan.output_of)
+  )
+
+
+def written(plan: _engine.Plan) -> dict[int, int]:
+  """Maps each input leaf that the function has replaced to its output."""
+  return {
+    match: output
+    for match, output in zip(plan.matches, plan.output_of)
+    if match >= 0 and output >= 0
+  }
+
+
 def result_of(plan: Any, outputs: Sequence[Any], inputs: Sequence[Any]) -> Any:
   """Builds a result without doing anything to the arguments.
 
@@ -353,16 +380,13 @@ def result_of(plan: Any, outputs: Sequence[Any], inputs: Sequence[Any]) -> Any:
   Returns:
     The result of the function; nodes of the arguments in it are copies.
   """
-  leaves = tuple(
-    outputs[source] if source >= 0 else inputs[~source]
-    for source in plan.sources
-  )
-  return _engine.unflatten(plan.structure, leaves)[0][-1]
+  leaves = leaf_values(plan, outputs, inputs)
+  return _engine.unflatten(plan.structure, leaves).values[-1]
 
 
 def result_leaves(plan: Any) -> range:
   """The leaves of the plan's structure that are the result's."""
-  return range(len(plan.matches), len(plan.sources))
+  return range(len(plan.matches), len(plan.output_of))
 
 
 def result_position(plan: Any) -> int:

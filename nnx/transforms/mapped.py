@@ -107,10 +107,10 @@ def output_entries(
   records = structure._records
   start = lift.result_position(plan)
   full = -1 in plan.matches or any(
-    record[0] == "ref" for record in records[start:]
+    record.kind is _engine.NodeKind.REF for record in records[start:]
   )
-  leaves = [outputs[s] if s >= 0 else walk.leaves[~s] for s in plan.sources]
-  objects = _engine.unflatten(structure, tuple(leaves))[1]
+  leaves = lift.leaf_values(plan, outputs, walk.leaves)
+  objects = _engine.unflatten(structure, leaves).objects
   after = prefix.Walk(structure, leaves, objects, walk.is_entry)
   if full:
     for root in walk.tops:
@@ -119,27 +119,25 @@ def output_entries(
     after.skip(len(walk.tops))
   after.visit_root(out_root)
   entries: list[Any] = [None] * len(outputs)
-  for leaf, source in enumerate(plan.sources):
-    if source >= 0:
-      match = plan.matches[leaf] if leaf < len(plan.matches) else -1
-      entries[source] = (
-        walk.entries[match] if match >= 0 else after.entries[leaf]
-      )
+  for output, entry in zip(plan.output_of, after.entries):
+    if output >= 0:
+      entries[output] = entry
+  for leaf, output in lift.written(plan).items():
+    entries[output] = walk.entries[leaf]
   return entries
 
 
 def output_paths(plan: Any, walk: prefix.Walk, out_root: prefix.Root):
   """The path of each output, for errors."""
-  leaves = [None] * len(plan.sources)
-  objects = _engine.unflatten(plan.structure, tuple(leaves))[1]
+  leaves = [None] * plan.structure.num_leaves
+  objects = _engine.unflatten(plan.structure, tuple(leaves)).objects
   after = prefix.Walk(plan.structure, leaves, objects, lambda entry: True)
   for root in (*walk.tops, out_root):
     after.visit_root(root._replace(entry=None))
-  paths = [""] * (1 + max(plan.sources, default=-1))
-  for leaf, source in enumerate(plan.sources):
-    place = after.places[leaf]
-    if source >= 0 and place is not None:
-      paths[source] = place.text
+  paths = [""] * (1 + max(plan.output_of, default=-1))
+  for output, place in zip(plan.output_of, after.places):
+    if output >= 0 and place is not None:
+      paths[output] = place.text
   return paths
 
 

@@ -174,7 +174,7 @@ def broadcast(
     ValueError: if a prefix does not fit the structure, if no filter of a filter
       map selects a Variable, or if a shared Variable gets two entries.
   """
-  objects = _engine.unflatten(structure, tuple(leaves))[1]
+  objects = _engine.unflatten(structure, tuple(leaves)).objects
   walk = Walk(structure, leaves, objects, is_entry)
   roots = [
     Root(entry, option, f"[{i}]" if entries[1:] else "")
@@ -250,6 +250,15 @@ def roots(
   ]
 
 
+_SEQUENCES = frozenset(
+  (
+    _engine.NodeKind.LIST,
+    _engine.NodeKind.NAMEDTUPLE,
+    _engine.NodeKind.TUPLE,
+  )
+)
+
+
 class Walk:
   """One walk over a structure along prefixes.
 
@@ -297,8 +306,8 @@ class Walk:
   ) -> int:
     """Assigns, or compares if `again`; returns the end of the subtree."""
     record = self.records[position]
-    kind, index, leaf, children, _, keys = record[:6]
-    if kind == "ref":
+    kind, index, leaf = record.kind, record.index, record.leaf
+    if kind is _engine.NodeKind.REF:
       self._visit_again(index, entry, path, place)
       return position + 1
     if index >= 0:
@@ -307,14 +316,16 @@ class Walk:
         if not again:
           self.tops.append(self.root._replace(entry=entry, path=path))
           self.top_indices.append(index)
-      if kind == "variable":
+      if kind is _engine.NodeKind.VARIABLE:
         place = place._replace(variable=index)
         if isinstance(entry, _engine.VariableBase):
           entry = entry.raw_value
       if not again:
         self._first[index] = position, place.top
     whole = self.is_entry(entry) or isinstance(entry, FilterMap)
-    if isinstance(entry, FilterMap) and (leaf >= 0 or kind == "variable"):
+    if isinstance(entry, FilterMap) and (
+      leaf >= 0 or kind is _engine.NodeKind.VARIABLE
+    ):
       entry = self._select(entry, path, place, leaf)
     if leaf >= 0:
       if not whole:
@@ -324,7 +335,7 @@ class Walk:
       else:
         self.entries[leaf] = entry
         self.places[leaf] = place._replace(text=self.text(path))
-    inner = self._inner(entry, kind, keys, children, path, whole)
+    inner = self._inner(entry, record, path, whole)
     next_position = position + 1
     for key, below_entry in zip(preorder.child_keys(record), inner):
       below = place
@@ -356,25 +367,28 @@ class Walk:
     self._visit(position, entry, path, place, True)
     self._checking.discard(mark)
 
-  def _inner(self, entry, kind, keys, children, path, whole) -> list[Any]:
-    """The entries of the children."""
+  def _inner(
+    self, entry: Any, record: _engine.NodeRecord, path: tuple, whole: bool
+  ) -> list[Any]:
+    """Finds the entries of the children."""
+    kind, keys, children = record.kind, record.keys, record.children
     if whole:
       return [entry] * children
     if children == 0:
       return []
-    if kind in ("tuple", "list", "namedtuple") and isinstance(
-      entry, (tuple, list)
-    ):
+    if kind in _SEQUENCES and isinstance(entry, (tuple, list)):
       if len(entry) == children:
         return list(entry)
     elif keys is not None and isinstance(entry, Mapping):
       if set(entry) == set(keys):
         return [entry[key] for key in keys]
-    elif kind == "object" and isinstance(entry, _engine.ObjectBase):
+    elif kind is _engine.NodeKind.OBJECT and isinstance(
+      entry, _engine.ObjectBase
+    ):
       # What `jax.tree.map` or `nnx.prefix` makes of the object itself.
       attributes = vars(entry)
-      if set(attributes) == set(keys):
-        return [attributes[key] for key in keys]
+      if set(attributes) == set(keys or ()):
+        return [attributes[key] for key in keys or ()]
     self._fail(entry, kind, path)
     raise AssertionError
 
@@ -390,7 +404,7 @@ class Walk:
         f" {type(value).__name__}: add `...` as the last filter."
       )
     if not self.is_entry(selected):
-      self._fail(selected, "leaf", path)
+      self._fail(selected, _engine.NodeKind.LEAF, path)
     return selected
 
   def _check_same(self, leaf: int, entry: Any, path: tuple) -> None:
@@ -410,7 +424,7 @@ class Walk:
         f" both {before!r} and {entry!r}."
       )
 
-  def _fail(self, entry: Any, kind: str, path: tuple) -> None:
+  def _fail(self, entry: Any, kind: _engine.NodeKind, path: tuple) -> None:
     """Raises the error for a prefix that does not fit."""
     raise ValueError(
       f"`{self.root.option}` must be a prefix of what it speaks of, but at"
@@ -423,6 +437,5 @@ class Walk:
 
 
 def text(where: str, path: Sequence[Any]) -> str:
-  """A path as a user would type it."""
-  parts = [f".{key}" if isinstance(key, str) else f"[{key!r}]" for key in path]
-  return (where + "".join(parts)).lstrip(".") or "<root>"
+  """Writes a path as a user would type it."""
+  return preorder.path_text(path, where)

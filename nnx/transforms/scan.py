@@ -298,7 +298,7 @@ class _Kept(jit_lib.Options):
     if any(isinstance(c, jax.Array) for c in flat.trace(leaves)[0].consts):
       raise _Captured
     traced = flat.split(list(range(len(leaves))), [])
-    return jax.jit(lambda leaves: traced(leaves, ())), None
+    return _engine.JitEntry((jax.jit(lambda leaves: traced(leaves, ())), None))
 
 
 class _Loop:
@@ -355,9 +355,9 @@ class _Loop:
       _moved(next(stacked), entry) if _is_index(entry) else None
       for entry in entries
     ]
-    for leaf, source in enumerate(plan.sources):
-      if source >= 0 and outputs[source] is None:
-        outputs[source] = last[self.carried_leaf(plan, leaf)]
+    for leaf, output in enumerate(plan.output_of):
+      if output >= 0 and outputs[output] is None:
+        outputs[output] = last[self.carried_leaf(plan, leaf)]
     return call.apply_outputs(plan, outputs)
 
   def carried_leaf(self, plan: Any, leaf: int) -> int:
@@ -455,10 +455,7 @@ class _Loop:
     )
     self.jaxpr = jaxpr, inputs
     plan, _ = self.traced
-    written = {
-      match for match, source in zip(plan.matches, plan.sources) if source >= 0
-    }
-    late = written.intersection(unmarked)
+    late = lift.written(plan).keys() & set(unmarked)
     self.carried = sorted({*self.carried, *late})
     variables = {leaf: self.walk.places[leaf].variable for leaf in late}
     self.broadcast = [
@@ -485,14 +482,14 @@ class _Loop:
 
   def check_state(self, plan: Any, entries: Sequence[Any]) -> None:
     """Refuses new state that is not scanned."""
-    for match, source in zip(plan.matches, plan.sources):
-      if match >= 0 or source < 0 or _is_index(entries[source]):
+    for match, output in zip(plan.matches, plan.output_of):
+      if match >= 0 or output < 0 or _is_index(entries[output]):
         continue
       paths = mapped.output_paths(plan, self.walk, self.out_root)
       raise ValueError(
         "State that a scanned function makes must be scanned, but"
-        f" `{paths[source]}` is made inside and has the axis"
-        f" {'nnx.Carry' if entries[source] is Carry else None}. Make it"
+        f" `{paths[output]}` is made inside and has the axis"
+        f" {'nnx.Carry' if entries[output] is Carry else None}. Make it"
         " before the loop, or give it an axis with `nnx.StateAxes`."
       )
 

@@ -383,7 +383,7 @@ def pmap(
   def make_entry(
     structure: Any, leaves: tuple, names: tuple[str, ...], _: tuple
   ):
-    objects = _engine.unflatten(structure, leaves)[1]
+    objects = _engine.unflatten(structure, leaves).objects
     lifted = lift.Lifted(f, structure, names)
     lift.check_statics(lifted)
     walk = walk_axes(structure, leaves, objects, lifted, in_axes)
@@ -412,7 +412,9 @@ def pmap(
       axis_size=axis_size,
       donate_argnums=given_up,
     )
-    return lambda leaves: function.packed(pmapped(*leaves)), None
+    return _engine.JitEntry(
+      (lambda leaves: function.packed(pmapped(*leaves)), None)
+    )
 
   wrapped = _Pmapped(make_entry, jnp.copy, frozenset(static))
   if isinstance(f, lift.Method):

@@ -124,7 +124,7 @@ def _jit(graph, rng):
       _change(values[0], np.random.default_rng(numbers))
       return _engine.pack(structure, inner, leaves, values[0])
 
-    return compiled, None
+    return _engine.JitEntry((compiled, None))
 
   jitted = _engine.JitFunction(make_entry, copy.copy, frozenset())
   for _ in range(int(rng.integers(1, 4))):

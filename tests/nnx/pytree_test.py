@@ -366,7 +366,7 @@ class ObjectTest(parameterized.TestCase):
     counter = Counter()
     self.assertEqual(leaves(counter), [counter])
     self.assertEqual(nnx.state(counter).count.value, 0)
-    with self.assertRaisesRegex(ValueError, "An `Object` is no pytree, but"):
+    with self.assertRaisesRegex(ValueError, "An `Object` is not a pytree, but"):
 
       class Bad(nnx.Object, pytree=True):
         pass

@@ -30,6 +30,7 @@ ALLOWED = {
   "nnx": {"nnx", "jax", "numpy", "typing_extensions"},
   "nnx.engine": {"nnx.engine", "jax", "numpy"},
   "nnx.visualization": {"nnx", "jax", "numpy", "treescope"},
+  "nnx.summary_cells": {"nnx", "jax", "numpy", "rich"},
   # It counts what a fused kernel computes.
   "nnx.summary": {"nnx", "public:kernels", "jax", "numpy", "rich"},
   "nnx.nn": {"nnx", "public:kernels", "jax", "numpy", "typing_extensions"},
@@ -42,11 +43,21 @@ PROGRAMS = ("examples", "tools")
 # Later ones may import earlier ones, never the other way round.
 ORDER = (
   "nnx.engine",
+  "nnx.missing",
   "nnx.filterlib",
+  "nnx.variable_settings",
+  "nnx.variable_metadata",
+  "nnx.variable_operators",
+  "nnx.variable_base",
   "nnx.variablelib",
+  "nnx.nested_mappings",
+  "nnx.flat_states",
   "nnx.statelib",
   "nnx.graphlib",
+  "nnx.rng_streams",
   "nnx.rnglib",
+  "nnx.module_base",
+  "nnx.module_capture",
   "nnx.module",
   "nnx.nn",
 )

@@ -1,6 +1,7 @@
 """Every compiled extension has a stub, and the stub says what is there."""
 
 import ast
+import enum
 import importlib
 import pathlib
 
@@ -16,20 +17,32 @@ EXTENSIONS = sorted(
 
 
 def members(value) -> set[str]:
+  if isinstance(value, enum.EnumMeta):
+    return set(value.__members__)
+  if isinstance(value, type) and issubclass(value, tuple):
+    return set(value.__match_args__)  # of a struct sequence
   return {
     name for name in vars(value) if not name.startswith(("__", "pybind11"))
   }
 
 
-def declared(body: list[ast.stmt]) -> dict[str, ast.stmt]:
+def declared(
+  body: list[ast.stmt], is_enum: bool = False
+) -> dict[str, ast.stmt]:
   """The names that a stub's body declares, with their statements."""
   found = {}
   for node in body:
+    if isinstance(node, ast.ClassDef) and "TypedDict" in map(
+      ast.unparse, node.bases
+    ):
+      continue  # a type for the stub's own use, as the plain assignments below
     if isinstance(node, ast.FunctionDef | ast.ClassDef):
       found[node.name] = node
     elif isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
       found[node.target.id] = node
-    # Plain assignments are names of types, for the stub's own use.
+    elif is_enum and isinstance(node, ast.Assign):
+      found[node.targets[0].id] = node
+    # Other plain assignments are names of types, for the stub's own use.
   return {k: node for k, node in found.items() if not k.startswith("__")}
 
 
@@ -48,4 +61,5 @@ def test_stub_says_what_is_there(path):
     value = getattr(module, name)
     assert isinstance(node, ast.ClassDef) == isinstance(value, type), name
     if isinstance(node, ast.ClassDef):
-      assert set(declared(node.body)) == members(value), name
+      is_enum = isinstance(value, enum.EnumMeta)
+      assert set(declared(node.body, is_enum)) == members(value), name

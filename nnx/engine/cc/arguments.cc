@@ -9,6 +9,12 @@ bool CheckArity(Py_ssize_t nargs, Py_ssize_t want, const char* name) {
   return false;
 }
 
+bool ReadBool(PyObject* value, bool* result) {
+  const int is_true = PyObject_IsTrue(value);
+  *result = is_true == 1;
+  return is_true >= 0;
+}
+
 bool ObjectList(PyObject* value, const char* name, std::vector<Ref>* objects) {
   if (value == Py_None) return true;
   if (!PyList_Check(value)) {

@@ -20,6 +20,8 @@ PyCFunction Fast(F function) {
 
 // Each of these sets an error where it returns false.
 bool CheckArity(Py_ssize_t nargs, Py_ssize_t want, const char* name);
+// Reads an argument that is True or False.
+bool ReadBool(PyObject* value, bool* result);
 // The objects of a list that a context keeps, or of None.
 bool ObjectList(PyObject* value, const char* name, std::vector<Ref>* objects);
 // Adds the objects that a walk has met first to such a list.

@@ -3,6 +3,7 @@
 #include "nnx/engine/cc/objects.h"
 #include "nnx/engine/cc/recursion_guard.h"
 #include "nnx/engine/cc/runtime.h"
+#include "nnx/engine/cc/vocabulary.h"
 
 namespace nnx::engine {
 
@@ -55,20 +56,12 @@ bool OpenPytree(PyObject* value, Ref* children, Ref* treedef, Ref* keys) {
   if (!rt.flatten_pytree) return false;
   Ref opened = Ref::Steal(PyObject_CallOneArg(rt.flatten_pytree, value));
   if (!opened || opened.get() == Py_None) return false;
-  PyObject *child_items, *def, *key_items;
-  if (!PyArg_ParseTuple(opened.get(), "O!OO!:flatten_pytree", &PyTuple_Type,
-                        &child_items, &def, &PyTuple_Type, &key_items)) {
-    return false;
-  }
-  if (PyTuple_GET_SIZE(child_items) != PyTuple_GET_SIZE(key_items)) {
-    PyErr_SetString(PyExc_ValueError,
-                    "`flatten_pytree` must return a key for each child.");
-    return false;
-  }
+  OpenedPytree node;
+  if (!OpenedPytree::Read(opened.get(), &node)) return false;
   if (TypeInfo* info = FindTypeInfo(Py_TYPE(value))) info->opened = true;
-  *children = Ref::Borrow(child_items);
-  *treedef = Ref::Borrow(def);
-  if (keys) *keys = Ref::Borrow(key_items);
+  *children = Ref::Borrow(node.children);
+  *treedef = Ref::Borrow(node.treedef);
+  if (keys) *keys = Ref::Borrow(node.keys);
   return true;
 }
 

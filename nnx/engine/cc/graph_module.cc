@@ -13,6 +13,7 @@
 #include "nnx/engine/cc/split.h"
 #include "nnx/engine/cc/structure.h"
 #include "nnx/engine/cc/update.h"
+#include "nnx/engine/cc/vocabulary.h"
 
 namespace {
 
@@ -28,7 +29,9 @@ PyMethodDef configure_functions[] = {
 PYBIND11_MODULE(_engine, m) {
   m.doc() = "The graph engine: walks of object graphs in C++.";
   PyObject* module = m.ptr();
-  if (!nnx::engine::InitRuntime() || !nnx::engine::InitObjects(module) ||
+  if (!nnx::engine::InitRuntime() || !nnx::engine::InitVocabulary(module) ||
+      !nnx::engine::InitVariableBase(module) ||
+      !nnx::engine::InitObjectBase(module) ||
       !nnx::engine::InitStructure(module) || !nnx::engine::InitPlan(module) ||
       !nnx::engine::InitLift(module) || !nnx::engine::InitJit(module) ||
       !nnx::engine::InitSplit(module) || !nnx::engine::InitMerge(module) ||

@@ -16,6 +16,8 @@
 #include "nnx/engine/cc/match.h"
 #include "nnx/engine/cc/plan.h"
 #include "nnx/engine/cc/structure.h"
+#include "nnx/engine/cc/tuples.h"
+#include "nnx/engine/cc/vocabulary.h"
 
 namespace nnx::engine {
 namespace {
@@ -24,7 +26,7 @@ struct JitFunction {
   PyObject_HEAD PyObject* dict;
   PyObject* weaklist;
   vectorcallfunc vectorcall;
-  // (structure, leaves, names, objects) -> (compiled, donated)
+  // (structure, leaves, names, objects) -> JitEntry
   PyObject* make_entry;
   PyObject* copy_array;  // (array) -> array
   PyObject* statics;     // frozenset of positions and keyword names
@@ -44,16 +46,6 @@ struct Call {
     for (PyObject* object : objects) Py_XDECREF(object);
   }
 };
-
-Ref ToTuple(const std::vector<PyObject*>& items) {
-  Ref tuple = Ref::Steal(PyTuple_New(static_cast<Py_ssize_t>(items.size())));
-  if (!tuple) return Ref();
-  for (size_t i = 0; i < items.size(); ++i) {
-    Py_INCREF(items[i]);
-    PyTuple_SET_ITEM(tuple.get(), static_cast<Py_ssize_t>(i), items[i]);
-  }
-  return tuple;
-}
 
 // The arguments in the order of the structure's roots: positions, then keywords
 // by name.
@@ -216,18 +208,14 @@ std::shared_ptr<Entry> SlowEntry(JitFunction* self, const Arguments& arguments,
         nullptr));
   }
   if (!made) return nullptr;
-  if (!PyTuple_Check(made.get()) || PyTuple_GET_SIZE(made.get()) != 2) {
-    PyErr_SetString(PyExc_TypeError,
-                    "`make_entry` must return (function, donated leaves).");
-    return nullptr;
-  }
+  JitEntry parts;
+  if (!JitEntry::Read(made.get(), &parts)) return nullptr;
   auto entry = std::make_shared<Entry>();
   entry->structure = structure;
   entry->names = arguments.names;
-  entry->compiled = Ref::Borrow(PyTuple_GET_ITEM(made.get(), 0));
-  PyObject* donated = PyTuple_GET_ITEM(made.get(), 1);
-  if (donated != Py_None) {
-    Ref items = Ref::Steal(PySequence_Tuple(donated));
+  entry->compiled = Ref::Borrow(parts.function);
+  if (parts.donated != Py_None) {
+    Ref items = Ref::Steal(PySequence_Tuple(parts.donated));
     if (!items) return nullptr;
     std::vector<bool> is_donated(call->leaves.size());
     for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(items.get()); ++i) {
@@ -256,14 +244,9 @@ std::shared_ptr<Entry> SlowEntry(JitFunction* self, const Arguments& arguments,
 
 // The leaves with the given numbers, as a tuple.
 Ref Pick(const Call& call, const std::vector<int32_t>& numbers) {
-  Ref tuple = Ref::Steal(PyTuple_New(static_cast<Py_ssize_t>(numbers.size())));
-  if (!tuple) return Ref();
-  for (size_t i = 0; i < numbers.size(); ++i) {
-    PyObject* leaf = call.leaves[numbers[i]];
-    Py_INCREF(leaf);
-    PyTuple_SET_ITEM(tuple.get(), static_cast<Py_ssize_t>(i), leaf);
-  }
-  return tuple;
+  return ToTuple(numbers, [&call](int32_t number) {
+    return Ref::Borrow(call.leaves[number]);
+  });
 }
 
 // An array that is donated twice, or donated and also kept, is copied: the
@@ -470,8 +453,7 @@ PyObject* JitCacheSize(PyObject* self, PyObject*) {
   return PyLong_FromSize_t(AsJit(self)->cache->size());
 }
 
-// _prepare(*args, **kwargs): (compiled function, its arguments, numbers of the
-// donated leaves), for lowering without running.
+// _prepare(*args, **kwargs): a Prepared, for lowering without running.
 PyObject* JitPrepare(PyObject* callable, PyObject* const* args,
                      Py_ssize_t nargs, PyObject* kwnames) {
   JitFunction* self = AsJit(callable);
@@ -490,18 +472,11 @@ PyObject* JitPrepare(PyObject* callable, PyObject* const* args,
   Ref kept = Pick(call, donates ? entry->kept : all);
   Ref donated = Pick(call, entry->donated);
   if (!kept || !donated) return nullptr;
-  Ref numbers =
-      Ref::Steal(PyTuple_New(static_cast<Py_ssize_t>(entry->donated.size())));
-  if (!numbers) return nullptr;
-  for (size_t i = 0; i < entry->donated.size(); ++i) {
-    PyObject* number = PyLong_FromLong(entry->donated[i]);
-    if (!number) return nullptr;
-    PyTuple_SET_ITEM(numbers.get(), static_cast<Py_ssize_t>(i), number);
-  }
-  return donates ? Py_BuildValue("(O(OO)O)", entry->compiled.get(), kept.get(),
-                                 donated.get(), numbers.get())
-                 : Py_BuildValue("(O(O)O)", entry->compiled.get(), kept.get(),
-                                 numbers.get());
+  Ref operands = Ref::Steal(donates ? PyTuple_Pack(2, kept.get(), donated.get())
+                                    : PyTuple_Pack(1, kept.get()));
+  return NewRecord(g_prepared_type,
+                   {entry->compiled, operands, ToTuple(entry->donated)})
+      .release();
 }
 
 PyMemberDef jit_members[] = {
@@ -529,7 +504,7 @@ PyMethodDef jit_methods[] = {
      "Number of structures that were compiled for."},
     {"_prepare", reinterpret_cast<PyCFunction>(JitPrepare),
      METH_FASTCALL | METH_KEYWORDS,
-     "_prepare(*args, **kwargs): (compiled, its arguments, donated leaves)."},
+     "_prepare(*args, **kwargs): the call, Prepared and not made."},
     {nullptr, nullptr, 0, nullptr},
 };
 

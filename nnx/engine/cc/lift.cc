@@ -5,7 +5,9 @@
 #include "nnx/engine/cc/objects.h"
 #include "nnx/engine/cc/recursion_guard.h"
 #include "nnx/engine/cc/runtime.h"
+#include "nnx/engine/cc/tuples.h"
 #include "nnx/engine/cc/unflatten.h"
+#include "nnx/engine/cc/vocabulary.h"
 
 namespace nnx::engine {
 
@@ -81,10 +83,10 @@ int FindWrites(const Structure* before, const std::vector<int32_t>& tops,
       if (old_node.leaf < 0) continue;
       data->matches[new_node.leaf] = old_node.leaf;
       if (after.leaves()[new_node.leaf].get() == leaves[old_node.leaf]) {
-        data->sources[new_node.leaf] = ~old_node.leaf;
+        data->output_of[new_node.leaf] = -1;
       } else if (old_node.kind == NodeKind::kVariable) {
         data->writes.emplace_back(old_node.index, data->num_outputs);
-        data->sources[new_node.leaf] = data->num_outputs++;
+        data->output_of[new_node.leaf] = data->num_outputs++;
       } else {
         return 0;  // an array inside a container: rebuilt by the general way
       }
@@ -191,8 +193,9 @@ bool CheckObjects(const Structure* structure, PyObject* const* objects,
 bool CheckApplies(PyObject* plan, PyObject* const* objects, size_t num_objects,
                   size_t num_leaves) {
   const Plan::Data& data = PlanData(plan);
-  for (int32_t source : data.sources) {
-    if (source < 0 && static_cast<size_t>(~source) >= num_leaves) {
+  for (size_t i = 0; i < data.output_of.size(); ++i) {
+    if (data.output_of[i] < 0 &&
+        static_cast<size_t>(data.matches[i]) >= num_leaves) {
       PyErr_SetString(PyExc_ValueError,
                       "`leaves` must be those that were packed, but some are "
                       "missing.");
@@ -221,7 +224,7 @@ Ref Pack(const Structure* before, const std::vector<int32_t>& tops,
   data->structure = after.Finish();
   if (!data->structure) return Ref();
   const auto num_leaves = static_cast<int32_t>(after.leaves().size());
-  data->sources.assign(num_leaves, 0);
+  data->output_of.assign(num_leaves, 0);
   data->matches.assign(argument_leaves, -1);
 
   std::unordered_map<PyObject*, int32_t> originals;
@@ -249,15 +252,15 @@ Ref Pack(const Structure* before, const std::vector<int32_t>& tops,
     // transformation: there it may be mapped or carried in another way.
     for (int32_t i = 0; i < argument_leaves; ++i) {
       const int32_t input = data->matches[i];
-      data->sources[i] = input >= 0 && leaves[input] == after.leaves()[i].get()
-                             ? ~input
-                             : data->num_outputs++;
+      const bool unchanged =
+          input >= 0 && leaves[input] == after.leaves()[i].get();
+      data->output_of[i] = unchanged ? -1 : data->num_outputs++;
     }
   }
   // The result always goes through the transformation, which may treat results
   // in another way than state.
   for (int32_t i = argument_leaves; i < num_leaves; ++i) {
-    data->sources[i] = data->num_outputs++;
+    data->output_of[i] = data->num_outputs++;
   }
 
   data->result_position = after.roots().back();
@@ -272,10 +275,10 @@ Ref Pack(const Structure* before, const std::vector<int32_t>& tops,
   Ref packed = Ref::Steal(g_packed_type->tp_alloc(g_packed_type, 0));
   if (!outputs || !packed) return Ref();
   for (int32_t i = 0; i < num_leaves; ++i) {
-    if (data->sources[i] < 0) continue;
+    if (data->output_of[i] < 0) continue;
     PyObject* leaf = after.leaves()[i].get();
     Py_INCREF(leaf);
-    PyTuple_SET_ITEM(outputs.get(), data->sources[i], leaf);
+    PyTuple_SET_ITEM(outputs.get(), data->output_of[i], leaf);
   }
   auto* self = reinterpret_cast<Packed*>(packed.get());
   self->plan = plan_object.release();
@@ -289,8 +292,8 @@ Ref Apply(PyObject* plan, PyObject* const* objects, PyObject* const* leaves,
   const Structure* structure = AsStructure(data.structure.get());
   const std::vector<Node>& nodes = *structure->nodes;
   auto source = [&](int32_t leaf) {
-    const int32_t from = data.sources[leaf];
-    return from < 0 ? leaves[~from] : outputs[from];
+    const int32_t output = data.output_of[leaf];
+    return output < 0 ? leaves[data.matches[leaf]] : outputs[output];
   };
   if (data.values_only) {
     if (!data.writes.empty()) {
@@ -359,16 +362,6 @@ bool CheckObjectTuple(const Structure* structure, PyObject* objects) {
                       /*origin=*/nullptr);
 }
 
-Ref ToTuple(std::vector<Ref>& values) {
-  Ref tuple = Ref::Steal(PyTuple_New(static_cast<Py_ssize_t>(values.size())));
-  if (!tuple) return Ref();
-  for (size_t i = 0; i < values.size(); ++i) {
-    PyTuple_SET_ITEM(tuple.get(), static_cast<Py_ssize_t>(i),
-                     Ref(values[i]).release());
-  }
-  return tuple;
-}
-
 // Whether a structure is that of arguments, as `flatten` makes it: one that
 // `split` makes in a context may refer to objects that are not there.
 bool CheckClosed(PyObject* value) {
@@ -381,7 +374,7 @@ bool CheckClosed(PyObject* value) {
   return false;
 }
 
-// flatten(values, static=()) -> (structure, leaves, objects)
+// flatten(values, static=()) -> Flattened
 PyObject* FlattenFunction(PyObject*, PyObject* args, PyObject* kwargs) {
   const char* keywords[] = {"values", "static", nullptr};
   PyObject *values = nullptr, *statics = nullptr;
@@ -404,14 +397,12 @@ PyObject* FlattenFunction(PyObject*, PyObject* args, PyObject* kwargs) {
   }
   Ref structure = flattener.Finish();
   if (!structure) return nullptr;
-  std::vector<Ref> object_refs = flattener.objects();
-  Ref leaves = ToTuple(flattener.leaves());
-  Ref objects = ToTuple(object_refs);
-  if (!leaves || !objects) return nullptr;
-  return PyTuple_Pack(3, structure.get(), leaves.get(), objects.get());
+  return NewRecord(g_flattened_type, {structure, ToTuple(flattener.leaves()),
+                                      ToTuple(flattener.objects())})
+      .release();
 }
 
-// unflatten(structure, leaves) -> (values, objects)
+// unflatten(structure, leaves) -> Unflattened
 PyObject* UnflattenFunction(PyObject*, PyObject* const* args,
                             Py_ssize_t nargs) {
   if (nargs != 2) {
@@ -433,10 +424,8 @@ PyObject* UnflattenFunction(PyObject*, PyObject* const* args,
     if (!value) return nullptr;
     PyTuple_SET_ITEM(values.get(), i, value.release());
   }
-  std::vector<Ref> object_refs = build.objects();
-  Ref objects = ToTuple(object_refs);
-  if (!objects) return nullptr;
-  return PyTuple_Pack(2, values.get(), objects.get());
+  return NewRecord(g_unflattened_type, {values, ToTuple(build.objects())})
+      .release();
 }
 
 // pack(structure, objects, leaves, result) -> Packed
@@ -489,19 +478,19 @@ PyObject* WithOutputsFunction(PyObject*, PyObject* const* args,
   auto* data = new Plan::Data(PlanData(args[0]));
   reinterpret_cast<Plan*>(copy.get())->data = data;
   const std::vector<Node>& nodes = *AsStructure(data->structure.get())->nodes;
-  std::vector<const Node*> node_of(data->sources.size(), nullptr);
+  std::vector<const Node*> node_of(data->output_of.size(), nullptr);
   for (const Node& node : nodes) {
     if (node.leaf >= 0) node_of[node.leaf] = &node;
   }
   for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(args[1]); ++i) {
     const long leaf = PyLong_AsLong(PyTuple_GET_ITEM(args[1], i));
-    if (leaf < 0 || leaf >= static_cast<long>(data->sources.size())) {
+    if (leaf < 0 || leaf >= static_cast<long>(data->output_of.size())) {
       if (!PyErr_Occurred()) {
         PyErr_SetString(PyExc_ValueError, "No such leaf of the plan.");
       }
       return nullptr;
     }
-    if (data->sources[leaf] >= 0) continue;
+    if (data->output_of[leaf] >= 0) continue;
     if (data->values_only && node_of[leaf]->kind == NodeKind::kVariable) {
       data->writes.emplace_back(data->origin[node_of[leaf]->index],
                                 data->num_outputs);
@@ -509,7 +498,7 @@ PyObject* WithOutputsFunction(PyObject*, PyObject* const* args,
       data->values_only = false;
       data->writes.clear();
     }
-    data->sources[leaf] = data->num_outputs++;
+    data->output_of[leaf] = data->num_outputs++;
   }
   return copy.release();
 }
@@ -567,9 +556,9 @@ PyObject* MatchesFunction(PyObject*, PyObject* const* args, Py_ssize_t nargs) {
 PyMethodDef lift_functions[] = {
     {"flatten", reinterpret_cast<PyCFunction>(FlattenFunction),
      METH_VARARGS | METH_KEYWORDS,
-     "flatten(values, static=()): (structure, leaves, objects) of arguments."},
+     "flatten(values, static=()): arguments, Flattened."},
     {"unflatten", reinterpret_cast<PyCFunction>(UnflattenFunction),
-     METH_FASTCALL, "unflatten(structure, leaves): (values, objects)."},
+     METH_FASTCALL, "unflatten(structure, leaves): the values, Unflattened."},
     {"pack", reinterpret_cast<PyCFunction>(PackFunction), METH_FASTCALL,
      "pack(structure, objects, leaves, result): what a function did, Packed."},
     {"apply", reinterpret_cast<PyCFunction>(ApplyFunction), METH_FASTCALL,

@@ -8,6 +8,23 @@
 #include "nnx/engine/cc/statics.h"
 
 namespace nnx::engine {
+
+namespace {
+
+bool IsOfType(const Node& node, PyObject* value) {
+  return reinterpret_cast<PyObject*>(Py_TYPE(value)) == node.type.get();
+}
+
+// Whether a value is still an array, or with `scalars` a scalar or the like.
+bool IsLeaf(PyObject* value, bool scalars) {
+  if (Py_TYPE(value) == GetRuntime().array_type) return true;
+  const TypeInfo* info = FindTypeInfo(Py_TYPE(value));
+  if (!info) return false;
+  return info->kind == TypeKind::kArray ||
+         (info->kind == TypeKind::kPlain && scalars && value != Py_None);
+}
+
+}  // namespace
 bool Matcher::Match(PyObject* value) { return Visit(value); }
 
 // Gives an object its index, or tells that it was met before, which the
@@ -78,118 +95,103 @@ bool Matcher::Visit(PyObject* value) {
 }
 
 bool Matcher::VisitNode(const Node& node, PyObject* value) {
-  PyTypeObject* type = Py_TYPE(value);
   switch (node.kind) {
     case NodeKind::kStatic:
       return VisitStatic(node, value);
-    case NodeKind::kLeaf: {
-      if (type != GetRuntime().array_type) {
-        const TypeInfo* info = FindTypeInfo(type);
-        if (!info) return false;
-        // Any other kind may be a container by now: the slow walk decides.
-        if (info->kind != TypeKind::kArray &&
-            (info->kind != TypeKind::kPlain || !node.scalars ||
-             value == Py_None)) {
-          return false;
-        }
-      }
+    case NodeKind::kLeaf:
+      // Anything else may be a container by now: the slow walk decides.
+      if (!IsLeaf(value, node.scalars)) return false;
       leaves_[node.leaf] = value;
       return true;
-    }
     case NodeKind::kRef:
       return objects_[node.index] == value;
-    case NodeKind::kVariable: {
-      if (reinterpret_cast<PyObject*>(type) != node.type.get()) return false;
-      VariableObject* variable = AsVariable(value);
-      if (!Index(node, value) || variable->hook_flags != node.hook_flags ||
-          !VisitMetadata(node.aux.get(), node.key.get(), variable->metadata)) {
-        return false;
-      }
-      PyObject* raw = variable->raw;
-      if (node.leaf < 0) return Visit(raw);
-      if (Py_TYPE(raw) != GetRuntime().array_type) {
-        const TypeInfo* info = FindTypeInfo(Py_TYPE(raw));
-        if (!info || (info->kind != TypeKind::kArray &&
-                      (info->kind != TypeKind::kPlain || raw == Py_None))) {
-          return false;
-        }
-      }
-      leaves_[node.leaf] = raw;
-      return true;
-    }
-    case NodeKind::kObject: {
-      if (reinterpret_cast<PyObject*>(type) != node.type.get() ||
-          !Index(node, value)) {
-        return false;
-      }
-      ObjectObject* object = AsObject(value);
-      const Py_ssize_t marks =
-          object->status ? PyDict_GET_SIZE(object->status) : 0;
-      if (node.aux.get() || marks > 0) {
-        if (!node.aux.get() || marks != PyDict_GET_SIZE(node.aux.get())) {
-          return false;
-        }
-        if (!VisitMetadata(node.aux.get(), nullptr, object->status))
-          return false;
-      }
-      // One without attributes yet gets its dictionary in the slow walk.
-      if (!object->dict) return false;
-      const size_t base = arena_.size();
-      Layout* layout = MatchLayout(node.info, object->dict, &arena_);
-      if (!layout) return false;
-      if (layout->keys.get() != node.keys.get()) {
-        const int equal = PyObject_RichCompareBool(layout->keys.get(),
-                                                   node.keys.get(), Py_EQ);
-        if (equal != 1) {
-          PyErr_Clear();
-          return false;
-        }
-      }
-      for (int32_t i = 0; i < node.children; ++i) {
-        if (!Visit(arena_[base + i])) return false;
-      }
-      arena_.resize(base);
-      return true;
-    }
+    case NodeKind::kVariable:
+      return IsOfType(node, value) && VisitVariable(node, AsVariable(value));
+    case NodeKind::kObject:
+      return IsOfType(node, value) && VisitObject(node, AsObject(value));
     case NodeKind::kList:
     case NodeKind::kTuple:
-    case NodeKind::kNamedTuple: {
-      if (reinterpret_cast<PyObject*>(type) != node.type.get()) return false;
-      if (node.reference && !Index(node, value)) return false;
-      if (PySequence_Fast_GET_SIZE(value) != node.children) return false;
-      for (int32_t i = 0; i < node.children; ++i) {
-        if (!Visit(PySequence_Fast_GET_ITEM(value, i))) return false;
-      }
-      return true;
-    }
+    case NodeKind::kNamedTuple:
+      return IsOfType(node, value) && VisitSequence(node, value);
     case NodeKind::kDict:
-    case NodeKind::kState: {
-      if (reinterpret_cast<PyObject*>(type) != node.type.get()) return false;
-      if (node.reference && !Index(node, value)) return false;
-      Ref mapping = node.kind == NodeKind::kState ? StoredMapping(value)
-                                                  : Ref::Borrow(value);
-      if (!mapping) return false;
-      if (PyDict_GET_SIZE(mapping.get()) != node.children ||
-          !HasPlainKeys(mapping.get())) {
-        return false;
-      }
-      for (int32_t i = 0; i < node.children; ++i) {
-        PyObject* key = PyTuple_GET_ITEM(node.keys.get(), i);
-        if (!IsPlainKey(key)) return false;
-        PyObject* child = PyDict_GetItemWithError(mapping.get(), key);
-        if (!child) {
-          PyErr_Clear();
-          return false;
-        }
-        if (!Visit(child)) return false;
-      }
-      return true;
-    }
+    case NodeKind::kState:
+      return IsOfType(node, value) && VisitMapping(node, value);
     case NodeKind::kPytree:
     case NodeKind::kCustom:
       return false;  // opening them runs Python code
   }
   return false;
+}
+
+bool Matcher::VisitVariable(const Node& node, VariableObject* variable) {
+  if (!Index(node, reinterpret_cast<PyObject*>(variable)) ||
+      variable->hook_flags != node.hook_flags ||
+      !VisitMetadata(node.aux.get(), node.key.get(), variable->metadata)) {
+    return false;
+  }
+  if (node.leaf < 0) return Visit(variable->raw);
+  if (!IsLeaf(variable->raw, /*scalars=*/true)) return false;
+  leaves_[node.leaf] = variable->raw;
+  return true;
+}
+
+bool Matcher::VisitObject(const Node& node, ObjectObject* object) {
+  if (!Index(node, reinterpret_cast<PyObject*>(object))) return false;
+  const Py_ssize_t marks = object->status ? PyDict_GET_SIZE(object->status) : 0;
+  if (node.aux.get() || marks > 0) {
+    if (!node.aux.get() || marks != PyDict_GET_SIZE(node.aux.get()) ||
+        !VisitMetadata(node.aux.get(), nullptr, object->status)) {
+      return false;
+    }
+  }
+  // One without attributes yet gets its dictionary in the slow walk.
+  if (!object->dict) return false;
+  const size_t base = arena_.size();
+  Layout* layout = MatchLayout(node.info, object->dict, &arena_);
+  if (!layout) return false;
+  if (layout->keys.get() != node.keys.get()) {
+    const int equal =
+        PyObject_RichCompareBool(layout->keys.get(), node.keys.get(), Py_EQ);
+    if (equal != 1) {
+      PyErr_Clear();
+      return false;
+    }
+  }
+  for (int32_t i = 0; i < node.children; ++i) {
+    if (!Visit(arena_[base + i])) return false;
+  }
+  arena_.resize(base);
+  return true;
+}
+
+bool Matcher::VisitSequence(const Node& node, PyObject* value) {
+  if (node.reference && !Index(node, value)) return false;
+  if (PySequence_Fast_GET_SIZE(value) != node.children) return false;
+  for (int32_t i = 0; i < node.children; ++i) {
+    if (!Visit(PySequence_Fast_GET_ITEM(value, i))) return false;
+  }
+  return true;
+}
+
+bool Matcher::VisitMapping(const Node& node, PyObject* value) {
+  if (node.reference && !Index(node, value)) return false;
+  Ref mapping =
+      node.kind == NodeKind::kState ? StoredMapping(value) : Ref::Borrow(value);
+  if (!mapping || PyDict_GET_SIZE(mapping.get()) != node.children ||
+      !HasPlainKeys(mapping.get())) {
+    return false;
+  }
+  for (int32_t i = 0; i < node.children; ++i) {
+    PyObject* key = PyTuple_GET_ITEM(node.keys.get(), i);
+    if (!IsPlainKey(key)) return false;
+    PyObject* child = PyDict_GetItemWithError(mapping.get(), key);
+    if (!child) {
+      PyErr_Clear();
+      return false;
+    }
+    if (!Visit(child)) return false;
+  }
+  return true;
 }
 
 int Matcher::FinishDeferred() {

@@ -8,6 +8,7 @@
 #include <unordered_map>
 #include <vector>
 
+#include "nnx/engine/cc/objects.h"
 #include "nnx/engine/cc/py_ref.h"
 #include "nnx/engine/cc/structure.h"
 
@@ -32,6 +33,10 @@ class Matcher {
   bool Visit(PyObject* value);
   bool VisitNode(const Node& node, PyObject* value);
   bool VisitStatic(const Node& node, PyObject* value);
+  bool VisitVariable(const Node& node, VariableObject* variable);
+  bool VisitObject(const Node& node, ObjectObject* object);
+  bool VisitSequence(const Node& node, PyObject* value);
+  bool VisitMapping(const Node& node, PyObject* value);
   bool VisitMetadata(PyObject* recorded, PyObject* frozen, PyObject* given);
   bool Index(const Node& node, PyObject* value);
 

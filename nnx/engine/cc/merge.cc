@@ -273,12 +273,17 @@ bool CheckReuse(const Structure& structure,
   return true;
 }
 
-// merge(structure, state, flags, seen=None, updated=None) -> value
-// `flags`: 1 copies the Variables, 2 keeps arrays in place of Variables.
+// merge(structure, state, copy, keep_arrays, seen=None, updated=None) -> value
+// `copy`: copies the Variables. `keep_arrays`: arrays in the place of Variables
+// stay arrays.
 // `seen`: list of the objects that earlier merges made, to be continued.
 // `updated`: list of the objects that the structure says it updates.
 PyObject* MergeFunction(PyObject*, PyObject* const* args, Py_ssize_t nargs) {
-  if (nargs != 5 && !CheckArity(nargs, 3, "merge")) return nullptr;
+  bool copy = false, keep_arrays = false;
+  if (nargs != 6 && !CheckArity(nargs, 4, "merge")) return nullptr;
+  if (!ReadBool(args[2], &copy) || !ReadBool(args[3], &keep_arrays)) {
+    return nullptr;
+  }
   if (!CheckStructure(args[0])) return nullptr;
   const Structure* structure = AsStructure(args[0]);
   if (structure->num_roots != 1) {
@@ -288,8 +293,8 @@ PyObject* MergeFunction(PyObject*, PyObject* const* args, Py_ssize_t nargs) {
     return nullptr;
   }
   std::vector<Ref> seen, updated;
-  if (nargs == 5 && (!ObjectList(args[3], "seen", &seen) ||
-                     !ObjectList(args[4], "updated", &updated))) {
+  if (nargs == 6 && (!ObjectList(args[4], "seen", &seen) ||
+                     !ObjectList(args[5], "updated", &updated))) {
     return nullptr;
   }
   if (static_cast<size_t>(structure->num_outer) > seen.size()) {
@@ -301,12 +306,10 @@ PyObject* MergeFunction(PyObject*, PyObject* const* args, Py_ssize_t nargs) {
         structure->num_outer, seen.size());
     return nullptr;
   }
-  const long flags = PyLong_AsLong(args[2]);
-  if (flags == -1 && PyErr_Occurred()) return nullptr;
   PyObject* current = nullptr;
   if (!CurrentTrace(&current)) return nullptr;
   const Ref trace = Ref::Steal(current);
-  Provider provider(structure, trace.get(), flags & 1, flags & 2);
+  Provider provider(structure, trace.get(), copy, keep_arrays);
   if (!provider.ProvideRoot(0, args[1])) return nullptr;
   const std::vector<PyObject*> provided = provider.Borrowed();
   std::vector<PyObject*> reuse;
@@ -330,8 +333,8 @@ PyObject* MergeFunction(PyObject*, PyObject* const* args, Py_ssize_t nargs) {
   }
   Ref result = build.Build();
   if (!result || !build.Commit()) return nullptr;
-  if (nargs == 5 && args[3] != Py_None &&
-      !Extend(args[3], build.objects(), structure->num_outer)) {
+  if (nargs == 6 && args[4] != Py_None &&
+      !Extend(args[4], build.objects(), structure->num_outer)) {
     return nullptr;
   }
   return result.release();
@@ -363,7 +366,8 @@ PyObject* CloneFunction(PyObject*, PyObject* const* args, Py_ssize_t nargs) {
 PyMethodDef* Functions() {
   static PyMethodDef functions[] = {
       {"merge", Fast(MergeFunction), METH_FASTCALL,
-       "merge(structure, state, flags[, seen, updated]): the value."},
+       "merge(structure, state, copy, keep_arrays[, seen, updated]): the "
+       "value."},
       {"clone", Fast(CloneFunction), METH_FASTCALL,
        "clone(value, variables): a copy, of the Variables too if True."},
       {nullptr, nullptr, 0, nullptr},

@@ -5,33 +5,17 @@
 
 #include <cstdint>
 
+#include "nnx/engine/cc/graph_object.h"
 #include "nnx/engine/cc/py_ref.h"
+#include "nnx/engine/cc/vocabulary.h"
 
 namespace nnx::engine {
-
-// Bits of `hook_flags`.
-inline constexpr uint8_t kGetHooks = 1;
-inline constexpr uint8_t kSetHooks = 2;
-
-// What both base types carry. `epoch` and `index` are the marks of a walk: an
-// object was met by the walk whose number stands in `epoch`, as its
-// `index`-th. A walk never runs Python code between its first and last mark,
-// and holds the GIL, so one pair of fields serves all walks.
-struct GraphObject {
-  PyObject_HEAD PyObject*
-      trace_ref;  // weakref to the trace it was made in; null: none
-  PyObject* weaklist;
-  PyObject* origin_code;  // code object of the user's frame that made it
-  int origin_lasti;
-  int32_t index;
-  uint64_t epoch;
-};
 
 // Base of Variable: a value and its metadata, no instance dictionary.
 struct VariableObject : GraphObject {
   PyObject* raw;       // never null
   PyObject* metadata;  // dict, never null
-  uint8_t hook_flags;
+  uint8_t hook_flags;  // kGetHooks, kSetHooks
 };
 
 // Base of Pytree, Object and Module: an instance dictionary.
@@ -57,15 +41,10 @@ inline VariableObject* AsVariable(PyObject* value) {
 inline ObjectObject* AsObject(PyObject* value) {
   return reinterpret_cast<ObjectObject*>(value);
 }
-inline GraphObject* AsGraphObject(PyObject* value) {
-  return reinterpret_cast<GraphObject*>(value);
-}
 
-// The number of a new walk.
-uint64_t NextEpoch();
-
-// Creates both types and adds them to `module`.
-bool InitObjects(PyObject* module);
+// Creates the types and adds them to `module`.
+bool InitVariableBase(PyObject* module);
+bool InitObjectBase(PyObject* module);
 
 // A Variable made without `__init__`. `metadata` may be null (empty), else it
 // is copied; `origin` may be null, else its creation line is taken over.
@@ -78,14 +57,12 @@ Ref NewObject(PyTypeObject* type, PyObject* status, const GraphObject* origin);
 // The hooks that a class itself has.
 uint8_t ClassHookFlags(PyTypeObject* type);
 
-// Whether the object may be changed while `trace` (null: none) is current.
-bool BelongsToTrace(const GraphObject* object, PyObject* trace);
-// Raises the trace error for `object`.
-void RaiseTraceError(PyObject* object);
-// Both together, for the current trace.
-bool CheckCanUpdate(PyObject* object);
-
-void SetRaw(VariableObject* variable, PyObject* raw);
+inline void SetRaw(VariableObject* variable, PyObject* raw) {
+  Py_INCREF(raw);
+  PyObject* old = variable->raw;
+  variable->raw = raw;
+  Py_XDECREF(old);
+}
 // Gives `target` the value, the metadata and the hooks of `source`.
 bool AssignVariable(VariableObject* target, VariableObject* source);
 

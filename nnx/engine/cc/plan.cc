@@ -1,6 +1,8 @@
 #include "nnx/engine/cc/plan.h"
 
 #include "nnx/engine/cc/structure.h"
+#include "nnx/engine/cc/tuples.h"
+#include "nnx/engine/cc/vocabulary.h"
 
 namespace nnx::engine {
 
@@ -28,67 +30,37 @@ int PlanTraverse(PyObject* self, visitproc visit, void* arg) {
 PyObject* PlanWrites(PyObject* self, void*) {
   const Plan::Data& data = PlanData(self);
   if (!data.values_only) Py_RETURN_NONE;
-  Ref writes =
-      Ref::Steal(PyTuple_New(static_cast<Py_ssize_t>(data.writes.size())));
-  if (!writes) return nullptr;
-  for (size_t i = 0; i < data.writes.size(); ++i) {
-    PyObject* write =
-        Py_BuildValue("(ii)", data.writes[i].first, data.writes[i].second);
-    if (!write) return nullptr;
-    PyTuple_SET_ITEM(writes.get(), static_cast<Py_ssize_t>(i), write);
-  }
-  return writes.release();
+  return ToTuple(data.writes,
+                 [](const std::pair<int32_t, int32_t>& write) {
+                   return NewRecord(
+                       g_variable_write_type,
+                       {Number(write.first), Number(write.second)});
+                 })
+      .release();
 }
 
-PyObject* PlanSources(PyObject* self, void*) {
-  const Plan::Data& data = PlanData(self);
-  Ref sources =
-      Ref::Steal(PyTuple_New(static_cast<Py_ssize_t>(data.sources.size())));
-  if (!sources) return nullptr;
-  for (size_t i = 0; i < data.sources.size(); ++i) {
-    PyObject* source = PyLong_FromLong(data.sources[i]);
-    if (!source) return nullptr;
-    PyTuple_SET_ITEM(sources.get(), static_cast<Py_ssize_t>(i), source);
-  }
-  return sources.release();
+PyObject* PlanOutputOf(PyObject* self, void*) {
+  return ToTuple(PlanData(self).output_of).release();
 }
 
 PyObject* PlanMatches(PyObject* self, void*) {
-  const Plan::Data& data = PlanData(self);
-  Ref matches =
-      Ref::Steal(PyTuple_New(static_cast<Py_ssize_t>(data.matches.size())));
-  if (!matches) return nullptr;
-  for (size_t i = 0; i < data.matches.size(); ++i) {
-    PyObject* match = PyLong_FromLong(data.matches[i]);
-    if (!match) return nullptr;
-    PyTuple_SET_ITEM(matches.get(), static_cast<Py_ssize_t>(i), match);
-  }
-  return matches.release();
+  return ToTuple(PlanData(self).matches).release();
+}
+
+PyObject* PlanOrigin(PyObject* self, void*) {
+  return ToTuple(PlanData(self).origin).release();
 }
 
 PyObject* PlanStructure(PyObject* self, void*) {
   return Ref(PlanData(self).structure).release();
 }
 
-PyObject* PlanOrigin(PyObject* self, void*) {
-  const Plan::Data& data = PlanData(self);
-  Ref origin =
-      Ref::Steal(PyTuple_New(static_cast<Py_ssize_t>(data.origin.size())));
-  if (!origin) return nullptr;
-  for (size_t i = 0; i < data.origin.size(); ++i) {
-    PyObject* index = PyLong_FromLong(data.origin[i]);
-    if (!index) return nullptr;
-    PyTuple_SET_ITEM(origin.get(), static_cast<Py_ssize_t>(i), index);
-  }
-  return origin.release();
-}
-
 PyGetSetDef plan_getset[] = {
     {"writes", PlanWrites, nullptr,
-     "Pairs (Variable, output) if nothing but values changed, else None.",
+     "A VariableWrite each if nothing but values changed, else None.", nullptr},
+    {"output_of", PlanOutputOf, nullptr,
+     "By leaf of `structure`: the output that it is, or -1: unchanged.",
      nullptr},
-    {"sources", PlanSources, nullptr,
-     "By leaf of `structure`: an output, or ~(input leaf).", nullptr},
     {"matches", PlanMatches, nullptr,
      "By leaf reached from the arguments: the input leaf in whose place it "
      "stands, or -1.",

@@ -17,8 +17,9 @@ namespace nnx::engine {
 struct Plan {
   PyObject_HEAD struct Data {
     Ref structure;  // of the nodes reached from the arguments, then the result
-    // By leaf of `structure`: an output, or ~(input leaf) where unchanged.
-    std::vector<int32_t> sources;
+    // By leaf of `structure`: the output that it is, or -1 where it is
+    // unchanged: then it is the input leaf that `matches` says.
+    std::vector<int32_t> output_of;
     // By leaf reached from the arguments: the input leaf in whose place it
     // stands (of the same Variable, or under the same key), or -1 if new.
     std::vector<int32_t> matches;

@@ -1,5 +1,9 @@
 #include "nnx/engine/cc/runtime.h"
 
+#include <cstddef>
+#include <vector>
+
+#include "nnx/engine/cc/owned_items.h"
 #include "nnx/engine/cc/py_ref.h"
 
 namespace nnx::engine {
@@ -44,72 +48,91 @@ bool InitRuntime() {
   return true;
 }
 
+namespace {
+
+// What `configure` takes under a name: an object, a class or a text. The other
+// two are null.
+struct Setting {
+  const char* name;
+  PyObject** object;
+  PyTypeObject** type;
+  std::string* text;
+};
+
+bool Keep(const Setting& setting, PyObject* value) {
+  if (setting.text) {
+    const char* text = PyUnicode_AsUTF8(value);
+    if (text) *setting.text = text;
+    return text;
+  }
+  if (setting.type && !PyType_Check(value)) {
+    PyErr_Format(PyExc_TypeError, "`%s` must be a class, but got %R.",
+                 setting.name, value);
+    return false;
+  }
+  Py_INCREF(value);
+  Ref old;
+  if (setting.type) {
+    old = Ref::Steal(reinterpret_cast<PyObject*>(*setting.type));
+    *setting.type = reinterpret_cast<PyTypeObject*>(value);
+  } else {
+    old = Ref::Steal(*setting.object);
+    *setting.object = value;
+  }
+  return true;
+}
+
+}  // namespace
+
 PyObject* Configure(PyObject*, PyObject* args, PyObject* kwargs) {
   Runtime& rt = GetRuntime();
-  const char* keywords[] = {"trace_context",
-                            "eval_trace",
-                            "trace_error",
-                            "is_array_type",
-                            "flatten_pytree",
-                            "array_type",
-                            "variable_metadata",
-                            "attribute_marker",
-                            "state",
-                            "structure",
-                            "library_prefix",
-                            "freeze_static",
-                            "restored_value",
-                            "shape_message",
-                            "restored_leaf",
-                            "jax_prefix",
-                            nullptr};
-  PyObject *trace_context = nullptr, *eval_trace = nullptr,
-           *trace_error = nullptr, *is_array_type = nullptr,
-           *flatten_pytree = nullptr, *array_type = nullptr,
-           *variable_metadata = nullptr, *attribute_marker = nullptr,
-           *state = nullptr, *structure = nullptr, *freeze_static = nullptr,
-           *restored_value = nullptr, *shape_message = nullptr,
-           *restored_leaf = nullptr;
-  const char *library_prefix = nullptr, *jax_prefix = nullptr;
-  if (!PyArg_ParseTupleAndKeywords(
-          args, kwargs, "|$OOOOOO!O!O!O!O!sOOOOs:configure",
-          const_cast<char**>(keywords), &trace_context, &eval_trace,
-          &trace_error, &is_array_type, &flatten_pytree, &PyType_Type,
-          &array_type, &PyType_Type, &variable_metadata, &PyType_Type,
-          &attribute_marker, &PyType_Type, &state, &PyType_Type, &structure,
-          &library_prefix, &freeze_static, &restored_value, &shape_message,
-          &restored_leaf, &jax_prefix)) {
-    return nullptr;
-  }
-  if (structure && !PyType_IsSubtype(reinterpret_cast<PyTypeObject*>(structure),
-                                     rt.structure_base)) {
-    PyErr_Format(PyExc_TypeError,
-                 "`structure` must be a subclass of StructureBase, but got %R.",
-                 structure);
-    return nullptr;
-  }
-  auto keep = [](auto*& slot, PyObject* value) {
-    if (!value) return;
-    Py_INCREF(value);
-    Py_XDECREF(reinterpret_cast<PyObject*>(slot));
-    slot = reinterpret_cast<std::remove_reference_t<decltype(slot)>>(value);
+  const Setting settings[] = {
+      {"trace_context", &rt.trace_context, nullptr, nullptr},
+      {"eval_trace", &rt.eval_trace, nullptr, nullptr},
+      {"trace_error", &rt.trace_error, nullptr, nullptr},
+      {"is_array_type", &rt.is_array_type, nullptr, nullptr},
+      {"flatten_pytree", &rt.flatten_pytree, nullptr, nullptr},
+      {"freeze_static", &rt.freeze_static, nullptr, nullptr},
+      {"restored_value", &rt.restored_value, nullptr, nullptr},
+      {"shape_message", &rt.shape_message, nullptr, nullptr},
+      {"restored_leaf", &rt.restored_leaf, nullptr, nullptr},
+      {"array_type", nullptr, &rt.array_type, nullptr},
+      {"variable_metadata", nullptr, &rt.variable_metadata, nullptr},
+      {"attribute_marker", nullptr, &rt.attribute_marker, nullptr},
+      {"state", nullptr, &rt.state, nullptr},
+      {"structure", nullptr, &rt.structure, nullptr},
+      {"library_prefix", nullptr, nullptr, &rt.library_prefix},
+      {"jax_prefix", nullptr, nullptr, &rt.jax_prefix},
   };
-  keep(rt.trace_context, trace_context);
-  keep(rt.eval_trace, eval_trace);
-  keep(rt.trace_error, trace_error);
-  keep(rt.is_array_type, is_array_type);
-  keep(rt.flatten_pytree, flatten_pytree);
-  keep(rt.freeze_static, freeze_static);
-  keep(rt.restored_value, restored_value);
-  keep(rt.shape_message, shape_message);
-  keep(rt.restored_leaf, restored_leaf);
-  keep(rt.array_type, array_type);
-  keep(rt.variable_metadata, variable_metadata);
-  keep(rt.attribute_marker, attribute_marker);
-  keep(rt.state, state);
-  keep(rt.structure, structure);
-  if (library_prefix) rt.library_prefix = library_prefix;
-  if (jax_prefix) rt.jax_prefix = jax_prefix;
+  if (PyTuple_GET_SIZE(args) > 0) {
+    PyErr_SetString(PyExc_TypeError, "`configure` takes keywords alone.");
+    return nullptr;
+  }
+  std::vector<Ref> items;
+  if (kwargs) AppendPairs(kwargs, &items);
+  for (size_t i = 0; i < items.size(); i += 2) {
+    PyObject *name = items[i].get(), *value = items[i + 1].get();
+    const Setting* found = nullptr;
+    for (const Setting& setting : settings) {
+      if (PyUnicode_CompareWithASCIIString(name, setting.name) == 0) {
+        found = &setting;
+      }
+    }
+    if (!found) {
+      PyErr_Format(PyExc_TypeError, "`configure` has no setting %R.", name);
+      return nullptr;
+    }
+    if (found->type == &rt.structure && PyType_Check(value) &&
+        !PyType_IsSubtype(reinterpret_cast<PyTypeObject*>(value),
+                          rt.structure_base)) {
+      PyErr_Format(
+          PyExc_TypeError,
+          "`structure` must be a subclass of StructureBase, but got %R.",
+          value);
+      return nullptr;
+    }
+    if (!Keep(*found, value)) return nullptr;
+  }
   Py_RETURN_NONE;
 }
 

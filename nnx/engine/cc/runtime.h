@@ -8,7 +8,7 @@
 namespace nnx::engine {
 
 // What the engine needs to know of the Python side. Nothing is imported by name
-// from C++: `configure` hands the objects over once, when `nnx.graph` is
+// from C++: `configure` hands the objects over once, when `nnx` is
 // imported, and they live as long as the process.
 struct Runtime {
   // Object whose attribute `trace` is JAX's current trace, and the trace that
@@ -21,7 +21,7 @@ struct Runtime {
   // like, never a pytree node; None: a registered pytree node, or static;
   // Ellipsis: objects of another library's graphs.
   PyObject* is_array_type = nullptr;
-  // (value) -> (children, treedef, keys) of a registered pytree node, or None.
+  // (value) -> OpenedPytree of a registered pytree node, or None.
   PyObject* flatten_pytree = nullptr;
   // (static value) -> what it holds, hashable; None if it holds data.
   PyObject* freeze_static = nullptr;

@@ -1,6 +1,5 @@
 #include "nnx/engine/cc/structure.h"
 
-#include <cstring>
 #include <limits>
 #include <utility>
 
@@ -8,6 +7,7 @@
 #include "nnx/engine/cc/recursion_guard.h"
 #include "nnx/engine/cc/runtime.h"
 #include "nnx/engine/cc/statics.h"
+#include "nnx/engine/cc/tuples.h"
 
 namespace nnx::engine {
 
@@ -202,74 +202,27 @@ PyObject* StructureCompare(PyObject* self, PyObject* other, int op) {
   return PyBool_FromLong(op == Py_EQ ? equal : !equal);
 }
 
-const char* KindName(const Node& node) {
-  switch (node.kind) {
-    case NodeKind::kStatic:
-      return "static";
-    case NodeKind::kLeaf:
-      return "leaf";
-    case NodeKind::kVariable:
-      return "variable";
-    case NodeKind::kObject:
-      return "object";
-    case NodeKind::kList:
-      return "list";
-    case NodeKind::kDict:
-      return "dict";
-    case NodeKind::kTuple:
-      return "tuple";
-    case NodeKind::kNamedTuple:
-      return "namedtuple";
-    case NodeKind::kState:
-      return "state";
-    case NodeKind::kPytree:
-      return "pytree";
-    case NodeKind::kCustom:
-      return "custom";
-    case NodeKind::kRef:
-      return "ref";
-  }
-  return "?";
+Ref OrNone(const Ref& ref) { return ref ? ref : Ref::Borrow(Py_None); }
+Ref Flag(bool flag) { return Ref::Borrow(flag ? Py_True : Py_False); }
+
+// The record of a node: what Python needs to print, pickle and test a
+// structure. `RestoreNode` is the inverse.
+Ref RecordOf(const Node& node) {
+  // A copy of what is in a structure, which never changes.
+  const bool own = node.aux && node.kind != NodeKind::kStatic &&
+                   PyDict_CheckExact(node.aux.get());
+  return NewRecord(
+      g_node_record_type,
+      {Ref::Borrow(KindMember(node.kind)), Number(node.index),
+       Number(node.leaf), Number(node.children), OrNone(node.type),
+       OrNone(node.keys),
+       own ? Ref::Steal(PyDict_Copy(node.aux.get())) : OrNone(node.aux),
+       Flag(node.reference), Flag(node.atomic),
+       Ref::Borrow(HookFlagsMember(node.hook_flags))});
 }
 
-PyObject* OrNone(const Ref& ref) { return ref ? ref.get() : Py_None; }
-
-// The records as plain tuples: what Python needs to print, pickle and test a
-// structure. `_restore` is the inverse.
 PyObject* StructureRecords(PyObject* self, void*) {
-  const Structure* structure = AsStructure(self);
-  Ref records = Ref::Steal(
-      PyTuple_New(static_cast<Py_ssize_t>(structure->nodes->size())));
-  if (!records) return nullptr;
-  Py_ssize_t count = 0;
-  for (const Node& node : *structure->nodes) {
-    // A copy of what is in a structure, which never changes.
-    const bool own = node.aux && node.kind != NodeKind::kStatic &&
-                     PyDict_CheckExact(node.aux.get());
-    Ref aux = own ? Ref::Steal(PyDict_Copy(node.aux.get())) : node.aux;
-    if (own && !aux) return nullptr;
-    PyObject* record =
-        Py_BuildValue("(siiiOOOOOi)", KindName(node), node.index, node.leaf,
-                      node.children, OrNone(node.type), OrNone(node.keys),
-                      OrNone(aux), node.reference ? Py_True : Py_False,
-                      node.atomic ? Py_True : Py_False, node.hook_flags);
-    if (!record) return nullptr;
-    PyTuple_SET_ITEM(records.get(), count++, record);
-  }
-  return records.release();
-}
-
-bool ParseKind(const char* name, NodeKind* kind) {
-  for (int i = 0; i <= static_cast<int>(NodeKind::kRef); ++i) {
-    Node node;
-    node.kind = static_cast<NodeKind>(i);
-    if (std::strcmp(KindName(node), name) == 0) {
-      *kind = node.kind;
-      return true;
-    }
-  }
-  PyErr_Format(PyExc_ValueError, "`kind` %s is not known.", name);
-  return false;
+  return ToTuple(*AsStructure(self)->nodes, RecordOf).release();
 }
 
 // Sets the ends of a subtree; -1 if it does not fit into the vector.
@@ -395,15 +348,15 @@ bool IsValid(Structure* structure) {
   return AreUpdates(structure->updates, structure->num_indices);
 }
 
+// A record, or a tuple of its fields, as pickles have them.
 bool RestoreNode(PyObject* record, Node* node) {
-  const char* kind_name = nullptr;
-  PyObject *node_type, *keys, *aux;
+  PyObject *kind, *node_type, *keys, *aux;
   int index, leaf, children, reference, atomic, hook_flags;
   if (!PyTuple_Check(record) ||
-      !PyArg_ParseTuple(record, "siiiOOOppi", &kind_name, &index, &leaf,
-                        &children, &node_type, &keys, &aux, &reference, &atomic,
+      !PyArg_ParseTuple(record, "OiiiOOOppi", &kind, &index, &leaf, &children,
+                        &node_type, &keys, &aux, &reference, &atomic,
                         &hook_flags) ||
-      !ParseKind(kind_name, &node->kind)) {
+      !ParseKind(kind, &node->kind)) {
     return false;
   }
   node->index = index < 0 ? -1 : index;
@@ -500,7 +453,8 @@ PyObject* StructureUpdates(PyObject* self, void*) {
 }
 
 PyGetSetDef structure_getset[] = {
-    {"_records", StructureRecords, nullptr, "The nodes as tuples.", nullptr},
+    {"_records", StructureRecords, nullptr,
+     "A NodeRecord of each node, in preorder.", nullptr},
     {"num_leaves", StructureNumLeaves, nullptr, "Number of leaves.", nullptr},
     {"num_nodes", StructureNumIndices, nullptr,
      "Number of nodes with an identity.", nullptr},

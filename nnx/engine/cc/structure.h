@@ -9,23 +9,9 @@
 #include "nnx/engine/cc/layout.h"
 #include "nnx/engine/cc/objects.h"
 #include "nnx/engine/cc/py_ref.h"
+#include "nnx/engine/cc/vocabulary.h"
 
 namespace nnx::engine {
-
-enum class NodeKind : uint8_t {
-  kStatic,    // part of the structure, compared by value
-  kLeaf,      // an array, or any leaf of a function's argument
-  kVariable,  // one leaf, or one child: its value when that is a pytree
-  kObject,    // Pytree, Object, Module
-  kList,
-  kDict,
-  kTuple,
-  kNamedTuple,
-  kState,
-  kPytree,  // registered with JAX; `aux` is its treedef
-  kCustom,  // registered with us; `aux` is its metadata
-  kRef,     // a node met before, by `index`
-};
 
 // One entry of a structure, in preorder.
 struct Node {

@@ -16,14 +16,15 @@
 namespace nnx::engine {
 namespace {
 
-// Flags of `update`.
-constexpr long kAnyShape = 1;   // arrays may have other shapes
-constexpr long kNewArrays = 2;  // arrays in no Variable may be new
+struct UpdateOptions {
+  bool any_shape = false;   // arrays may have other shapes
+  bool new_arrays = false;  // arrays in no Variable may be new
+};
 
 // Checks a whole update before any of it is done.
 class Updater {
  public:
-  explicit Updater(long flags) : flags_(flags) {}
+  explicit Updater(UpdateOptions options) : options_(options) {}
 
   bool Plan(PyObject* node, PyObject* state) {
     RecursionGuard guard;
@@ -122,7 +123,7 @@ class Updater {
     } else if (IsConcreteArray(old) && IsConcreteArray(value)) {
       if (!CheckShape(variable, old, value)) return false;
     } else {
-      const int fixed = flags_ & kAnyShape ? 0 : IsOfFixedShape(variable);
+      const int fixed = options_.any_shape ? 0 : IsOfFixedShape(variable);
       if (fixed < 0) return false;
       kept = RestoredValue(old, value, PathText(path_), fixed);
       if (!kept) return false;
@@ -144,7 +145,7 @@ class Updater {
   }
 
   bool CheckShape(PyObject* variable, PyObject* old, PyObject* value) {
-    if (flags_ & kAnyShape) return true;
+    if (options_.any_shape) return true;
     const int same = SameShape(old, value);
     if (same) return same > 0;
     const int fixed = IsOfFixedShape(variable);
@@ -260,7 +261,7 @@ class Updater {
                    Py_TYPE(value)->tp_name);
       return false;
     }
-    if (!(flags_ & kAnyShape) && info->kind == TypeKind::kArray) {
+    if (!options_.any_shape && info->kind == TypeKind::kArray) {
       const int same = SameShape(current.get(), value);
       if (!same) RaiseShapeError(PathText(path_), value, current.get());
       if (same <= 0) return false;
@@ -311,7 +312,7 @@ class Updater {
   // of nothing but an item of a mapping, and a sequence has its items.
   bool CanHold(PyObject* owner, PyObject* items, PyObject* key, bool variable) {
     if (!items || (IsObject(owner) && !PyUnicode_Check(key))) return false;
-    if (!variable && !(flags_ & kNewArrays)) return false;
+    if (!variable && !options_.new_arrays) return false;
     const bool ints = HasIntKeys(items);
     if (IntOfText(key)) {
       return !ints &&
@@ -387,19 +388,22 @@ class Updater {
                   : PyObject_DelItem(owner, key)) == 0;
   }
 
-  const long flags_;
+  const UpdateOptions options_;
   std::vector<Write> writes_;
   std::vector<ItemWrite> items_;
   std::vector<Ref> path_;
   std::vector<Ref> held_;  // the items of the mappings that are open
 };
 
-// update(value, state, flags)
+// update(value, state, any_shape, new_arrays)
 PyObject* UpdateFunction(PyObject*, PyObject* const* args, Py_ssize_t nargs) {
-  if (!CheckArity(nargs, 3, "update")) return nullptr;
-  const long flags = PyLong_AsLong(args[2]);
-  if (flags == -1 && PyErr_Occurred()) return nullptr;
-  Updater updater(flags);
+  UpdateOptions options;
+  if (!CheckArity(nargs, 4, "update") ||
+      !ReadBool(args[2], &options.any_shape) ||
+      !ReadBool(args[3], &options.new_arrays)) {
+    return nullptr;
+  }
+  Updater updater(options);
   if (!updater.Plan(args[0], args[1]) || !updater.Run()) return nullptr;
   Py_RETURN_NONE;
 }
@@ -408,8 +412,8 @@ PyObject* UpdateFunction(PyObject*, PyObject* const* args, Py_ssize_t nargs) {
 PyMethodDef* Functions() {
   static PyMethodDef functions[] = {
       {"update", Fast(UpdateFunction), METH_FASTCALL,
-       "update(value, state, flags): writes a state into a graph, or nothing "
-       "of it."},
+       "update(value, state, any_shape, new_arrays): writes a state into a "
+       "graph, or nothing of it."},
       {nullptr, nullptr, 0, nullptr},
   };
   return functions;

@@ -113,7 +113,7 @@ def test_graphdefs_pickle_and_copy(graph):
 
 def _pickles(graph):
   return not any(
-    record[0] == "pytree" for record in nnx.graphdef(graph)._records
+    record.kind == "pytree" for record in nnx.graphdef(graph)._records
   )
 
 
@@ -147,6 +147,30 @@ def test_any_change_of_a_static_or_reference_is_seen(graph, data):
 
 def _items(node):
   return _engine.items(node)
+
+
+def test_a_plan_says_which_output_each_leaf_is():
+  node = nnx.Dict(a=nnx.Param(1.0), b=nnx.Param(2.0))
+  flattened = _engine.flatten((node,))
+  copies = _engine.unflatten(flattened.structure, flattened.leaves)
+  copies.values[0].b.value = 3.0
+  packed = _engine.pack(
+    flattened.structure, copies.objects, flattened.leaves, 4.0
+  )
+  plan = packed.plan
+  assert packed.outputs == (3.0, 4.0)
+  assert plan.output_of == (-1, 0, 1)  # of `a`, `b` and the result
+  assert plan.matches == (0, 1)
+  (write,) = plan.writes
+  assert flattened.objects[write.index] is node.b and write.output == 0
+
+
+def test_records_have_names_and_members_of_enums():
+  root, *_, variable = nnx.graphdef([1, graphs.Hooked(2)])._records
+  assert root.kind is _engine.NodeKind.LIST and root.children == 2
+  assert variable.kind is _engine.NodeKind.VARIABLE
+  assert isinstance(variable.hook_flags, _engine.HookFlags)
+  assert variable.hook_flags and variable.leaf == 0
 
 
 @PROPERTY
@@ -282,7 +306,7 @@ def test_marked_scalars_are_leaves():
   assert leaves == (1,)
   vars(node)["a"] = np.ones(1)
   assert _engine.matches(structure, (node,))
-  assert _engine.flatten((node,))[0] == structure
+  assert _engine.flatten((node,)).structure == structure
 
 
 class Pair(typing.NamedTuple):
@@ -418,7 +442,7 @@ def test_layouts_of_one_class_are_many():
     node = graphs.Node()
     for j in range(i, -1, -1):
       setattr(node, f"a{j}", nnx.Param(j))
-    structures.append((node, _engine.flatten((node,))[0]))
+    structures.append((node, _engine.flatten((node,)).structure))
   for node, structure in structures:
     assert _engine.matches(structure, (node,))
     assert [path[0] for path, _ in nnx.state(node).flat_state()] == sorted(

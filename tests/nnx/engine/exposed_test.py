@@ -129,12 +129,16 @@ class TypesTest(parameterized.TestCase):
   def test_a_compiled_function_must_return_what_fits(self):
     *_, packed = _packed()
     jitted = _engine.JitFunction(
-      lambda *args: (lambda leaves: packed, None), copy.copy, frozenset()
+      lambda *args: _engine.JitEntry((lambda leaves: packed, None)),
+      copy.copy,
+      frozenset(),
     )
     with self.assertRaisesRegex(ValueError, "must be those of the structure"):
       jitted(np.ones(1))
     jitted = _engine.JitFunction(
-      lambda *args: (lambda leaves: 1, None), copy.copy, frozenset()
+      lambda *args: _engine.JitEntry((lambda leaves: 1, None)),
+      copy.copy,
+      frozenset(),
     )
     with self.assertRaisesRegex(TypeError, "must return a Packed"):
       jitted(np.ones(1))
@@ -167,7 +171,7 @@ class FunctionsTest(parameterized.TestCase):
     with self.assertRaisesRegex(TypeError, "must be a subclass of Structure"):
       _engine.configure(structure=int)
     for name in ("array_type", "state", "variable_metadata"):
-      with self.assertRaisesRegex(TypeError, "must be type"):
+      with self.assertRaisesRegex(TypeError, "must be a class"):
         _engine.configure(**{name: 1})
 
   def test_objects_of_another_kind_are_refused(self):
@@ -264,7 +268,7 @@ class RestoreTest(parameterized.TestCase):
       ("object", 5, ((1,), (2,))),
     ):
       records = list(self.graphdef._records)
-      at = next(i for i, record in enumerate(records) if record[0] == kind)
+      at = next(i for i, record in enumerate(records) if record.kind == kind)
       record = list(records[at])
       record[field] = value
       records[at] = tuple(record)
@@ -275,8 +279,8 @@ class RestoreTest(parameterized.TestCase):
     graphdef = nnx.graphdef(nnx.Dict(a=nnx.Param(1, tag="x")))
     before = hash(graphdef)
     for record in graphdef._records:
-      if isinstance(record[6], dict):
-        record[6].clear()
+      if isinstance(record.aux, dict):
+        record.aux.clear()
     self.assertEqual(hash(graphdef), before)
     self.assertEqual(graphdef, nnx.graphdef(nnx.Dict(a=nnx.Param(1, tag="x"))))
 

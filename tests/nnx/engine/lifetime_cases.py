@@ -244,7 +244,7 @@ def class_that_goes_with_its_objects():
     def act():
       for i in range(20):
         blocks = [bytearray(64 + i) for _ in range(50)]
-        assert _engine.unflatten(structure, leaves)[0][0].box == [("a", 1)]
+        assert _engine.unflatten(structure, leaves).values[0].box == [("a", 1)]
         assert _engine.matches(plain, (copied,))
         del blocks
       used.append(True)
@@ -304,9 +304,9 @@ def states_emptied_by_the_collector():
 
   act()
   for function in (
-    lambda: _engine.merge(graphdef, mapping, 0),
-    lambda: _engine.merge(graphdef, {**mapping}, 1),
-    lambda: _engine.update(model, mapping, 0),
+    lambda: _engine.merge(graphdef, mapping, False, False),
+    lambda: _engine.merge(graphdef, {**mapping}, True, False),
+    lambda: _engine.update(model, mapping, False, False),
     lambda: _engine.split_mapping(mapping, (np.ndarray, True), False),
     lambda: _engine.merge_mappings(mapping, {"a": mapping}),
     lambda: _engine.flatten_mapping(mapping),
@@ -447,8 +447,8 @@ def structures_deeper_than_the_stack():
   depth = _deepest() - 50
   value, graphdef, mapping, (structure, leaves, objects) = made
   for function in (
-    lambda: _engine.merge(graphdef, mapping, 0),
-    lambda: _engine.update(value, mapping, 0),
+    lambda: _engine.merge(graphdef, mapping, False, False),
+    lambda: _engine.update(value, mapping, False, False),
     lambda: _engine.pop(value, (True,)),
     lambda: _engine.state(value, (True,)),
     lambda: _engine.clone(value, True),

@@ -88,6 +88,15 @@ def test_graphdef_pickles_with_hooks_and_marks():
   assert type(restored) is nnx.graph.NodeDef
 
 
+def test_a_pickle_names_no_type_of_the_engine():
+  graphdef = nnx.graphdef(Model())
+  data = pickle.dumps(graphdef)
+  for name in (b"_engine", b"NodeRecord", b"NodeKind", b"HookFlags"):
+    assert name not in data
+  plain = tuple((str(record.kind), *record[1:]) for record in graphdef._records)
+  assert nnx.graph.NodeDef._restore(plain, 1) == graphdef
+
+
 @pytest.mark.parametrize("position", range(6))
 def test_damaged_records_are_refused(position):
   graphdef = nnx.graphdef(Model())

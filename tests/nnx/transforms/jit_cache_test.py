@@ -31,9 +31,9 @@ def compiled_by_number():
 
   def make_entry(structure, leaves, names, objects):
     made.append(structure)
-    _, copies = _engine.unflatten(structure, leaves)
+    copies = _engine.unflatten(structure, leaves).objects
     packed = _engine.pack(structure, copies, leaves, None)
-    return lambda leaves: packed, None
+    return _engine.JitEntry((lambda leaves: packed, None))
 
   return _engine.JitFunction(make_entry, lambda x: x, frozenset()), made
 
@@ -198,9 +198,9 @@ class CacheTest(parameterized.TestCase):
     def make_entry(structure, leaves, names, objects):
       made.append(1)
       barrier.wait()  # all threads make one
-      _, copies = _engine.unflatten(structure, leaves)
+      copies = _engine.unflatten(structure, leaves).objects
       packed = _engine.pack(structure, copies, leaves, None)
-      return lambda leaves: packed, None
+      return _engine.JitEntry((lambda leaves: packed, None))
 
     function = _engine.JitFunction(make_entry, lambda x: x, frozenset())
     models = [Scale(Frozen(1)) for _ in range(8)]

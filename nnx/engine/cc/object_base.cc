@@ -1,0 +1,239 @@
+#include <Python.h>
+#include <structmember.h>
+
+#include <cstddef>
+
+#include "nnx/engine/cc/objects.h"
+#include "nnx/engine/cc/runtime.h"
+
+// The types derive from GraphObject, which the standard makes offsetof
+// conditional on; GCC and Clang both support it there.
+#pragma GCC diagnostic ignored "-Winvalid-offsetof"
+
+namespace nnx::engine {
+
+PyTypeObject* g_object_base = nullptr;
+
+namespace {
+
+PyObject* ObjectNew(PyTypeObject* type, PyObject* args, PyObject* kwargs) {
+  if (type->tp_flags & Py_TPFLAGS_IS_ABSTRACT) {
+    // Refuses, naming the methods that are missing.
+    return PyBaseObject_Type.tp_new(type, args, kwargs);
+  }
+  // What the class declares holds also for what is stored past the checks.
+  PyObject* statuses =
+      ClassFlags(type, GetRuntime().s_setattr_flags) == 0
+          ? nullptr
+          : _PyType_Lookup(type, GetRuntime().s_class_statuses);
+  Ref declared = Ref::Borrow(statuses && PyDict_CheckExact(statuses) &&
+                                     PyDict_GET_SIZE(statuses) > 0
+                                 ? statuses
+                                 : nullptr);
+  Ref self = NewObject(type, declared.get(), nullptr);
+  if (self) RecordOrigin(AsGraphObject(self.get()));
+  return self.release();
+}
+
+int ObjectTraverse(PyObject* self, visitproc visit, void* arg) {
+  Py_VISIT(AsObject(self)->dict);
+  Py_VISIT(AsObject(self)->status);
+  return TraverseShared(AsGraphObject(self), visit, arg);
+}
+
+int ObjectClear(PyObject* self) {
+  Py_CLEAR(AsObject(self)->dict);
+  Py_CLEAR(AsObject(self)->status);
+  ClearShared(AsGraphObject(self));
+  return 0;
+}
+
+void ObjectDealloc(PyObject* self) {
+  PyTypeObject* type = Py_TYPE(self);
+  PyObject_GC_UnTrack(self);
+  if (AsObject(self)->weaklist) PyObject_ClearWeakRefs(self);
+  ObjectClear(self);
+  type->tp_free(self);
+  Py_DECREF(type);
+}
+
+int ObjectSetAttr(PyObject* self, PyObject* name, PyObject* value) {
+  const Runtime& rt = GetRuntime();
+  if (!CheckCanUpdate(self)) return -1;
+  const bool marked = value && rt.attribute_marker &&
+                      PyType_IsSubtype(Py_TYPE(value), rt.attribute_marker);
+  if (!marked && ClassFlags(Py_TYPE(self), rt.s_setattr_flags) == 0) {
+    if (PyObject_GenericSetAttr(self, name, value) < 0) return -1;
+    // Owned: a name that is compared in Python can put another in its place.
+    const Ref status = Ref::Borrow(AsObject(self)->status);
+    if (!status) return 0;
+    // An assignment leaves an earlier mark by the user as it is, not that of
+    // what stood in the place of data.
+    PyObject* mark = PyDict_GetItemWithError(status.get(), name);
+    if (!mark) return PyErr_Occurred() ? -1 : 0;
+    if (value && mark != Py_Ellipsis) return 0;
+    return PyDict_DelItem(status.get(), name);
+  }
+  Ref result = Ref::Steal(
+      value ? PyObject_CallMethodObjArgs(self, rt.s_setattr_slow, name, value,
+                                         nullptr)
+            : PyObject_CallMethodOneArg(self, rt.s_delattr_slow, name));
+  return result ? 0 : -1;
+}
+
+// `__setattr__` and `__delattr__` are methods, not slots: `object.__setattr__`
+// refuses a type whose C base has a slot of its own, and a frozen
+// dataclass is made with it, as is what goes past the checks on purpose.
+PyObject* ObjectSetAttrMethod(PyObject* self, PyObject* const* args,
+                              Py_ssize_t nargs) {
+  if (nargs != 2) {
+    PyErr_Format(PyExc_TypeError,
+                 "`__setattr__` takes a name and a value, but got %zd "
+                 "arguments.",
+                 nargs);
+    return nullptr;
+  }
+  if (ObjectSetAttr(self, args[0], args[1]) < 0) return nullptr;
+  Py_RETURN_NONE;
+}
+
+PyObject* ObjectDelAttrMethod(PyObject* self, PyObject* name) {
+  if (ObjectSetAttr(self, name, nullptr) < 0) return nullptr;
+  Py_RETURN_NONE;
+}
+
+PyObject* ObjectSetAttrRaw(PyObject* self, PyObject* const* args,
+                           Py_ssize_t nargs) {
+  if (nargs != 2) {
+    PyErr_SetString(PyExc_TypeError,
+                    "`_setattr_raw` takes a name and a value.");
+    return nullptr;
+  }
+  if (PyObject_GenericSetAttr(self, args[0], args[1]) < 0) return nullptr;
+  Py_RETURN_NONE;
+}
+
+PyObject* ObjectDelAttrRaw(PyObject* self, PyObject* name) {
+  if (PyObject_GenericSetAttr(self, name, nullptr) < 0) return nullptr;
+  Py_RETURN_NONE;
+}
+
+PyObject* ObjectGetStatus(PyObject* self, void*) {
+  PyObject* status = AsObject(self)->status;
+  if (!status) Py_RETURN_NONE;
+  Py_INCREF(status);
+  return status;
+}
+
+int ObjectSetStatus(PyObject* self, PyObject* value, void*) {
+  if (value && value != Py_None && !PyDict_CheckExact(value)) {
+    PyErr_Format(PyExc_TypeError,
+                 "`_pytree_status` must be a dict or None, but got %s.",
+                 Py_TYPE(value)->tp_name);
+    return -1;
+  }
+  PyObject* fresh = value == Py_None ? nullptr : value;
+  Py_XINCREF(fresh);
+  PyObject* old = AsObject(self)->status;
+  AsObject(self)->status = fresh;
+  Py_XDECREF(old);
+  return 0;
+}
+
+PyMemberDef object_members[] = {
+    {"__dictoffset__", T_PYSSIZET, offsetof(ObjectObject, dict), READONLY,
+     nullptr},
+    {"__weaklistoffset__", T_PYSSIZET, offsetof(ObjectObject, weaklist),
+     READONLY, nullptr},
+    {nullptr, 0, 0, 0, nullptr},
+};
+
+PyGetSetDef object_getset[] = {
+    {"__dict__", PyObject_GenericGetDict, PyObject_GenericSetDict, nullptr,
+     nullptr},
+    {"_pytree_status", ObjectGetStatus, ObjectSetStatus,
+     "Attributes marked explicitly: name -> True (data) or False (static).",
+     nullptr},
+    {"_origin", GetOrigin, nullptr,
+     "The SourceLine of the user's code that made it, or None.", nullptr},
+    {"_can_update", CanUpdateGetter, nullptr,
+     "Whether it may be changed under the current trace.", nullptr},
+    {nullptr, nullptr, nullptr, nullptr, nullptr},
+};
+
+PyMethodDef object_methods[] = {
+    {"_check_can_update", CheckCanUpdateMethod, METH_NOARGS,
+     "Raises unless it may be changed under the current trace."},
+    {"_setattr_raw", reinterpret_cast<PyCFunction>(ObjectSetAttrRaw),
+     METH_FASTCALL, "_setattr_raw(name, value): sets without any check."},
+    {"_delattr_raw", ObjectDelAttrRaw, METH_O,
+     "_delattr_raw(name): deletes without any check."},
+    {nullptr, nullptr, 0, nullptr},
+};
+
+PyMethodDef setattr_methods[] = {
+    {"__setattr__", reinterpret_cast<PyCFunction>(ObjectSetAttrMethod),
+     METH_FASTCALL, "Sets an attribute, with the checks of a Pytree."},
+    {"__delattr__", ObjectDelAttrMethod, METH_O,
+     "Deletes an attribute, with the checks of a Pytree."},
+};
+
+// Set on the finished type, as Python does it for a class with these methods:
+// CPython then gives the type, and all below it, the slot that calls them.
+bool AddSetAttrMethods(PyObject* type) {
+  for (PyMethodDef& method : setattr_methods) {
+    Ref descriptor = Ref::Steal(
+        PyDescr_NewMethod(reinterpret_cast<PyTypeObject*>(type), &method));
+    if (!descriptor ||
+        PyObject_SetAttrString(type, method.ml_name, descriptor.get()) < 0) {
+      return false;
+    }
+  }
+  return true;
+}
+
+PyType_Slot object_slots[] = {
+    {Py_tp_doc, const_cast<char*>("Base of Pytree, Object and Module.")},
+    {Py_tp_new, reinterpret_cast<void*>(ObjectNew)},
+    {Py_tp_dealloc, reinterpret_cast<void*>(ObjectDealloc)},
+    {Py_tp_traverse, reinterpret_cast<void*>(ObjectTraverse)},
+    {Py_tp_clear, reinterpret_cast<void*>(ObjectClear)},
+    {Py_tp_members, object_members},
+    {Py_tp_getset, object_getset},
+    {Py_tp_methods, object_methods},
+    {0, nullptr},
+};
+
+PyType_Spec object_spec = {
+    "nnx.engine._engine.ObjectBase", sizeof(ObjectObject), 0,
+    Py_TPFLAGS_DEFAULT | Py_TPFLAGS_BASETYPE | Py_TPFLAGS_HAVE_GC,
+    object_slots};
+
+}  // namespace
+
+PyObject* ObjectDict(ObjectObject* object) {
+  if (!object->dict) object->dict = PyDict_New();
+  return object->dict;
+}
+
+Ref NewObject(PyTypeObject* type, PyObject* status, const GraphObject* origin) {
+  const Ref held = Ref::Borrow(reinterpret_cast<PyObject*>(type));
+  Ref copy = status ? Ref::Steal(PyDict_Copy(status)) : Ref();
+  if (status && !copy) return Ref();
+  Ref self = Ref::Steal(type->tp_alloc(type, 0));
+  if (!self) return Ref();
+  ObjectObject* object = AsObject(self.get());
+  object->status = copy.release();
+  if (!RecordTrace(object)) return Ref();
+  CopyOrigin(object, origin);
+  return self;
+}
+
+bool InitObjectBase(PyObject* module) {
+  Ref type = Ref::Steal(PyType_FromSpec(&object_spec));
+  if (!type || !AddSetAttrMethods(type.get())) return false;
+  g_object_base = reinterpret_cast<PyTypeObject*>(type.get());
+  return PyModule_AddObject(module, "ObjectBase", type.release()) == 0;
+}
+
+}  // namespace nnx::engine

@@ -1,0 +1,592 @@
+"""The metadata of Variables: hooks, annotations, switches.
+
+Hooks are functions `hook(variable, value) -> value` kept in the metadata under
+`on_set_value`, `on_get_value` and `on_create_value`, and functions
+`hook(variable, axis_index, axis_name)` under `on_add_axis` and
+`on_remove_axis`. The names that Flax 0.10 gave them, `set_value_hooks` and so
+on, are accepted wherever hooks are, and mean the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+import functools
+from typing import Any, Generic, TypeVar, cast
+
+from nnx import partitioning
+from nnx.engine import _engine
+from nnx.missing import MISSING
+from nnx.variable_settings import settings
+
+A = TypeVar("A")
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+# Flax 0.10's names of the hooks, and those under which they are stored.
+HOOK_ALIASES = {
+  "set_value_hooks": "on_set_value",
+  "get_value_hooks": "on_get_value",
+  "create_value_hooks": "on_create_value",
+  "add_axis_hooks": "on_add_axis",
+  "remove_axis_hooks": "on_remove_axis",
+}
+_HOOK_NAMES = frozenset(HOOK_ALIASES.values())
+_ALIASED_NAMES = frozenset(HOOK_ALIASES) | frozenset(partitioning.SHARDING_KEYS)
+
+# As plain ints, which are faster to combine. The engine does not know the
+# last one.
+GET_HOOK = int(_engine.HookFlags.GET)
+SET_HOOK = int(_engine.HookFlags.SET)
+CREATE_HOOK = 4
+
+
+def is_hook_name(name: str) -> bool:
+  """Tells whether a name is that of a kind of hooks, in either spelling.
+
+  Example:
+
+    >>> from nnx.variablelib import is_hook_name
+    >>> is_hook_name("set_value_hooks")
+    True
+  """
+  return name in HOOK_ALIASES or name in _HOOK_NAMES
+
+
+def as_hooks(hooks: Any) -> tuple[Callable[..., Any], ...]:
+  """Makes a tuple of one hook, several or none.
+
+  Example:
+
+    >>> from nnx.variablelib import as_hooks
+    >>> as_hooks(len)
+    (<built-in function len>,)
+  """
+  if hooks is None:
+    return ()
+  if callable(hooks):
+    return (hooks,)
+  return tuple(hooks)
+
+
+def normalize_metadata(metadata: Mapping[str, Any]) -> dict[str, Any]:
+  """Copies metadata with hooks under their one name and no switch that is off.
+
+  Example:
+
+    >>> from nnx.variablelib import normalize_metadata
+    >>> normalize_metadata({"get_value_hooks": (), "ref": False})
+    {}
+    >>> normalize_metadata({"get_value_hooks": len, "axis": 1})
+    {'axis': 1, 'on_get_value': (<built-in function len>,)}
+
+  Args:
+    metadata: as given by a user.
+
+  Returns:
+    A new dict.
+
+  Raises:
+    ValueError: if two spellings of one thing are given and differ, or if
+      `hijax` is asked for.
+  """
+  result = {}
+  for name, value in metadata.items():
+    if name in HOOK_ALIASES or name in _HOOK_NAMES:
+      continue
+    if name in ("hijax", "ref") and not value:
+      continue
+    result[name] = value
+  for alias, name in HOOK_ALIASES.items():
+    hooks = as_hooks(metadata.get(name))
+    other = as_hooks(metadata.get(alias))
+    if hooks and other and hooks != other:
+      raise ValueError(
+        f"Hooks must be given by one name, but `{name}={hooks}` and"
+        f" `{alias}={other}` were given. Put them into one tuple."
+      )
+    if hooks or other:
+      result[name] = hooks or other
+  if result.get("hijax"):
+    raise ValueError(
+      "Variables of jax's experimental `hijax` are not made here, but got"
+      " `hijax=True`. Use `ref=True` for a Variable that plain jax transforms"
+      " can write, or pass the Variable through `nnx.jit` and the like."
+    )
+  given = [key for key in partitioning.SHARDING_KEYS if key in result]
+  if len(given) > 1:
+    first, *rest = given
+    for key in rest:
+      if result[key] != result[first]:
+        raise ValueError(
+          f"A sharding annotation must be given by one name, but `{first}="
+          f"{result[first]!r}` and `{key}={result[key]!r}` were given."
+        )
+      del result[key]
+  return result
+
+
+class VariableMetadata(Generic[A]):
+  """A value together with the metadata of the Variable that is to hold it.
+
+  Initializers wrapped by `with_metadata` return it; a Variable made from it
+  takes the value, the hooks and the metadata.
+
+  Example:
+
+    >>> import nnx
+    >>> box = nnx.VariableMetadata(1.0, metadata={"axis": "embed"})
+    >>> nnx.Param(box).axis
+    'embed'
+
+  Args:
+    raw_value: the value.
+    set_value_hooks: hooks run on values before they are stored.
+    get_value_hooks: hooks run on values when they are read.
+    create_value_hooks: hooks run on the first value.
+    add_axis_hooks: hooks run when a transform adds an axis.
+    remove_axis_hooks: hooks run when a transform removes an axis.
+    metadata: further metadata.
+    **hooks: the same hooks by the names `on_set_value` and so on.
+  """
+
+  def __init__(
+    self,
+    raw_value: A,
+    set_value_hooks: Any = (),
+    get_value_hooks: Any = (),
+    create_value_hooks: Any = (),
+    add_axis_hooks: Any = (),
+    remove_axis_hooks: Any = (),
+    metadata: Mapping[str, Any] | None = None,
+    **hooks: Any,
+  ):
+    for name in hooks:
+      if name not in _HOOK_NAMES:
+        raise TypeError(
+          "`VariableMetadata` takes hooks by the names"
+          f" {sorted(_HOOK_NAMES)}, but got `{name}`. Other metadata goes into"
+          " `metadata`."
+        )
+    self.raw_value = raw_value
+    # Hooks may also come inside `metadata`, where they must not stay.
+    everything = normalize_metadata(
+      {
+        **(metadata or {}),
+        **{k: v for k, v in hooks.items() if as_hooks(v)},
+        **{
+          name: value
+          for name, value in (
+            ("set_value_hooks", set_value_hooks),
+            ("get_value_hooks", get_value_hooks),
+            ("create_value_hooks", create_value_hooks),
+            ("add_axis_hooks", add_axis_hooks),
+            ("remove_axis_hooks", remove_axis_hooks),
+          )
+          if as_hooks(value)
+        },
+      }
+    )
+    for name in _HOOK_NAMES:
+      setattr(self, name, everything.pop(name, ()))
+    self.metadata = everything
+
+  def __getattr__(self, name: str) -> Any:
+    if name in HOOK_ALIASES:
+      return getattr(self, HOOK_ALIASES[name])
+    raise AttributeError(
+      f"`{type(self).__name__}` has no attribute `{name}`.", name=name, obj=self
+    )
+
+  def _all(self) -> dict[str, Any]:
+    hooks = {name: getattr(self, name) for name in sorted(_HOOK_NAMES)}
+    return {**self.metadata, **{k: v for k, v in hooks.items() if v}}
+
+  def __eq__(self, other) -> bool:
+    if not isinstance(other, VariableMetadata):
+      return NotImplemented
+    return (self.raw_value, self._all()) == (other.raw_value, other._all())
+
+  __hash__ = None
+
+  def __repr__(self) -> str:
+    return f"VariableMetadata({self.raw_value!r}, metadata={self._all()!r})"
+
+
+def with_metadata(
+  initializer: F,
+  set_value_hooks: Any = (),
+  get_value_hooks: Any = (),
+  create_value_hooks: Any = (),
+  add_axis_hooks: Any = (),
+  remove_axis_hooks: Any = (),
+  **metadata: Any,
+) -> F:
+  """Wraps an initializer so that its Variable gets hooks and metadata.
+
+  Example:
+
+    >>> import jax, nnx
+    >>> init = nnx.with_metadata(
+    ...   jax.nn.initializers.zeros, get_value_hooks=lambda v, x: x + 1, axis=0
+    ... )
+    >>> p = nnx.Param(init(jax.random.key(0), (2,)))
+    >>> p.value, p.raw_value, p.axis
+    (Array([1., 1.], dtype=float32), Array([0., 0.], dtype=float32), 0)
+
+  Args:
+    initializer: a function that returns a value.
+    set_value_hooks: one hook or several, run on values before they are stored.
+    get_value_hooks: the same, run on values when they are read.
+    create_value_hooks: the same, run on the first value.
+    add_axis_hooks: the same, run when a transform adds an axis.
+    remove_axis_hooks: the same, run when a transform removes an axis.
+    **metadata: further metadata; hooks by the names `on_set_value` and so on
+      are hooks here too.
+
+  Returns:
+    A function of the same arguments that returns a `VariableMetadata`.
+  """
+  hooks = {name: metadata.pop(name) for name in _HOOK_NAMES if name in metadata}
+  template = VariableMetadata(
+    None,
+    set_value_hooks,
+    get_value_hooks,
+    create_value_hooks,
+    add_axis_hooks,
+    remove_axis_hooks,
+    metadata,
+    **hooks,
+  )
+
+  @functools.wraps(initializer)
+  def wrapper(*args, **kwargs):
+    return VariableMetadata(
+      initializer(*args, **kwargs), metadata=template._all()
+    )
+
+  return cast(F, wrapper)
+
+
+def metadata_flags(metadata: Mapping[str, Any]) -> int:
+  """Finds the hook flags that metadata ask for.
+
+  Example:
+
+    >>> from nnx.variable_metadata import metadata_flags
+    >>> metadata_flags({"on_set_value": len}), metadata_flags({"ref": True})
+    (2, 3)
+  """
+  if not metadata:
+    return 0
+  flags = 0
+  if metadata.get("on_get_value"):
+    flags |= GET_HOOK
+  if metadata.get("on_set_value"):
+    flags |= SET_HOOK
+  if metadata.get("ref"):
+    flags |= GET_HOOK | SET_HOOK
+  return flags
+
+
+VariableMetadata.__module__ = "nnx.variablelib"
+
+
+class HasMetadata(_engine.VariableBase):
+  """The part of a Variable that reads and changes its metadata."""
+
+  __slots__ = ()
+
+  _class_hook_flags = 0
+  required_metadata = frozenset(["hijax", "ref", "eager_sharding"])
+
+  def _hooks(self, name: str) -> tuple[Callable[..., Any], ...]:
+    """Finds the hooks of one kind: in the metadata, or else the class."""
+    hooks = self._metadata.get(name)
+    if hooks is None:
+      hooks = getattr(type(self), name, None)
+    return as_hooks(hooks)
+
+  @property
+  def type(self) -> type[HasMetadata]:
+    """The class of the Variable.
+
+    Example:
+
+      >>> import nnx
+      >>> nnx.Param(1).type is nnx.Param
+      True
+    """
+    return type(self)
+
+  var_type = type
+
+  @property
+  def hijax(self) -> bool:
+    """Whether this is a Variable of jax's experimental `hijax`: never.
+
+    Example:
+
+      >>> import nnx
+      >>> nnx.Param(1).hijax
+      False
+    """
+    return False
+
+  @property
+  def ref(self) -> bool:
+    """Whether the value is held in a mutable array of jax.
+
+    Example:
+
+      >>> import jax.numpy as jnp
+      >>> import nnx
+      >>> nnx.Param(jnp.zeros(2), ref=True).ref
+      True
+    """
+    return bool(self._metadata.get("ref", False))
+
+  @property
+  def eager_sharding(self) -> bool:
+    """Whether the value is placed when the Variable is made.
+
+    Example:
+
+      >>> import nnx
+      >>> nnx.Param(1).eager_sharding
+      True
+    """
+    return self._metadata.get("eager_sharding", settings.eager_sharding)
+
+  def _stored_name(self, name: str) -> str:
+    """Finds the name under which a piece of metadata is or will be stored."""
+    if name in HOOK_ALIASES:
+      return HOOK_ALIASES[name]
+    if name in partitioning.SHARDING_KEYS:
+      return partitioning.sharding_key(self._metadata) or name
+    return name
+
+  def get_metadata(
+    self,
+    name: str | None = None,
+    default: Any = MISSING,
+    *,
+    exclude_required: bool | None = None,
+  ) -> Any:
+    """Returns one piece of metadata, or all of them as a new dict.
+
+    The dict has a sharding annotation under `out_sharding`, whichever of its
+    names that was given by.
+
+    Example:
+
+      >>> import nnx
+      >>> p = nnx.Param(1, axis="embed")
+      >>> p.get_metadata("axis"), p.get_metadata("b", None), p.get_metadata()
+      ('embed', None, {'axis': 'embed'})
+
+    Args:
+      name: which piece; all of them if not given.
+      default: what to return if there is no such piece.
+      exclude_required: whether to leave out the switches `ref` and
+        `eager_sharding` when all are asked for.
+
+    Returns:
+      The piece, or the dict.
+
+    Raises:
+      KeyError: if there is no such piece and no default.
+      TypeError: if arguments are given that do not go together.
+    """
+    metadata = self._metadata
+    if name is None:
+      if default is not MISSING:
+        raise TypeError(
+          "`default` must come with a `name`, but got only"
+          f" `default={default!r}`."
+        )
+      if exclude_required:
+        metadata = {
+          k: v for k, v in metadata.items() if k not in self.required_metadata
+        }
+      return partitioning.Metadata(metadata)
+    if exclude_required is not None:
+      raise TypeError(
+        "`exclude_required` is about all of the metadata, but got it with"
+        f" `name={name!r}`."
+      )
+    stored = self._stored_name(name) if name in _ALIASED_NAMES else name
+    if stored in metadata:
+      return metadata[stored]
+    if name in self.required_metadata:
+      return getattr(self, name)
+    if default is not MISSING:
+      return default
+    raise KeyError(name)
+
+  def set_metadata(self, *args, **kwargs) -> None:
+    """Sets metadata, in one of three ways.
+
+    Example:
+
+      >>> import nnx
+      >>> p = nnx.Param(1, a=1)
+      >>> p.set_metadata("b", 2)  # one piece
+      >>> p.set_metadata(c=3)  # some pieces
+      >>> p.get_metadata()
+      {'a': 1, 'b': 2, 'c': 3}
+      >>> p.set_metadata({"d": 4})  # all of them
+      >>> p.get_metadata()
+      {'d': 4}
+
+    Raises:
+      TypeError: if called in another way.
+      ValueError: if `ref` would change, which is fixed at construction.
+    """
+    if len(args) == 1 and not kwargs:
+      new = normalize_metadata(args[0])
+      if "ref" not in new and self.ref:
+        new["ref"] = True
+      if "eager_sharding" not in new and "eager_sharding" in self._metadata:
+        new["eager_sharding"] = self._metadata["eager_sharding"]
+    elif len(args) == 2 and not kwargs:
+      new = self._metadata_with({args[0]: args[1]})
+    elif kwargs and not args:
+      new = self._metadata_with(kwargs)
+    else:
+      raise TypeError(
+        "`set_metadata` must be called with a dict, with a name and a value, or"
+        f" with keywords, but got `args={args}` and `kwargs={kwargs}`."
+      )
+    if bool(new.get("ref")) != self.ref:
+      raise ValueError(
+        f"`ref` must stay as the Variable was made, `{self.ref}`, but got"
+        f" `{not self.ref}`. Make a new Variable instead."
+      )
+    self._check_can_update()
+    self._replace_metadata(new)
+
+  def _metadata_with(self, updates: Mapping[str, Any]) -> dict[str, Any]:
+    """Copies the metadata with some pieces replaced, by their stored names."""
+    new = dict(self._metadata)
+    for name, value in updates.items():
+      stored = self._stored_name(name)
+      if stored in _HOOK_NAMES:
+        value = as_hooks(value)
+        if not value:
+          new.pop(stored, None)
+          continue
+      new[stored] = value
+    return normalize_metadata(new)
+
+  def _replace_metadata(self, metadata: dict[str, Any]) -> None:
+    live = self._metadata
+    live.clear()
+    live.update(metadata)
+    self._update_hook_flags()
+
+  def _update_hook_flags(self) -> None:
+    flags = self._class_hook_flags | metadata_flags(self._metadata)
+    self._set_hook_flags(flags & (GET_HOOK | SET_HOOK))
+
+  def has_metadata(self, name: str) -> bool:
+    """Tells whether there is a piece of metadata of a given name.
+
+    Example:
+
+      >>> import nnx
+      >>> nnx.Param(1, sharding=("a",)).has_metadata("out_sharding")
+      True
+    """
+    return self._stored_name(name) in self._metadata
+
+  def del_metadata(self, name: str) -> None:
+    """Removes a piece of metadata.
+
+    Example:
+
+      >>> import nnx
+      >>> p = nnx.Param(1, axis="embed")
+      >>> p.del_metadata("axis")
+      >>> p.get_metadata()
+      {}
+
+    Raises:
+      KeyError: if there is no such piece.
+      ValueError: if `name` is `ref`, which is fixed at construction.
+    """
+    if name in ("hijax", "ref"):
+      raise ValueError(
+        f"`{name}` must stay as the Variable was made, but it was to be"
+        " deleted. Make a new Variable instead."
+      )
+    new = dict(self._metadata)
+    del new[self._stored_name(name)]
+    self._check_can_update()
+    self._replace_metadata(new)
+
+  def _getattr_slow(self, name: str) -> Any:
+    """Attributes that neither the class nor the metadata have."""
+    if name in _ALIASED_NAMES:
+      stored = self._stored_name(name)
+      if stored in self._metadata and not (
+        name == "sharding" and hasattr(self.raw_value, "sharding")
+      ):
+        return self._metadata[stored]
+      if name in HOOK_ALIASES:
+        return ()
+      if name == "sharding_names":
+        return None
+    try:
+      return getattr(self.raw_value, name)
+    except AttributeError:
+      pass
+    raise AttributeError(
+      f"`{type(self).__name__}` has no attribute or metadata `{name}`, and"
+      f" neither has its value of type `{type(self.raw_value).__name__}`. Its"
+      f" metadata are {sorted(self._metadata)}.",
+      name=name,
+      obj=self,
+    )
+
+  def _setattr_slow(self, name: str, value: Any) -> None:
+    """Attributes that the class does not have are metadata."""
+    if name.startswith("__"):
+      raise AttributeError(f"`{name}` cannot be set on a Variable.")
+    self.set_metadata(name, value)
+
+  def _delattr_slow(self, name: str) -> None:
+    try:
+      self.del_metadata(name)
+    except KeyError:
+      raise AttributeError(
+        f"`{type(self).__name__}` has no metadata `{name}` to delete. Its"
+        f" metadata are {sorted(self._metadata)}.",
+        name=name,
+        obj=self,
+      ) from None
+
+  def add_axis(self, axis_index: int, axis_name: str | None) -> None:
+    """Runs the hooks for an axis that a transform has added.
+
+    Example:
+
+      >>> import nnx
+      >>> p = nnx.Param(1, on_add_axis=lambda v, i, name: print(i, name))
+      >>> p.add_axis(0, "layers")
+      0 layers
+    """
+    for hook in self._hooks("on_add_axis"):
+      hook(self, axis_index, axis_name)
+
+  def remove_axis(self, axis_index: int, axis_name: str | None) -> None:
+    """Runs the hooks for an axis that a transform has removed.
+
+    Example:
+
+      >>> import nnx
+      >>> p = nnx.Param(1, on_remove_axis=lambda v, i, name: print(i, name))
+      >>> p.remove_axis(0, "layers")
+      0 layers
+    """
+    for hook in self._hooks("on_remove_axis"):
+      hook(self, axis_index, axis_name)
