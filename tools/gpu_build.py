@@ -46,11 +46,12 @@ class Target:
 
   def files(self, *names: str) -> list[str]:
     """Returns the files that these attributes list, from the root."""
+    files = [file for name in names for file in self.fields.get(name, ())]
     return [
-      f"{self.package}/{file}"
-      for name in names
-      for file in self.fields.get(name, ())
-      if not file.startswith((":", "//", "@"))
+      # Of another package: `//nnx/engine/cc:graph_module.cc`.
+      file[2:].replace(":", "/") if "/" in file else f"{self.package}/{file}"
+      for file in files
+      if not file.startswith((":", "@"))
     ]
 
 

@@ -94,6 +94,17 @@ class GpuCheckTest(parameterized.TestCase):
     )
     self.assertEqual(gpu_check.test_files(targets), ["kernels/op/op_test.py"])
 
+  def test_sources_of_another_package_are_found(self):
+    self.write(
+      "nnx/engine/BUILD",
+      'nnx_pybind_extension(name = "_engine", srcs = ["//nnx/engine/cc:a.cc"])',
+    )
+    targets = gpu_build.read_targets(self.root, ("nnx",))
+    self.assertEqual(
+      gpu_build.sources_of(targets, targets["//nnx/engine:_engine"]),
+      ["nnx/engine/cc/a.cc"],
+    )
+
   def test_results_of_tests_are_counted(self):
     self.write("tools/build_defs/pytest_main.py", _PYTEST_MAIN)
     with mock.patch.object(gpu_check, "ROOT", self.root):

@@ -138,6 +138,8 @@ assert_type(nnx.Rngs(0).params(), jax.Array)
 # Packages that are called, or imported when they are asked for.
 cache_k, cache_v, out = kernels.decode_attention(x, x, x, x, x, 0)
 assert_type(out, jax.Array)
+assert_type(nnx.kernels.decode_attention(x, x, x, x, x, 0)[0], jax.Array)
+print(nnx.kernels.kv_cache.no_such_name)  # type: ignore[attr-defined]
 merge: Callable[..., Any] = kernels.decode_attention.merge
 kernels.decode_attention(x, x, x, x, x, 0, typo=1)  # type: ignore[call-arg]
 linen = nnx.bridge.to_linen(nnx.Linear, 4, 4)
