@@ -10,7 +10,7 @@ dataclass field is kept, per object, in `_pytree_status`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 import dataclasses
 import inspect
 from typing import (
@@ -23,7 +23,7 @@ from typing import (
 import jax
 import numpy as np
 
-from nnx import reprlib
+from nnx import errors, reprlib, tracers
 from nnx.engine import _engine, pytrees
 
 A = TypeVar("A")
@@ -333,6 +333,110 @@ def _word(status: bool) -> str:
   return "data" if status else "static"
 
 
+_THEIR_STATE, _THEIR_NODES = "_pytree__state", "_pytree__nodes"
+
+
+class PytreeState:
+  """What Flax keeps of an object besides its attributes.
+
+  That of an object, `module._pytree__state`, is a view.
+
+  Example:
+
+    >>> import nnx
+    >>> state = nnx.Module()._pytree__state
+    >>> state.initializing, state.trace_state.is_valid()
+    (False, True)
+
+  Args:
+    initializing: whether a bridged module makes its variables when called.
+    is_setup: whether `setup` has run.
+  """
+
+  __slots__ = ("_trace_state", "_initializing", "_is_setup")
+
+  def __init__(self, initializing: bool = False, is_setup: bool = False):
+    self._trace_state = tracers.TraceState()
+    self._initializing = initializing
+    self._is_setup = is_setup
+
+  @property
+  def trace_state(self) -> tracers.TraceState:
+    """The trace that the object belongs to."""
+    return self._trace_state
+
+  @property
+  def initializing(self) -> bool:
+    """Whether a bridged module makes its variables when called."""
+    return self._initializing
+
+  @property
+  def is_setup(self) -> bool:
+    """Whether `setup` has run."""
+    return self._is_setup
+
+  # Programs put it among the attributes, where it is static.
+
+  def __eq__(self, other: Any) -> bool:
+    return isinstance(other, PytreeState) and (
+      (self._initializing, self._is_setup)
+      == (other._initializing, other._is_setup)
+    )
+
+  def __hash__(self) -> int:
+    return hash((self._initializing, self._is_setup))
+
+  def __repr__(self) -> str:
+    return f"PytreeState(trace_state={self._trace_state!r})"
+
+
+jax.tree_util.register_pytree_node(
+  PytreeState,
+  lambda state: ((), (state._initializing, state._is_setup)),
+  lambda flags, _: PytreeState(*flags),
+)
+ObjectState = PytreeState  # of Flax 0.10
+
+_states = tracers.Attached()
+
+
+class _State:
+  """The attribute `_pytree__state`, by this and by its older name."""
+
+  def __get__(self, node: Any, owner: type) -> Any:
+    if node is None:
+      return self
+    state = vars(node).get(_THEIR_STATE) or _states.get(node)
+    if state is None:
+      state = PytreeState()
+      state._trace_state = tracers.TraceState.of(node)
+      _states.set(node, state)
+    return state
+
+  def __set__(self, node: Any, state: PytreeState) -> None:
+    _states.set(node, state)
+
+
+class _Nodes:
+  """The attribute `_pytree__nodes`: which attributes are data."""
+
+  def __get__(self, node: Any, owner: Any) -> dict[str, bool]:
+    nodes = dict(owner._class_statuses)
+    if node is not None:
+      for name, value in vars(node).items():
+        status = (node._pytree_status or {}).get(name)
+        nodes[name] = is_data(value) if status in (None, ...) else status
+    return nodes
+
+  def __set__(self, node: Any, nodes: Mapping[str, bool]) -> None:
+    for name, value in vars(node).items():
+      if name in nodes and nodes[name] != is_data(value):
+        node._pytree_status = {
+          **(node._pytree_status or {}),
+          name: nodes[name],
+        }
+
+
 class Pytree(_engine.ObjectBase, reprlib.Displayable):
   """An object whose attributes form a graph; the base of `Module`.
 
@@ -438,6 +542,17 @@ class Pytree(_engine.ObjectBase, reprlib.Displayable):
       if name in self._class_statuses:
         self._pytree_status[name] = self._class_statuses[name]
 
+  # What programs of Flax reach for.
+  _pytree__state = _object__state = _State()
+  _pytree__nodes = _object__nodes = _Nodes()
+
+  def _check_valid_context(self, error_msg: Callable[[], str]) -> None:
+    """Raises if the object may not be changed; programs of Flax override it."""
+    if not self._can_update and not tracers.may_change(self):
+      raise errors.TraceContextError(error_msg())
+
+  check_valid_context = _check_valid_context
+
   def __getstate__(self) -> dict[str, Any]:
     state = dict(vars(self))
     if self._pytree_status:
@@ -446,11 +561,22 @@ class Pytree(_engine.ObjectBase, reprlib.Displayable):
 
   def __setstate__(self, state: Mapping[str, Any]) -> None:
     state = dict(state)
+    theirs = {
+      name: state.pop(name)
+      for name in (_THEIR_STATE, _THEIR_NODES)
+      if name in state
+    }
     # Past a `__setattr__` of the class: that of a frozen dataclass refuses.
     object.__setattr__(
       self, "_pytree_status", state.pop("_pytree_status", None)
     )
     vars(self).update(state)
+    for name, value in theirs.items():
+      if name == _THEIR_STATE:
+        flags = value.initializing, value.is_setup
+        value = PytreeState(*flags)
+        value._trace_state = tracers.TraceState.of(self)
+      object.__setattr__(self, name, value)
 
   def _display(self) -> reprlib.Parts:
     if not _shown_first(self):

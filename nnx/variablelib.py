@@ -15,7 +15,7 @@ on, are accepted wherever hooks are, and mean the same.
 from __future__ import annotations
 
 import collections.abc
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
 import copy
 import functools
 import math
@@ -26,7 +26,7 @@ from typing import Any, Generic, TypeVar
 import jax
 import numpy as np
 
-from nnx import partitioning, reprlib
+from nnx import partitioning, reprlib, tracers
 from nnx.engine import _engine, pytrees
 
 A = TypeVar("A")
@@ -52,6 +52,11 @@ HOOK_ALIASES = {
 }
 _HOOK_NAMES = frozenset(HOOK_ALIASES.values())
 _ALIASED_NAMES = frozenset(HOOK_ALIASES) | frozenset(partitioning.SHARDING_KEYS)
+
+# Metadata by which Flax says how it keeps a Variable.
+_FLAX_METADATA = frozenset(
+  "is_hijax has_ref is_mutable hijax ref mutable eager_sharding".split()
+)
 
 # Bits of the engine's hook flags.
 _GET_HOOK, _SET_HOOK, _CREATE_HOOK = 1, 2, 4
@@ -87,14 +92,17 @@ class use_eager_sharding:
   """
 
   def __init__(self, value: bool, /):
-    self._before = _settings.eager_sharding
+    self._before = vars(_settings).get("eager_sharding")
     _settings.eager_sharding = bool(value)
 
   def __enter__(self) -> use_eager_sharding:
     return self
 
   def __exit__(self, *exc_info) -> None:
-    _settings.eager_sharding = self._before
+    if self._before is None:  # the default, whatever it is by now
+      vars(_settings).pop("eager_sharding", None)
+    else:
+      _settings.eager_sharding = self._before
 
 
 def using_eager_sharding() -> bool:
@@ -470,6 +478,36 @@ def _copy_containers(value: Any) -> Any:
   if type(value) in (list, dict):
     return jax.tree.map(lambda x: x, value)
   return value
+
+
+class _MetadataView(MutableMapping):
+  """The metadata of a Variable, read and written as those of a dict."""
+
+  def __init__(self, variable: Variable[Any]):
+    self._variable = variable
+
+  def __getitem__(self, name: str) -> Any:
+    return self._variable._metadata[name]
+
+  def __setitem__(self, name: str, value: Any) -> None:
+    self._variable.set_metadata(name, value)
+
+  def __delitem__(self, name: str) -> None:
+    self._variable.del_metadata(name)
+
+  def __iter__(self) -> Iterator[str]:
+    return iter(self._variable._metadata)
+
+  def __len__(self) -> int:
+    return len(self._variable._metadata)
+
+  def __eq__(self, other: Any) -> bool:
+    return isinstance(other, Mapping) and dict(self) == dict(other)
+
+  __hash__ = None
+
+  def __repr__(self) -> str:
+    return repr(self._variable._metadata)
 
 
 class Variable(_engine.VariableBase, reprlib.Displayable, Generic[A]):
@@ -1159,11 +1197,55 @@ class Variable(_engine.VariableBase, reprlib.Displayable, Generic[A]):
     memo[id(self)] = result
     return result
 
-  def __reduce__(self):
+  # What programs of Flax reach for; under these names a Variable is pickled.
+
+  @property
+  def _raw_value(self) -> A:
+    return self.raw_value
+
+  @_raw_value.setter
+  def _raw_value(self, value: A) -> None:
+    # They set it where the check of the trace is to be avoided.
+    with tracers.unchecked():
+      self.raw_value = value
+
+  @property
+  def _var_metadata(self) -> MutableMapping[str, Any]:
+    return _MetadataView(self)
+
+  @_var_metadata.setter
+  def _var_metadata(self, metadata: Mapping[str, Any]) -> None:
+    self._replace_metadata(normalize_metadata(metadata))
+
+  @property
+  def _trace_state(self) -> tracers.TraceState:
+    return tracers.TraceState.of(self)
+
+  @_trace_state.setter
+  def _trace_state(self, state: tracers.TraceState) -> None:
+    tracers.TraceState.of(self)._jax_trace = state._jax_trace
+
+  def __getstate__(self) -> dict[str, Any]:
     raw = self.raw_value
-    if is_ref(raw):
-      raw = raw[...]
-    return _unpickle, (type(self), raw, dict(self._metadata))
+    return {
+      "_raw_value": raw[...] if is_ref(raw) else raw,
+      "_trace_state": tracers.TraceState(),
+      "_var_metadata": dict(self._metadata),
+    }
+
+  def __setstate__(self, state: Mapping[str, Any]) -> None:
+    metadata = state["_var_metadata"]
+    if "hijax" in metadata or "is_hijax" in metadata:
+      # Pickled by Flax, which writes down all of its switches.
+      kept = "ref" if metadata.get("ref") else None
+      metadata = {
+        name: value
+        for name, value in metadata.items()
+        if name not in _FLAX_METADATA or name == kept
+      }
+    self._replace_metadata(normalize_metadata(metadata))
+    value = state["_raw_value"]
+    self.raw_value = jax.new_ref(value) if metadata.get("ref") else value
 
   # Display.
 
@@ -1319,12 +1401,6 @@ def is_hook_name(name: str) -> bool:
     True
   """
   return name in HOOK_ALIASES or name in _HOOK_NAMES
-
-
-def _unpickle(cls: type[V], value: Any, metadata: dict[str, Any]) -> V:
-  if metadata.get("ref"):
-    value = jax.new_ref(value)
-  return cls._make(value, metadata)
 
 
 class Param(Variable[A]):

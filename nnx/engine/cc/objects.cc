@@ -99,6 +99,13 @@ PyObject* CanUpdateGetter(PyObject* self, void*) {
   return PyBool_FromLong(belongs);
 }
 
+PyObject* GetTraceRef(PyObject* self, void*) {
+  PyObject* ref = AsGraphObject(self)->trace_ref;
+  if (!ref) Py_RETURN_NONE;
+  Py_INCREF(ref);
+  return ref;
+}
+
 int TraverseShared(GraphObject* self, visitproc visit, void* arg) {
   Py_VISIT(self->trace_ref);
   Py_VISIT(self->origin_code);
@@ -109,6 +116,50 @@ int TraverseShared(GraphObject* self, visitproc visit, void* arg) {
 void ClearShared(GraphObject* self) {
   Py_CLEAR(self->trace_ref);
   Py_CLEAR(self->origin_code);
+}
+
+// `__setattr__` and `__delattr__` are methods, not slots: `object.__setattr__`
+// refuses a type whose C base has a slot of its own, and a frozen
+// dataclass is made with it, as is what goes past the checks on purpose.
+template <setattrofunc kSet>
+PyObject* SetAttrMethod(PyObject* self, PyObject* const* args,
+                        Py_ssize_t nargs) {
+  if (nargs != 2) {
+    PyErr_Format(PyExc_TypeError,
+                 "`__setattr__` takes a name and a value, but got %zd "
+                 "arguments.",
+                 nargs);
+    return nullptr;
+  }
+  if (kSet(self, args[0], args[1]) < 0) return nullptr;
+  Py_RETURN_NONE;
+}
+
+template <setattrofunc kSet>
+PyObject* DelAttrMethod(PyObject* self, PyObject* name) {
+  if (kSet(self, name, nullptr) < 0) return nullptr;
+  Py_RETURN_NONE;
+}
+
+// Set on the finished type, as Python does it for a class with these methods:
+// CPython then gives the type, and all below it, the slot that calls them.
+template <setattrofunc kSet>
+bool AddSetAttrMethods(PyObject* type) {
+  static PyMethodDef methods[] = {
+      {"__setattr__", reinterpret_cast<PyCFunction>(SetAttrMethod<kSet>),
+       METH_FASTCALL, "Sets an attribute, with the checks of the class."},
+      {"__delattr__", DelAttrMethod<kSet>, METH_O,
+       "Deletes an attribute, with the checks of the class."},
+  };
+  for (PyMethodDef& method : methods) {
+    Ref descriptor = Ref::Steal(
+        PyDescr_NewMethod(reinterpret_cast<PyTypeObject*>(type), &method));
+    if (!descriptor ||
+        PyObject_SetAttrString(type, method.ml_name, descriptor.get()) < 0) {
+      return false;
+    }
+  }
+  return true;
 }
 
 long ClassFlags(PyTypeObject* type, PyObject* name) {
@@ -360,6 +411,9 @@ PyGetSetDef variable_getset[] = {
      "(filename, line) of the user's code that made it, or None.", nullptr},
     {"_can_update", CanUpdateGetter, nullptr,
      "Whether it may be changed under the current trace.", nullptr},
+    {"_trace_ref", GetTraceRef, nullptr,
+     "A weak reference to the trace it belongs to, or None outside of all.",
+     nullptr},
     {nullptr, nullptr, nullptr, nullptr, nullptr},
 };
 
@@ -382,7 +436,6 @@ PyType_Slot variable_slots[] = {
     {Py_tp_traverse, reinterpret_cast<void*>(VariableTraverse)},
     {Py_tp_clear, reinterpret_cast<void*>(VariableClear)},
     {Py_tp_getattro, reinterpret_cast<void*>(VariableGetAttr)},
-    {Py_tp_setattro, reinterpret_cast<void*>(VariableSetAttr)},
     {Py_mp_subscript, reinterpret_cast<void*>(VariableSubscript)},
     {Py_mp_ass_subscript, reinterpret_cast<void*>(VariableAssignSubscript)},
     {Py_tp_members, variable_members},
@@ -463,27 +516,6 @@ int ObjectSetAttr(PyObject* self, PyObject* name, PyObject* value) {
   return result ? 0 : -1;
 }
 
-// `__setattr__` and `__delattr__` are methods, not slots: `object.__setattr__`
-// refuses a type whose C base has a slot of its own, and a frozen
-// dataclass is made with it, as is what goes past the checks on purpose.
-PyObject* ObjectSetAttrMethod(PyObject* self, PyObject* const* args,
-                              Py_ssize_t nargs) {
-  if (nargs != 2) {
-    PyErr_Format(PyExc_TypeError,
-                 "`__setattr__` takes a name and a value, but got %zd "
-                 "arguments.",
-                 nargs);
-    return nullptr;
-  }
-  if (ObjectSetAttr(self, args[0], args[1]) < 0) return nullptr;
-  Py_RETURN_NONE;
-}
-
-PyObject* ObjectDelAttrMethod(PyObject* self, PyObject* name) {
-  if (ObjectSetAttr(self, name, nullptr) < 0) return nullptr;
-  Py_RETURN_NONE;
-}
-
 PyObject* ObjectSetAttrRaw(PyObject* self, PyObject* const* args,
                            Py_ssize_t nargs) {
   if (nargs != 2) {
@@ -540,6 +572,9 @@ PyGetSetDef object_getset[] = {
      "(filename, line) of the user's code that made it, or None.", nullptr},
     {"_can_update", CanUpdateGetter, nullptr,
      "Whether it may be changed under the current trace.", nullptr},
+    {"_trace_ref", GetTraceRef, nullptr,
+     "A weak reference to the trace it belongs to, or None outside of all.",
+     nullptr},
     {nullptr, nullptr, nullptr, nullptr, nullptr},
 };
 
@@ -552,27 +587,6 @@ PyMethodDef object_methods[] = {
      "_delattr_raw(name): deletes without any check."},
     {nullptr, nullptr, 0, nullptr},
 };
-
-PyMethodDef setattr_methods[] = {
-    {"__setattr__", reinterpret_cast<PyCFunction>(ObjectSetAttrMethod),
-     METH_FASTCALL, "Sets an attribute, with the checks of a Pytree."},
-    {"__delattr__", ObjectDelAttrMethod, METH_O,
-     "Deletes an attribute, with the checks of a Pytree."},
-};
-
-// Set on the finished type, as Python does it for a class with these methods:
-// CPython then gives the type, and all below it, the slot that calls them.
-bool AddSetAttrMethods(PyObject* type) {
-  for (PyMethodDef& method : setattr_methods) {
-    Ref descriptor = Ref::Steal(
-        PyDescr_NewMethod(reinterpret_cast<PyTypeObject*>(type), &method));
-    if (!descriptor ||
-        PyObject_SetAttrString(type, method.ml_name, descriptor.get()) < 0) {
-      return false;
-    }
-  }
-  return true;
-}
 
 PyType_Slot object_slots[] = {
     {Py_tp_doc, const_cast<char*>("Base of Pytree, Object and Module.")},
@@ -616,26 +630,32 @@ bool BelongsToTrace(const GraphObject* object, PyObject* trace) {
   return trace && WeakrefTarget(object->trace_ref) == trace;
 }
 
-void RaiseTraceError(PyObject* object) {
+// Raises, unless Python knows that the object may be changed: returns that.
+static bool RaiseTraceError(PyObject* object) {
   const Runtime& rt = GetRuntime();
   if (!rt.trace_error) {
     PyErr_SetString(PyExc_RuntimeError,
                     "Cannot change an object made under another trace.");
-    return;
+    return false;
   }
   Ref error = Ref::Steal(PyObject_CallOneArg(rt.trace_error, object));
-  if (!error) return;
+  if (!error) return false;
+  if (error.get() == Py_None) return true;
   PyErr_SetObject(reinterpret_cast<PyObject*>(Py_TYPE(error.get())),
                   error.get());
+  return false;
+}
+
+bool CheckTrace(PyObject* object, PyObject* trace) {
+  return BelongsToTrace(AsGraphObject(object), trace) ||
+         RaiseTraceError(object);
 }
 
 bool CheckCanUpdate(PyObject* object) {
   PyObject* trace = nullptr;
   if (!CurrentTrace(&trace)) return false;
-  const bool belongs = BelongsToTrace(AsGraphObject(object), trace);
-  Py_XDECREF(trace);
-  if (!belongs) RaiseTraceError(object);
-  return belongs;
+  const Ref keep = Ref::Steal(trace);
+  return CheckTrace(object, trace);
 }
 
 void SetRaw(VariableObject* variable, PyObject* raw) {
@@ -698,7 +718,10 @@ Ref NewObject(PyTypeObject* type, PyObject* status, const GraphObject* origin) {
 bool InitObjects(PyObject* module) {
   Ref variable = Ref::Steal(PyType_FromSpec(&variable_spec));
   Ref object = Ref::Steal(PyType_FromSpec(&object_spec));
-  if (!variable || !object || !AddSetAttrMethods(object.get())) return false;
+  if (!variable || !AddSetAttrMethods<VariableSetAttr>(variable.get()) ||
+      !object || !AddSetAttrMethods<ObjectSetAttr>(object.get())) {
+    return false;
+  }
   g_variable_base = reinterpret_cast<PyTypeObject*>(variable.get());
   g_object_base = reinterpret_cast<PyTypeObject*>(object.get());
   return PyModule_AddObject(module, "VariableBase", variable.release()) == 0 &&

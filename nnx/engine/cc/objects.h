@@ -80,9 +80,9 @@ uint8_t ClassHookFlags(PyTypeObject* type);
 
 // Whether the object may be changed while `trace` (null: none) is current.
 bool BelongsToTrace(const GraphObject* object, PyObject* trace);
-// Raises the trace error for `object`.
-void RaiseTraceError(PyObject* object);
-// Both together, for the current trace.
+// Raises unless it may, or Python, asked as the last, lets it.
+bool CheckTrace(PyObject* object, PyObject* trace);
+// The same for the current trace.
 bool CheckCanUpdate(PyObject* object);
 
 void SetRaw(VariableObject* variable, PyObject* raw);
