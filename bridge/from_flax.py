@@ -9,10 +9,10 @@ import types
 from typing import Any, cast
 
 from flax import core
-from flax import nnx as flax_nnx
 import jax
 
 from bridge import to_nnx
+from bridge.flax_nnx import flax_nnx
 import nnx
 
 # Attributes of Flax's objects that say nothing here.
@@ -144,7 +144,7 @@ class _Converter:
       items = [self.convert(x, (*path, i)) for i, x in enumerate(parts)]
       return self._keep(value, treedef.unflatten(items))
     result = self.static(value)
-    if result is value and cls.__module__.startswith("flax.nnx"):
+    if result is value and cls.__module__.startswith(("flax.nnx", "_flax_nnx")):
       if not isinstance(value, type):
         self.unknown.append((path, cls))
     return result

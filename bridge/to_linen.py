@@ -11,7 +11,6 @@ import types
 from typing import Any
 
 from flax import core, linen, serialization
-from flax import nnx as flax_nnx
 from flax.core import meta
 import jax
 import jax.numpy as jnp
@@ -19,6 +18,7 @@ import numpy as np
 
 from bridge import to_nnx
 from bridge import variables as variables_lib
+from bridge.flax_nnx import is_of_flax_nnx
 import nnx
 
 # The collection of what is not a variable of the nnx Module: its graphdef, and
@@ -433,7 +433,9 @@ def _is_tabulated() -> bool:
 def _check_arguments(model: ToLinen) -> None:
   cls = model.nnx_class
   kind = type(cls).__name__
-  if isinstance(cls, (nnx.Pytree, flax_nnx.Pytree)):
+  if not isinstance(cls, type) and (
+    isinstance(cls, nnx.Pytree) or is_of_flax_nnx(cls)
+  ):
     raise TypeError(
       "`nnx_class` must be a class of Modules, but got an instance of"
       f" `{kind}`: pass `ToLinen({kind}, args=...)`."
@@ -444,8 +446,7 @@ def _check_arguments(model: ToLinen) -> None:
       f"`nnx_class` must be a class of `nnx`, but got `{name}` of Linen: it"
       " needs no bridge, use it as it is."
     )
-  # The two are one where a program has `flax.nnx` stand for `nnx`.
-  if _is_class_of(cls, flax_nnx.Pytree) and not _is_class_of(cls, nnx.Pytree):
+  if is_of_flax_nnx(cls):
     raise TypeError(
       f"`nnx_class` must be a class of `nnx`, but got `{cls.__name__}` of"
       " `flax.nnx`: pass a function that returns `bridge.from_flax_nnx(...)` of"
