@@ -9,12 +9,12 @@ import types
 from typing import Any, cast
 
 from flax import core
-from flax import nnx as flax_nnx
 import jax
 
 import nnx
 
 from . import to_nnx
+from .flax_nnx import flax_nnx
 
 # Attributes of Flax's objects that say nothing here.
 _THEIRS_ALONE = {"Optimizer": ("graph",), "ModelAndOptimizer": ("graph",)}
@@ -145,7 +145,7 @@ class _Converter:
       items = [self.convert(x, (*path, i)) for i, x in enumerate(parts)]
       return self._keep(value, treedef.unflatten(items))
     result = self.static(value)
-    if result is value and cls.__module__.startswith("flax.nnx"):
+    if result is value and cls.__module__.startswith(("flax.nnx", "_flax_nnx")):
       if not isinstance(value, type):
         self.unknown.append((path, cls))
     return result

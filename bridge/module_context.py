@@ -77,12 +77,24 @@ class ModuleStackEntry:
     return f"{cls.__name__}_{index}"
 
 
-class _Context(threading.local):
+class ModuleContext(threading.local):
+  """The Modules that are being run in a thread, the innermost last.
+
+  Example:
+
+    >>> from bridge import module
+    >>> module.MODULE_CONTEXT.module_stack
+    [None]
+
+  Attributes:
+    module_stack: an entry for each, or None where there is no Module around.
+  """
+
   def __init__(self):
-    self.stack: list[ModuleStackEntry] = []
+    self.module_stack: list[ModuleStackEntry | None] = [None]
 
 
-_context = _Context()
+MODULE_CONTEXT = ModuleContext()
 
 
 class Running:
@@ -92,10 +104,10 @@ class Running:
     self._entry = ModuleStackEntry(module, in_compact)
 
   def __enter__(self) -> None:
-    _context.stack.append(self._entry)
+    MODULE_CONTEXT.module_stack.append(self._entry)
 
   def __exit__(self, *exc_info) -> None:
-    _context.stack.pop()
+    MODULE_CONTEXT.module_stack.pop()
 
 
 def current_context() -> ModuleStackEntry | None:
@@ -111,4 +123,4 @@ def current_context() -> ModuleStackEntry | None:
     >>> Model().apply({}), bridge.current_context()
     (True, None)
   """
-  return _context.stack[-1] if _context.stack else None
+  return MODULE_CONTEXT.module_stack[-1]

@@ -6,18 +6,20 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from flax import linen
-from flax import nnx as flax_nnx
 from flax.core import meta
 
 import nnx
 
 from . import layout as layout_lib
+from .flax_nnx import is_of_flax_nnx
 
 
 def check_arguments(model: linen.Module) -> None:
   cls = model.nnx_class
   kind = type(cls).__name__
-  if isinstance(cls, (nnx.Pytree, flax_nnx.Pytree)):
+  if not isinstance(cls, type) and (
+    isinstance(cls, nnx.Pytree) or is_of_flax_nnx(cls)
+  ):
     raise TypeError(
       "`nnx_class` must be a class of Modules, but got an instance of"
       f" `{kind}`: pass `ToLinen({kind}, args=...)`."
@@ -28,8 +30,7 @@ def check_arguments(model: linen.Module) -> None:
       f"`nnx_class` must be a class of `nnx`, but got `{name}` of Linen: it"
       " needs no bridge, use it as it is."
     )
-  # The two are one where a program has `flax.nnx` stand for `nnx`.
-  if _is_class_of(cls, flax_nnx.Pytree) and not _is_class_of(cls, nnx.Pytree):
+  if is_of_flax_nnx(cls):
     raise TypeError(
       f"`nnx_class` must be a class of `nnx`, but got `{cls.__name__}` of"
       " `flax.nnx`: pass a function that returns `bridge.from_flax_nnx(...)` of"

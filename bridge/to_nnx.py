@@ -9,7 +9,6 @@ import types
 from typing import Any
 
 from flax import errors, linen
-from flax import nnx as flax_nnx
 from flax.core import meta
 import jax
 
@@ -17,6 +16,7 @@ import nnx
 
 from . import linen_errors
 from . import variables as variables_lib
+from .flax_nnx import is_of_flax_nnx
 
 _PREFIX = "to_nnx__"
 _RESERVED = frozenset(["module", "rngs", "lazy_init"])
@@ -240,7 +240,7 @@ class ToNNX(nnx.Module):
   ) -> Any:
     module = self.to_nnx__module
     keys = _linen_keys(self.to_nnx__rngs if rngs is None else rngs)
-    if _context.initializing:
+    if _context.initializing or self._pytree__state.initializing:
       try:
         result, updates = module.init_with_output(
           keys, *args, method=method, **kwargs
@@ -441,7 +441,7 @@ def _not_linen_text(value: Any) -> str:
   text += f"an object of type `{type(value).__name__}`."
   if isinstance(value, nnx.Module):
     return f"{text} It is a Module of `nnx` already: use it as it is."
-  if isinstance(value, flax_nnx.Module):
+  if is_of_flax_nnx(value):
     return f"{text} Convert it by `bridge.from_flax_nnx`."
   return f"{text} Pass one, as in `ToNNX(linen.Dense(4), rngs=nnx.Rngs(0))`."
 

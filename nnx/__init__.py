@@ -20,6 +20,7 @@ from nnx import rnglib as rnglib
 from nnx import runtime as _runtime  # noqa: F401
 from nnx import spmd as spmd
 from nnx import statelib as statelib
+from nnx import tracers as tracers
 from nnx import traversals as traversals
 from nnx import variablelib as variablelib
 from nnx.containers import Dict as Dict
@@ -163,6 +164,7 @@ from nnx.pytreelib import has_data as has_data
 from nnx.pytreelib import is_data as is_data
 from nnx.pytreelib import register_data_type as register_data_type
 from nnx.pytreelib import static as static
+from nnx.rnglib import ForkStates as ForkStates
 from nnx.rnglib import RngCount as RngCount
 from nnx.rnglib import RngKey as RngKey
 from nnx.rnglib import Rngs as Rngs
@@ -170,6 +172,7 @@ from nnx.rnglib import RngState as RngState
 from nnx.rnglib import RngStream as RngStream
 from nnx.rnglib import SplitBackups as SplitBackups
 from nnx.rnglib import backup_keys as backup_keys
+from nnx.rnglib import fork as fork
 from nnx.rnglib import fork_rngs as fork_rngs
 from nnx.rnglib import reseed as reseed
 from nnx.rnglib import restore_rngs as restore_rngs
@@ -209,6 +212,7 @@ from nnx.training.optimizer import OptVariable as OptVariable
 from nnx.training.train_state import TrainState as TrainState
 from nnx.transforms.carry import Carry as Carry
 from nnx.transforms.combinators import Jit as Jit
+from nnx.transforms.combinators import Pmap as Pmap
 from nnx.transforms.combinators import Remat as Remat
 from nnx.transforms.combinators import Scan as Scan
 from nnx.transforms.combinators import Vmap as Vmap

@@ -52,6 +52,19 @@ class List(Module, collections.abc.MutableSequence[A]):
       attributes[i] = element
     self._pytree_status = statuses or None
 
+  def __setstate__(self, state: Mapping[str, Any]) -> None:
+    if "_length" in state:  # pickled by Flax: there the names are strings
+      state = dict(state)
+      size = state.pop("_length")
+      nodes = dict(state.get("_pytree__nodes", {}))
+      for i in range(size):
+        state[i] = state.pop(str(i))
+        if str(i) in nodes:
+          nodes[i] = nodes.pop(str(i))
+      if "_pytree__nodes" in state:
+        state["_pytree__nodes"] = nodes
+    super().__setstate__(state)
+
   def _elements(self) -> list[Any]:
     """Lists the elements, marked as they were."""
     statuses = self._pytree_status or {}

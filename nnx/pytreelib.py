@@ -10,14 +10,14 @@ dataclass field is kept, per object, in `_pytree_status`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 import dataclasses
 import inspect
 from typing import (
   Any,
 )
 
-from nnx import attribute_marks, reprlib
+from nnx import attribute_marks, errors, reprlib, tracers
 from nnx.attribute_marks import Data as Data
 from nnx.attribute_marks import Marker as Marker
 from nnx.attribute_marks import Static as Static
@@ -29,6 +29,9 @@ from nnx.attribute_marks import is_data as is_data
 from nnx.attribute_marks import register_data_type as register_data_type
 from nnx.attribute_marks import static as static
 from nnx.engine import _engine, pytrees
+from nnx.pytree_state import THEIR_NODES, THEIR_STATE, NodesView, StateView
+from nnx.pytree_state import ObjectState as ObjectState
+from nnx.pytree_state import PytreeState as PytreeState
 
 # Bits of `_setattr_flags`: why assignments to a class's objects need Python.
 _HAS_STATUSES, _STRICT = 1, 2
@@ -183,6 +186,17 @@ class Pytree(_engine.ObjectBase, reprlib.Displayable):
       if name in self._class_statuses:
         self._pytree_status[name] = self._class_statuses[name]
 
+  # What programs of Flax reach for.
+  _pytree__state = _object__state = StateView()
+  _pytree__nodes = _object__nodes = NodesView()
+
+  def _check_valid_context(self, error_msg: Callable[[], str]) -> None:
+    """Raises if the object may not be changed; programs of Flax override it."""
+    if not self._can_update and not tracers.may_change(self):
+      raise errors.TraceContextError(error_msg())
+
+  check_valid_context = _check_valid_context
+
   def __getstate__(self) -> dict[str, Any]:
     state = dict(vars(self))
     if self._pytree_status:
@@ -191,11 +205,22 @@ class Pytree(_engine.ObjectBase, reprlib.Displayable):
 
   def __setstate__(self, state: Mapping[str, Any]) -> None:
     state = dict(state)
+    theirs = {
+      name: state.pop(name)
+      for name in (THEIR_STATE, THEIR_NODES)
+      if name in state
+    }
     # Past a `__setattr__` of the class: that of a frozen dataclass refuses.
     object.__setattr__(
       self, "_pytree_status", state.pop("_pytree_status", None)
     )
     vars(self).update(state)
+    for name, value in theirs.items():
+      if name == THEIR_STATE:
+        flags = value.initializing, value.is_setup
+        value = PytreeState(*flags)
+        value._trace_state = tracers.TraceState.of(self)
+      object.__setattr__(self, name, value)
 
   def _display(self) -> reprlib.Parts:
     if not _shown_first(self):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 import functools
-from typing import Any, TypeVar, cast
+from typing import Any, NamedTuple, TypeVar, cast
 
 import jax
 from jax import random
@@ -125,6 +125,61 @@ def backup_keys(
   """
   del graph
   return [(stream, stream.key.value) for _, stream in _streams(node)]
+
+
+class ForkStates(NamedTuple):
+  """The state of random streams, forked; see `fork`.
+
+  Attributes:
+    split_keys: the keys that are split, and so have more axes.
+    split_counts: the counts of their streams.
+    broadcast_keys: the other keys.
+    broadcast_counts: the counts of their streams.
+  """
+
+  split_keys: Any
+  split_counts: Any
+  broadcast_keys: Any
+  broadcast_counts: Any
+
+
+def fork(
+  state: Any, split_filter: Filter, split_pattern: int | Sequence[int | None]
+) -> ForkStates:
+  """Splits some keys of a state of random streams, as Flax 0.10 did.
+
+  `split_rngs` does the same to the streams of a Module.
+
+  Example:
+
+    >>> import nnx
+    >>> state = nnx.state(nnx.Rngs(params=0, dropout=1))
+    >>> forked = nnx.fork(state, "params", 4)
+    >>> forked.split_keys.params.key.shape, list(forked.broadcast_keys)
+    ((4,), ['dropout'])
+
+  Args:
+    state: the state, of `RngState` alone.
+    split_filter: selects the keys to split.
+    split_pattern: how many keys become of each, along one axis or more; None
+      stands for 1.
+
+  Returns:
+    The state in four parts.
+  """
+  shape = (
+    split_pattern
+    if isinstance(split_pattern, int)
+    else tuple(1 if n is None else n for n in split_pattern)
+  )
+  parts = state.split(
+    filters_lib.All(split_filter, RngKey),
+    filters_lib.All(split_filter, RngCount),
+    RngKey,
+    RngCount,
+  )
+  split_keys = jax.tree.map(lambda key: random.split(key, shape), parts[0])
+  return ForkStates(split_keys, *parts[1:])
 
 
 def _split_shape(splits: Shape) -> tuple[int, ...]:

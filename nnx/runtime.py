@@ -8,7 +8,14 @@ from typing import Any
 import jax
 import numpy as np
 
-from nnx import errors, pytreelib, restored, statelib, variablelib
+from nnx import (
+  errors,
+  pytreelib,
+  restored,
+  statelib,
+  tracers,
+  variablelib,
+)
 from nnx.engine import _engine, jax_private, pytrees
 from nnx.graphlib import definitions, statics
 
@@ -46,7 +53,9 @@ def is_of_flax_nnx(cls: type) -> bool:
   """
   return any(
     base.__name__ in _FLAX_NNX
-    and str(getattr(base, "__module__", "")).startswith("flax.nnx.")
+    and str(getattr(base, "__module__", "")).startswith(
+      ("flax.nnx.", "_flax_nnx.")  # the latter under `nnx.as_flax`
+    )
     for base in cls.__mro__
   )
 
@@ -71,6 +80,20 @@ def is_array_type(cls: type) -> Any:
   return ... if foreign else None
 
 
+def trace_error(target: Any) -> Exception | None:
+  """The error for a change from another trace, or None to let it happen.
+
+  A class may have Flax's `_check_valid_context`, which raises or does not.
+  """
+  if tracers.may_change(target):
+    return None
+  check = getattr(type(target), "_check_valid_context", None)
+  if check in (None, pytreelib.Pytree._check_valid_context):
+    return errors.trace_error(target)
+  check(target, lambda: str(errors.trace_error(target)))
+  return None
+
+
 def configure() -> None:
   """Connects the engine; called once, when `nnx` is imported."""
   library = os.path.dirname(__file__) + os.sep
@@ -78,7 +101,7 @@ def configure() -> None:
   _engine.configure(
     trace_context=jax_private.trace_context(),
     eval_trace=jax_private.eval_trace(),
-    trace_error=errors.trace_error,
+    trace_error=trace_error,
     is_array_type=is_array_type,
     flatten_pytree=pytrees.flatten_pytree,
     array_type=jax_private.array_type(),

@@ -8,14 +8,14 @@ metadata, access through hooks, copies, displays.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, MutableMapping
 import copy
 from types import EllipsisType
 from typing import TYPE_CHECKING, Any, Generic, Self, TypeVar, cast, overload
 
 import jax
 
-from nnx import partitioning, reprlib
+from nnx import partitioning, reprlib, tracers
 from nnx.engine import _engine, pytrees
 from nnx.missing import MISSING
 from nnx.variable_metadata import (
@@ -33,6 +33,11 @@ from nnx.variable_settings import settings
 A = TypeVar("A")
 B = TypeVar("B")
 V = TypeVar("V", bound="Variable[Any]")
+
+# Metadata by which Flax says how it keeps a Variable.
+_FLAX_METADATA = frozenset(
+  "is_hijax has_ref is_mutable hijax ref mutable eager_sharding".split()
+)
 
 
 def is_ref(value: Any) -> bool:
@@ -53,6 +58,36 @@ def _copy_containers(value: Any) -> Any:
   if type(value) in (list, dict):
     return jax.tree.map(lambda x: x, value)
   return value
+
+
+class _MetadataView(MutableMapping):
+  """The metadata of a Variable, read and written as those of a dict."""
+
+  def __init__(self, variable: Variable[Any]):
+    self._variable = variable
+
+  def __getitem__(self, name: str) -> Any:
+    return self._variable._metadata[name]
+
+  def __setitem__(self, name: str, value: Any) -> None:
+    self._variable.set_metadata(name, value)
+
+  def __delitem__(self, name: str) -> None:
+    self._variable.del_metadata(name)
+
+  def __iter__(self) -> Iterator[str]:
+    return iter(self._variable._metadata)
+
+  def __len__(self) -> int:
+    return len(self._variable._metadata)
+
+  def __eq__(self, other: Any) -> bool:
+    return isinstance(other, Mapping) and dict(self) == dict(other)
+
+  __hash__ = None
+
+  def __repr__(self) -> str:
+    return repr(self._variable._metadata)
 
 
 class Variable(HasMetadata, Operators, reprlib.Displayable, Generic[A]):
@@ -461,11 +496,55 @@ class Variable(HasMetadata, Operators, reprlib.Displayable, Generic[A]):
     memo[id(self)] = result
     return result
 
-  def __reduce__(self):
-    raw = self.raw_value
-    if is_ref(raw):
-      raw = raw[...]
-    return _unpickle, (type(self), raw, dict(self._metadata))
+  # What programs of Flax reach for; under these names a Variable is pickled.
+
+  @property
+  def _raw_value(self) -> A:
+    return self.raw_value
+
+  @_raw_value.setter
+  def _raw_value(self, value: A) -> None:
+    # They set it where the check of the trace is to be avoided.
+    with tracers.unchecked():
+      self.raw_value = value
+
+  @property
+  def _var_metadata(self) -> MutableMapping[str, Any]:
+    return _MetadataView(self)
+
+  @_var_metadata.setter
+  def _var_metadata(self, metadata: Mapping[str, Any]) -> None:
+    self._replace_metadata(normalize_metadata(metadata))
+
+  @property
+  def _trace_state(self) -> tracers.TraceState:
+    return tracers.TraceState.of(self)
+
+  @_trace_state.setter
+  def _trace_state(self, state: tracers.TraceState) -> None:
+    tracers.TraceState.of(self)._jax_trace = state._jax_trace
+
+  def __getstate__(self) -> dict[str, Any]:
+    raw: Any = self.raw_value
+    return {
+      "_raw_value": raw[...] if is_ref(raw) else raw,
+      "_trace_state": tracers.TraceState(),
+      "_var_metadata": dict(self._metadata),
+    }
+
+  def __setstate__(self, state: Mapping[str, Any]) -> None:
+    metadata = state["_var_metadata"]
+    if "hijax" in metadata or "is_hijax" in metadata:
+      # Pickled by Flax, which writes down all of its switches.
+      kept = "ref" if metadata.get("ref") else None
+      metadata = {
+        name: value
+        for name, value in metadata.items()
+        if name not in _FLAX_METADATA or name == kept
+      }
+    self._replace_metadata(normalize_metadata(metadata))
+    value = state["_raw_value"]
+    self.raw_value = jax.new_ref(value) if metadata.get("ref") else value
 
   # Display.
 
@@ -494,9 +573,3 @@ class Variable(HasMetadata, Operators, reprlib.Displayable, Generic[A]):
 
 Variable.__module__ = "nnx.variablelib"
 pytrees.register_variable_type(Variable)
-
-
-def _unpickle(cls: type[V], value: Any, metadata: dict[str, Any]) -> V:
-  if metadata.get("ref"):
-    value = jax.new_ref(value)
-  return cls._make(value, metadata)

@@ -36,14 +36,17 @@ class use_eager_sharding:
   """
 
   def __init__(self, value: bool, /):
-    self._before = settings.eager_sharding
+    self._before = vars(settings).get("eager_sharding")
     settings.eager_sharding = bool(value)
 
   def __enter__(self) -> use_eager_sharding:
     return self
 
   def __exit__(self, *exc_info) -> None:
-    settings.eager_sharding = self._before
+    if self._before is None:  # the default, whatever it is by now
+      vars(settings).pop("eager_sharding", None)
+    else:
+      settings.eager_sharding = self._before
 
 
 def using_eager_sharding() -> bool:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 import functools
 import os
 from typing import Any
+import weakref
 
 import jax
 from jax import api_util
@@ -32,6 +33,15 @@ def trace_context() -> Any:
 def eval_trace() -> Any:
   """Returns the trace that is current outside of all transformations."""
   return _core.eval_trace
+
+
+def opaque_trace(trace: Any) -> Any:
+  """A trace as `jax.extend.core.get_opaque_trace_state` tells the current one.
+
+  Args:
+    trace: the trace, or None where it is no more.
+  """
+  return _core.OpaqueTraceState(None if trace is None else weakref.ref(trace))
 
 
 def debug_info(

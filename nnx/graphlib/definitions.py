@@ -70,6 +70,13 @@ class GraphDef(_engine.StructureBase, Generic[Node]):
     """
     return call((self, state, *states))
 
+  def __new__(cls, *args: Any, **kwargs: Any) -> GraphDef[Node]:
+    raise TypeError(
+      "A graphdef must come from `nnx.split` or `nnx.graphdef`, but its class"
+      " was called. One that `flax.nnx` has pickled is of another kind:"
+      " pickle the Module or the State, and make the graphdef of the Module."
+    )
+
   def __copy__(self) -> GraphDef[Node]:
     return self
 

@@ -46,14 +46,21 @@ class _Switch:
   """Sets a setting from the call on; for a block or function, as it is used."""
 
   _name: str
+  _before: bool | None
 
   def __init__(self, value: bool, /):
     self._value = bool(value)
-    self._before = getattr(_settings, self._name)
+    self._before = vars(_settings).get(self._name)
     setattr(_settings, self._name, self._value)
 
+  def _restore(self) -> None:
+    if self._before is None:  # the default, whatever it is by now
+      vars(_settings).pop(self._name, None)
+    else:
+      setattr(_settings, self._name, self._before)
+
   def __call__(self, fun: Callable[P, R], /) -> Callable[P, R]:
-    setattr(_settings, self._name, self._before)
+    self._restore()
 
     @functools.wraps(fun)
     def wrapped(*args: P.args, **kwargs: P.kwargs) -> R:
@@ -66,7 +73,7 @@ class _Switch:
     return self
 
   def __exit__(self, *exc_info) -> None:
-    setattr(_settings, self._name, self._before)
+    self._restore()
 
   @classmethod
   def current_value(cls) -> bool:

@@ -212,6 +212,11 @@ class MultiHeadAttention(CachedAttention):
       of range.
   """
 
+  # What an object pickled by Flax, whose layer has none of them, is without.
+  window = softcap = rope_base = None
+  rope_scale = 1.0
+  cached_key_scale = cached_value_scale = None
+
   def __init__(
     self,
     num_heads: int,

@@ -65,7 +65,7 @@ class LiftedModule(Module):
   """A Module that calls another one under a transform.
 
   `lifted(...)` calls the Module inside, `lifted.call.method(...)` a method of
-  it. Subclasses are `Jit`, `Remat`, `Vmap` and `Scan`.
+  it. Subclasses are `Jit`, `Remat`, `Vmap`, `Pmap` and `Scan`.
 
   Example:
 
@@ -359,6 +359,97 @@ class Vmap(LiftedModule):
     construct = mapping.map(module_constructor, None, None, mapping.node_axes)
     self.module_constructor = module_constructor
     self.vmap_module = construct(*module_init_args, **module_init_kwargs or {})
+    self._transformed = _by_method(
+      lambda f: mapping.map(f, in_axes, in_axes_kwargs, out_axes)
+    )
+
+
+class Pmap(LiftedModule):
+  """Modules made under `nnx.vmap` and called under `nnx.pmap`, one a device.
+
+  Example:
+
+    >>> import jax
+    >>> import jax.numpy as jnp
+    >>> import nnx
+    >>> n = jax.device_count()
+    >>> layers = nnx.Pmap.constructor(nnx.Linear, axis_size=n)(
+    ...   2, 3, rngs=nnx.Rngs(0)
+    ... )
+    >>> layers.pmap_module.kernel.shape == (n, 2, 3)
+    True
+    >>> layers(jnp.ones((n, 1, 2))).shape == (n, 1, 3)
+    True
+
+  Args:
+    module_constructor: as in `nnx.Vmap`.
+    axis_name: as in `nnx.pmap`.
+    in_axes: as in `nnx.Vmap`.
+    out_axes: the axis of the result.
+    static_broadcasted_argnums: must be empty: a method gets its arguments
+      mapped.
+    devices: as in `nnx.pmap`.
+    backend: the same.
+    axis_size: the same; needed to make the Module.
+    donate_argnums: must be empty.
+    global_arg_shapes: must be None; jax has given it up.
+    in_axes_kwargs: as in `nnx.Vmap`.
+    state_axes: the same.
+    split_rngs: the same.
+    transform_metadata: as in `nnx.pmap`.
+    module_init_args: positional arguments for `module_constructor`.
+    module_init_kwargs: its keyword arguments.
+  """
+
+  _inside = "pmap_module"
+
+  def __init__(
+    self,
+    module_constructor: Callable[..., Any],
+    *,
+    axis_name: Any = None,
+    in_axes: Any = 0,
+    out_axes: Any = 0,
+    static_broadcasted_argnums: Any = (),
+    devices: Any = None,
+    backend: str | None = None,
+    axis_size: int | None = None,
+    donate_argnums: Any = (),
+    global_arg_shapes: Any = None,
+    in_axes_kwargs: Any = 0,
+    state_axes: Mapping[Any, Any] = _ALL_MAPPED,
+    split_rngs: Any = ...,
+    transform_metadata: Mapping[str, Any] | None = None,
+    module_init_args: tuple[Any, ...] = (),
+    module_init_kwargs: Mapping[str, Any] | None = None,
+  ):
+    for name, value in (
+      ("static_broadcasted_argnums", static_broadcasted_argnums),
+      ("donate_argnums", donate_argnums),
+      ("global_arg_shapes", global_arg_shapes),
+    ):
+      if value not in ((), [], None):
+        raise ValueError(f"`{name}` must be left out, but got `{value}`.")
+    self.module_constructor = module_constructor
+    self.pmap_module = Vmap(
+      module_constructor,
+      axis_name=axis_name,
+      axis_size=axis_size,
+      state_axes=state_axes,
+      split_rngs=split_rngs,
+      transform_metadata=transform_metadata,
+      module_init_args=module_init_args,
+      module_init_kwargs=module_init_kwargs,
+    ).vmap_module
+    transform = functools.partial(
+      vmap_lib.pmap,
+      axis_name=axis_name,
+      devices=devices,
+      backend=backend,
+      axis_size=axis_size,
+      transform_metadata=transform_metadata,
+    )
+    mapping = _Mapping(transform, state_axes, split_rngs, axis_size)
     self._transformed = _by_method(
       lambda f: mapping.map(f, in_axes, in_axes_kwargs, out_axes)
     )

@@ -133,6 +133,26 @@ class JitWrapped(_engine.JitFunction, Generic[P, R]):
     functools.update_wrapper(self, options.fun)
     jax_private.register_cache(self, "nnx.jit")
 
+  # What programs of Flax ask for: there a jitted function of jax is inside.
+
+  @property
+  def jitted_fn(self) -> JitWrapped:
+    """What is compiled, with `_cache_size` and the like: the function itself.
+
+    Example:
+
+      >>> import nnx
+      >>> double = nnx.jit(lambda x: 2 * x)
+      >>> double(1.0), double.jitted_fn._cache_size()
+      (Array(2., dtype=float32, weak_type=True), 1)
+    """
+    return self
+
+  @property
+  def fun(self) -> Callable[..., Any]:
+    """The function that was given to `nnx.jit`."""
+    return self.options.fun
+
   def _explain(
     self,
     error: BaseException,

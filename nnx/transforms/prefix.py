@@ -54,6 +54,14 @@ class FilterMap:
     self.filters = tuple(filter_ for filter_, _ in pairs)
     self.entries = tuple(entry for _, entry in pairs)
 
+  def __setstate__(self, state: Any) -> None:
+    if isinstance(state, tuple):  # of an object with slots
+      self.filters, self.entries = state[1]["filters"], state[1]["entries"]
+    else:  # pickled by Flax
+      self.filters = state["_filters"]
+      name = "_axes" if "_axes" in state else "_shardings"
+      self.entries = state[name]
+
   def items(self) -> list[tuple[Any, Any]]:
     """The pairs of a filter and an entry."""
     return list(zip(self.filters, self.entries))

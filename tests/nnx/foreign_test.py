@@ -12,7 +12,8 @@ import nnx
 
 _WAYS_OUT = (
   r".*Make it with `nnx`, which has the same names, or convert it:"
-  r" `bridge.from_flax_nnx\(...\)`"
+  r" `bridge.from_flax_nnx\(...\)`\. `import nnx.as_flax`, first in a program,"
+  r" puts `nnx` in the place of `flax.nnx`\."
 )
 
 

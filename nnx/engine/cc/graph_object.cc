@@ -49,26 +49,32 @@ bool IsTraceOf(const GraphObject* object, PyObject* trace) {
   return WeakrefTarget(object->trace_ref) == trace;
 }
 
-void RaiseTraceError(PyObject* object) {
+// Raises, unless Python knows that the object may be changed: returns that.
+static bool RaiseTraceError(PyObject* object) {
   const Runtime& rt = GetRuntime();
   if (!rt.trace_error) {
     PyErr_SetString(PyExc_RuntimeError,
                     "Cannot change an object made under another trace.");
-    return;
+    return false;
   }
   Ref error = Ref::Steal(PyObject_CallOneArg(rt.trace_error, object));
-  if (!error) return;
+  if (!error) return false;
+  if (error.get() == Py_None) return true;
   PyErr_SetObject(reinterpret_cast<PyObject*>(Py_TYPE(error.get())),
                   error.get());
+  return false;
+}
+
+bool CheckTrace(PyObject* object, PyObject* trace) {
+  return BelongsToTrace(AsGraphObject(object), trace) ||
+         RaiseTraceError(object);
 }
 
 bool CheckCanUpdate(PyObject* object) {
   PyObject* trace = nullptr;
   if (!CurrentTrace(&trace)) return false;
-  const bool belongs = BelongsToTrace(AsGraphObject(object), trace);
-  Py_XDECREF(trace);
-  if (!belongs) RaiseTraceError(object);
-  return belongs;
+  const Ref keep = Ref::Steal(trace);
+  return CheckTrace(object, trace);
 }
 
 // Remembers the innermost frame outside of the library and of JAX: the code
@@ -130,6 +136,13 @@ PyObject* CanUpdateGetter(PyObject* self, void*) {
   const bool belongs = BelongsToTrace(AsGraphObject(self), trace);
   Py_XDECREF(trace);
   return PyBool_FromLong(belongs);
+}
+
+PyObject* GetTraceRef(PyObject* self, void*) {
+  PyObject* ref = AsGraphObject(self)->trace_ref;
+  if (!ref) Py_RETURN_NONE;
+  Py_INCREF(ref);
+  return ref;
 }
 
 int TraverseShared(GraphObject* self, visitproc visit, void* arg) {

@@ -38,9 +38,9 @@ inline bool BelongsToTrace(const GraphObject* object, PyObject* trace) {
   if (!object->trace_ref) return trace == nullptr;
   return trace && IsTraceOf(object, trace);
 }
-// Raises the trace error for `object`.
-void RaiseTraceError(PyObject* object);
-// Both together, for the current trace.
+// Raises unless it may, or Python, asked as the last, lets it.
+bool CheckTrace(PyObject* object, PyObject* trace);
+// The same for the current trace.
 bool CheckCanUpdate(PyObject* object);
 
 // What the constructors of both base types do: remember the line of the user's
@@ -54,8 +54,53 @@ bool RecordTrace(GraphObject* object);
 PyObject* GetOrigin(PyObject* self, void*);
 PyObject* CanUpdateGetter(PyObject* self, void*);
 PyObject* CheckCanUpdateMethod(PyObject* self, PyObject*);
+PyObject* GetTraceRef(PyObject* self, void*);
 int TraverseShared(GraphObject* self, visitproc visit, void* arg);
 void ClearShared(GraphObject* self);
+
+// `__setattr__` and `__delattr__` are methods, not slots: `object.__setattr__`
+// refuses a type whose C base has a slot of its own, and a frozen
+// dataclass is made with it, as is what goes past the checks on purpose.
+template <setattrofunc kSet>
+PyObject* SetAttrMethod(PyObject* self, PyObject* const* args,
+                        Py_ssize_t nargs) {
+  if (nargs != 2) {
+    PyErr_Format(PyExc_TypeError,
+                 "`__setattr__` takes a name and a value, but got %zd "
+                 "arguments.",
+                 nargs);
+    return nullptr;
+  }
+  if (kSet(self, args[0], args[1]) < 0) return nullptr;
+  Py_RETURN_NONE;
+}
+
+template <setattrofunc kSet>
+PyObject* DelAttrMethod(PyObject* self, PyObject* name) {
+  if (kSet(self, name, nullptr) < 0) return nullptr;
+  Py_RETURN_NONE;
+}
+
+// Set on the finished type, as Python does it for a class with these methods:
+// CPython then gives the type, and all below it, the slot that calls them.
+template <setattrofunc kSet>
+bool AddSetAttrMethods(PyObject* type) {
+  static PyMethodDef methods[] = {
+      {"__setattr__", reinterpret_cast<PyCFunction>(SetAttrMethod<kSet>),
+       METH_FASTCALL, "Sets an attribute, with the checks of the class."},
+      {"__delattr__", DelAttrMethod<kSet>, METH_O,
+       "Deletes an attribute, with the checks of the class."},
+  };
+  for (PyMethodDef& method : methods) {
+    Ref descriptor = Ref::Steal(
+        PyDescr_NewMethod(reinterpret_cast<PyTypeObject*>(type), &method));
+    if (!descriptor ||
+        PyObject_SetAttrString(type, method.ml_name, descriptor.get()) < 0) {
+      return false;
+    }
+  }
+  return true;
+}
 
 // An int among the attributes of a class: flags that Python keeps for the
 // engine.

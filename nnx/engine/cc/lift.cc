@@ -302,10 +302,7 @@ Ref Apply(PyObject* plan, PyObject* const* objects, PyObject* const* leaves,
       Ref keep = Ref::Steal(trace);
       // All or nothing: a refused write leaves every Variable as it was.
       for (const auto& [index, output] : data.writes) {
-        if (!BelongsToTrace(AsGraphObject(objects[index]), trace)) {
-          RaiseTraceError(objects[index]);
-          return Ref();
-        }
+        if (!CheckTrace(objects[index], trace)) return Ref();
       }
       for (const auto& [index, output] : data.writes) {
         SetRaw(AsVariable(objects[index]), outputs[output]);

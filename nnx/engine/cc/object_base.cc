@@ -81,27 +81,6 @@ int ObjectSetAttr(PyObject* self, PyObject* name, PyObject* value) {
   return result ? 0 : -1;
 }
 
-// `__setattr__` and `__delattr__` are methods, not slots: `object.__setattr__`
-// refuses a type whose C base has a slot of its own, and a frozen
-// dataclass is made with it, as is what goes past the checks on purpose.
-PyObject* ObjectSetAttrMethod(PyObject* self, PyObject* const* args,
-                              Py_ssize_t nargs) {
-  if (nargs != 2) {
-    PyErr_Format(PyExc_TypeError,
-                 "`__setattr__` takes a name and a value, but got %zd "
-                 "arguments.",
-                 nargs);
-    return nullptr;
-  }
-  if (ObjectSetAttr(self, args[0], args[1]) < 0) return nullptr;
-  Py_RETURN_NONE;
-}
-
-PyObject* ObjectDelAttrMethod(PyObject* self, PyObject* name) {
-  if (ObjectSetAttr(self, name, nullptr) < 0) return nullptr;
-  Py_RETURN_NONE;
-}
-
 PyObject* ObjectSetAttrRaw(PyObject* self, PyObject* const* args,
                            Py_ssize_t nargs) {
   if (nargs != 2) {
@@ -158,6 +137,9 @@ PyGetSetDef object_getset[] = {
      "The SourceLine of the user's code that made it, or None.", nullptr},
     {"_can_update", CanUpdateGetter, nullptr,
      "Whether it may be changed under the current trace.", nullptr},
+    {"_trace_ref", GetTraceRef, nullptr,
+     "A weak reference to the trace it belongs to, or None outside of all.",
+     nullptr},
     {nullptr, nullptr, nullptr, nullptr, nullptr},
 };
 
@@ -170,27 +152,6 @@ PyMethodDef object_methods[] = {
      "_delattr_raw(name): deletes without any check."},
     {nullptr, nullptr, 0, nullptr},
 };
-
-PyMethodDef setattr_methods[] = {
-    {"__setattr__", reinterpret_cast<PyCFunction>(ObjectSetAttrMethod),
-     METH_FASTCALL, "Sets an attribute, with the checks of a Pytree."},
-    {"__delattr__", ObjectDelAttrMethod, METH_O,
-     "Deletes an attribute, with the checks of a Pytree."},
-};
-
-// Set on the finished type, as Python does it for a class with these methods:
-// CPython then gives the type, and all below it, the slot that calls them.
-bool AddSetAttrMethods(PyObject* type) {
-  for (PyMethodDef& method : setattr_methods) {
-    Ref descriptor = Ref::Steal(
-        PyDescr_NewMethod(reinterpret_cast<PyTypeObject*>(type), &method));
-    if (!descriptor ||
-        PyObject_SetAttrString(type, method.ml_name, descriptor.get()) < 0) {
-      return false;
-    }
-  }
-  return true;
-}
 
 PyType_Slot object_slots[] = {
     {Py_tp_doc, const_cast<char*>("Base of Pytree, Object and Module.")},
@@ -231,7 +192,7 @@ Ref NewObject(PyTypeObject* type, PyObject* status, const GraphObject* origin) {
 
 bool InitObjectBase(PyObject* module) {
   Ref type = Ref::Steal(PyType_FromSpec(&object_spec));
-  if (!type || !AddSetAttrMethods(type.get())) return false;
+  if (!type || !AddSetAttrMethods<ObjectSetAttr>(type.get())) return false;
   g_object_base = reinterpret_cast<PyTypeObject*>(type.get());
   return PyModule_AddObject(module, "ObjectBase", type.release()) == 0;
 }

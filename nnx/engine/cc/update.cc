@@ -93,12 +93,6 @@ class Updater {
     Ref old;  // null: there was none
   };
 
-  static bool CheckTrace(PyObject* object, PyObject* trace) {
-    if (BelongsToTrace(AsGraphObject(object), trace)) return true;
-    RaiseTraceError(object);
-    return false;
-  }
-
   bool PlanVariable(PyObject* variable, PyObject* value) {
     if (IsForeign(value)) {
       RaiseForeign(value, PathText(path_));

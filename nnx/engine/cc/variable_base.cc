@@ -258,6 +258,9 @@ PyGetSetDef variable_getset[] = {
      "The SourceLine of the user's code that made it, or None.", nullptr},
     {"_can_update", CanUpdateGetter, nullptr,
      "Whether it may be changed under the current trace.", nullptr},
+    {"_trace_ref", GetTraceRef, nullptr,
+     "A weak reference to the trace it belongs to, or None outside of all.",
+     nullptr},
     {nullptr, nullptr, nullptr, nullptr, nullptr},
 };
 
@@ -282,7 +285,6 @@ PyType_Slot variable_slots[] = {
     {Py_tp_traverse, reinterpret_cast<void*>(VariableTraverse)},
     {Py_tp_clear, reinterpret_cast<void*>(VariableClear)},
     {Py_tp_getattro, reinterpret_cast<void*>(VariableGetAttr)},
-    {Py_tp_setattro, reinterpret_cast<void*>(VariableSetAttr)},
     {Py_mp_subscript, reinterpret_cast<void*>(VariableSubscript)},
     {Py_mp_ass_subscript, reinterpret_cast<void*>(VariableAssignSubscript)},
     {Py_tp_members, variable_members},
@@ -337,7 +339,7 @@ Ref NewVariable(PyTypeObject* type, PyObject* raw, PyObject* metadata,
 
 bool InitVariableBase(PyObject* module) {
   Ref type = Ref::Steal(PyType_FromSpec(&variable_spec));
-  if (!type) return false;
+  if (!type || !AddSetAttrMethods<VariableSetAttr>(type.get())) return false;
   g_variable_base = reinterpret_cast<PyTypeObject*>(type.get());
   return PyModule_AddObject(module, "VariableBase", type.release()) == 0;
 }

@@ -1,0 +1,100 @@
+"""What of Flax stays Flax's, and must mean the same as here.
+
+Exceptions become one class for both, and the options of `flax.config` say what
+is the default here as they do in `flax.nnx`.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from typing import Any
+
+import nnx
+from nnx import errors, variablelib
+from nnx.graphlib import modes
+
+# Options of `flax.config`, and the setting whose default each says.
+OPTIONS = {
+  "nnx_graph_mode": (modes._Settings, "graph_mode"),
+  "nnx_graph_updates": (modes._Settings, "graph_updates"),
+  "flax_always_shard_variable": (variablelib._Settings, "eager_sharding"),
+  "flax_hijax_variable": (variablelib._Settings, "hijax"),
+}
+
+# Those that have no counterpart here, and what they are in Flax.
+FIXED = {"flax_pytree_module": True, "flax_max_repr_depth": None}
+
+
+class _Option:
+  """The default of a setting, as `flax.config` has it at the time."""
+
+  def __init__(self, config: Any, name: str):
+    self._config = config
+    self._name = name
+
+  def __get__(self, instance: Any, owner: type) -> Any:
+    return getattr(self._config, self._name)
+
+
+def agree() -> None:
+  """Has the Flax that is loaded agree with `nnx`; more than once, if need be.
+
+  Example:
+
+    >>> import flax, nnx
+    >>> import nnx.as_flax
+    >>> flax.errors.TraceContextError is nnx.TraceContextError
+    True
+  """
+  flax = sys.modules["flax"]
+  _share_errors(flax.errors)
+  for option, (settings, name) in OPTIONS.items():
+    if hasattr(flax.config, option) and hasattr(settings, name):
+      setattr(settings, name, _Option(flax.config, option))
+
+
+def check_options() -> None:
+  """Refuses options that nothing here would heed.
+
+  Example:
+
+    >>> from nnx.as_flax import agreement
+    >>> agreement.check_options()
+
+  Raises:
+    ValueError: if one of them is not what it is by default.
+  """
+  config = importlib.import_module("flax").config
+  for name, value in FIXED.items():
+    given = getattr(config, name, value)
+    if given != value:
+      raise ValueError(
+        f"`flax.config.{name}` must be `{value}` where `nnx.as_flax` puts `nnx`"
+        f" in the place of `flax.nnx`, but is `{given}`. Leave the option out."
+      )
+
+
+def _share_errors(theirs: Any) -> None:
+  if isinstance(theirs.TraceContextError, type) and issubclass(
+    theirs.TraceContextError, _OurTraceContextError
+  ):
+    return
+
+  class TraceContextError(_OurTraceContextError, theirs.FlaxError):
+    __doc__ = _OurTraceContextError.__doc__
+
+    def __init__(self, *args: Any):
+      # Past Flax's, which would add the address of a page of its own.
+      Exception.__init__(self, *args)
+
+    def __reduce__(self) -> Any:
+      return Exception.__reduce__(self)
+
+  TraceContextError.__module__ = errors.__name__
+  TraceContextError.__qualname__ = "TraceContextError"
+  for module in (theirs, errors, nnx):
+    module.TraceContextError = TraceContextError
+
+
+_OurTraceContextError = errors.TraceContextError
