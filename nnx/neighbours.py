@@ -23,9 +23,11 @@ class _SecondName(importlib.abc.MetaPathFinder, importlib.abc.Loader):
     self._prefix = f"nnx.{name}."
 
   def find_spec(self, fullname, path=None, target=None):
-    if fullname.startswith(self._prefix):
-      return importlib.machinery.ModuleSpec(fullname, self)
-    return None
+    if not fullname.startswith(self._prefix):
+      return None
+    if importlib.util.find_spec(fullname.removeprefix("nnx.")) is None:
+      return None
+    return importlib.machinery.ModuleSpec(fullname, self)
 
   def create_module(self, spec):
     module = importlib.import_module(spec.name.removeprefix("nnx."))

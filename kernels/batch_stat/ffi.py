@@ -30,11 +30,9 @@ HANDLERS = {
   TARGET_GRAD_INPUT: "grad_input",
 }
 
-CPU_LIBRARY = libraries.Library(
-  "kernels.batch_stat.cpu._batch_stat_cpu", HANDLERS
-)
+CPU_LIBRARY = libraries.Library(f"{__package__}.cpu._batch_stat_cpu", HANDLERS)
 CUDA_LIBRARY = libraries.Library(
-  "kernels.batch_stat.cuda._batch_stat_cuda", HANDLERS, platform="CUDA"
+  f"{__package__}.cuda._batch_stat_cuda", HANDLERS, platform="CUDA"
 )
 
 _DTYPES = ("float64", "float32", "bfloat16", "float16")

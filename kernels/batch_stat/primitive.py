@@ -16,7 +16,7 @@ from jax import lax
 from ..common import arrays, dispatch, libraries
 from . import costs, ffi, reference, sharding, signatures
 
-_PALLAS = "kernels.batch_stat.pallas_tpu"
+_PALLAS = f"{__package__}.pallas_tpu"
 
 
 def _statistic(x, feature_axis, batch_axes, inputs):

@@ -15,11 +15,11 @@ APPEND_TARGET = "decode_attention_append_and_attend"
 ATTEND_TARGET = "decode_attention_attend"
 
 LIBRARY = libraries.Library(
-  "kernels.decode_attention.cpu._decode_attention_cpu",
+  f"{__package__}.cpu._decode_attention_cpu",
   {APPEND_TARGET: "append_and_attend", ATTEND_TARGET: "attend"},
 )
 CUDA_LIBRARY = libraries.Library(
-  "kernels.decode_attention.cuda._decode_attention_cuda",
+  f"{__package__}.cuda._decode_attention_cuda",
   {APPEND_TARGET: "append_and_attend", ATTEND_TARGET: "attend"},
   platform="CUDA",
 )

@@ -17,7 +17,7 @@ from ..cache import checks as cache_checks
 from ..common import arrays, dispatch, jax_private, libraries
 from . import checks, ffi, reference
 
-_PALLAS = "kernels.decode_attention.pallas_tpu"
+_PALLAS = f"{__package__}.pallas_tpu"
 
 # Operands that a batch does not have an axis of.
 _SHARED = ("rope_cos", "rope_sin", "sinks")

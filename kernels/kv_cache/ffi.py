@@ -14,10 +14,10 @@ from . import reference
 TARGET = "kv_cache_update"
 
 LIBRARY = libraries.Library(
-  "kernels.kv_cache.cpu._kv_cache_cpu", {TARGET: "kv_cache_update"}
+  f"{__package__}.cpu._kv_cache_cpu", {TARGET: "kv_cache_update"}
 )
 CUDA_LIBRARY = libraries.Library(
-  "kernels.kv_cache.cuda._kv_cache_cuda",
+  f"{__package__}.cuda._kv_cache_cuda",
   {TARGET: "kv_cache_update"},
   platform="CUDA",
 )

@@ -21,7 +21,7 @@ from ..cache import (
 from ..common import arrays, dispatch, jax_private, libraries
 from . import ffi, reference
 
-_PALLAS = "kernels.kv_cache.pallas_tpu"
+_PALLAS = f"{__package__}.pallas_tpu"
 
 
 def _abstract_eval(*avals, **params):

@@ -11,15 +11,15 @@ import sys
 from typing import Any
 
 import nnx
-from nnx import errors, variablelib
+from nnx import errors, variable_settings
 from nnx.graphlib import modes
 
 # Options of `flax.config`, and the setting whose default each says.
 OPTIONS = {
   "nnx_graph_mode": (modes._Settings, "graph_mode"),
   "nnx_graph_updates": (modes._Settings, "graph_updates"),
-  "flax_always_shard_variable": (variablelib._Settings, "eager_sharding"),
-  "flax_hijax_variable": (variablelib._Settings, "hijax"),
+  "flax_always_shard_variable": (variable_settings.Settings, "eager_sharding"),
+  "flax_hijax_variable": (variable_settings.Settings, "hijax"),
 }
 
 # Those that have no counterpart here, and what they are in Flax.
