@@ -26,7 +26,7 @@ class Parts:
   Example:
 
     >>> from nnx import reprlib
-    >>> print(reprs.to_text(reprs.Parts("Point", [("x", 1), ("y", 2)])))
+    >>> print(reprlib.to_text(reprlib.Parts("Point", [("x", 1), ("y", 2)])))
     Point(
       x=1,
       y=2
@@ -74,8 +74,8 @@ def showing(**settings: bool) -> Iterator[None]:
 
     >>> import jax.numpy as jnp
     >>> from nnx import reprlib
-    >>> with reprs.showing(summarize=True):
-    ...   print(reprs.value_text(jnp.ones((2, 3))))
+    >>> with reprlib.showing(summarize=True):
+    ...   print(reprlib.value_text(jnp.ones((2, 3))))
     Array(shape=(2, 3), dtype=dtype('float32'))
 
   Args:
@@ -96,7 +96,7 @@ def setting(name: str) -> bool:
   Example:
 
     >>> from nnx import reprlib
-    >>> reprs.setting("in_state")
+    >>> reprlib.setting("in_state")
     False
   """
   return _context.settings[name]
@@ -108,7 +108,7 @@ def memo() -> dict[Any, Any]:
   Example:
 
     >>> from nnx import reprlib
-    >>> reprs.memo()
+    >>> reprlib.memo()
     {}
   """
   return _context.memo if _context.active else {}
@@ -120,7 +120,7 @@ def in_notebook() -> bool:
   Example:
 
     >>> from nnx import reprlib
-    >>> reprs.in_notebook()
+    >>> reprlib.in_notebook()
     False
   """
   ipython = sys.modules.get("IPython")
@@ -140,7 +140,7 @@ def set_notebook_renderer(
 
     >>> from nnx import reprlib
     >>> from nnx.display import to_treescope
-    >>> reprs.set_notebook_renderer(to_treescope)
+    >>> reprlib.set_notebook_renderer(to_treescope)
 
   Args:
     renderer: takes an object, its path and treescope's renderer of what is
@@ -155,9 +155,9 @@ class Displayable:
   Example:
 
     >>> from nnx import reprlib
-    >>> class Point(reprs.Displayable):
+    >>> class Point(reprlib.Displayable):
     ...   def _display(self):
-    ...     return reprs.Parts("Point", [("x", 1)])
+    ...     return reprlib.Parts("Point", [("x", 1)])
     >>> Point()
     Point(
       x=1
@@ -187,7 +187,7 @@ class Size:
 
     >>> import numpy as np
     >>> from nnx import reprlib
-    >>> reprs.Size.of({"a": np.ones((2, 3), np.float32)})
+    >>> reprlib.Size.of({"a": np.ones((2, 3), np.float32)})
     6 (24 B)
   """
 
@@ -238,7 +238,7 @@ def value_text(value: Any) -> str:
   Example:
 
     >>> from nnx import reprlib
-    >>> reprs.value_text((int, "a"))
+    >>> reprlib.value_text((int, "a"))
     "(int, 'a')"
 
   Args:
@@ -282,7 +282,7 @@ def to_text(target: Parts | Displayable) -> str:
   Example:
 
     >>> from nnx import reprlib
-    >>> reprs.to_text(reprs.Parts("Empty", []))
+    >>> reprlib.to_text(reprlib.Parts("Empty", []))
     'Empty()'
 
   Args:

@@ -62,7 +62,7 @@ def test_its_name_and_contents(wheel):
   names = set(zipfile.ZipFile(wheel).namelist())
   for name in ("engine/_engine.so", "engine/_engine.pyi", "py.typed"):
     assert f"nnx/{name}" in names
-  for name in ("kernels/kv_cache/_kv_cache_cpu.so", "bridge/py.typed"):
+  for name in ("kernels/kv_cache/cpu/_kv_cache_cpu.so", "bridge/py.typed"):
     assert f"nnx/{name}" in names
   tops = {name.split("/")[0] for name in names}
   assert tops == {"nnx", wheel.name.split("-cp")[0] + ".dist-info"}
