@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Self, TypeVar
 
-from nnx import filterlib as filters_lib
-from nnx import reprlib
+from nnx import filterlib, reprlib
 from nnx.nested_mappings import one_or_tuple, sorted_by_path, split_pairs
 
 V = TypeVar("V")
 
-PathParts = filters_lib.PathParts
-Filter = filters_lib.Filter
+PathParts = filterlib.PathParts
+Filter = filterlib.Filter
 
 
 class FlatLeaves(reprlib.Displayable, Sequence[tuple[PathParts, V]]):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from typing import Any, TypeVar
 
-from nnx import filterlib as filters_lib
+from nnx import filterlib
 from nnx.graphlib import functional
 from nnx.module_base import Module as Module
 from nnx.module_base import first_from as first_from
@@ -17,7 +17,7 @@ from nnx.module_capture import capture as capture
 
 A = TypeVar("A")
 
-Filter = filters_lib.Filter
+Filter = filterlib.Filter
 
 
 def with_attributes(
@@ -59,7 +59,7 @@ def with_attributes(
     ValueError: if no selected module has one of the attributes.
   """
   del graph
-  selected = filters_lib.to_predicate(only)
+  selected = filterlib.to_predicate(only)
   remaining = set(attributes)
 
   def visit(path, value):
@@ -130,7 +130,7 @@ def view(
     ValueError: if no selected module takes one of the keywords.
   """
   del graph
-  selected = filters_lib.to_predicate(only)
+  selected = filterlib.to_predicate(only)
   remaining = set(kwargs)
 
   def visit(path, value):
@@ -184,7 +184,7 @@ def view_info(
     A paragraph for each class with a method `set_view`, by name.
   """
   del graph
-  selected = filters_lib.to_predicate(only)
+  selected = filterlib.to_predicate(only)
   classes = {
     type(value)
     for path, value in functional.iter_graph(node)

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 import jax
 import jax.numpy as jnp
 
-from nnx import filterlib as filters_lib
+from nnx import filterlib
 from nnx.engine import _engine
 from nnx.graphlib import functional
 from nnx.pytreelib import Pytree
@@ -18,9 +18,9 @@ A = TypeVar("A")
 B = TypeVar("B")
 M = TypeVar("M", bound="Module")
 
-Filter = filters_lib.Filter
-Key = filters_lib.Key
-PathParts = filters_lib.PathParts
+Filter = filterlib.Filter
+Key = filterlib.Key
+PathParts = filterlib.PathParts
 
 # The name that it has in Flax, whose guides show it.
 CAPTURES = "__captures__"
@@ -247,7 +247,7 @@ class Module(Pytree):
       ValueError: if no selected module has one of the attributes.
     """
     del graph
-    selected = filters_lib.to_predicate(filters or ...)
+    selected = filterlib.to_predicate(filters or ...)
     remaining = set(attributes)
     for path, module in list(iter_modules(self)):
       if selected(path, module):

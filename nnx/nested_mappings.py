@@ -6,14 +6,13 @@ import collections.abc
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
-from nnx import filterlib as filters_lib
-from nnx import reprlib, restored
+from nnx import filterlib, reprlib, restored
 from nnx.engine import _engine, preorder
 
 V = TypeVar("V")
 
-PathParts = filters_lib.PathParts
-Filter = filters_lib.Filter
+PathParts = filterlib.PathParts
+Filter = filterlib.Filter
 
 
 def path_sort_key(path: PathParts) -> tuple[tuple[bool, Any], ...]:
@@ -122,7 +121,7 @@ def split_pairs(
     >>> split_pairs([(("a",), 1), (("b",), 2.0)], (int,))
     [[(('a',), 1)], [(('b',), 2.0)]]
   """
-  predicates = filters_lib.filters_to_predicates(filters)
+  predicates = filterlib.filters_to_predicates(filters)
   parts: list[list[Any]] = [[] for _ in range(len(predicates) + 1)]
   for path, leaf in pairs:
     for i, predicate in enumerate(predicates):

@@ -11,11 +11,11 @@ from jax import random
 import jax.numpy as jnp
 import numpy as np
 
-from nnx import filterlib as filters_lib
+from nnx import filterlib
 from nnx.pytreelib import Pytree
 from nnx.variablelib import Variable
 
-Filter = filters_lib.Filter
+Filter = filterlib.Filter
 Shape = int | tuple[int, ...]
 
 
@@ -414,13 +414,13 @@ class Rngs(_RandomMethods, Pytree):
     )
 
 
-def stream_rules(rules: Any) -> list[tuple[filters_lib.Predicate, Any]]:
+def stream_rules(rules: Any) -> list[tuple[filterlib.Predicate, Any]]:
   """Predicates and arguments, of a mapping from filters or one argument."""
   if rules is None:
     return []
   if not isinstance(rules, Mapping):
     rules = {...: rules}
-  return [(filters_lib.to_predicate(f), value) for f, value in rules.items()]
+  return [(filterlib.to_predicate(f), value) for f, value in rules.items()]
 
 
 for _cls in (RngState, RngCount, RngKey, RngStream, Rngs):

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, TypeVar, cast
 import jax
 from jax import random
 
-from nnx import filterlib as filters_lib
+from nnx import filterlib
 from nnx.graphlib import functional, modes
 from nnx.missing import MISSING
 from nnx.rng_streams import RngCount as RngCount
@@ -26,7 +26,7 @@ from nnx.rng_streams import next_key_and_count, stream_rules, zeros_of_counts
 A = TypeVar("A")
 F = TypeVar("F", bound=Callable[..., Any])
 
-Filter = filters_lib.Filter
+Filter = filterlib.Filter
 Shape = int | tuple[int, ...]
 
 
@@ -39,7 +39,7 @@ def _streams(node: Any) -> list[tuple[tuple[Any, ...], RngStream]]:
 
 
 def _selects(
-  predicate: filters_lib.Predicate, path: tuple[Any, ...], stream: RngStream
+  predicate: filterlib.Predicate, path: tuple[Any, ...], stream: RngStream
 ) -> bool:
   return predicate((*path, "key"), stream.key) and predicate(
     (*path, "count"), stream.count
@@ -173,8 +173,8 @@ def fork(
     else tuple(1 if n is None else n for n in split_pattern)
   )
   parts = state.split(
-    filters_lib.All(split_filter, RngKey),
-    filters_lib.All(split_filter, RngCount),
+    filterlib.All(split_filter, RngKey),
+    filterlib.All(split_filter, RngCount),
     RngKey,
     RngCount,
   )
@@ -278,7 +278,7 @@ def split_rngs(
       f"`squeeze` drops an axis of size 1, but got `splits={splits}`. Use"
       " `splits=1`."
     )
-  predicate = filters_lib.to_predicate(only)
+  predicate = filterlib.to_predicate(only)
 
   def split(stream: RngStream) -> tuple[jax.Array, jax.Array]:
     shape = stream.count.shape
@@ -447,13 +447,13 @@ def with_rngs(
   }
   compiled = {
     name: [
-      (filter, filters_lib.to_predicate(filter), argument)
+      (filter, filterlib.to_predicate(filter), argument)
       for filter, argument in by_filter.items()
       if argument is not None
     ]
     for name, by_filter in rules.items()
   }
-  selects = filters_lib.to_predicate(only)
+  selects = filterlib.to_predicate(only)
 
   def visit(path, value):
     if not isinstance(value, RngStream) or not selects(path, value):

@@ -25,8 +25,7 @@ from typing import (
 
 import jax
 
-from nnx import filterlib as filters_lib
-from nnx import flat_states, reprlib
+from nnx import filterlib, flat_states, reprlib
 from nnx.engine import _engine, pytrees
 from nnx.nested_mappings import copy_mapping as copy_mapping
 from nnx.nested_mappings import (
@@ -43,9 +42,9 @@ from nnx.nested_mappings import unflatten_mapping as unflatten_mapping
 K = TypeVar("K")
 V = TypeVar("V")
 
-Key = filters_lib.Key
-PathParts = filters_lib.PathParts
-Filter = filters_lib.Filter
+Key = filterlib.Key
+PathParts = filterlib.PathParts
+Filter = filterlib.Filter
 
 
 class FlatState(flat_states.FlatLeaves[V]):
@@ -621,7 +620,7 @@ def _split(
   state: Mapping[Any, Any], filters: Sequence[Filter], *, exhaustive: bool
 ) -> Any:
   parts = _engine.split_mapping(
-    raw_mapping(state), filters_lib.engine_filters(filters), exhaustive
+    raw_mapping(state), filterlib.engine_filters(filters), exhaustive
   )
   cls = type(state) if isinstance(state, State) else State
   return one_or_tuple([cls._from_nested(part) for part in parts])

@@ -15,7 +15,7 @@ import functools
 import threading
 from typing import Any
 
-from nnx import filterlib as filters_lib
+from nnx import filterlib
 from nnx.engine import _engine
 from nnx.graphlib.states import as_state, merged
 
@@ -49,9 +49,7 @@ class SplitContext:
     # Inside of a transform, the copies that its merge has made.
     self._updated = update.inner if update is not None else None
 
-  def split(
-    self, node: Any, /, *filters: filters_lib.Filter
-  ) -> tuple[Any, ...]:
+  def split(self, node: Any, /, *filters: filterlib.Filter) -> tuple[Any, ...]:
     """Splits as `nnx.split`, with references to objects split before.
 
     Args:
@@ -63,14 +61,14 @@ class SplitContext:
     """
     graphdef, mappings = _engine.split(
       node,
-      filters_lib.engine_filters(filters) or (True,),
+      filterlib.engine_filters(filters) or (True,),
       True,
       self._seen,
       self._updated,
     )
     return (graphdef, *map(as_state, mappings))
 
-  def flatten(self, node: Any, /, *filters: filters_lib.Filter) -> Any:
+  def flatten(self, node: Any, /, *filters: filterlib.Filter) -> Any:
     """Splits as `split`, into flat states.
 
     Args:
@@ -128,9 +126,7 @@ class UpdateContext:
     self.inner: list[Any] | None = None
     self._coming_back = False
 
-  def split(
-    self, node: Any, /, *filters: filters_lib.Filter
-  ) -> tuple[Any, ...]:
+  def split(self, node: Any, /, *filters: filterlib.Filter) -> tuple[Any, ...]:
     """Splits one object in a `split_context` of its own, as Flax 0.10 did.
 
     Args:

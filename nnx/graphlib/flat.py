@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, MutableMapping
 from typing import Any, TypeVar
 
-from nnx import statelib as state_lib
+from nnx import statelib
 from nnx.engine import _engine
 from nnx.graphlib import states
 from nnx.graphlib.definitions import GraphDef
@@ -118,7 +118,7 @@ def flatten(
   else:
     paths, leaves = ((),), [mapping]
   if with_paths:
-    return graphdef, state_lib.FlatState.from_sorted_keys_values(paths, leaves)
+    return graphdef, statelib.FlatState.from_sorted_keys_values(paths, leaves)
   return graphdef, [
     leaf.raw_value if isinstance(leaf, _engine.VariableBase) else leaf
     for leaf in leaves

@@ -15,9 +15,7 @@ from typing import Any, TypeVar, overload
 import jax
 import jax.numpy as jnp
 
-from nnx import filterlib as filters_lib
-from nnx import statelib as state_lib
-from nnx import variablelib as variables_lib
+from nnx import filterlib, statelib, variablelib
 from nnx.engine import _engine
 from nnx.graphlib.definitions import GraphDef as GraphDef
 from nnx.graphlib.definitions import GraphState as GraphState
@@ -37,8 +35,8 @@ from nnx.graphlib.traversal import recursive_map as recursive_map
 A = TypeVar("A")
 Node = TypeVar("Node")
 
-Filter = filters_lib.Filter
-PathParts = filters_lib.PathParts
+Filter = filterlib.Filter
+PathParts = filterlib.PathParts
 
 _ALL = (True,)
 
@@ -46,11 +44,11 @@ _ALL = (True,)
 @overload
 def split(
   node: Node, *, graph: bool | None = None
-) -> tuple[GraphDef[Node], state_lib.State]: ...
+) -> tuple[GraphDef[Node], statelib.State]: ...
 @overload
 def split(
   node: Node, filter_: Filter, /, *, graph: bool | None = None
-) -> tuple[GraphDef[Node], state_lib.State]: ...
+) -> tuple[GraphDef[Node], statelib.State]: ...
 @overload
 def split(
   node: Node,
@@ -59,11 +57,11 @@ def split(
   /,
   *,
   graph: bool | None = None,
-) -> tuple[GraphDef[Node], state_lib.State, state_lib.State]: ...
+) -> tuple[GraphDef[Node], statelib.State, statelib.State]: ...
 @overload
 def split(
   node: Node, *filters: Filter, graph: bool | None = None
-) -> tuple[GraphDef[Node], *tuple[state_lib.State, ...]]: ...
+) -> tuple[GraphDef[Node], *tuple[statelib.State, ...]]: ...
 def split(
   node: Node, *filters: Filter, graph: bool | None = None
 ) -> tuple[Any, ...]:
@@ -101,7 +99,7 @@ def split(
   """
   del graph
   graphdef, mappings = _engine.split(
-    node, filters_lib.engine_filters(filters) if filters else _ALL, True
+    node, filterlib.engine_filters(filters) if filters else _ALL, True
   )
   return (graphdef, *(as_state(mapping) for mapping in mappings))
 
@@ -157,7 +155,7 @@ def merge(
       " a graphdef."
     )
   state = states[0] if len(states) == 1 else None
-  if type(state) is not state_lib.State:
+  if type(state) is not statelib.State:
     state = merged(states)
   keep_arrays = not recreate_variables
   return _engine.merge(graphdef, state, copy, keep_arrays)
@@ -212,8 +210,8 @@ def update(
     TraceContextError: if the object belongs to another trace.
   """
   new_arrays = True
-  if states or type(state) is not state_lib.State:
-    made_by_us = (state_lib.State, GraphState, state_lib.FlatState)
+  if states or type(state) is not statelib.State:
+    made_by_us = (statelib.State, GraphState, statelib.FlatState)
     new_arrays = all(isinstance(part, made_by_us) for part in (state, *states))
     state = merged((state, *states))
   any_shape = not check_shapes
@@ -221,15 +219,15 @@ def update(
 
 
 @overload
-def state(node: Any, /, *, graph: bool | None = None) -> state_lib.State: ...
+def state(node: Any, /, *, graph: bool | None = None) -> statelib.State: ...
 @overload
 def state(
   node: Any, filter_: Filter, /, *, graph: bool | None = None
-) -> state_lib.State: ...
+) -> statelib.State: ...
 @overload
 def state(
   node: Any, /, *filters: Filter, graph: bool | None = None
-) -> tuple[state_lib.State, ...]: ...
+) -> tuple[statelib.State, ...]: ...
 def state(node: Any, /, *filters: Filter, graph: bool | None = None) -> Any:
   """Takes the state of an object, or parts of it.
 
@@ -256,7 +254,7 @@ def state(node: Any, /, *filters: Filter, graph: bool | None = None) -> Any:
   """
   del graph
   mappings = _engine.state(
-    node, filters_lib.engine_filters(filters) if filters else _ALL
+    node, filterlib.engine_filters(filters) if filters else _ALL
   )
   if len(mappings) == 1:
     return as_state(mappings[0])
@@ -267,9 +265,9 @@ variables = state
 
 
 @overload
-def pop(node: Any, filter_: Filter, /) -> state_lib.State: ...
+def pop(node: Any, filter_: Filter, /) -> statelib.State: ...
 @overload
-def pop(node: Any, /, *filters: Filter) -> tuple[state_lib.State, ...]: ...
+def pop(node: Any, /, *filters: Filter) -> tuple[statelib.State, ...]: ...
 def pop(node: Any, /, *filters: Filter) -> Any:
   """Removes Variables, and arrays that are in none, and returns them.
 
@@ -297,7 +295,7 @@ def pop(node: Any, /, *filters: Filter) -> Any:
       "`pop` must be given at least one filter, such as `nnx.Intermediate`, but"
       " got none."
     )
-  mappings = _engine.pop(node, filters_lib.engine_filters(filters))
+  mappings = _engine.pop(node, filterlib.engine_filters(filters))
   if len(mappings) == 1:
     return as_state(mappings[0])
   return tuple(as_state(mapping) for mapping in mappings)
@@ -428,8 +426,8 @@ def map(
   """
   del graph
   graphdef, state = split(node)
-  if isinstance(state, state_lib.State):
-    state = state_lib.map_state(f, state)
+  if isinstance(state, statelib.State):
+    state = statelib.map_state(f, state)
   else:
     state = f((), state)
   return merge(graphdef, state, recreate_variables=recreate_variables)
@@ -458,7 +456,7 @@ def as_pure(tree: A) -> A:
   def value(leaf):
     if isinstance(leaf, _engine.VariableBase):
       return as_pure(leaf.raw_value)
-    return leaf[...] if variables_lib.is_ref(leaf) else leaf
+    return leaf[...] if variablelib.is_ref(leaf) else leaf
 
   return jax.tree.map(
     value, tree, is_leaf=lambda x: isinstance(x, _engine.VariableBase)
@@ -510,7 +508,7 @@ def with_vars(
     for name, value in (("hijax", hijax), ("ref", ref), ("mutable", mutable))
     if value is not None
   }
-  selected = filters_lib.to_predicate(only)
+  selected = filterlib.to_predicate(only)
 
   def changed(path, value):
     if not isinstance(value, _engine.VariableBase) or not selected(path, value):
@@ -538,7 +536,7 @@ vars_as = with_vars
 
 
 def set_metadata(
-  node: Any, /, *, only: Filter = variables_lib.Variable, **metadata: Any
+  node: Any, /, *, only: Filter = variablelib.Variable, **metadata: Any
 ) -> None:
   """Sets metadata of the Variables of an object.
 
@@ -555,7 +553,7 @@ def set_metadata(
     only: a filter of the Variables meant.
     **metadata: the metadata.
   """
-  (mapping,) = _engine.state(node, filters_lib.engine_filters((only,)))
+  (mapping,) = _engine.state(node, filterlib.engine_filters((only,)))
   leaves = (
     _engine.flatten_mapping(mapping)[1] if type(mapping) is dict else [mapping]
   )

@@ -6,10 +6,10 @@ from collections.abc import Callable, Iterable, Sequence
 import dataclasses
 from typing import Any
 
-from nnx import filterlib as filters_lib
+from nnx import filterlib
 from nnx.engine import _engine
 
-Key = filters_lib.Key
+Key = filterlib.Key
 
 
 @dataclasses.dataclass(frozen=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import collections.abc
 from typing import Any
 
-from nnx import statelib as state_lib
+from nnx import statelib
 from nnx.engine import _engine
 from nnx.graphlib.definitions import GraphState
 
@@ -13,22 +13,22 @@ from nnx.graphlib.definitions import GraphState
 def as_state(mapping: Any) -> Any:
   """Wraps a mapping of the engine; a leaf is the state of a Variable."""
   if type(mapping) is dict:
-    return state_lib.State._from_nested(mapping)
+    return statelib.State._from_nested(mapping)
   return mapping
 
 
 def from_state(state: Any) -> Any:
   """Makes of a state what the engine takes: a State, dict, list or leaf."""
-  if isinstance(state, (state_lib.State, dict)):
+  if isinstance(state, (statelib.State, dict)):
     return state
   if isinstance(state, GraphState):
     return state._state
-  if isinstance(state, state_lib.FlatState):
+  if isinstance(state, statelib.FlatState):
     if state.paths == ((),):
       return state.leaves[0]
-    return state_lib.unflatten_mapping(state)
+    return statelib.unflatten_mapping(state)
   if isinstance(state, collections.abc.Mapping):
-    return state_lib.copy_mapping(state)
+    return statelib.copy_mapping(state)
   return state
 
 
@@ -38,7 +38,7 @@ def merged(states: tuple[Any, ...]) -> Any:
   if len(parts) == 1:
     return parts[0]
   leaves = [
-    part for part in parts if not isinstance(part, (state_lib.State, dict))
+    part for part in parts if not isinstance(part, (statelib.State, dict))
   ]
   if not leaves:
     return _engine.merge_mappings(*parts)

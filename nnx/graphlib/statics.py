@@ -14,12 +14,12 @@ from typing import Any
 import jax
 import numpy as np
 
-from nnx import statelib as state_lib
+from nnx import statelib
 from nnx.engine import _engine
 
 _DATA = (
   _engine.VariableBase,
-  state_lib.State,
+  statelib.State,
   jax.Array,
   np.ndarray,
   jax.Ref,

@@ -10,11 +10,11 @@ from typing import Any
 
 import jax
 
-from nnx import filterlib as filters_lib
+from nnx import filterlib
 from nnx.engine import _engine
 
-Key = filters_lib.Key
-PathParts = filters_lib.PathParts
+Key = filterlib.Key
+PathParts = filterlib.PathParts
 
 
 def is_graph_node(value: Any) -> bool:
@@ -222,7 +222,7 @@ def recursive_map(
 
 
 def find_duplicates(
-  node: Any, /, *, only: filters_lib.Filter = ...
+  node: Any, /, *, only: filterlib.Filter = ...
 ) -> list[list[PathParts]]:
   """Finds the paths of nodes, Variables and arrays that occur repeatedly.
 
@@ -244,7 +244,7 @@ def find_duplicates(
   Returns:
     A list of paths for each node or leaf that has several.
   """
-  selected = filters_lib.to_predicate(only)
+  selected = filterlib.to_predicate(only)
   paths: dict[int, list[PathParts]] = {}
   pending: set[int] = set()
   kept: list[Any] = []

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import jax
 
-from nnx import filterlib as filters_lib
+from nnx import filterlib
 from nnx.engine import _engine, preorder, pytrees
 from nnx.statelib import State, to_flat_state
 
@@ -44,7 +44,7 @@ class FilterMap:
   def __init__(self, entries: Mapping[Any, Any] | Sequence[tuple[Any, Any]], /):
     if isinstance(entries, State):
       pairs = [
-        (filters_lib.PathIn(path), _unboxed(entry))
+        (filterlib.PathIn(path), _unboxed(entry))
         for path, entry in to_flat_state(entries)
       ]
     elif isinstance(entries, Mapping):
@@ -74,7 +74,7 @@ class FilterMap:
       value: a Variable, or a leaf that is in none.
     """
     for filter_, entry in zip(self.filters, self.entries):
-      if filters_lib.to_predicate(filter_)(path, value):
+      if filterlib.to_predicate(filter_)(path, value):
         return True, entry
     return False, None
 

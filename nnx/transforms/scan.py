@@ -10,8 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from nnx import eager, spmd
-from nnx import rnglib as rngs_lib
+from nnx import eager, rnglib, spmd
 from nnx.engine import _engine, preorder
 from nnx.transforms import carry as carry_lib
 from nnx.transforms import jit as jit_lib
@@ -461,7 +460,7 @@ class _Loop:
     self.broadcast = [
       leaf
       for leaf, variable in sorted(variables.items())
-      if variable >= 0 and isinstance(call.objects[variable], rngs_lib.RngState)
+      if variable >= 0 and isinstance(call.objects[variable], rnglib.RngState)
     ]
 
   def carry_of(self, result: Any) -> Any:
