@@ -17,6 +17,7 @@ import nnx
 
 from . import to_nnx
 from . import variables as variables_lib
+from .layout import MISSING
 from .module_context import AttrPriority as AttrPriority
 from .module_context import ModuleStackEntry, Running
 from .module_context import Scope as Scope
@@ -573,12 +574,12 @@ def _give(
     if isinstance(current, nnx.Variable) and isinstance(value, nnx.Variable):
       current.update_from_state(value)
     elif isinstance(value, nnx.Variable):
-      if current is not _MISSING:
+      if current is not MISSING:
         raise _clash(owner, (*path, key), current, value)
       _put(target, key, value, owner, path)
     elif isinstance(current, nnx.Variable):
       raise _clash(owner, (*path, key), current, value)
-    elif current is not _MISSING:
+    elif current is not MISSING:
       _give(current, value, owner, (*path, key))
     elif isinstance(target, Module):
       vars(target)[key] = ModuleState(value)
@@ -586,15 +587,12 @@ def _give(
       _put(target, key, value, owner, path)
 
 
-_MISSING = object()
-
-
 def _child(target: Any, key: Any) -> Any:
   if isinstance(target, Mapping):
-    return target.get(key, _MISSING)
+    return target.get(key, MISSING)
   if isinstance(target, (list, tuple, nnx.List)):
-    return target[int(key)] if int(key) < len(target) else _MISSING
-  return vars(target).get(key, _MISSING)
+    return target[int(key)] if int(key) < len(target) else MISSING
+  return vars(target).get(key, MISSING)
 
 
 def _put(

@@ -17,19 +17,12 @@ from nnx import partitioning
 from nnx.engine import jax_private
 from nnx.filterlib import Filter
 from nnx.graphlib import functional
+from nnx.missing import MISSING
 from nnx.pytreelib import Pytree, data
 from nnx.statelib import State, from_flat_state, map_state, to_flat_state
 from nnx.variablelib import Param, Variable, is_ref
 
 M = TypeVar("M")
-
-
-class _Missing:
-  def __repr__(self) -> str:
-    return "<missing>"
-
-
-_MISSING = _Missing()
 
 # Hooks on the values of a parameter must not run on its momentum.
 _VALUE_HOOKS = frozenset(["on_create_value", "on_get_value", "on_set_value"])
@@ -295,7 +288,7 @@ class Optimizer(Pytree, Generic[M]):
     model: M,
     tx: Any,
     *old_wrt: Filter,
-    wrt: Filter = _MISSING,
+    wrt: Filter = MISSING,
     graph: bool | None = None,
   ):
     del graph
@@ -304,7 +297,7 @@ class Optimizer(Pytree, Generic[M]):
         "`tx` must be a transformation of optax, with `init` and `update`, but"
         f" got `{tx!r}`. Pass one such as `optax.adam(1e-3)`."
       )
-    keeps_model = wrt is _MISSING
+    keeps_model = wrt is MISSING
     if old_wrt and (len(old_wrt) > 1 or not keeps_model):
       raise TypeError(
         "`Optimizer` must be given a model, a transformation and at most one"
@@ -353,7 +346,7 @@ class Optimizer(Pytree, Generic[M]):
     )
 
   def update(
-    self, model: Any = _MISSING, grads: Any = _MISSING, **kwargs: Any
+    self, model: Any = MISSING, grads: Any = MISSING, **kwargs: Any
   ) -> Any:
     """Takes one step: updates the parameters and the optimizer's own state.
 
@@ -388,9 +381,9 @@ class Optimizer(Pytree, Generic[M]):
         selects of the model, or if the model is not like the one that the
         optimizer was made for.
     """
-    if grads is _MISSING:
-      model, grads = _MISSING, model
-    if grads is _MISSING:
+    if grads is MISSING:
+      model, grads = MISSING, model
+    if grads is MISSING:
       raise TypeError(
         f"`{type(self).__name__}.update` must be given the gradients, but got"
         " none. Call `update(model, grads)`, or `update(grads)` if the"
@@ -402,7 +395,7 @@ class Optimizer(Pytree, Generic[M]):
         f" a `State` and a `{type(grads).__name__}`. Call `update(model,"
         " grads)`."
       )
-    if model is _MISSING:
+    if model is MISSING:
       if "model" not in vars(self):
         raise TypeError(
           f"`update` of a `{type(self).__name__}` made with `wrt`, which keeps"
