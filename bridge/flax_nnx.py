@@ -39,7 +39,7 @@ flax_nnx: Any = _FlaxNNX()
 
 
 def is_of_flax_nnx(value: Any) -> bool:
-  """Whether a class, or that of an object, is one of `flax.nnx`'s objects.
+  """Tells whether a class, or an object's class, is of `flax.nnx`.
 
   Example:
 

@@ -25,7 +25,7 @@ _THEIR_METADATA = frozenset(
 
 
 def from_flax_nnx(module: Any, known: Mapping[Any, Any] | None = None) -> Any:
-  """A Module of `flax.nnx` as one of ours, with the same layers and weights.
+  """Converts a Module of `flax.nnx` to ours, with its layers and weights.
 
   Layers, containers, random streams, optimizers and metrics of `flax.nnx` are
   known, those of exactly these classes. What is shared stays shared. Arrays are
@@ -215,7 +215,7 @@ class _Converter:
     return nnx.variable_type_from_name(name, allow_register=True)
 
   def static(self, value: Any) -> Any:
-    """A value that is no data: Flax's functions, types and filters as ours."""
+    """Converts what is not data: functions, types and filters of Flax."""
     if isinstance(value, type):
       if issubclass(value, flax_nnx.Variable):
         return self._kind(value)
@@ -275,7 +275,7 @@ def _identity(value: Any) -> int | None:
 
 @functools.cache
 def _classes() -> dict[type, type]:
-  """The classes of `flax.nnx` to those of the same names here."""
+  """Maps the classes of `flax.nnx` to those of the same names here."""
   pairs: dict[type, Any] = {flax_nnx.bridge.ToNNX: to_nnx.ToNNX}
   for theirs, ours in (
     (flax_nnx, nnx),

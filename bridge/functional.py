@@ -50,7 +50,7 @@ class Functional(Generic[M]):
     return state
 
   def apply(self, *states: Any) -> Any:
-    """The Module of some states, as an object whose methods are pure.
+    """Returns the Module of some states, as an object whose methods are pure.
 
     Returns:
       What `nnx.call` returns: a call gives the result and

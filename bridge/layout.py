@@ -64,7 +64,7 @@ def layout_of(graphdef: nnx.GraphDef) -> Layout:
 
 
 def structure_of(module: nnx.Module) -> tuple[nnx.GraphDef, dict[Any, Any]]:
-  """The graphdef of a Module, and its arrays that are not in Variables."""
+  """Splits a Module: its graphdef, and its arrays that are not in Variables."""
   for _, key in nnx.to_flat_state(nnx.state(module, nnx.RngKey)):
     if key.has_metadata(to_nnx.NO_KEY):
       key.del_metadata(to_nnx.NO_KEY)
@@ -94,7 +94,7 @@ def put(tree: dict[Any, Any], path: tuple[Any, ...], value: Any) -> None:
 
 
 def size(tree: Any) -> int:
-  """The number of leaves of nested mappings."""
+  """Counts the leaves of nested mappings."""
   return sum(
     size(value) if isinstance(value, (dict, Mapping)) else 1
     for value in tree.values()
@@ -102,7 +102,7 @@ def size(tree: Any) -> int:
 
 
 def unplaced(tree: Any, path: tuple[Any, ...], known: frozenset[Any]):
-  """The leaves of nested mappings that are at or below no known path."""
+  """Yields the leaves of nested mappings that are at or below no known path."""
   for key, value in tree.items():
     here = (*path, key)
     if tuple(map(str, here)) in known:

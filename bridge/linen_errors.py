@@ -43,7 +43,7 @@ _DUPLICATE = "Duplicate use of scope name"
 
 
 def explained(error: Exception, module: str) -> Exception:
-  """An error of Linen that also says which bridged module it is about.
+  """Returns an error of Linen that also says which bridged module it is about.
 
   Example:
 
@@ -90,7 +90,7 @@ def _class(cls: type[Exception]) -> type[Exception]:
 
 
 def _path(error: BaseException, name: str) -> str:
-  """The path of the Linen module of a name that an error came from.
+  """Returns the path of the Linen module of a name that an error came from.
 
   Args:
     error: the error. Frames of flax may be missing from its traceback.

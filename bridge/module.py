@@ -37,7 +37,7 @@ nnx.register_data_type(ModuleState)
 
 
 def current_module() -> Module | None:
-  """The innermost `bridge.Module` that is being run.
+  """Returns the innermost `bridge.Module` that is being run.
 
   Example:
 
@@ -199,7 +199,7 @@ class Module(nnx.Module, metaclass=ModuleMeta):
     unbox: bool = True,
     **kwargs: Any,
   ) -> nnx.Param[Any]:
-    """A parameter: the one in the variables, or a new one.
+    """Returns a parameter: the one in the variables, or a new one.
 
     Example:
 
@@ -247,7 +247,7 @@ class Module(nnx.Module, metaclass=ModuleMeta):
     unbox: bool = True,
     **kwargs: Any,
   ) -> nnx.Variable[Any]:
-    """A variable of any collection: the one that is there, or a new one.
+    """Returns a variable of any collection: the present one, or a new one.
 
     Args:
       col: the collection.
@@ -414,7 +414,7 @@ class Module(nnx.Module, metaclass=ModuleMeta):
   def bind(
     self: M, variables: Mapping[str, Mapping[str, Any]], rngs: Any = None
   ) -> M:
-    """A copy of the Module that has the given variables, to use as an object.
+    """Returns a copy of the Module with the given variables, to use directly.
 
     Args:
       variables: variables by collection.
@@ -426,7 +426,7 @@ class Module(nnx.Module, metaclass=ModuleMeta):
     return self._prepared(variables, rngs, mutable=True, initializing=False)
 
   def is_initializing(self) -> bool:
-    """Whether the variables are being made."""
+    """Tells whether the variables are being made."""
     return self.scope is not None and self.scope.initializing
 
   def _prepared(
@@ -520,7 +520,7 @@ def _unboxed(value: Any) -> Any:
 
 
 def _method_of(module: Module, method: Any) -> Callable[..., Any]:
-  """A function to call with the Module as its first argument."""
+  """Returns a function to call with the Module as its first argument."""
   if isinstance(method, str):
     found = getattr(module, method, None)
     if not callable(found):
@@ -625,7 +625,7 @@ def _clash(
 
 
 def _walk(module: Any) -> Iterator[tuple[tuple[Any, ...], nnx.Variable[Any]]]:
-  """The Variables, each at the best of its paths, see `AttrPriority`."""
+  """Yields the Variables, each at the best of its paths, see `AttrPriority`."""
   seen: set[int] = set()
 
   def visit(node: Any, path: tuple[Any, ...]):

@@ -50,7 +50,7 @@ class Scope(nnx.Pytree):
     self.is_setup = False
 
   def copy(self) -> Scope:
-    """A scope for another Module, with the same streams."""
+    """Returns a scope for another Module, with the same streams."""
     return Scope(self.rngs, self.mutable, self.initializing)
 
 
@@ -71,7 +71,7 @@ class ModuleStackEntry:
   )
 
   def new_name(self, cls: type) -> str:
-    """The next name for a submodule of a class."""
+    """Returns the next name for a submodule of a class."""
     index = self.type_counter[cls.__name__]
     self.type_counter[cls.__name__] += 1
     return f"{cls.__name__}_{index}"
@@ -111,7 +111,7 @@ class Running:
 
 
 def current_context() -> ModuleStackEntry | None:
-  """The innermost `bridge.Module` that is being run, and how.
+  """Returns the innermost `bridge.Module` that is being run, and how.
 
   Example:
 

@@ -171,7 +171,7 @@ class ToLinen(linen.Module):
     return checks.check_made(self, self.nnx_class(*self.args, **kwargs))
 
   def _made_before(self) -> nnx.Module | None:
-    """The Module that an earlier call in the same `init` has made, if any."""
+    """Returns the Module that an earlier call in this `init` made, if any."""
     collections_ = self.scope.variables()
     made = any(
       collections_[name]
@@ -184,7 +184,7 @@ class ToLinen(linen.Module):
     return None if _holds_linen(module) else module
 
   def _load(self) -> tuple[nnx.Module, layout_lib.Layout, dict[str, list]]:
-    """The Module of the stored graphdef and the current variables.
+    """Returns the Module of the stored graphdef and the current variables.
 
     Also returns the layout of its graphdef and, by name, the counters of the
     random streams for which there was no key.
@@ -288,7 +288,7 @@ class ToLinen(linen.Module):
     )
 
   def _shares_scope(self) -> bool:
-    """Whether its variables are among its parent's, by `nn.share_scope`."""
+    """Tells whether its variables are its parent's, by `nn.share_scope`."""
     parent = self.parent
     return isinstance(parent, linen.Module) and parent.scope is self.scope
 
@@ -326,7 +326,7 @@ class ToLinen(linen.Module):
       self._put_structure(graphdef, arrays)
 
   def _boxed(self, variable: nnx.Variable[Any]) -> Any:
-    """What is stored for a Variable."""
+    """Returns what is stored for a Variable."""
     if self.metadata_fn is not None:
       return self.metadata_fn(variable)
     if self.metadata_type is None:
@@ -350,7 +350,7 @@ class ToLinen(linen.Module):
 def _rebuilt(
   model: ToLinen, needs_arrays: bool
 ) -> tuple[nnx.GraphDef, dict[Any, Any]]:
-  """The structure of a Module whose graphdef was not stored."""
+  """Returns the structure of a Module whose graphdef was not stored."""
 
   def build():
     kwargs = dict(model.kwargs)
@@ -373,7 +373,7 @@ def _rebuilt(
 
 
 def _is_tabulated() -> bool:
-  """Whether `nn.tabulate` is looking."""
+  """Tells whether `nn.tabulate` is looking."""
   return bool(linen.module._context.call_info_stack)
 
 
@@ -389,7 +389,7 @@ def to_linen(
   name: str | None = None,
   **kwargs: Any,
 ) -> ToLinen:
-  """`ToLinen` with the arguments of the Module given as one would give them.
+  """Makes a `ToLinen` from arguments as the Module itself takes them.
 
   Example:
 
@@ -430,7 +430,7 @@ def to_linen_class(
   base_metadata_type: Any = variables_lib.NNXMeta,
   **partial_kwargs: Any,
 ) -> type[ToLinen]:
-  """A class of Linen modules that takes the arguments of one class of nnx.
+  """Makes a Linen class that takes the arguments of one class of nnx.
 
   It may be derived from, and given to Linen's transforms, as any class of Linen
   modules.

@@ -84,7 +84,7 @@ def check_made(model: linen.Module, made: Any) -> Any:
 
 
 def method_of(cls: Any, method: Any) -> Callable[..., Any]:
-  """The function to call with the Module as its first argument."""
+  """Returns the function to call with the Module as its first argument."""
   if callable(method):
     return method
   name = method or "__call__"

@@ -276,7 +276,7 @@ class ToNNX(nnx.Module):
 
 
 def linen_variables(model: ToNNX) -> dict[str, Any]:
-  """The variables of a bridged Linen module, as Linen has them.
+  """Returns the variables of a bridged Linen module, as Linen has them.
 
   Example:
 
@@ -404,7 +404,7 @@ def _shapes(
 
 
 def _with_boxes(model: ToNNX, tree: Any, path: tuple[Any, ...]) -> Any:
-  """Values in the metadata boxes that the module has for them."""
+  """Puts values into the metadata boxes that the module has for them."""
   current: Any = vars(model)
   for key in path:
     current = current.get(key) if isinstance(current, Mapping) else None
@@ -425,7 +425,7 @@ def _with_boxes(model: ToNNX, tree: Any, path: tuple[Any, ...]) -> Any:
 
 
 def _has_field(module: linen.Module | None, name: str) -> bool:
-  """Whether a Linen module has a field of its own of this name."""
+  """Tells whether a Linen module has a field of its own of this name."""
   return module is not None and (
     name in type(module).__dataclass_fields__ and name not in ("parent", "name")
   )
@@ -451,7 +451,7 @@ def _describe(model: ToNNX) -> str:
 
 
 def _attributes(model: ToNNX) -> dict[str, Any]:
-  """The attributes that hold variables of the Linen module."""
+  """Returns the attributes that hold variables of the Linen module."""
   return {
     name: value
     for name, value in vars(model).items()
@@ -465,7 +465,7 @@ def _is_initialised(model: ToNNX) -> bool:
 
 
 def _default_mutable(variables: Mapping[str, Any]) -> Any:
-  """The collections that may be written when the caller did not say."""
+  """Returns the collections that may be written when the caller did not say."""
   stack = linen.module._context.module_stack
   if stack and stack[-1] is not None and stack[-1].scope is not None:
     return stack[-1].scope.mutable
@@ -475,7 +475,7 @@ def _default_mutable(variables: Mapping[str, Any]) -> Any:
 
 
 def _linen_keys(rngs: Any) -> dict[str, jax.Array]:
-  """The keys for one call of a Linen module."""
+  """Returns the keys for one call of a Linen module."""
   if rngs is None:
     return {}
   if isinstance(rngs, nnx.Rngs):
@@ -514,7 +514,7 @@ def _write(model: ToNNX, updates: Mapping[str, Any]) -> None:
 
 
 def _merged(model: ToNNX, current: Any, new: Any, path: str) -> Any:
-  """`current` with the values of `new`: existing Variables stay themselves."""
+  """Puts the values of `new` into `current`, whose Variables stay."""
   if isinstance(new, nnx.Variable) and type(current) is type(new):
     current.update_from_state(new)
     return current

@@ -88,14 +88,14 @@ class NNXMeta(struct.PyTreeNode, meta.AxisMetadata[Any]):
 
 
 def needs_box(metadata: Mapping[str, Any]) -> bool:
-  """Whether metadata of a Variable would be lost without a box."""
+  """Tells whether metadata of a Variable would be lost without a box."""
   return any(
     not (key.startswith("on_") and not value) for key, value in metadata.items()
   )
 
 
 def to_linen_var(variable: nnx.Variable[Any]) -> Any:
-  """A Variable as Linen keeps it.
+  """Converts a Variable to what Linen keeps.
 
   Example:
     >>> import bridge
@@ -125,7 +125,7 @@ def to_linen_var(variable: nnx.Variable[Any]) -> Any:
 
 
 def to_nnx_var(collection: str, value: Any) -> nnx.Variable[Any]:
-  """What Linen keeps in a collection as a Variable.
+  """Converts what Linen keeps in a collection to a Variable.
 
   Example:
     >>> import bridge
@@ -218,7 +218,7 @@ def linen_vars_to_nnx_attrs(variables: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def nnx_attrs_to_linen_vars(attributes: Mapping[str, Any]) -> dict[str, Any]:
-  """Nested dicts of Variables as Linen's variables, one collection a kind.
+  """Converts nested Variables to Linen's variables, a collection each kind.
 
   Example:
     >>> import bridge
@@ -254,7 +254,7 @@ def with_partitioning(
   mesh: jax.sharding.Mesh | None = None,
   **metadata: Any,
 ) -> Callable[..., Any]:
-  """`nnx.with_partitioning` whose Variables become Linen's `Partitioned`.
+  """Acts as `nnx.with_partitioning`; Linen gets its Variables `Partitioned`.
 
   Example:
     >>> import bridge

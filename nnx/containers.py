@@ -184,7 +184,7 @@ class List(Module, collections.abc.MutableSequence[A]):
 
 
 def _number(name: str) -> int | None:
-  """The index that an attribute's name is the text of."""
+  """Returns the index that an attribute's name is the text of."""
   return int(name) if name.isdecimal() and name.isascii() else None
 
 

@@ -39,7 +39,7 @@ class _SecondName(importlib.abc.MetaPathFinder, importlib.abc.Loader):
 
 
 def _meaning(name: str) -> str | None:
-  """The file that `import name` would run, if any."""
+  """Returns the file that `import name` would run, if any."""
   try:
     spec = importlib.util.find_spec(name)
   except ValueError:  # a module without a spec has been put in its place

@@ -81,7 +81,7 @@ def is_array_type(cls: type) -> Any:
 
 
 def trace_error(target: Any) -> Exception | None:
-  """The error for a change from another trace, or None to let it happen.
+  """Returns the error for a change from another trace; None allows it.
 
   A class may have Flax's `_check_valid_context`, which raises or does not.
   """

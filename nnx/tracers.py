@@ -23,7 +23,7 @@ _context = _Context()
 
 
 def current_jax_trace() -> Any:
-  """The current trace of jax: an object that compares by identity.
+  """Returns the current trace of jax: an object that compares by identity.
 
   Example:
 
@@ -56,7 +56,7 @@ class Attached:
     self._entries: dict[int, tuple[Any, Any]] = {}
 
   def get(self, target: Any) -> Any:
-    """What is attached to an object, or None."""
+    """Returns what is attached to an object, or None."""
     entry = self._entries.get(id(target))
     return None if entry is None else entry[1]
 
@@ -98,7 +98,7 @@ class TraceState:
 
   @classmethod
   def of(cls, target: Any) -> TraceState:
-    """The view of an object's, which does not keep it alive."""
+    """Returns the view of an object's, which does not keep it alive."""
     result = object.__new__(cls)
     result._own, result._target = None, weakref.ref(target)
     return result
@@ -130,7 +130,7 @@ class TraceState:
     return self._jax_trace
 
   def is_valid(self) -> bool:
-    """Whether it is the current trace."""
+    """Tells whether it is the current trace."""
     return self._jax_trace == current_jax_trace()
 
   def __eq__(self, other: Any) -> bool:
@@ -182,7 +182,7 @@ def unchecked() -> Iterator[None]:
 
 
 def may_change(target: Any) -> bool:
-  """Whether an object of another trace may be changed all the same.
+  """Tells whether an object of another trace may be changed all the same.
 
   Example:
 

@@ -35,7 +35,7 @@ def place_extensions(
 
 
 def lock_for(version: tuple[int, int]) -> str:
-  """The newest lock file that is not newer than a Python."""
+  """Returns the newest lock file that is not newer than a Python."""
   return LOCKS[max(oldest for oldest in LOCKS if oldest <= version)]
 
 

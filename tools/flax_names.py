@@ -82,7 +82,7 @@ def _is_type_variable(value: ast.AST | None) -> bool:
 
 
 def _parameters(node: ast.AST) -> list[str] | None:
-  """The parameters of a function or constructor; None if it is neither."""
+  """Returns the parameters of a function or constructor, None for others."""
   if isinstance(node, ast.ClassDef):
     for child in node.body:
       if isinstance(child, ast.FunctionDef) and child.name == "__init__":
@@ -98,7 +98,7 @@ def _parameters(node: ast.AST) -> list[str] | None:
 def _in_module(
   tree: ast.Module, reexports: bool
 ) -> dict[str, list[str] | None]:
-  """The public names of a module, with their parameters."""
+  """Returns the public names of a module, with their parameters."""
   names: dict[str, list[str] | None] = {}
   for node in tree.body:
     if isinstance(node, ast.FunctionDef | ast.ClassDef):
@@ -122,7 +122,7 @@ def _in_module(
 
 
 def names_of(flax: pathlib.Path) -> dict[str, list[str] | None]:
-  """The public names of `flax.nnx`, without that prefix, and their parameters.
+  """Returns the public names below `flax.nnx`, and their parameters.
 
   Args:
     flax: the folder of the package `flax`.
@@ -143,7 +143,7 @@ _MISSING = object()
 
 
 def _look_up(name: str) -> object:
-  """What `flax.nnx.<name>` is under the switch."""
+  """Returns what `flax.nnx.<name>` is under the switch."""
   from nnx.as_flax import places
 
   module, _, item = name.rpartition(".")
@@ -167,7 +167,7 @@ def _lacking(value: object, parameters: list[str] | None) -> list[str]:
 
 
 def status(name: str, parameters: list[str] | None) -> str:
-  """What a name of `flax.nnx` is here: same, differs or refused, and why.
+  """Says what a name of `flax.nnx` is here: same, differs or refused, and why.
 
   Args:
     name: the name, without `flax.nnx.`.
@@ -193,7 +193,7 @@ def status(name: str, parameters: list[str] | None) -> str:
 def rows(
   versions: dict[str, dict[str, list[str] | None]],
 ) -> dict[str, tuple[list[str], str]]:
-  """For each name the versions that have it, and what it is here.
+  """Lists for each name the versions that have it, and what it is here.
 
   Args:
     versions: the names of each version, the oldest first.

@@ -11,7 +11,7 @@ from nnx.variablelib import Variable, normalize_metadata
 
 
 def get_col_name(keypath: Sequence[Any]) -> str:
-  """The Linen collection that a path of jax leads through first.
+  """Returns the Linen collection that a path of jax leads through first.
 
   Example:
 
@@ -24,7 +24,7 @@ def get_col_name(keypath: Sequence[Any]) -> str:
 
 
 def is_vanilla_variable(vs: Variable[Any]) -> bool:
-  """Whether a Variable has no metadata and no hooks.
+  """Tells whether a Variable has no metadata and no hooks.
 
   Example:
 
@@ -58,7 +58,7 @@ def _depth(cls: type) -> int:
 
 
 def current_linen_module() -> linen.Module | None:
-  """The Linen module whose method is running, or None.
+  """Returns the Linen module whose method is running, or None.
 
   Example:
 
@@ -73,7 +73,7 @@ def current_linen_module() -> linen.Module | None:
 def linen_rngs_dict(
   linen_module: linen.Module, add_default: bool = False
 ) -> dict[str, Any]:
-  """A new key of each of the streams that a running Linen module has.
+  """Returns a new key of each of the streams that a running Linen module has.
 
   Args:
     linen_module: a module that is bound.

@@ -33,7 +33,7 @@ canonicalize_padding = conv._canonical_padding
 
 
 def deprecated(new_fn: Callable[..., Any]) -> Callable[..., Any]:
-  """An alias of a function that warns when it is called.
+  """Makes an alias of a function that warns when it is called.
 
   Example:
 
@@ -145,12 +145,12 @@ ModuleMeta = ObjectMeta = PytreeMeta
 
 
 def tuple_reduce(xs: tuple[Any, ...], x: Any) -> tuple[Any, ...]:
-  """The tuple with one more item, as `Module.sow` collects them."""
+  """Returns the tuple with one more item, as `Module.sow` collects them."""
   return (*xs, x)
 
 
 def tuple_init() -> tuple[Any, ...]:
-  """What `Module.sow` starts from."""
+  """Returns what `Module.sow` starts from."""
   return ()
 
 
@@ -164,7 +164,7 @@ class ModuleDefApply(Protocol):
 
 
 def has_keyword_arg(func: Callable[..., Any], name: str) -> bool:
-  """Whether a function has a parameter of a name that can be given by it.
+  """Tells whether a function has a parameter of a name that can be given by it.
 
   Example:
 
@@ -209,7 +209,7 @@ def create_path_filters(state: Mapping[Any, Any]) -> dict[Any, Any]:
 
 
 def is_node_leaf(x: Any) -> bool:
-  """Whether something is a leaf of a graph: a Variable or an array.
+  """Tells whether something is a leaf of a graph: a Variable or an array.
 
   Example:
 
@@ -222,12 +222,12 @@ def is_node_leaf(x: Any) -> bool:
 
 
 def is_state_leaf(x: Any) -> bool:
-  """Whether something is a leaf of a State, as Flax 0.10 made them."""
+  """Tells whether something is a leaf of a State, as Flax 0.10 made them."""
   return isinstance(x, nnx.Variable)
 
 
 def is_node_type(x: type) -> bool:
-  """Whether instances of a class are nodes of graphs or jax opens them.
+  """Tells whether instances of a class are nodes of graphs or jax opens them.
 
   Example:
 
@@ -246,12 +246,12 @@ def is_node_type(x: type) -> bool:
 
 
 def is_node_module(x: Any) -> bool:
-  """Whether something has an identity in a graph and children."""
+  """Tells whether something has an identity in a graph and children."""
   return traversal.is_graph_node(x) and not isinstance(x, nnx.Variable)
 
 
 def is_pytree_node(x: Any, *, check_graph_registry: bool = True) -> bool:
-  """Whether something is a pytree of jax, and no node of graphs.
+  """Tells whether something is a pytree of jax, and no node of graphs.
 
   Example:
 
@@ -267,7 +267,7 @@ def is_pytree_node(x: Any, *, check_graph_registry: bool = True) -> bool:
 
 
 def jax_to_nnx_path(jax_path: tuple[Any, ...], /) -> tuple[Any, ...]:
-  """A path of `jax.tree_util` as a path of a State.
+  """Converts a path of `jax.tree_util` to a path of a State.
 
   Example:
 
@@ -306,7 +306,7 @@ jax.tree_util.register_pytree_with_keys(
 
 
 def is_tree_node(x: Any) -> bool:
-  """Whether `nnx.to_tree` put this in the place of an object.
+  """Tells whether `nnx.to_tree` put this in the place of an object.
 
   Example:
 
@@ -321,14 +321,14 @@ def is_tree_node(x: Any) -> bool:
 def default_split_fn(
   ctx: contexts.SplitContext, path: Any, prefix: Any, leaf: Any
 ) -> nnx.NodeStates:
-  """What `nnx.to_tree` makes of an object when it is told nothing else."""
+  """Makes what `nnx.to_tree` makes of an object unless told otherwise."""
   return nnx.NodeStates.from_split(*ctx.split(leaf))
 
 
 def merge_tree_node(
   ctx: contexts.MergeContext, path: Any, prefix: Any, leaf: Any
 ) -> Any:
-  """What `nnx.from_tree` makes the object of when it is told nothing else."""
+  """Makes the object that `nnx.from_tree` makes unless told otherwise."""
   return ctx.merge(leaf.graphdef, *leaf.states)
 
 
@@ -337,7 +337,7 @@ def _is_object(x: Any) -> bool:
 
 
 def clear_non_graph_nodes(tree: Any) -> Any:
-  """A pytree of objects with None for all else.
+  """Returns a pytree of objects with None for all else.
 
   Example:
 
@@ -356,7 +356,7 @@ def broadcast_prefix(
   prefix_is_leaf: Callable[[Any], bool] | None = None,
   tree_is_leaf: Callable[[Any], bool] | None = None,
 ) -> list[Any]:
-  """The leaf of a prefix for each leaf of a pytree.
+  """Returns the leaf of a prefix for each leaf of a pytree.
 
   Example:
 
@@ -426,7 +426,7 @@ def check_consistent_aliasing(
 def resolve_kwargs(
   fun: Any = None, args: Any = None, kwargs: Any = None
 ) -> Any:
-  """The arguments of a call by position, defaults among them; or a decorator.
+  """Puts the arguments of a call in order, with defaults; or makes a decorator.
 
   Example:
 
@@ -495,7 +495,7 @@ def split_inputs(f: Any = None, *, ctxtag: str = "split_merge_inputs") -> Any:
 
 
 def merge_inputs(f: Any = None, *, ctxtag: str = "split_merge_inputs") -> Any:
-  """The inner half of `split_inputs`."""
+  """Merges the inputs inside of the function that `split_inputs` calls."""
   if f is None:
     return functools.partial(merge_inputs, ctxtag=ctxtag)
 

@@ -21,7 +21,7 @@ _THEIRS, _NAME = "flax.nnx", "_flax_nnx"
 
 
 def flax_nnx() -> Any:
-  """The real `flax.nnx`, which `bridge.from_flax_nnx` converts from.
+  """Returns the real `flax.nnx`, which `bridge.from_flax_nnx` converts from.
 
   Example:
 
@@ -92,7 +92,7 @@ def _import(
   fromlist: Sequence[str] | None = (),
   level: int = 0,
 ) -> Any:
-  """`__import__` of these modules."""
+  """Stands in for `__import__` in these modules."""
   is_theirs = name == _THEIRS or name.startswith(f"{_THEIRS}.")
   if not level and is_theirs:
     name = _NAME + name.removeprefix(_THEIRS)

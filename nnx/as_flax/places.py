@@ -133,7 +133,7 @@ def _is_here(name: str) -> bool:
 
 
 def place(name: str) -> str | None:
-  """The module that answers for one of Flax, or None if nothing here does.
+  """Returns the module that answers for one of Flax, or None.
 
   Example:
 
@@ -152,7 +152,7 @@ def place(name: str) -> str | None:
 
 
 def module(name: str) -> types.ModuleType:
-  """The module that answers for one of Flax, with all its names.
+  """Returns the module that answers for one of Flax, with all its names.
 
   Example:
 

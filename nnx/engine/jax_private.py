@@ -36,7 +36,7 @@ def eval_trace() -> Any:
 
 
 def opaque_trace(trace: Any) -> Any:
-  """A trace as `jax.extend.core.get_opaque_trace_state` tells the current one.
+  """Wraps a trace as `jax.extend.core.get_opaque_trace_state` does.
 
   Args:
     trace: the trace, or None where it is no more.

@@ -91,7 +91,7 @@ def _freeze(value: Any, outer: tuple[int, ...]) -> Any:
 
 
 def _compared(value: Any, outer: tuple[int, ...]) -> Any:
-  """What a value with a hash is known to compare in a way of Python's."""
+  """Returns how a hashable value compares, where that is known."""
   cls = type(value)
   if isinstance(value, float):
     return float.hex(value)

@@ -34,7 +34,7 @@ class Opened:
     self.records = self.structure._records
 
   def plain_leaves(self) -> list[int]:
-    """The leaves that are in no graph node."""
+    """Returns the leaves that are in no graph node."""
     result, position = [], 0
     while position < len(self.records):
       record = self.records[position]
@@ -51,7 +51,7 @@ Difference = tuple[str, str, str]
 
 
 def difference(before: Any, after: Any, names: Sequence[str]) -> Difference:
-  """Where two structures first differ.
+  """Says where two structures first differ.
 
   Args:
     before: a structure.
@@ -126,7 +126,7 @@ def check_same(
 
 
 def node_path(records: preorder.Records, index: int) -> preorder.Path:
-  """The path to a node of the only root."""
+  """Returns the path to a node of the only root."""
   for position, path in preorder.walk(records):
     record = records[position]
     if record.index == index and preorder.is_graph_node(record):
@@ -155,7 +155,7 @@ def check_type(old: Any, new: Any, transform: str, path: str) -> None:
 
 
 def same_type(one: Any, two: Any) -> bool:
-  """Whether two types of arrays are one, but for weak dtypes."""
+  """Tells whether two types of arrays are one, but for weak dtypes."""
   return one.shape == two.shape and (
     one.dtype == two.dtype or one.weak_type or two.weak_type
   )
@@ -169,7 +169,7 @@ def next_values(
   plain: Sequence[int],
   first: int,
 ) -> list[Any]:
-  """The values of the carried leaves after an iteration.
+  """Returns the values of the carried leaves after an iteration.
 
   Args:
     carried: the leaves that are carried.

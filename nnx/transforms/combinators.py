@@ -96,7 +96,7 @@ class LiftedModule(Module):
   def constructor(
     cls, module_constructor: Callable[..., Any], **options: Any
   ) -> Callable[..., Any]:
-    """A function of the arguments of `module_constructor`.
+    """Returns a function of the arguments of `module_constructor`.
 
     Args:
       module_constructor: makes the Module inside, say its class.
@@ -284,7 +284,7 @@ class _Mapping:
     return call
 
   def find_size(self, graph: Any, plain: Sequence[tuple[Any, Any]]) -> int:
-    """The size of the axis that is mapped, of state or of an argument."""
+    """Returns the size of the mapped axis, of state or of an argument."""
     states = functional.state(graph, *(f for f, _ in self.mapped), ...)
     axes = [axis for _, axis in self.mapped]
     for value, axis in (*zip(states, axes), *plain):

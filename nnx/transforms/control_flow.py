@@ -189,7 +189,7 @@ def _trace(
   inputs: Sequence[int],
   branch: Callable[..., Any],
 ):
-  """The plan of a branch and its jaxpr: a branch runs once in Python."""
+  """Traces a branch: its plan and jaxpr. A branch runs once in Python."""
   lifted = lift.Lifted(branch, call.structure, call.lifted.names)
   plans = []
 
@@ -421,7 +421,7 @@ class _Loop:
     self.plan: Any = None
 
   def body(self, carry_leaves: Sequence[Any], *index: Any) -> tuple[Any, ...]:
-    """One iteration on the leaves."""
+    """Runs one iteration on the leaves."""
     call = self.call
     leaves = call.with_leaves(self.carried, carry_leaves)
     values, objects = _engine.unflatten(call.structure, leaves)
@@ -457,7 +457,7 @@ class _Loop:
     return self.call.apply_outputs(plan, outputs)
 
   def first_change(self, plan: Any) -> str:
-    """The path of the first thing that is not as it was."""
+    """Returns the path of the first thing that is not as it was."""
     root = prefix.Root(None, "init_val", "init_val")
     paths = mapped.output_paths(plan, self.walk, root)
     if paths:

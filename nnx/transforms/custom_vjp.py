@@ -212,21 +212,21 @@ class _Application:
     self.plan: Any = None
 
   def inputs(self) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
-    """The arguments of the flat function."""
+    """Returns the arguments of the flat function."""
     return self.call.pick(self.diff), self.call.pick(self.rest)
 
   def leaves(self, diff: Sequence[Any], rest: Sequence[Any]) -> tuple[Any, ...]:
-    """All leaves of the arguments."""
+    """Returns all leaves of the arguments."""
     return self.call.with_leaves([*self.diff, *self.rest], [*diff, *rest])
 
   def primal(self, diff: Sequence[Any], rest: Sequence[Any]) -> tuple[Any, ...]:
-    """The function itself."""
+    """Runs the function itself."""
     packed = self.call.lifted(self.leaves(diff, rest))
     self.plan = packed.plan
     return packed.outputs
 
   def forward(self, diff: Sequence[Any], rest: Sequence[Any]) -> Any:
-    """The first half of the rule."""
+    """Runs the first half of the rule."""
     call = self.call
     leaves = self.leaves(diff, rest)
     values, objects = _engine.unflatten(call.structure, leaves)
@@ -253,7 +253,7 @@ class _Application:
     return packed.outputs, (box, passed)
 
   def backward(self, residuals: Any, cotangents: Sequence[Any]) -> Any:
-    """The second half of the rule."""
+    """Runs the second half of the rule."""
     box, passed = residuals
     structure, others, arrays, plan = box.value
     stream = iter(passed)
@@ -278,12 +278,12 @@ class _Application:
     return self.flat_cotangents(result), None
 
   def wanted(self) -> list[int]:
-    """The arguments that `bwd` returns cotangents of."""
+    """Returns the arguments that `bwd` returns cotangents of."""
     count = self.call.num_args
     return [i for i in range(count) if i not in self.nondiff]
 
   def states(self, leaves: Sequence[Any]) -> tuple[Any, ...]:
-    """The cotangents of the state, and `None` for all else."""
+    """Returns the cotangents of the state, and `None` for all else."""
     everything = range(len(leaves))
     built = grad_lib.Gradients(self.call, self.walk, False).build(
       leaves, everything
@@ -300,7 +300,7 @@ class _Application:
     )
 
   def updates(self, written: Mapping[int, Any]) -> tuple[Any, ...]:
-    """The cotangents of what was written, in the form of the arguments."""
+    """Returns cotangents of what was written, in the form of the arguments."""
     leaves = tuple(written.get(i) for i in range(len(self.call.leaves)))
     values, objects = _engine.unflatten(self.call.structure, leaves)
     kept = {
@@ -320,7 +320,7 @@ class _Application:
     )
 
   def flat_cotangents(self, result: Any) -> tuple[Any, ...]:
-    """The cotangents that `bwd` returned, by leaf."""
+    """Returns the cotangents that `bwd` returned, by leaf."""
     wanted = self.wanted()
     if not isinstance(result, (tuple, list)) or len(result) != len(wanted):
       given = f"a `{type(result).__name__}`"
@@ -420,7 +420,7 @@ _LEAVES = (_engine.VariableBase, _engine.ObjectBase)
 
 
 def _zero(leaf: Any) -> Any:
-  """The cotangent of a leaf that nothing depends on."""
+  """Returns the cotangent of a leaf that nothing depends on."""
   if not lift.is_array(leaf):
     return None
   dtype = jnp.result_type(leaf)

@@ -84,14 +84,14 @@ class Selection(prefix.FilterMap):
 
 
 def is_selection(value: Any) -> bool:
-  """Whether something says of all leaves whether they are differentiated."""
+  """Tells whether a selection is the same for all leaves."""
   return isinstance(value, bool)
 
 
 def diff_states(
   argnums: int | DiffState | Iterable[int | DiffState],
 ) -> tuple[int | DiffState, ...]:
-  """Argument numbers as a tuple."""
+  """Returns argument numbers as a tuple."""
   if isinstance(argnums, (int, DiffState)):
     return (argnums,)
   return tuple(argnums)
@@ -100,7 +100,7 @@ def diff_states(
 def selections(
   argnums: Sequence[int | DiffState], count: int, tree: bool
 ) -> tuple[tuple[int, ...], list[Any]]:
-  """The positions meant, and what is selected of each argument."""
+  """Returns the positions meant, and what is selected of each argument."""
   wanted = lift.positions(
     [a.argnum if isinstance(a, DiffState) else a for a in argnums],
     count,
@@ -141,7 +141,7 @@ class Gradients:
     self.seen: set[int] = set()
 
   def build(self, leaves: Sequence[Any], selected: Sequence[int]) -> list[Any]:
-    """The arguments, with the selected of these leaves in Modules' States."""
+    """Builds the arguments; selected leaves of Modules are in States."""
     values, objects = _engine.unflatten(self.call.structure, tuple(leaves))
     if self.tree:
       return list(values)
@@ -260,7 +260,7 @@ def _name_discrete(
 
 
 def pair(result: Any, fun: Callable[..., Any]) -> tuple[Any, Any]:
-  """What a function with `has_aux` must return."""
+  """Returns what a function with `has_aux` must return."""
   if not isinstance(result, (tuple, list)) or len(result) != 2:
     raise TypeError(
       f"With `has_aux=True`, `{lift.name_of(fun)}` must return a pair of the"
@@ -426,7 +426,7 @@ def value_and_grad(
 def _flat_primal(
   transform: str, call: lift.Call, selected: Sequence[int], has_aux: bool
 ):
-  """The function of the selected leaves: the output's leaves; all, packed.
+  """Returns the function of selected leaves: the output's leaves; all, packed.
 
   Returns:
     The function, and a list to which it adds the structure of the output.
@@ -469,7 +469,7 @@ def _name_unlike(
 
 
 def _arrays_of_args(call: lift.Call) -> list[int]:
-  """The leaves of the positional arguments that jax can differentiate."""
+  """Returns those leaves of positional arguments that jax can differentiate."""
   leaves = lift.leaves_of_roots(call.structure, range(call.num_args))
   return [i for i in leaves if lift.is_array(call.leaves[i])]
 

@@ -202,7 +202,7 @@ class JitWrapped(_engine.JitFunction, Generic[P, R]):
     def __get__(self, instance: Any, owner: type | None = None) -> Any: ...
 
   def _roots(self, args: tuple, kwargs: Mapping[str, Any]) -> _engine.Flattened:
-    """The structure, leaves and objects of a call."""
+    """Returns the structure, leaves and objects of a call."""
     names = sorted(kwargs)
     static = [
       key in self.options.statics for key in (*range(len(args)), *names)
@@ -254,7 +254,7 @@ class JitWrapped(_engine.JitFunction, Generic[P, R]):
     return compiled.trace(*flat_args)
 
   def eval_shape(self, *args: P.args, **kwargs: P.kwargs) -> R:
-    """The result with shapes in place of arrays; nothing is computed."""
+    """Returns the result as shapes and dtypes; nothing is computed."""
     compiled, flat_args, _ = self._prepare(*args, **kwargs)
     structure, leaves, _ = self._roots(args, kwargs)
     packed = compiled.eval_shape(*flat_args)
@@ -264,7 +264,7 @@ class JitWrapped(_engine.JitFunction, Generic[P, R]):
 
 
 def _partition(leaves: tuple, donated: tuple[int, ...]) -> tuple[tuple, ...]:
-  """Leaves as the arguments of the compiled function."""
+  """Returns leaves as the arguments of the compiled function."""
   if not donated:
     return (leaves,)
   gone = frozenset(donated)
@@ -284,7 +284,7 @@ class JitPartial(Generic[P, R]):
     return self.jitted(*self.args, *args, **kwargs)
 
   def lower(self, *args: Any, **kwargs: Any) -> Lowered[P, R]:
-    """As `JitWrapped.lower`, for the remaining arguments.
+    """Does what `JitWrapped.lower` does, for the remaining arguments.
 
     So are the arguments of the compiled function.
     """
@@ -296,18 +296,18 @@ class JitPartial(Generic[P, R]):
     return Lowered(lowered.lowered, call)
 
   def trace(self, *args: Any, **kwargs: Any) -> Any:
-    """As `JitWrapped.trace`, for the remaining arguments."""
+    """Does what `JitWrapped.trace` does, for the remaining arguments."""
     return self.jitted.trace(*self.args, *args, **kwargs)
 
   def clear_cache(self) -> None:
-    """As `JitWrapped.clear_cache`."""
+    """Does what `JitWrapped.clear_cache` does."""
     self.jitted.clear_cache()
 
   def _cache_size(self) -> int:
     return self.jitted._cache_size()
 
   def eval_shape(self, *args: P.args, **kwargs: P.kwargs) -> R:
-    """As `JitWrapped.eval_shape`, for the remaining arguments."""
+    """Does what `JitWrapped.eval_shape` does, for the remaining arguments."""
     return self.jitted.eval_shape(*self.args, *args, **kwargs)
 
 

@@ -44,7 +44,7 @@ def as_tuple(value: Any, item: type) -> tuple[Any, ...]:
 def argument_keys(
   fun: Callable[..., Any], nums: Any, names: Any, option: str
 ) -> frozenset[int | str]:
-  """The arguments meant, by position and by name wherever both are possible."""
+  """Returns the arguments meant, by position and by name where it can."""
   positions = list(as_tuple(nums, int))
   keywords = list(as_tuple(names, str))
   if not positions and not keywords:
@@ -118,7 +118,7 @@ class Options:
     names: tuple[str, ...],
     objects: tuple,
   ):
-    """The compiled function for one structure, and the leaves it donates."""
+    """Makes the function for one structure; also the leaves that it donates."""
     self.check_leaves(structure, leaves, names)
     shardings = self.input_shardings(structure, leaves, names)
     if shardings is not None:
@@ -160,12 +160,12 @@ class Options:
         ) from None
 
   def root_keys(self, structure: Any, names: tuple[str, ...]) -> list[Any]:
-    """The position or name of each root."""
+    """Returns the position or name of each root."""
     count = structure._num_roots - len(names)
     return [*range(count), *names]
 
   def input_shardings(self, structure, leaves, names) -> list[Any] | None:
-    """The sharding of each leaf, or None where nothing was asked."""
+    """Returns the sharding of each leaf, or None where nothing was asked."""
     if self.in_shardings is None:
       return None
     keys = self.root_keys(structure, names)
@@ -194,7 +194,7 @@ class Options:
     )
 
   def donated_leaves(self, structure, leaves, names, flat) -> list[int]:
-    """The leaves that may be donated: plain arrays, and what is written.
+    """Returns what may be donated: plain arrays, and what is written.
 
     Under an argument that is a graph, only the Variables that the function
     writes are given up; those that it only reads stay as they are.
@@ -269,7 +269,7 @@ class Flat(lift.Lifted):
     return traced
 
   def split(self, kept: list[int], donated: list[int]) -> Callable[..., Any]:
-    """The function of the leaves that are kept and those that are donated."""
+    """Returns the function of the kept leaves and of the donated ones."""
     total = len(kept) + len(donated)
 
     def split(kept_leaves, donated_leaves):

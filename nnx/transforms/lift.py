@@ -80,7 +80,7 @@ class Lifted:
   def debug_info(
     self, transform: str, numbers: Sequence[int], first: int = 0
   ) -> Any:
-    """What errors of jax say of it as a function of some of the leaves.
+    """Returns what errors of jax say of it as a function of some of the leaves.
 
     Args:
       transform: what traces it.
@@ -91,11 +91,11 @@ class Lifted:
     return jax_private.debug_info(transform, self.fun, names)
 
   def leaf_names(self, numbers: Sequence[int], first: int = 0) -> Sequence[str]:
-    """What the user's function calls its first arguments and some leaves."""
+    """Returns the names of its first arguments and of some leaves."""
     return _LeafNames(self, numbers, first)
 
   def root_names(self, first: int = 0) -> list[str]:
-    """What it calls its first arguments and each root of the structure."""
+    """Returns the names of its first arguments and of each root."""
     count = first + self.structure._num_roots - len(self.names)
     try:
       parameters = list(inspect.signature(self.fun).parameters.values())
@@ -203,20 +203,20 @@ class Call:
     return function
 
   def path(self, leaf: int) -> str:
-    """What the user's function calls a leaf."""
+    """Returns what the user's function calls a leaf."""
     return self.lifted.leaf_names([leaf])[0]
 
   def with_leaves(
     self, positions: Sequence[int], values: Sequence[Any]
   ) -> tuple[Any, ...]:
-    """The leaves with some of them replaced."""
+    """Returns the leaves with some of them replaced."""
     leaves = list(self.leaves)
     for position, value in zip(positions, values):
       leaves[position] = value
     return tuple(leaves)
 
   def pick(self, positions: Sequence[int]) -> tuple[Any, ...]:
-    """Some of the leaves."""
+    """Picks some of the leaves."""
     return tuple(self.leaves[position] for position in positions)
 
   def apply(self, packed: Any) -> Any:
@@ -224,7 +224,7 @@ class Call:
     return _engine.apply(packed, self.objects, self.leaves)
 
   def apply_outputs(self, plan: Any, outputs: Sequence[Any]) -> Any:
-    """The same for outputs that a transform has regrouped."""
+    """Does what `apply` does, for outputs that a transform has regrouped."""
     return self.apply(_engine.packed_unflatten(plan, tuple(outputs)))
 
 
@@ -262,7 +262,7 @@ def _name_module(error: BaseException) -> None:
 
 
 def _has_run(fun: Callable[..., Any], error: BaseException) -> bool:
-  """Whether an error came through the code of a function."""
+  """Tells whether an error came through the code of a function."""
   while isinstance(fun, functools.partial):
     fun = fun.func
   code = getattr(inspect.unwrap(fun), "__code__", None)
@@ -273,7 +273,7 @@ def _has_run(fun: Callable[..., Any], error: BaseException) -> bool:
 
 
 def outside_of_traces() -> bool:
-  """Whether arrays are concrete here: no transform of jax is under way."""
+  """Tells whether arrays are concrete here: no transform of jax runs."""
   return jax_private.trace_context().trace is jax_private.eval_trace()
 
 
@@ -385,29 +385,29 @@ def result_of(plan: Any, outputs: Sequence[Any], inputs: Sequence[Any]) -> Any:
 
 
 def result_leaves(plan: Any) -> range:
-  """The leaves of the plan's structure that are the result's."""
+  """Returns the leaves of the plan's structure that are the result's."""
   return range(len(plan.matches), len(plan.output_of))
 
 
 def result_position(plan: Any) -> int:
-  """The position of the result in the records of the plan's structure."""
+  """Returns where the result is in the records of the plan's structure."""
   return preorder.roots(plan.structure)[-1][0]
 
 
 def is_array(value: Any) -> bool:
-  """Whether a leaf is something that jax can trace."""
+  """Tells whether a leaf is something that jax can trace."""
   return isinstance(value, (jax.Array, np.ndarray, *_SCALARS)) or (
     hasattr(value, "shape") and hasattr(value, "dtype")
   )
 
 
 def as_tuple(value: int | Iterable[int]) -> tuple[int, ...]:
-  """One int or several as a tuple."""
+  """Returns one int or several as a tuple."""
   return (value,) if isinstance(value, int) else tuple(value)
 
 
 def leaves_of_roots(structure: Any, roots: Iterable[int]) -> tuple[int, ...]:
-  """The leaves that are reached first from some of the roots."""
+  """Returns the leaves that are reached first from some of the roots."""
   wanted, records = frozenset(roots), structure._records
   return tuple(
     leaf
@@ -418,7 +418,7 @@ def leaves_of_roots(structure: Any, roots: Iterable[int]) -> tuple[int, ...]:
 
 
 def name_of(fun: Callable[..., Any]) -> str:
-  """How to call a function in an error."""
+  """Says how to call a function in an error."""
   return getattr(fun, "__qualname__", None) or type(fun).__name__
 
 
@@ -473,7 +473,7 @@ class Method:
 
 
 def method_of(fun: Any) -> Method | None:
-  """A callable Module, or a method bound to a Module, as a `Method`.
+  """Returns a callable Module, or a method bound to a Module, as a `Method`.
 
   Args:
     fun: a function; may be a `functools.partial` of such a one.
@@ -508,7 +508,7 @@ def method_of(fun: Any) -> Method | None:
 
 
 def function_of(fun: Any, transform: str) -> Callable[..., Any]:
-  """The function that a transform lifts: `fun`, or a `Method`.
+  """Returns the function that a transform lifts: `fun`, or a `Method`.
 
   Raises:
     TypeError: if `fun` is not callable, or is an object of `flax.nnx`.
@@ -525,7 +525,7 @@ def function_of(fun: Any, transform: str) -> Callable[..., Any]:
 def with_owner(
   fun: Callable[..., Any], kwargs: Mapping[str, Any]
 ) -> dict[str, Any]:
-  """Keyword arguments, and the object that a `Method` is bound to.
+  """Returns keyword arguments with the object that a `Method` is bound to.
 
   Raises:
     TypeError: if the object has been given as well.
@@ -574,7 +574,7 @@ def bind(
 def positions(
   argnums: int | Iterable[int], count: int, option: str
 ) -> tuple[int, ...]:
-  """Argument numbers as positions, counted from the end if negative.
+  """Converts argument numbers to positions, counted from the end if negative.
 
   Raises:
     TypeError: if one of them is not an int.

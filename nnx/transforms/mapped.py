@@ -22,7 +22,7 @@ from nnx.transforms import lift, prefix
 def entries_in(
   options: Iterable[Any], is_entry: Callable[[Any], bool]
 ) -> tuple[Any, ...]:
-  """All entries that occur in some options, each once."""
+  """Returns all entries that occur in some options, each once."""
   found: dict[Any, None] = {}
   leaves = jax.tree.leaves(
     list(options),
@@ -65,7 +65,7 @@ class Mapped:
     self.written = written
 
   def __call__(self, leaves: tuple[Any, ...]) -> tuple[Any, ...]:
-    """The plan with the entry of each output, then a tuple of each group."""
+    """Returns the plan with each output's entry, then a tuple a group."""
     structure = self.lifted.structure
     values, objects = _engine.unflatten(structure, leaves)
     if self.metadata and spmd.PARTITION_NAME in self.metadata:
@@ -87,7 +87,7 @@ class Mapped:
     return lift.Static((plan, entry_of)), *map(tuple, groups.values())
 
   def packed(self, grouped: Sequence[Any]) -> Any:
-    """The outputs of the transformed function, in order again."""
+    """Returns the outputs of the transformed function, in order again."""
     (plan, entry_of), groups = grouped[0].value, grouped[1:]
     streams = dict(zip(self.groups, map(iter, groups)))
     outputs = tuple(next(streams[entry]) for entry in entry_of)
@@ -97,7 +97,7 @@ class Mapped:
 def output_entries(
   plan: Any, outputs: Sequence[Any], walk: prefix.Walk, out_root: prefix.Root
 ) -> list[Any]:
-  """The entry of each output.
+  """Returns the entry of each output.
 
   State has that of the input in whose place it stands; state made inside has
   what the option for the arguments says of its place; the result has what the
@@ -128,7 +128,7 @@ def output_entries(
 
 
 def output_paths(plan: Any, walk: prefix.Walk, out_root: prefix.Root):
-  """The path of each output, for errors."""
+  """Returns the path of each output, for errors."""
   leaves = [None] * plan.structure.num_leaves
   objects = _engine.unflatten(plan.structure, tuple(leaves)).objects
   after = prefix.Walk(plan.structure, leaves, objects, lambda entry: True)

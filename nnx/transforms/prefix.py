@@ -63,11 +63,11 @@ class FilterMap:
       self.entries = state[name]
 
   def items(self) -> list[tuple[Any, Any]]:
-    """The pairs of a filter and an entry."""
+    """Returns the pairs of a filter and an entry."""
     return list(zip(self.filters, self.entries))
 
   def select(self, path: tuple, value: Any) -> tuple[bool, Any]:
-    """Whether a filter selects a leaf, and the entry that it then has.
+    """Tells whether a filter selects a leaf, and the entry that it then has.
 
     Args:
       path: the path from the graph node that is an argument, or is in one.
@@ -164,7 +164,7 @@ def broadcast(
   option: str,
   first_root: int = 0,
 ) -> list[Any]:
-  """The entry of each leaf.
+  """Returns the entry of each leaf.
 
   Args:
     structure: of the roots (arguments, or a result), from the engine.
@@ -224,7 +224,7 @@ def roots(
   option: str,
   keyword_entry: Any = None,
 ) -> list[Root]:
-  """What an option for all arguments says of each.
+  """Returns what an option for all arguments says of each.
 
   Args:
     entry: one entry for all positional arguments, or one for each.
@@ -401,7 +401,7 @@ class Walk:
     raise AssertionError
 
   def _select(self, entry: Any, path: tuple, place: Place, leaf: int) -> Any:
-    """What a filter map says of a Variable or a leaf outside of Variables."""
+    """Returns what a filter map says of a Variable or of a leaf in none."""
     variable = place.variable
     value = self.objects[variable] if variable >= 0 else self.leaves[leaf]
     found, selected = entry.select(place.path, value)
@@ -440,7 +440,7 @@ class Walk:
     )
 
   def text(self, path: Sequence[Any]) -> str:
-    """A path from the current root as a user would type it."""
+    """Returns a path from the current root as a user would type it."""
     return text(self.root.where, path)
 
 

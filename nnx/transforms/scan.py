@@ -40,7 +40,7 @@ def _is_axis(value: Any) -> bool:
 
 
 def _carry_position(option: str, axes: Any) -> int | None:
-  """Where the carry is; 0 also if it is all."""
+  """Says where the carry is; 0 also if it is all."""
   if axes is Carry:
     return 0
   if not isinstance(axes, (tuple, list)):
@@ -270,7 +270,7 @@ class _Kept(jit_lib.Options):
   def all_are_arrays(
     self, args: tuple[Any, ...], owner: tuple[Any, ...]
   ) -> bool:
-    """Whether to trace all leaves is what a scan does, or nearly so.
+    """Tells whether to trace all leaves is what a scan does, or nearly so.
 
     Numbers and NumPy's arrays that are the same for all iterations stay what
     they are.
@@ -360,13 +360,13 @@ class _Loop:
     return call.apply_outputs(plan, outputs)
 
   def carried_leaf(self, plan: Any, leaf: int) -> int:
-    """The leaf of the arguments whose last value a leaf of the plan has."""
+    """Returns the argument's leaf whose last value a leaf of the plan has."""
     if leaf < len(plan.matches):
       return plan.matches[leaf]
     return self.plain[leaf - self.first_carry_leaf(plan)]
 
   def first_carry_leaf(self, plan: Any) -> int:
-    """The first leaf of the carry in the result."""
+    """Returns the first leaf of the carry in the result."""
     records = plan.structure._records
     position = lift.result_position(plan)
     first = len(plan.matches)
@@ -379,7 +379,7 @@ class _Loop:
     return first
 
   def body(self, carry_leaves: Sequence[Any], xs: Sequence[Any]) -> Any:
-    """One iteration on the leaves."""
+    """Runs one iteration on the leaves."""
     call, walk = self.call, self.walk
     leaves = call.with_leaves(
       [*self.carried, *self.scanned, *self.broadcast],
@@ -464,7 +464,7 @@ class _Loop:
     ]
 
   def carry_of(self, result: Any) -> Any:
-    """The carry in the function's result."""
+    """Returns the carry in the function's result."""
     out_axes = self.out_root.entry
     if out_axes is Carry:
       return result

@@ -73,7 +73,7 @@ class StateAxes(prefix.FilterMap, Mapping[Any, Any]):
 
 
 def is_axis(value: Any) -> bool:
-  """Whether something is the axis of all leaves below it."""
+  """Tells whether something is the axis of all leaves below it."""
   return value is None or (
     isinstance(value, int) and not isinstance(value, bool)
   )
@@ -425,7 +425,7 @@ def pmap(
 
 
 def _without_carry(axes: Any) -> Any:
-  """Axes of a scan for what has no loop: the carry is not mapped."""
+  """Returns axes of a scan for what has no loop: the carry is not mapped."""
   if axes is Carry:
     return None
   if isinstance(axes, (tuple, list)):

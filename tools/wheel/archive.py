@@ -24,7 +24,7 @@ _GLIBC_OF = {0: 17, 20: 24, 23: 26, 25: 28, 27: 31, 29: 34, 30: 35, 31: 39}
 
 
 def is_shipped(path: str) -> bool:
-  """Whether a file, named from the root of the workspace, goes into a wheel."""
+  """Tells whether a file, named from the root, goes into a wheel."""
   return (
     path.split("/")[0] in PACKAGES
     and path.endswith((".py", ".pyi", ".so", "/py.typed"))
@@ -34,12 +34,12 @@ def is_shipped(path: str) -> bool:
 
 
 def place(path: str) -> str:
-  """The name in a wheel of a file, named from the root of the workspace."""
+  """Returns the name in a wheel of a file, named from the root."""
   return path if path.startswith("nnx/") else f"nnx/{path}"
 
 
 def platform_tag(libraries: Iterable[bytes]) -> str:
-  """The oldest Linux that has all versions of symbols that libraries need."""
+  """Returns the oldest Linux that has all symbols that libraries need."""
   needed = {17}
   for library in libraries:
     for name, version in re.findall(
@@ -53,7 +53,7 @@ def platform_tag(libraries: Iterable[bytes]) -> str:
 
 
 def metadata(project: Mapping[str, Any], readme: str) -> str:
-  """METADATA, from the table `project` of pyproject.toml."""
+  """Makes METADATA from the table `project` of pyproject.toml."""
   lines = [
     "Metadata-Version: 2.1",
     f"Name: {project['name']}",
@@ -82,7 +82,7 @@ def _record(contents: Mapping[str, bytes], folder: str) -> bytes:
 
 
 def read_project(root: pathlib.Path) -> tuple[str, str]:
-  """The stem of a release's file names, and its METADATA."""
+  """Returns the stem of a release's file names, and its METADATA."""
   project = tomllib.loads((root / "pyproject.toml").read_text())["project"]
   stem = f"{project['name'].replace('-', '_')}-{project['version']}"
   readme = (root / "README.md").read_text(encoding="utf-8")
