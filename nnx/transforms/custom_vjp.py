@@ -350,7 +350,7 @@ class _Application:
     if cotangent is None:
       return
     by_top: dict[int, list[int]] = {}
-    plain = []
+    plain: list[int] = []
     for leaf in leaves:
       top = self.walk.places[leaf].top
       is_node = top >= 0 and not isinstance(

@@ -439,7 +439,7 @@ def jit(
     argument_keys(fun, donate_argnums, donate_argnames, "donate_"),
     jit_options,
   )
-  wrapped = JitWrapped(options)
+  wrapped: JitWrapped[..., Any] = JitWrapped(options)
   return wrapped if method is None else JitPartial(wrapped, (method.owner,))
 
 

@@ -481,7 +481,8 @@ def method_of(fun: Any) -> Method | None:
   Returns:
     None for any other function.
   """
-  inner, given, named = fun, (), {}
+  inner, given = fun, ()
+  named: dict[str, Any] = {}
   while isinstance(inner, functools.partial):
     given, named = (*inner.args, *given), {**inner.keywords, **named}
     inner = inner.func

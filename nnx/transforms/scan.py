@@ -248,7 +248,7 @@ class _Kept(jit_lib.Options):
     self.in_axes = in_axes
     self.captures = False
     self.entries = 0
-    self.jitted = jit_lib.JitWrapped(self)
+    self.jitted: jit_lib.JitWrapped[..., Any] = jit_lib.JitWrapped(self)
 
   def __call__(self, /, *args: Any, **owner: Any) -> Any:
     if (
