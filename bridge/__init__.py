@@ -7,19 +7,19 @@ from nnx import variable_type_from_name as variable_type_from_name
 
 from . import variables as variables
 from .from_flax import from_flax_nnx as from_flax_nnx
-from .functional import Functional as Functional
-from .functional import functional as functional
 from .in_module import linen_in_bridge_mdl as linen_in_bridge_mdl
 from .in_module import nnx_in_bridge_mdl as nnx_in_bridge_mdl
+from .init_apply import Functional as Functional
+from .init_apply import functional as functional
 from .module import Module as Module
 from .module import compact as compact
 from .module import current_module as current_module
 from .module_context import AttrPriority as AttrPriority
 from .module_context import Scope as Scope
 from .module_context import current_context as current_context
-from .to_linen import ToLinen as ToLinen
-from .to_linen import to_linen as to_linen
-from .to_linen import to_linen_class as to_linen_class
+from .to_linen_module import ToLinen as ToLinen
+from .to_linen_module import to_linen as to_linen
+from .to_linen_module import to_linen_class as to_linen_class
 from .to_nnx import ToNNX as ToNNX
 from .to_nnx import lazy_init as lazy_init
 from .to_nnx import linen_variables as linen_variables

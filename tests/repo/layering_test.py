@@ -313,6 +313,37 @@ def test_packages_beside_nnx_call_themselves_by_no_name(package):
   assert not wrong, "write `from . import` instead: " + ", ".join(wrong)
 
 
+def hidden_modules(package: str, tree: ast.Module, known: set[str]) -> set[str]:
+  """Modules of `package` whose names its `__init__` gives to something else."""
+  return {
+    f"{package}.{name}"
+    for node in tree.body
+    if isinstance(node, ast.ImportFrom)
+    for alias in node.names
+    for name in [alias.asname or alias.name]
+    if f"{package}.{name}" in known
+    and (alias.name != name or (node.module or package) != package)
+    and not (node.level == 1 and node.module is None)
+  }
+
+
+def test_no_function_hides_a_module(graph):
+  hidden = {
+    name
+    for package, path in sources().items()
+    if path.name == "__init__.py"
+    for name in hidden_modules(
+      package, ast.parse(path.read_text(encoding="utf-8")), set(graph)
+    )
+  }
+  assert not hidden
+
+
+def test_a_hidden_module_is_seen():
+  tree = ast.parse("from . import b\nfrom p import c\nfrom .d import d\n")
+  assert hidden_modules("p", tree, {"p.b", "p.c", "p.d"}) == {"p.d"}
+
+
 def test_imports_inside_functions_are_seen():
   tree = ast.parse("def f():\n  from flax import nnx\n  import optax as o\n")
   assert imports("nnx.module", tree, False, set()) == {"flax", "optax"}
