@@ -313,6 +313,20 @@ def test_packages_beside_nnx_call_themselves_by_no_name(package):
   assert not wrong, "write `from . import` instead: " + ", ".join(wrong)
 
 
+def test_the_map_names_every_module_of_nnx():
+  page = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+  table = page.split("## The modules of `nnx`")[1].split("## ")[0]
+  missing = [
+    path.name
+    for path in sorted((ROOT / "nnx").iterdir())
+    if path.name != "__init__.py"
+    and (path.suffix == ".py" or any(path.glob("*.py")))
+    and f"`{path.stem}`" not in table
+    and f"`{path.name}/`" not in table
+  ]
+  assert not missing
+
+
 def hidden_modules(package: str, tree: ast.Module, known: set[str]) -> set[str]:
   """Modules of `package` whose names its `__init__` gives to something else."""
   return {
