@@ -22,6 +22,7 @@ from kernels.cache import layouts
 from kernels.decode_attention import (
   arg_specs,
   ffi,
+  flash_tpu,
   pallas_tpu,
   primitive,
   reference,
@@ -364,16 +365,15 @@ class PlacesTest(parameterized.TestCase):
     index = np.int32([0, 1900, 4095])
     tiles = []
 
-    def keep(places, *rest, tiling, **options):
-      del options
+    def keep(places, table, numbers, q, caches, options, tiling, interpret):
+      del table, numbers, q, caches, options, interpret
       self.assertEqual(tiling.slots, 512)
-      _, first, last, *_ = places
-      tiles.extend(zip(first.tolist(), last.tolist()))
+      tiles.extend(zip(places.first.tolist(), places.last.tolist()))
       raise InterruptedError
 
     arrays = [jnp.zeros((3, *a.shape[1:]), a.dtype) for a in args[:5]]
     with (
-      mock.patch.object(pallas_tpu, "_flash", keep),
+      mock.patch.object(flash_tpu, "flash", keep),
       self.assertRaises(InterruptedError),
     ):
       da.attend(
