@@ -317,9 +317,9 @@ def check_statics(lifted: Lifted) -> None:
   for name, (start, _) in zip(
     lifted.root_names(), preorder.roots(lifted.structure)
   ):
-    kind, value = records[start][0], records[start][6]
+    value = records[start].aux
     if (
-      kind == "static"
+      records[start].kind is _engine.NodeKind.STATIC
       and isinstance(value, _engine.ObjectBase)
       and _engine.flatten((value,))[1]
     ):
