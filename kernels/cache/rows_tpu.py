@@ -81,13 +81,14 @@ def write(
   block, slot, held = addressing.locate(geometry, position, places, at.ring)
   slot = jnp.where(written & held, slot, -1)
   to = tiles_tpu.order(cache_k, layout)
-  if to != layout.value:  # else it is the operand, written where it is
+  assert to is not None  # `cache_problem` has refused such caches
+  if not to.is_that_of(layout):  # else it is the operand, written where it is
     cache_k, cache_v = (
       tiles_tpu.stay(tiles_tpu.reorder(cache, layout.value, to), interpret)
       for cache in (cache_k, cache_v)
     )
   where = (places.layer, block, slot)
-  if to == tiles_tpu.BY_TOKENS:
+  if to is tiles_tpu.Order.BY_TOKENS:
     caches = _write_rows(cache_k, cache_v, new_k, new_v, where, interpret)
   else:
     new_k, new_v = map(layout.to_heads_first, (new_k, new_v))
@@ -241,7 +242,7 @@ def _rewrite_tiles(
 ):
   layer, block, slot = places
   batch, tokens = slot.shape
-  columns = order == tiles_tpu.BY_COLUMNS
+  columns = order is tiles_tpu.Order.BY_COLUMNS
   span = tiles_tpu.LANES if columns else tiles_tpu.sublanes(cache_k.dtype)
   # A visit is to one tile, by tokens one after the other.
   visits = (tokens + span - 2) // span + 1

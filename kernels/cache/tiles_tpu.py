@@ -4,16 +4,10 @@ A kernel wants its operands with the last two axes in tiles, and XLA copies
 what lies otherwise. How it lies follows from the shape: XLA orders the axes so
 that tiles are full. So the kernels take the cache with its axes in that order,
 which costs nothing, and `order` tells for which shapes they know it.
-
-"bsnh"  tiles of heads and head_dim: a token's rows of all heads are tiles.
-"bnsh"  tiles of slots and head_dim: a token is one row in a tile of each head.
-"bnhs"  tiles of head_dim and slots, where head_dim is not a multiple of 128: a
-        token is one column in tiles of each head.
-
-These are letters and no `Layout`, which has the first two alone.
 """
 
 from collections.abc import Sequence
+import enum
 from typing import Any
 
 import jax
@@ -26,9 +20,26 @@ from . import checks, layouts
 
 LANES = 128
 
-BY_TOKENS = "bsnh"
-BY_ROWS = "bnsh"
-BY_COLUMNS = "bnhs"
+
+class Order(enum.StrEnum):
+  """The axes of a cache as XLA keeps them; a `Layout` is what users give.
+
+  Attributes:
+    BY_TOKENS: Tiles of heads and head_dim: a token's rows of all heads are
+      tiles.
+    BY_ROWS: Tiles of slots and head_dim: a token is one row in a tile of each
+      head.
+    BY_COLUMNS: Tiles of head_dim and slots, where head_dim is not a multiple of
+      128: a token is one column in tiles of each head.
+  """
+
+  BY_TOKENS = "bsnh"
+  BY_ROWS = "bnsh"
+  BY_COLUMNS = "bnhs"
+
+  def is_that_of(self, layout: layouts.Layout) -> bool:
+    """Tells whether a cache in `layout` lies as it is given."""
+    return self.value == layout.value
 
 
 def sublanes(dtype: Any) -> int:
@@ -36,8 +47,8 @@ def sublanes(dtype: Any) -> int:
   return 32 // jnp.dtype(dtype).itemsize
 
 
-def order(cache: Any, layout: layouts.Layout) -> str:
-  """Returns the order of axes in which XLA keeps a cache; "" if not known.
+def order(cache: Any, layout: layouts.Layout) -> Order | None:
+  """Returns the order of axes in which XLA keeps a cache, if it is known.
 
   Args:
     cache: Its abstract value, in `layout`.
@@ -48,12 +59,12 @@ def order(cache: Any, layout: layouts.Layout) -> str:
   packed = 4 // jnp.dtype(cache.dtype).itemsize
   if dim % LANES:
     full = slots % LANES == 0 and dim % sublanes(cache.dtype) == 0
-    return BY_COLUMNS if full else ""
+    return Order.BY_COLUMNS if full else None
   if not layout.heads_first and (
     heads % 8 == 0 or heads in (1, 2, 4)[packed // 2 :]
   ):
-    return BY_TOKENS
-  return BY_ROWS if slots % sublanes(cache.dtype) == 0 else ""
+    return Order.BY_TOKENS
+  return Order.BY_ROWS if slots % sublanes(cache.dtype) == 0 else None
 
 
 def reorder(x: jax.Array, before: str, after: str) -> jax.Array:
@@ -94,7 +105,7 @@ def cache_problem(
         f" and slots must be a multiple of {LANES}, and the other one of"
         f" {sublanes(cache.dtype)}"
       )
-  if order(cache_k, layout) != order(cache_v, layout):
+  if order(cache_k, layout) is not order(cache_v, layout):
     return "keys and values do not lie in the same order"
   return None
 

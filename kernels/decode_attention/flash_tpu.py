@@ -21,7 +21,7 @@ class Tiling(NamedTuple):
   """How the work of one call is cut.
 
   Attributes:
-    order: Of the cache's axes: "bsnh", "bnsh" or "bnhs".
+    order: Of the cache's axes.
     groups: Matrices of keys that a tile holds: 1 of all heads', or n.
     steps: Among which the query tokens of a sequence are divided.
     tokens: Of one step.
@@ -32,7 +32,7 @@ class Tiling(NamedTuple):
     parts: bfloat16 numbers that one query element is split into.
   """
 
-  order: str
+  order: tiles_tpu.Order
   groups: int
   steps: int
   tokens: int
@@ -252,9 +252,10 @@ def _copies(
   tiling = static.tiling
   slots = _locate(r, static, b, i)
   start = slots.start
-  if tiling.order != tiles_tpu.BY_TOKENS:  # slots are an axis of tiles
+  # Slots are an axis of tiles.
+  if tiling.order is not tiles_tpu.Order.BY_TOKENS:
     unit = (tiles_tpu.sublanes(r.cache_k.dtype), tiles_tpu.LANES)
-    by_columns = tiling.order == tiles_tpu.BY_COLUMNS
+    by_columns = tiling.order is tiles_tpu.Order.BY_COLUMNS
     start = pl.multiple_of(start, unit[by_columns])
   at = (
     *tiles_tpu.lead_index(r.layer[b], r.cache_k.shape[:-4]),
@@ -346,7 +347,7 @@ def _use_tile(r: _Refs, static: _Static, b: Any, i: Any, buffer: Any) -> None:
     if at_once:
       keys = r.tile_k[buffer].reshape(tiling.keys, r.tile_k.shape[-1])
       values = r.tile_v[buffer].reshape(tiling.keys, r.tile_v.shape[-1])
-    elif tiling.order == tiles_tpu.BY_TOKENS:
+    elif tiling.order is tiles_tpu.Order.BY_TOKENS:
       keys, values = (
         _factor(tile[buffer])[:, group] for tile in (r.tile_k, r.tile_v)
       )
@@ -395,7 +396,7 @@ def _logits(static, numbers, q, keys, columns):
   visible = (keys_at >= low) & (keys_at < high) & fresh
   if key_head is not None:
     visible &= key_head == head
-  by_columns = tiling.order == tiles_tpu.BY_COLUMNS
+  by_columns = tiling.order is tiles_tpu.Order.BY_COLUMNS
   logits = _sum_of(_dot(q, keys, 0 if by_columns else 1), tiling.parts)
   logits *= floats[:, 0:1]
   if options.softcap:
@@ -416,7 +417,7 @@ def _add(static, logits, values, running):
   weights = jnp.exp(logits - base)
   largest[...] = jnp.broadcast_to(now, largest.shape)
   total[...] = total[...] * shrink + jnp.sum(weights, axis=1, keepdims=True)
-  axis = 1 if static.tiling.order == tiles_tpu.BY_COLUMNS else 0
+  axis = 1 if static.tiling.order is tiles_tpu.Order.BY_COLUMNS else 0
   if values.dtype == jnp.float32:
     added = _dot(weights, values, axis)
   else:

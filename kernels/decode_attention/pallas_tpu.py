@@ -65,6 +65,7 @@ def _tiling(cache_k, cache_v, q, options) -> flash_tpu.Tiling | str:
   geometry = addressing.Geometry.of(cache_k, cache_v, options.layout)
   _, heads, group, tokens = reference.Sizes.of(q, options.layout)
   order = tiles_tpu.order(cache_k, options.layout)
+  assert order is not None  # `cache_problem` has refused such caches
   itemsize = jnp.dtype(cache_k.dtype).itemsize
   slot_bytes = heads * max(geometry.k_dim, geometry.v_dim) * itemsize
   parts = 1
@@ -72,7 +73,7 @@ def _tiling(cache_k, cache_v, q, options) -> flash_tpu.Tiling | str:
     q.dtype != jnp.bfloat16 or "rope_cos" in options.fields
   ):
     parts = 3
-  at_once = order == tiles_tpu.BY_TOKENS and (
+  at_once = order is tiles_tpu.Order.BY_TOKENS and (
     heads * group * tokens <= _ROWS_AT_ONCE
     or tiles_tpu.LANES * slot_bytes > 2 * _TILE_BYTES
   )
