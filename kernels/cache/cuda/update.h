@@ -98,7 +98,7 @@ __device__ __forceinline__ void CopyRows(const DeviceUpdate& update,
       const uint32_t index = begin + i * kThreads + threadIdx.x;
       if (index < rows.items) words[i] = __ldg(from + index);
     }
-    __syncthreads();  // who is at the items before may still read
+    __syncthreads();  // others may still read the items before
     found.Find(update, rows, begin, kItems);
     __syncthreads();
     KERNELS_UNROLL
@@ -168,7 +168,7 @@ __device__ __forceinline__ void QuantizeRows(const DeviceUpdate& update,
       x[i] = cuda::LoadVector<T, kElements>(As<T>(rows.from) +
                                             int64_t{index} * kElements);
     }
-    __syncthreads();  // who is at the items before may still read
+    __syncthreads();  // others may still read the items before
     found.Find(update, rows, begin, kItems);
     __syncthreads();
     KERNELS_UNROLL
