@@ -307,7 +307,7 @@ def _filters() -> dict[type, Any]:
 
 @functools.cache
 def _functions() -> dict[int, Callable[..., Any]]:
-  """Functions of `flax.nnx`, by identity, to those of the same names here."""
+  """Maps functions of `flax.nnx`, by identity, to those of the same names."""
   return {
     id(getattr(flax_nnx, name)): getattr(nnx, name)
     for name in dir(flax_nnx)
@@ -318,7 +318,7 @@ def _functions() -> dict[int, Callable[..., Any]]:
 
 @functools.cache
 def _defaults(cls: Any, target: Any) -> dict[int, tuple[Any, Any]]:
-  """Functions that are defaults of Flax's layer, to the defaults of ours."""
+  """Maps functions that are defaults of Flax's layer to those of ours."""
   try:
     theirs = inspect.signature(cls.__init__).parameters
     ours = inspect.signature(target.__init__).parameters

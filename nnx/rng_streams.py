@@ -344,7 +344,7 @@ class Rngs(_RandomMethods, Pytree):
     return replaced
 
   def split(self, k: Mapping[Filter, Shape | None] | Shape) -> Rngs:
-    """Streams of several keys at once, made of the next keys of these.
+    """Makes streams of several keys at once, of the next keys of these.
 
     Example:
 
@@ -367,7 +367,7 @@ class Rngs(_RandomMethods, Pytree):
     )
 
   def broadcast(self, k: Mapping[Filter, Shape | None] | Shape | None) -> Rngs:
-    """Streams of several times the same key, made of the next keys of these.
+    """Makes streams that repeat a key, of the next keys of these.
 
     Example:
 
@@ -391,7 +391,7 @@ class Rngs(_RandomMethods, Pytree):
   def fork(
     self, /, *, split: Mapping[Filter, Shape | None] | Shape | None = None
   ) -> Rngs:
-    """Streams of their own, made of the next keys of these.
+    """Makes streams of their own, of the next keys of these.
 
     Example:
 
@@ -415,7 +415,7 @@ class Rngs(_RandomMethods, Pytree):
 
 
 def stream_rules(rules: Any) -> list[tuple[filterlib.Predicate, Any]]:
-  """Predicates and arguments, of a mapping from filters or one argument."""
+  """Pairs predicates with arguments, of a mapping from filters or of one."""
   if rules is None:
     return []
   if not isinstance(rules, Mapping):

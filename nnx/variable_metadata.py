@@ -525,7 +525,7 @@ class HasMetadata(_engine.VariableBase):
     self._replace_metadata(new)
 
   def _getattr_slow(self, name: str) -> Any:
-    """Attributes that neither the class nor the metadata have."""
+    """Gets an attribute that neither the class nor the metadata have."""
     if name in _ALIASED_NAMES:
       stored = self._stored_name(name)
       if stored in self._metadata and not (
@@ -549,7 +549,7 @@ class HasMetadata(_engine.VariableBase):
     )
 
   def _setattr_slow(self, name: str, value: Any) -> None:
-    """Attributes that the class does not have are metadata."""
+    """Sets what the class does not have as metadata."""
     if name.startswith("__"):
       raise AttributeError(f"`{name}` cannot be set on a Variable.")
     self.set_metadata(name, value)

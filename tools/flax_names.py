@@ -154,7 +154,7 @@ def _look_up(name: str) -> object:
 
 
 def _lacking(value: object, parameters: list[str] | None) -> list[str]:
-  """Parameters of Flax's that ours does not take."""
+  """Lists parameters of Flax's that ours does not take."""
   if parameters is None or not callable(value):
     return []
   try:

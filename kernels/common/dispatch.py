@@ -464,7 +464,7 @@ def _lowering_with(xla_only: bool) -> Iterator[None]:
 
 
 def xla_only() -> contextlib.AbstractContextManager[None]:
-  """Programs that this thread lowers inside run every op as plain XLA.
+  """Makes programs that this thread lowers inside run every op as plain XLA.
 
   For tools that look into a program, such as `cost_analysis`, to which a fused
   kernel is a closed box; or to compare. It overrides `implementation=`. A

@@ -41,7 +41,7 @@ def is_vanilla_variable(vs: Variable[Any]) -> bool:
 
 
 def sort_variable_types(types: Iterable[type]) -> list[type]:
-  """Kinds of Variables, each before the kinds that it derives from.
+  """Sorts kinds of Variables, each before the kinds that it derives from.
 
   Example:
 

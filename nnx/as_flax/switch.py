@@ -98,7 +98,7 @@ def _too_late() -> str:
 
 
 def _users() -> Iterator[tuple[str, list[str]]]:
-  """Modules with something of `flax.nnx` among their globals."""
+  """Finds modules with something of `flax.nnx` among their globals."""
   for name, module in sorted(sys.modules.items()):
     if name.partition(".")[0] in ("flax", "nnx"):
       continue

@@ -157,7 +157,7 @@ def _select(transform, choice, branches, names, operands) -> Any:
 def _with_owners(
   names: Sequence[str], functions: Sequence[Callable[..., Any]]
 ) -> tuple[list[Callable[..., Any]], dict[str, Any]]:
-  """Functions that all take the objects that some of them are bound to.
+  """Makes all functions take the objects that some of them are bound to.
 
   Args:
     names: what the functions are called.

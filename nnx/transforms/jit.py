@@ -444,7 +444,7 @@ def jit(
 
 
 def _shifted(nums: int | Sequence[int] | None) -> tuple[int, ...]:
-  """Positions of a bound method's arguments as those of the function."""
+  """Converts positions of a bound method's arguments to the function's."""
   return tuple(n + 1 if n >= 0 else n for n in as_tuple(nums, int))
 
 

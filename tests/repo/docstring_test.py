@@ -82,3 +82,26 @@ def test_nothing_but_modules_leaks_from_a_package(package):
     and getattr(value, "__module__", "") != "typing"
   }
   assert leaked <= public_names(package)
+
+
+def summaries(package: str):
+  """Yields where each function of the sources is, and its first word."""
+  for path in sorted((ROOT / package).rglob("*.py")):
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+      if not isinstance(node, ast.FunctionDef):
+        continue
+      decorators = " ".join(map(ast.unparse, node.decorator_list))
+      doc = ast.get_docstring(node)
+      if doc and "property" not in decorators and "setter" not in decorators:
+        yield (
+          f"{path.relative_to(ROOT)}:{node.lineno}",
+          doc.split()[0].strip("`.,:;"),
+        )
+
+
+@pytest.mark.parametrize("package", ("bridge", "kernels", "nnx"))
+def test_summaries_of_functions_start_with_a_verb(package):
+  """In the third person: whether a word with an s is a verb, people see."""
+  found = list(summaries(package))
+  assert len(found) > 30
+  assert [x for x in found if not x[1].endswith("s") or x[1] == "This"] == []
