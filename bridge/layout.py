@@ -87,12 +87,6 @@ def lookup(tree: Any, path: tuple[Any, ...]) -> Any:
   return tree
 
 
-def put(tree: dict[Any, Any], path: tuple[Any, ...], value: Any) -> None:
-  for key in path[:-1]:
-    tree = tree.setdefault(key, {})
-  tree[path[-1]] = value
-
-
 def size(tree: Any) -> int:
   """Counts the leaves of nested mappings."""
   return sum(

@@ -335,10 +335,8 @@ class Module(nnx.Module, metaclass=ModuleMeta):
       collection = nnx.variable_name_from_type(
         type(variable), allow_register=True
       )
-      tree = collected.setdefault(collection, {})
-      for key in path[:-1]:
-        tree = tree.setdefault(key, {})
-      tree[path[-1]] = variables_lib.to_linen_var(variable)
+      value = variables_lib.to_linen_var(variable)
+      variables_lib.put(collected, (collection, *path), value)
     return collected
 
   def apply(

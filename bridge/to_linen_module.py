@@ -212,7 +212,7 @@ class ToLinen(linen.Module):
         value = variables_lib.to_nnx_var(slot.collection, value)
       elif isinstance(value, np.ndarray):  # of a checkpoint, perhaps read-only
         value = jnp.asarray(value)
-      layout_lib.put(state, slot.path, value)
+      variables_lib.put(state, slot.path, value)
     defaulted = self._seed(layout, state)
     module = nnx.merge(graphdef, state)
     for collection, tree in given.items():
@@ -252,10 +252,10 @@ class ToLinen(linen.Module):
           key = jax.random.split(key, shape)
         count = nnx.RngCount(np.zeros(shape, np.uint32), tag=tag)
         metadata = {to_nnx.NO_KEY: True} if name is None else {}
-        layout_lib.put(
+        variables_lib.put(
           state, (*path, "key"), nnx.RngKey(key, tag=tag, **metadata)
         )
-        layout_lib.put(state, (*path, "count"), count)
+        variables_lib.put(state, (*path, "count"), count)
         if name is None:
           defaulted.setdefault(tag, []).append((count, count.raw_value))
     return defaulted
@@ -272,7 +272,7 @@ class ToLinen(linen.Module):
       )
       if self.is_mutable_collection(collection):
         tree = grouped.setdefault(collection, {})
-        layout_lib.put(tree, path, self._boxed(variable))
+        variables_lib.put(tree, path, self._boxed(variable))
     for collection, tree in grouped.items():
       for name, value in tree.items():
         self.put_variable(collection, name, value)

@@ -168,14 +168,15 @@ def _flatten(tree: Mapping[str, Any], path: tuple[str, ...] = ()):
       yield (*path, key), value
 
 
-def _insert(tree: dict[str, Any], path: tuple[str, ...], value: Any) -> None:
+def put(tree: dict[Any, Any], path: tuple[Any, ...], value: Any) -> None:
+  """Puts a value into nested dicts, which are made on the way."""
   for key in path[:-1]:
     tree = tree.setdefault(key, {})
   tree[path[-1]] = value
 
 
 def linen_vars_to_nnx_attrs(variables: Mapping[str, Any]) -> dict[str, Any]:
-  """Linen's variables as nested dicts of Variables, collections dissolved.
+  """Converts Linen's variables to nested Variables, collections dissolved.
 
   Example:
     >>> import bridge
@@ -213,7 +214,7 @@ def linen_vars_to_nnx_attrs(variables: Mapping[str, Any]) -> dict[str, Any]:
           )
       owners[path] = collection
       above.update(dict.fromkeys(prefixes, collection))
-      _insert(attributes, path, to_nnx_var(collection, value))
+      put(attributes, path, to_nnx_var(collection, value))
   return attributes
 
 
@@ -244,7 +245,7 @@ def nnx_attrs_to_linen_vars(attributes: Mapping[str, Any]) -> dict[str, Any]:
         " Variable."
       )
     collection = nnx.variable_name_from_type(type(variable))
-    _insert(variables, (collection, *path), to_linen_var(variable))
+    put(variables, (collection, *path), to_linen_var(variable))
   return variables
 
 
