@@ -17,8 +17,11 @@ import nnx
 
 from . import to_nnx
 from . import variables as variables_lib
+from .module_context import MODULE_CONTEXT as MODULE_CONTEXT
 from .module_context import AttrPriority as AttrPriority
-from .module_context import ModuleStackEntry, Running
+from .module_context import ModuleContext as ModuleContext
+from .module_context import ModuleStackEntry as ModuleStackEntry
+from .module_context import Running
 from .module_context import Scope as Scope
 from .module_context import current_context as current_context
 
