@@ -31,10 +31,9 @@ import pathlib, sys
 sys.path.insert(0, "tests/repo")
 import readme_test
 page = pathlib.Path(sys.argv[1])
-names = {"__name__": "__main__"}
 blocks = readme_test.blocks(page)
 for block in [blocks[int(n)] for n in sys.argv[2:]] or blocks:
-  exec(compile(block, str(page), "exec"), names)
+  exec(compile(block, str(page), "exec"))
 """
 
 
