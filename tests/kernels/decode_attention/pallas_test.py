@@ -22,6 +22,7 @@ from kernels.cache import layouts
 from kernels.decode_attention import (
   arg_specs,
   ffi,
+  flash_tpu,
   pallas_tpu,
   primitive,
   reference,
@@ -122,7 +123,9 @@ def run(args, index, **kwargs):
     **kwargs,
   )  # fmt: skip
   assert got[2].dtype == q.dtype
-  tolerances.assert_close(got[2], out, q.dtype, reduced=4, what="out")
+  # A logit is a sum over head_dim.
+  reduced = max(4, q.shape[-1] // 64)
+  tolerances.assert_close(got[2], out, q.dtype, reduced=reduced, what="out")
   finite = np.isfinite(lse)
   np.testing.assert_array_equal(np.isfinite(got[3]), finite)
   tolerances.assert_close(
@@ -364,8 +367,8 @@ class PlacesTest(parameterized.TestCase):
     index = np.int32([0, 1900, 4095])
     tiles = []
 
-    def keep(places, *rest, tiling, **options):
-      del options
+    def keep(places, *operands_and_options):
+      *_, tiling, _ = operands_and_options
       self.assertEqual(tiling.slots, 512)
       _, first, last, *_ = places
       tiles.extend(zip(first.tolist(), last.tolist()))
@@ -373,7 +376,7 @@ class PlacesTest(parameterized.TestCase):
 
     arrays = [jnp.zeros((3, *a.shape[1:]), a.dtype) for a in args[:5]]
     with (
-      mock.patch.object(pallas_tpu, "_flash", keep),
+      mock.patch.object(flash_tpu, "flash", keep),
       self.assertRaises(InterruptedError),
     ):
       da.attend(

@@ -19,8 +19,8 @@ import pytest
 
 import kernels
 from kernels import kv_cache
-from kernels.cache import layouts
-from kernels.kv_cache import arg_specs, ffi, pallas_tpu, primitive
+from kernels.cache import layouts, rows_tpu
+from kernels.kv_cache import arg_specs, ffi, primitive
 from tests.kernels.kv_cache import cases
 from tests.kernels.kv_cache import oracle as oracles
 from tests.testing import deviceless, hlo, interpreted, op_contract
@@ -135,7 +135,7 @@ class NumbersTest(parameterized.TestCase):
 
   @parameterized.parameters(("tiles", 1 << 16), ("columns", 1 << 19))
   def test_more_sequences_than_are_rewritten_abreast(self, case, num_bytes):
-    with mock.patch.object(pallas_tpu, "_TILES_BYTES", num_bytes):  # of two
+    with mock.patch.object(rows_tpu, "_TILES_BYTES", num_bytes):  # of two
       args = arguments(b=5, **SIZES[case] | {"n": 2})
       run(args, [0, 13, 31, 2, 7], layout=LAYOUTS[case])
 
