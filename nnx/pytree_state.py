@@ -21,7 +21,8 @@ class PytreeState:
   Example:
 
     >>> import nnx
-    >>> state = nnx.Module()._pytree__state
+    >>> module = nnx.Module()
+    >>> state = module._pytree__state
     >>> state.initializing, state.trace_state.is_valid()
     (False, True)
 

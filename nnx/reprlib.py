@@ -139,7 +139,7 @@ def set_notebook_renderer(
   Example:
 
     >>> from nnx import reprlib
-    >>> from nnx.display import to_treescope
+    >>> from nnx.visualization import to_treescope
     >>> reprlib.set_notebook_renderer(to_treescope)
 
   Args:

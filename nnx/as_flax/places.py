@@ -78,7 +78,6 @@ NAMES: dict[str, dict[str, str]] = {
     "nnx": "SpectralNorm WeightNorm",
     "nnx.module": "first_from",
   },
-  "nnx.nn.recurrent": {"nnx.nn.initializers": "default_kernel_init"},
   "nnx.nn.stochastic": {"nnx.module": "first_from"},
   "nnx.object": {
     "nnx": "GraphDef Object State Variable VariableState",

@@ -19,6 +19,7 @@ from nnx.nn.cells import GRUCell as GRUCell
 from nnx.nn.cells import LSTMCell as LSTMCell
 from nnx.nn.cells import OptimizedLSTMCell as OptimizedLSTMCell
 from nnx.nn.cells import SimpleCell as SimpleCell
+from nnx.nn.initializers import default_kernel_init as default_kernel_init
 from nnx.rnglib import Rngs, RngState, RngStream, restore_rngs, split_rngs
 from nnx.transforms.carry import Carry
 from nnx.transforms.scan import scan

@@ -23,21 +23,24 @@ def blocks(page: pathlib.Path) -> list[str]:
   ]
 
 
-# Each page is one program, whose blocks go on from those before.
+# A page is one program, whose blocks go on from those before; but for these, of
+# which each block is: some are switched over to nnx, and some are not.
+IN_PARTS = {"from_flax.md"}
 PROGRAM = """
 import pathlib, sys
 sys.path.insert(0, "tests/repo")
 import readme_test
 page = pathlib.Path(sys.argv[1])
-names = {"__name__": "__main__"}
-for block in readme_test.blocks(page):
-  exec(compile(block, str(page), "exec"), names)
+blocks = readme_test.blocks(page)
+for block in [blocks[int(n)] for n in sys.argv[2:]] or blocks:
+  exec(compile(block, str(page), "exec"))
 """
 
 
-def run(page: pathlib.Path) -> subprocess.CompletedProcess:
+def run(page: pathlib.Path, *numbers: int) -> subprocess.CompletedProcess:
+  """Runs some of the blocks of a page, or all of them, in one process."""
   return subprocess.run(
-    [sys.executable, "-W", "error", "-c", PROGRAM, page],
+    [sys.executable, "-W", "error", "-c", PROGRAM, page, *map(str, numbers)],
     env={
       **os.environ,
       "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), *sys.path])),
@@ -50,11 +53,19 @@ def run(page: pathlib.Path) -> subprocess.CompletedProcess:
   )
 
 
-@pytest.mark.parametrize(
-  "page", [page for page in PAGES if blocks(page)], ids=lambda page: page.name
-)
-def test_blocks_of_a_page_run(page):
-  done = run(page)
+def programs():
+  for page in PAGES:
+    count = len(blocks(page))
+    if page.name in IN_PARTS:
+      for n in range(count):
+        yield pytest.param(page, (n,), id=f"{page.name}-{n}")
+    elif count:
+      yield pytest.param(page, (), id=page.name)
+
+
+@pytest.mark.parametrize("page, numbers", list(programs()))
+def test_blocks_of_a_page_run(page, numbers):
+  done = run(page, *numbers)
   assert done.returncode == 0, done.stderr
 
 

@@ -123,7 +123,9 @@ def run(args, index, **kwargs):
     **kwargs,
   )  # fmt: skip
   assert got[2].dtype == q.dtype
-  tolerances.assert_close(got[2], out, q.dtype, reduced=4, what="out")
+  # A logit is a sum over head_dim.
+  reduced = max(4, q.shape[-1] // 64)
+  tolerances.assert_close(got[2], out, q.dtype, reduced=reduced, what="out")
   finite = np.isfinite(lse)
   np.testing.assert_array_equal(np.isfinite(got[3]), finite)
   tolerances.assert_close(
