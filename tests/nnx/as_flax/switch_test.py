@@ -266,7 +266,7 @@ class SwitchTest(parameterized.TestCase):
         try:
           wrong()
         except TypeError as error:
-          assert "`bridge.from_flax_nnx(...)`" in str(error), error
+          assert "`nnx.bridge.from_flax_nnx(...)`" in str(error), error
         else:
           assert False
       try:
