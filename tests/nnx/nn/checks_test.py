@@ -19,6 +19,7 @@ _OPTIONS = (
   ("LinearGeneral", ((2, -3), 4), {"axis": (-2, -1)}, "`in_features` must be"),
   ("LinearGeneral", (2, (4, -1)), {}, "`out_features` must be at least 0"),
   ("Einsum", ("ab,bc->ac", (2, -3)), {}, "`kernel_shape` must be at least 0"),
+  ("Linear", (2, 3), {"kernel_init": 0.1}, "An initializer must be a function"),
   ("Conv", (-2, 3, (3,)), {}, "`in_features` must be at least 0, but got -2."),
   ("Conv", (2, 3, (0,)), {}, "`kernel_size` must be at least 1, but got 0."),
   ("Conv", (2, 3, (3,)), {"strides": 0}, "`strides` must be at least 1"),
