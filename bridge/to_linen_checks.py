@@ -33,8 +33,8 @@ def check_arguments(model: linen.Module) -> None:
   if is_of_flax_nnx(cls):
     raise TypeError(
       f"`nnx_class` must be a class of `nnx`, but got `{cls.__name__}` of"
-      " `flax.nnx`: pass a function that returns `bridge.from_flax_nnx(...)` of"
-      " an object of it."
+      " `flax.nnx`: pass a function that returns"
+      " `nnx.bridge.from_flax_nnx(...)` of an object of it."
     )
   if not callable(cls):
     raise TypeError(

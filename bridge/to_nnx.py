@@ -442,7 +442,7 @@ def _not_linen_text(value: Any) -> str:
   if isinstance(value, nnx.Module):
     return f"{text} It is a Module of `nnx` already: use it as it is."
   if is_of_flax_nnx(value):
-    return f"{text} Convert it by `bridge.from_flax_nnx`."
+    return f"{text} Convert it by `nnx.bridge.from_flax_nnx`."
   return f"{text} Pass one, as in `ToNNX(linen.Dense(4), rngs=nnx.Rngs(0))`."
 
 

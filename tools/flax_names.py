@@ -26,7 +26,7 @@ DIFFERS = {
   "Variable": "`v += x` works; hooks under both of their names",
   "Pytree": "plain lists and dicts of data need no mark, unless `strict=True`",
   "is_data": "plain containers that hold data are looked into all the same",
-  "jit": "donates the Variables that it writes",
+  "jit": "of Modules to donate, donates the Variables that are written",
   "display": "needs treescope in notebooks alone",
   "bridge.wrappers.ToNNX": "without `mutable` it writes what Linen lets it",
   "bridge.ToNNX": "without `mutable` it writes what Linen lets it",

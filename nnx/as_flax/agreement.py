@@ -6,6 +6,7 @@ is the default here as they do in `flax.nnx`.
 
 from __future__ import annotations
 
+import functools
 import importlib
 import sys
 from typing import Any
@@ -54,25 +55,45 @@ def agree() -> None:
       setattr(settings, name, _Option(flax.config, option))
 
 
-def check_options() -> None:
-  """Refuses options that nothing here would heed.
+def hold_options() -> None:
+  """Refuses options that nothing here would heed, now and later.
 
   Example:
 
+    >>> import flax
     >>> from nnx.as_flax import agreement
-    >>> agreement.check_options()
+    >>> agreement.hold_options()
+    >>> try:
+    ...   flax.config.update("flax_max_repr_depth", 2)
+    ... except ValueError as error:
+    ...   str(error).partition(" where")[0]
+    '`flax.config.flax_max_repr_depth` must be `None`'
 
   Raises:
     ValueError: if one of them is not what it is by default.
   """
   config = importlib.import_module("flax").config
   for name, value in FIXED.items():
-    given = getattr(config, name, value)
-    if given != value:
-      raise ValueError(
-        f"`flax.config.{name}` must be `{value}` where `nnx.as_flax` puts `nnx`"
-        f" in the place of `flax.nnx`, but is `{given}`. Leave the option out."
-      )
+    _check_option(name, getattr(config, name, value))
+  if "update" in vars(config):
+    return
+  update = config.update
+
+  @functools.wraps(update)
+  def checked(name_or_holder: Any, value: Any, /) -> None:
+    _check_option(getattr(name_or_holder, "name", name_or_holder), value)
+    update(name_or_holder, value)
+
+  config.update = checked
+
+
+def _check_option(name: str, given: Any) -> None:
+  if name in FIXED and given != FIXED[name]:
+    raise ValueError(
+      f"`flax.config.{name}` must be `{FIXED[name]}` where `nnx.as_flax` puts"
+      f" `nnx` in the place of `flax.nnx`, but is `{given}`. Leave the option"
+      " out."
+    )
 
 
 def _share_errors(theirs: Any) -> None:

@@ -180,7 +180,7 @@ def complete() -> None:
     >>> nnx.helpers.TrainState is nnx.TrainState
     True
   """
-  agreement.check_options()
+  agreement.hold_options()
   for name in NAMES:
     if name.split(".")[:2] != ["nnx", "bridge"]:
       _complete(name)

@@ -90,7 +90,7 @@ class PReLU(Module):
     Returns:
       An array of the shape of `inputs`.
     """
-    slope = self.negative_slope.value
+    slope = self.negative_slope[...]
     if self.dtype is None:
       return _prelu_in_dtype_of_inputs(inputs, slope)
     return _prelu(*self.promote_dtype((inputs, slope), dtype=self.dtype))

@@ -168,8 +168,8 @@ class BatchNorm(norm_base.Norm):
     mean, var = self.mean, self.var
     arrays = (
       x,
-      mean.value,
-      var.value,
+      mean[...],
+      var[...],
       norm_base.value_of(self.scale),
       norm_base.value_of(self.bias),
     )

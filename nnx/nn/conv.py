@@ -346,8 +346,8 @@ class Conv(Module):
       )
     arrays = (
       inputs,
-      self.kernel.value,
-      None if self.bias is None else self.bias.value,
+      self.kernel[...],
+      None if self.bias is None else self.bias[...],
       self.mask,
     )
     how = _convolution(
@@ -575,8 +575,8 @@ class ConvTranspose(Module):
     _check_mask(self)
     arrays = (
       inputs,
-      self.kernel.value,
-      None if self.bias is None else self.bias.value,
+      self.kernel[...],
+      None if self.bias is None else self.bias[...],
       self.mask,
     )
     how = _transposed(

@@ -249,8 +249,8 @@ class Einsum(Module):
       _parse_equation(einsum_str)
     arguments = (
       inputs,
-      self.kernel.value,
-      None if self.bias is None else self.bias.value,
+      self.kernel[...],
+      None if self.bias is None else self.bias[...],
       einsum_str,
       self.kernel_shape,
       self.dtype,

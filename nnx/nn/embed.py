@@ -99,7 +99,7 @@ class Embed(Module):
         f"`inputs` must be integers, but got `{inputs.dtype.name}`. Convert"
         " them with `inputs.astype(int)`."
       )
-    table = self.embedding.value
+    table = self.embedding[...]
     one = self.num_embeddings == 1
     if self.promote_dtype is dtypes.promote_dtype and out_sharding is None:
       return _look_up(table, inputs, one, self.dtype)
@@ -125,7 +125,7 @@ class Embed(Module):
     Returns:
       `[..., n]`.
     """
-    table = self.embedding.value
+    table = self.embedding[...]
     try:
       if self.promote_dtype is dtypes.promote_dtype:
         return _attend(query, table, self.dtype, out_sharding)

@@ -106,7 +106,15 @@ def initialize(
 
   Returns:
     What `init` returns: an array, or a `VariableMetadata` around one.
+
+  Raises:
+    TypeError: If `init` cannot be called.
   """
+  if not callable(init):
+    raise TypeError(
+      "An initializer must be a function of a key, a shape and a dtype, but got"
+      f" {init!r}. Pass one such as `nnx.initializers.constant(0.1)`."
+    )
   one_call = _ONE_CALL.get(init)
   if one_call is None:
     return init(key, shape, dtype)

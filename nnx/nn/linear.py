@@ -195,8 +195,8 @@ class Linear(Module):
     """
     arguments = (
       inputs,
-      self.kernel.value,
-      None if self.bias is None else self.bias.value,
+      self.kernel[...],
+      None if self.bias is None else self.bias[...],
       self.dtype,
       self.precision,
       self.preferred_element_type,

@@ -289,8 +289,8 @@ class LinearGeneral(Module):
     """
     arguments = (
       inputs,
-      self.kernel.value,
-      None if self.bias is None else self.bias.value,
+      self.kernel[...],
+      None if self.bias is None else self.bias[...],
       self.axis,
       tuple(self.batch_axis),
       len(self.out_features),

@@ -144,7 +144,7 @@ class LoRA(Module):
         "`base_module` must be callable, but it is a"
         f" `{type(base).__name__}`. Give its class a `__call__`."
       )
-    a, b = self.lora_a.value, self.lora_b.value
+    a, b = self.lora_a[...], self.lora_b[...]
     try:
       if self.promote_dtype is dtypes.promote_dtype:
         promoted, y = _lora(x, a, b, self.dtype)

@@ -78,7 +78,7 @@ def value_of(vector: Param | None) -> jax.Array | None:
     >>> from nnx.nn import norm_base
     >>> norm_base.value_of(None)
   """
-  return None if vector is None else vector.value
+  return None if vector is None else vector[...]
 
 
 class Norm(Module):

@@ -188,17 +188,30 @@ def _gradients_of(params: Any, grads: Any, wrt: Filter) -> Any:
   """Returns the arrays of the gradients, in the structure of parameters."""
   if not isinstance(params, State):  # of a model that is one Variable
     return functional.as_pure(grads)
-  given = dict(to_flat_state(functional.state(grads)))
+  state = functional.state(grads)
+  if not isinstance(state, State):
+    raise TypeError(
+      "`grads` must be what `nnx.grad` returns for the model, but got"
+      f" `{grads!r}` of type `{type(grads).__name__}`."
+    )
+  given = dict(to_flat_state(state))
   wanted = dict(to_flat_state(params))
   selected = to_flat_state(functional.state(grads, wrt)).paths
   missing = [path for path in wanted if path not in given]
   foreign = [path for path in selected if path not in wanted]
   if missing or foreign:
+    faults = [
+      text + _listed(paths)
+      for text, paths in (
+        ("there is none for ", missing),
+        ("too many: ", foreign),
+      )
+      if paths
+    ]
     raise ValueError(
       "`grads` must be those of the Variables that `wrt` selects of the model,"
-      f" but {_listed(missing)} lack one and {_listed(foreign)} are not among"
-      " them. Give `nnx.grad` the filter of the optimizer, by an"
-      f" `nnx.DiffState`, here `{wrt!r}`."
+      f" but {'; '.join(faults)}. Give `nnx.grad` the filter of the optimizer,"
+      f" by an `nnx.DiffState`, here `{wrt!r}`."
     )
   pure = {path: functional.as_pure(given[path]) for path in wanted}
   for path, grad in pure.items():
@@ -217,8 +230,6 @@ def _text(path: tuple[Any, ...]) -> str:
 
 
 def _listed(paths: list[tuple[Any, ...]]) -> str:
-  if not paths:
-    return "none"
   dots = ", ..." if len(paths) > 5 else ""
   return ", ".join(f"`{_text(path)}`" for path in paths[:5]) + dots
 
@@ -336,7 +347,7 @@ class Optimizer(Pytree, Generic[M]):
   def __getattr__(self, name: str) -> Any:
     if name == "model":
       raise AttributeError(
-        f"A `{type(self).__name__}` made with `wrt` does not keep its model."
+        "An optimizer that was made with `wrt` does not keep its model."
         " Make it without `wrt`, or make an `nnx.ModelAndOptimizer`.",
         name=name,
         obj=self,
@@ -398,8 +409,8 @@ class Optimizer(Pytree, Generic[M]):
     if model is MISSING:
       if "model" not in vars(self):
         raise TypeError(
-          f"`update` of a `{type(self).__name__}` made with `wrt`, which keeps"
-          " no model, must be given the model and the gradients, but got one"
+          "An optimizer that was made with `wrt` keeps no model, and its"
+          " `update` must be given the model and the gradients, but got one"
           " argument. Call `update(model, grads)`, or make an"
           " `nnx.ModelAndOptimizer`."
         )

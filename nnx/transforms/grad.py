@@ -94,6 +94,12 @@ def diff_states(
   """Returns argument numbers as a tuple."""
   if isinstance(argnums, (int, DiffState)):
     return (argnums,)
+  if not isinstance(argnums, Iterable):
+    raise TypeError(
+      "`argnums` must be an int, an `nnx.DiffState` or several, but got"
+      f" `{argnums!r}` of type `{type(argnums).__name__}`. To differentiate by"
+      " what a filter selects, pass `nnx.DiffState(0, filter)`."
+    )
   return tuple(argnums)
 
 

@@ -6,7 +6,7 @@ one of them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 import inspect
 from typing import Any
 
@@ -173,6 +173,11 @@ class Options:
     entry = self.in_shardings
     if _is_sharding(entry) or isinstance(entry, prefix.FilterMap):
       entries = [entry] * count
+    elif not isinstance(entry, Iterable):
+      raise TypeError(
+        "`in_shardings` must be a sharding or have one entry for each"
+        f" positional argument, but got {entry!r}."
+      )
     else:
       entries = list(entry)
       dynamic = [key for key in keys[:count] if key not in self.statics]
@@ -188,7 +193,8 @@ class Options:
     return prefix.broadcast(
       structure,
       leaves,
-      [*entries, *[None] * len(names)],
+      {f"args[{i}]": entry for i, entry in enumerate(entries)}
+      | dict.fromkeys(names),
       is_entry=_is_sharding,
       option="in_shardings",
     )
@@ -301,7 +307,7 @@ class Flat(lift.Lifted):
       wanted = prefix.broadcast(
         plan.structure,
         filled,
-        [self.options.out_shardings],
+        {"result": self.options.out_shardings},
         is_entry=_is_sharding,
         option="out_shardings",
         first_root=roots - 1,

@@ -436,7 +436,7 @@ def refuse_foreign(fun: Any, transform: str) -> None:
     raise TypeError(
       f"`nnx.{transform}` must be given a function of objects of `nnx`, but got"
       f" a `{type(owner).__name__}` of `flax.nnx`. Make it with `nnx`, which"
-      " has the same names, or convert it: `bridge.from_flax_nnx(...)`."
+      " has the same names, or convert it: `nnx.bridge.from_flax_nnx(...)`."
       " `import nnx.as_flax`, first in a program, puts `nnx` in the place of"
       " `flax.nnx`."
     )

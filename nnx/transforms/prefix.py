@@ -158,7 +158,7 @@ def prefix(
 def broadcast(
   structure: Any,
   leaves: Sequence[Any],
-  entries: Sequence[Any],
+  entries: Mapping[str, Any],
   *,
   is_entry: Callable[[Any], bool],
   option: str,
@@ -169,7 +169,8 @@ def broadcast(
   Args:
     structure: of the roots (arguments, or a result), from the engine.
     leaves: the leaves of the structure.
-    entries: one prefix a root, from `first_root` on.
+    entries: one prefix a root, from `first_root` on, under what errors call the
+      root.
     is_entry: whether something stands for all leaves below it.
     option: the name of the option, for errors.
     first_root: the first root that `entries` speaks of; leaves of earlier ones
@@ -184,13 +185,9 @@ def broadcast(
   """
   objects = _engine.unflatten(structure, tuple(leaves)).objects
   walk = Walk(structure, leaves, objects, is_entry)
-  roots = [
-    Root(entry, option, f"[{i}]" if entries[1:] else "")
-    for i, entry in enumerate(entries)
-  ]
   walk.skip(first_root)
-  for root in roots:
-    walk.visit_root(root)
+  for where, entry in entries.items():
+    walk.visit_root(Root(entry, option, where))
   return walk.entries
 
 
@@ -434,9 +431,10 @@ class Walk:
 
   def _fail(self, entry: Any, kind: _engine.NodeKind, path: tuple) -> None:
     """Raises the error for a prefix that does not fit."""
+    article = "an" if kind is _engine.NodeKind.OBJECT else "a"
     raise ValueError(
       f"`{self.root.option}` must be a prefix of what it speaks of, but at"
-      f" `{self.text(path)}` there is a {kind} where it has {entry!r}."
+      f" `{self.text(path)}` there is {article} {kind} where it has {entry!r}."
     )
 
   def text(self, path: Sequence[Any]) -> str:

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 from nnx import spmd
 from nnx.engine import _engine, jax_private
+from nnx.rng_streams import RngState
 from nnx.transforms import lift, mapped, prefix
 from nnx.transforms.carry import Carry
 
@@ -136,9 +137,13 @@ def check_sizes(
     shape = jnp.shape(leaf) if lift.is_array(leaf) else None
     if shape is None or not -len(shape) <= axis < len(shape):
       has = f"shape {shape}" if shape is not None else f"the value {leaf!r}"
+      cure = "Use `None` for what is not mapped."
+      variable = walk.objects[place.variable] if place.variable >= 0 else None
+      if isinstance(variable, RngState):
+        cure += " `nnx.split_rngs` gives random streams an axis."
       raise ValueError(
         f"`in_axes` must name axes that arrays have, but `{place.text}` has"
-        f" {has} and no axis {axis}. Use `None` for what is not mapped."
+        f" {has} and no axis {axis}. {cure}"
       )
     if first[1] is None:
       first = f"axis {axis} of `{place.text}`", shape[axis]

@@ -195,8 +195,8 @@ class ArgumentsTest(parameterized.TestCase):
     (
       lambda: bridge.ToLinen(flax_nnx.Linear, args=(2, 3)),
       "`nnx_class` must be a class of `nnx`, but got `Linear` of `flax.nnx`:"
-      " pass a function that returns `bridge.from_flax_nnx(...)` of an object"
-      " of it.",
+      " pass a function that returns `nnx.bridge.from_flax_nnx(...)` of an"
+      " object of it.",
     ),
     (
       lambda: bridge.ToLinen("Linear"),
@@ -244,7 +244,7 @@ class ArgumentsTest(parameterized.TestCase):
     (
       lambda: bridge.ToNNX(flax_nnx.Linear(2, 3, rngs=flax_nnx.Rngs(0))),
       "`module` must be an instance of a Linen module, but got an object of"
-      " type `Linear`. Convert it by `bridge.from_flax_nnx`.",
+      " type `Linear`. Convert it by `nnx.bridge.from_flax_nnx`.",
     ),
     (
       lambda: bridge.ToNNX(3),

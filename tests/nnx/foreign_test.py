@@ -12,8 +12,8 @@ import nnx
 
 _WAYS_OUT = (
   r".*Make it with `nnx`, which has the same names, or convert it:"
-  r" `bridge.from_flax_nnx\(...\)`\. `import nnx.as_flax`, first in a program,"
-  r" puts `nnx` in the place of `flax.nnx`\."
+  r" `nnx.bridge.from_flax_nnx\(...\)`\. `import nnx.as_flax`, first in a"
+  r" program, puts `nnx` in the place of `flax.nnx`\."
 )
 
 

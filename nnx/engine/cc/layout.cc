@@ -194,13 +194,13 @@ bool IsForeign(PyObject* value) {
 
 void RaiseForeign(PyObject* value, const std::string& path) {
   const std::string place = path.empty() ? "" : " at `" + path + "`";
-  PyErr_Format(
-      PyExc_TypeError,
-      "Objects of `flax.nnx` are no part of a graph of `nnx`, but got "
-      "its `%s`%s. Make it with `nnx`, which has the same names, or "
-      "convert it: `bridge.from_flax_nnx(...)`. `import nnx.as_flax`, first "
-      "in a program, puts `nnx` in the place of `flax.nnx`.",
-      Py_TYPE(value)->tp_name, place.c_str());
+  PyErr_Format(PyExc_TypeError,
+               "Objects of `flax.nnx` are no part of a graph of `nnx`, but got "
+               "its `%s`%s. Make it with `nnx`, which has the same names, or "
+               "convert it: `nnx.bridge.from_flax_nnx(...)`. `import "
+               "nnx.as_flax`, first in a program, puts `nnx` in the place of "
+               "`flax.nnx`.",
+               Py_TYPE(value)->tp_name, place.c_str());
 }
 
 TypeInfo* FindTypeInfo(PyTypeObject* type) {

@@ -179,6 +179,28 @@ class SwitchTest(parameterized.TestCase):
       done.stderr,
     )
 
+  def test_options_that_are_set_later(self):
+    self.check("""
+      import flax, nnx.as_flax
+      from flax import nnx
+      for option, value in (
+        ("flax_pytree_module", False), ("flax_max_repr_depth", 2)
+      ):
+        before = getattr(flax.config, option)
+        try:
+          flax.config.update(option, value)
+        except ValueError as error:
+          assert f"`flax.config.{option}` must be" in str(error)
+        else:
+          raise AssertionError(option)
+        assert getattr(flax.config, option) == before
+        flax.config.update(option, before)
+      flax.config.update("nnx_graph_mode", False)
+      assert nnx.set_graph_mode.current_value() is False
+      with flax.config.temp_flip_flag("hijax_variable", False):
+        pass
+    """)
+
   def test_too_late(self):
     self.fails(
       """
@@ -244,7 +266,7 @@ class SwitchTest(parameterized.TestCase):
         try:
           wrong()
         except TypeError as error:
-          assert "`bridge.from_flax_nnx(...)`" in str(error), error
+          assert "`nnx.bridge.from_flax_nnx(...)`" in str(error), error
         else:
           assert False
       try:

@@ -19,6 +19,7 @@ _OPTIONS = (
   ("LinearGeneral", ((2, -3), 4), {"axis": (-2, -1)}, "`in_features` must be"),
   ("LinearGeneral", (2, (4, -1)), {}, "`out_features` must be at least 0"),
   ("Einsum", ("ab,bc->ac", (2, -3)), {}, "`kernel_shape` must be at least 0"),
+  ("Linear", (2, 3), {"kernel_init": 0.1}, "An initializer must be a function"),
   ("Conv", (-2, 3, (3,)), {}, "`in_features` must be at least 0, but got -2."),
   ("Conv", (2, 3, (0,)), {}, "`kernel_size` must be at least 1, but got 0."),
   ("Conv", (2, 3, (3,)), {"strides": 0}, "`strides` must be at least 1"),
@@ -260,6 +261,35 @@ class ChecksTest(parameterized.TestCase):
     self.assert_says(
       ValueError, text, nnx.jit(lambda m, x: m(x)), layer, jnp.ones(shape)
     )
+
+  @parameterized.parameters(
+    ("Linear", (3, 2), (2, 3)),
+    ("LinearGeneral", (3, 2), (2, 3)),
+    ("Einsum", ("ab,bc->ac", (3, 2)), (2, 3)),
+    ("Conv", (3, 2, (3,)), (1, 5, 3)),
+    ("ConvTranspose", (3, 2, (3,)), (1, 5, 3)),
+    ("BatchNorm", (3,), (2, 3)),
+    ("LayerNorm", (3,), (2, 3)),
+    ("GroupNorm", (4, 2), (2, 4)),
+    ("LoRA", (3, 2, 4), (2, 3)),
+    ("PReLU", (), (2, 3)),
+  )
+  def test_plain_arrays_serve_as_parameters(self, name, args, shape):
+    kwargs = {} if name == "PReLU" else {"rngs": nnx.Rngs(0)}
+    layer = getattr(nnx, name)(*args, **kwargs)
+    x = jnp.arange(math.prod(shape), dtype=jnp.float32).reshape(shape)
+    expected = layer(x)
+    for key, value in list(vars(layer).items()):
+      if isinstance(value, nnx.Param):
+        setattr(layer, key, value[...])
+    self.assertEmpty(jax.tree.leaves(nnx.state(layer, nnx.Param)))
+    np.testing.assert_array_equal(layer(x), expected)
+
+  def test_plain_array_serves_as_embedding(self):
+    layer = nnx.Embed(3, 2, rngs=nnx.Rngs(0))
+    layer.embedding = jnp.arange(6.0).reshape(3, 2)
+    np.testing.assert_array_equal(layer(jnp.array([2])), [[4.0, 5.0]])
+    np.testing.assert_array_equal(layer.attend(jnp.ones(2)), [1.0, 5.0, 9.0])
 
   def test_input_of_cell_is_refused(self):
     cell = nnx.LSTMCell(3, 4, rngs=nnx.Rngs(0))

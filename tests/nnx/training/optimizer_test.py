@@ -476,7 +476,8 @@ class ErrorsTest(absltest.TestCase):
     of = nnx.DiffState(0, nnx.PathContains("first"))
     grads = nnx.grad(loss_of, argnums=of)(self.model)
     with self.assertRaisesRegex(
-      ValueError, "`second/bias`, `second/kernel` lack one and none are not"
+      ValueError,
+      "model, but there is none for .*`second/bias`, `second/kernel`. Give",
     ):
       self.optimizer.update(self.model, grads)
 
@@ -485,9 +486,17 @@ class ErrorsTest(absltest.TestCase):
       self.grads, nnx.State({"third": {"kernel": nnx.Param(1.0)}})
     )
     with self.assertRaisesRegex(
-      ValueError, "none lack one and `third/kernel` are not among them"
+      ValueError, "model, but too many: `third/kernel`. Give"
     ):
       self.optimizer.update(self.model, grads)
+
+  def test_gradients_that_are_none_at_all(self):
+    with self.assertRaisesRegex(
+      TypeError, "`grads` must be what `nnx.grad` returns for the model, but"
+    ):
+      self.optimizer.update(self.model, jnp.ones(3))
+    with self.assertRaisesRegex(ValueError, "there is none for `first/bias`"):
+      self.optimizer.update(self.model, None)
 
   def test_gradients_of_another_shape(self):
     grads = nnx.map_state(lambda path, g: g.replace(jnp.ones(7)), self.grads)

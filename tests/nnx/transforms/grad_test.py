@@ -350,6 +350,12 @@ class ErrorTest(parameterized.TestCase):
       self.error(TypeError, nnx.grad(f, argnums=("a",)), 1.0, 2.0),
       "`argnums` must be an int or several, but got `'a'` of type `str`.",
     )
+    self.assertEqual(
+      self.error(TypeError, lambda: nnx.grad(f, argnums=nnx.Param)),
+      "`argnums` must be an int, an `nnx.DiffState` or several, but got `<class"
+      " 'nnx.variablelib.Param'>` of type `type`. To differentiate by what a"
+      " filter selects, pass `nnx.DiffState(0, filter)`.",
+    )
 
   def test_aux_that_is_missing(self):
     text = self.error(TypeError, nnx.grad(jnp.sin, has_aux=True), 1.0)

@@ -760,11 +760,25 @@ class ShardingTest(absltest.TestCase):
     dense = Dense(4)
     with self.assertRaisesRegex(ValueError, "must have one entry for each"):
       nnx.jit(lambda d: d, in_shardings=(None, None))(dense)
-    with self.assertRaisesRegex(ValueError, r"none of \[.*\] selects `\w+`"):
+    with self.assertRaisesRegex(
+      ValueError, r"none of \[.*\] selects `args\[0\]\.\w+`"
+    ):
       nnx.jit(
         lambda d: d.bias + 0,
         in_shardings=(nnx.StateSharding({nnx.BatchStat: self.named()}),),
       )(dense)
+    model = nnx.Linear(2, 3, rngs=nnx.Rngs(0))
+    for kind, options, text in (
+      (TypeError, {"in_shardings": 3}, "argument, but got 3"),
+      (
+        ValueError,
+        {"in_shardings": (3,)},
+        r"at `args\[0\]` there is an object",
+      ),
+      (ValueError, {"out_shardings": 3}, "at `result` there is a leaf where"),
+    ):
+      with self.assertRaisesRegex(kind, text):
+        nnx.jit(lambda model: model.kernel[...], **options)(model)
     with self.assertRaisesRegex(ValueError, "`in_shardings` must be a prefix"):
       nnx.jit(lambda b: b["x"], in_shardings=({"y": None},))({"x": jnp.ones(2)})
     with self.assertRaisesRegex(

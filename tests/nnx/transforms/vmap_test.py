@@ -505,6 +505,12 @@ class ErrorTest(parameterized.TestCase):
       " 'a' and no axis 0. Use `None` for what is not mapped.",
     )
     self.assertEqual(
+      self.error(ValueError, nnx.vmap(f), nnx.Rngs(0)),
+      "`in_axes` must name axes that arrays have, but `args[0].default.count`"
+      " has shape () and no axis 0. Use `None` for what is not mapped."
+      " `nnx.split_rngs` gives random streams an axis.",
+    )
+    self.assertEqual(
       self.error(ValueError, nnx.vmap(f), nnx.Param(X), X.T),
       "All axes that are mapped must have one size, but axis 0 of `args[0]` has"
       " 4 and axis 0 of `args[1]` has 3.",
