@@ -21,7 +21,7 @@ _THEIRS, _NAME = "flax.nnx", "_flax_nnx"
 
 
 def flax_nnx() -> Any:
-  """Returns the real `flax.nnx`, which `nnx.bridge.from_flax_nnx` converts from.
+  """Returns the real `flax.nnx`, which `bridge.from_flax_nnx` converts from.
 
   Example:
 
