@@ -154,9 +154,14 @@ PyObject* ObjectFlatten(PyObject*, PyObject* self) {
 PyObject* ObjectUnflatten(PyObject* cls, PyObject* const* args,
                           Py_ssize_t nargs) {
   if (!CheckArity(nargs, 2, "unflatten")) return nullptr;
+  if (!PyTuple_Check(args[0])) {
+    PyErr_Format(PyExc_TypeError,
+                 "`aux` of a Pytree must be a tuple, but got %s.",
+                 Py_TYPE(args[0])->tp_name);
+    return nullptr;
+  }
   PyObject *names, *statics, *static_values, *status_items;
-  if (!PyTuple_Check(args[0]) ||
-      !PyArg_ParseTuple(args[0], "O!O!O!O!", &PyTuple_Type, &names,
+  if (!PyArg_ParseTuple(args[0], "O!O!O!O!", &PyTuple_Type, &names,
                         &PyTuple_Type, &statics, &PyTuple_Type, &static_values,
                         &PyTuple_Type, &status_items)) {
     return nullptr;

@@ -210,6 +210,13 @@ class FunctionsTest(parameterized.TestCase):
     with self.assertRaisesRegex(ValueError, "a value for each static"):
       unflatten(((), ("a", "b"), (1,), ()), ())
 
+  @parameterized.parameters((None,), (1,), ([],), ("",))
+  def test_aux_of_an_object_is_a_tuple(self, aux):
+    unflatten = _engine.make_object_unflatten(graphs.Node)
+    text = "`aux` of a Pytree must be a tuple, but got"
+    with self.assertRaisesRegex(TypeError, text):
+      unflatten(aux, ())
+
 
 class RestoreTest(parameterized.TestCase):
   def setUp(self):
