@@ -177,19 +177,6 @@ def replace_in(
       mapping[key] = replace_fn(old, value)
 
 
-def leaf_value(leaf: Any) -> Any:
-  """Takes the value out of a leaf that is a Variable.
-
-  Example:
-
-    >>> import nnx
-    >>> from nnx.nested_mappings import leaf_value
-    >>> leaf_value(nnx.Param(1)), leaf_value(2)
-    (1, 2)
-  """
-  return leaf.value if isinstance(leaf, _engine.VariableBase) else leaf
-
-
 def _leaf_with_value(leaf: Any, value: Any, path: PathParts) -> Any:
   if not isinstance(leaf, _engine.VariableBase):
     return value
@@ -209,7 +196,7 @@ def nested_items(mapping: Mapping[Any, Any]) -> list[tuple[Any, Any]]:
       if isinstance(value, collections.abc.Mapping)
       else value,
     )
-    for key, value in mapping.items()
+    for key, value in list(mapping.items())
   ]
 
 

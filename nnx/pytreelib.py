@@ -295,7 +295,7 @@ def check_pytree(pytree: Any) -> None:
     )
   strict = bool(pytree._setattr_flags & _STRICT)
   statuses = pytree._pytree_status or {}
-  for name, value in vars(pytree).items():
+  for name, value in list(vars(pytree).items()):
     _check_value(pytree, name, value, statuses.get(name), strict)
 
 
@@ -354,7 +354,7 @@ def _shown_attributes(node: Pytree) -> list[tuple[Any, Any]]:
   statuses = node._pytree_status or {}
   return [
     (name, value)
-    for name, value in vars(node).items()
+    for name, value in list(vars(node).items())
     if not str(name).startswith("_") or statuses.get(name, is_data(value))
   ]
 

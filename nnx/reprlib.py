@@ -253,6 +253,8 @@ def value_text(value: Any) -> str:
     return value.__name__
   if _context.settings["summarize"] and _is_large_array(value):
     return f"Array(shape={value.shape}, dtype={value.dtype!r})"
+  if type(value) is dict:
+    value = dict(value)  # a `__repr__` or another thread may change it
   if type(value) in (list, tuple, dict):
     members = value.values() if type(value) is dict else value
     if any(isinstance(member, Displayable) for member in members):

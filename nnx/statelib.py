@@ -29,7 +29,6 @@ from nnx import filterlib, flat_states, reprlib
 from nnx.engine import _engine, pytrees
 from nnx.nested_mappings import copy_mapping as copy_mapping
 from nnx.nested_mappings import (
-  leaf_value,
   nested_items,
   one_or_tuple,
   replace_in,
@@ -38,6 +37,7 @@ from nnx.nested_mappings import path_sort_key as path_sort_key
 from nnx.nested_mappings import restore_int_paths as restore_int_paths
 from nnx.nested_mappings import sorted_by_path as sorted_by_path
 from nnx.nested_mappings import unflatten_mapping as unflatten_mapping
+from nnx.variable_operators import unwrap
 
 K = TypeVar("K")
 V = TypeVar("V")
@@ -546,7 +546,7 @@ def to_pure_dict(
     Nested dicts with keys in order.
   """
   if extract_fn is None:
-    extract_fn = leaf_value
+    extract_fn = unwrap
   return unflatten_mapping(
     [(path, extract_fn(leaf)) for path, leaf in to_flat_state(state)]
   )

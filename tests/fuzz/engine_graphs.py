@@ -116,9 +116,6 @@ class Name(str):
     return str(self) == other
 
 
-ACTING = (Bomb, Mine, Cellar, Name, graphs.Hooked)
-
-
 def set_act(act: Act) -> None:
   """Makes every acting part do one thing."""
   for kind in (Bomb, Mine, Cellar, Name):

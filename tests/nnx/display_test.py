@@ -150,6 +150,34 @@ Model(
 
 # treescope looks at all of numpy, names that numpy has deprecated too.
 @pytest.mark.filterwarnings("ignore:.*chararray.*:DeprecationWarning")
+class _Grows:
+  """Adds to a dict each time that it is displayed."""
+
+  def __init__(self, items):
+    self.items = items
+
+  def __repr__(self):
+    self.items[f"key{len(self.items)}"] = 0
+    return "grows"
+
+
+class ChangeTest(absltest.TestCase):
+  """A display may run anyone's code, which may change what is displayed."""
+
+  def test_dict_that_grows(self):
+    for holder in ({}, {"module": nnx.Dict()}):
+      holder["a"], holder["b"] = _Grows(holder), 1
+      self.assertIn("grows", reprlib.value_text(holder))
+
+  def test_attributes_and_states_that_grow(self):
+    module, state = nnx.Module(), nnx.State({})
+    items = state.raw_mapping
+    items["a"], items["b"] = _Grows(items), 1
+    module.a, module.b = _Grows(vars(module)), 1
+    for value in (module, state):
+      self.assertIn("grows", repr(value))
+
+
 class NotebookTest(parameterized.TestCase):
   def test_display_prints_outside_of_notebooks(self):
     out = io.StringIO()
