@@ -21,6 +21,36 @@ from nnx.nn.linear import Linear
 from nnx.rnglib import Rngs
 
 
+def _linear_layers(
+  cell: Any,
+  rngs: Rngs,
+  of_input: Mapping[str, Any],
+  of_output: Mapping[str, Any],
+  **options: Any,
+) -> tuple[Callable[..., Linear], Callable[..., Linear]]:
+  """Returns what makes the layers of a cell, of its input and its last output.
+
+  Args:
+    cell: The cell, with its sizes and dtypes.
+    rngs: Gives the keys of the parameters.
+    of_input: Options of the layers of the input.
+    of_output: Options of the layers of the last output.
+    **options: Options of both.
+  """
+  linear = functools.partial(
+    Linear,
+    dtype=cell.dtype,
+    param_dtype=cell.param_dtype,
+    promote_dtype=cell.promote_dtype,
+    rngs=rngs,
+    **options,
+  )
+  return (
+    functools.partial(linear, cell.in_features, **of_input),
+    functools.partial(linear, cell.hidden_features, **of_output),
+  )
+
+
 class LSTMCell(Cell):
   r"""A cell with a memory c, whose gates control keeping, writing and reading.
 
@@ -99,26 +129,16 @@ class LSTMCell(Cell):
     self.promote_dtype = promote_dtype
     self.carry_init = carry_init
     self.rngs = rngs.carry.fork() if keep_rngs else None
-    linear = functools.partial(
-      Linear,
-      dtype=dtype,
-      param_dtype=param_dtype,
+    of_input, of_output = _linear_layers(
+      self,
+      rngs,
+      of_input={"kernel_init": kernel_init, "kernel_metadata": kernel_metadata},
+      of_output={
+        "kernel_init": recurrent_kernel_init,
+        "kernel_metadata": recurrent_kernel_metadata,
+      },
       bias_init=bias_init,
-      promote_dtype=promote_dtype,
-      rngs=rngs,
       bias_metadata=bias_metadata,
-    )
-    of_input = functools.partial(
-      linear,
-      in_features,
-      kernel_init=kernel_init,
-      kernel_metadata=kernel_metadata,
-    )
-    of_output = functools.partial(
-      linear,
-      hidden_features,
-      kernel_init=recurrent_kernel_init,
-      kernel_metadata=recurrent_kernel_metadata,
     )
     self.ii = of_input(hidden_features, use_bias=False)
     self.if_ = of_input(hidden_features, use_bias=False)
@@ -230,26 +250,16 @@ class OptimizedLSTMCell(Cell):
     self.promote_dtype = promote_dtype
     self.carry_init = carry_init
     self.rngs = rngs.carry.fork() if keep_rngs else None
-    linear = functools.partial(
-      Linear,
-      dtype=dtype,
-      param_dtype=param_dtype,
+    of_input, of_output = _linear_layers(
+      self,
+      rngs,
+      of_input={"kernel_init": kernel_init, "kernel_metadata": kernel_metadata},
+      of_output={
+        "kernel_init": recurrent_kernel_init,
+        "kernel_metadata": recurrent_kernel_metadata,
+      },
       bias_init=bias_init,
-      promote_dtype=promote_dtype,
-      rngs=rngs,
       bias_metadata=bias_metadata,
-    )
-    of_input = functools.partial(
-      linear,
-      in_features,
-      kernel_init=kernel_init,
-      kernel_metadata=kernel_metadata,
-    )
-    of_output = functools.partial(
-      linear,
-      hidden_features,
-      kernel_init=recurrent_kernel_init,
-      kernel_metadata=recurrent_kernel_metadata,
     )
     self.dense_i = of_input(4 * hidden_features, use_bias=False)
     self.dense_h = of_output(4 * hidden_features, use_bias=True)
@@ -340,26 +350,16 @@ class SimpleCell(Cell):
     self.promote_dtype = promote_dtype
     self.carry_init = carry_init
     self.rngs = rngs.carry.fork() if keep_rngs else None
-    linear = functools.partial(
-      Linear,
-      dtype=dtype,
-      param_dtype=param_dtype,
+    of_input, of_output = _linear_layers(
+      self,
+      rngs,
+      of_input={"kernel_init": kernel_init, "kernel_metadata": kernel_metadata},
+      of_output={
+        "kernel_init": recurrent_kernel_init,
+        "kernel_metadata": recurrent_kernel_metadata,
+      },
       bias_init=bias_init,
-      promote_dtype=promote_dtype,
-      rngs=rngs,
       bias_metadata=bias_metadata,
-    )
-    of_input = functools.partial(
-      linear,
-      in_features,
-      kernel_init=kernel_init,
-      kernel_metadata=kernel_metadata,
-    )
-    of_output = functools.partial(
-      linear,
-      hidden_features,
-      kernel_init=recurrent_kernel_init,
-      kernel_metadata=recurrent_kernel_metadata,
     )
     # In this order: the keys come from one stream.
     self.dense_h = of_output(hidden_features, use_bias=False)
@@ -459,26 +459,16 @@ class GRUCell(Cell):
     self.promote_dtype = promote_dtype
     self.carry_init = carry_init
     self.rngs = rngs.carry.fork() if keep_rngs else None
-    linear = functools.partial(
-      Linear,
-      dtype=dtype,
-      param_dtype=param_dtype,
+    of_input, of_output = _linear_layers(
+      self,
+      rngs,
+      of_input={"kernel_init": kernel_init, "kernel_metadata": kernel_metadata},
+      of_output={
+        "kernel_init": recurrent_kernel_init,
+        "kernel_metadata": recurrent_kernel_metadata,
+      },
       bias_init=bias_init,
-      promote_dtype=promote_dtype,
-      rngs=rngs,
       bias_metadata=bias_metadata,
-    )
-    of_input = functools.partial(
-      linear,
-      in_features,
-      kernel_init=kernel_init,
-      kernel_metadata=kernel_metadata,
-    )
-    of_output = functools.partial(
-      linear,
-      hidden_features,
-      kernel_init=recurrent_kernel_init,
-      kernel_metadata=recurrent_kernel_metadata,
     )
     self.dense_i = of_input(3 * hidden_features, use_bias=True)
     self.dense_h = of_output(3 * hidden_features, use_bias=False)

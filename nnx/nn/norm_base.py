@@ -42,13 +42,14 @@ _options = eager.interned(Options)
 
 
 def make_vector(
+  used: bool,
   init: Initializer,
   rngs: Rngs,
   num_features: int,
   dtype: dtypes.Dtype,
   metadata: Mapping[str, Any],
-) -> Param:
-  """Makes a scale or a bias.
+) -> Param | None:
+  """Makes a scale or a bias, or nothing for a layer that uses none.
 
   Example:
 
@@ -56,16 +57,19 @@ def make_vector(
     >>> import nnx
     >>> from nnx.nn import norm_base
     >>> ones = nnx.initializers.ones
-    >>> norm_base.make_vector(ones, nnx.Rngs(0), 2, jnp.float32, {}).value
+    >>> norm_base.make_vector(True, ones, nnx.Rngs(0), 2, jnp.float32, {}).value
     Array([1., 1.], dtype=float32)
 
   Args:
+    used: Whether the layer uses it.
     init: `(key, shape, dtype) -> value`.
     rngs: The stream `params` gives the key.
     num_features: The size of the vector.
     dtype: The dtype of the vector.
     metadata: The metadata of the parameter.
   """
+  if not used:
+    return None
   value = initialize(init, checks.key(rngs), (num_features,), dtype)
   return Param(value, **metadata)
 

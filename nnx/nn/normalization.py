@@ -177,16 +177,12 @@ class LayerNorm(norm_base.Norm):
     self.axis_index_groups = axis_index_groups
     self.use_fast_variance = use_fast_variance
     self.promote_dtype = promote_dtype
-    self.scale = None
-    if use_scale:
-      self.scale = norm_base.make_vector(
-        scale_init, rngs, num_features, param_dtype, scale_metadata
-      )
-    self.bias = None
-    if use_bias:
-      self.bias = norm_base.make_vector(
-        bias_init, rngs, num_features, param_dtype, bias_metadata
-      )
+    self.scale = norm_base.make_vector(
+      use_scale, scale_init, rngs, num_features, param_dtype, scale_metadata
+    )
+    self.bias = norm_base.make_vector(
+      use_bias, bias_init, rngs, num_features, param_dtype, bias_metadata
+    )
 
   def __call__(
     self, x: jax.Array, *, mask: jax.Array | None = None
@@ -274,11 +270,9 @@ class RMSNorm(norm_base.Norm):
     self.axis_index_groups = axis_index_groups
     self.use_fast_variance = use_fast_variance
     self.promote_dtype = promote_dtype
-    self.scale = None
-    if use_scale:
-      self.scale = norm_base.make_vector(
-        scale_init, rngs, num_features, param_dtype, scale_metadata
-      )
+    self.scale = norm_base.make_vector(
+      use_scale, scale_init, rngs, num_features, param_dtype, scale_metadata
+    )
 
   def __call__(self, x: jax.Array, mask: jax.Array | None = None) -> jax.Array:
     """Applies the layer.
@@ -373,16 +367,12 @@ class InstanceNorm(norm_base.Norm):
     self.axis_index_groups = axis_index_groups
     self.use_fast_variance = use_fast_variance
     self.promote_dtype = promote_dtype
-    self.scale = None
-    if use_scale:
-      self.scale = norm_base.make_vector(
-        scale_init, rngs, num_features, param_dtype, scale_metadata
-      )
-    self.bias = None
-    if use_bias:
-      self.bias = norm_base.make_vector(
-        bias_init, rngs, num_features, param_dtype, bias_metadata
-      )
+    self.scale = norm_base.make_vector(
+      use_scale, scale_init, rngs, num_features, param_dtype, scale_metadata
+    )
+    self.bias = norm_base.make_vector(
+      use_bias, bias_init, rngs, num_features, param_dtype, bias_metadata
+    )
 
   def __call__(
     self, x: jax.Array, *, mask: jax.Array | None = None
