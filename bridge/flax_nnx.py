@@ -10,6 +10,8 @@ import importlib
 import sys
 from typing import Any
 
+from nnx import runtime
+
 
 class _FlaxNNX:
   """`flax.nnx`, loaded at the first access.
@@ -52,10 +54,4 @@ def is_of_flax_nnx(value: Any) -> bool:
     value: a class or an object.
   """
   cls = value if isinstance(value, type) else type(value)
-  # By name, so that nothing is imported for the answer.
-  return any(
-    base.__name__ in ("Object", "Pytree")
-    # The second name is that under `nnx.as_flax`.
-    and base.__module__.startswith(("flax.nnx.", "_flax_nnx."))
-    for base in cls.__mro__
-  )
+  return runtime.is_of_flax_nnx(cls)

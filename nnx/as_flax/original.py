@@ -17,6 +17,8 @@ import sys
 import types
 from typing import Any
 
+from nnx.as_flax import loaders
+
 _THEIRS, _NAME = "flax.nnx", "_flax_nnx"
 
 
@@ -56,21 +58,12 @@ class _Finder(importlib.abc.MetaPathFinder):
     return spec
 
 
-class _Loader(importlib.abc.Loader):
+class _Loader(loaders.Wrapping):
   """Loads a module that imports in its own way."""
-
-  def __init__(self, loader: Any):
-    self._loader = loader
-
-  def __getattr__(self, name: str) -> Any:
-    return getattr(self._loader, name)
-
-  def create_module(self, spec: Any) -> types.ModuleType | None:
-    return self._loader.create_module(spec)
 
   def exec_module(self, module: types.ModuleType) -> None:
     vars(module)["__builtins__"] = {**vars(builtins), "__import__": _import}
-    self._loader.exec_module(module)
+    super().exec_module(module)
 
 
 class _Flax(types.ModuleType):

@@ -9,7 +9,7 @@ import sys
 import types
 from typing import Any
 
-from nnx.as_flax import agreement, places
+from nnx.as_flax import agreement, loaders, places
 
 _NAME = "flax.nnx"
 
@@ -22,21 +22,12 @@ class _Loader(importlib.abc.Loader):
     sys.modules[name] = places.module(name)
 
 
-class _AfterFlax(importlib.abc.Loader):
+class _AfterFlax(loaders.Wrapping):
   """Loads Flax by its own loader, and has it agree with `nnx` at once."""
-
-  def __init__(self, loader: Any):
-    self._loader = loader
-
-  def __getattr__(self, name: str) -> Any:
-    return getattr(self._loader, name)
-
-  def create_module(self, spec: Any) -> types.ModuleType | None:
-    return self._loader.create_module(spec)
 
   def exec_module(self, module: types.ModuleType) -> None:
     module.__spec__.loader = module.__loader__ = self._loader
-    self._loader.exec_module(module)
+    super().exec_module(module)
     agreement.agree()
 
 
