@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 import functools
 from typing import Any
 
@@ -164,6 +164,32 @@ def as_key(key: Any) -> jax.Array:
   )
 
 
+def key_shape(k: Any) -> tuple[int, ...]:
+  """Makes a shape of how many keys are asked for.
+
+  Example:
+
+    >>> from nnx.rng_streams import key_shape
+    >>> key_shape(3), key_shape((2, 3))
+    ((3,), (2, 3))
+
+  Args:
+    k: an int, or a shape.
+
+  Raises:
+    TypeError: if it is neither.
+    ValueError: if it is negative.
+  """
+  shape = tuple(k) if isinstance(k, Sequence) else (k,)
+  if not all(isinstance(n, (int, np.integer)) for n in shape):
+    raise TypeError(
+      f"The number of keys must be an int or a shape of ints, but got {k!r}."
+    )
+  if any(n < 0 for n in shape):
+    raise ValueError(f"The number of keys must be at least 0, but got {k!r}.")
+  return shape
+
+
 class RngStream(_RandomMethods, Pytree):
   """A stream of random keys: call it for the next one.
 
@@ -207,7 +233,8 @@ class RngStream(_RandomMethods, Pytree):
       >>> nnx.RngStream(0, tag="params").split(3).key.shape
       (3,)
     """
-    return type(self)(random.split(self(), k), tag=self.tag)
+    shape = key_shape(k)  # before a key is drawn
+    return type(self)(random.split(self(), shape), tag=self.tag)
 
   def fork(self, *, split: Shape | None = None) -> RngStream:
     """Makes an independent stream of the next key.
@@ -236,8 +263,8 @@ class RngStream(_RandomMethods, Pytree):
       >>> bool(key[0] == key[1])
       True
     """
+    shape = key_shape(k)
     key = self()
-    shape = (k,) if isinstance(k, int) else tuple(k)
     return type(self)(jnp.broadcast_to(key, shape + key.shape), tag=self.tag)
 
 

@@ -21,7 +21,13 @@ from nnx.rng_streams import RngKey as RngKey
 from nnx.rng_streams import Rngs as Rngs
 from nnx.rng_streams import RngState as RngState
 from nnx.rng_streams import RngStream as RngStream
-from nnx.rng_streams import next_key_and_count, stream_rules, zeros_of_counts
+from nnx.rng_streams import (
+  key_shape,
+  next_key_and_count,
+  stream_rules,
+  zeros_of_counts,
+)
+from nnx.statelib import State
 
 A = TypeVar("A")
 F = TypeVar("F", bound=Callable[..., Any])
@@ -166,12 +172,19 @@ def fork(
 
   Returns:
     The state in four parts.
+
+  Raises:
+    TypeError: if `state` is no State, or the pattern is not of ints.
+    ValueError: if `state` holds something else, or a number is negative.
   """
-  shape = (
-    split_pattern
-    if isinstance(split_pattern, int)
-    else tuple(1 if n is None else n for n in split_pattern)
-  )
+  if not isinstance(state, State):
+    raise TypeError(
+      "`state` must be a State of random streams, such as"
+      f" `nnx.state(rngs)`, but got a `{type(state).__name__}`."
+    )
+  if isinstance(split_pattern, (list, tuple)):
+    split_pattern = tuple(1 if n is None else n for n in split_pattern)
+  shape = key_shape(split_pattern)
   parts = state.split(
     filterlib.All(split_filter, RngKey),
     filterlib.All(split_filter, RngCount),
@@ -180,10 +193,6 @@ def fork(
   )
   split_keys = jax.tree.map(lambda key: random.split(key, shape), parts[0])
   return ForkStates(split_keys, *parts[1:])
-
-
-def _split_shape(splits: Shape) -> tuple[int, ...]:
-  return (splits,) if isinstance(splits, int) else tuple(splits)
 
 
 def _next_keys(stream: RngStream) -> jax.Array:
@@ -279,16 +288,16 @@ def split_rngs(
       " `splits=1`."
     )
   predicate = filterlib.to_predicate(only)
+  wanted = key_shape(splits)
 
   def split(stream: RngStream) -> tuple[jax.Array, jax.Array]:
     shape = stream.count.shape
-    wanted = _split_shape(splits)
     if shape and shape[: len(wanted)] == wanted:
       key = _next_keys(stream)
       if squeeze:
         key, shape = key[0], shape[1:]
       return key, zeros_of_counts(shape)
-    key = random.split(stream(), splits)
+    key = random.split(stream(), wanted)
     if squeeze:
       key = key[0]
     else:

@@ -507,6 +507,38 @@ STEPS = [
 ]
 
 
+class NumberOfKeysTest(parameterized.TestCase):
+  """A wrong number of keys is refused in words, and no key is drawn for it."""
+
+  CALLS = (
+    ("split", lambda rngs, k: rngs.split(k)),
+    ("broadcast", lambda rngs, k: rngs.broadcast(k)),
+    ("split_rngs", lambda rngs, k: nnx.split_rngs(rngs, splits=k)),
+    ("fork", lambda rngs, k: nnx.fork(nnx.state(rngs), ..., k)),
+  )
+
+  @parameterized.product(
+    call=CALLS,
+    wrong=(
+      ("x", TypeError, "an int or a shape of ints, but got 'x'"),
+      (2.5, TypeError, "an int or a shape of ints, but got 2.5"),
+      ((2, "x"), TypeError, "an int or a shape of ints"),
+      (-1, ValueError, "at least 0, but got -1"),
+      ((2, -1), ValueError, r"at least 0, but got \(2, -1\)"),
+    ),
+  )
+  def test_wrong_number(self, call, wrong):
+    k, error, text = wrong
+    rngs = nnx.Rngs(0)
+    with self.assertRaisesRegex(error, text):
+      call[1](rngs, k)
+    self.assertEqual(rngs.default.count[...], 0)
+
+  def test_fork_of_what_is_no_state(self):
+    with self.assertRaisesRegex(TypeError, "must be a State of random streams"):
+      nnx.fork(nnx.Rngs(0), "params", 2)
+
+
 class NoKeyTwiceTest(parameterized.TestCase):
   @parameterized.named_parameters((name, name) for name in STEPS)
   def test_after_every_step(self, name):
