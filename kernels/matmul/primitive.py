@@ -13,9 +13,8 @@ from . import costs, ffi, reference, sharding
 def _abstract_eval(x, w, *bias, batch_axes, dtype, precision):
   del precision
   shape = (*x.shape[:-1], w.shape[-1])
-  if x.sharding.mesh.empty or w.sharding.mesh.empty:
-    return (arrays.out_aval(shape, dtype, x, w, *bias),)
-  spec = sharding.split(x, w, batch_axes).y()
+  given = sharding.of_result(x, w, batch_axes)
+  spec = None if given is None else given.spec
   return (arrays.out_aval(shape, dtype, x, w, *bias, spec=spec),)
 
 

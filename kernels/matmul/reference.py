@@ -11,6 +11,8 @@ import jax
 from jax import lax
 import jax.numpy as jnp
 
+from . import sharding
+
 
 def multiply(
   x: jax.Array,
@@ -42,6 +44,7 @@ def multiply(
     (((x.ndim - 1,), (batch_axes,)), (batch, batch)),
     precision=precision,
     preferred_element_type=dtype,
+    out_sharding=sharding.of_result(jax.typeof(x), jax.typeof(w), batch_axes),
   )
   if bias is not None:
     y = y + expand_bias(bias, y.ndim, batch_axes).astype(dtype)

@@ -11,11 +11,10 @@ from typing import Any, NamedTuple
 
 from jax import lax
 import jax.numpy as jnp
-from jax.sharding import PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 import numpy as np
 
-from ..common import arrays
-from . import reference
+from ..common import arrays, jax_private
 
 Entry = tuple[str, ...]
 
@@ -97,6 +96,23 @@ def split(x: Any, w: Any, batch_axes: int) -> Split:
   return Split(batch, rows, k, n)
 
 
+def of_result(x: Any, w: Any, batch_axes: int) -> NamedSharding | None:
+  """Returns the sharding of a product whose operands' types have one.
+
+  Args:
+    x: Abstract value of x.
+    w: Abstract value of w.
+    batch_axes: Number of leading axes that are independent products.
+
+  Returns:
+    None where the compiler decides.
+  """
+  mesh = jax_private.explicit_mesh((x, w))
+  if mesh is None or w.sharding.mesh.empty or x.sharding.mesh.empty:
+    return None
+  return NamedSharding(mesh, split(x, w, batch_axes).y())
+
+
 def rule(
   avals: Sequence[Any], *, batch_axes: int, **params: Any
 ) -> tuple[str, Sequence[str]]:
@@ -123,7 +139,8 @@ def partition(mesh, infos, outs, call, *, batch_axes, dtype, **params):
     (y,) = call(x, w, dtype=wide, **params)
     y = lax.psum(y, parts.k)
     if bias:
-      y += reference.expand_bias(bias[0], y.ndim, batch_axes).astype(wide)
+      one = jnp.expand_dims(bias[0], tuple(range(batch_axes, y.ndim - 1)))
+      y += one.astype(wide)
     return (y.astype(dtype),)
 
   specs = (parts.x(), parts.w(), parts.bias())

@@ -76,9 +76,7 @@ class MatmulContract(op_contract.OpContract):
       got, _oracle(x, w, bias), coarsest, reduced=x.shape[-1], factor=1.0
     )
 
-  @parameterized.product(
-    dtype=_DTYPES, shape=_SHAPES, biased=(False, True)
-  )
+  @parameterized.product(dtype=_DTYPES, shape=_SHAPES, biased=(False, True))
   def test_matches_the_oracle(self, dtype, shape, biased):
     rows, k, n = shape
     rng = np.random.default_rng(1)
@@ -173,9 +171,7 @@ class MatmulContract(op_contract.OpContract):
     if not any(axis is not None for axis in axes):
       self.skipTest("nothing is mapped over")
     args = [
-      array
-      if axis is None
-      else jnp.stack([array, 2 * array, -array], axis)
+      array if axis is None else jnp.stack([array, 2 * array, -array], axis)
       for array, axis in zip(arrays, axes)
     ]
     run = jax.vmap(self.call, in_axes=axes)
@@ -238,7 +234,9 @@ class MatmulContract(op_contract.OpContract):
     bias = op_contract.array(rng, (20,), "float32")
 
     def loss(*args):
-      return jnp.vdot(self.call(*args), jnp.cos(jnp.arange(80.0).reshape(4, 20)))
+      return jnp.vdot(
+        self.call(*args), jnp.cos(jnp.arange(80.0).reshape(4, 20))
+      )
 
     grads = jax.jit(jax.grad(loss, (0, 1, 2)))(x, w, bias)
     self.assertEqual([g.dtype for g in grads], [dtype, "bfloat16", "float32"])
@@ -411,9 +409,7 @@ class AutoTest(parameterized.TestCase):
     op_contract.only_on("cpu")
     super().setUp()
 
-  @parameterized.product(
-    dtype=("bfloat16", "float16"), rows=(1, 4, 8, 32)
-  )
+  @parameterized.product(dtype=("bfloat16", "float16"), rows=(1, 4, 8, 32))
   def test_half_precision_of_a_real_model_is_the_kernels(self, dtype, rows):
     for k, n in arg_specs.BENCH_SHAPES:
       w = jax.ShapeDtypeStruct((k, n), dtype)
