@@ -210,9 +210,8 @@ def _run_as(implementation, fn, *args):
   """Runs a case by another implementation than it asks for."""
 
   def call(op, *args, **params):
-    return op.primitive.bind(
-      *args, **params | {"implementation": implementation}
-    )
+    own = implementation if implementation in op.implementations else "auto"
+    return op.primitive.bind(*args, **params | {"implementation": own})
 
   with mock.patch.object(dispatch.Op, "__call__", call):
     return fn(*args)
