@@ -44,8 +44,8 @@ def matmul(
     sum and round once. Results do not depend on the number of threads.
   Batching: `jax.vmap` over x makes more rows of one product; over w, one call
     with one product more for each.
-  Differentiation: forward and reverse, for x, w and bias, through XLA; of packed
-    weights for the scale and the minimum.
+  Differentiation: forward and reverse, for x, w and bias, through XLA; of
+    packed weights for the scale and the minimum.
   Sharding: rows, k and n may be split; partial sums over k cross devices in
     float32. The larger of x and w stays where it is.
 

@@ -1,5 +1,7 @@
 """A fuzzer of `kernels.matmul`, gradients included."""
 
+from typing import Any
+
 import jax
 import numpy as np
 
@@ -77,7 +79,7 @@ def matmul(rng: np.random.Generator) -> worker.Case:
 
 def packed(rng: np.random.Generator) -> worker.Case:
   """A program of a product with packed weights."""
-  kind = {
+  kind: dict[str, Any] = {
     "bits": pick(rng, 8, 4), "group": pick(rng, None, 32, 64, 128),
   }  # fmt: skip
   if kind["bits"] == 8 and chance(rng, 0.3):
