@@ -1,6 +1,7 @@
 """Weights packed into 8 or 4 bits, with a scale for each group of them."""
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -126,25 +127,7 @@ def quantize(
       f" {max(unit, group or 1)} rows for {bits} bits and `group={group}`. Pad"
       " it, or take a smaller group."
     )
-  grouped = w.astype(jnp.float32).reshape(
-    *w.shape[:-2], k // rows, rows, w.shape[-1]
-  )
-  if bits == 8:
-    top = jnp.max(jnp.abs(grouped), axis=-2)
-    scale = _round_up(top / _LARGEST[name])
-    codes = grouped / _divisor(scale)
-    if name == "int8":
-      codes = jnp.clip(jnp.rint(codes), -127, 127)
-    values = codes.reshape(w.shape).astype(name)
-    return QuantizedWeight(values, scale)
-  minimum = -_round_up(-jnp.min(grouped, axis=-2))
-  low = minimum.astype(jnp.float32)
-  scale = _round_up((jnp.max(grouped, axis=-2) - low) / 15)
-  codes = (grouped - jnp.expand_dims(low, -2)) / _divisor(scale)
-  codes = jnp.clip(jnp.rint(codes), 0, 15).astype(jnp.uint32)
-  codes = codes.reshape(*w.shape[:-2], k // PACKED, PACKED, w.shape[-1])
-  values = jnp.sum(codes << _shifts(), axis=-2, dtype=jnp.uint32)
-  return QuantizedWeight(values, scale, minimum)
+  return _quantize(w, bits, name, rows)
 
 
 def dequantize(w: QuantizedWeight, dtype: Any = jnp.float32) -> jax.Array:
@@ -162,7 +145,7 @@ def dequantize(w: QuantizedWeight, dtype: Any = jnp.float32) -> jax.Array:
     (32, 1)
   """
   check_packed("w", w)
-  return unpacked(w.values, w.scale, w.minimum).astype(dtype)
+  return _dequantize(w, checks.dtype_name("dtype", dtype))
 
 
 def quantization_error(w: Any, packed: QuantizedWeight) -> jax.Array:
@@ -185,6 +168,36 @@ def quantization_error(w: Any, packed: QuantizedWeight) -> jax.Array:
   w = checks.floating("w", w).astype(jnp.float32)
   off = dequantize(packed) - w
   return jnp.sqrt(jnp.mean(lax.square(off)) / jnp.mean(lax.square(w)))
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _dequantize(w, dtype):
+  return unpacked(w.values, w.scale, w.minimum).astype(dtype)
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2, 3))
+def _quantize(w, bits, name, rows):
+  """Packs `w`, of which so many `rows` share a scale."""
+  k = w.shape[-2]
+  grouped = w.astype(jnp.float32).reshape(
+    *w.shape[:-2], k // rows, rows, w.shape[-1]
+  )
+  if bits == 8:
+    top = jnp.max(jnp.abs(grouped), axis=-2)
+    scale = _round_up(top / _LARGEST[name])
+    codes = grouped / _divisor(scale)
+    if name == "int8":
+      codes = jnp.clip(jnp.rint(codes), -127, 127)
+    values = codes.reshape(w.shape).astype(name)
+    return QuantizedWeight(values, scale)
+  minimum = -_round_up(-jnp.min(grouped, axis=-2))
+  low = minimum.astype(jnp.float32)
+  scale = _round_up((jnp.max(grouped, axis=-2) - low) / 15)
+  codes = (grouped - jnp.expand_dims(low, -2)) / _divisor(scale)
+  codes = jnp.clip(jnp.rint(codes), 0, 15).astype(jnp.uint32)
+  codes = codes.reshape(*w.shape[:-2], k // PACKED, PACKED, w.shape[-1])
+  values = jnp.sum(codes << _shifts(), axis=-2, dtype=jnp.uint32)
+  return QuantizedWeight(values, scale, minimum)
 
 
 def unpacked(

@@ -1,9 +1,9 @@
 """Suite `matmul`: a few rows of activations times the weights of a decoder.
 
 The shapes are those of matrices of SmolLM2-135M and of decoders of 1 and 8
-billion parameters. Baselines are `jnp.matmul` in the dtype of the weights and in
-float32, and PyTorch's where it is installed; for packed weights, unpacking and
-multiplying in one jitted function.
+billion parameters. Baselines are `jnp.matmul` in the dtype of the weights and
+in float32, and PyTorch's where it is installed; for packed weights, unpacking
+and multiplying in one jitted function.
 """
 
 from collections.abc import Callable, Sequence
