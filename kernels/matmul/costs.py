@@ -38,7 +38,7 @@ def on_cpu(
   most = MOST_ROWS_PACKED if packed else MOST_ROWS
   if rows > most:
     return f"XLA multiplies more than {most} rows as fast"
-  size = arrays.static_size(w.shape[batch_axes:])
+  size = arrays.static_size((x.shape[-1], w.shape[-1]))
   if size is not None and size < LEAST_SIZE:
     return f"XLA needs no call for weights of less than {LEAST_SIZE} numbers"
   return None
