@@ -138,8 +138,8 @@ class Writer:
     """Reads a prompt; returns the token after it."""
     for first, count in _pieces(len(tokens)):
       result = self._run(tokens[first : first + count], first, _chunk(count))
-    choice, logits = (x[0] for x in result)
-    return _choose(choice, logits, sampling, tokens)
+    choices, logits = result
+    return _choose(np.asarray(choices)[0], logits, (0,), sampling, tokens)
 
   def _step(
     self, tokens: list[int], sampling: sampling_lib.Sampling
@@ -151,13 +151,13 @@ class Writer:
     choices, logits = self._run(
       [tokens[-1], *guessed], index, 1 + self._guesses, every=True
     )
-    choices, logits = np.asarray(choices)[0], logits[0]
-    new = []
+    choices = np.asarray(choices)[0]
+    new: list[int] = []
     # A choice is what it would be without guesses: as long as guesses agree
     # with choices, those after them are right as well.
     for i in range(1 + len(guessed)):
       text = tokens + new
-      new.append(_choose(choices[i], logits[i], sampling, text))
+      new.append(_choose(choices[i], logits, (0, i), sampling, text))
       if i < len(guessed) and new[-1] != guessed[i]:
         break
     return new
@@ -196,11 +196,17 @@ def guess(tokens: Sequence[int], most: int) -> list[int]:
 
 
 def _choose(
-  choice: Any, logits: Any, sampling: sampling_lib.Sampling, text: list[int]
+  choice: int,
+  logits: Any,
+  place: tuple[int, ...],
+  sampling: sampling_lib.Sampling,
+  text: list[int],
 ) -> int:
+  """Returns the next token: `choice`, or one drawn by `logits[place]`."""
   if sampling.is_argmax:
     return int(choice)
-  return sampling_lib.choose(np.asarray(logits), sampling, text, len(text))
+  logits = np.asarray(logits)[place]
+  return sampling_lib.choose(logits, sampling, text, len(text))
 
 
 def _pieces(count: int) -> list[tuple[int, int]]:

@@ -94,13 +94,15 @@ class File:
       plain = np.frombuffer(self._bytes, _PLAIN[tensor.kind], size, start)
       return plain.reshape(tensor.shape).astype(dtype)
     elements, count, dequantize = _quantisation(tensor.kind)
-    blocks = np.frombuffer(
+    stored = np.frombuffer(
       self._bytes, np.uint8, size // elements * count, start
-    ).reshape(-1, count)
-    result = np.empty((len(blocks), elements), dtype)
-    step = max(1, _SLAB // elements)
-    for i in range(0, len(blocks), step):
-      result[i : i + step] = dequantize(blocks[i : i + step])
+    )
+    result = np.empty(size, dtype)
+    step = _SLAB // elements  # blocks
+    for i in range(0, size // elements, step):
+      # In one row, since `gguf` takes a few rows at a time.
+      part = stored[None, i * count : (i + step) * count]
+      result[i * elements : (i + step) * elements] = dequantize(part)[0]
     return result.reshape(tensor.shape)
 
   def _numbers(self, code: str, count: int) -> tuple[Any, ...]:

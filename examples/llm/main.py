@@ -1,6 +1,6 @@
 """Answers a prompt with a language model.
 
-    tools/bazel run //examples/llm -- --prompt "What is the capital of France?"
+tools/bazel run //examples/llm -- --prompt "What is the capital of France?"
 """
 
 import argparse
@@ -21,7 +21,9 @@ def _parser() -> argparse.ArgumentParser:
   parser.add_argument(
     "--raw", action="store_true", help="go on with the prompt, without a chat"
   )
-  parser.add_argument("--tokens", type=int, default=256, help="the most to write")
+  parser.add_argument(
+    "--tokens", type=int, default=256, help="the most to write"
+  )
   parser.add_argument(
     "--stop", action="append", default=[], help="a word that ends the answer"
   )

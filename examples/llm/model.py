@@ -205,6 +205,8 @@ class Model(nnx.Module):
     if self.config.embed_scale != 1.0:
       # Rounded like the weights, as the model was trained.
       x = x * jnp.asarray(self.config.embed_scale, x.dtype)
+    # What layers add up is not rounded to 16 bits each time.
+    x = x.astype(jnp.float32)
     for layer in self.layers:
       x = layer(x, self.tables, cache, index, lengths, block_table)
     return self.norm(x)

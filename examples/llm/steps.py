@@ -110,6 +110,4 @@ class Steps:
       KeyError: if there is no such step.
     """
     step = self._programs[*tokens.shape, every]
-    return step(
-      self._model, self._cache, tokens, index, lengths, block_table
-    )
+    return step(self._model, self._cache, tokens, index, lengths, block_table)
