@@ -10,6 +10,7 @@ import numpy as np
 from examples.llm import model as model_lib
 from examples.llm import sampling as sampling_lib
 from examples.llm import steps as steps_lib
+from examples.llm import tokenizer as tokenizer_lib
 
 # Prompts are read in pieces of these sizes.
 _CHUNKS = (16, 64, 256)
@@ -173,6 +174,36 @@ class Writer:
       np.array([len(new)], np.int32),
       every=every,
     )
+
+
+def answer(
+  writer: Writer,
+  tokenizer: tokenizer_lib.Tokenizer,
+  prompt: Sequence[int],
+  sampling: sampling_lib.Sampling,
+  *,
+  most: int,
+  stops: Sequence[str] = (),
+) -> Iterator[str]:
+  """Writes an answer, as text.
+
+  Args:
+    writer: with the model.
+    tokenizer: of the model.
+    prompt: its tokens.
+    sampling: how tokens are chosen.
+    most: how many tokens to write at most.
+    stops: words that end the answer.
+
+  Yields:
+    Pieces of it.
+  """
+  stream = tokenizer_lib.TextStream(tokenizer, stops)
+  for token in writer.write(prompt, sampling, most=most, ends=tokenizer.ends):
+    yield stream.push(token)
+    if stream.stopped:
+      return
+  yield stream.finish()
 
 
 def guess(tokens: Sequence[int], most: int) -> list[int]:

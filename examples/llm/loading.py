@@ -40,10 +40,10 @@ def load(
   Args:
     path: of a GGUF file, or of a folder with safetensors; that of
       `default_path`, if None.
-    positions: the longest text that the model will see; all that it was trained
-      for, if None.
-    dtype: of the weights. If None, float32 on the CPU, where XLA's products of a
-      few rows take ten times as long in bfloat16, and bfloat16 elsewhere.
+    positions: the longest text that the model will see; that of its training,
+      if None.
+    dtype: of the weights. If None, float32 on the CPU, where XLA's products of
+      a few rows take ten times as long in bfloat16, and bfloat16 elsewhere.
 
   Raises:
     FileNotFoundError: if there is no such file.

@@ -4,12 +4,12 @@ tools/bazel run //examples/llm -- --prompt "What is the capital of France?"
 """
 
 import argparse
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 import sys
 import time
 from typing import Any
 
-from examples.llm import generate, options, sampling, tokenizer
+from examples.llm import generate, options, sampling
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -47,36 +47,6 @@ def _parser() -> argparse.ArgumentParser:
   return parser
 
 
-def answer(
-  writer: generate.Writer,
-  text: tokenizer.Tokenizer,
-  prompt: Sequence[int],
-  how: sampling.Sampling,
-  *,
-  most: int,
-  stops: Sequence[str] = (),
-) -> Iterator[str]:
-  """Writes an answer, as text.
-
-  Args:
-    writer: with the model.
-    text: the model's tokenizer.
-    prompt: its tokens.
-    how: tokens are chosen.
-    most: how many tokens to write at most.
-    stops: words that end the answer.
-
-  Yields:
-    Pieces of it.
-  """
-  stream = tokenizer.TextStream(text, stops)
-  for token in writer.write(prompt, how, most=most, ends=text.ends):
-    yield stream.push(token)
-    if stream.stopped:
-      return
-  yield stream.finish()
-
-
 def main(arguments: Sequence[str] | None = None) -> None:
   """Loads, answers and says how fast."""
   parser = _parser()
@@ -100,7 +70,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     prompt = text.encode(given.prompt) if given.raw else text.chat(messages)
     writer = generate.Writer(model, model.positions, given.guesses)
-    pieces = answer(
+    pieces = generate.answer(
       writer, text, prompt, how, most=given.tokens, stops=given.stop
     )
     writer.compile(len(prompt))

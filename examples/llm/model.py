@@ -4,8 +4,8 @@ Its attributes have the names that checkpoints of transformers give to their
 tensors, so that a Param's path is its tensor's name.
 
 A call without a cache sees whole texts. With one, it appends to the cache and
-attends to all that is there, in one kernel a layer. The cache may be a buffer for
-each text, or a pool of blocks with a table that says whose they are.
+attends to all that is there, in one kernel a layer. The cache may be a buffer
+for each text, or a pool of blocks with a table that says whose they are.
 """
 
 import functools

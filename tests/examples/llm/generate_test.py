@@ -4,7 +4,7 @@ from absl.testing import absltest, parameterized
 from jax import numpy as jnp
 import numpy as np
 
-from examples.llm import generate, main, sampling, weights
+from examples.llm import generate, sampling, weights
 import nnx
 from tests.examples.llm import tiny
 
@@ -95,7 +95,7 @@ class GenerateTest(parameterized.TestCase):
   def test_a_stop_word_ends_the_answer(self):
     def write(stops):
       return "".join(
-        main.answer(
+        generate.answer(
           self.plain, tiny.Letters(), PROMPT, GREEDY, most=30, stops=stops
         )
       )

@@ -159,7 +159,7 @@ class Checkpoint:
 
 
 class Letters:
-  """Stands for a tokenizer: token i is a letter, and the last one is the end."""
+  """Stands for a tokenizer: a token is a letter, the last one the end."""
 
   ends = frozenset({63})
   template = None

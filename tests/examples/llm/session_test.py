@@ -5,11 +5,11 @@ import json
 
 from absl.testing import absltest
 
-from examples.llm import generate, serve, serving
+from examples.llm import generate, serving, session
 from tests.examples.llm import load, tiny
 
 
-class ServeTest(absltest.TestCase):
+class SessionTest(absltest.TestCase):
   @classmethod
   def setUpClass(cls):
     super().setUpClass()
@@ -21,8 +21,8 @@ class ServeTest(absltest.TestCase):
       self.model, tiny.Letters(), blocks=load.BLOCKS, block_size=4, texts=4
     )
     output = io.StringIO()
-    session = serve.Session(server, tiny.Letters(), output)
-    session.run(
+    served = session.Session(server, tiny.Letters(), output)
+    served.run(
       line if isinstance(line, str) else json.dumps(line) for line in lines
     )
     found = {}
