@@ -18,6 +18,7 @@ def _locks(stem):
 _HUBS = {
     "pypi": "requirements_lock",
     "pypi_gpu": "requirements_gpu_lock",
+    "pypi_llm": "requirements_llm_lock",
     "pypi_tpu": "requirements_tpu_lock",
 }
 
