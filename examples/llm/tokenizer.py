@@ -77,7 +77,9 @@ class Tokenizer:
       raise ValueError(f"The chat template refuses the messages: {message}")
 
     environment = sandbox.ImmutableSandboxedEnvironment(
-      trim_blocks=True, lstrip_blocks=True
+      trim_blocks=True,
+      lstrip_blocks=True,
+      extensions=["jinja2.ext.loopcontrols"],
     )
     environment.globals["raise_exception"] = refuse
     text = environment.from_string(self.template).render(
@@ -223,9 +225,9 @@ def from_gguf(metadata: Mapping[str, Any]) -> Tokenizer:
   def get(name: str, default: Any = None) -> Any:
     return metadata.get(f"tokenizer.ggml.{name}", default)
 
-  model, tokens = get("model"), get("tokens")
+  model, tokens, pre = get("model"), get("tokens"), get("pre", "default")
   if model == "gpt2":
-    vocabulary = _byte_level(tokens, get("merges"), get("pre", "default"))
+    vocabulary = _byte_level(tokens, get("merges"), pre)
   elif model == "llama":
     space = get("add_space_prefix", True)
     vocabulary = _sentencepiece(tokens, get("scores"), space)
@@ -249,10 +251,11 @@ def from_gguf(metadata: Mapping[str, Any]) -> Tokenizer:
     f"{name}_token": get(f"{name}_token_id") for name in ("bos", "eos", "eot")
   }
   ends = {numbers["eos_token"], numbers["eot_token"]}
+  begins = model == "llama" or pre == "llama-bpe"  # where the file is silent
   return Tokenizer(
     vocabulary,
     frozenset(ends - {None}),
-    numbers["bos_token"] if get("add_bos_token", model == "llama") else None,
+    numbers["bos_token"] if get("add_bos_token", begins) else None,
     metadata.get("tokenizer.chat_template"),
     {name: tokens[i] for name, i in numbers.items() if i is not None},
   )
@@ -281,6 +284,8 @@ def _byte_level(tokens: Sequence[str], merges: Sequence[str], pre: str) -> Any:
     models.BPE(
       vocab={token: i for i, token in enumerate(tokens)},
       merges=[tuple(merge.split(" ")) for merge in merges],
+      # Llama 3 has words that its merges would not lead to.
+      ignore_merges=pre == "llama-bpe",
     )
   )
   tokenizer.pre_tokenizer = pre_tokenizers.Sequence(parts)

