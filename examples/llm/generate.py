@@ -10,6 +10,7 @@ import numpy as np
 from examples.llm import model as model_lib
 from examples.llm import sampling as sampling_lib
 from examples.llm import steps as steps_lib
+from examples.llm import text_stream
 from examples.llm import tokenizer as tokenizer_lib
 
 # Prompts are read in pieces of these sizes.
@@ -198,7 +199,7 @@ def answer(
   Yields:
     Pieces of it.
   """
-  stream = tokenizer_lib.TextStream(tokenizer, stops)
+  stream = text_stream.TextStream(tokenizer, stops)
   for token in writer.write(prompt, sampling, most=most, ends=tokenizer.ends):
     yield stream.push(token)
     if stream.stopped:

@@ -18,6 +18,7 @@ from examples.llm import blocks as blocks_lib
 from examples.llm import model as model_lib
 from examples.llm import sampling as sampling_lib
 from examples.llm import steps as steps_lib
+from examples.llm import text_stream
 from examples.llm import tokenizer as tokenizer_lib
 
 # Why an answer has ended.
@@ -56,7 +57,7 @@ class Answer:
     self.tokens: list[int] = []
     self.pieces: collections.deque[str] = collections.deque()
     self.reason: str | None = None
-    self._stream = tokenizer_lib.TextStream(tokenizer, request.stops)
+    self._stream = text_stream.TextStream(tokenizer, request.stops)
     self._text = list(request.prompt)  # and what was written
     self._filled = 0  # how many tokens the cache has
     self._blocks: list[int] = []
