@@ -11,7 +11,24 @@ from typing import Any
 
 from examples.llm import rotary
 
-ARCHITECTURES = ("llama", "qwen3", "gemma3")
+# What transformers leaves out of a file where it is as it always was.
+_DEFAULTS: dict[str, dict[str, Any]] = {
+  "llama": {"max_position_embeddings": 2048},
+  "qwen3": {"max_position_embeddings": 32768, "head_dim": 128},
+  "gemma3": {
+    "vocab_size": 262208,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "head_dim": 256,
+    "query_pre_attn_scalar": 256,
+    "max_position_embeddings": 131072,
+    "sliding_window": 4096,
+    "rope_theta": 1e6,
+    "rope_local_base_freq": 1e4,
+    "tie_word_embeddings": True,
+  },
+}
+ARCHITECTURES = tuple(_DEFAULTS)
 
 # Of six layers of Gemma 3, the last sees everything and the others a window.
 _GEMMA_PATTERN = 6
@@ -85,14 +102,14 @@ def from_json(values: Mapping[str, Any]) -> Config:
     ValueError: if the model is none of `ARCHITECTURES`, or has a part that this
       package has not.
   """
-  # Values that transformers leaves out where they are its defaults.
-  values = {"rms_norm_eps": 1e-6} | dict(values.get("text_config", values))
+  values = values.get("text_config", values)
   architecture = values.get("model_type", "").removesuffix("_text")
   if architecture not in ARCHITECTURES:
     raise ValueError(
       f"`model_type` must be one of {', '.join(ARCHITECTURES)}, but the"
       f" checkpoint's is `{values.get('model_type')}`."
     )
+  values = {"rms_norm_eps": 1e-6} | _DEFAULTS[architecture] | dict(values)
   gemma = architecture == "gemma3"
   heads = values["num_attention_heads"]
   head_dim = values.get("head_dim") or values["hidden_size"] // heads
@@ -116,8 +133,8 @@ def from_json(values: Mapping[str, Any]) -> Config:
     local_rope=local_rope,
     epsilon=values["rms_norm_eps"],
     scale=(values["query_pre_attn_scalar"] if gemma else head_dim) ** -0.5,
-    context=values.get("max_position_embeddings", 131072 if gemma else 2048),
-    tied=values.get("tie_word_embeddings", gemma),
+    context=values["max_position_embeddings"],
+    tied=values.get("tie_word_embeddings", False),
     attention_bias=values.get("attention_bias", False),
     mlp_bias=values.get("mlp_bias", False),
     qk_norm=architecture in ("qwen3", "gemma3"),
@@ -162,7 +179,8 @@ def _ropes(
     local = parameters.get("sliding_attention", full)
   else:
     full = local = parameters
-  context = values.get("max_position_embeddings")
-  return tuple(
-    rotary.from_json(given, head_dim, context) for given in (full, local)
+  context = values["max_position_embeddings"]
+  return (
+    rotary.from_json(full, head_dim, context),
+    rotary.from_json(local, head_dim, context),
   )

@@ -55,12 +55,13 @@ def load(
   if dtype is None:
     on_cpu = jax.default_backend() == "cpu"
     dtype = jnp.float32 if on_cpu else jnp.bfloat16
+  checkpoint: weights.Checkpoint
   if path.is_dir():
     checkpoint = load_safetensors.Checkpoint(path)
     text = tokenizer.from_folder(path)
   else:
-    checkpoint = load_gguf.Checkpoint(path)
-    text = tokenizer.from_gguf(checkpoint.file.metadata)
+    checkpoint = file = load_gguf.Checkpoint(path)
+    text = tokenizer.from_gguf(file.file.metadata)
   context = checkpoint.config.context
   positions = context if positions is None else min(positions, context)
   return weights.load(checkpoint, positions, dtype), text

@@ -36,9 +36,7 @@ class Rotary:
     return (self.factor * table).astype(np.float32)
 
 
-def from_json(
-  values: Mapping[str, Any], head_dim: int, context: int | None
-) -> Rotary:
+def from_json(values: Mapping[str, Any], head_dim: int, context: int) -> Rotary:
   """Reads `rope_scaling` or `rope_parameters` of `config.json`.
 
   Args:
@@ -81,7 +79,7 @@ def _llama3(rates: np.ndarray, values: Mapping[str, Any]) -> np.ndarray:
 
 
 def _yarn(
-  rates: np.ndarray, values: Mapping[str, Any], base: float, context: int | None
+  rates: np.ndarray, values: Mapping[str, Any], base: float, context: int
 ) -> tuple[np.ndarray, float]:
   """Slows down slow pairs, keeps fast ones, and sharpens the attention.
 

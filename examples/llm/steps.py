@@ -5,6 +5,7 @@ before cannot be compiled by surprise while somebody waits for an answer.
 """
 
 from collections.abc import Iterable
+from typing import Any
 
 import jax
 from jax import numpy as jnp
@@ -53,7 +54,7 @@ class Steps:
     self._model = model
     self._cache = cache
     self._blocks = blocks
-    self._programs = {}
+    self._programs: dict[tuple[int, int, bool], Any] = {}
 
   @property
   def compiled(self) -> int:

@@ -1,6 +1,5 @@
 """From a checkpoint to a model: the one place where weights become Params."""
 
-from collections.abc import Set
 from typing import Any, Protocol
 
 import jax
@@ -27,7 +26,7 @@ class Checkpoint(Protocol):
   """Weights by name, wherever they come from."""
 
   config: config_lib.Config
-  names: Set[str]
+  names: frozenset[str]
 
   def read(self, name: str, dtype: Any) -> np.ndarray:
     """Returns a weight, in a dtype."""
@@ -61,7 +60,7 @@ def load(
   _check_names(set(params), checkpoint)
   flat = []
   for name, (path, param) in params.items():
-    value = _as_param(path[-1], checkpoint.read(name, param.dtype), config)
+    value = _as_param(str(path[-1]), checkpoint.read(name, param.dtype), config)
     if value.shape != param.shape:
       raise ValueError(
         f"`{name}` must become an array of the shape {param.shape}, but has"

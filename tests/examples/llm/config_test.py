@@ -26,6 +26,26 @@ class ConfigTest(absltest.TestCase):
     whole = {"model_type": "gemma3", "text_config": values}
     self.assertEqual(config.from_json(whole), config.from_json(values))
 
+  def test_what_a_file_leaves_out_is_as_in_transformers(self):
+    # All that the file of Gemma 3 4B says of its part for text.
+    values = {
+      "model_type": "gemma3_text",
+      "hidden_size": 2560,
+      "intermediate_size": 10240,
+      "num_hidden_layers": 34,
+      "rope_scaling": {"factor": 8.0, "rope_type": "linear"},
+      "sliding_window": 1024,
+    }
+    read = config.from_json(values)
+    self.assertEqual((read.heads, read.kv_heads, read.head_dim), (8, 4, 256))
+    self.assertEqual((read.vocabulary, read.context), (262208, 131072))
+    self.assertEqual((read.scale, read.epsilon), (1 / 16, 1e-6))
+    self.assertEqual(read.windows[:7], (1024,) * 5 + (None, 1024))
+    self.assertEqual(read.rope.rates[0], 1 / 8)
+    self.assertAlmostEqual(read.rope.rates[64], 1e-3 / 8)
+    self.assertAlmostEqual(read.local_rope.rates[64], 1e-2)
+    self.assertTrue(read.tied)
+
   def test_other_architectures_are_refused(self):
     with self.assertRaisesRegex(
       ValueError, "`model_type` must be one of llama, qwen3, gemma3, but"
