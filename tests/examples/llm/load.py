@@ -77,7 +77,8 @@ def check(test, server, writer, seed):
     test: a test case.
     server: that answers.
     writer: of the same model.
-    seed: of the load.
+    seed: of the load: one of whose tokens none is nearer to another than 1e-3,
+      since steps of other sizes may round otherwise.
   """
   compiled = []
 

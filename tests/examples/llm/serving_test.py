@@ -23,7 +23,7 @@ class ServingTest(absltest.TestCase):
     return serving.Server(self.model, tiny.Letters(), **options)
 
   def test_each_text_is_what_it_is_alone(self):
-    load.check(self, self.server(), self.writer, seed=1)
+    load.check(self, self.server(), self.writer, seed=7)
 
   def test_windows_are_kept_in_blocks(self):
     model = load.model(tiny.CONFIGS["gemma3"])
