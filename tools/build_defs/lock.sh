@@ -14,9 +14,9 @@ for version in 3.11 3.12; do
   base=requirements_lock_${version/./_}.txt
   compile --python-version="$version" requirements.in --output-file="$base" "$@"
   # The others' lock files are what each adds to that one.
-  for hub in gpu gpu_device tpu llm; do
+  for hub in ecosystem gpu gpu_device llm tpu; do
     lock=requirements_${hub}_lock_${version/./_}.txt
-    # That one lists all of its packages; what they require besides is not used.
+    # That of llm lists all of its packages: what else they require is not used.
     [ "$hub" = llm ] && deps=--no-deps || deps=
     compile --python-version="$version" requirements_$hub.in $deps \
       --constraints="$base" --output-file="$lock.all" "$@"
