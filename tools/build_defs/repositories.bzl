@@ -19,6 +19,7 @@ _HUBS = {
     "pypi": "requirements_lock",
     "pypi_ecosystem": "requirements_ecosystem_lock",
     "pypi_gpu": "requirements_gpu_lock",
+    "pypi_llm": "requirements_llm_lock",
     "pypi_tpu": "requirements_tpu_lock",
 }
 
