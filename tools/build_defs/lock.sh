@@ -13,10 +13,10 @@ compile() {
 for version in 3.11 3.12; do
   base=requirements_lock_${version/./_}.txt
   compile --python-version="$version" requirements.in --output-file="$base" "$@"
-  # An accelerator's lock file is what it adds to that one.
-  for accelerator in gpu gpu_device tpu; do
-    lock=requirements_${accelerator}_lock_${version/./_}.txt
-    compile --python-version="$version" requirements_$accelerator.in \
+  # The lock file of another hub is what it adds to that one.
+  for hub in docs gpu gpu_device tpu; do
+    lock=requirements_${hub}_lock_${version/./_}.txt
+    compile --python-version="$version" requirements_$hub.in \
       --constraints="$base" --output-file="$lock.all" "$@"
     awk '/^[^ ]/ { keep = !(FNR != NR && ($1 in locked)) }
          FNR == NR { if (/^[^ ]/) locked[$1]; next }
