@@ -18,16 +18,21 @@ SECTIONS: dict[str, tuple[str, ...]] = {
   ),
   "Moving": (
     "docs/from_flax.md",
+    "docs/from_linen.md",
+    "docs/from_pytorch.md",
     "docs/flax_names.md",
   ),
   "Guides": (
+    "docs/layers_on_kernels.md",
     "docs/generating_text.md",
+    "docs/batch_norm.md",
     "docs/checkpoints.md",
     "docs/sharding.md",
     "docs/performance.md",
     "docs/support.md",
   ),
   "Inside": (
+    "docs/architecture.md",
     "docs/writing_an_op.md",
     "kernels/README.md",
     "kernels/batch_stat/README.md",

@@ -154,7 +154,7 @@ def page_of(name: Name) -> str:
   if not best:
     raise ValueError(
       f"`{name.path}` comes from `{name.module}`, which no page of the "
-      "reference is about: add the module to `PAGES` in tools/docs/reference.py."
+      "reference is about: add it to `PAGES` in tools/docs/reference.py."
     )
   return best
 
