@@ -18,11 +18,11 @@ import optax
 import orbax.checkpoint as ocp
 import tqdm
 
-from examples import common, digits
+from examples import digits, shared
 import nnx
 
 
-class Dropped(common.Mlp):
+class Dropped(shared.Mlp):
   """The same model, with dropout: its random streams are state as well."""
 
   def __init__(self, *, rngs: nnx.Rngs):
@@ -47,9 +47,9 @@ def train(
   what: str,
 ) -> list[float]:
   """Takes some steps of one long run, and returns their losses."""
-  batches = list(common.batches(data, steps.stop))[steps.start :]
+  batches = list(shared.batches(data, steps.stop))[steps.start :]
   bar = tqdm.tqdm(batches, what)
-  return [float(common.train_step(*objects, *batch)) for batch in bar]
+  return [float(shared.train_step(*objects, *batch)) for batch in bar]
 
 
 def save(folder: pathlib.Path, objects: tuple, step: int) -> None:
@@ -70,7 +70,7 @@ def resume(folder: pathlib.Path) -> tuple[int, tuple[Dropped, nnx.Optimizer]]:
 
 def main(arguments: Sequence[str] | None = None) -> None:
   """Trains three times, and compares."""
-  options = common.options(__doc__, arguments, steps=200)
+  options = shared.options(__doc__, arguments, steps=200)
   data = digits.load()
   half = (options.steps + 1) // 2
   through = train(data, make(), range(options.steps), "through")
@@ -90,10 +90,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     f"resumed at step {step}; the losses of all {options.steps} steps are those"
     " of the run that went through"
   )
-  print(f"test accuracy {common.accuracy(objects[0], images, labels):.1%}")
+  print(f"test accuracy {shared.accuracy(objects[0], images, labels):.1%}")
   resumed = [float("nan")] * half + after
   lines = {"through": through, "resumed": resumed}
-  common.plot(options.plot, "training loss", lines)
+  shared.plot(options.plot, "training loss", lines)
 
 
 if __name__ == "__main__":

@@ -16,19 +16,19 @@ import numpy as np
 import optax
 import tqdm
 
-from examples import common, digits
+from examples import digits, shared
 import nnx
 
 FEW = 150  # training images
 MEMBERS = nnx.StateAxes({...: 0})
 
 
-def make(members: int) -> tuple[common.Mlp, nnx.Optimizer]:
+def make(members: int) -> tuple[shared.Mlp, nnx.Optimizer]:
   """Returns an ensemble and its optimizer: all that they hold has an axis."""
 
   @nnx.vmap(in_axes=0, out_axes=0)
   def one(rngs):
-    model = common.Mlp(rngs=rngs)
+    model = shared.Mlp(rngs=rngs)
     return model, nnx.Optimizer(model, optax.adam(3e-3), wrt=nnx.Param)
 
   return one(nnx.Rngs(0).fork(split=members))
@@ -38,7 +38,7 @@ def make(members: int) -> tuple[common.Mlp, nnx.Optimizer]:
 @nnx.vmap(in_axes=(MEMBERS, MEMBERS, 0, 0))
 def train_step(model, optimizer, images, labels) -> jax.Array:
   """Takes a step with each member, and returns their losses."""
-  loss, grads = nnx.value_and_grad(common.loss_fn)(model, images, labels)
+  loss, grads = nnx.value_and_grad(shared.loss_fn)(model, images, labels)
   optimizer.update(model, grads)
   return loss
 
@@ -52,13 +52,13 @@ def probabilities(model, images) -> jax.Array:
 
 def main(arguments: Sequence[str] | None = None) -> None:
   """Trains, votes, and prints who was right how often."""
-  options = common.options(__doc__, arguments, steps=150, members=10)
+  options = shared.options(__doc__, arguments, steps=150, members=10)
   data = digits.load()
   model, optimizer = make(options.members)
   random = np.random.default_rng(0)
   losses = []
   for _ in tqdm.trange(options.steps, unit="step"):
-    chosen = random.integers(FEW, size=(options.members, common.BATCH))
+    chosen = random.integers(FEW, size=(options.members, shared.BATCH))
     images, labels = data.train_images[chosen], data.train_labels[chosen]
     losses.append(train_step(model, optimizer, images, labels))
 
@@ -76,7 +76,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
   columns = np.asarray(losses).T
   lines = {f"member {i + 1}": line for i, line in enumerate(columns[:3])}
   lines["mean"] = columns.mean(0)
-  common.plot(options.plot, "training loss", lines)
+  shared.plot(options.plot, "training loss", lines)
 
 
 if __name__ == "__main__":

@@ -18,12 +18,12 @@ import numpy as np
 import optax
 import tqdm
 
-from examples import common, digits
+from examples import digits, shared
 import nnx
 
 
 class LinenMlp(nn.Module):
-  """The model of `common.Mlp`, as it is written in Linen."""
+  """The model of `shared.Mlp`, as it is written in Linen."""
 
   @nn.compact
   def __call__(self, images: jax.Array, train: bool) -> jax.Array:
@@ -67,16 +67,16 @@ def in_a_bridge(variables: Any) -> nnx.bridge.ToNNX:
   return model
 
 
-def written_anew(variables: Any) -> common.Mlp:
+def written_anew(variables: Any) -> shared.Mlp:
   """Returns a model of `nnx`, whose attributes have Linen's names."""
-  model = common.Mlp(rngs=nnx.Rngs(0))
+  model = shared.Mlp(rngs=nnx.Rngs(0))
   nnx.update(model, nnx.bridge.linen_vars_to_nnx_attrs(variables))
   return model
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
   """Trains in both, and prints what the three models get right."""
-  options = common.options(__doc__, arguments, steps=200)
+  options = shared.options(__doc__, arguments, steps=200)
   data = digits.load()
   half = max(1, options.steps // 2)
 
@@ -84,7 +84,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
   variables = LinenMlp().init(jax.random.key(0), images[:1], train=True)
   opt_state = TX.init(variables["params"])
   first = []
-  for batch in tqdm.tqdm(common.batches(data, half), "Linen", half):
+  for batch in tqdm.tqdm(shared.batches(data, half), "Linen", half):
     variables, opt_state, loss = linen_step(variables, opt_state, *batch)
     first.append(loss)
   theirs = LinenMlp().apply(variables, images, train=False)
@@ -98,18 +98,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
   np.testing.assert_allclose(moved, theirs, atol=1e-4)
   print(f"in Linen:      {jnp.mean(theirs.argmax(-1) == labels):.1%}")
   print(f"in a bridge:   {jnp.mean(same.argmax(-1) == labels):.1%}")
-  print(f"written anew:  {common.accuracy(model, images, labels):.1%}")
+  print(f"written anew:  {shared.accuracy(model, images, labels):.1%}")
 
   optimizer = nnx.Optimizer(model, TX, wrt=nnx.Param)
-  steps = common.batches(data, half, seed=1)
+  steps = shared.batches(data, half, seed=1)
   second = [
-    common.train_step(model, optimizer, *batch)
+    shared.train_step(model, optimizer, *batch)
     for batch in tqdm.tqdm(steps, "nnx", half)
   ]
-  print(f"trained on:    {common.accuracy(model, images, labels):.1%}")
+  print(f"trained on:    {shared.accuracy(model, images, labels):.1%}")
   alone = [float("nan")] * half
   lines = {"Linen": first, "nnx, from there": [*alone, *second]}
-  common.plot(options.plot, "training loss", lines)
+  shared.plot(options.plot, "training loss", lines)
 
 
 if __name__ == "__main__":

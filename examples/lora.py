@@ -16,7 +16,7 @@ import numpy as np
 import optax
 import tqdm
 
-from examples import common, digits
+from examples import digits, shared
 import nnx
 
 RANK = 4
@@ -31,7 +31,7 @@ def turned(data: digits.Data) -> digits.Data:
   )
 
 
-def adapt(model: common.Mlp, rngs: nnx.Rngs) -> common.Mlp:
+def adapt(model: shared.Mlp, rngs: nnx.Rngs) -> shared.Mlp:
   """Returns a model with the same Variables, and LoRA beside its layers."""
   adapted = nnx.view(model, use_running_average=True)  # its averages stay
   for name in ("hidden", "out"):
@@ -46,7 +46,7 @@ def adapt(model: common.Mlp, rngs: nnx.Rngs) -> common.Mlp:
 def lora_step(model, optimizer, images, labels) -> jax.Array:
   """Takes one step that moves the new matrices alone, and returns the loss."""
   only = nnx.DiffState(0, nnx.LoRAParam)
-  loss, grads = nnx.value_and_grad(common.loss_fn, argnums=only)(
+  loss, grads = nnx.value_and_grad(shared.loss_fn, argnums=only)(
     model, images, labels
   )
   optimizer.update(model, grads)
@@ -60,19 +60,19 @@ def count(model: nnx.Module, kind: type[nnx.Variable]) -> int:
 
 def main(arguments: Sequence[str] | None = None) -> None:
   """Trains, adapts, and prints what both models get right."""
-  options = common.options(__doc__, arguments, steps=300)
+  options = shared.options(__doc__, arguments, steps=300)
   upright = digits.load()
   other = turned(upright)
 
-  model = common.Mlp(rngs=nnx.Rngs(0))
+  model = shared.Mlp(rngs=nnx.Rngs(0))
   optimizer = nnx.Optimizer(model, optax.adam(3e-3), wrt=nnx.Param)
-  bar = tqdm.tqdm(common.batches(upright, options.steps), total=options.steps)
-  first = [common.train_step(model, optimizer, *batch) for batch in bar]
+  bar = tqdm.tqdm(shared.batches(upright, options.steps), total=options.steps)
+  first = [shared.train_step(model, optimizer, *batch) for batch in bar]
   base = nnx.to_pure_dict(nnx.state(model))
 
   adapted = adapt(model, nnx.Rngs(1))
   optimizer = nnx.Optimizer(adapted, optax.adam(3e-2), wrt=nnx.LoRAParam)
-  bar = tqdm.tqdm(common.batches(other, options.steps), total=options.steps)
+  bar = tqdm.tqdm(shared.batches(other, options.steps), total=options.steps)
   second = [lora_step(adapted, optimizer, *batch) for batch in bar]
 
   jax.tree.map(
@@ -80,19 +80,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
   )
   test = (upright.test_images, upright.test_labels)
   turned_test = (other.test_images, other.test_labels)
-  print(f"upright digits:            {common.accuracy(model, *test):.1%}")
+  print(f"upright digits:            {shared.accuracy(model, *test):.1%}")
   print(
-    f"turned, before:            {common.accuracy(model, *turned_test):.1%}"
+    f"turned, before:            {shared.accuracy(model, *turned_test):.1%}"
   )
   print(
-    f"turned, with LoRA:         {common.accuracy(adapted, *turned_test):.1%}"
+    f"turned, with LoRA:         {shared.accuracy(adapted, *turned_test):.1%}"
   )
   print(
     f"numbers trained: {count(adapted, nnx.LoRAParam)} beside"
     f" {count(model, nnx.Param)}, which did not move"
   )
   lines = {"upright, all": first, "turned, LoRA alone": second}
-  common.plot(options.plot, "training loss", lines)
+  shared.plot(options.plot, "training loss", lines)
 
 
 if __name__ == "__main__":

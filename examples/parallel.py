@@ -1,8 +1,8 @@
-"""Trains on a mesh of eight devices: data along one axis, the model along another.
+"""Trains on eight devices: data along one axis, the model along the other.
 
-Without eight accelerators the CPU stands for them. Batches are split in four,
-the hidden layer in two; the program of a step is the one of a single device, and
-so are the losses. Printed is where each parameter lies.
+Eight virtual devices of the CPU stand for eight real ones. Batches are split in
+four, the hidden layer in two; the program of a step is the one of a single
+device, and so are the losses. Printed is where each parameter lies.
 
     bazel run //examples:parallel -- --plot parallel.png
 """
@@ -16,14 +16,14 @@ import numpy as np
 import optax
 import tqdm
 
-from examples import common, digits
+from examples import digits, shared
 import nnx
 
 SHAPE = {"data": 4, "model": 2}
 
 
 class Mlp(nnx.Module):
-  """The classifier of `common`, whose parameters say how they are split."""
+  """The classifier of `shared`, whose parameters say how they are split."""
 
   def __init__(self, *, rngs: nnx.Rngs):
     init = nnx.initializers.lecun_normal()
@@ -71,16 +71,16 @@ def train(
 ) -> list[float]:
   """Trains, and returns the losses; batches are laid out by `sharding`."""
   losses = []
-  for batch in tqdm.tqdm(common.batches(data, steps), what, steps):
+  for batch in tqdm.tqdm(shared.batches(data, steps), what, steps):
     if sharding is not None:
       batch = jax.device_put(batch, sharding)
-    losses.append(common.train_step(*objects, *batch))
+    losses.append(shared.train_step(*objects, *batch))
   return [float(loss) for loss in losses]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
   """Trains on the mesh and on one device, and compares."""
-  options = common.options(__doc__, arguments, steps=100)
+  options = shared.options(__doc__, arguments, steps=100)
   data = digits.load()
   mesh = make_mesh()
   with jax.set_mesh(mesh):
@@ -95,9 +95,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     part = leaf.value.addressable_shards[0].data.shape
     print(f"{'.'.join(path):14} {leaf.shape!s:10} {spec!s:30} {part} a device")
   test = (data.test_images, data.test_labels)
-  print(f"test accuracy {common.accuracy(objects[0], *test):.1%}")
+  print(f"test accuracy {shared.accuracy(objects[0], *test):.1%}")
   lines = {"8 devices": many, "1 device": one}
-  common.plot(options.plot, "training loss", lines)
+  shared.plot(options.plot, "training loss", lines)
 
 
 if __name__ == "__main__":

@@ -24,23 +24,23 @@ import numpy as np
 import optax
 import tqdm
 
-from examples import common, digits
+from examples import digits, shared
 import nnx
 
 SERVER = pathlib.Path(__file__).with_name("server.py")
 
 
-def train(data: digits.Data, steps: int) -> common.Mlp:
+def train(data: digits.Data, steps: int) -> shared.Mlp:
   """Returns a trained classifier in evaluation mode."""
-  model = common.Mlp(rngs=nnx.Rngs(0))
+  model = shared.Mlp(rngs=nnx.Rngs(0))
   optimizer = nnx.Optimizer(model, optax.adam(3e-3), wrt=nnx.Param)
-  for batch in tqdm.tqdm(common.batches(data, steps), "training", steps):
-    common.train_step(model, optimizer, *batch)
+  for batch in tqdm.tqdm(shared.batches(data, steps), "training", steps):
+    shared.train_step(model, optimizer, *batch)
   model.eval()
   return model
 
 
-def exported(model: common.Mlp) -> bytes:
+def exported(model: shared.Mlp) -> bytes:
   """Returns the program that labels images, for any number of them.
 
   The model is merged inside of the function, so its weights are constants. What
@@ -83,7 +83,7 @@ def ask(address: str, images: np.ndarray) -> list[int]:
 
 def main(arguments: Sequence[str] | None = None) -> None:
   """Trains, exports, serves, asks, and compares."""
-  options = common.options(__doc__, arguments, steps=200, requests=50)
+  options = shared.options(__doc__, arguments, steps=200, requests=50)
   data = digits.load()
   model = train(data, options.steps)
   own = np.asarray(model(data.test_images).argmax(-1))
@@ -107,7 +107,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
   )
   print(f"median of a request: {np.median(milliseconds):.1f} ms")
   lines = {"one image": milliseconds}
-  common.plot(options.plot, "milliseconds", lines, what="request")
+  shared.plot(options.plot, "milliseconds", lines, what="request")
 
 
 if __name__ == "__main__":

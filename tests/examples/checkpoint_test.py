@@ -3,14 +3,14 @@
 import jax
 import numpy as np
 
-from examples import checkpoint, common, digits
+from examples import checkpoint, digits, shared
 import nnx
 
 
 def test_what_is_resumed_is_what_was_saved(tmp_path):
   objects = checkpoint.make()
-  for batch in common.batches(digits.load(), 2):
-    common.train_step(*objects, *batch)
+  for batch in shared.batches(digits.load(), 2):
+    shared.train_step(*objects, *batch)
   checkpoint.save(tmp_path, objects, 2)
   step, again = checkpoint.resume(tmp_path)
   assert step == 2

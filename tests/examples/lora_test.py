@@ -6,20 +6,20 @@ import jax
 import numpy as np
 import optax
 
-from examples import common, digits, lora
+from examples import digits, lora, shared
 import nnx
 
 
 def test_only_the_new_matrices_move():
   data = digits.load()
-  model = common.Mlp(rngs=nnx.Rngs(0))
+  model = shared.Mlp(rngs=nnx.Rngs(0))
   adapted = lora.adapt(model, nnx.Rngs(1))
   before = jax.tree.map(np.asarray, nnx.to_pure_dict(nnx.state(model)))
   images = data.test_images
   model.eval()
   np.testing.assert_array_equal(adapted(images), model(images))
   optimizer = nnx.Optimizer(adapted, optax.adam(1e-2), wrt=nnx.LoRAParam)
-  for batch in common.batches(data, 2):
+  for batch in shared.batches(data, 2):
     lora.lora_step(adapted, optimizer, *batch)
   after = nnx.to_pure_dict(nnx.state(model))
   jax.tree.map(np.testing.assert_array_equal, before, after)

@@ -5,7 +5,7 @@ from jax.sharding import PartitionSpec as P
 import numpy as np
 import pytest
 
-from examples import common, digits, parallel
+from examples import digits, parallel, shared
 import nnx
 from tests.testing import devices
 
@@ -28,7 +28,7 @@ def test_parts_are_made_where_they_belong():
 
 
 def test_it_is_the_model_of_the_other_examples():
-  ours, theirs = parallel.Mlp(rngs=nnx.Rngs(0)), common.Mlp(rngs=nnx.Rngs(0))
+  ours, theirs = parallel.Mlp(rngs=nnx.Rngs(0)), shared.Mlp(rngs=nnx.Rngs(0))
   images = digits.load().test_images
   np.testing.assert_allclose(ours(images), theirs(images), rtol=1e-5, atol=1e-5)
 

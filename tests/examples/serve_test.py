@@ -2,12 +2,12 @@
 
 import numpy as np
 
-from examples import common, digits, serve
+from examples import digits, serve, shared
 import nnx
 
 
 def test_the_other_process_answers_as_the_model_does(tmp_path):
-  model = common.Mlp(rngs=nnx.Rngs(0))
+  model = shared.Mlp(rngs=nnx.Rngs(0))
   model.eval()
   file = tmp_path / "digits.export"
   file.write_bytes(serve.exported(model))
