@@ -28,3 +28,27 @@ def test_paragraphs_follow_one_another():
     "",
     "**Aliasing.** two.",
   ]
+
+
+def test_what_is_indented_below_text_is_code():
+  lines = [
+    "Adds a bias.",
+    "",
+    "    y = x + `b`s",
+    "",
+    "    z = y",
+    "",
+    "Args:",
+    "  x: one of the",
+    "    `Param`s.",
+    "",
+    "    and more",
+  ]
+  assert docstrings.translate(lines) == [
+    *lines[:2],
+    "::",
+    "",
+    *lines[2:8],
+    r"    `Param`\ s.",
+    *lines[9:],
+  ]

@@ -20,8 +20,9 @@ myst_heading_anchors = 3
 default_role = "code"
 autodoc_member_order = "bysource"
 autodoc_preserve_defaults = True
-autodoc_typehints = "signature"
-autodoc_typehints_format = "short"
+# What arguments are, their texts say. With types, a function that has overloads
+# would show those, without its options.
+autodoc_typehints = "none"
 maximum_signature_line_length = 72
 napoleon_numpy_docstring = False
 napoleon_use_rtype = False
@@ -29,7 +30,6 @@ napoleon_custom_sections = [
   ("Attributes", "params_style"),
   ("Class keywords", "params_style"),
 ]
-python_use_unqualified_type_names = True
 # A class has the name that users write and that of the module it is in.
 suppress_warnings = ["ref.python"]
 

@@ -25,15 +25,25 @@ def translate(lines: list[str]) -> list[str]:
     lines: without common indentation.
   """
   found: list[str] = []
-  is_open = False
+  paragraph = code = False  # inside of which we are
+  above = " "  # the last line with text
   for line in lines:
-    line = _CODE.sub(_ended, line)
     opening = _OPENING.fullmatch(line)
+    paragraph = paragraph and line.startswith("  ")
+    code = code and (not line or line.startswith("    "))
     if opening:
-      found += ["", f"**{opening[1]}.** {opening[2]}"]
-    elif is_open and line.startswith("  "):
-      found.append(line.strip())
-    else:
+      found += ["", f"**{opening[1]}.** {_CODE.sub(_ended, opening[2])}"]
+      paragraph = True
+    elif paragraph:
+      found.append(_CODE.sub(_ended, line.strip()))
+    elif code:
       found.append(line)
-    is_open = bool(opening) or (is_open and line.startswith("  "))
+    elif (
+      line.startswith("    ") and not above.startswith(" ") and not found[-1]
+    ):
+      found += ["::", "", line]  # four spaces below text that has none
+      code = True
+    else:
+      found.append(_CODE.sub(_ended, line))
+    above = line or above
   return found
