@@ -14,7 +14,7 @@ for version in 3.11 3.12; do
   base=requirements_lock_${version/./_}.txt
   compile --python-version="$version" requirements.in --output-file="$base" "$@"
   # The lock file of another hub is what it adds to that one.
-  for hub in docs gpu gpu_device tpu; do
+  for hub in docs ecosystem gpu gpu_device tpu; do
     lock=requirements_${hub}_lock_${version/./_}.txt
     compile --python-version="$version" requirements_$hub.in \
       --constraints="$base" --output-file="$lock.all" "$@"

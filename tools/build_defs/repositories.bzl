@@ -18,6 +18,7 @@ def _locks(stem):
 _HUBS = {
     "pypi": "requirements_lock",
     "pypi_docs": "requirements_docs_lock",
+    "pypi_ecosystem": "requirements_ecosystem_lock",
     "pypi_gpu": "requirements_gpu_lock",
     "pypi_tpu": "requirements_tpu_lock",
 }
