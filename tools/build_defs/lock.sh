@@ -14,7 +14,7 @@ for version in 3.11 3.12; do
   base=requirements_lock_${version/./_}.txt
   compile --python-version="$version" requirements.in --output-file="$base" "$@"
   # The others' lock files are what each adds to that one.
-  for hub in ecosystem gpu gpu_device llm tpu; do
+  for hub in docs ecosystem gpu gpu_device llm tpu; do
     lock=requirements_${hub}_lock_${version/./_}.txt
     # That of llm lists all of its packages: what else they require is not used.
     [ "$hub" = llm ] && deps=--no-deps || deps=
