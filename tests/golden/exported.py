@@ -132,7 +132,7 @@ def programs_of_kernels() -> Iterator[Program]:
   yield Program("attend", attend, (k, v, q, index), out)
 
   small = (rng.integers(-9, 9, k.shape).astype(np.int8),) * 2
-  scales = dict(k_scale=0.05, v_scale=0.1)
+  scales = {"k_scale": 0.05, "v_scale": 0.1}
   rows = (*small, new_k, new_v, index + 16)
 
   def write_ring(*args):
