@@ -16,7 +16,7 @@ from nnx import (
   tracers,
   variablelib,
 )
-from nnx.engine import _engine, jax_private, pytrees
+from nnx.engine import _engine, jax_private, pytrees, serialization
 from nnx.graphlib import definitions, statics
 
 _ARRAY_TYPES = (
@@ -118,8 +118,19 @@ def configure() -> None:
   )
 
 
+def _refuse_export(plan: _engine.Plan) -> bytes:
+  """Says that arguments are changed, which `jax.export` cannot write down."""
+  raise ValueError(
+    "An exported function returns what it changes, but one of `nnx.jit` changes"
+    " its arguments. Export `jax.jit` of a function of States, which may call"
+    " the other: `model = nnx.merge(graphdef, state)`, the call, and then"
+    " `return result, nnx.state(model)`."
+  )
+
+
 configure()
 pytrees.register_static_type(definitions.NodeDef)
 jax.tree_util.register_pytree_node(
   _engine.Packed, _engine.packed_flatten, _engine.packed_unflatten
 )
+serialization.register(_engine.Packed, dump=_refuse_export)

@@ -208,6 +208,16 @@ class Plan:
   def structure(self) -> StructureBase: ...
   @property
   def origin(self) -> tuple[int, ...]: ...
+  @classmethod
+  def _restore(
+    cls,
+    structure: StructureBase,
+    output_of: tuple[int, ...],
+    matches: tuple[int, ...],
+    writes: tuple[tuple[int, int], ...] | None,
+    origin: tuple[int, ...],
+    /,
+  ) -> Plan: ...
 
 class Packed:
   @property
@@ -340,6 +350,7 @@ def object_flatten(
 def make_object_unflatten(
   cls: type[T], /
 ) -> Callable[[Any, Sequence[Any]], T]: ...
+def make_state_unflatten(cls: type, /) -> Callable[[Any, Any], Any]: ...
 def state_flatten(
   state: object, /
 ) -> tuple[tuple[Any, ...], tuple[Key, ...]]: ...

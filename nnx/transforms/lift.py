@@ -24,7 +24,7 @@ import jax
 import numpy as np
 
 from nnx import runtime
-from nnx.engine import _engine, jax_private, preorder
+from nnx.engine import _engine, jax_private, preorder, pytrees
 
 _SCALARS = (bool, int, float, complex, np.generic)
 
@@ -53,6 +53,9 @@ class _LeafNames(Sequence[str]):
         names = preorder.leaf_names(lifted.structure, roots[self._first :])
       self._names = [*first, *(names.get(n, "") for n in self._numbers)]
     return self._names[index]
+
+  def __reduce__(self):
+    return tuple, (list(self),)  # jax pickles it with what it has compiled
 
   def __radd__(self, before: tuple[str, ...]) -> tuple[str, ...]:
     # jax 0.12 puts the names of constants in front of a tuple.
@@ -340,7 +343,7 @@ class Static:
     self.value = value
 
 
-jax.tree_util.register_static(Static)
+pytrees.register_static_type(Static)
 
 
 def leaf_values(

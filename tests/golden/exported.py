@@ -2,10 +2,10 @@
 
     PYTHONPATH=. JAX_PLATFORMS=cpu python tests/golden/exported.py make NAME
 
-writes `tests/golden/NAME.npz`: artifacts of `jax.export` as today's sources make
-them, each with its arguments and with what NumPy says that it returns. Files are
-added and never made again: they are what users have on their disks. Run so, with
-`run NAME`, this file runs a file in a process that has traced none of it.
+writes `tests/golden/NAME.npz`: artifacts of `jax.export`, with their arguments
+and with what NumPy says that they return. Files are added and never made again:
+they are what users have on their disks. With `run NAME`, this file runs a file
+in a process that has traced none of it.
 """
 
 from collections.abc import Callable, Iterator
