@@ -17,7 +17,7 @@ from nnx import (
   variablelib,
 )
 from nnx.engine import _engine, jax_private, pytrees, serialization
-from nnx.graphlib import definitions, statics
+from nnx.graphlib import definitions, modes, statics
 
 _ARRAY_TYPES = (
   jax.Array,
@@ -115,6 +115,9 @@ def configure() -> None:
     shape_message=restored.shape_message,
     restored_leaf=restored.LEAF,
     jax_prefix=jax_private.directory() + os.sep,
+    named_scope=jax.named_scope,
+    settings=modes.settings,
+    explain_error=errors.note_module,
   )
 
 

@@ -123,6 +123,9 @@ class Settings(TypedDict, total=False):
   trace_error: Callable[[Any], Exception | None]
   is_array_type: Callable[[type], bool | EllipsisType | None]
   flatten_pytree: Callable[[Any], OpenedPytree | None]
+  named_scope: Callable[[str], Any]
+  settings: object
+  explain_error: Callable[[BaseException], None]
   array_type: type
   variable_metadata: type
   attribute_marker: type
@@ -136,6 +139,7 @@ class Settings(TypedDict, total=False):
   jax_prefix: str
 
 def configure(**settings: Unpack[Settings]) -> None: ...
+def name_calls(cls: type, /) -> None: ...
 
 class VariableBase:
   value: Any

@@ -15,8 +15,12 @@ namespace {
 thread_local CallFrame* current_frame = nullptr;
 }  // namespace
 
-CallFrame::CallFrame(const Structure* structure, PyObject* const* objects)
-    : structure_(structure), objects_(objects), previous_(current_frame) {
+CallFrame::CallFrame(const Structure* structure, PyObject* const* objects,
+                     bool compiled)
+    : structure_(structure),
+      objects_(objects),
+      compiled_(compiled),
+      previous_(current_frame) {
   current_frame = this;
 }
 
@@ -25,6 +29,24 @@ CallFrame::~CallFrame() { current_frame = previous_; }
 PyObject* const* CallFrame::OriginalsOf(const Structure* structure) {
   if (!current_frame || current_frame->structure_ != structure) return nullptr;
   return current_frame->objects_;
+}
+
+const CallFrame* CallFrame::Current() { return current_frame; }
+
+void CallFrame::Remember(const Structure* structure, std::vector<Ref> copies) {
+  if (!OriginalsOf(structure)) return;
+  // The frame may be gone by the time that what is forgotten is freed.
+  std::swap(current_frame->copies_, copies);
+}
+
+int32_t CallFrame::IndexOf(PyObject* object) const {
+  for (size_t i = 0; i < copies_.size(); ++i) {
+    if (copies_[i].get() == object) return static_cast<int32_t>(i);
+  }
+  for (int32_t i = 0; i < structure_->num_indices; ++i) {
+    if (objects_[i] == object) return i;
+  }
+  return -1;
 }
 
 std::vector<int32_t> TopNodes(const Structure* structure) {
@@ -421,6 +443,7 @@ PyObject* UnflattenFunction(PyObject*, PyObject* const* args,
     if (!value) return nullptr;
     PyTuple_SET_ITEM(values.get(), i, value.release());
   }
+  CallFrame::Remember(structure, build.objects());
   return NewRecord(g_unflattened_type, {values, ToTuple(build.objects())})
       .release();
 }

@@ -141,7 +141,7 @@ std::string NameOf(PyObject* self) {
   PyObject* object = self;
   for (const CallFrame* frame = CallFrame::Current(); frame;
        frame = frame->previous()) {
-    const int32_t index = frame->IndexOfCopy(object);
+    const int32_t index = frame->IndexOf(object);
     if (index >= 0) {
       if (!current_caller) {
         std::string path;
@@ -172,8 +172,7 @@ PyObject* CallInScope(PyObject* self, PyObject* args, PyObject* kwargs) {
   Ref scope = Ref::Steal(
       PyObject_CallFunction(rt.named_scope, "s", NameOf(self).c_str()));
   if (!scope) return nullptr;
-  Ref entered = Ref::Steal(
-      PyObject_CallMethodNoArgs(scope.get(), rt.s_enter));
+  Ref entered = Ref::Steal(PyObject_CallMethodNoArgs(scope.get(), rt.s_enter));
   if (!entered) return nullptr;
   PyObject* before = std::exchange(current_caller, self);
   Ref result = Ref::Steal(slot_call(self, args, kwargs));
@@ -201,8 +200,8 @@ PyObject* NamedCall(PyObject* self, PyObject* args, PyObject* kwargs) {
   const int on = trace ? IsOn() : 0;
   if (on < 0) return nullptr;
   ++depth;
-  PyObject* result = on ? CallInScope(self, args, kwargs)
-                        : slot_call(self, args, kwargs);
+  PyObject* result =
+      on ? CallInScope(self, args, kwargs) : slot_call(self, args, kwargs);
   if (--depth == 0 && !result) Explain();
   return result;
 }
@@ -228,9 +227,9 @@ PyMethodDef scope_functions[] = {
 bool FindSlotCall() {
   Ref globals = Ref::Steal(PyDict_New());
   if (!globals) return false;
-  Ref done = Ref::Steal(PyRun_String(
-      "class C:\n  def __call__(self): pass\n", Py_file_input, globals.get(),
-      globals.get()));
+  Ref done =
+      Ref::Steal(PyRun_String("class C:\n  def __call__(self): pass\n",
+                              Py_file_input, globals.get(), globals.get()));
   PyObject* cls = done ? PyDict_GetItemString(globals.get(), "C") : nullptr;
   if (!cls) return false;
   slot_call = reinterpret_cast<PyTypeObject*>(cls)->tp_call;
@@ -239,8 +238,8 @@ bool FindSlotCall() {
 
 }  // namespace
 
-ScopeBarrier::ScopeBarrier() : caller_(std::exchange(current_caller, nullptr)) {
-}
+ScopeBarrier::ScopeBarrier()
+    : caller_(std::exchange(current_caller, nullptr)) {}
 
 ScopeBarrier::~ScopeBarrier() { current_caller = caller_; }
 
