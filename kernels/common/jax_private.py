@@ -14,6 +14,7 @@ from jax._src import config as _config
 from jax._src import core as _core
 from jax._src import custom_partitioning_sharding_rule as _rules
 from jax._src import sharding_impls as _sharding_impls
+from jax._src import source_info_util as _source_info_util
 from jax._src import util as _util
 from jax._src import xla_bridge as _xla_bridge
 from jax._src.export import _export
@@ -97,6 +98,19 @@ def free_axes(mesh: Any) -> set[str]:
 def _free(mesh: Any) -> dict[str, Any]:
   kinds = zip(mesh.axis_names, mesh.axis_types)
   return {n: k for n, k in kinds if k != jax.sharding.AxisType.Manual}
+
+
+def named_scopes(eqn: Any) -> list[str]:
+  """Returns the names of the `jax.named_scope`s around an equation of a jaxpr.
+
+  Those of the transforms that it was traced under are left out.
+
+  Args:
+    eqn: The equation.
+  """
+  stack = eqn.source_info.name_stack.stack
+  scope = _source_info_util.Scope
+  return [part.name for part in stack if isinstance(part, scope)]
 
 
 def newly_manual_axes(eqn: Any) -> frozenset[str]:

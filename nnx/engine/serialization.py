@@ -1,8 +1,8 @@
 """How `jax.export` writes what is static in trees of Variables and objects.
 
 Names, numbers and tuples of them are JSON, which says the same tomorrow. All
-else (classes, functions, dtypes) is pickled, and so found by its name where it is
-read.
+else (classes, functions, dtypes) is pickled, and so found by its name where it
+is read.
 """
 
 from __future__ import annotations

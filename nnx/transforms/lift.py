@@ -120,7 +120,7 @@ class Lifted:
     count = len(values) - len(self.names)
     kwargs = dict(zip(self.names, values[count:]))
     fun, args = self.fun, (*first, *values[:count])
-    if args and getattr(type(args[0]), "__call__", None) is fun:
+    if args and callable(args[0]) and type(args[0]).__call__ is fun:
       fun, *args = args  # through the object, which names the call
     try:
       return fun(*args, **kwargs)
@@ -443,7 +443,7 @@ class Method:
 
   def __call__(self, /, *args: Any, **kwargs: Any) -> Any:
     owner = kwargs.pop(SELF)
-    if getattr(type(owner), "__call__", None) is self.function:
+    if callable(owner) and type(owner).__call__ is self.function:
       return owner(*args, **kwargs)  # through the object, which names the call
     return self.function(owner, *args, **kwargs)
 

@@ -142,6 +142,49 @@ def programs_of_kernels() -> Iterator[Program]:
   yield Program("write_ring_int8", write_ring, rows, want)
 
 
+def programs_of_nnx() -> Iterator[Program]:
+  """Yields programs with States and Variables in their trees."""
+  import nnx
+  from tests.testing import oracles
+
+  rng = np.random.default_rng(1)
+  x = rng.normal(size=(16, 4)).astype(np.float32)
+
+  class Net(nnx.Module):
+    def __init__(self, rngs):
+      self.layers = [nnx.Linear(4, 4, rngs=rngs) for _ in range(2)]
+      self.norm = nnx.BatchNorm(4, rngs=rngs)
+
+    def __call__(self, x):
+      for layer in self.layers:
+        x = layer(x)
+      return self.norm(x)
+
+  graphdef, state = nnx.split(Net(nnx.Rngs(0)))
+
+  def train(state, x):
+    model = nnx.merge(graphdef, state)
+    y = model(x)
+    return y, nnx.state(model)
+
+  y = x.astype(np.float64)
+  for layer in state["layers"].values():
+    y = y @ np.asarray(layer["kernel"].value) + np.asarray(layer["bias"].value)
+  y = oracles.batch_norm(y)
+  after = jax.tree.map(np.asarray, state)
+  after["norm"]["mean"].value = (0.01 * y.mean).astype(np.float32)
+  after["norm"]["var"].value = (0.99 + 0.01 * y.var).astype(np.float32)
+  yield Program("train", train, (state, x), (y.y, after))
+
+  param = nnx.Param(x, tag=("a", 1), sharding_names=("b", None))
+
+  def variables(param, flat):
+    return nnx.BatchStat(2 * param.value), flat
+
+  flat = nnx.to_flat_state(state)
+  yield Program("variables", variables, (param, flat), (2 * x, flat))
+
+
 def _mesh(count: int) -> jax.sharding.Mesh:
   auto = (jax.sharding.AxisType.Auto,)
   return jax.make_mesh((count,), ("d",), axis_types=auto)
@@ -209,7 +252,11 @@ def run(name: str) -> None:
 
 if __name__ == "__main__":
   mode, file_name = sys.argv[1:]
-  if mode == "make":
+  if file_name.startswith("nnx"):
+    import nnx  # noqa: F401, which makes its types known to jax
+  if mode == "make" and file_name.startswith("nnx"):
+    make(file_name, programs_of_nnx())
+  elif mode == "make":
     make(file_name, programs_of_kernels())
   else:
     run(file_name)

@@ -14,6 +14,7 @@ from kernels.batch_stat import ffi as batch_stat
 from kernels.common import partitioner
 from kernels.decode_attention import ffi as decode_attention
 from kernels.kv_cache import ffi as kv_cache
+import nnx  # noqa: F401, which makes its types known to jax
 
 FOLDER = pathlib.Path(__file__).parent
 FILES = sorted(path.stem for path in FOLDER.glob("*.npz"))
