@@ -127,6 +127,8 @@ class Lifted:
     except Exception as error:
       errors.note_module(error)
       raise
+    finally:
+      _engine.forget_copies(self.structure)
 
 
 class Call:

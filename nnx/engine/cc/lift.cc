@@ -34,7 +34,8 @@ PyObject* const* CallFrame::OriginalsOf(const Structure* structure) {
 const CallFrame* CallFrame::Current() { return current_frame; }
 
 void CallFrame::Remember(const Structure* structure, std::vector<Ref> copies) {
-  if (!OriginalsOf(structure)) return;
+  // A compiled function has a frame of its own inside, around its copies.
+  if (!OriginalsOf(structure) || current_frame->compiled_) return;
   // The frame may be gone by the time that what is forgotten is freed.
   std::swap(current_frame->copies_, copies);
 }
@@ -443,7 +444,9 @@ PyObject* UnflattenFunction(PyObject*, PyObject* const* args,
     if (!value) return nullptr;
     PyTuple_SET_ITEM(values.get(), i, value.release());
   }
-  CallFrame::Remember(structure, build.objects());
+  if (CallFrame::OriginalsOf(structure)) {
+    CallFrame::Remember(structure, build.objects());
+  }
   return NewRecord(g_unflattened_type, {values, ToTuple(build.objects())})
       .release();
 }
@@ -523,6 +526,13 @@ PyObject* WithOutputsFunction(PyObject*, PyObject* const* args,
   return copy.release();
 }
 
+// forget_copies(structure)
+PyObject* ForgetCopiesFunction(PyObject*, PyObject* structure) {
+  if (!CheckStructure(structure)) return nullptr;
+  CallFrame::Remember(AsStructure(structure), {});
+  Py_RETURN_NONE;
+}
+
 // framed(structure, objects, function, *args) -> function(*args)
 PyObject* FramedFunction(PyObject*, PyObject* const* args, Py_ssize_t nargs) {
   if (nargs < 3) {
@@ -586,6 +596,8 @@ PyMethodDef lift_functions[] = {
     {"with_outputs", reinterpret_cast<PyCFunction>(WithOutputsFunction),
      METH_FASTCALL,
      "with_outputs(plan, leaves): the plan with more leaves as outputs."},
+    {"forget_copies", ForgetCopiesFunction, METH_O,
+     "Forgets the copies that were made of a structure in its frame."},
     {"framed", reinterpret_cast<PyCFunction>(FramedFunction), METH_FASTCALL,
      "framed(structure, objects, function, *args): calls it; copies that it "
      "makes of the objects know where those were made."},

@@ -48,7 +48,8 @@ class CallFrame {
   static PyObject* const* OriginalsOf(const Structure* structure);
   // The innermost frame of this thread, or null.
   static const CallFrame* Current();
-  // Remembers which copies the trace has made, by index.
+  // Remembers which copies the trace has made, by index, and forgets them: what
+  // is traced must not outlive its trace.
   static void Remember(const Structure* structure, std::vector<Ref> copies);
 
   const CallFrame* previous() const { return previous_; }
