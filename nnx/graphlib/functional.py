@@ -491,9 +491,11 @@ def with_vars(
 
   Args:
     node: an object, a Variable, or a pytree of them.
-    hijax: only `False` is possible here; see `nnx.Variable`.
+    hijax: whether traces of jax itself can write the values.
     ref: whether the values are in mutable arrays of jax.
-    mutable: metadata of that name, if given.
+    mutable: whether the values may be written. If not, they are kept as plain
+      arrays, so that jax can differentiate with respect to them; `mutable=True`
+      undoes it.
     only: a filter of the Variables meant.
     allow_duplicates: whether a Variable that changes may be shared.
 
@@ -501,7 +503,7 @@ def with_vars(
     The copy.
 
   Raises:
-    ValueError: if a Variable that changes is shared, or for `hijax=True`.
+    ValueError: if a Variable that changes is shared.
   """
   changes = {
     name: value
@@ -513,9 +515,7 @@ def with_vars(
   def changed(path, value):
     if not isinstance(value, _engine.VariableBase) or not selected(path, value):
       return False
-    return any(
-      value.get_metadata(name, False) != new for name, new in changes.items()
-    )
+    return any(getattr(value, name) != new for name, new in changes.items())
 
   if not allow_duplicates:
     duplicates = find_duplicates(node, only=changed)
