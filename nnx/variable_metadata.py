@@ -15,6 +15,8 @@ import functools
 import operator
 from typing import TYPE_CHECKING, Any, Generic, TypeVar, cast
 
+import jax
+
 from nnx import partitioning
 from nnx.engine import _engine, boxes
 from nnx.missing import MISSING
@@ -59,6 +61,19 @@ def in_order(metadata: Mapping[str, Any]) -> boxes.Metadata:
     (('a', 2), ('b', 1))
   """
   return tuple(sorted(metadata.items(), key=operator.itemgetter(0)))
+
+
+def _is_boxed(metadata: Mapping[str, Any]) -> bool:
+  return (
+    metadata.get("hijax", False)
+    and not metadata.get("ref")
+    and metadata.get("mutable", True)
+  )
+
+
+def _has_arrays_only(value: Any) -> bool:
+  leaves = jax.tree.leaves(value)
+  return bool(leaves) and all(isinstance(leaf, jax.Array) for leaf in leaves)
 
 
 def is_hook_name(name: str) -> bool:
@@ -139,8 +154,8 @@ def normalize_metadata(metadata: Mapping[str, Any]) -> dict[str, Any]:
   return result
 
 
-# Not of dataclass's making: the constructor takes either names of hooks, and the
-# text and equality say all metadata alike.
+# The constructor takes either names of hooks, and equality and text say all the
+# metadata alike; so these are not what a dataclass has by default.
 @dataclasses.dataclass(init=False, repr=False, eq=False)
 class VariableMetadata(Generic[A]):
   """A value together with the metadata of the Variable that is to hold it.
@@ -225,6 +240,11 @@ class VariableMetadata(Generic[A]):
     for field, name in HOOK_ALIASES.items():
       setattr(self, field, everything.pop(name, ()))
     self.metadata = everything
+
+  def __getattr__(self, name: str) -> Any:
+    raise AttributeError(
+      f"`{type(self).__name__}` has no attribute `{name}`.", name=name, obj=self
+    )
 
   def _all(self) -> dict[str, Any]:
     hooks = {name: getattr(self, name) for name in sorted(_HOOK_NAMES)}
@@ -554,6 +574,10 @@ class HasMetadata(_engine.VariableBase):
     """Takes over what was set under a trace, which left it in the box."""
     stored = self._stored
     if not boxes.is_box(stored):
+      # A tree of such Variables was mapped over. What is written to them may
+      # not be lost, so they get boxes before somebody passes them on.
+      if _is_boxed(live) and boxes.is_eager() and _has_arrays_only(stored):
+        self._stored = boxes.new(type(self), stored, in_order(live))
       return
     kept = boxes.metadata(stored)
     if kept is not None and kept != in_order(live):

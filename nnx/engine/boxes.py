@@ -400,10 +400,10 @@ def _give_operators() -> None:
     forward: Any = getattr(operator, name)
 
     def method(self, other, _operation=forward):
-      return _operation(read(self), other)
+      return _operation(read(self), opened(other))
 
     def reflected(self, other, _operation=forward):
-      return _operation(other, read(self))
+      return _operation(opened(other), read(self))
 
     setattr(Box, f"__{name}__", method)
     setattr(Box, f"__r{name}__", reflected)
