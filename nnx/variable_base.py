@@ -339,7 +339,10 @@ class Variable(HasMetadata, Operators, reprlib.Displayable, Generic[A]):
   def _get_raw_slow(self) -> Any:
     """Returns the value out of its box, if it is in one."""
     # On some versions of jax a box is a mutable array, which `ref` asks for.
-    return self._stored if self.ref else boxes.opened(self._stored)
+    if self.ref:
+      return self._stored
+    # A copy, box or not: what is done to it is not done to the value.
+    return _copy_containers(boxes.opened(self._stored))
 
   def _set_raw_slow(self, value: Any) -> None:
     """Stores a value in the box, if there is one."""
@@ -356,8 +359,12 @@ class Variable(HasMetadata, Operators, reprlib.Displayable, Generic[A]):
     trace = jax_private.trace_context().trace
     if trace is not (jax_private.eval_trace() if owner is None else owner()):
       self._check_can_update()
-    if self.hijax and boxes.is_eager():
-      value = self._in_store(value, self._metadata)
+    if self.hijax:
+      if boxes.is_eager():
+        value = self._in_store(value, self._metadata)
+      elif not boxes.CHANGES_STRUCTURE and not jax.tree.leaves(stored):
+        # There is no array of jax's to write to: it would be lost.
+        boxes.refuse_structure(stored, value)
     self._stored = value
 
   def _write_raw_slow(self, value: Any) -> None:

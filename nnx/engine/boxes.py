@@ -16,7 +16,7 @@ import dataclasses
 import functools
 import itertools
 import operator
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
 from jax.interpreters import batching
@@ -379,13 +379,22 @@ else:
       (leaf.shape, leaf.dtype) != (ref.shape, ref.dtype)
       for ref, leaf in zip(refs, leaves)
     ):
-      raise TypeError(
-        "With this version of jax, a hijax Variable must keep the structure,"
-        f" shapes and dtypes of its value, {jax.tree.map(jax.typeof, box)}, but"
-        f" was to be set to {value}."
-      )
+      refuse_structure(jax.tree.map(jax.typeof, box), value)
     for ref, leaf in zip(refs, leaves):
       ref[...] = leaf
+
+
+def refuse_structure(old: Any, new: Any) -> NoReturn:
+  """Raises the error for what mutable arrays cannot do.
+
+  Args:
+    old: what is in a box.
+    new: what it was to be.
+  """
+  raise TypeError(
+    "With this version of jax, a hijax Variable must keep the structure, shapes"
+    f" and dtypes of its value, {old}, but was to be set to {new}."
+  )
 
 
 def opened(value: Any) -> Any:

@@ -365,7 +365,20 @@ def clone(
       " `variables=False`."
     )
   graphdef, state = split(node)
-  return merge(graphdef, jax.tree.map(jnp.copy, state))
+  return merge(graphdef, jax.tree.map(_copied, state, is_leaf=_is_kept_apart))
+
+
+def _is_kept_apart(value: Any) -> bool:
+  """Tells whether what is in a Variable is no plain array."""
+  return isinstance(value, variablelib.Variable) and (value.hijax or value.ref)
+
+
+def _copied(leaf: Any) -> Any:
+  if not isinstance(leaf, variablelib.Variable):
+    return jnp.copy(leaf)
+  value: Any = leaf.raw_value
+  value = value[...] if variablelib.is_ref(value) else value
+  return leaf.copy(jax.tree.map(jnp.copy, value))
 
 
 def unpack(node: Node, /, *filters: Filter, graph: bool | None = None) -> Any:

@@ -91,19 +91,19 @@ def same(ours, theirs):
 class TableTest(parameterized.TestCase):
   """One program after the other, ours against Flax's."""
 
-  @needs_mutable_types
   @parameterized.named_parameters(
     (f"_{n}", n)
     for n in hijax_cases.CASES
     if n not in BEYOND and n not in MODELS
   )
+  @needs_mutable_types
   def test_as_flax(self, name):
     theirs, ours = outcome(name, flax_nnx), outcome(name, nnx)
     self.assertEqual(ours is None, theirs is None)
     same(ours, theirs)
 
-  @needs_mutable_types
   @parameterized.named_parameters((f"_{n}", n) for n in BEYOND)
+  @needs_mutable_types
   def test_beyond_flax(self, name):
     same(outcome(name, nnx), plain(BEYOND[name]))
 
@@ -180,7 +180,7 @@ class FeaturesTest(parameterized.TestCase):
       f(v)
       self.assertEqual(list(v.get_value()), ["new"])
     else:
-      with self.assertRaises((TypeError, nnx.TraceContextError)):
+      with self.assertRaisesRegex(TypeError, "must keep the structure, shapes"):
         f(v)
       w = nnx.Param(jnp.ones(2), hijax=True)
       with self.assertRaisesRegex(TypeError, "must keep the structure, shapes"):

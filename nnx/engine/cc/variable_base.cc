@@ -130,8 +130,7 @@ int VariableSetRaw(PyObject* self, PyObject* value, void*) {
 PyObject* VariableCanUpdate(PyObject* self, void* closure) {
   if (AsVariable(self)->hook_flags & kBoxed) {
     static PyObject* name = PyUnicode_InternFromString("hijax");
-    PyObject* hijax =
-        PyDict_GetItemWithError(AsVariable(self)->metadata, name);
+    PyObject* hijax = PyDict_GetItemWithError(AsVariable(self)->metadata, name);
     if (!hijax && PyErr_Occurred()) return nullptr;
     // It can be changed under any trace.
     if (hijax == Py_True) Py_RETURN_TRUE;
@@ -340,9 +339,8 @@ uint8_t ClassHookFlags(PyTypeObject* type) {
 
 Ref RawValue(VariableObject* variable) {
   if (!(variable->hook_flags & kBoxed)) return Ref::Borrow(variable->raw);
-  return Ref::Steal(
-      PyObject_CallMethodNoArgs(reinterpret_cast<PyObject*>(variable),
-                                GetRuntime().s_get_raw_slow));
+  return Ref::Steal(PyObject_CallMethodNoArgs(
+      reinterpret_cast<PyObject*>(variable), GetRuntime().s_get_raw_slow));
 }
 
 bool WriteRawValue(VariableObject* variable, PyObject* raw) {
@@ -357,9 +355,8 @@ bool WriteRawValue(VariableObject* variable, PyObject* raw) {
 
 bool CopyBox(VariableObject* variable) {
   if (!(variable->hook_flags & kBoxed)) return true;
-  return static_cast<bool>(Ref::Steal(
-      PyObject_CallMethodNoArgs(reinterpret_cast<PyObject*>(variable),
-                                GetRuntime().s_copy_box)));
+  return static_cast<bool>(Ref::Steal(PyObject_CallMethodNoArgs(
+      reinterpret_cast<PyObject*>(variable), GetRuntime().s_copy_box)));
 }
 
 bool RefreshMetadata(VariableObject* variable) {
@@ -368,9 +365,8 @@ bool RefreshMetadata(VariableObject* variable) {
   // A bare VariableBase has none, and looking for it would lead here again.
   if (!_PyType_Lookup(Py_TYPE(variable), method)) return true;
   const Ref metadata = Ref::Borrow(variable->metadata);
-  return static_cast<bool>(Ref::Steal(
-      PyObject_CallMethodOneArg(reinterpret_cast<PyObject*>(variable), method,
-                                metadata.get())));
+  return static_cast<bool>(Ref::Steal(PyObject_CallMethodOneArg(
+      reinterpret_cast<PyObject*>(variable), method, metadata.get())));
 }
 
 bool AssignVariable(VariableObject* target, VariableObject* source) {

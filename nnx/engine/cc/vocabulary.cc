@@ -175,9 +175,8 @@ bool AddKinds(PyObject* module) {
 }
 
 bool AddHookFlags(PyObject* module) {
-  Ref members = Ref::Steal(
-      Py_BuildValue("{s:i,s:i,s:i}", "GET", kGetHooks, "SET", kSetHooks,
-                    "BOXED", kBoxed));
+  Ref members = Ref::Steal(Py_BuildValue("{s:i,s:i,s:i}", "GET", kGetHooks,
+                                         "SET", kSetHooks, "BOXED", kBoxed));
   if (!members) return false;
   Ref type = NewEnum("IntFlag", "HookFlags", members.get(), module);
   if (!type) return false;
