@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 import dataclasses
 import functools
 import operator
-from typing import TYPE_CHECKING, Any, Generic, TypeVar, cast
+from typing import Any, Generic, TypeVar, cast
 
 import jax
 
@@ -154,6 +154,13 @@ def normalize_metadata(metadata: Mapping[str, Any]) -> dict[str, Any]:
   return result
 
 
+def _second_name(field: str) -> Any:
+  def set_field(self: Any, hooks: Any) -> None:
+    setattr(self, field, as_hooks(hooks))
+
+  return property(operator.attrgetter(field), set_field)
+
+
 # The constructor takes either names of hooks, and equality and text say all the
 # metadata alike; so these are not what a dataclass has by default.
 @dataclasses.dataclass(init=False, repr=False, eq=False)
@@ -193,12 +200,11 @@ class VariableMetadata(Generic[A]):
   remove_axis_hooks: Hooks = ()
   metadata: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
-  if TYPE_CHECKING:
-    on_set_value: Hooks
-    on_get_value: Hooks
-    on_create_value: Hooks
-    on_add_axis: Hooks
-    on_remove_axis: Hooks
+  on_set_value = _second_name("set_value_hooks")
+  on_get_value = _second_name("get_value_hooks")
+  on_create_value = _second_name("create_value_hooks")
+  on_add_axis = _second_name("add_axis_hooks")
+  on_remove_axis = _second_name("remove_axis_hooks")
 
   def __init__(
     self,
@@ -342,17 +348,6 @@ def metadata_flags(metadata: Mapping[str, Any]) -> int:
 
 
 VariableMetadata.__module__ = "nnx.variablelib"
-
-
-def _second_name(field: str) -> property:
-  def set_field(self: Any, hooks: Any) -> None:
-    setattr(self, field, as_hooks(hooks))
-
-  return property(operator.attrgetter(field), set_field)
-
-
-for _field, _name in HOOK_ALIASES.items():
-  setattr(VariableMetadata, _name, _second_name(_field))
 
 
 class HasMetadata(_engine.VariableBase):

@@ -26,7 +26,7 @@ from nnx.engine import jax_private
 # The metadata in a box: pairs by name, as a Variable has them in a treedef.
 Metadata = tuple[tuple[str, Any], ...]
 
-hijax = jax_private.hijax()
+hijax: Any = jax_private.hijax()
 
 # Whether the structure of what is in a box may change under a trace.
 CHANGES_STRUCTURE = hijax is not None
@@ -95,6 +95,9 @@ def is_eager() -> bool:
 
 
 if hijax is not None:
+  _Type: Any = hijax.MutableHiType
+  _EffectBase: Any = jax_private.effect_type()
+  _PrimitiveBase: Any = hijax.HiPrimitive
 
   @dataclasses.dataclass(frozen=True)
   class Contents:
@@ -114,7 +117,7 @@ if hijax is not None:
       avals = tuple(aval.normalize() for aval in self.avals)
       return dataclasses.replace(self, avals=avals)
 
-  class _BoxType(hijax.MutableHiType):
+  class _BoxType(_Type):
     """The type of boxes of a kind."""
 
     def __init__(self, kind: type):
@@ -202,13 +205,13 @@ if hijax is not None:
     def _setitem(self, box: Any, index: Any, value: Any) -> None:
       _set_item(box, index, value)
 
-  class _Effect(jax_private.effect_type()):
+  class _Effect(_EffectBase):
     pass
 
   _effect = _Effect()
   hijax.control_flow_allowed_effects.add_type(_Effect)
 
-  class _Primitive(hijax.HiPrimitive):
+  class _Primitive(_PrimitiveBase):
     """What the three have in common."""
 
     def impl(self, *args: Any, **params: Any) -> Any:

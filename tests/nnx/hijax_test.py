@@ -78,7 +78,7 @@ def outcome(name, library):
 def same(ours, theirs):
   jax.tree.map(
     lambda a, b: (
-      np.testing.assert_allclose(a, b, atol=1e-6)
+      np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
       if isinstance(a, np.ndarray)
       else np.testing.assert_equal(a, b)
     ),
