@@ -214,10 +214,12 @@ class Variable(HasMetadata, Operators, reprlib.Displayable, Generic[A]):
         del rest[key]
       metadata = {**rest, **inherited, **hooks}
       value = value.raw_value
-    for name in ("hijax", "ref"):
-      if metadata.get(name) is None:
-        metadata[name] = getattr(settings, name)
+    hijax, ref = metadata.pop("hijax", None), metadata.pop("ref", None)
     metadata = normalize_metadata(metadata)
+    if settings.hijax if hijax is None else hijax:
+      metadata["hijax"] = True
+    if settings.ref if ref is None else ref:
+      metadata["ref"] = True
     if isinstance(value, _engine.VariableBase):
       value = value.raw_value
     if any(map(is_ref, jax.tree.leaves(value))):
