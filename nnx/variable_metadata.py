@@ -72,6 +72,8 @@ def _is_boxed(metadata: Mapping[str, Any]) -> bool:
 
 
 def _has_arrays_only(value: Any) -> bool:
+  if type(value) is list:  # In their place jax puts what it lowers boxes to.
+    return False
   leaves = jax.tree.leaves(value)
   return bool(leaves) and all(isinstance(leaf, jax.Array) for leaf in leaves)
 

@@ -1069,14 +1069,15 @@ def set_metadata(nnx):
 def tree_map_leaves(nnx):
   with nnx.var_defaults(hijax=True):
     m = nnx.Dict(a=nnx.Param(jnp.array(1.0)))
-  return jax.tree.map(lambda x: x + 1, m).a
+  return jnp.asarray(jax.tree.map(lambda x: x + 1, m).a)
 
 
 @case
 def tree_zeros_like(nnx):
   with nnx.var_defaults(hijax=True):
     m = nnx.Dict(a=nnx.Param(jnp.ones(3)))
-  return jax.tree.leaves(jax.tree.map(jnp.zeros_like, m))
+  zeros = jax.tree.map(jnp.zeros_like, m)
+  return [jnp.asarray(leaf) for leaf in jax.tree.leaves(zeros)]
 
 
 @case
