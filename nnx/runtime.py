@@ -16,7 +16,7 @@ from nnx import (
   tracers,
   variablelib,
 )
-from nnx.engine import _engine, jax_private, pytrees, serialization
+from nnx.engine import _engine, boxes, jax_private, pytrees, serialization
 from nnx.graphlib import definitions, modes, statics
 
 _ARRAY_TYPES = (
@@ -25,6 +25,7 @@ _ARRAY_TYPES = (
   jax.ShapeDtypeStruct,
   jax.Ref,
   np.ndarray,
+  boxes.Box,
 )
 
 

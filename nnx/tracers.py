@@ -196,6 +196,8 @@ def may_change(target: Any) -> bool:
   """
   if _context.unchecked:
     return True
+  if isinstance(target, _engine.VariableBase) and target._metadata.get("hijax"):
+    return True
   adopted = _adopted.get(target)
   if adopted is not None and adopted == current_jax_trace():
     return True

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Generic, Self, TypeVar, cast, overload
 import jax
 
 from nnx import partitioning, reprlib, tracers
-from nnx.engine import _engine, pytrees
+from nnx.engine import _engine, boxes, jax_private, pytrees
 from nnx.missing import MISSING
 from nnx.variable_metadata import (
   CREATE_HOOK,
@@ -24,6 +24,7 @@ from nnx.variable_metadata import (
   SET_HOOK,
   HasMetadata,
   VariableMetadata,
+  in_order,
   is_hook_name,
   normalize_metadata,
 )
@@ -118,6 +119,8 @@ class Variable(HasMetadata, Operators, reprlib.Displayable, Generic[A]):
 
   Args:
     value: any value: an array, a pytree of arrays, or a `VariableMetadata`.
+    hijax: whether traces of jax itself, such as those of `jax.jit`, can write
+      the value, and change its structure.
     ref: whether to hold the value in a mutable array of jax (`jax.new_ref`).
     eager_sharding: whether to place the value now if it has a sharding
       annotation and there is a mesh; `use_eager_sharding` sets the default.
@@ -192,7 +195,7 @@ class Variable(HasMetadata, Operators, reprlib.Displayable, Generic[A]):
       self.__class__ = value
       value = state_value
     if isinstance(value, VariableMetadata):
-      for name in ("ref", "eager_sharding"):
+      for name in ("hijax", "ref", "eager_sharding"):
         outer, inner = metadata.get(name), value.metadata.get(name)
         if outer is not None and inner is not None and outer != inner:
           raise ValueError(
@@ -211,10 +214,12 @@ class Variable(HasMetadata, Operators, reprlib.Displayable, Generic[A]):
         del rest[key]
       metadata = {**rest, **inherited, **hooks}
       value = value.raw_value
-    use_ref = metadata.get("ref")
-    if use_ref is None:
-      use_ref = settings.ref
+    hijax, ref = metadata.pop("hijax", None), metadata.pop("ref", None)
     metadata = normalize_metadata(metadata)
+    if settings.hijax if hijax is None else hijax:
+      metadata["hijax"] = True
+    if settings.ref if ref is None else ref:
+      metadata["ref"] = True
     if isinstance(value, _engine.VariableBase):
       value = value.raw_value
     if any(map(is_ref, jax.tree.leaves(value))):
@@ -224,20 +229,27 @@ class Variable(HasMetadata, Operators, reprlib.Displayable, Generic[A]):
       )
     if metadata.get("eager_sharding", MISSING) is None:
       del metadata["eager_sharding"]
-    if use_ref:
-      metadata["ref"] = True
     self._replace_metadata(metadata)
     # Hooks on the first value may look at the Variable, which holds it already.
-    self.raw_value = value
+    self._stored = value
     for hook in self._hooks("on_create_value"):
       value = hook(self, value)
-      self.raw_value = value
+      self._stored = value
     value = self.create_value(cast(A, value))
     if metadata.get("eager_sharding", settings.eager_sharding):
       value = partitioning.place(value, metadata)
+    self._stored = self._in_store(value, metadata)
+
+  @classmethod
+  def _in_store(cls, value: Any, metadata: Mapping[str, Any]) -> Any:
+    """Puts a value where Variables with these metadata keep theirs."""
+    if metadata.get("mutable") is False:
+      return value
     if metadata.get("ref"):
-      value = jax.new_ref(value)
-    self.raw_value = value
+      return jax.new_ref(value)
+    if metadata.get("hijax"):
+      return boxes.new(cls, value, in_order(metadata))
+    return value
 
   # The value.
 
@@ -303,7 +315,6 @@ class Variable(HasMetadata, Operators, reprlib.Displayable, Generic[A]):
       value = hook(self, value)
     raw: Any = self.raw_value
     if is_ref(raw):
-      self._check_can_update()
       value = unwrap(value)
       if isinstance(value, (bool, int, float, complex)):
         value = jax.numpy.asarray(value, raw.dtype)
@@ -324,6 +335,53 @@ class Variable(HasMetadata, Operators, reprlib.Displayable, Generic[A]):
     else:
       self._check_can_update()
       raw[index] = unwrap(value)
+      if self.hijax:  # That was a copy.
+        self.raw_value = raw
+
+  def _get_raw_slow(self) -> Any:
+    """Returns the value out of its box, if it is in one."""
+    # On some versions of jax a box is a mutable array, which `ref` asks for.
+    if self.ref:
+      return self._stored
+    # A copy, box or not: what is done to it is not done to the value.
+    return _copy_containers(boxes.opened(self._stored))
+
+  def _set_raw_slow(self, value: Any) -> None:
+    """Stores a value in the box, if there is one."""
+    if not self.mutable:
+      raise ValueError(
+        f"A `{type(self).__name__}` with `mutable=False` must not be written."
+        " `nnx.with_vars(x, mutable=True)` makes one of it that may be."
+      )
+    stored = self._stored
+    if not self.ref and boxes.is_box(stored):
+      boxes.write(stored, value, in_order(self._metadata))
+      return
+    owner = self._trace_ref
+    trace = jax_private.trace_context().trace
+    if trace is not (jax_private.eval_trace() if owner is None else owner()):
+      self._check_can_update()
+    if self.hijax:
+      if boxes.is_eager():
+        value = self._in_store(value, self._metadata)
+      elif not boxes.CHANGES_STRUCTURE and not jax.tree.leaves(stored):
+        # There is no array of jax's to write to: it would be lost.
+        boxes.refuse_structure(stored, value)
+    self._stored = value
+
+  def _write_raw_slow(self, value: Any) -> None:
+    """Stores a value in the box or mutable array, if there is one."""
+    stored = self._stored
+    if is_ref(stored) and self.ref:
+      stored[...] = value[...] if is_ref(value) else value
+    else:
+      self._set_raw_slow(value)
+
+  def _copy_box(self) -> None:
+    raw: Any = self._get_raw_slow()
+    self._stored = self._in_store(
+      raw[...] if is_ref(raw) else raw, self._metadata
+    )
 
   def _get_value_slow(self) -> A:
     return self.get_value()
@@ -371,6 +429,8 @@ class Variable(HasMetadata, Operators, reprlib.Displayable, Generic[A]):
   @classmethod
   def _make(cls, value: Any, metadata: dict[str, Any]) -> Self:
     """Makes an instance with these contents, without `__init__`."""
+    if metadata.get("hijax") and not metadata.get("ref"):
+      value = cls._in_store(value, metadata)
     result = cls._new(value, metadata)
     if metadata:
       result._update_hook_flags()
@@ -422,7 +482,7 @@ class Variable(HasMetadata, Operators, reprlib.Displayable, Generic[A]):
       if is_ref(value):
         value = value[...]
       if metadata.get("ref"):
-        value = jax.new_ref(value)
+        value = self._in_store(value, metadata)
     return self._make(_copy_containers(value), metadata)
 
   replace = copy
@@ -465,8 +525,7 @@ class Variable(HasMetadata, Operators, reprlib.Displayable, Generic[A]):
         f" `{type(other).__name__}`."
       )
     if self is not other:
-      self.raw_value = other.raw_value
-      self._replace_metadata(dict(other._metadata))
+      self._assign_slow(other)
 
   def update_from_state(self, variable_state: Variable[A]) -> None:
     """Takes over the value and the metadata of a Variable of any kind.
@@ -479,9 +538,18 @@ class Variable(HasMetadata, Operators, reprlib.Displayable, Generic[A]):
       >>> p.value
       2
     """
-    self.raw_value = variable_state.raw_value
-    if self._metadata != variable_state._metadata:
-      self._replace_metadata(dict(variable_state._metadata))
+    self._assign_slow(variable_state)
+
+  def _assign_slow(self, other: Variable[Any]) -> None:
+    """Takes over value and metadata, but not how they are kept."""
+    metadata = dict(other._metadata)
+    for name in ("hijax", "mutable", "ref"):
+      metadata.pop(name, None)
+      if name in self._metadata:
+        metadata[name] = self._metadata[name]
+    self._write_raw_slow(other.raw_value)
+    if self._metadata != metadata:
+      self._replace_metadata(metadata)
 
   def __copy__(self) -> Self:
     return self.copy()
@@ -534,7 +602,7 @@ class Variable(HasMetadata, Operators, reprlib.Displayable, Generic[A]):
 
   def __setstate__(self, state: Mapping[str, Any]) -> None:
     metadata = state["_var_metadata"]
-    if "hijax" in metadata or "is_hijax" in metadata:
+    if metadata.get("hijax") is False or "is_hijax" in metadata:
       # Pickled by Flax, which writes down all of its switches.
       kept = "ref" if metadata.get("ref") else None
       metadata = {
@@ -542,9 +610,9 @@ class Variable(HasMetadata, Operators, reprlib.Displayable, Generic[A]):
         for name, value in metadata.items()
         if name not in _FLAX_METADATA or name == kept
       }
-    self._replace_metadata(normalize_metadata(metadata))
-    value = state["_raw_value"]
-    self.raw_value = jax.new_ref(value) if metadata.get("ref") else value
+    metadata = normalize_metadata(metadata)
+    self._replace_metadata(metadata)
+    self._stored = self._in_store(state["_raw_value"], metadata)
 
   # Display.
 

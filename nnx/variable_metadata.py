@@ -10,16 +10,21 @@ on, are accepted wherever hooks are, and mean the same.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+import dataclasses
 import functools
+import operator
 from typing import Any, Generic, TypeVar, cast
 
+import jax
+
 from nnx import partitioning
-from nnx.engine import _engine
+from nnx.engine import _engine, boxes
 from nnx.missing import MISSING
 from nnx.variable_settings import settings
 
 A = TypeVar("A")
 F = TypeVar("F", bound=Callable[..., Any])
+Hooks = tuple[Callable[..., Any], ...]
 
 
 # Flax 0.10's names of the hooks, and those under which they are stored.
@@ -37,7 +42,40 @@ _ALIASED_NAMES = frozenset(HOOK_ALIASES) | frozenset(partitioning.SHARDING_KEYS)
 # last one.
 GET_HOOK = int(_engine.HookFlags.GET)
 SET_HOOK = int(_engine.HookFlags.SET)
-CREATE_HOOK = 4
+BOXED = int(_engine.HookFlags.BOXED)
+CREATE_HOOK = 8
+
+
+# Switches that say how a value is kept, and what they are where they are not
+# among the metadata.
+_FIXED = {"hijax": False, "ref": False, "mutable": True}
+
+
+def in_order(metadata: Mapping[str, Any]) -> boxes.Metadata:
+  """Returns metadata as they are kept in treedefs and boxes.
+
+  Example:
+
+    >>> from nnx.variable_metadata import in_order
+    >>> in_order({"b": 1, "a": 2})
+    (('a', 2), ('b', 1))
+  """
+  return tuple(sorted(metadata.items(), key=operator.itemgetter(0)))
+
+
+def _is_boxed(metadata: Mapping[str, Any]) -> bool:
+  return (
+    metadata.get("hijax", False)
+    and not metadata.get("ref")
+    and metadata.get("mutable", True)
+  )
+
+
+def _has_arrays_only(value: Any) -> bool:
+  if type(value) is list:  # In their place jax puts what it lowers boxes to.
+    return False
+  leaves = jax.tree.leaves(value)
+  return bool(leaves) and all(isinstance(leaf, jax.Array) for leaf in leaves)
 
 
 def is_hook_name(name: str) -> bool:
@@ -86,14 +124,13 @@ def normalize_metadata(metadata: Mapping[str, Any]) -> dict[str, Any]:
     A new dict.
 
   Raises:
-    ValueError: if two spellings of one thing are given and differ, or if
-      `hijax` is asked for.
+    ValueError: if two spellings of one thing are given and differ.
   """
   result = {}
   for name, value in metadata.items():
     if name in HOOK_ALIASES or name in _HOOK_NAMES:
       continue
-    if name in ("hijax", "ref") and not value:
+    if name in ("hijax", "ref") and not value or name == "mutable" and value:
       continue
     result[name] = value
   for alias, name in HOOK_ALIASES.items():
@@ -106,12 +143,6 @@ def normalize_metadata(metadata: Mapping[str, Any]) -> dict[str, Any]:
       )
     if hooks or other:
       result[name] = hooks or other
-  if result.get("hijax"):
-    raise ValueError(
-      "Variables of jax's experimental `hijax` are not made here, but got"
-      " `hijax=True`. Use `ref=True` for a Variable that plain jax transforms"
-      " can write, or pass the Variable through `nnx.jit` and the like."
-    )
   given = [key for key in partitioning.SHARDING_KEYS if key in result]
   if len(given) > 1:
     first, *rest = given
@@ -125,18 +156,32 @@ def normalize_metadata(metadata: Mapping[str, Any]) -> dict[str, Any]:
   return result
 
 
+def _second_name(field: str) -> Any:
+  def set_field(self: Any, hooks: Any) -> None:
+    setattr(self, field, as_hooks(hooks))
+
+  return property(operator.attrgetter(field), set_field)
+
+
+# The constructor takes either names of hooks, and equality and text say all the
+# metadata alike; so these are not what a dataclass has by default.
+@dataclasses.dataclass(init=False, repr=False, eq=False)
 class VariableMetadata(Generic[A]):
   """A value together with the metadata of the Variable that is to hold it.
 
   Initializers wrapped by `with_metadata` return it; a Variable made from it
-  takes the value, the hooks and the metadata.
+  takes the value, the hooks and the metadata. A dataclass; the hooks can also
+  be read and set by the names `on_set_value` and so on.
 
   Example:
 
+    >>> import dataclasses
     >>> import nnx
     >>> box = nnx.VariableMetadata(1.0, metadata={"axis": "embed"})
     >>> nnx.Param(box).axis
     'embed'
+    >>> dataclasses.replace(box, raw_value=2.0)
+    VariableMetadata(2.0, metadata={'axis': 'embed'})
 
   Args:
     raw_value: the value.
@@ -148,6 +193,20 @@ class VariableMetadata(Generic[A]):
     metadata: further metadata.
     **hooks: the same hooks by the names `on_set_value` and so on.
   """
+
+  raw_value: A
+  set_value_hooks: Hooks = ()
+  get_value_hooks: Hooks = ()
+  create_value_hooks: Hooks = ()
+  add_axis_hooks: Hooks = ()
+  remove_axis_hooks: Hooks = ()
+  metadata: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+  on_set_value = _second_name("set_value_hooks")
+  on_get_value = _second_name("get_value_hooks")
+  on_create_value = _second_name("create_value_hooks")
+  on_add_axis = _second_name("add_axis_hooks")
+  on_remove_axis = _second_name("remove_axis_hooks")
 
   def __init__(
     self,
@@ -186,13 +245,11 @@ class VariableMetadata(Generic[A]):
         },
       }
     )
-    for name in _HOOK_NAMES:
-      setattr(self, name, everything.pop(name, ()))
+    for field, name in HOOK_ALIASES.items():
+      setattr(self, field, everything.pop(name, ()))
     self.metadata = everything
 
   def __getattr__(self, name: str) -> Any:
-    if name in HOOK_ALIASES:
-      return getattr(self, HOOK_ALIASES[name])
     raise AttributeError(
       f"`{type(self).__name__}` has no attribute `{name}`.", name=name, obj=self
     )
@@ -274,7 +331,7 @@ def metadata_flags(metadata: Mapping[str, Any]) -> int:
 
     >>> from nnx.variable_metadata import metadata_flags
     >>> metadata_flags({"on_set_value": len}), metadata_flags({"ref": True})
-    (2, 3)
+    (2, 7)
   """
   if not metadata:
     return 0
@@ -283,8 +340,12 @@ def metadata_flags(metadata: Mapping[str, Any]) -> int:
     flags |= GET_HOOK
   if metadata.get("on_set_value"):
     flags |= SET_HOOK
-  if metadata.get("ref"):
-    flags |= GET_HOOK | SET_HOOK
+  if (
+    metadata.get("ref")
+    or metadata.get("hijax")
+    or metadata.get("mutable") is False
+  ):
+    flags |= GET_HOOK | SET_HOOK | BOXED
   return flags
 
 
@@ -322,15 +383,15 @@ class HasMetadata(_engine.VariableBase):
 
   @property
   def hijax(self) -> bool:
-    """Whether this is a Variable of jax's experimental `hijax`: never.
+    """Whether the value can be written under any trace of jax.
 
     Example:
 
       >>> import nnx
-      >>> nnx.Param(1).hijax
-      False
+      >>> nnx.Param(1).hijax, nnx.Param(1, hijax=True).hijax
+      (False, True)
     """
-    return False
+    return bool(self._metadata.get("hijax", False))
 
   @property
   def ref(self) -> bool:
@@ -343,7 +404,20 @@ class HasMetadata(_engine.VariableBase):
       >>> nnx.Param(jnp.zeros(2), ref=True).ref
       True
     """
-    return bool(self._metadata.get("ref", False))
+    return bool(self._metadata.get("ref", False)) and self.mutable
+
+  @property
+  def mutable(self) -> bool:
+    """Whether the value may be written; `nnx.with_vars` makes it so or not.
+
+    Example:
+
+      >>> import nnx
+      >>> p = nnx.Param(1)
+      >>> p.mutable, nnx.with_vars(p, mutable=False).mutable
+      (True, False)
+    """
+    return self._metadata.get("mutable", True)
 
   @property
   def eager_sharding(self) -> bool:
@@ -440,14 +514,14 @@ class HasMetadata(_engine.VariableBase):
 
     Raises:
       TypeError: if called in another way.
-      ValueError: if `ref` would change, which is fixed at construction.
+      ValueError: if `ref`, `hijax` or `mutable` would change, which are fixed
+        at construction.
     """
     if len(args) == 1 and not kwargs:
       new = normalize_metadata(args[0])
-      if "ref" not in new and self.ref:
-        new["ref"] = True
-      if "eager_sharding" not in new and "eager_sharding" in self._metadata:
-        new["eager_sharding"] = self._metadata["eager_sharding"]
+      for switch in (*_FIXED, "eager_sharding"):
+        if switch not in args[0] and switch in self._metadata:
+          new[switch] = self._metadata[switch]
     elif len(args) == 2 and not kwargs:
       new = self._metadata_with({args[0]: args[1]})
     elif kwargs and not args:
@@ -457,11 +531,13 @@ class HasMetadata(_engine.VariableBase):
         "`set_metadata` must be called with a dict, with a name and a value, or"
         f" with keywords, but got `args={args}` and `kwargs={kwargs}`."
       )
-    if bool(new.get("ref")) != self.ref:
-      raise ValueError(
-        f"`ref` must stay as the Variable was made, `{self.ref}`, but got"
-        f" `{not self.ref}`. Make a new Variable instead."
-      )
+    for switch, default in _FIXED.items():
+      old = self._metadata.get(switch, default)
+      if new.get(switch, default) != old:
+        raise ValueError(
+          f"`{switch}` must stay as the Variable was made, `{old}`, but got"
+          f" `{not old}`. Make a new Variable instead."
+        )
     self._check_can_update()
     self._replace_metadata(new)
 
@@ -482,11 +558,29 @@ class HasMetadata(_engine.VariableBase):
     live = self._metadata
     live.clear()
     live.update(metadata)
+    stored = self._stored
+    if metadata.get("hijax") and boxes.is_box(stored):
+      boxes.write(stored, boxes.read(stored), in_order(metadata))
     self._update_hook_flags()
 
   def _update_hook_flags(self) -> None:
     flags = self._class_hook_flags | metadata_flags(self._metadata)
-    self._set_hook_flags(flags & (GET_HOOK | SET_HOOK))
+    self._set_hook_flags(flags & (GET_HOOK | SET_HOOK | BOXED))
+
+  def _refresh_metadata(self, live: dict[str, Any]) -> None:
+    """Takes over what was set under a trace, which left it in the box."""
+    stored = self._stored
+    if not boxes.is_box(stored):
+      # A tree of such Variables was mapped over. What is written to them may
+      # not be lost, so they get boxes before somebody passes them on.
+      if _is_boxed(live) and boxes.is_eager() and _has_arrays_only(stored):
+        self._stored = boxes.new(type(self), stored, in_order(live))
+      return
+    kept = boxes.metadata(stored)
+    if kept is not None and kept != in_order(live):
+      live.clear()
+      live.update(kept)
+      self._update_hook_flags()
 
   def has_metadata(self, name: str) -> bool:
     """Tells whether there is a piece of metadata of a given name.
@@ -512,9 +606,10 @@ class HasMetadata(_engine.VariableBase):
 
     Raises:
       KeyError: if there is no such piece.
-      ValueError: if `name` is `ref`, which is fixed at construction.
+      ValueError: if `name` is `ref`, `hijax` or `mutable`, which are fixed at
+        construction.
     """
-    if name in ("hijax", "ref"):
+    if name in _FIXED:
       raise ValueError(
         f"`{name}` must stay as the Variable was made, but it was to be"
         " deleted. Make a new Variable instead."

@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import collections.abc
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
+import functools
 import threading
+from typing import Any, TypeVar
+
+from nnx import environment
+
+F = TypeVar("F", bound=Callable[..., Any])
 
 
 class Settings(threading.local):
-  """Whether Variables are placed at once, and hold mutable arrays."""
+  """Whether Variables are placed at once, are hijax, hold mutable arrays."""
 
   eager_sharding = True
+  hijax = environment.switch("NNX_HIJAX_VARIABLE", False)
   ref = False
 
 
@@ -64,20 +71,30 @@ def using_eager_sharding() -> bool:
 class VarDefaults(collections.abc.Mapping):
   """What new Variables are made with; see `var_defaults`.
 
-  Sets it from its making on, and as a context manager for a block.
+  Sets it from its making on, and as a context manager or decorator for a block
+  or function.
 
   Example:
 
     >>> import nnx
     >>> dict(nnx.var_defaults())
     {'hijax': False, 'ref': False}
+    >>> nnx.var_defaults(ref=True)(nnx.var_defaults)().ref
+    True
+
+  Args:
+    changes: what to set, by name.
   """
 
-  def __init__(self, ref: bool, before: bool):
-    self.ref = ref
-    self._before = before
+  hijax: bool
+  ref: bool
 
-  hijax = False
+  def __init__(self, changes: Mapping[str, bool]):
+    self._changes = changes
+    self._before = {name: vars(settings).get(name) for name in changes}
+    for name, value in changes.items():
+      setattr(settings, name, value)
+    self.hijax, self.ref = settings.hijax, settings.ref
 
   def __getitem__(self, name: str) -> bool:
     if name not in ("hijax", "ref"):
@@ -94,4 +111,18 @@ class VarDefaults(collections.abc.Mapping):
     return self
 
   def __exit__(self, *exc_info) -> None:
-    settings.ref = self._before
+    for name, value in self._before.items():
+      if value is None:  # the default, whatever it is by now
+        vars(settings).pop(name, None)
+      else:
+        setattr(settings, name, value)
+
+  def __call__(self, fun: F, /) -> F:
+    self.__exit__()
+
+    @functools.wraps(fun)
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+      with VarDefaults(self._changes):
+        return fun(*args, **kwargs)
+
+    return wrapped  # type: ignore[return-value]

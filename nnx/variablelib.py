@@ -138,26 +138,34 @@ def var_defaults(
     False
 
   Args:
-    hijax: must not be `True`, see `normalize_metadata`.
+    hijax: whether traces of jax itself can write new Variables. What that is at
+      first, `NNX_HIJAX_VARIABLE` in the environment says.
     ref: whether new Variables hold their value in a mutable array of jax.
 
   Returns:
-    The defaults, a mapping and a context manager.
-
-  Raises:
-    ValueError: if `hijax` is asked for.
+    The defaults: a mapping, a context manager and a decorator.
   """
-  if hijax:
-    normalize_metadata({"hijax": True})
-  before = settings.ref
-  if ref is not None:
-    if ref:
-      _route_construction_through_python()
-    settings.ref = bool(ref)
-  return VarDefaults(settings.ref, before)
+  changes = {
+    name: bool(value)
+    for name, value in (("hijax", hijax), ("ref", ref))
+    if value is not None
+  }
+  if any(changes.values()):
+    heed_defaults()
+  return VarDefaults(changes)
 
 
-def _route_construction_through_python() -> None:
+def heed_defaults() -> None:
+  """Has constructors of Variables look at the defaults from now on.
+
+  They need not as long as no program has changed them, and run in the engine
+  alone.
+
+  Example:
+
+    >>> from nnx import variablelib
+    >>> variablelib.heed_defaults()
+  """
   if not Variable._defaults_changed:
     Variable._defaults_changed = True
     classes: list[Any] = [Variable]
@@ -312,6 +320,9 @@ def register_variable_name(
   _types_by_name[name] = typ
   return typ
 
+
+if settings.hijax:
+  heed_defaults()
 
 register_variable_name("params", Param)
 register_variable_name("batch_stats", BatchStat)

@@ -12,7 +12,7 @@ import sys
 from typing import Any
 
 import nnx
-from nnx import errors, variable_settings
+from nnx import errors, variable_settings, variablelib
 from nnx.graphlib import modes
 
 # Options of `flax.config`, and the setting whose default each says.
@@ -53,6 +53,12 @@ def agree() -> None:
   for option, (settings, name) in OPTIONS.items():
     if hasattr(flax.config, option) and hasattr(settings, name):
       setattr(settings, name, _Option(flax.config, option))
+  _heed(flax.config)
+
+
+def _heed(config: Any) -> None:
+  if getattr(config, "flax_hijax_variable", False):
+    variablelib.heed_defaults()
 
 
 def hold_options() -> None:
@@ -83,6 +89,7 @@ def hold_options() -> None:
   def checked(name_or_holder: Any, value: Any, /) -> None:
     _check_option(getattr(name_or_holder, "name", name_or_holder), value)
     update(name_or_holder, value)
+    _heed(config)
 
   config.update = checked
 

@@ -23,6 +23,25 @@ from nnx.graphlib import contexts, registry, traversal
 from nnx.nn import conv
 
 VariableMeta = type(nnx.Variable)
+
+
+class _HijaxMeta(type):
+  def __instancecheck__(cls, instance: Any) -> bool:
+    return isinstance(instance, nnx.Variable) and instance.hijax
+
+
+class HijaxVariable(metaclass=_HijaxMeta):
+  """What `isinstance` says hijax Variables are; here any kind may be one.
+
+  Example:
+
+    >>> import nnx
+    >>> from nnx.as_flax import old
+    >>> isinstance(nnx.Param(1.0, hijax=True), old.HijaxVariable)
+    True
+  """
+
+
 VariableTypeCache = variablelib._types_by_name
 FilterLiteral = type | str | filterlib.Predicate | bool | EllipsisType | None
 is_array_ref = variablelib.is_ref

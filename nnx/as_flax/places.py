@@ -124,7 +124,9 @@ NAMES: dict[str, dict[str, str]] = {
     _PROXIES: "CallableProxy DelayedAccessor",
     _OLD: "resolve_kwargs",
   },
-  "nnx.variablelib": {_OLD: "VariableMeta VariableTypeCache is_array_ref"},
+  "nnx.variablelib": {
+    _OLD: "HijaxVariable VariableMeta VariableTypeCache is_array_ref"
+  },
 }
 
 

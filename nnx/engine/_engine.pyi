@@ -36,6 +36,7 @@ class NodeKind(enum.StrEnum):
 class HookFlags(enum.IntFlag):
   GET = 1
   SET = 2
+  BOXED = 4
 
 # Records are struct sequences: made of one iterable of their fields in order.
 
@@ -144,6 +145,7 @@ def name_calls(cls: type, /) -> None: ...
 class VariableBase:
   value: Any
   raw_value: Any
+  _stored: Any
   @property
   def _metadata(self) -> dict[str, Any]: ...
   @property

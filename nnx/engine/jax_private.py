@@ -171,3 +171,17 @@ def sharded_alike(value: Any, like: Any) -> Any:
     like: one of the same shape.
   """
   return _alike().bind(value, like)
+
+
+def hijax() -> Any:
+  """Returns jax's module of mutable types, or None if this jax has none."""
+  try:
+    from jax.experimental import hijax as module
+  except ImportError:
+    return None
+  return module if hasattr(module, "MutableHiType") else None
+
+
+def effect_type() -> Any:
+  """Returns the class of effects; `jax.extend.core` imports Pallas."""
+  return _core.Effect

@@ -365,7 +365,20 @@ def clone(
       " `variables=False`."
     )
   graphdef, state = split(node)
-  return merge(graphdef, jax.tree.map(jnp.copy, state))
+  return merge(graphdef, jax.tree.map(_copied, state, is_leaf=_is_kept_apart))
+
+
+def _is_kept_apart(value: Any) -> bool:
+  """Tells whether what is in a Variable is no plain array."""
+  return isinstance(value, variablelib.Variable) and (value.hijax or value.ref)
+
+
+def _copied(leaf: Any) -> Any:
+  if not isinstance(leaf, variablelib.Variable):
+    return jnp.copy(leaf)
+  value: Any = leaf.raw_value
+  value = value[...] if variablelib.is_ref(value) else value
+  return leaf.copy(jax.tree.map(jnp.copy, value))
 
 
 def unpack(node: Node, /, *filters: Filter, graph: bool | None = None) -> Any:
@@ -491,9 +504,11 @@ def with_vars(
 
   Args:
     node: an object, a Variable, or a pytree of them.
-    hijax: only `False` is possible here; see `nnx.Variable`.
+    hijax: whether traces of jax itself can write the values.
     ref: whether the values are in mutable arrays of jax.
-    mutable: metadata of that name, if given.
+    mutable: whether the values may be written. If not, they are kept as plain
+      arrays, so that jax can differentiate with respect to them; `mutable=True`
+      undoes it.
     only: a filter of the Variables meant.
     allow_duplicates: whether a Variable that changes may be shared.
 
@@ -501,7 +516,7 @@ def with_vars(
     The copy.
 
   Raises:
-    ValueError: if a Variable that changes is shared, or for `hijax=True`.
+    ValueError: if a Variable that changes is shared.
   """
   changes = {
     name: value
@@ -513,9 +528,7 @@ def with_vars(
   def changed(path, value):
     if not isinstance(value, _engine.VariableBase) or not selected(path, value):
       return False
-    return any(
-      value.get_metadata(name, False) != new for name, new in changes.items()
-    )
+    return any(getattr(value, name) != new for name, new in changes.items())
 
   if not allow_duplicates:
     duplicates = find_duplicates(node, only=changed)

@@ -10,34 +10,19 @@ from __future__ import annotations
 
 from collections.abc import Callable
 import functools
-import os
 import threading
 from typing import ParamSpec, TypeVar
+
+from nnx import environment
 
 P = ParamSpec("P")
 R = TypeVar("R")
 
 
-_TRUTHS = {
-  **dict.fromkeys(("y", "yes", "t", "true", "on", "1"), True),
-  **dict.fromkeys(("n", "no", "f", "false", "off", "0"), False),
-}
-
-
-def _from_environment(name: str) -> bool:
-  text = os.environ.get(name, "true")
-  if text.lower() not in _TRUTHS:
-    raise ValueError(
-      f"The environment variable `{name}` must be `true` or `false`, but is"
-      f" `{text}`."
-    )
-  return _TRUTHS[text.lower()]
-
-
 class _Settings(threading.local):
-  graph_mode = _from_environment("NNX_GRAPH_MODE")
-  graph_updates = _from_environment("NNX_GRAPH_UPDATES")
-  named_scopes = _from_environment("NNX_NAMED_SCOPES")
+  graph_mode = environment.switch("NNX_GRAPH_MODE", True)
+  graph_updates = environment.switch("NNX_GRAPH_UPDATES", True)
+  named_scopes = environment.switch("NNX_NAMED_SCOPES", True)
 
 
 settings = _Settings()

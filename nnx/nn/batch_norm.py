@@ -275,7 +275,9 @@ def _train(
     use_fast_variance=options.use_fast_variance,
     dtype=dtype,
   )
-  return out.y, out.mean, out.var
+  # No derivative goes through the averages, nor can it where they are kept in
+  # mutable values of jax.
+  return out.y, jax.lax.stop_gradient(out.mean), jax.lax.stop_gradient(out.var)
 
 
 _train_compiled = eager.compiled(_train, static=("axis", "options"))

@@ -9,6 +9,7 @@ from typing import Any, ParamSpec, TypeVar
 import jax
 
 from nnx import partitioning, spmd
+from nnx.engine import _engine, boxes
 from nnx.transforms import lift
 
 P = ParamSpec("P")
@@ -52,13 +53,16 @@ def eval_shape(
   f = lift.function_of(f, "eval_shape")
   call = lift.Call(f, args, lift.with_owner(f, kwargs))
   inputs = [i for i, leaf in enumerate(call.leaves) if lift.is_array(leaf)]
+
+  def flat(leaves):
+    packed = call.lifted(call.with_leaves(inputs, leaves))
+    # Values of hijax Variables that the function makes, out of their boxes.
+    outputs = tuple(map(boxes.opened, packed.outputs))
+    return _engine.packed_unflatten(packed.plan, outputs)
+
   packed = call.framed(
     jax.eval_shape,
-    call.described(
-      lambda leaves: call.lifted(call.with_leaves(inputs, leaves)),
-      "eval_shape",
-      inputs,
-    ),
+    call.described(flat, "eval_shape", inputs),
     call.pick(inputs),
   )
   abstract = [

@@ -542,10 +542,6 @@ class MetadataTest(parameterized.TestCase):
     p = nnx.Param(1, ref=False, hijax=False, eager_sharding=None)
     self.assertEqual(p.get_metadata(), {})
 
-  def test_hijax_is_refused(self):
-    with self.assertRaisesRegex(ValueError, "got `hijax=True`. Use `ref=True`"):
-      nnx.Param(1, hijax=True)
-
   def test_metadata_of_initializer(self):
     init = nnx.with_metadata(lambda: 1, axis="embed", b=2)
     p = nnx.Param(init(), b=3, c=4)
@@ -732,8 +728,6 @@ class RefTest(absltest.TestCase):
     self.assertFalse(p.ref)
     p[...] = jnp.ones(2)
     np.testing.assert_array_equal(p.value, [1.0, 1.0])
-    with self.assertRaisesRegex(ValueError, "got `hijax=True`"):
-      nnx.var_defaults(hijax=True)
 
   def test_ref_as_value(self):
     with self.assertRaisesRegex(ValueError, "must hold no mutable arrays"):

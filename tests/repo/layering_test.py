@@ -49,6 +49,7 @@ SWITCH = "nnx.as_flax"
 ORDER = (
   "nnx.engine",
   "nnx.missing",
+  "nnx.environment",
   "nnx.filterlib",
   "nnx.variable_settings",
   "nnx.variable_metadata",

@@ -159,6 +159,7 @@ bool Flattener::VisitVariable(PyObject* value, TypeInfo* info) {
   if (!PushIndexed(value, NodeKind::kVariable, &position)) return false;
   if (position < 0) return true;
   VariableObject* variable = AsVariable(value);
+  if (!RefreshMetadata(variable)) return false;
   {
     Node& node = nodes_[position];
     node.info = info;

@@ -129,6 +129,10 @@ class Provider {
       provided_[position] =
           NewVariable(Py_TYPE(value), source->raw, source->metadata,
                       source->hook_flags, source);
+      if (copy_ && provided_[position] &&
+          !CopyBox(AsVariable(provided_[position].get()))) {
+        return false;
+      }
     } else {
       provided_[position] = std::move(held);
     }
@@ -358,6 +362,7 @@ PyObject* CloneFunction(PyObject*, PyObject* const* args, Py_ssize_t nargs) {
   Unflattener build(walk.nodes(), leaves.data(), nullptr,
                     static_cast<int32_t>(origins.size()));
   build.set_origins(origins.data());
+  build.set_copy_boxes();
   if (!provided.empty()) build.set_provided(&provided);
   return build.Build().release();
 }

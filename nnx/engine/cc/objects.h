@@ -15,7 +15,7 @@ namespace nnx::engine {
 struct VariableObject : GraphObject {
   PyObject* raw;       // never null
   PyObject* metadata;  // dict, never null
-  uint8_t hook_flags;  // kGetHooks, kSetHooks
+  uint8_t hook_flags;  // kGetHooks, kSetHooks, kBoxed
 };
 
 // Base of Pytree, Object and Module: an instance dictionary.
@@ -63,6 +63,14 @@ inline void SetRaw(VariableObject* variable, PyObject* raw) {
   variable->raw = raw;
   Py_XDECREF(old);
 }
+// The value, out of its box if it is in one; null with an error set on failure.
+Ref RawValue(VariableObject* variable);
+// Replaces the value, inside of its box or mutable array if it is in one.
+bool WriteRawValue(VariableObject* variable, PyObject* raw);
+// Gives a copy of a Variable a box of its own, if its value is in one.
+bool CopyBox(VariableObject* variable);
+// Takes over metadata that a trace has left in the box, if there is one.
+bool RefreshMetadata(VariableObject* variable);
 // Gives `target` the value, the metadata and the hooks of `source`.
 bool AssignVariable(VariableObject* target, VariableObject* source);
 

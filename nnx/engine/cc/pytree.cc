@@ -30,6 +30,7 @@ PyObject* VariableFlatten(PyObject*, PyObject* self) {
     PyErr_SetString(PyExc_TypeError, "`variable` must be a Variable.");
     return nullptr;
   }
+  if (!RefreshMetadata(AsVariable(self))) return nullptr;
   Ref children = Ref::Steal(PyTuple_Pack(1, AsVariable(self)->raw));
   Ref metadata = MetadataKey(AsVariable(self)->metadata);
   if (!children || !metadata) return nullptr;

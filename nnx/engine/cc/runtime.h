@@ -61,6 +61,12 @@ struct Runtime {
   PyObject* s_exit = nullptr;
   PyObject* s_mapping = nullptr;
   PyObject* s_init_slow = nullptr;
+  PyObject* s_get_raw_slow = nullptr;
+  PyObject* s_set_raw_slow = nullptr;
+  PyObject* s_write_raw_slow = nullptr;
+  PyObject* s_copy_box = nullptr;
+  PyObject* s_assign_slow = nullptr;
+  PyObject* s_refresh_metadata = nullptr;
   PyObject* s_get_value_slow = nullptr;
   PyObject* s_set_value_slow = nullptr;
   PyObject* s_getitem_slow = nullptr;

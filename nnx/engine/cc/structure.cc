@@ -363,7 +363,7 @@ bool RestoreNode(PyObject* record, Node* node) {
   node->leaf = leaf < 0 ? -1 : leaf;
   node->children = children < 0 ? 0 : children;
   node->reference = reference;
-  node->hook_flags = static_cast<uint8_t>(hook_flags & (kGetHooks | kSetHooks));
+  node->hook_flags = static_cast<uint8_t>(hook_flags & kHookFlags);
   if (node_type != Py_None) node->type = Ref::Borrow(node_type);
   if (PyTuple_CheckExact(keys)) node->keys = Ref::Borrow(keys);
   // Walks take metadata and marks for null where there are none.

@@ -30,8 +30,7 @@ bool WriteVariable(const Node& node, VariableObject* variable, PyObject* raw) {
 // `given`: a value, or a Variable to take over.
 bool AdoptIntoVariable(VariableObject* variable, PyObject* given) {
   if (IsVariable(given)) return AssignVariable(variable, AsVariable(given));
-  SetRaw(variable, given);
-  return true;
+  return WriteRawValue(variable, given);
 }
 
 bool WriteObject(const Node& node, ObjectObject* object, PyObject* contents) {
@@ -163,6 +162,7 @@ Ref Unflattener::BuildVariable(const Node& node) {
     pending_.push_back({&node, self, raw, /*adopted=*/false});
   } else {
     SetRaw(AsVariable(self.get()), raw.get());
+    if (copy_boxes_ && !CopyBox(AsVariable(self.get()))) return Ref();
   }
   return self;
 }

@@ -26,6 +26,8 @@ class Unflattener {
   }
   // Objects by index whose creation line and trace carry over to the copies.
   void set_origins(PyObject* const* origins) { origins_ = origins; }
+  // Copies of Variables get boxes of their own.
+  void set_copy_boxes() { copy_boxes_ = true; }
   void set_position(int32_t position) { position_ = position; }
 
   // Builds the node at the current position and moves past it.
@@ -73,6 +75,7 @@ class Unflattener {
   const std::vector<PyObject*>* provided_ = nullptr;
   PyObject* const* origins_ = nullptr;
   int32_t position_ = 0;
+  bool copy_boxes_ = false;
 };
 
 }  // namespace nnx::engine

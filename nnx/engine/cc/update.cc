@@ -108,12 +108,13 @@ class Updater {
                    Py_TYPE(value)->tp_name);
       return false;
     }
-    const Ref raw = Ref::Borrow(AsVariable(variable)->raw);
+    const Ref raw = RawValue(AsVariable(variable));
+    if (!raw) return false;
     PyObject* old = raw.get();
     Ref kept = Ref::Borrow(value);
     if (IsVariable(value)) {
-      const Ref given = Ref::Borrow(AsVariable(value)->raw);
-      if (!CheckShape(variable, old, given.get())) return false;
+      const Ref given = RawValue(AsVariable(value));
+      if (!given || !CheckShape(variable, old, given.get())) return false;
     } else if (IsConcreteArray(old) && IsConcreteArray(value)) {
       if (!CheckShape(variable, old, value)) return false;
     } else {
@@ -348,8 +349,7 @@ class Updater {
     VariableObject* variable = AsVariable(write.variable.get());
     PyObject* value = write.value.get();
     if (IsVariable(value)) return AssignVariable(variable, AsVariable(value));
-    SetRaw(variable, value);
-    return true;
+    return WriteRawValue(variable, value);
   }
 
   // Takes back the first writes of items, and keeps the error that is set.

@@ -111,18 +111,47 @@ int VariableSetValue(PyObject* self, PyObject* value, void*) {
 }
 
 PyObject* VariableGetRaw(PyObject* self, void*) {
-  Py_INCREF(AsVariable(self)->raw);
-  return AsVariable(self)->raw;
+  return RawValue(AsVariable(self)).release();
 }
 
 int VariableSetRaw(PyObject* self, PyObject* value, void*) {
   if (RefuseDelete(value, "raw_value")) return -1;
+  if (AsVariable(self)->hook_flags & kBoxed) {
+    return Ref::Steal(PyObject_CallMethodOneArg(
+               self, GetRuntime().s_set_raw_slow, value))
+               ? 0
+               : -1;
+  }
+  if (!CheckCanUpdate(self)) return -1;
+  SetRaw(AsVariable(self), value);
+  return 0;
+}
+
+PyObject* VariableCanUpdate(PyObject* self, void* closure) {
+  if (AsVariable(self)->hook_flags & kBoxed) {
+    static PyObject* name = PyUnicode_InternFromString("hijax");
+    PyObject* hijax = PyDict_GetItemWithError(AsVariable(self)->metadata, name);
+    if (!hijax && PyErr_Occurred()) return nullptr;
+    // It can be changed under any trace.
+    if (hijax == Py_True) Py_RETURN_TRUE;
+  }
+  return CanUpdateGetter(self, closure);
+}
+
+PyObject* VariableGetStored(PyObject* self, void*) {
+  Py_INCREF(AsVariable(self)->raw);
+  return AsVariable(self)->raw;
+}
+
+int VariableSetStored(PyObject* self, PyObject* value, void*) {
+  if (RefuseDelete(value, "_stored")) return -1;
   if (!CheckCanUpdate(self)) return -1;
   SetRaw(AsVariable(self), value);
   return 0;
 }
 
 PyObject* VariableGetMetadata(PyObject* self, void*) {
+  if (!RefreshMetadata(AsVariable(self))) return nullptr;
   Py_INCREF(AsVariable(self)->metadata);
   return AsVariable(self)->metadata;
 }
@@ -136,9 +165,9 @@ PyObject* VariableGetHookFlags(PyObject* self, void*) {
 PyObject* VariableSetHookFlags(PyObject* self, PyObject* flags) {
   const long bits = PyLong_AsLong(flags);
   if (bits == -1 && PyErr_Occurred()) return nullptr;
-  if (bits & ~static_cast<long>(kGetHooks | kSetHooks)) {
-    PyErr_Format(PyExc_ValueError, "`bits` must be 0, 1, 2 or 3, but got %ld.",
-                 bits);
+  if (bits & ~static_cast<long>(kHookFlags)) {
+    PyErr_Format(PyExc_ValueError,
+                 "`bits` must be those of HookFlags, but got %ld.", bits);
     return nullptr;
   }
   AsVariable(self)->hook_flags = static_cast<uint8_t>(bits);
@@ -212,6 +241,7 @@ PyObject* VariableGetAttr(PyObject* self, PyObject* name) {
   // name.
   if (_PyType_Lookup(Py_TYPE(self), name)) return nullptr;
   PyErr_Clear();
+  if (!RefreshMetadata(AsVariable(self))) return nullptr;
   PyObject* metadata = AsVariable(self)->metadata;
   found = PyDict_GetItemWithError(metadata, name);
   if (found) {
@@ -251,12 +281,14 @@ PyGetSetDef variable_getset[] = {
      "The value, through the hooks.", nullptr},
     {"raw_value", VariableGetRaw, VariableSetRaw,
      "The value as stored, past the hooks.", nullptr},
+    {"_stored", VariableGetStored, VariableSetStored,
+     "What it holds: the value, or the box that has it.", nullptr},
     {"_metadata", VariableGetMetadata, nullptr, "The live metadata.", nullptr},
     {"_hook_flags", VariableGetHookFlags, nullptr,
      "The hooks that it has, as HookFlags.", nullptr},
     {"_origin", GetOrigin, nullptr,
      "The SourceLine of the user's code that made it, or None.", nullptr},
-    {"_can_update", CanUpdateGetter, nullptr,
+    {"_can_update", VariableCanUpdate, nullptr,
      "Whether it may be changed under the current trace.", nullptr},
     {"_trace_ref", GetTraceRef, nullptr,
      "A weak reference to the trace it belongs to, or None outside of all.",
@@ -305,8 +337,45 @@ uint8_t ClassHookFlags(PyTypeObject* type) {
   return static_cast<uint8_t>(flags & (kGetHooks | kSetHooks));
 }
 
+Ref RawValue(VariableObject* variable) {
+  if (!(variable->hook_flags & kBoxed)) return Ref::Borrow(variable->raw);
+  return Ref::Steal(PyObject_CallMethodNoArgs(
+      reinterpret_cast<PyObject*>(variable), GetRuntime().s_get_raw_slow));
+}
+
+bool WriteRawValue(VariableObject* variable, PyObject* raw) {
+  if (variable->hook_flags & kBoxed) {
+    return static_cast<bool>(Ref::Steal(
+        PyObject_CallMethodOneArg(reinterpret_cast<PyObject*>(variable),
+                                  GetRuntime().s_write_raw_slow, raw)));
+  }
+  SetRaw(variable, raw);
+  return true;
+}
+
+bool CopyBox(VariableObject* variable) {
+  if (!(variable->hook_flags & kBoxed)) return true;
+  return static_cast<bool>(Ref::Steal(PyObject_CallMethodNoArgs(
+      reinterpret_cast<PyObject*>(variable), GetRuntime().s_copy_box)));
+}
+
+bool RefreshMetadata(VariableObject* variable) {
+  if (!(variable->hook_flags & kBoxed)) return true;
+  PyObject* method = GetRuntime().s_refresh_metadata;
+  // A bare VariableBase has none, and looking for it would lead here again.
+  if (!_PyType_Lookup(Py_TYPE(variable), method)) return true;
+  const Ref metadata = Ref::Borrow(variable->metadata);
+  return static_cast<bool>(Ref::Steal(PyObject_CallMethodOneArg(
+      reinterpret_cast<PyObject*>(variable), method, metadata.get())));
+}
+
 bool AssignVariable(VariableObject* target, VariableObject* source) {
   if (target == source) return true;
+  if ((target->hook_flags | source->hook_flags) & kBoxed) {
+    return static_cast<bool>(Ref::Steal(PyObject_CallMethodOneArg(
+        reinterpret_cast<PyObject*>(target), GetRuntime().s_assign_slow,
+        reinterpret_cast<PyObject*>(source))));
+  }
   SetRaw(target, source->raw);
   target->hook_flags = source->hook_flags;
   if (PyDict_GET_SIZE(target->metadata) == 0 &&

@@ -140,7 +140,7 @@ constexpr size_t kNumKinds = sizeof(kinds) / sizeof(kinds[0]);
 static_assert(kNumKinds == static_cast<size_t>(NodeKind::kRef) + 1);
 
 PyObject* kind_members[kNumKinds] = {};
-PyObject* hook_flags_members[4] = {};
+PyObject* hook_flags_members[kHookFlags + 1] = {};
 
 // Makes an enum class, as `class name(enum.base)` with these members does.
 Ref NewEnum(const char* base, const char* name, PyObject* members,
@@ -175,12 +175,12 @@ bool AddKinds(PyObject* module) {
 }
 
 bool AddHookFlags(PyObject* module) {
-  Ref members = Ref::Steal(
-      Py_BuildValue("{s:i,s:i}", "GET", kGetHooks, "SET", kSetHooks));
+  Ref members = Ref::Steal(Py_BuildValue("{s:i,s:i,s:i}", "GET", kGetHooks,
+                                         "SET", kSetHooks, "BOXED", kBoxed));
   if (!members) return false;
   Ref type = NewEnum("IntFlag", "HookFlags", members.get(), module);
   if (!type) return false;
-  for (int i = 0; i < 4; ++i) {
+  for (int i = 0; i <= kHookFlags; ++i) {
     hook_flags_members[i] = PyObject_CallFunction(type.get(), "i", i);
     if (!hook_flags_members[i]) return false;
   }
@@ -231,7 +231,7 @@ PyObject* KindMember(NodeKind kind) {
 }
 
 PyObject* HookFlagsMember(uint8_t flags) {
-  return hook_flags_members[flags & (kGetHooks | kSetHooks)];
+  return hook_flags_members[flags & kHookFlags];
 }
 
 bool ParseKind(PyObject* name, NodeKind* kind) {

@@ -30,9 +30,12 @@ enum class NodeKind : uint8_t {
   kRef,     // a node met before, by `index`
 };
 
-// `HookFlags` in Python: the hooks that a Variable has.
+// `HookFlags` in Python: the hooks that a Variable has, and whether it may keep
+// its value in a box, which Python opens.
 inline constexpr uint8_t kGetHooks = 1;
 inline constexpr uint8_t kSetHooks = 2;
+inline constexpr uint8_t kBoxed = 4;
+inline constexpr uint8_t kHookFlags = kGetHooks | kSetHooks | kBoxed;
 
 // Records that the engine makes. Their fields can also be unpacked in order.
 extern PyTypeObject* g_node_record_type;     // of `GraphDef._records`

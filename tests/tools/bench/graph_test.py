@@ -43,7 +43,9 @@ class CasesTest(absltest.TestCase):
     ).split():
       for case in ("10", "100", "1000", "real_layers"):
         self.assertIn((op, case), rows)
-    for op in "var_read var_write param_new setattr rngs_params".split():
+    for op in (
+      "var_read var_write param_new setattr rngs_params hijax_write_all"
+    ).split():
       for case in ("10", "100", "1000"):
         self.assertIn((op, case), rows)
     self.assertIn(("import_time", "process"), rows)
@@ -56,6 +58,13 @@ class CasesTest(absltest.TestCase):
         comparison = case.build()
         self.assertEqual(comparison.floor_name, "jax.jit on the flat tuple")
         self.assertEqual(comparison.clock, harness.THREAD_CPU)
+
+  def test_hijax_writes_every_variable(self):
+    comparison = graph._build_hijax_write_all(10)
+    for side in (comparison.ours, *comparison.baselines):
+      state = side.fresh()
+      observed = side.observe(state, side.call(state))
+      self.assertEqual([float(x.sum()) for x in observed], [4.0] * 10)
 
   def test_round_robin_has_a_program_a_model_on_every_side(self):
     comparison = graph._build_round_robin(3)

@@ -1,0 +1,383 @@
+"""Variables that traces of jax itself can write, against Flax's."""
+
+import copy
+import dataclasses
+import os
+import pickle
+import subprocess
+import sys
+
+from absl.testing import absltest, parameterized
+from flax import nnx as flax_nnx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import nnx
+from nnx.engine import boxes
+from tests.nnx import hijax_cases
+
+# Later versions of jax have no mutable types, and Flax for them no such
+# Variables.
+needs_mutable_types = pytest.mark.skipif(
+  not boxes.CHANGES_STRUCTURE, reason="this jax has no mutable types"
+)
+
+# What Flax fails at in its own code, where jax would let it go on, and what
+# these programs return here.
+BEYOND = {
+  "jit_isinstance": [[True, False, True, "x", [], True, True]],
+  "hijax_and_ref": [True, True, 2.0, 2.0, True],
+  "pop": [2.0, False],
+  "sow": [[1.0, 1.0]],
+  "nnx_jit_graph": [3.0, 3.0, True, 3.0, 6.0],
+  "nnx_jit_shared_graph": [4.0, 2.0],
+  "nnx_cond_graph": 2.0,
+  "ref_grad_nondiff_graph": [6.0, 6.0],
+  "nnx_scan_graph": [[1.0, 2.0, 4.0], 4.0],
+  "nnx_scan_values": [[1.0, 2.0, 4.0], 4.0],
+  "nnx_scan_tree": [[1.0, 2.0, 4.0], 4.0],
+  "nnx_while_graph": 4.0,
+  "nnx_while_values": 4.0,
+  "nnx_while_tree": 4.0,
+  "nnx_eval_shape_values": [3],
+  "nnx_eval_shape_tree": [3],
+  # Flax loses what is written to the mutable arrays.
+  "ref_vmap_graph": [[2.0, 4.0, 6.0], [1.0, 2.0, 3.0]],
+  "ref_scan_xs_graph": [6.0, [1.0, 2.0, 3.0]],
+  "ref_cond_graph": 2.0,
+  # Or puts an array in their place.
+  "ref_update_variable": [[1.0, 1.0, 1.0], True, True],
+}
+# Models: their results are those that they have without hijax.
+MODELS = ("forward", "train_step", "kv_cache")
+
+
+def plain(value):
+  """Makes arrays of numbers, for a comparison."""
+  if isinstance(value, dict):
+    return {name: plain(item) for name, item in value.items()}
+  if isinstance(value, (list, tuple)):
+    return [plain(item) for item in value]
+  if isinstance(value, (str, bool)) or value is None:
+    return value
+  if isinstance(value, (jax.Array, np.ndarray, int, float)):
+    return np.asarray(value)
+  return str(value)
+
+
+def outcome(name, library):
+  """Returns what a program returns, or None if it raises."""
+  try:
+    return plain(hijax_cases.CASES[name](library))
+  except Exception:
+    return None
+
+
+def same(ours, theirs):
+  jax.tree.map(
+    lambda a, b: (
+      np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+      if isinstance(a, np.ndarray)
+      else np.testing.assert_equal(a, b)
+    ),
+    ours,
+    theirs,
+  )
+
+
+@pytest.mark.filterwarnings("ignore")  # Those are Flax's.
+class TableTest(parameterized.TestCase):
+  """One program after the other, ours against Flax's."""
+
+  @parameterized.named_parameters(
+    (f"_{n}", n)
+    for n in hijax_cases.CASES
+    if n not in BEYOND and n not in MODELS
+  )
+  @needs_mutable_types
+  def test_as_flax(self, name):
+    theirs, ours = outcome(name, flax_nnx), outcome(name, nnx)
+    self.assertEqual(ours is None, theirs is None)
+    same(ours, theirs)
+
+  @parameterized.named_parameters((f"_{n}", n) for n in BEYOND)
+  @needs_mutable_types
+  def test_beyond_flax(self, name):
+    same(outcome(name, nnx), plain(BEYOND[name]))
+
+  @parameterized.named_parameters((f"_{n}", n) for n in MODELS)
+  def test_models(self, name):
+    program = hijax_cases.CASES[name]
+    same(plain(program(nnx)), plain(program(flax_nnx, hijax=False)))
+
+
+class FeaturesTest(parameterized.TestCase):
+  """What holds with every version of jax."""
+
+  def test_jit(self):
+    v = nnx.Param(jnp.ones(2), hijax=True, axis="embed")
+
+    @jax.jit
+    def f(v, x):
+      self.assertIsInstance(v, nnx.Param)
+      self.assertTrue(v.hijax)
+      self.assertFalse(v.ref)
+      self.assertEqual(v.axis, "embed")
+      v[...] += x
+      return v.sum()
+
+    self.assertEqual(f(v, 2.0), 6.0)
+    self.assertEqual(f(v, 2.0), 10.0)
+    np.testing.assert_array_equal(v[...], [5.0, 5.0])
+
+  def test_closures(self):
+    v = nnx.Param(jnp.array(1.0), hijax=True)
+
+    @jax.jit
+    def f(x):
+      v[...] *= 2
+      return x * v[...]
+
+    self.assertEqual(f(3.0), 6.0)
+    self.assertEqual(jax.grad(f)(3.0), 4.0)
+    np.testing.assert_array_equal(
+      jax.vmap(lambda x: x * v[...])(jnp.ones(2)), 4
+    )
+    jax.lax.scan(lambda c, x: (c, f(x)), 0.0, jnp.ones(3))
+    self.assertEqual(v[...], 32.0)
+    jax.lax.fori_loop(0, 2, lambda i, c: c + f(1.0), 0.0)
+    self.assertEqual(v[...], 128.0)
+
+    def halve():
+      v[...] /= 2
+
+    jax.jit(lambda p: jax.lax.cond(p, halve, lambda: None))(True)
+    self.assertEqual(v[...], 64.0)
+
+  def test_pytrees(self):
+    v = nnx.Variable({"a": jnp.array(0), "b": [jnp.ones(2)]}, hijax=True)
+
+    @jax.jit
+    def f(v):
+      v["a"] += 1
+      v["b"] = [v["b"][0] * 2]
+
+    f(v)
+    f(v)
+    self.assertEqual(v["a"], 2)
+    np.testing.assert_array_equal(v["b"][0], [4.0, 4.0])
+
+  def test_structure(self):
+    v = nnx.Variable({}, hijax=True)
+
+    @jax.jit
+    def f(v):
+      v["new"] = jnp.ones(2)
+
+    if boxes.CHANGES_STRUCTURE:
+      f(v)
+      self.assertEqual(list(v.get_value()), ["new"])
+    else:
+      with self.assertRaisesRegex(TypeError, "must keep the structure, shapes"):
+        f(v)
+      w = nnx.Param(jnp.ones(2), hijax=True)
+      with self.assertRaisesRegex(TypeError, "must keep the structure, shapes"):
+        jax.jit(lambda w: w.set_value(jnp.ones(3)))(w)
+    v.set_value({"other": 1})
+    self.assertEqual(v.get_value(), {"other": 1})
+
+  def test_copies(self):
+    v = nnx.Param(jnp.array(1.0), hijax=True, axis="embed")
+    others = [
+      v.copy(),
+      copy.copy(v),
+      copy.deepcopy(v),
+      pickle.loads(pickle.dumps(v)),
+      nnx.clone(v),
+      nnx.clone(v, arrays=True),
+      nnx.merge(*nnx.split(v), copy=True),
+    ]
+    v[...] += 1
+    for other in others:
+      self.assertTrue(other.hijax)
+      self.assertEqual(other.axis, "embed")
+      self.assertEqual(other[...], 1.0)
+      jax.jit(lambda x: x.set_value(x[...] + 4))(other)
+      self.assertEqual(other[...], 5.0)
+    self.assertEqual(v[...], 2.0)
+
+  def test_of_flax(self):
+    theirs = flax_nnx.Param(jnp.ones(2), hijax=True)
+    ours = nnx.bridge.from_flax_nnx(flax_nnx.Dict(p=theirs)).p
+    np.testing.assert_array_equal(ours[...], [1.0, 1.0])
+
+  def test_mutable(self):
+    for kept in ({"hijax": True}, {"ref": True}, {}):
+      v = nnx.Param(jnp.array(3.0), **kept)
+      frozen = nnx.with_vars(v, mutable=False)
+      self.assertFalse(frozen.mutable)
+      self.assertFalse(frozen.ref)
+      grads = jax.grad(lambda p: p[...] ** 2)(frozen)
+      self.assertIsInstance(grads, nnx.Param)
+      self.assertEqual(grads[...], 6.0)
+      for write in (
+        lambda p: p.set_value(1.0),
+        lambda p: p.set_raw_value(1.0),
+        lambda p: nnx.update(nnx.Dict(p=p), {"p": jnp.array(1.0)}),
+      ):
+        with self.assertRaisesRegex(ValueError, "`mutable=False` must not be"):
+          write(frozen)
+      with self.assertRaisesRegex(ValueError, "`mutable` must stay"):
+        frozen.set_metadata(mutable=True)
+      again = nnx.with_vars(frozen, mutable=True)
+      self.assertEqual((again.hijax, again.ref), (v.hijax, v.ref))
+      again[...] += 1
+      self.assertEqual((again[...], v[...], frozen[...]), (4.0, 3.0, 3.0))
+
+  def test_switches_are_fixed(self):
+    v = nnx.Param(1.0, hijax=True)
+    with self.assertRaisesRegex(ValueError, "`hijax` must stay as .* `True`"):
+      v.set_metadata(hijax=False)
+    with self.assertRaisesRegex(ValueError, "`hijax` must stay .* deleted"):
+      v.del_metadata("hijax")
+    v.set_metadata({"a": 1})
+    self.assertEqual(v.get_metadata(), {"a": 1, "hijax": True})
+    with self.assertRaisesRegex(ValueError, "`hijax` must be given once"):
+      nnx.Param(nnx.VariableMetadata(1, metadata={"hijax": True}), hijax=False)
+
+  def test_given_by_initializer(self):
+    init = nnx.with_metadata(lambda: jnp.ones(2), hijax=True)
+    self.assertTrue(nnx.Param(init()).hijax)
+
+  def test_leaves(self):
+    model = nnx.Dict(a=nnx.Param(jnp.ones(2), hijax=True))
+
+    @jax.jit
+    def f(model):
+      (leaf,) = jax.tree.leaves(model)
+      leaf[...] = 2 * leaf[...] + 1
+      return jnp.sum(leaf[...])
+
+    self.assertEqual(f(model), 6.0)
+    np.testing.assert_array_equal(model.a[...], [3.0, 3.0])
+
+
+@needs_mutable_types
+class MutableTypesTest(absltest.TestCase):
+  """What needs jax's mutable types."""
+
+  def test_metadata_comes_back(self):
+    v = nnx.Param(jnp.ones(2), hijax=True, step=1)
+
+    @jax.jit
+    def f(v):
+      v.set_metadata(step=v.step + 1, new="b")
+
+    f(v)
+    (leaf,), treedef = jax.tree.flatten(v)
+    self.assertEqual(jax.tree.unflatten(treedef, [leaf]).step, 2)
+    self.assertEqual(nnx.split(v)[0], nnx.split(nnx.clone(v))[0])
+    self.assertEqual(v.get_metadata(), {"hijax": True, "step": 2, "new": "b"})
+    f(v)
+    self.assertEqual(v.step, 3)
+
+  def test_errors(self):
+    v, x = nnx.Param(jnp.array(1.0), hijax=True), jnp.ones(2)
+
+    def loss(v):
+      return v[...] ** 2
+
+    def scan(carry, v):
+      return carry + v[...], None
+
+    for text, f in (
+      ("type `Param`, must not be returned .* no mutable", jax.jit(lambda: v)),
+      ("does not differentiate .* `nnx.with_vars", lambda: jax.grad(loss)(v)),
+      ("does not diff.*stop_gradient", lambda: jax.grad(v.set_value)(1.0)),
+      ("must not hold values with an axis", lambda: jax.vmap(v.set_value)(x)),
+      (
+        "jax does not follow .* the carry of a loop",
+        lambda: jax.lax.scan(lambda c, _: (c.set_value(1), None), v, None, 2),
+      ),
+      ("<value of a hijax Param: ", lambda: jax.lax.scan(scan, 0.0, v)),
+    ):
+      with self.assertRaisesRegex(Exception, text):
+        f()
+    self.assertEqual(v[...], 1.0)
+
+  def test_jaxpr(self):
+    v = nnx.Param(jnp.ones(2), hijax=True)
+
+    @jax.make_jaxpr
+    def f(v):
+      v[...] *= nnx.Param(2.0, hijax=True)[...]
+
+    text = str(f(v))
+    for word in ("Param()", "new_variable", "get_variable", "set_variable"):
+      self.assertIn(word, text)
+
+  def test_arithmetic_of_leaves(self):
+    model = nnx.Dict(a=nnx.Param(jnp.ones(2), hijax=True))
+    for f in (lambda x: x, jax.jit):
+      doubled = f(lambda m: jax.tree.map(lambda x: 1 + x * 2, m))(model)
+      np.testing.assert_array_equal(doubled.a.value, [3.0, 3.0])
+    doubled.a[...] += 1  # From here on, in a box of its own.
+    jax.jit(lambda m: m.a.set_value(m.a[...] + 1))(doubled)
+    np.testing.assert_array_equal(doubled.a.value, [5.0, 5.0])
+    self.assertEqual(model.a[...].sum(), 2.0)
+
+
+class DefaultsTest(absltest.TestCase):
+  def test_environment(self):
+    program = (
+      "import nnx; print(nnx.Param(1.0).hijax, nnx.var_defaults().hijax)"
+    )
+    for value, wanted in (("true", "True True"), ("0", "False False")):
+      environment = os.environ | {
+        "NNX_HIJAX_VARIABLE": value,
+        "PYTHONPATH": os.pathsep.join(sys.path),
+      }
+      printed = subprocess.check_output(
+        [sys.executable, "-c", program], env=environment, text=True
+      )
+      self.assertEqual(printed.strip(), wanted)
+
+
+class MetadataTest(absltest.TestCase):
+  def test_fields(self):
+    self.assertEqual(
+      [field.name for field in dataclasses.fields(nnx.VariableMetadata)],
+      [
+        "raw_value",
+        "set_value_hooks",
+        "get_value_hooks",
+        "create_value_hooks",
+        "add_axis_hooks",
+        "remove_axis_hooks",
+        "metadata",
+      ],
+    )
+    made = nnx.VariableMetadata(1.0, on_get_value=len, metadata={"a": 1})
+    other = dataclasses.replace(made, raw_value=2.0, metadata={"a": 2})
+    self.assertEqual(other.on_get_value, (len,))
+    self.assertEqual(
+      dataclasses.asdict(other),
+      {
+        "raw_value": 2.0,
+        "set_value_hooks": (),
+        "get_value_hooks": (len,),
+        "create_value_hooks": (),
+        "add_axis_hooks": (),
+        "remove_axis_hooks": (),
+        "metadata": {"a": 2},
+      },
+    )
+    other.on_set_value = abs
+    self.assertEqual(other.set_value_hooks, (abs,))
+    self.assertEqual(nnx.Param(other).on_set_value, (abs,))
+
+
+if __name__ == "__main__":
+  absltest.main()
