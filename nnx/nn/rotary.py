@@ -283,6 +283,7 @@ def rotate_at(
   key: jax.Array,
   positions: jax.Array | None,
   rotation: Rotation,
+  table: tuple[jax.Array, jax.Array] | None = None,
 ) -> tuple[jax.Array, jax.Array]:
   """Rotates queries and keys by their positions.
 
@@ -302,18 +303,20 @@ def rotate_at(
     positions: `[..., t]` integers that are at least 0, or with fewer leading
       axes; then s is t. From the first token on, if None.
     rotation: How to rotate.
+    table: The `rotation.rows` of the positions, if they are there already.
 
   Returns:
     Arrays like `query` and `key`.
   """
-  if positions is None:
+  if table is None and positions is None:
     length = max(query.shape[-3], key.shape[-3])
     table = rotation.rows(jnp.arange(length), length)
     return tuple(
       rotation.rotate(x, *(part[: x.shape[-3]] for part in table))
       for x in (query, key)
     )
-  table = rotation.rows(positions, None)
+  if table is None:
+    table = rotation.rows(positions, None)
   return rotation.rotate(query, *table), rotation.rotate(key, *table)
 
 
