@@ -363,7 +363,7 @@ def as_block_table(table: Any, batch: Sequence[int]) -> jax.Array:
   Raises:
     ValueError: If it does not fit.
   """
-  shape = jnp.shape(table)
+  shape = np.shape(table)
   more = ", with the blocks of a sequence in the last axis"
   return _integers("block_table", table, ((*batch, *shape[-1:]),), more)
 
