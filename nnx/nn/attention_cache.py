@@ -11,6 +11,7 @@ import numpy as np
 
 from nnx.module import Module, iter_modules
 from nnx.nn import checks, decoding, dtypes
+from nnx.nn.products import as_tuple
 from nnx.variablelib import Cache
 
 
@@ -283,7 +284,7 @@ def init_cache(
   """
   checks.wholes("batch_size", batch_size)
   checks.whole("max_length", max_length)
-  batch = (batch_size,) if np.ndim(batch_size) == 0 else tuple(batch_size)
+  batch = as_tuple(batch_size)
   for layer in _layers(model):
     layer.init_cache(
       (*batch, max_length, 0),

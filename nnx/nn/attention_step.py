@@ -385,9 +385,9 @@ def check_index(step: AttentionStep, index: jax.Array) -> None:
   Raises:
     ValueError: If it is another.
   """
-  if isinstance(step.index, jax.core.Tracer) or isinstance(
-    index, jax.core.Tracer
-  ):
+  assert step.index is not None
+  traced = (isinstance(x, jax.core.Tracer) for x in (step.index, index))
+  if any(traced):
     if step.index.shape == index.shape:
       return
   elif np.array_equal(step.index, index):

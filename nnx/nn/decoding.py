@@ -271,17 +271,24 @@ def append(
   new = key, value
   if not scales:
     new = key.astype(buffers.key.dtype), value.astype(buffers.value.dtype)
-  new = tuple(_in_one_batch_axis(x, batch) for x in new)
+  new_key, new_value = (_in_one_batch_axis(x, batch) for x in new)
   old_key, old_value, table = _caches(buffers, step, batch)
   index, count = _each(step.index), _each(step.count)
   if buffers.key.dtype == jnp.float64:  # which the kernels do not take
-    new = tuple(
-      _written(old, x, index, count, **table)
-      for old, x in zip((old_key, old_value), new)
+    new = (
+      _written(old_key, new_key, index, count, **table),
+      _written(old_value, new_value, index, count, **table),
     )
   else:
     new = kv_cache.update(
-      old_key, old_value, *new, index, lengths=count, **scales, **table
+      old_key,
+      old_value,
+      new_key,
+      new_value,
+      index,
+      lengths=count,
+      **scales,
+      **table,
     )
   buffers = _filled(buffers, new)
   return (

@@ -84,23 +84,24 @@ def rows(
   """
   scaling = scaling or _UNSCALED
   most = 2**31 if max_length is None else max_length
-  cos = sin = None
+  table: tuple[jax.Array, jax.Array] | None = None
   stride = 1
-  while cos is None or stride < most:
+  while table is None or stride < most:
     count = min(-(-most // stride), _STRIDE)
     digit = positions // stride
     if count * stride < most:  # not the last digit
       digit = digit % _STRIDE
     far = _angles(count, stride, features, base, scale, scaling)
-    far_cos, far_sin = (jnp.asarray(table)[digit] for table in far)
-    if cos is None:
-      cos, sin = far_cos, far_sin
+    far_cos, far_sin = (jnp.asarray(part)[digit] for part in far)
+    if table is None:
+      table = far_cos, far_sin
     else:
-      cos, sin = far_cos * cos - far_sin * sin, far_sin * cos + far_cos * sin
+      cos, sin = table
+      table = far_cos * cos - far_sin * sin, far_sin * cos + far_cos * sin
     stride *= _STRIDE
-  if scaling.magnitude != 1.0:
-    cos, sin = cos * scaling.magnitude, sin * scaling.magnitude
-  return cos, sin
+  if scaling.magnitude == 1.0:
+    return table
+  return table[0] * scaling.magnitude, table[1] * scaling.magnitude
 
 
 def rotate(
