@@ -22,6 +22,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 import numpy as np
 
+import kernels
 from kernels import batch_stat, decode_attention, kv_cache
 from kernels.common import dispatch, libraries
 import nnx
@@ -116,6 +117,18 @@ def decode_case(**options: Any) -> Case:
   return fn, (K, V, Q, NEW_K, NEW_V, INDEX), (*caches, want)
 
 
+def matmul_case(**options: Any) -> Case:
+  w = np.cos(np.arange(4 * 8, dtype=np.float32)).reshape(4, 8)
+
+  def fn(x):
+    y = kernels.matmul(x, w, implementation="cpu", **options)
+    return (y.astype(jnp.float32),)
+
+  want = np.float64(X) @ np.float64(w)
+  kind = jnp.dtype(options.get("preferred_element_type", "float32"))
+  return fn, (X,), (want.astype(np.float32).astype(kind).astype(np.float32),)
+
+
 def cases() -> list[Case]:
   return [
     *(norm_case(epsilon=e) for e in (1e-5, 0.5, 2.0)),
@@ -131,6 +144,7 @@ def cases() -> list[Case]:
     attend_case(chunk=4),
     *(decode_case(softcap=c) for c in (0.5, 2.0)),
     decode_case(window=2),
+    *(matmul_case(preferred_element_type=t) for t in ("float32", "float16")),
   ]
 
 
@@ -196,9 +210,8 @@ def _run_as(implementation, fn, *args):
   """Runs a case by another implementation than it asks for."""
 
   def call(op, *args, **params):
-    return op.primitive.bind(
-      *args, **params | {"implementation": implementation}
-    )
+    own = implementation if implementation in op.implementations else "auto"
+    return op.primitive.bind(*args, **params | {"implementation": own})
 
   with mock.patch.object(dispatch.Op, "__call__", call):
     return fn(*args)
