@@ -3,6 +3,7 @@
 Operands and parameters are those of `reference.multiply`.
 """
 
+import jax
 from jax.interpreters import ad
 import jax.numpy as jnp
 
@@ -77,3 +78,23 @@ def _jvp(primals, tangents, *, implementation, **params):
 
 
 ad.primitive_jvps[MULTIPLY.primitive] = _jvp
+
+
+def _transpose(cotangents, *operands, implementation, **params):
+  del implementation
+  linear = [i for i, a in enumerate(operands) if ad.is_undefined_primal(a)]
+
+  def call(*values):
+    given = dict(zip(linear, values))
+    full = (given.get(i, a) for i, a in enumerate(operands))
+    return reference.multiply(*full, **params)
+
+  shapes = (operands[i].aval for i in linear)
+  back = jax.linear_transpose(call, *shapes)(
+    tuple(ad.instantiate_zeros(each) for each in cotangents)
+  )
+  given = dict(zip(linear, back))
+  return [given.get(i) for i in range(len(operands))]
+
+
+ad.primitive_transposes[MULTIPLY.primitive] = _transpose
