@@ -142,6 +142,9 @@ from nnx.nn.pooling import avg_pool as avg_pool
 from nnx.nn.pooling import max_pool as max_pool
 from nnx.nn.pooling import min_pool as min_pool
 from nnx.nn.pooling import pool as pool
+from nnx.nn.quantized import Quantized as Quantized
+from nnx.nn.quantized import QuantizedLinear as QuantizedLinear
+from nnx.nn.quantized import quantize as quantize
 from nnx.nn.recurrent import RNN as RNN
 from nnx.nn.recurrent import Bidirectional as Bidirectional
 from nnx.nn.recurrent import GRUCell as GRUCell

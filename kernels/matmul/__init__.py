@@ -15,8 +15,20 @@ import sys
 import types
 
 from .api import matmul
+from .quantization import (
+  QuantizedWeight,
+  dequantize,
+  quantization_error,
+  quantize,
+)
 
-__all__ = ["matmul"]
+__all__ = [
+  "QuantizedWeight",
+  "dequantize",
+  "matmul",
+  "quantization_error",
+  "quantize",
+]
 
 
 # As `decode_attention`, this package is called like the function of its name.
@@ -24,7 +36,11 @@ class _CallablePackage(types.ModuleType):
   """What this package is: a module that can be called."""
 
   __call__ = staticmethod(matmul)
+  QuantizedWeight = QuantizedWeight
+  dequantize = staticmethod(dequantize)
   matmul = staticmethod(matmul)
+  quantization_error = staticmethod(quantization_error)
+  quantize = staticmethod(quantize)
 
 
 sys.modules[__name__].__class__ = _CallablePackage

@@ -5,7 +5,7 @@ from typing import Any
 import jax
 
 from ..common import dispatch
-from . import checks, primitive
+from . import checks, primitive, quantization
 
 
 def matmul(
@@ -25,12 +25,12 @@ def matmul(
 
   Args:
     x: `[..., k]`, floating.
-    w: `[k, n]`, floating.
+    w: `[k, n]`, floating, or a `QuantizedWeight`.
     bias: `[n]`, floating, or None.
     precision: As in `jax.numpy.matmul`. The CPU's kernels multiply and sum in
       float32, which none of them asks more than.
     preferred_element_type: Dtype of the result. If None, the one that
-      `jnp.matmul(x, w) + bias` has.
+      `jnp.matmul(x, w) + bias` has; packed weights do not count.
     implementation: "auto", or by name: "xla" or "cpu".
 
   Returns:
@@ -44,7 +44,8 @@ def matmul(
     sum and round once. Results do not depend on the number of threads.
   Batching: `jax.vmap` over x makes more rows of one product; over w, one call
     with one product more for each.
-  Differentiation: forward and reverse, for x, w and bias, through XLA.
+  Differentiation: forward and reverse, for x, w and bias, through XLA; of
+    packed weights for the scale and the minimum.
   Sharding: rows, k and n may be split; partial sums over k cross devices in
     float32. The larger of x and w stays where it is.
 
@@ -57,15 +58,23 @@ def matmul(
     [[1.0, 2.5, 5.0]]
   """
   primitive.MULTIPLY.check_implementation(implementation)
-  x, w = checks.floating("x", x), checks.floating("w", w)
-  operands = [x, w]
-  if bias is not None:
-    operands.append(checks.floating("bias", bias))
-  checks.check_shapes(x, w.shape, None if bias is None else operands[2])
-  (y,) = primitive.MULTIPLY(
-    *operands,
+  x = checks.floating("x", x)
+  biases = [] if bias is None else [checks.floating("bias", bias)]
+  if isinstance(w, quantization.QuantizedWeight):
+    quantization.check_packed("w", w)
+    op, weights = primitive.MULTIPLY_PACKED, jax.tree.leaves(w)
+    dtypes = [x, *biases]
+  else:
+    w = checks.floating("w", w)
+    op, weights = primitive.MULTIPLY, [w]
+    dtypes = [x, w, *biases]
+  checks.check_shapes(x, w.shape, biases[0] if biases else None)
+  (y,) = op(
+    x,
+    *weights,
+    *biases,
     batch_axes=0,
-    dtype=checks.check_dtype(preferred_element_type, *operands),
+    dtype=checks.check_dtype(preferred_element_type, *dtypes),
     precision=checks.check_precision(precision),
     implementation=implementation,
   )

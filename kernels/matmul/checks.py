@@ -51,6 +51,14 @@ def check_shapes(x: Any, w_shape: tuple[Any, ...], bias: Any) -> None:
     )
 
 
+def dtype_name(name: str, dtype: Any) -> str:
+  """Returns the name of a dtype; raises TypeError if it is not one."""
+  try:
+    return jnp.dtype(dtype).name
+  except TypeError as error:
+    raise TypeError(f"`{name}` must be a dtype, but got {dtype!r}.") from error
+
+
 def check_dtype(preferred: Any, *inputs: Any) -> np.dtype:
   """Returns the dtype of the result.
 
@@ -63,12 +71,7 @@ def check_dtype(preferred: Any, *inputs: Any) -> np.dtype:
   """
   if preferred is None:
     return jnp.dtype(jnp.result_type(*inputs))
-  try:
-    dtype = jnp.dtype(preferred)
-  except TypeError as error:
-    raise TypeError(
-      f"`preferred_element_type` must be a dtype, but got {preferred!r}."
-    ) from error
+  dtype = jnp.dtype(dtype_name("preferred_element_type", preferred))
   if not jnp.issubdtype(dtype, jnp.floating):
     raise TypeError(
       f"`preferred_element_type` must be floating, but got {dtype.name}."

@@ -1,100 +1,113 @@
-"""The primitive of the product: what runs where, and how it is split.
+"""The primitives of the product: what runs where, and how they are split.
 
-Operands and parameters are those of `reference.multiply`.
+Operands and parameters are those of the functions in `reference`.
 """
+
+from collections.abc import Callable
+import functools
+from typing import Any
 
 import jax
 from jax.interpreters import ad
 import jax.numpy as jnp
 
 from ..common import arrays, dispatch
-from . import costs, ffi, reference, sharding
+from . import costs, ffi, operands, reference, sharding
 
 
-def _abstract_eval(x, w, *bias, batch_axes, dtype, precision):
+def _abstract_eval(*avals, packed, batch_axes, dtype, precision):
   del precision
-  shape = (*x.shape[:-1], w.shape[-1])
-  given = sharding.of_result(x, w, batch_axes)
+  x, weights, _ = operands.parts(avals, packed)
+  shape = (*x.shape[:-1], weights[0].shape[-1])
+  groups = weights[1].shape[batch_axes] if packed else 1
+  given = sharding.of_result(x, weights[0], batch_axes, groups)
   spec = None if given is None else given.spec
-  return (arrays.out_aval(shape, dtype, x, w, *bias, spec=spec),)
+  return (arrays.out_aval(shape, dtype, *avals, spec=spec),)
 
 
-def _batching(op, args, dims, *, batch_axes, dtype, **params):
-  x, w, *bias = args
-  x_dim, w_dim, *bias_dim = dims
-  if w_dim is not None:
+def _batching(op, args, dims, *, packed, batch_axes, dtype, **params):
+  x, weights, bias = operands.parts(args, packed)
+  x_dim, *w_dims = dims[: 1 + len(weights)]
+  if any(dim is not None for dim in w_dims):
     moved, _ = arrays.move_batch_to_front(args, dims)
     return op(*moved, batch_axes=batch_axes + 1, dtype=dtype, **params), [0]
   # Of one matrix, what is mapped over is more rows.
   params["batch_axes"] = batch_axes
   if x_dim is not None:
     x = jnp.moveaxis(x, x_dim, batch_axes)
-  if not bias or bias_dim[0] is None:
-    return op(x, w, *bias, dtype=dtype, **params), [batch_axes]
+  if bias is None or dims[-1] is None:
+    biases = () if bias is None else (bias,)
+    return op(x, *weights, *biases, dtype=dtype, **params), [batch_axes]
   wide = jnp.promote_types(dtype, jnp.float32)
-  (y,) = op(x, w, dtype=wide, **params)
+  (y,) = op(x, *weights, dtype=wide, **params)
   if x_dim is None:
     y = jnp.expand_dims(y, batch_axes)
-  each = jnp.moveaxis(bias[0], bias_dim[0], batch_axes)
-  each = reference.expand_bias(each, y.ndim, batch_axes + 1)
+  each = jnp.moveaxis(bias, dims[-1], batch_axes)
+  each = operands.expand_bias(each, y.ndim, batch_axes + 1)
   return [(y + each.astype(wide)).astype(dtype)], [batch_axes]
 
 
-MULTIPLY = dispatch.Op(
-  "matmul",
-  abstract_eval=_abstract_eval,
-  reference=reference.multiply,
-  implementations=(
-    dispatch.Implementation(
-      name="cpu",
-      platforms=("cpu",),
-      fn=ffi.multiply,
-      library=ffi.LIBRARY,
-      unsupported=ffi.unsupported,
-      slower=costs.multiply_on_cpu,
-    ),
-  ),
-  batching=_batching,
-  partitioning=dispatch.Partitioning(sharding.rule, sharding.partition),
-)
+def _jvp(op, primals, tangents, *, implementation, **params):
+  out = op(*primals, implementation=implementation, **params)
+  known = [i for i, t in enumerate(tangents) if type(t) is not ad.Zero]
 
+  def of_known(*given):
+    full = list(primals)
+    for i, array in zip(known, given):
+      full[i] = array
+    return op.reference(*full, **params)
 
-def _jvp(primals, tangents, *, implementation, **params):
-  out = MULTIPLY(*primals, implementation=implementation, **params)
-  x, w = primals[:2]
-  dx, dw, *dbias = tangents
-  terms = []
   # In plain JAX, which can be transposed.
-  if type(dx) is not ad.Zero:
-    terms += reference.multiply(dx, w, **params)
-  if type(dw) is not ad.Zero:
-    terms += reference.multiply(x, dw, **params)
-  for tangent in dbias:
-    if type(tangent) is not ad.Zero:
-      each = reference.expand_bias(tangent, out[0].ndim, params["batch_axes"])
-      each = each.astype(params["dtype"])
-      terms.append(jnp.broadcast_to(each, out[0].shape))
-  return out, [sum(terms[1:], terms[0])]
+  _, tangent = jax.jvp(
+    of_known, [primals[i] for i in known], [tangents[i] for i in known]
+  )
+  return out, list(tangent)
 
 
-ad.primitive_jvps[MULTIPLY.primitive] = _jvp
-
-
-def _transpose(cotangents, *operands, implementation, **params):
+def _transpose(op, cotangents, *args, implementation, **params):
   del implementation
-  linear = [i for i, a in enumerate(operands) if ad.is_undefined_primal(a)]
+  linear = [i for i, arg in enumerate(args) if ad.is_undefined_primal(arg)]
 
-  def call(*values):
-    given = dict(zip(linear, values))
-    full = (given.get(i, a) for i, a in enumerate(operands))
-    return reference.multiply(*full, **params)
+  def of_linear(*given):
+    full = list(args)
+    for i, array in zip(linear, given):
+      full[i] = array
+    return op.reference(*full, **params)
 
-  shapes = (operands[i].aval for i in linear)
-  back = jax.linear_transpose(call, *shapes)(
+  back = jax.linear_transpose(of_linear, *(args[i].aval for i in linear))(
     tuple(ad.instantiate_zeros(each) for each in cotangents)
   )
   given = dict(zip(linear, back))
-  return [given.get(i) for i in range(len(operands))]
+  return [given.get(i) for i in range(len(args))]
 
 
-ad.primitive_transposes[MULTIPLY.primitive] = _transpose
+def _op(name: str, packed: bool, fn: Callable[..., Any]) -> dispatch.Op:
+  """Defines a product with weights that are packed or not."""
+  bound = functools.partial
+  op = dispatch.Op(
+    name,
+    abstract_eval=bound(_abstract_eval, packed=packed),
+    reference=getattr(reference, fn.__name__),
+    implementations=(
+      dispatch.Implementation(
+        name="cpu",
+        platforms=("cpu",),
+        fn=fn,
+        library=ffi.LIBRARY,
+        unsupported=bound(ffi.unsupported, packed=packed),
+        slower=bound(costs.on_cpu, packed=packed),
+      ),
+    ),
+    batching=bound(_batching, packed=packed),
+    partitioning=dispatch.Partitioning(
+      bound(sharding.rule, packed=packed),
+      bound(sharding.partition, packed=packed),
+    ),
+  )
+  ad.primitive_jvps[op.primitive] = bound(_jvp, op)
+  ad.primitive_transposes[op.primitive] = bound(_transpose, op)
+  return op
+
+
+MULTIPLY = _op("matmul", False, ffi.multiply)
+MULTIPLY_PACKED = _op("matmul_packed", True, ffi.multiply_packed)

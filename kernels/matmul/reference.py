@@ -11,7 +11,7 @@ import jax
 from jax import lax
 import jax.numpy as jnp
 
-from . import sharding
+from . import operands, quantization, sharding
 
 
 def multiply(
@@ -47,10 +47,35 @@ def multiply(
     out_sharding=sharding.of_result(jax.typeof(x), jax.typeof(w), batch_axes),
   )
   if bias is not None:
-    y = y + expand_bias(bias, y.ndim, batch_axes).astype(dtype)
+    y = y + operands.expand_bias(bias, y.ndim, batch_axes).astype(dtype)
   return (y,)
 
 
-def expand_bias(bias: jax.Array, rank: int, batch_axes: int) -> jax.Array:
-  """Gives a bias the rank of a result, so that it broadcasts against it."""
-  return jnp.expand_dims(bias, tuple(range(batch_axes, rank - 1)))
+def multiply_packed(
+  x: jax.Array,
+  values: jax.Array,
+  scale: jax.Array,
+  *rest: jax.Array,
+  batch_axes: int,
+  dtype: Any,
+  precision: Any,
+) -> tuple[jax.Array]:
+  """Computes `x @ w + bias` for packed weights, which it unpacks to x's dtype.
+
+  Args:
+    x: `[..., k]`, floating.
+    values: As in `quantization.QuantizedWeight`.
+    scale: The same.
+    *rest: The minimum for weights of 4 bits, and then perhaps the bias, `[n]`.
+    batch_axes: As in `multiply`.
+    dtype: As in `multiply`.
+    precision: As in `multiply`.
+
+  Returns:
+    A tuple of one array `[..., n]`.
+  """
+  _, packed, bias = operands.parts((x, values, scale, *rest), True)
+  w = quantization.unpacked(*packed).astype(x.dtype)
+  return multiply(
+    x, w, bias, batch_axes=batch_axes, dtype=dtype, precision=precision
+  )

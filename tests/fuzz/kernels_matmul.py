@@ -1,5 +1,7 @@
 """A fuzzer of `kernels.matmul`, gradients included."""
 
+from typing import Any
+
 import jax
 import numpy as np
 
@@ -75,4 +77,39 @@ def matmul(rng: np.random.Generator) -> worker.Case:
   return case
 
 
-FAMILIES = {"matmul": matmul}
+def packed(rng: np.random.Generator) -> worker.Case:
+  """A program of a product with packed weights."""
+  kind: dict[str, Any] = {
+    "bits": pick(rng, 8, 4), "group": pick(rng, None, 32, 64, 128),
+  }  # fmt: skip
+  if kind["bits"] == 8 and chance(rng, 0.3):
+    kind["dtype"] = "float8_e4m3fn"
+  unit = kind["group"] or 8
+  k, n = unit * int(rng.integers(1, 6)), int(rng.integers(1, pick(rng, 9, 900)))
+  rows = int(rng.integers(1, pick(rng, 3, 40)))
+  dtype = pick(rng, *data.FLOATS)
+  biased = chance(rng)
+  compiled = jax.jit(lambda *args: kernels.matmul(*args, implementation="cpu"))
+
+  def case(rng: np.random.Generator) -> None:
+    x = data.normal(rng, (rows, k), dtype)
+    w = kernels.matmul.quantize(
+      data.normal(rng, (k, n), "float32", pick(rng, 1.0, 2.0**-20, 2.0**9)),
+      **kind,
+    )
+    bias = data.normal(rng, (n,), dtype) if biased else None
+    x64 = x.astype(np.float64)
+    w64 = np.asarray(kernels.matmul.dequantize(w), np.float64)
+    want = x64 @ w64 + (0 if bias is None else bias.astype(np.float64))
+    # What is added to a number of 4 bits to read it is as large as the number.
+    step = np.repeat(np.asarray(w.scale, np.float64), w.group, 0)
+    most = np.abs(x64) @ (np.abs(w64) + 48 * step * (w.bits == 4))
+    most += np.abs(want)
+    with data.some_level(rng):
+      got = jax.block_until_ready(compiled(x, w, bias))
+    data.assert_near(got, want, 2.0**-24 * (4 + k**0.5) * 2 * most)
+
+  return case
+
+
+FAMILIES = {"matmul": matmul, "packed_matmul": packed}

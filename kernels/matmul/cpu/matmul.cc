@@ -14,8 +14,8 @@ namespace kernels::matmul {
 
 // So many rows of x are multiplied while a step of the weights is in registers.
 constexpr int64_t kRowsAbreast = 32;
-// So many rows of the weights lie side by side in a step.
-constexpr int64_t kRowsOfStep = 4;
+// Sums that stay in a first-level cache.
+constexpr int64_t kSumsAbreast = 4096;
 // After so many rows of the weights the next columns have their turn. Rows that
 // are read one after the other lie on pages of their own, more of which than
 // this no processor has at hand.
@@ -31,6 +31,7 @@ struct Plan {
   int64_t k;
   int64_t n;
   int64_t padded;   // columns with those that fill the last step
+  int64_t step;     // rows of the weights that are read side by side
   int64_t chunk;    // columns of a chunk
   int64_t columns;  // columns of an item, whole chunks
   int64_t depth;    // rows of the weights of an item
@@ -59,8 +60,6 @@ constexpr int64_t kItemBytes = int64_t{256} << 10;
 constexpr int64_t kMaxItems = 64;
 // Columns of the widest step, 2 vectors of 16.
 constexpr int64_t kWidestStep = 32;
-// Sums of float32 that stay in a first-level cache.
-constexpr int64_t kSumsAbreast = 4096;
 constexpr int64_t kMaxChunk = 2048;
 constexpr int64_t kMinColumns = 512;
 
@@ -71,24 +70,44 @@ int64_t ElementBytes(Element element) {
   return element == Element::kF32 ? 4 : 2;
 }
 
+// Bytes of so many weights.
+int64_t WeightBytes(Format format, int64_t count) {
+  switch (format) {
+    case Format::kF32:
+      return count * 4;
+    case Format::kBF16:
+    case Format::kF16:
+      return count * 2;
+    case Format::kInt8:
+    case Format::kE4M3:
+      return count;
+    case Format::kInt4:
+      return count / 2;
+  }
+  return 0;
+}
+
 // By shape alone, so that sums come out the same on any number of threads.
 //
 // An item is a range of rows of the weights, as wide as can be: what is read in
 // the order of memory is read fastest. Each has sums of its own for its
 // columns, so there are fewer ranges of rows and more of columns where x has
 // many rows.
-Plan MakePlan(const Geometry& g, int64_t element_bytes) {
+Plan MakePlan(const Geometry& g, Format format) {
   Plan plan{};
   plan.rows = g.rows;
   plan.k = g.k;
   plan.n = g.n;
+  plan.step = format == Format::kInt4 ? 8 : 4;
   plan.padded = RoundUp(g.n, kWidestStep);
-  plan.chunk =
-      std::min(kSumsAbreast / std::min(g.rows, kRowsAbreast), kMaxChunk) /
-      kWidestStep * kWidestStep;
+  // Packed weights have sums of a group as well.
+  const int64_t abreast =
+      format >= Format::kInt8 ? kSumsAbreast / 2 : kSumsAbreast;
+  plan.chunk = std::min(abreast / std::min(g.rows, kRowsAbreast), kMaxChunk) /
+               kWidestStep * kWidestStep;
   const int64_t chunks = CeilDiv(g.n, plan.chunk);
-  const int64_t items =
-      std::clamp<int64_t>(g.k * g.n * element_bytes / kItemBytes, 1, kMaxItems);
+  const int64_t items = std::clamp<int64_t>(
+      WeightBytes(format, g.k * g.n) / kItemBytes, 1, kMaxItems);
   const int64_t widest =
       std::clamp(2 * kSumsAbreast / g.rows, kMinColumns, kMaxChunk);
   const int64_t column_parts =
@@ -97,8 +116,7 @@ Plan MakePlan(const Geometry& g, int64_t element_bytes) {
   plan.column_parts = CeilDiv(g.n, plan.columns);
   const int64_t k_parts = std::clamp<int64_t>(items / plan.column_parts, 1,
                                               CeilDiv(g.k, kDepth / 2));
-  plan.depth =
-      std::max(RoundUp(CeilDiv(g.k, k_parts), kRowsOfStep), kRowsOfStep);
+  plan.depth = std::max<int64_t>(RoundUp(CeilDiv(g.k, k_parts), 8), 8);
   plan.k_parts = std::max<int64_t>(CeilDiv(g.k, plan.depth), 1);
   return plan;
 }
@@ -150,11 +168,11 @@ void Finish(SimdLevel level, const Plan& plan, int64_t column, float* sums,
 }  // namespace
 
 void Multiply(const ParallelLoop& loop, SimdLevel level,
-              const Geometry& geometry, const ConstArray& x,
-              const ConstArray& w, const ConstArray& bias, const Array& y) {
+              const Geometry& geometry, const ConstArray& x, const Weights& w,
+              const ConstArray& bias, const Array& y) {
   const Geometry& g = geometry;
   if (g.groups * g.rows * g.n == 0) return;
-  const Plan plan = MakePlan(g, ElementBytes(w.element));
+  const Plan plan = MakePlan(g, w.format);
   const int64_t all_rows = g.groups * g.rows;
 
   // One row of float32 lies as it is wanted.
@@ -166,8 +184,9 @@ void Multiply(const ParallelLoop& loop, SimdLevel level,
     loop(all_rows, all_rows * g.k * 8, [&](int64_t i) {
       const int64_t row = i % g.rows, at = row / kRowsAbreast * kRowsAbreast;
       float* to = arranged.get() + (i - row + at) * g.k;
-      KERNELS_SIMD_CALL(level, ArrangeRow(At(x, i * g.k), x.element, g.k,
-                                          row - at, plan.RowsFrom(at), to));
+      KERNELS_SIMD_CALL(
+          level, ArrangeRow(At(x, i * g.k), x.element, g.k, plan.step, row - at,
+                            plan.RowsFrom(at), to));
     });
   }
 
@@ -175,14 +194,19 @@ void Multiply(const ParallelLoop& loop, SimdLevel level,
   const int64_t group_sums = plan.sums() * plan.k_parts;
   const std::unique_ptr<float[]> sums(
       new float[static_cast<size_t>(g.groups * group_sums)]);
-  const int64_t w_bytes = g.k * g.n * ElementBytes(w.element);
+  const int64_t w_bytes = WeightBytes(w.format, g.k * g.n);
   loop(g.groups * parts, g.groups * w_bytes, [&](int64_t i) {
     const int64_t group = i / parts;
     const int64_t k_part = i % parts / plan.column_parts;
     const Item item = GetItem(plan, i % plan.column_parts, k_part);
+    Weights own = w;
+    own.data = static_cast<const uint8_t*>(w.data) + group * w_bytes;
+    if (w.scale != nullptr) own.scale += group * CeilDiv(g.k, w.group) * g.n;
+    if (w.minimum != nullptr) {
+      own.minimum += group * CeilDiv(g.k, w.group) * g.n;
+    }
     KERNELS_SIMD_CALL(
-        level, SumItem(plan, item, w.element, At(w, group * g.k * g.n),
-                       factors + group * g.rows * g.k,
+        level, SumItem(plan, item, own, factors + group * g.rows * g.k,
                        sums.get() + group * group_sums + k_part * plan.sums()));
   });
 

@@ -12,6 +12,9 @@ PYBIND11_MODULE(_matmul_cpu, module) {
   module.def(
       "multiply", [] { return HandlerCapsule(MatmulMultiply); },
       "Handler of the product with a matrix of floating numbers.");
+  module.def(
+      "multiply_packed", [] { return HandlerCapsule(MatmulMultiplyPacked); },
+      "Handler of the product with a matrix of packed numbers.");
   AddSimdLevelFunctions(module);
 }
 

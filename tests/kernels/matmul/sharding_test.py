@@ -79,6 +79,42 @@ class MatmulShardingTest(parameterized.TestCase):
       for columns in (N, N // 2, N // 4, N // 8):
         self.assertEmpty(hlo.instructions(text, "all-gather", (rows, columns)))
 
+  @parameterized.product(
+    specs=(
+      (P(), P("a")),
+      (P("b"), P(None, "a")),
+      (P(None, "a"), P("a", "b")),
+      (P(), P(("a", "b"))),  # more parts than groups
+      (P("a"), P()),
+    ),
+    kind=({"bits": 8}, {"bits": 4}, {"bits": 8, "group": None}),
+    implementation=("cpu", "xla"),
+  )
+  def test_packed_weights(self, specs, kind, implementation):
+    mesh = devices.auto_mesh((4, 2), ("a", "b"))
+    rng = np.random.default_rng(3)
+    x = op_contract.array(rng, (ROWS, 128), "float32")
+    bias = op_contract.array(rng, (N,), "float32")
+    w = kernels.matmul.quantize(
+      op_contract.array(rng, (128, N), "float32"), **{"group": 32} | kind
+    )
+    want = _want(x, kernels.matmul.dequantize(w), bias)
+    x = jax.device_put(x, NamedSharding(mesh, specs[0]))
+    values = jax.device_put(w.values, NamedSharding(mesh, specs[1]))
+    w = kernels.matmul.QuantizedWeight(values, w.scale, w.minimum)
+    run = jax.jit(
+      lambda *args: kernels.matmul(*args, implementation=implementation)
+    )
+    compiled = run.lower(x, w, bias).compile()
+    np.testing.assert_allclose(compiled(x, w, bias), want, rtol=1e-4, atol=1e-3)
+    if implementation == "cpu":
+      text = compiled.as_text()
+      target = ffi.TARGET_MULTIPLY_PACKED
+      self.assertEqual(hlo.custom_calls(text, target), 1)
+      if specs[1] != P(("a", "b")):
+        for line in hlo.instructions(text, "all-gather"):
+          self.assertNotRegex(line.split("=")[1], "s8|u32")
+
   def test_many_rows_stay_and_the_weights_move(self):
     mesh = devices.auto_mesh((8,), ("a",))
     rng = np.random.default_rng(1)
