@@ -5,7 +5,7 @@ import functools
 from typing import Any
 
 import jax
-from jax import lax
+from jax import export, lax
 import jax.numpy as jnp
 import numpy as np
 
@@ -72,6 +72,14 @@ class QuantizedWeight:
   def nbytes(self) -> int:
     """Bytes of all arrays."""
     return sum(leaf.nbytes for leaf in jax.tree.leaves(self))
+
+
+export.register_pytree_node_serialization(
+  QuantizedWeight,
+  serialized_name="fused_nnx.kernels.matmul.QuantizedWeight",
+  serialize_auxdata=lambda aux: b"",
+  deserialize_auxdata=lambda data: (),
+)
 
 
 def quantize(

@@ -114,8 +114,9 @@ Plan MakePlan(const Geometry& g, Format format) {
       std::clamp<int64_t>(g.n / widest, 1, std::min(chunks, items));
   plan.columns = CeilDiv(chunks, column_parts) * plan.chunk;
   plan.column_parts = CeilDiv(g.n, plan.columns);
-  const int64_t k_parts = std::clamp<int64_t>(items / plan.column_parts, 1,
-                                              CeilDiv(g.k, kDepth / 2));
+  const int64_t k_parts =
+      std::clamp<int64_t>(items / plan.column_parts, 1,
+                          std::max<int64_t>(CeilDiv(g.k, kDepth / 2), 1));
   plan.depth = std::max<int64_t>(RoundUp(CeilDiv(g.k, k_parts), 8), 8);
   plan.k_parts = std::max<int64_t>(CeilDiv(g.k, plan.depth), 1);
   return plan;

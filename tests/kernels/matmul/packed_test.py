@@ -74,13 +74,16 @@ class PackedContract(op_contract.OpContract):
     want = np.float64(x) @ w
     if bias is not None:
       want = want + np.float64(bias)
+    # What is added to numbers of 4 bits to read them, 16 steps of the scale.
+    offset = 16 * np.repeat(np.float64(packed.scale), packed.group, 0)
+    offset *= packed.bits == 4
     tolerances.assert_close(
       got,
       want,
       x.dtype,
       reduced=x.shape[-1],
       factor=1.0,
-      scale=float((np.abs(np.float64(x)) @ np.abs(w)).max()),
+      scale=float((np.abs(np.float64(x)) @ (np.abs(w) + offset)).max()),
     )
 
   @parameterized.parameters(*_KINDS)
