@@ -19,9 +19,9 @@ def matmul(
 ) -> jax.Array:
   """Multiplies rows of activations with a matrix, `x @ w + bias`.
 
-  With few rows, as in decoding, a product takes as long as the memory takes to
-  deliver the weights. XLA on the CPU converts weights of half precision to
-  float32 in memory first.
+  With few rows, as in decoding, reading the weights is what a product takes;
+  the CPU's kernels do that once, in the order of memory. XLA on the CPU
+  converts weights of half precision to float32 in memory first.
 
   Args:
     x: `[..., k]`, floating.

@@ -18,6 +18,9 @@ MOST_ROWS_PACKED = 128
 # Numbers in the weights below which a call into a library is what it costs.
 LEAST_SIZE = 2**12
 
+# Numbers in the weights from which XLA reads float32 as fast for a single row.
+LARGE_SIZE = 2**22
+
 
 def on_cpu(
   avals: Sequence[Any], *, packed: bool, batch_axes: int, **params: Any
@@ -41,4 +44,7 @@ def on_cpu(
   size = arrays.static_size((x.shape[-1], w.shape[-1]))
   if size is not None and size < LEAST_SIZE:
     return f"XLA needs no call for weights of less than {LEAST_SIZE} numbers"
+  large = size is None or size >= LARGE_SIZE
+  if rows == 1 and large and w.dtype.name == "float32":
+    return "XLA reads large weights of float32 as fast for one row"
   return None

@@ -417,6 +417,19 @@ class AutoTest(parameterized.TestCase):
       (choice,) = kernels.explain(kernels.matmul, x, w)
       self.assertEqual(choice.implementation, "cpu", (k, n))
 
+  def test_few_rows_of_float32_too_but_for_one_of_large_weights(self):
+    for rows, shape, name in (
+      (1, (576, 1536), "cpu"),
+      (4, arg_specs.LLAMA_1B, "cpu"),
+      (1, arg_specs.LLAMA_1B, "xla"),
+      (33, (576, 1536), "xla"),
+      (1, (8, 8), "xla"),
+    ):
+      w = jax.ShapeDtypeStruct(shape, "float32")
+      x = jax.ShapeDtypeStruct((rows, shape[0]), "float32")
+      (choice,) = kernels.explain(kernels.matmul, x, w)
+      self.assertEqual(choice.implementation, name, (rows, shape))
+
   def test_no_path_is_hidden(self):
     # Whichever runs, the numbers are those of the oracle.
     rng = np.random.default_rng(0)
