@@ -18,6 +18,17 @@ from .flax_nnx import flax_nnx
 
 # Attributes of Flax's objects that say nothing here.
 _THEIRS_ALONE = {"Optimizer": ("graph",), "ModelAndOptimizer": ("graph",)}
+# Attributes that our attention layer has besides, called as its parameters.
+_ATTENTION_OPTIONS = (
+  "window",
+  "softcap",
+  "rope_base",
+  "rope_scale",
+  "rope_dim",
+  "rope_interleaved",
+  "rope_scaling",
+  "is_causal",
+)
 # Metadata that says how Flax keeps a Variable.
 _THEIR_METADATA = frozenset(
   "is_hijax has_ref is_mutable hijax ref mutable eager_sharding".split()
@@ -245,9 +256,11 @@ def _complete(layer: Any) -> None:
     added["num_features"] = layer.num_groups * layer.group_size
   elif type(layer) is nnx.MultiHeadAttention:
     parameters = inspect.signature(nnx.MultiHeadAttention).parameters
-    for name in ("window", "softcap", "rope_base", "rope_scale"):
+    for name in _ATTENTION_OPTIONS:
       added[name] = parameters[name].default
-    added |= {"cached_key_scale": None, "cached_value_scale": None}
+    added |= dict.fromkeys(
+      ("cached_key_scale", "cached_value_scale", "block_size")
+    )
   for name, value in added.items():
     setattr(layer, name, value)
 

@@ -121,6 +121,9 @@ from nnx.nn.attention import combine_masks as combine_masks
 from nnx.nn.attention import dot_product_attention as dot_product_attention
 from nnx.nn.attention import make_attention_mask as make_attention_mask
 from nnx.nn.attention import make_causal_mask as make_causal_mask
+from nnx.nn.attention_cache import init_cache as init_cache
+from nnx.nn.attention_cache import rewind_cache as rewind_cache
+from nnx.nn.attention_step import AttentionStep as AttentionStep
 from nnx.nn.conv import Conv as Conv
 from nnx.nn.conv import ConvTranspose as ConvTranspose
 from nnx.nn.embed import Embed as Embed
@@ -140,6 +143,9 @@ from nnx.nn.pooling import avg_pool as avg_pool
 from nnx.nn.pooling import max_pool as max_pool
 from nnx.nn.pooling import min_pool as min_pool
 from nnx.nn.pooling import pool as pool
+from nnx.nn.quantized import Quantized as Quantized
+from nnx.nn.quantized import QuantizedLinear as QuantizedLinear
+from nnx.nn.quantized import quantize as quantize
 from nnx.nn.recurrent import RNN as RNN
 from nnx.nn.recurrent import Bidirectional as Bidirectional
 from nnx.nn.recurrent import GRUCell as GRUCell
@@ -147,6 +153,9 @@ from nnx.nn.recurrent import LSTMCell as LSTMCell
 from nnx.nn.recurrent import OptimizedLSTMCell as OptimizedLSTMCell
 from nnx.nn.recurrent import RNNCellBase as RNNCellBase
 from nnx.nn.recurrent import SimpleCell as SimpleCell
+from nnx.nn.rope_scaling import Llama3Scaling as Llama3Scaling
+from nnx.nn.rope_scaling import RopeScaling as RopeScaling
+from nnx.nn.rope_scaling import YarnScaling as YarnScaling
 from nnx.nn.rotary import RoPE as RoPE
 from nnx.nn.rotary import (
   dot_product_attention_with_rope as dot_product_attention_with_rope,

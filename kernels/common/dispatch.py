@@ -34,6 +34,9 @@ from . import jax_private, libraries, partitioner
 
 AUTO = "auto"
 XLA = "xla"
+# "auto", but for where a program shows what it calls: exported, or split over
+# devices by the compiler. There it is "xla", so that plain layers stay plain.
+UNSEEN = "unseen"
 
 # The platforms that can have an implementation of their own; any other one
 # gets the reference.
@@ -145,11 +148,13 @@ class Placement:
       over all axes of its mesh.
     mesh: The mesh whose axes are explicit, but for those of a `shard_map`
       around, or None.
+    exported: Whether `jax.export` lowers it.
   """
 
   platform: str
   devices: int = 1
   mesh: Any = None
+  exported: bool = False
 
 
 class Op:
@@ -222,7 +227,9 @@ class Op:
   def check_implementation(self, implementation: str) -> None:
     """Raises ValueError unless `implementation` can be asked for."""
     names = (AUTO, XLA, *self.implementations)
-    if not isinstance(implementation, str) or implementation not in names:
+    if not isinstance(implementation, str) or (
+      implementation not in (*names, UNSEEN)
+    ):
       raise ValueError(
         f"`implementation` of {self.name} must be one of {', '.join(names)},"
         f" but got {implementation!r}."
@@ -249,6 +256,16 @@ class Op:
     Raises:
       ValueError: If the named `implementation` cannot run there.
     """
+    if implementation == UNSEEN:
+      if placement.exported or placement.devices != 1:
+        return Choice(
+          self.name,
+          XLA,
+          placement.platform,
+          "A plain layer calls no kernel in an exported program, nor where the"
+          " compiler splits it over devices.",
+        )
+      implementation = AUTO
     choice = self._choose(
       placement.platform, avals, implementation=implementation, **params
     )
@@ -370,6 +387,7 @@ class Op:
         platform or "this platform",
         jax_private.devices_to_split_over(ctx),
         jax_private.explicit_mesh(ctx.avals_in),
+        jax_private.is_exported(ctx),
       )
       choice = self.choose(
         placement, ctx.avals_in, implementation=implementation, **params

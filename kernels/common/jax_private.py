@@ -56,6 +56,15 @@ def devices_to_split_over(ctx: Any) -> int:
   return getattr(axes, "num_devices", 1) or 1
 
 
+def is_exported(ctx: Any) -> bool:
+  """Returns whether a program is lowered for `jax.export`.
+
+  Args:
+    ctx: Of a lowering rule.
+  """
+  return ctx.module_context.lowering_parameters.for_export
+
+
 def free_devices(mesh: Any, manual: Collection[str]) -> int:
   """Returns over how many devices the compiler splits by a mesh.
 

@@ -64,6 +64,23 @@ def _jvp(op, primals, tangents, *, implementation, **params):
   return out, list(tangent)
 
 
+def _transpose(op, cotangents, *args, implementation, **params):
+  del implementation
+  linear = [i for i, arg in enumerate(args) if ad.is_undefined_primal(arg)]
+
+  def of_linear(*given):
+    full = list(args)
+    for i, array in zip(linear, given):
+      full[i] = array
+    return op.reference(*full, **params)
+
+  back = jax.linear_transpose(of_linear, *(args[i].aval for i in linear))(
+    tuple(ad.instantiate_zeros(each) for each in cotangents)
+  )
+  given = dict(zip(linear, back))
+  return [given.get(i) for i in range(len(args))]
+
+
 def _op(name: str, packed: bool, fn: Callable[..., Any]) -> dispatch.Op:
   """Defines a product with weights that are packed or not."""
   bound = functools.partial
@@ -88,6 +105,7 @@ def _op(name: str, packed: bool, fn: Callable[..., Any]) -> dispatch.Op:
     ),
   )
   ad.primitive_jvps[op.primitive] = bound(_jvp, op)
+  ad.primitive_transposes[op.primitive] = bound(_transpose, op)
   return op
 
 

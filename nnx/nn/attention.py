@@ -13,7 +13,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from nnx import eager
 from nnx.nn import (
   checks,
   decoding,
@@ -23,18 +22,20 @@ from nnx.nn import (
   masks,
   rotary,
 )
-from nnx.nn.attention_cache import CachedAttention
+from nnx.nn.attention_projections import ProjectedAttention
+from nnx.nn.attention_step import AttentionStep
+from nnx.nn.attention_stepping import SteppedAttention
 from nnx.nn.dot_product import dot_product_attention as dot_product_attention
 from nnx.nn.dot_product import (
   dot_product_attention_weights as dot_product_attention_weights,
 )
 from nnx.nn.initializers import NO_METADATA, Initializer, default_kernel_init
-from nnx.nn.linear_general import LinearGeneral
 from nnx.nn.masks import combine_masks as combine_masks
 from nnx.nn.masks import make_attention_mask as make_attention_mask
 from nnx.nn.masks import make_causal_mask as make_causal_mask
 from nnx.nn.normalization import LayerNorm
 from nnx.nn.products import DotGeneral
+from nnx.nn.rope_scaling import RopeScaling
 from nnx.rnglib import Rngs, RngStream
 
 
@@ -53,37 +54,11 @@ def _zero_padding(lengths: jax.Array | None, x: jax.Array) -> jax.Array:
   return jnp.where(masks.both(None, real, x.ndim), x, 0)
 
 
-def _head_dim(layer: MultiHeadAttention, rope_base: float | None) -> int:
-  """Returns the features of a head; refuses numbers that do not fit."""
-  checks.whole("num_heads", layer.num_heads, 1)
-  checks.whole("num_kv_heads", layer.num_kv_heads, 1)
-  checks.whole("in_features", layer.in_features)
-  checks.whole("qkv_features", layer.qkv_features)
-  checks.whole("out_features", layer.out_features)
-  checks.whole("in_kv_features", layer.in_kv_features)
-  if layer.num_heads % layer.num_kv_heads:
-    raise ValueError(
-      "`num_heads` must be a multiple of `num_kv_heads`, but got"
-      f" `num_heads={layer.num_heads}` and"
-      f" `num_kv_heads={layer.num_kv_heads}`."
-    )
-  if layer.qkv_features % layer.num_heads:
-    raise ValueError(
-      "`qkv_features` must be a multiple of `num_heads`, but got"
-      f" `qkv_features={layer.qkv_features}` and"
-      f" `num_heads={layer.num_heads}`."
-    )
-  head_dim = layer.qkv_features // layer.num_heads
-  if rope_base is not None and head_dim % 2:
-    raise ValueError(
-      "`rope_base` needs heads of an even number of features, but"
-      f" `qkv_features={layer.qkv_features}` and"
-      f" `num_heads={layer.num_heads}` make {head_dim}."
-    )
-  return head_dim
+# The norm of queries and keys that `normalize_qk` asks for.
+_LAYER_NORM = functools.partial(LayerNorm, use_bias=False)
 
 
-class MultiHeadAttention(CachedAttention):
+class MultiHeadAttention(ProjectedAttention, SteppedAttention):
   """Projects inputs to queries, keys and values, attends, projects back.
 
       q, k, v = query(inputs_q), key(inputs_k), value(inputs_v)
@@ -99,7 +74,13 @@ class MultiHeadAttention(CachedAttention):
   and the results of tokens without room are NaN.
 
   `window`, `softcap` and rotary embedding do the same with and without a cache,
-  so that a model decodes as it was trained.
+  so that a model decodes as it was trained. That takes `is_causal=True`, here
+  or in the calls without a cache: decoding is causal whatever it says, and a
+  layer that says `is_causal=False` refuses to decode.
+
+  Where things stand, rows of rotary embedding and masks are the same for all
+  layers of a model: `prepare_step` makes them once, and each layer takes them
+  as `step`.
 
   Example:
 
@@ -137,8 +118,8 @@ class MultiHeadAttention(CachedAttention):
     num_heads: n, the number of query heads.
     in_features: Size of the last axis of the queries' inputs, and of the
       others' unless `in_kv_features` says otherwise.
-    qkv_features: n * h, the features of all query heads; `in_features`, if
-      None.
+    qkv_features: n * h, the features of all query heads; if None, `num_heads *
+      head_dim`, or `in_features` without `head_dim`.
     out_features: Size of the last axis of the result; `in_features`, if None.
     num_kv_heads: Number of key and value heads, a divisor of `num_heads`, which
       is taken if None.
@@ -162,9 +143,9 @@ class MultiHeadAttention(CachedAttention):
       arguments; with `window`, `softcap` and `input_positions` only if they are
       set.
     decode: Whether to use the cache. None, if each call says so.
-    normalize_qk: Whether to apply a `LayerNorm` to each head's queries and keys
-      (Dehghani et al. 2023, "Scaling vision transformers to 22 billion
-      parameters").
+    normalize_qk: Whether to apply a `LayerNorm` without bias to each head's
+      queries and keys, before they are rotated (Dehghani et al. 2023, "Scaling
+      vision transformers to 22 billion parameters").
     qkv_promote_dtype: `promote_dtype` of the first three projections.
     out_promote_dtype: `promote_dtype` of the last projection.
     ln_promote_dtype: `promote_dtype` of the norms.
@@ -191,14 +172,30 @@ class MultiHeadAttention(CachedAttention):
       queries and keys are rotated by their positions (`nnx.nn.rotary`). They
       are not, if None.
     rope_scale: Positions are divided by it, to reach past the lengths that a
-      model was trained on.
+      model was trained on (Chen et al. 2023, arXiv:2306.15595).
+    head_dim: h, the features of a head; `qkv_features / num_heads`, if None.
+    qk_norm: The class of norms to apply in place of `LayerNorm`, as
+      `nnx.RMSNorm` (Qwen 3, Gemma 3): called as `qk_norm(head_dim, dtype=...,
+      param_dtype=..., promote_dtype=..., rngs=..., scale_metadata=...)`.
+    rope_dim: How many features of a head are rotated, the first of them; all,
+      if None. They make `rope_dim / 2` pairs, and pair i turns by `position /
+      rope_scale / rope_base ** (2 * i / rope_dim)`.
+    rope_interleaved: Whether elements 2i and 2i + 1 are a pair (GPT-J, Llama as
+      published), else elements i and `i + rope_dim / 2` (GPT-NeoX, and Llama in
+      Hugging Face).
+    rope_scaling: How fast the pairs turn past the lengths of the training:
+      `nnx.Llama3Scaling` or `nnx.YarnScaling`.
+    is_causal: True, if no token of any call sees a later one; False, if the
+      layer must not decode; None, if each call without a cache says so, as in
+      Flax.
 
   Attributes:
     query: `LinearGeneral` to `[..., n, h]`; `key` and `value` likewise.
     out: `LinearGeneral` from `[..., n, h]`.
-    query_ln: `LayerNorm` or None; `key_ln` likewise.
+    query_ln: The norm of queries, or None; `key_ln` likewise.
     cached_key: `Cache`, `[..., max_length, kv heads, h]`, or None before
-      `init_cache`; `cached_value` likewise.
+      `init_cache`; `[blocks, block_size, kv heads, h]` with a `block_size`.
+      `cached_value` likewise.
     cache_index: `Cache`, int32, the number of tokens in the cache, `[]`; or one
       for each sequence.
     cached_key_scale: `Cache`, `[..., kv heads]` float32, for a cache of int8 or
@@ -207,15 +204,18 @@ class MultiHeadAttention(CachedAttention):
       caches. `cached_value_scale` likewise.
 
   Raises:
+    TypeError: If an option has the wrong type.
     ValueError: If `qkv_features`, `num_heads` or the features of a head cannot
-      be divided, or if `window`, `softcap`, `rope_base` or `rope_scale` is out
-      of range.
+      be divided or contradict each other, or if `window`, `softcap` or an
+      option of rotary embedding is out of range or has no `rope_base`.
   """
 
   # What an object pickled by Flax, whose layer has none of them, is without.
   window = softcap = rope_base = None
   rope_scale = 1.0
-  cached_key_scale = cached_value_scale = None
+  rope_dim = rope_scaling = is_causal = None
+  rope_interleaved = False
+  cached_key_scale = cached_value_scale = block_size = None
 
   def __init__(
     self,
@@ -259,22 +259,26 @@ class MultiHeadAttention(CachedAttention):
     softcap: float | None = None,
     rope_base: float | None = None,
     rope_scale: float = 1.0,
+    head_dim: int | None = None,
+    qk_norm: Callable[..., Any] | None = None,
+    rope_dim: int | None = None,
+    rope_interleaved: bool = False,
+    rope_scaling: RopeScaling | None = None,
+    is_causal: bool | None = None,
   ):
-    self.num_heads = num_heads
-    self.in_features = in_features
-    self.qkv_features = in_features if qkv_features is None else qkv_features
-    self.out_features = in_features if out_features is None else out_features
-    self.in_kv_features = (
-      in_features if in_kv_features is None else in_kv_features
+    """Assigns each parameter by name: a line each, and no more."""
+    self._set_sizes(
+      num_heads,
+      in_features,
+      qkv_features,
+      out_features,
+      num_kv_heads,
+      in_kv_features,
+      head_dim,
     )
-    self.num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
     checks.rate("dropout_rate", dropout_rate)
-    self.head_dim = _head_dim(self, rope_base)
     masks.check_window(window)
     dot_product.check_softcap(softcap)
-    if rope_base is not None:
-      checks.positive("rope_base", rope_base)
-      checks.positive("rope_scale", rope_scale)
     self.dtype = dtype
     self.param_dtype = param_dtype
     self.broadcast_dropout = broadcast_dropout
@@ -284,7 +288,7 @@ class MultiHeadAttention(CachedAttention):
     self.use_bias = use_bias
     self.attention_fn = attention_fn
     self.decode = decode
-    self.normalize_qk = normalize_qk
+    self.normalize_qk = normalize_qk or qk_norm is not None
     self.qkv_promote_dtype = qkv_promote_dtype
     self.out_promote_dtype = out_promote_dtype
     self.ln_promote_dtype = ln_promote_dtype
@@ -296,55 +300,26 @@ class MultiHeadAttention(CachedAttention):
     self.softcap = softcap
     self.rope_base = rope_base
     self.rope_scale = rope_scale
-
-    linear = functools.partial(
-      LinearGeneral,
-      use_bias=use_bias,
-      dtype=dtype,
-      param_dtype=param_dtype,
-      precision=precision,
-      rngs=rngs,
-    )
-    to_heads = functools.partial(
-      linear,
+    self.rope_dim = rope_dim
+    self.rope_interleaved = rope_interleaved
+    self.rope_scaling = rope_scaling
+    self.is_causal = is_causal
+    self._check_rotation()
+    if self.normalize_qk and qk_norm is None:
+      qk_norm = _LAYER_NORM
+    self._make_projections(
+      rngs,
       kernel_init=kernel_init,
+      out_kernel_init=out_kernel_init,
       bias_init=bias_init,
-      promote_dtype=qkv_promote_dtype,
-      dot_general=qkv_dot_general,
-      dot_general_cls=qkv_dot_general_cls,
+      out_bias_init=out_bias_init,
       kernel_metadata=kernel_metadata,
+      out_kernel_metadata=out_kernel_metadata,
       bias_metadata=bias_metadata,
-    )
-    # In this order: the keys come from one stream.
-    kv_heads = (self.num_kv_heads, self.head_dim)
-    self.query = to_heads(in_features, (num_heads, self.head_dim))
-    self.key = to_heads(self.in_kv_features, kv_heads)
-    self.value = to_heads(self.in_kv_features, kv_heads)
-    self.query_ln = None
-    self.key_ln = None
-    if normalize_qk:
-      norm = functools.partial(
-        LayerNorm,
-        self.head_dim,
-        dtype=dtype,
-        param_dtype=param_dtype,
-        use_bias=False,
-        promote_dtype=ln_promote_dtype,
-        rngs=rngs,
-      )
-      self.query_ln = norm(scale_metadata=query_ln_scale_metadata)
-      self.key_ln = norm(scale_metadata=key_ln_scale_metadata)
-    self.out = linear(
-      (num_heads, self.head_dim),
-      self.out_features,
-      axis=(-2, -1),
-      kernel_init=out_kernel_init or kernel_init,
-      bias_init=out_bias_init or bias_init,
-      promote_dtype=out_promote_dtype,
-      dot_general=out_dot_general,
-      dot_general_cls=out_dot_general_cls,
-      kernel_metadata=out_kernel_metadata or kernel_metadata,
-      bias_metadata=out_bias_metadata or bias_metadata,
+      out_bias_metadata=out_bias_metadata,
+      query_ln_scale_metadata=query_ln_scale_metadata,
+      key_ln_scale_metadata=key_ln_scale_metadata,
+      qk_norm=qk_norm,
     )
     self.rngs = None
     if keep_rngs and dropout_rate > 0:
@@ -354,6 +329,7 @@ class MultiHeadAttention(CachedAttention):
     self.cache_index = None
     self.cached_key_scale = None
     self.cached_value_scale = None
+    self.block_size = None
 
   def __call__(
     self,
@@ -371,6 +347,8 @@ class MultiHeadAttention(CachedAttention):
     qkv_sharding: Any = None,
     input_positions: jax.Array | None = None,
     lengths: jax.Array | None = None,
+    block_table: jax.Array | None = None,
+    step: AttentionStep | None = None,
   ) -> jax.Array:
     """Applies the layer.
 
@@ -386,44 +364,62 @@ class MultiHeadAttention(CachedAttention):
       sow_weights: Whether to sow the attention weights as `Intermediate`
         `attention_weights`.
       decode: Overrides that of the layer, if not None.
-      is_causal: Whether token i sees no key after key i; decoding is causal
-        anyway.
+      is_causal: Whether token i sees no key after key i, if the layer's own
+        `is_causal` does not say so; decoding is causal anyway.
       out_sharding: The sharding of the last projection's product, under a mesh
         with explicit axes.
       qkv_sharding: The same for the first three.
-      input_positions: Passed on to the layer's `attention_fn`, which must be
-        one that takes them. Rotary embedding by `rope_base` needs none: it
-        counts the tokens.
+      input_positions: `[t]` or `[..., t]` integers that are at least 0: where
+        the tokens stand for rotary embedding by `rope_base`, which counts them
+        if None. They change no mask, and nothing in the cache. Without
+        `rope_base`, they are passed on to the layer's `attention_fn`, which
+        must be one that takes them.
       lengths: `[]` or `[...]` integers in [0, t]: the number of real tokens of
         each sequence; all, if None. The rest is padding: no token sees it, its
         own result is that of attending to nothing, and it takes no room in the
         cache. With a cache, a length for each sequence needs an index for each:
         `init_cache(..., per_sequence=True)`.
+      block_table: `[..., m]` integers, for a cache of blocks: position p of a
+        sequence is slot `p % block_size` of block `block_table[..., p //
+        block_size]`.
+      step: What `prepare_step` of a layer with the same options made for the
+        same tokens, in place of `decode`, `lengths`, `input_positions` and
+        `block_table`.
 
     Returns:
       `[..., t, out_features]`.
 
     Raises:
-      ValueError: If shapes do not fit; if there are `input_positions` and no
-        `attention_fn` for them; if the cache is missing, has no index for each
-        of the `lengths` or, where the index is known (outside of `jit`), no
-        room; or if neither the call nor the layer says what is needed.
+      ValueError: If shapes do not fit; if there are `input_positions` and
+        neither `rope_base` nor an `attention_fn` for them; if the cache is
+        missing, has no index for each of the `lengths` or, where the index is
+        known (outside of `jit`), no room; if the `step` is of other layers or
+        tokens, or the layer's `is_causal` forbids to decode; or if neither the
+        call nor the layer says what is needed.
     """
-    keywords = self._own_keywords(input_positions)
     query, key, value = self._project(
       inputs_q, inputs_k, inputs_v, qkv_sharding
     )
-    if decode is None:
-      decode = self.decode
-      if decode is None:
-        raise ValueError(
-          "`MultiHeadAttention` must be told `decode`, but it is None in the"
-          " layer and in the call. Pass it to one of them, or set it for a"
-          " whole model by `nnx.view(model, decode=...)`."
-        )
+    keywords: dict[str, Any] = {}
+    if step is not None:
+      self._check_step(
+        step, query, key, decode, lengths, input_positions, block_table
+      )
+    else:
+      if self.rope_base is None and input_positions is not None:
+        keywords["input_positions"] = self._for_attention_fn(input_positions)
+        input_positions = None
+      step = self._step(
+        self._decodes(decode),
+        query.shape[:-2],
+        key.shape[-3],
+        lengths,
+        input_positions,
+        block_table,
+      )
     deterministic, dropout_rng = self._dropout(deterministic, rngs)
-    if lengths is not None:
-      lengths = self._as_lengths(lengths, query, key)
+    if self.softcap is not None:
+      keywords["softcap"] = self.softcap
     keywords.update(
       dropout_rng=dropout_rng,
       dropout_rate=self.dropout_rate,
@@ -433,79 +429,64 @@ class MultiHeadAttention(CachedAttention):
       precision=self.precision,
       module=self if sow_weights else None,
     )
-    if decode:
+    if step.index is not None:
       can_fuse = deterministic and not sow_weights
-      x = self._decode(query, key, value, lengths, mask, keywords, can_fuse)
+      x = self._decode(query, key, value, step, mask, keywords, can_fuse)
     else:
-      if self.rope_base is not None:
-        query, key = rotary.rotate_from_start(
-          query, key, self.rope_base, self.rope_scale
-        )
-      if self.window is not None:
-        keywords["window"] = self.window
-      if lengths is not None:
-        real = masks.real_tokens(lengths, key.shape[-3])
-        mask = masks.both(mask, real[..., None, None, :], query.ndim)
-      x = self.attention_fn(
-        query, key, value, mask=mask, is_causal=is_causal, **keywords
-      )
-      x = _zero_padding(lengths, x)
+      x = self._attend(query, key, value, step, mask, is_causal, keywords)
     return self.out(x, out_sharding=out_sharding)
 
-  def _project(
-    self,
-    inputs_q: jax.Array,
-    inputs_k: jax.Array | None,
-    inputs_v: jax.Array | None,
-    qkv_sharding: Any,
-  ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Projects the inputs to queries, keys and values."""
-    if inputs_k is None:
-      if inputs_v is not None:
-        raise ValueError(
-          "`inputs_k` must be given where `inputs_v` is, but it is None. For"
-          " one input as both, pass it as `inputs_k`."
-        )
-      inputs_k = inputs_q
-    if inputs_v is None:
-      inputs_v = inputs_k
-    if inputs_q.shape[-1] != self.in_features:
+  def _for_attention_fn(self, input_positions: jax.Array) -> jax.Array:
+    if self.attention_fn is dot_product_attention:
       raise ValueError(
-        f"`inputs_q` must have `in_features={self.in_features}` as its last"
-        f" axis, but got the shape {inputs_q.shape}."
+        "`input_positions` are for `rope_base` or for an `attention_fn` that"
+        " takes them, but the layer's `rope_base` is None and its"
+        " `attention_fn` is `dot_product_attention`. Give the layer one of"
+        " them."
       )
-    query = self.query(inputs_q, out_sharding=qkv_sharding)
-    key = self.key(inputs_k, out_sharding=qkv_sharding)
-    value = self.value(inputs_v, out_sharding=qkv_sharding)
-    if self.normalize_qk:
-      assert self.query_ln is not None and self.key_ln is not None
-      query = self.query_ln(query)
-      key = self.key_ln(key)
-    return query, key, value
+    return input_positions
 
-  def _own_keywords(self, input_positions: jax.Array | None) -> dict[str, Any]:
-    """Returns the keywords that `attention_fn` gets only if they are set."""
-    keywords: dict[str, Any] = {}
-    if input_positions is not None:
-      if self.attention_fn is dot_product_attention:
-        raise ValueError(
-          "`input_positions` are for an `attention_fn` that takes them, but the"
-          " layer's is `dot_product_attention`. Give the layer another, or"
-          " `rope_base`, which counts the tokens and needs none."
-        )
-      keywords["input_positions"] = input_positions
-    if self.softcap is not None:
-      keywords["softcap"] = self.softcap
-    return keywords
+  def _attend(
+    self,
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    step: AttentionStep,
+    mask: jax.Array | None,
+    is_causal: bool,
+    keywords: dict[str, Any],
+  ) -> jax.Array:
+    """Attends to the keys of the call alone: `[..., t, n, h]`."""
+    rotation = self._rotation()
+    if rotation is not None:
+      table = None if step.cos is None else (step.cos, step.sin)
+      query, key = rotary.rotate_at(query, key, step.positions, rotation, table)
+    if self.window is not None:
+      keywords["window"] = self.window
+    if step.lengths is not None:
+      seen = step.seen
+      if seen is None:
+        real = masks.real_tokens(step.lengths, key.shape[-3])
+        seen = real[..., None, None, :]
+      mask = masks.both(mask, seen, query.ndim)
+    x = self.attention_fn(
+      query,
+      key,
+      value,
+      mask=mask,
+      is_causal=bool(is_causal or self.is_causal),
+      **keywords,
+    )
+    return _zero_padding(step.lengths, x)
 
   def _decode(
     self,
     query: jax.Array,
     key: jax.Array,
     value: jax.Array,
-    lengths: jax.Array | None,
+    step: AttentionStep,
     mask: jax.Array | None,
-    keywords: Mapping[str, Any],
+    keywords: dict[str, Any],
     can_fuse: bool,
   ) -> jax.Array:
     """Appends keys and values to the cache and attends to all of it.
@@ -514,7 +495,7 @@ class MultiHeadAttention(CachedAttention):
       query: `[..., t, n, h]`.
       key: `[..., t, kv heads, h]`.
       value: Like `key`.
-      lengths: How many tokens are not padding; all, if None.
+      step: Where the tokens stand.
       mask: Broadcasts to `[..., n, t, max_length]`, or None.
       keywords: Further keywords of `attention_fn`.
       can_fuse: Whether one kernel may append and attend.
@@ -523,48 +504,27 @@ class MultiHeadAttention(CachedAttention):
       `[..., t, n, h]`; NaN for tokens that found no room, if a trace did not
       know their number.
     """
-    buffers = self._buffers()
-    lost = decoding.check_room(buffers, query, key, lengths)
-    options = decoding.Options(
-      self.window, self.softcap, self.rope_base, self.rope_scale
-    )
+    buffers, options = self._buffers(), self._options()
     if (
       can_fuse
-      and self.precision is None
-      and self.attention_fn is dot_product_attention
-      # A kernel would hide functions that were replaced.
-      and eager.functions_are_as_imported()
+      and self._may_fuse()
       and query.dtype in (jnp.float32, jnp.bfloat16, jnp.float16)
     ):
-      buffers, x = decoding.append_and_attend(
-        buffers, query, key, value, lengths, mask, options=options
+      buffers, x, step = decoding.append_and_attend(
+        buffers, query, key, value, step, mask, options=options
       )
-      self._keep(buffers)
+      self._keep(buffers, step)
     else:
-      buffers, query, key, value, seen = decoding.append(
-        buffers, query, key, value, lengths, options=options
+      buffers, query, key, value, step = decoding.append(
+        buffers, query, key, value, step, options=options
       )
-      self._keep(buffers)
-      mask = masks.both(mask, seen, query.ndim)
+      self._keep(buffers, step)
+      mask = masks.both(mask, step.seen, query.ndim)
       x = self.attention_fn(
         query, key, value, mask=mask, is_causal=False, **keywords
       )
-      x = _zero_padding(lengths, x)
-    return _nan_where(lost, x)
-
-  def _as_lengths(
-    self, lengths: jax.Array, query: jax.Array, key: jax.Array
-  ) -> jax.Array:
-    lengths = jnp.asarray(lengths, jnp.int32)
-    batch = query.shape[:-3]
-    if lengths.shape not in ((), batch) or query.shape[-3] != key.shape[-3]:
-      raise ValueError(
-        f"`lengths` must be one integer or have the shape {batch}, and the"
-        " queries and keys must be of the same tokens, but got `lengths` of the"
-        f" shape {lengths.shape} for {query.shape[-3]} queries and"
-        f" {key.shape[-3]} keys of each sequence. Use `mask` for others."
-      )
-    return lengths
+      x = _zero_padding(step.lengths, x)
+    return _nan_where(step.lost, x)
 
   def _dropout(
     self, deterministic: bool | None, rngs: Rngs | RngStream | None
@@ -636,7 +596,4 @@ class MultiHeadAttention(CachedAttention):
         f" got `batch_size={batch_size}` and `max_length={max_length}`."
       )
     batch = (batch_size,) if isinstance(batch_size, int) else tuple(batch_size)
-    self.init_cache(
-      (*batch, max_length, self.in_features),
-      jnp.float32 if self.dtype is None else self.dtype,
-    )
+    self.init_cache((*batch, max_length, self.in_features))

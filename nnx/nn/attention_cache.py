@@ -1,13 +1,17 @@
-"""The cache of an attention layer, which decoding appends to."""
+"""The caches of attention layers, which decoding appends to."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import Any
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 
-from nnx.module import Module
-from nnx.nn import decoding, dtypes
+from nnx.module import Module, iter_modules
+from nnx.nn import checks, decoding, dtypes
+from nnx.nn.products import as_tuple
 from nnx.variablelib import Cache
 
 
@@ -17,31 +21,44 @@ class CachedAttention(Module):
   Attributes:
     num_kv_heads: The number of key and value heads.
     head_dim: h, the features of a head.
+    dtype: The dtype that the layer computes in; of inputs and parameters, if
+      None.
+    param_dtype: The dtype of the parameters.
     cached_key: `[*batch, max_length, kv heads, h]`, or None before
-      `init_cache`.
+      `init_cache`; `[blocks, block_size, kv heads, h]` if there is a
+      `block_size`.
     cached_value: The same.
     cache_index: `[]` or `[*batch]` int32, the number of tokens in the cache.
     cached_key_scale: `[*batch, kv heads]` float32, the factors of what an int8
-      or float8 cache stores; None for other caches.
+      or float8 cache stores, or `[kv heads]` for blocks; None for other caches.
     cached_value_scale: The same.
+    block_size: How many tokens a block has; None, if each sequence has a row of
+      its own.
   """
 
   num_kv_heads: int
   head_dim: int
+  dtype: dtypes.Dtype | None
+  param_dtype: dtypes.Dtype
   cached_key: Cache | None
   cached_value: Cache | None
   cache_index: Cache | None
   cached_key_scale: Cache | None
   cached_value_scale: Cache | None
+  block_size: int | None
 
   def init_cache(
     self,
     input_shape: Sequence[int],
-    dtype: dtypes.Dtype = jnp.float32,
+    dtype: dtypes.Dtype | None = None,
     *,
     per_sequence: bool = False,
+    block_size: int | None = None,
+    blocks: int | None = None,
   ) -> None:
     """Makes an empty cache, which decoding needs.
+
+    `nnx.init_cache` does it for all layers of a model.
 
     Example:
 
@@ -61,28 +78,123 @@ class CachedAttention(Module):
       >>> layer.cached_key.dtype, layer.cache_index.value.tolist()
       (dtype('int8'), [3, 1])
 
+      A pool of blocks, of which each sequence takes what it needs:
+
+      >>> layer.init_cache((2, 16, 4), block_size=4, blocks=6)
+      >>> table = jnp.array([[5, 0], [3, 1]])
+      >>> y = layer(jnp.ones((2, 3, 4)), block_table=table)
+      >>> layer.cached_key.shape, layer.cache_index.value.tolist()
+      ((6, 4, 2, 2), [3, 3])
+
     Args:
       input_shape: `(*batch, max_length, features)` of the inputs of a whole
         sequence; the last is not used.
       dtype: Dtype of the cache: float32, bfloat16 or float16; or int8,
         float8_e4m3fn or float8_e5m2, with a scale for each sequence and head
-        that the first tokens decide.
+        that the first tokens decide. If None, that of the layer: `dtype`, or
+        `param_dtype` if that is None too.
       per_sequence: Whether each sequence has its own position, `cache_index`
         `[*batch]`: for prompts of different `lengths`, or to restart one by
-        setting its index (and its scales) to 0.
+        setting its index (and its scales) to 0. So it is with blocks anyway.
+      block_size: How many tokens a block has, for a pool of blocks in place of
+        rows: each call then takes a `block_table`. The scales of a pool, if it
+        has any, are of each head alone.
+      blocks: The number of blocks; as many as all sequences of `max_length`
+        take, if None.
+
+    Raises:
+      TypeError: If `block_size` or `blocks` is not an integer.
+      ValueError: If one of them is not positive, or there are `blocks` without
+        `block_size`.
     """
     *batch, length, _ = input_shape
+    if dtype is None:
+      dtype = self._cache_dtype()
     heads = self.num_kv_heads
-    shape = (*batch, length, heads, self.head_dim)
+    scale_shape = (*batch, heads)
+    if block_size is None:
+      if blocks is not None:
+        raise ValueError(
+          "`blocks` must not be given without `block_size`, but got"
+          f" `blocks={blocks}`."
+        )
+      rows = (*batch, length)
+    else:
+      checks.whole("block_size", block_size, 1)
+      if blocks is None:
+        blocks = int(np.prod(batch, dtype=int)) * -(-length // block_size)
+      checks.whole("blocks", blocks, 1)
+      per_sequence = True
+      rows, scale_shape = (blocks, block_size), (heads,)
+    shape = (*rows, heads, self.head_dim)
     index_shape = tuple(batch) if per_sequence else ()
+    self.block_size = block_size
     self.cached_key = Cache(jnp.zeros(shape, dtype))
     self.cached_value = Cache(jnp.zeros(shape, dtype))
     self.cache_index = Cache(jnp.zeros(index_shape, jnp.int32))
     self.cached_key_scale = None
     self.cached_value_scale = None
     if decoding.is_quantized(dtype):
-      self.cached_key_scale = Cache(jnp.zeros((*batch, heads), jnp.float32))
-      self.cached_value_scale = Cache(jnp.zeros((*batch, heads), jnp.float32))
+      self.cached_key_scale = Cache(jnp.zeros(scale_shape, jnp.float32))
+      self.cached_value_scale = Cache(jnp.zeros(scale_shape, jnp.float32))
+
+  def rewind_cache(self, length: jax.Array | int = 0) -> None:
+    """Forgets all tokens of the cache from some position on.
+
+    `nnx.rewind_cache` does it for all layers of a model.
+
+    Example:
+
+      >>> import jax.numpy as jnp
+      >>> import nnx
+      >>> layer = nnx.MultiHeadAttention(2, 4, decode=True, rngs=nnx.Rngs(0))
+      >>> layer.init_cache((2, 16, 4), per_sequence=True)
+      >>> y = layer(jnp.ones((2, 3, 4)))
+      >>> layer.rewind_cache(jnp.array([2, 9]))
+      >>> layer.cache_index.value.tolist()
+      [2, 3]
+
+    Args:
+      length: `[]` or `[*batch]` integers that are at least 0: how many tokens
+        to keep at most. With none, the next tokens choose the scales of a
+        quantised cache again, unless it is a pool of blocks.
+
+    Raises:
+      ValueError: If there is no cache; or if a length is negative or of each
+        sequence where the cache has one index.
+    """
+    if self.cache_index is None:
+      raise ValueError(
+        f"`{type(self).__name__}` must have a cache to rewind, but has none."
+        " Call `init_cache` first."
+      )
+    index = self.cache_index.value
+    length = jnp.asarray(length)
+    if length.shape not in ((), index.shape) or not jnp.issubdtype(
+      length.dtype, jnp.integer
+    ):
+      raise ValueError(
+        "`length` must be one integer or have the shape of `cache_index`,"
+        f" {index.shape}, but got `{length.dtype.name}` of the shape"
+        f" {length.shape}. For one of each sequence, call"
+        " `init_cache(..., per_sequence=True)`."
+      )
+    if not isinstance(length, jax.core.Tracer) and (length < 0).any():
+      raise ValueError(f"`length` must be at least 0, but got {length}.")
+    index = jnp.minimum(index, length.astype(index.dtype))
+    self.cache_index.value = index
+    if self.block_size is None:
+      for scale in (self.cached_key_scale, self.cached_value_scale):
+        if scale is not None:
+          some = (index > 0)[..., None]
+          scale.value = jnp.where(some, scale.value, 0)
+
+  def _cache_dtype(self) -> jnp.dtype:
+    """Returns the dtype of keys and values where inputs have the layer's."""
+    dtype = jnp.dtype(self.dtype or self.param_dtype)
+    if decoding.is_quantized(dtype) or not jnp.issubdtype(dtype, jnp.floating):
+      return jnp.dtype(jnp.float32)
+    return dtype
 
   def _buffers(self) -> decoding.Buffers:
     """Returns the arrays of the cache."""
@@ -99,17 +211,118 @@ class CachedAttention(Module):
     if self.cached_key_scale is not None:
       scales = self.cached_key_scale.value, self.cached_value_scale.value
     return decoding.Buffers(
-      self.cache_index.value,
-      self.cached_key.value,
-      self.cached_value.value,
-      *scales,
+      self.cached_key.value, self.cached_value.value, *scales
     )
 
-  def _keep(self, buffers: decoding.Buffers) -> None:
+  def _keep(
+    self, buffers: decoding.Buffers, step: decoding.AttentionStep
+  ) -> None:
     """Writes what a step made of the cache."""
-    self.cache_index.value = buffers.index
+    if step.counts:
+      self.cache_index.value = step.next_index
     self.cached_key.value = buffers.key
     self.cached_value.value = buffers.value
     if buffers.key_scale is not None:
       self.cached_key_scale.value = buffers.key_scale
       self.cached_value_scale.value = buffers.value_scale
+
+
+def _layers(model: Any) -> Iterator[CachedAttention]:
+  """Returns the attention layers of a model."""
+  found = False
+  for _, layer in iter_modules(model):
+    if isinstance(layer, CachedAttention):
+      found = True
+      yield layer
+  if not found:
+    raise ValueError(
+      "`model` must have an attention layer, as `nnx.MultiHeadAttention`, but"
+      f" this `{type(model).__name__}` has none."
+    )
+
+
+def init_cache(
+  model: Any,
+  batch_size: int | Sequence[int],
+  max_length: int,
+  dtype: dtypes.Dtype | None = None,
+  *,
+  per_sequence: bool = False,
+  block_size: int | None = None,
+  blocks: int | None = None,
+) -> None:
+  """Makes empty caches for all attention layers of a model.
+
+  Example:
+
+    >>> import jax.numpy as jnp
+    >>> import nnx
+    >>> def make(rngs):
+    ...   return nnx.MultiHeadAttention(
+    ...     2, 4, is_causal=True, decode=True, rngs=rngs
+    ...   )
+    >>> model = nnx.Sequential(make(nnx.Rngs(0)), make(nnx.Rngs(1)))
+    >>> nnx.init_cache(model, batch_size=3, max_length=16)
+    >>> model(jnp.ones((3, 5, 4))).shape
+    (3, 5, 4)
+    >>> [int(layer.cache_index.value) for layer in model.layers]
+    [5, 5]
+
+  Args:
+    model: A Module, or a pytree of them. For a part of a model, pass that part.
+    batch_size: The batch axes, an int for one.
+    max_length: How many tokens a sequence may have.
+    dtype: Dtype of the caches, as for `MultiHeadAttention.init_cache`: that of
+      each layer, if None.
+    per_sequence: Whether each sequence has its own position.
+    block_size: How many tokens a block has, for pools of blocks.
+    blocks: The number of blocks of a pool.
+
+  Raises:
+    TypeError: If a number is not an integer.
+    ValueError: If there is no attention layer, or a number is out of range.
+  """
+  checks.wholes("batch_size", batch_size)
+  checks.whole("max_length", max_length)
+  batch = as_tuple(batch_size)
+  for layer in _layers(model):
+    layer.init_cache(
+      (*batch, max_length, 0),
+      dtype,
+      per_sequence=per_sequence,
+      block_size=block_size,
+      blocks=blocks,
+    )
+
+
+def rewind_cache(model: Any, length: jax.Array | int = 0) -> None:
+  """Forgets all tokens from some position on, in all caches of a model.
+
+  Without a length it empties the caches, without new memory: for the next
+  prompt. With one, it takes back what a speculation got wrong.
+
+  Example:
+
+    >>> import jax.numpy as jnp
+    >>> import nnx
+    >>> model = nnx.MultiHeadAttention(2, 4, decode=True, rngs=nnx.Rngs(0))
+    >>> nnx.init_cache(model, batch_size=3, max_length=16)
+    >>> y = model(jnp.ones((3, 5, 4)))
+    >>> nnx.rewind_cache(model, 2)
+    >>> int(model.cache_index.value)
+    2
+    >>> nnx.rewind_cache(model)
+    >>> int(model.cache_index.value)
+    0
+
+  Args:
+    model: A Module, or a pytree of them.
+    length: `[]` or `[*batch]` integers that are at least 0: how many tokens of
+      each sequence to keep at most.
+
+  Raises:
+    ValueError: If there is no attention layer, or one has no cache; or if a
+      length does not fit.
+  """
+  for layer in _layers(model):
+    layer.rewind_cache(length)

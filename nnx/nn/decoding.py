@@ -12,10 +12,13 @@ import math
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from nnx import eager
-from nnx.nn import masks, rotary
+from nnx.nn import masks
+from nnx.nn.attention_step import NO_OPTIONS, begin
+from nnx.nn.attention_step import AttentionStep as AttentionStep
+from nnx.nn.attention_step import Options as Options
+from nnx.nn.rotary import Rotation
 
 # By this factor, later keys and values may exceed those that set the scales.
 # An integer loses a bit for each factor of 2, a float nothing.
@@ -23,57 +26,9 @@ _INTEGER_HEADROOM = 2
 _FLOAT_HEADROOM = 16
 
 
-@dataclasses.dataclass(frozen=True)
-class Options:
-  """How attention decodes: its window, cap and rotation.
-
-  Example:
-
-    >>> from nnx.nn import decoding
-    >>> decoding.Options(window=128)
-    Options(window=128, softcap=None, rope_base=None, rope_scale=1.0)
-
-  Attributes:
-    window: How many keys a query sees, as for
-      `nnx.nn.masks.check_window`.
-    softcap: Logits become `softcap * tanh(logits / softcap)`.
-    rope_base: Base of the wavelengths of rotary embedding; no rotation, if
-      None.
-    rope_scale: Positions are divided by it.
-  """
-
-  window: masks.Window | None = None
-  softcap: float | None = None
-  rope_base: float | None = None
-  rope_scale: float = 1.0
-
-  def rope_rows(
-    self, positions: jax.Array, max_length: int, features: int
-  ) -> tuple[jax.Array, jax.Array]:
-    """Returns the cosines and sines of `nnx.nn.rotary.rows`.
-
-    Example:
-
-      >>> import jax.numpy as jnp
-      >>> from nnx.nn import decoding
-      >>> options = decoding.Options(rope_base=10000.0)
-      >>> options.rope_rows(jnp.arange(3), 8, 4)[0].shape
-      (3, 2)
-
-    Args:
-      positions: `[...]` integers.
-      max_length: The number of positions.
-      features: The features of a head.
-    """
-    assert self.rope_base is not None
-    return rotary.rows(
-      positions, max_length, features, self.rope_base, self.rope_scale
-    )
-
-
 @functools.partial(
   jax.tree_util.register_dataclass,
-  data_fields=["index", "key", "value", "key_scale", "value_scale"],
+  data_fields=["key", "value", "key_scale", "value_scale"],
   meta_fields=[],
 )
 @dataclasses.dataclass(frozen=True)
@@ -81,15 +36,15 @@ class Buffers:
   """The arrays of a cache.
 
   Attributes:
-    index: `[]` or `[*batch]` int32, the number of tokens in it.
-    key: `[*batch, max_length, kv heads, h]`.
+    key: `[*batch, max_length, kv heads, h]`; or, where a step has a block
+      table, `[blocks, block_size, kv heads, h]`.
     value: The same.
     key_scale: `[*batch, kv heads]` float32 for a quantised cache, the factors
-      of what is stored, 0 where there are no tokens yet; otherwise None.
+      of what is stored, 0 where there are no tokens yet; `[kv heads]` for
+      blocks, which sequences share. Otherwise None.
     value_scale: The same.
   """
 
-  index: jax.Array
   key: jax.Array
   value: jax.Array
   key_scale: jax.Array | None = None
@@ -109,86 +64,37 @@ def is_quantized(dtype: jnp.dtype) -> bool:
   return jnp.dtype(dtype).itemsize == 1
 
 
-def check_room(
-  buffers: Buffers,
-  query: jax.Array,
-  key: jax.Array,
-  lengths: jax.Array | None,
-) -> jax.Array | None:
-  """Refuses new tokens that do not fit into the cache.
+def check_shapes(
+  cache: jax.Array, tokens: tuple[int, ...], keys: int, paged: bool
+) -> None:
+  """Refuses new tokens that are not those of a cache.
 
   Example:
 
     >>> import jax.numpy as jnp
     >>> from nnx.nn import decoding
-    >>> cache, x = jnp.zeros((1, 4, 1, 2)), jnp.ones((1, 2, 1, 2))
-    >>> buffers = decoding.Buffers(jnp.array(3), cache, cache)
-    >>> decoding.check_room(buffers, x, x, None)  # doctest: +ELLIPSIS
-    Traceback (most recent call last):
-      ...
-    ValueError: The cache must have room for all tokens, but ...
+    >>> decoding.check_shapes(jnp.zeros((3, 16, 1, 4)), (3, 5), 5, False)
 
   Args:
-    buffers: The cache.
-    query: `[*batch, t, n, h]`.
-    key: `[*batch, t, kv heads, h]`.
-    lengths: `[]` or `[*batch]` int32, the number of tokens that are not
-      padding; all, if None.
-
-  Returns:
-    None if all tokens fit. Where a trace does not know the number of tokens,
-    which of them do not, `[*index axes, t]`.
+    cache: `[*batch, max_length, kv heads, h]`, or blocks.
+    tokens: `[*batch, t]`, the shape of the queries' tokens.
+    keys: s, the number of keys of each sequence.
+    paged: Whether the cache is a pool of blocks, for any batch.
 
   Raises:
-    ValueError: If shapes do not fit, or the cache has no room.
+    ValueError: If the batch is another, or s is not t.
   """
-  *batch, length, heads, features = buffers.key.shape
-  tokens = key.shape[-3]
-  expected = (*batch, tokens, heads, features)
-  if key.shape != expected or query.shape[:-2] != expected[:-2]:
+  batch = cache.shape[:-3]
+  if keys != tokens[-1] or not (paged or batch == tuple(tokens[:-1])):
+    heads, features = cache.shape[-2:]
+    given = (*tokens[:-1], keys, heads, features)
+    expected = (*(tokens[:-1] if paged else batch), tokens[-1], heads, features)
     raise ValueError(
       "The inputs must fit the cache, whose shape"
-      f" {buffers.key.shape} expects keys of the shape {expected},"
-      f" but got keys of the shape {key.shape} and queries of the shape"
-      f" {query.shape}. Call `init_cache` with this batch."
+      f" {cache.shape} expects keys of the shape {expected},"
+      f" but got keys of the shape {given} and queries of"
+      f" {tokens[-1]} tokens. Call `init_cache` with this batch."
     )
-  index = buffers.index
-  if lengths is not None and lengths.ndim > index.ndim:
-    raise ValueError(
-      "`lengths` of each sequence need a `cache_index` of each, but its shape"
-      f" is {index.shape} and that of `lengths` is {lengths.shape}. Call"
-      " `init_cache(..., per_sequence=True)`."
-    )
-  new = tokens if lengths is None else lengths
-  if isinstance(index, jax.core.Tracer) or isinstance(new, jax.core.Tracer):
-    return _without_room(buffers, tokens, lengths)
-  room = np.max(np.asarray(index) + np.asarray(new), initial=0)
-  if room > length:
-    raise ValueError(
-      f"The cache must have room for all tokens, but its `max_length` is"
-      f" {length}, `cache_index` is {np.max(index)}, and the call adds"
-      f" {np.max(new)}. Call `init_cache` for a larger or an empty one."
-    )
-  return None
-
-
-def _without_room(
-  buffers: Buffers, tokens: int, lengths: jax.Array | None
-) -> jax.Array:
-  """Returns which new tokens the cache cannot take: `[*index axes, t]`."""
-  index = jnp.expand_dims(buffers.index, -1)
-  steps = jnp.arange(tokens).reshape((1,) * buffers.index.ndim + (-1,))
-  lost = index + steps >= buffers.key.shape[-3]
-  if lengths is None:
-    return lost
-  real = masks.real_tokens(lengths, tokens)
-  return jnp.logical_and(lost, masks.both(None, real, lost.ndim))
-
-
-def _positions(first: jax.Array, tokens: int) -> jax.Array:
-  """Returns the positions of consecutive tokens: `[*first, t]`."""
-  steps = jnp.arange(tokens, dtype=jnp.int32)
-  return jnp.expand_dims(first, -1) + steps.reshape((1,) * first.ndim + (-1,))
 
 
 def _scale(
@@ -197,21 +103,21 @@ def _scale(
   """Keeps a scale, or makes one from the first tokens if there is none.
 
   Args:
-    scale: `[*batch, kv heads]`, 0 where there is none.
+    scale: `[*batch, kv heads]` or `[kv heads]`, 0 where there is none.
     size: `[*batch, t, kv heads, ...]`, bounds of what the cache stores.
     lengths: `[*batch]`, how many tokens count.
     dtype: Dtype of the cache.
   """
   axis = lengths.ndim
-  steps = jnp.expand_dims(jnp.arange(size.shape[axis]), tuple(range(axis)))
-  real = steps < jnp.expand_dims(lengths, -1)
+  real = masks.real_tokens(lengths, size.shape[axis])
   real = jnp.expand_dims(real, (-2, -1))
-  largest = jnp.max(jnp.where(real, size, 0), (axis, -1)).astype(jnp.float32)
+  shared = tuple(range(axis)) if scale.ndim == 1 else ()
+  largest = jnp.max(jnp.where(real, size, 0), (*shared, axis, -1))
   if jnp.issubdtype(dtype, jnp.integer):
     top = jnp.iinfo(dtype).max / _INTEGER_HEADROOM
   else:
     top = float(jnp.finfo(dtype).max) / _FLOAT_HEADROOM
-  return jnp.where(scale > 0, scale, largest / top)
+  return jnp.where(scale > 0, scale, largest.astype(jnp.float32) / top)
 
 
 def _with_scales(
@@ -219,15 +125,13 @@ def _with_scales(
   key: jax.Array,
   value: jax.Array,
   lengths: jax.Array,
-  rotates: bool,
+  rotation: Rotation | None,
 ) -> tuple[Buffers, dict[str, jax.Array]]:
   """Returns the cache with scales for new tokens, and the kernel's operands."""
   if buffers.key_scale is None or buffers.value_scale is None:
     return buffers, {}
-  lengths = jnp.broadcast_to(lengths, buffers.key.shape[:-3])
-  size = jnp.abs(key)
-  if rotates:  # a rotation keeps the length of a pair
-    size = jnp.hypot(*jnp.split(key, 2, -1))
+  lengths = jnp.broadcast_to(lengths, key.shape[:-3])
+  size = jnp.abs(key) if rotation is None else rotation.bound(key)
   key_scale = _scale(buffers.key_scale, size, lengths, buffers.key.dtype)
   value_scale = _scale(
     buffers.value_scale, jnp.abs(value), lengths, buffers.value.dtype
@@ -240,19 +144,17 @@ def _with_scales(
     "k_scale": jnp.where(key_scale > 0, key_scale, 1.0),
     "v_scale": jnp.where(value_scale > 0, value_scale, 1.0),
   }
+  if key_scale.ndim == 1:
+    return buffers, scales
   return buffers, {
     name: scale.reshape(-1, scale.shape[-1]) for name, scale in scales.items()
   }
 
 
-def _filled(
-  buffers: Buffers, new: tuple[jax.Array, ...], lengths: jax.Array
-) -> Buffers:
-  """Returns the cache with what a kernel wrote, and the index after it."""
+def _filled(buffers: Buffers, new: tuple[jax.Array, ...]) -> Buffers:
+  """Returns the cache with what a kernel wrote."""
   key, value = (x.reshape(buffers.key.shape) for x in new)
-  return dataclasses.replace(
-    buffers, index=buffers.index + lengths, key=key, value=value
-  )
+  return dataclasses.replace(buffers, key=key, value=value)
 
 
 def _in_one_batch_axis(x: jax.Array, batch: tuple[int, ...]) -> jax.Array:
@@ -264,17 +166,58 @@ def _each(number: jax.Array) -> jax.Array:
   return number.reshape(-1) if number.ndim else number
 
 
+def _caches(
+  buffers: Buffers, step: AttentionStep, batch: tuple[int, ...]
+) -> tuple[jax.Array, jax.Array, dict[str, jax.Array]]:
+  """Returns both caches as kernels take them, and the table of their blocks."""
+  if step.block_table is None:
+    key, value = (
+      _in_one_batch_axis(x, batch) for x in (buffers.key, buffers.value)
+    )
+    return key, value, {}
+  table = _in_one_batch_axis(step.block_table, batch)
+  return buffers.key, buffers.value, {"block_table": table}
+
+
 def _written(
-  cache: jax.Array, new: jax.Array, index: jax.Array, lengths: jax.Array
+  cache: jax.Array,
+  new: jax.Array,
+  index: jax.Array,
+  lengths: jax.Array,
+  block_table: jax.Array | None = None,
 ) -> jax.Array:
   """Appends to one cache as `kernels.kv_cache.update` does, in plain jax."""
   batch, tokens = new.shape[:2]
+  rows, size = cache.shape[:2]
   index = jnp.broadcast_to(index, (batch,))
   lengths = jnp.broadcast_to(lengths, (batch,))
-  slots = _positions(index, tokens)
-  real = jnp.arange(tokens)[None] < lengths[:, None]
-  slots = jnp.where(real, slots, cache.shape[1])  # outside: dropped
-  return cache.at[jnp.arange(batch)[:, None], slots].set(new, mode="drop")
+  slots = index[:, None] + jnp.arange(tokens, dtype=jnp.int32)
+  real = masks.real_tokens(lengths, tokens)
+  row = jnp.arange(batch)[:, None]
+  if block_table is not None:
+    block, slots = slots // size, slots % size
+    real &= block < block_table.shape[1]
+    row = jnp.take_along_axis(block_table, block, 1, mode="clip")
+  row = jnp.where(real, row, rows)  # outside: dropped
+  return cache.at[row, slots].set(new, mode="drop")
+
+
+def _read(
+  cache: jax.Array,
+  scale: jax.Array | None,
+  dtype: jnp.dtype,
+  block_table: jax.Array | None,
+) -> jax.Array:
+  """Returns what is in a cache: `[*batch, slots, kv heads, h]`."""
+  if block_table is not None:
+    cache = cache[block_table]
+    *batch, blocks, size, heads, features = cache.shape
+    cache = cache.reshape((*batch, blocks * size, heads, features))
+  cache = cache.astype(dtype)
+  if scale is None:
+    return cache
+  axes = -1 if scale.ndim == 1 else (-3, -1)
+  return cache * jnp.expand_dims(scale, axes).astype(dtype)
 
 
 @functools.partial(eager.compiled, static=("options",))
@@ -283,9 +226,9 @@ def append(
   query: jax.Array,
   key: jax.Array,
   value: jax.Array,
-  lengths: jax.Array | None = None,
-  options: Options = Options(),
-) -> tuple[Buffers, jax.Array, jax.Array, jax.Array, jax.Array]:
+  step: AttentionStep,
+  options: Options = NO_OPTIONS,
+) -> tuple[Buffers, jax.Array, jax.Array, jax.Array, AttentionStep]:
   """Appends keys and values; another function then computes the attention.
 
   Example:
@@ -293,70 +236,67 @@ def append(
     >>> import jax.numpy as jnp
     >>> from nnx.nn import decoding
     >>> cache = jnp.zeros((1, 4, 1, 2))
-    >>> buffers = decoding.Buffers(jnp.array(1), cache, cache)
+    >>> buffers = decoding.Buffers(cache, cache)
     >>> x = jnp.ones((1, 2, 1, 2))
-    >>> buffers, _, key, _, seen = decoding.append(buffers, x, x, x)
-    >>> key[0, :, 0, 0].tolist(), seen[0].astype(int).tolist()
+    >>> step = decoding.AttentionStep(jnp.int32(1))
+    >>> buffers, _, key, _, step = decoding.append(buffers, x, x, x, step)
+    >>> key[0, :, 0, 0].tolist(), step.seen[0].astype(int).tolist()
     ([0.0, 1.0, 1.0, 0.0], [[1, 1, 0, 0], [1, 1, 1, 0]])
+    >>> step.next_index.tolist()
+    3
 
   Args:
     buffers: The cache.
     query: `[*batch, t, n, h]`.
     key: `[*batch, t, kv heads, h]`.
     value: Like `key`.
-    lengths: `[]` or `[*batch]` int32, the number of tokens that are not
-      padding; all, if None.
+    step: What the layers of a model share; it may lack what follows from the
+      rest.
     options: Options of the attention.
 
   Returns:
     The new cache; the query, rotated; all keys and values of the cache, in the
-    dtypes of the new ones; and which of them each query sees, `[*index axes, 1,
-    t, max_length]`.
+    dtypes of the new ones; and the step, with which of them each query sees.
   """
   # While tracing: programs that never decode import no kernels.
   from nnx.kernels import kv_cache
 
-  batch, (length, _, features) = buffers.key.shape[:-3], buffers.key.shape[-3:]
-  tokens = key.shape[-3]
-  lengths = jnp.int32(tokens) if lengths is None else lengths
-  positions = _positions(buffers.index, tokens)
-  if options.rope_base is not None:
-    table = options.rope_rows(positions, length, features)
-    query, key = rotary.rotate(query, *table), rotary.rotate(key, *table)
-  buffers, scales = _with_scales(buffers, key, value, lengths, rotates=False)
+  batch, tokens = key.shape[:-3], key.shape[-3]
+  slots = step.slots(buffers.key)
+  step = begin(step, tokens, slots, options, with_mask=True)
+  rotation = options.rotation
+  if rotation is not None:
+    query, key = (rotation.rotate(x, step.cos, step.sin) for x in (query, key))
+  buffers, scales = _with_scales(buffers, key, value, step.count, None)
   new = key, value
   if not scales:
     new = key.astype(buffers.key.dtype), value.astype(buffers.value.dtype)
-  old_key, old_value, new_key, new_value = (
-    _in_one_batch_axis(x, batch) for x in (buffers.key, buffers.value, *new)
-  )
-  index, count = _each(buffers.index), _each(lengths)
+  new_key, new_value = (_in_one_batch_axis(x, batch) for x in new)
+  old_key, old_value, table = _caches(buffers, step, batch)
+  index, count = _each(step.index), _each(step.count)
   if buffers.key.dtype == jnp.float64:  # which the kernels do not take
     new = (
-      _written(old_key, new_key, index, count),
-      _written(old_value, new_value, index, count),
+      _written(old_key, new_key, index, count, **table),
+      _written(old_value, new_value, index, count, **table),
     )
   else:
     new = kv_cache.update(
-      old_key, old_value, new_key, new_value, index, lengths=count, **scales
+      old_key,
+      old_value,
+      new_key,
+      new_value,
+      index,
+      lengths=count,
+      **scales,
+      **table,
     )
-  buffers = _filled(buffers, new, lengths)
-
-  def read(cache, scale, dtype):
-    cache = cache.astype(dtype)
-    if scale is None:
-      return cache
-    return cache * jnp.expand_dims(scale, (-3, -1)).astype(dtype)
-
-  seen = masks.positions_mask(
-    positions, jnp.arange(length), True, options.window
-  )
+  buffers = _filled(buffers, new)
   return (
     buffers,
     query,
-    read(buffers.key, buffers.key_scale, key.dtype),
-    read(buffers.value, buffers.value_scale, value.dtype),
-    jnp.expand_dims(seen, -3),
+    _read(buffers.key, buffers.key_scale, key.dtype, step.block_table),
+    _read(buffers.value, buffers.value_scale, value.dtype, step.block_table),
+    step,
   )
 
 
@@ -366,10 +306,10 @@ def append_and_attend(
   query: jax.Array,
   key: jax.Array,
   value: jax.Array,
-  lengths: jax.Array | None = None,
+  step: AttentionStep,
   mask: jax.Array | None = None,
-  options: Options = Options(),
-) -> tuple[Buffers, jax.Array]:
+  options: Options = NO_OPTIONS,
+) -> tuple[Buffers, jax.Array, AttentionStep]:
   """Appends keys and values and attends, in one kernel.
 
   Example:
@@ -377,10 +317,11 @@ def append_and_attend(
     >>> import jax.numpy as jnp
     >>> from nnx.nn import decoding
     >>> cache = jnp.zeros((1, 4, 1, 2))
-    >>> buffers = decoding.Buffers(jnp.array(0), cache, cache)
+    >>> buffers = decoding.Buffers(cache, cache)
     >>> x = jnp.ones((1, 2, 1, 2))
-    >>> buffers, y = decoding.append_and_attend(buffers, x, x, x)
-    >>> y.shape, buffers.key[0, :, 0, 0].tolist(), int(buffers.index)
+    >>> step = decoding.AttentionStep(jnp.int32(0))
+    >>> buffers, y, step = decoding.append_and_attend(buffers, x, x, x, step)
+    >>> y.shape, buffers.key[0, :, 0, 0].tolist(), int(step.next_index)
     ((1, 2, 1, 2), [1.0, 1.0, 0.0, 0.0], 2)
 
   Args:
@@ -388,50 +329,56 @@ def append_and_attend(
     query: `[*batch, t, n, h]`, float32, bfloat16 or float16.
     key: `[*batch, t, kv heads, h]`.
     value: Like `key`.
-    lengths: `[]` or `[*batch]` int32, the number of tokens that are not
-      padding; all, if None.
-    mask: Broadcasts to `[*batch, n, t, max_length]`; False where a key is not
-      seen.
+    step: What the layers of a model share; it may lack what follows from the
+      rest.
+    mask: Broadcasts to `[*batch, n, t, slots]`; False where a key is not seen.
     options: Options of the attention.
 
   Returns:
-    The new cache, and `[*batch, t, n, h]` of the query's dtype, 0 for padding.
+    The new cache; `[*batch, t, n, h]` of the query's dtype, 0 for padding; and
+    the step, complete.
   """
   from nnx.kernels import decode_attention
 
-  batch, (length, _, features) = buffers.key.shape[:-3], buffers.key.shape[-3:]
-  tokens = key.shape[-3]
-  lengths = jnp.int32(tokens) if lengths is None else lengths
-  index = _each(buffers.index)
+  batch, tokens = key.shape[:-3], key.shape[-3]
+  slots = step.slots(buffers.key)
+  step = begin(step, tokens, slots, options)
   if mask is not None:
     mask = jnp.asarray(mask).astype(bool)
     mask = mask.reshape((1,) * (3 - mask.ndim) + mask.shape)
     mask = jnp.broadcast_to(mask, (*batch, *mask.shape[-3:]))
     mask = _in_one_batch_axis(mask, batch)
-  rotates = options.rope_base is not None
-  rope = {}
-  if rotates:
+  rotation, rope = options.rotation, {}
+  if rotation is not None:
     # Tables of the rows in use only, one for each new token in order.
-    positions = _positions(index, tokens)
-    table = options.rope_rows(positions.reshape(-1), length, features)
-    row = jnp.arange(positions.size, dtype=jnp.int32).reshape(-1, tokens)
+    pairs = step.cos.shape[-1]
+    row = jnp.arange(step.cos.size // pairs, dtype=jnp.int32)
     rope = {
-      "rope_cos": table[0],
-      "rope_sin": table[1],
-      "rope_positions": jnp.broadcast_to(row, (math.prod(batch), tokens)),
+      "rope_cos": step.cos.reshape(-1, pairs),
+      "rope_sin": step.sin.reshape(-1, pairs),
+      "rope_positions": jnp.broadcast_to(
+        row.reshape(-1, tokens), (math.prod(batch), tokens)
+      ),
+      "rope_interleaved": rotation.interleaved,
     }
-  buffers, scales = _with_scales(buffers, key, value, lengths, rotates)
+  buffers, scales = _with_scales(buffers, key, value, step.count, rotation)
   dtype = query.dtype if scales else buffers.key.dtype
-  new = (x.astype(dtype) for x in (query, key, value))
-  *new, out = decode_attention.decode_attention(  # type: ignore[misc]
-    *(_in_one_batch_axis(x, batch) for x in (buffers.key, buffers.value, *new)),
-    index,
-    lengths=_each(lengths),
+  new = (
+    _in_one_batch_axis(x.astype(dtype), batch) for x in (query, key, value)
+  )
+  old_key, old_value, table = _caches(buffers, step, batch)
+  *written, out = decode_attention.decode_attention(  # type: ignore[misc]
+    old_key,
+    old_value,
+    *new,
+    _each(step.index),
+    lengths=_each(step.count),
     mask=mask,
     window=options.window,
     softcap=options.softcap,
     out_dtype=query.dtype,
     **rope,
     **scales,
+    **table,
   )
-  return _filled(buffers, tuple(new), lengths), out.reshape(query.shape)
+  return _filled(buffers, tuple(written)), out.reshape(query.shape), step

@@ -18,7 +18,7 @@ from nnx.nn.initializers import (
   default_kernel_init,
   initialize,
 )
-from nnx.nn.products import as_tuple, product_options
+from nnx.nn.products import as_tuple, few_rows, product_options
 from nnx.rnglib import Rngs
 from nnx.variablelib import Param
 
@@ -42,6 +42,21 @@ def _parse_equation(equation: str) -> tuple[str, str, str]:
     )
   inputs, kernel = operands.split(",")
   return inputs, kernel, result
+
+
+def _contracted(equation: str) -> int:
+  """Returns how many axes a product contracts; 0, if it is none of matrices.
+
+  That is one of the last axes of the inputs with the first of the kernel.
+  """
+  inputs, kernel, result = _parse_equation(equation)
+  labels = inputs.replace("...", "") + kernel
+  for axes in range(1, len(kernel) + 1):
+    shared, out = kernel[:axes], kernel[axes:]
+    rest = inputs.removesuffix(shared)
+    if rest != inputs and result == rest + out and "..." not in kernel:
+      return axes if len(set(labels)) == len(labels) - axes else 0
+  return 0
 
 
 def _expand_labels(labels: str, rank: int) -> list[Any]:
@@ -111,12 +126,12 @@ def einsum(
     An array with the axes that the equation says.
   """
   inputs, kernel, bias = promote_dtype((inputs, kernel, bias), dtype=dtype)
-  y = eager.current(einsum_op)(
-    equation,
-    inputs,
-    kernel,
-    **product_options(precision, preferred_element_type, out_sharding),
-  )
+  function = eager.current(einsum_op)
+  options = product_options(precision, preferred_element_type, out_sharding)
+  axes = _contracted(equation) if function is _EINSUM else 0
+  y = few_rows(inputs, kernel, axes, **options) if axes else None
+  if y is None:
+    y = function(equation, inputs, kernel, **options)
   if bias is None:
     return y
   return y + jnp.reshape(bias, _bias_shape(equation, inputs.ndim, kernel_shape))

@@ -26,7 +26,7 @@ from nnx.nn.linear_general import AxisSizes as AxisSizes
 from nnx.nn.linear_general import LinearGeneral as LinearGeneral
 from nnx.nn.linear_general import linear_general as linear_general
 from nnx.nn.products import DotGeneral as DotGeneral
-from nnx.nn.products import product_options
+from nnx.nn.products import dot
 from nnx.rnglib import Rngs
 from nnx.variablelib import Param
 
@@ -74,11 +74,13 @@ def linear(
     `[..., c]`.
   """
   inputs, kernel, bias = promote_dtype((inputs, kernel, bias), dtype=dtype)
-  y = eager.current(dot_general)(
+  y = dot(
     inputs,
     kernel,
-    (((inputs.ndim - 1,), (0,)), ((), ())),
-    **product_options(precision, preferred_element_type, out_sharding),
+    dot_general=dot_general,
+    precision=precision,
+    preferred_element_type=preferred_element_type,
+    out_sharding=out_sharding,
   )
   return y if bias is None else y + _over_last_axes(bias, y.ndim)
 

@@ -2,11 +2,14 @@
 
 Element i of the first half of a head and element i of the second half are a
 pair, which turns by an angle proportional to its token's position. The product
-of a query and a key then depends on their distance alone.
+of a query and a key then depends on their distance alone. `Rotation` holds the
+ways in which models differ: which elements are pairs, how many there are, and
+how fast they turn.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -16,37 +19,41 @@ import numpy as np
 
 from nnx import eager
 from nnx.module import Module
+from nnx.nn import checks
 from nnx.nn.dot_product import dot_product_attention
+from nnx.nn.rope_scaling import RopeScaling
 from nnx.variablelib import Variable
 
 # Positions are split into multiples of this and the rest.
 _STRIDE = 256
+_UNSCALED = RopeScaling()
 
 
 # `kernels.decode_attention.rope_tables` computes the same angles, in an order
 # that rounds differently unless `scale` is a power of two.  It is not called
 # here, so that numbers stay and programs that only train import no kernels.
-def _rates(pairs: int, base: float) -> np.ndarray:
-  """Returns by what angle, in radians, each pair turns per position."""
-  return base ** (-np.arange(pairs, dtype=np.float64) / pairs)
-
-
 @functools.lru_cache(maxsize=64)
 def _angles(
-  count: int, stride: int, pairs: int, base: float, scale: float
+  count: int,
+  stride: int,
+  features: int,
+  base: float,
+  scale: float,
+  scaling: RopeScaling,
 ) -> tuple[np.ndarray, np.ndarray]:
   """Returns cosines and sines at multiples of `stride`, by float64 angles."""
   angles = np.arange(count, dtype=np.float64)[:, None] * (stride / scale)
-  angles = angles * _rates(pairs, base)
+  angles = angles * scaling.rates(features, base)
   return np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32)
 
 
 def rows(
   positions: jax.Array,
-  max_length: int,
+  max_length: int | None,
   features: int,
   base: float,
   scale: float = 1.0,
+  scaling: RopeScaling | None = None,
 ) -> tuple[jax.Array, jax.Array]:
   """Returns the cosines and sines of the angles at some positions.
 
@@ -62,32 +69,44 @@ def rows(
 
   Args:
     positions: `[...]` integers in [0, `max_length`).
-    max_length: The number of positions.
-    features: h, even, the features of a head.
+    max_length: The number of positions; all of int32, if None.
+    features: How many features of a head are rotated, even.
     base: Base of the wavelengths.
     scale: Positions are divided by it.
+    scaling: Changes how fast pairs turn, and the magnitude.
 
   Returns:
-    Two arrays `[..., h // 2]`, float32.
+    Two arrays `[..., features // 2]`, float32.
 
   Numerics: A float32 angle is off by 0.01 at position 100,000. So the angles of
-    multiples of 256, and of the remainders, are computed in float64 when the
+    each digit of a position, in base 256, are computed in float64 when the
     program is traced; their cosines and sines are combined in float32.
   """
-  pairs = features // 2
-  blocks = -(-max_length // _STRIDE)
-  cos, sin = _angles(min(max_length, _STRIDE), 1, pairs, base, scale)
-  rest = positions % _STRIDE
-  cos, sin = jnp.asarray(cos)[rest], jnp.asarray(sin)[rest]
-  if blocks <= 1:
-    return cos, sin
-  block = positions // _STRIDE
-  far = _angles(blocks, _STRIDE, pairs, base, scale)
-  far_cos, far_sin = (jnp.asarray(table)[block] for table in far)
-  return far_cos * cos - far_sin * sin, far_sin * cos + far_cos * sin
+  scaling = scaling or _UNSCALED
+  most = 2**31 if max_length is None else max_length
+  table: tuple[jax.Array, jax.Array] | None = None
+  stride = 1
+  while table is None or stride < most:
+    count = min(-(-most // stride), _STRIDE)
+    digit = positions // stride
+    if count * stride < most:  # not the last digit
+      digit = digit % _STRIDE
+    far = _angles(count, stride, features, base, scale, scaling)
+    far_cos, far_sin = (jnp.asarray(part)[digit] for part in far)
+    if table is None:
+      table = far_cos, far_sin
+    else:
+      cos, sin = table
+      table = far_cos * cos - far_sin * sin, far_sin * cos + far_cos * sin
+    stride *= _STRIDE
+  if scaling.magnitude == 1.0:
+    return table
+  return table[0] * scaling.magnitude, table[1] * scaling.magnitude
 
 
-def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
+def rotate(
+  x: jax.Array, cos: jax.Array, sin: jax.Array, interleaved: bool = False
+) -> jax.Array:
   """Rotates the pairs of each head.
 
   Example:
@@ -95,29 +114,213 @@ def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
     >>> import jax.numpy as jnp
     >>> from nnx.nn import rotary
     >>> quarter = jnp.zeros((1, 1)), jnp.ones((1, 1))
-    >>> rotary.rotate(jnp.array([[[1.0, 0.0]]]), *quarter)
-    Array([[[0., 1.]]], dtype=float32)
+    >>> rotary.rotate(jnp.array([[[1.0, 0.0, 5.0]]]), *quarter)
+    Array([[[0., 1., 5.]]], dtype=float32)
 
   Args:
     x: `[..., t, n, h]`, floating.
-    cos: `[..., t, h // 2]`, or with fewer leading axes.
+    cos: `[..., t, pairs]`, or with fewer leading axes. Elements after the first
+      `2 * pairs` are left alone.
     sin: Like `cos`.
+    interleaved: Whether elements 2i and 2i + 1 are a pair, else elements i and
+      `i + pairs`.
 
   Returns:
     An array like x, computed in float32 at least.
   """
   wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-  shape = (*cos.shape[:-1], 1, cos.shape[-1])
+  pairs = cos.shape[-1]
+  shape = (*cos.shape[:-1], 1, pairs)
   shape = (1,) * (x.ndim - len(shape)) + shape
   cos, sin = (a.reshape(shape).astype(wide.dtype) for a in (cos, sin))
-  first, second = jnp.split(wide, 2, -1)
-  turned = jnp.concatenate(
-    [first * cos - second * sin, second * cos + first * sin], -1
-  )
+  first, second = _pairs(wide, pairs, interleaved)
+  turned = first * cos - second * sin, second * cos + first * sin
+  if interleaved:
+    turned = [jnp.stack(turned, -1).reshape((*x.shape[:-1], 2 * pairs))]
+  turned = jnp.concatenate([*turned, wide[..., 2 * pairs :]], -1)
   return turned.astype(x.dtype)
 
 
-@functools.partial(eager.compiled, static=("base", "scale"))
+def _pairs(
+  x: jax.Array, pairs: int, interleaved: bool
+) -> tuple[jax.Array, jax.Array]:
+  """Returns the first and the second elements of all pairs."""
+  if interleaved:
+    split = x[..., : 2 * pairs].reshape((*x.shape[:-1], pairs, 2))
+    return split[..., 0], split[..., 1]
+  return x[..., :pairs], x[..., pairs : 2 * pairs]
+
+
+@dataclasses.dataclass(frozen=True)
+class Rotation:
+  """How a layer rotates its queries and keys.
+
+  Example:
+
+    >>> import jax.numpy as jnp
+    >>> from nnx.nn import rotary
+    >>> rotation = rotary.Rotation(10000.0, 4, interleaved=True)
+    >>> cos, sin = rotation.rows(jnp.arange(3), 3)
+    >>> rotation.rotate(jnp.ones((3, 1, 6)), cos, sin)[1, 0].round(1).tolist()
+    [-0.30000001192092896, 1.399999976158142, 1.0, 1.0, 1.0, 1.0]
+
+  Attributes:
+    base: Base of the wavelengths.
+    features: How many features of a head are rotated, the first of them.
+    scale: Positions are divided by it.
+    interleaved: Whether elements 2i and 2i + 1 are a pair, else elements i and
+      `i + features // 2`.
+    scaling: Changes how fast pairs turn.
+  """
+
+  base: float
+  features: int
+  scale: float = 1.0
+  interleaved: bool = False
+  scaling: RopeScaling | None = None
+
+  def check(self, head_dim: int) -> None:
+    """Refuses options that are not possible.
+
+    Example:
+
+      >>> from nnx.nn import rotary
+      >>> rotary.Rotation(10000.0, 4).check(8)
+
+    Args:
+      head_dim: The features of a head.
+
+    Raises:
+      ValueError: If a number is out of range, or odd.
+      TypeError: If `scaling` is not a `RopeScaling`.
+    """
+    checks.positive("rope_base", self.base)
+    checks.positive("rope_scale", self.scale)
+    checks.whole("rope_dim", self.features, 2)
+    if self.features % 2 or self.features > head_dim:
+      raise ValueError(
+        "`rope_dim` must be even and at most the features of a head, but got"
+        f" {self.features} for heads of {head_dim}."
+      )
+    if self.scaling is None:
+      return
+    if not isinstance(self.scaling, RopeScaling):
+      raise TypeError(
+        "`rope_scaling` must be an `nnx.RopeScaling`, such as"
+        f" `nnx.Llama3Scaling(8.0)`, but got {self.scaling!r}."
+      )
+    self.scaling.rates(self.features, self.base)
+
+  def rows(
+    self, positions: jax.Array, max_length: int | None
+  ) -> tuple[jax.Array, jax.Array]:
+    """Returns cosines and sines, as the function `rows` does.
+
+    Example:
+
+      >>> import jax.numpy as jnp
+      >>> from nnx.nn import rotary
+      >>> rotary.Rotation(10000.0, 4).rows(jnp.arange(3), 8)[0].shape
+      (3, 2)
+
+    Args:
+      positions: `[...]` integers in [0, `max_length`).
+      max_length: The number of positions; all of int32, if None.
+    """
+    return rows(
+      positions,
+      max_length,
+      self.features,
+      self.base,
+      self.scale,
+      self.scaling,
+    )
+
+  def rotate(self, x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
+    """Rotates the pairs of each head, as the function `rotate` does.
+
+    Example:
+
+      >>> import jax.numpy as jnp
+      >>> from nnx.nn import rotary
+      >>> rotation = rotary.Rotation(10000.0, 2)
+      >>> quarter = jnp.zeros((1, 1)), jnp.ones((1, 1))
+      >>> rotation.rotate(jnp.array([[[1.0, 0.0]]]), *quarter)
+      Array([[[0., 1.]]], dtype=float32)
+
+    Args:
+      x: `[..., t, n, h]`, floating.
+      cos: `[..., t, features // 2]`, or with fewer leading axes.
+      sin: Like `cos`.
+    """
+    return rotate(x, cos, sin, self.interleaved)
+
+  def bound(self, x: jax.Array) -> jax.Array:
+    """Returns what the sizes of elements are at most once they are rotated.
+
+    Example:
+
+      >>> import jax.numpy as jnp
+      >>> from nnx.nn import rotary
+      >>> rotary.Rotation(10000.0, 2).bound(jnp.array([3.0, 4.0, -1.0]))
+      Array([5., 1.], dtype=float32)
+
+    Args:
+      x: `[..., h]`, floating.
+
+    Returns:
+      `[..., features // 2 + rest]`, a bound for each pair and for each of the
+      elements that are not rotated.
+    """
+    pair = jnp.hypot(*_pairs(x, self.features // 2, self.interleaved))
+    if self.scaling is not None:
+      pair = pair * self.scaling.magnitude
+    return jnp.concatenate([pair, jnp.abs(x[..., self.features :])], -1)
+
+
+@functools.partial(eager.compiled, static=("rotation",))
+def rotate_at(
+  query: jax.Array,
+  key: jax.Array,
+  positions: jax.Array | None,
+  rotation: Rotation,
+  table: tuple[jax.Array, jax.Array] | None = None,
+) -> tuple[jax.Array, jax.Array]:
+  """Rotates queries and keys by their positions.
+
+  Example:
+
+    >>> import jax.numpy as jnp
+    >>> from nnx.nn import rotary
+    >>> x = jnp.ones((3, 1, 2))
+    >>> rotation = rotary.Rotation(10000.0, 2)
+    >>> query, key = rotary.rotate_at(x, x, jnp.array([0, 1, 5]), rotation)
+    >>> query[:2, 0].round(1).tolist()  # the second by one radian
+    [[1.0, 1.0], [-0.30000001192092896, 1.399999976158142]]
+
+  Args:
+    query: `[..., t, n, h]`, floating.
+    key: `[..., s, kv heads, h]`, floating.
+    positions: `[..., t]` integers that are at least 0, or with fewer leading
+      axes; then s is t. From the first token on, if None.
+    rotation: How to rotate.
+    table: The `rotation.rows` of the positions, if they are there already.
+
+  Returns:
+    Arrays like `query` and `key`.
+  """
+  if table is None and positions is None:
+    length = max(query.shape[-3], key.shape[-3])
+    table = rotation.rows(jnp.arange(length), length)
+    return tuple(
+      rotation.rotate(x, *(part[: x.shape[-3]] for part in table))
+      for x in (query, key)
+    )
+  if table is None:
+    table = rotation.rows(positions, None)
+  return rotation.rotate(query, *table), rotation.rotate(key, *table)
+
+
 def rotate_from_start(
   query: jax.Array, key: jax.Array, base: float, scale: float = 1.0
 ) -> tuple[jax.Array, jax.Array]:
@@ -141,11 +344,8 @@ def rotate_from_start(
   Returns:
     Arrays like `query` and `key`.
   """
-  length = max(query.shape[-3], key.shape[-3])
-  table = rows(jnp.arange(length), length, query.shape[-1], base, scale)
-  return tuple(
-    rotate(x, *(part[: x.shape[-3]] for part in table)) for x in (query, key)
-  )
+  rotation = Rotation(base, query.shape[-1], scale)
+  return rotate_at(query, key, None, rotation)
 
 
 class RoPE(Module):
@@ -236,7 +436,7 @@ class RoPE(Module):
           f"`input_positions` must have one for each of the {length} tokens of"
           f" `x`, but got the shape {input_positions.shape}."
         )
-      rates = _rates(features // 2, self.theta).astype(np.float32)
+      rates = _UNSCALED.rates(features, self.theta).astype(np.float32)
       angles = input_positions[..., None] * rates
       cos, sin = jnp.cos(angles), jnp.sin(angles)
     elif self.cached_sin is None or self.cached_cos is None:

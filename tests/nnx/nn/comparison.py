@@ -1,8 +1,9 @@
 """A layer of ours and the layer of flax.nnx, side by side."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 import functools
 import inspect
+import types
 from typing import Any
 
 from flax import nnx as flax_nnx
@@ -274,7 +275,10 @@ def _simple(value: Any) -> Any:
 
 
 def assert_same_signature(
-  ours: Any, theirs: Any, own: Sequence[str] = ()
+  ours: Any,
+  theirs: Any,
+  own: Sequence[str] = (),
+  defaults: Mapping[str, Any] = types.MappingProxyType({}),
 ) -> None:
   """Checks names, order, kinds and defaults of parameters.
 
@@ -283,6 +287,7 @@ def assert_same_signature(
     theirs: Its counterpart.
     own: Names of what ours takes besides, after the rest and by name alone.
       Not every release of Flax need lack them.
+    defaults: Defaults of ours that differ, by name.
   """
 
   def parameters(function):
@@ -294,6 +299,7 @@ def assert_same_signature(
     return sorted(found, key=lambda p: p[1] != "VAR_KEYWORD")
 
   mine, other = parameters(ours), parameters(theirs)
+  other = [(name, kind, defaults.get(name, x)) for name, kind, x in other]
   assert mine[: len(other)] == other, function_name(ours)
   more = [(name, kind) for name, kind, _ in mine[len(other) :]]
   has = {name for name, *_ in other}

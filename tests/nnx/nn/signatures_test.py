@@ -47,11 +47,25 @@ OWN = {
     "softcap",
     "rope_base",
     "rope_scale",
+    "head_dim",
+    "qk_norm",
+    "rope_dim",
+    "rope_interleaved",
+    "rope_scaling",
+    "is_causal",
   ),
-  "MultiHeadAttention.__call__": ("input_positions", "lengths"),
-  "MultiHeadAttention.init_cache": ("per_sequence",),
+  "MultiHeadAttention.__call__": (
+    "input_positions",
+    "lengths",
+    "block_table",
+    "step",
+  ),
+  "MultiHeadAttention.init_cache": ("per_sequence", "block_size", "blocks"),
   "dot_product_attention": ("window", "softcap"),
 }
+
+# Defaults that differ. A cache of ours has the dtype of its layer.
+DEFAULTS = {"MultiHeadAttention.init_cache": {"dtype": None}}
 
 FUNCTIONS = (
   "avg_pool",
@@ -143,6 +157,7 @@ def test_layers_take_the_parameters_of_flax(name, method):
     getattr(getattr(nnx, name), method),
     getattr(getattr(flax_nnx, name), method),
     OWN.get(f"{name}.{method}", ()),
+    DEFAULTS.get(f"{name}.{method}", {}),
   )
 
 
