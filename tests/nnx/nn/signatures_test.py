@@ -49,7 +49,7 @@ OWN = {
     "rope_scale",
   ),
   "MultiHeadAttention.__call__": ("input_positions", "lengths"),
-  "MultiHeadAttention.init_cache": ("per_sequence",),
+  "MultiHeadAttention.init_cache": ("per_sequence", "sharding"),
   "dot_product_attention": ("window", "softcap"),
 }
 
