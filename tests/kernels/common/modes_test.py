@@ -144,7 +144,8 @@ class Case:
     specs = {
       "lengths": each, "left_padding": each, "block_table": P(*each, None),
       "cache_batch_index": each, "v_scale": per_head, "sinks": per_head,
-      "alibi_slopes": per_head, "bias": per_logit, "mask": P(None, *per_logit[1:]),
+      "alibi_slopes": per_head, "bias": per_logit,
+      "mask": P(None, *per_logit[1:]),
       "rope_cos": P(), "rope_sin": P(),
     }  # fmt: skip
     # What is split is an argument, as a `shard_map` must split it too.

@@ -687,7 +687,7 @@ class OptionsTest(parameterized.TestCase):
     np.testing.assert_array_equal(jitted(dense), np.ones(3))
 
 
-class ShardingTest(absltest.TestCase):
+class ShardingTest(parameterized.TestCase):
   def setUp(self):
     super().setUp()
     self.assertLen(jax.devices(), 8)
@@ -814,6 +814,56 @@ class ShardingTest(absltest.TestCase):
     np.testing.assert_array_equal(run(model), [[4.0, 4.0]])
     wanted = self.named(None, "model")
     self.assertTrue(model.kernel.value.sharding.is_equivalent_to(wanted, 2))
+
+  @parameterized.product(
+    nested=(False, True), donated=(False, True), lowered=(False, True)
+  )
+  def test_shard_map_inside_places_what_it_reads(
+    self, nested, donated, lowered
+  ):
+    model, x, traces = Dense(4), jnp.ones((4, 2)), []
+    axes = {nnx.PathContains("kernel"): P(None, "model"), ...: P()}
+    options = {"donate_argnums": 0} if donated else {}
+
+    def run(model, x):
+      traces.append(0)
+      y = nnx.shard_map(
+        lambda m, x: x @ m.kernel,
+        mesh=self.mesh,
+        in_specs=(nnx.StateSharding(axes), P("data")),
+        out_specs=P("data", "model"),
+      )(model, x)
+      model.bias[...] += 1
+      return y
+
+    step = nnx.jit(run, **options)
+    if nested:
+      inner = step
+      step = nnx.jit(lambda model, x: inner(model, x), **options)
+    if lowered:
+      step.lower(model, x)
+    want = np.asarray(x @ model.kernel.value)
+    np.testing.assert_allclose(step(model, x), want)
+    placed = model.kernel.value
+    wanted = self.named(None, "model")
+    self.assertTrue(placed.sharding.is_equivalent_to(wanted, 2))
+    count = len(traces)
+    np.testing.assert_allclose(step(model, x), want)
+    self.assertLen(traces, count)
+    self.assertIs(model.kernel.value, placed)
+
+  def test_what_has_a_place_is_left_there(self):
+    model, x = Dense(4), jnp.ones((4, 2))
+    model.kernel.value = jax.device_put(
+      model.kernel.value, self.named(None, "data")
+    )
+    before = model.kernel.value
+    run = nnx.shard_map(
+      lambda m, x: x @ m.kernel,
+      mesh=self.mesh, in_specs=(P(), P()), out_specs=P(),
+    )  # fmt: skip
+    nnx.jit(run)(model, x)
+    self.assertIs(model.kernel.value, before)
 
 
 class PartialTest(absltest.TestCase):
