@@ -448,6 +448,29 @@ class CompilesAgainTest(parameterized.TestCase):
     jitted(1.0)
     self.assertEqual(fun.count, 2)
 
+  def test_equal_layers_inside_are_traced_once(self):
+    traces = []
+
+    @nnx.jit
+    def layer(dense, x):
+      traces.append(0)
+      dense.bias[...] += 1
+      return x @ dense.kernel
+
+    @nnx.jit
+    def run(layers, x):
+      for dense in layers:
+        x = layer(dense, x)
+      return x
+
+    layers = nnx.List([Dense(2) for _ in range(5)])
+    layers[3].kernel.value *= 3
+    y = run(layers, jnp.ones((1, 2)))
+    self.assertLen(traces, 1)
+    np.testing.assert_array_equal(y, [[3 * 2.0**5] * 2])
+    for dense in layers:
+      np.testing.assert_array_equal(dense.bias.value, 1)
+
 
 class DonationTest(parameterized.TestCase):
   def test_only_written_variables_are_donated(self):
