@@ -235,7 +235,10 @@ def _decode(jit, x):
   model.eval()
   model.attend.decode = True
   model.attend.init_cache(X.shape)
-  step = lambda model, x: model(x)
+
+  def step(model, x):
+    return model(x)
+
   return [_call(jit, step, (model,), x[:, i : i + 1]) for i in range(2)]
 
 
