@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from nnx import partitioning
 from nnx.module import Module
 from nnx.nn import decoding, dtypes
-from nnx.variablelib import Cache, using_eager_sharding
+from nnx.variablelib import Cache, Variable, using_eager_sharding
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
@@ -46,8 +46,9 @@ class _Places:
   @classmethod
   def like(cls, kernel: Any, axes: int) -> _Places:
     """Returns where the heads are that a kernel `[..., kv heads, h]` makes."""
-    annotation = kernel.get_metadata("out_sharding", None)
-    value = kernel.value
+    variable = kernel if isinstance(kernel, Variable) else Variable(kernel)
+    annotation = variable.get_metadata("out_sharding", None)
+    value = variable.raw_value
     metadata, annotated = {}, bool(annotation)
     if not annotation and not isinstance(value, jax.core.Tracer):
       annotation = getattr(value, "sharding", None)
@@ -58,9 +59,9 @@ class _Places:
       return cls()
     else:
       for name in ("mesh", "sharding_rules"):
-        if (found := kernel.get_metadata(name, None)) is not None:
+        if (found := variable.get_metadata(name, None)) is not None:
           metadata[name] = found
-    heads = _fill(annotation, value.ndim)[-2]
+    heads = _fill(annotation, getattr(value, "ndim", 3))[-2]
     return cls((*(None,) * (axes - 2), heads, None), metadata, annotated)
 
   def zeros(

@@ -118,6 +118,31 @@ def test_without_a_mesh_annotations_are_kept():
   layer(jnp.ones((2, 1, 8)))
 
 
+def test_a_kernel_that_is_a_plain_array_or_a_shape():
+  devices.need_devices(8)
+  mesh = devices.auto_mesh((2,), ("heads",))
+  layer = nnx.MultiHeadAttention(4, 8, decode=True, rngs=nnx.Rngs(0))
+  layer.key.kernel = jax.device_put(
+    layer.key.kernel.value, NamedSharding(mesh, P(None, "heads"))
+  )
+  layer.init_cache((2, 5, 8))
+  assert layer.cached_key.value.sharding.spec[2] == "heads"
+
+  def make():
+    layer = nnx.MultiHeadAttention(
+      4, 8, decode=True, rngs=nnx.Rngs(0), **ANNOTATIONS
+    )
+    layer.init_cache((2, 5, 8))
+    return layer
+
+  assert nnx.eval_shape(make).cached_key.shape == (2, 5, 4, 2)
+  with jax.set_mesh(mesh):
+    layer = nnx.jit(make)()
+    nnx.eval_shape(make).init_cache((2, 5, 8))
+  lies = NamedSharding(mesh, P(None, None, "heads"))
+  assert layer.cached_key.value.sharding.is_equivalent_to(lies, 4)
+
+
 def test_a_sharding_that_brings_its_mesh():
   devices.need_devices(8)
   mesh = devices.auto_mesh((8,), ("rows",))
