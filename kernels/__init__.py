@@ -13,11 +13,13 @@ from .common.libraries import register
 
 if _typing.TYPE_CHECKING:
   # To a type checker a package is a module, which cannot be called.
-  from .decode_attention import _CallablePackage
+  from .decode_attention import _CallablePackage as _DecodeAttention
+  from .matmul import _CallablePackage as _Matmul
 
-  decode_attention: _CallablePackage
+  decode_attention: _DecodeAttention
+  matmul: _Matmul
 else:
-  from . import decode_attention
+  from . import decode_attention, matmul
 
 __all__ = [
   "Choice",
@@ -26,6 +28,7 @@ __all__ = [
   "explain",
   "implementations",
   "kv_cache",
+  "matmul",
   "register",
   "xla_only",
 ]

@@ -2,14 +2,12 @@
 
 A filter is anything that `to_predicate` accepts:
 
-| filter | selects |
-|---|---|
-| a type | leaves that are instances of it, `OfType` |
-| a `str` | leaves whose `tag` is that string, `WithTag` |
-| `...` or `True` | everything, `Everything` |
-| `None` or `False` | nothing, `Nothing` |
-| a callable `f(path, value) -> bool` | what it says |
-| a tuple or list of filters | leaves that one of them selects, `Any` |
+- a type: leaves that are instances of it, as `OfType`
+- a `str`: leaves whose `tag` is that string, as `WithTag`
+- `...` or `True`: all of them, as `Everything`
+- `None` or `False`: none, as `Nothing`
+- a callable `f(path, value) -> bool`: what it says
+- a tuple or list of filters: leaves that one of them selects, as `Any`
 
 The classes below are such callables. They compare and hash by what they hold,
 so that a filter can be part of a cache key.

@@ -614,7 +614,8 @@ def cached_partial(
       )
     return result
 
-  for name in ("__name__", "__doc__", "__module__", "__qualname__"):
+  names = ("__name__", "__doc__", "__module__", "__qualname__", "jitted_fn")
+  for name in names:
     if hasattr(f, name):
       setattr(call_with_cached, name, getattr(f, name))
   vars(call_with_cached)["__wrapped__"] = f

@@ -137,7 +137,7 @@ class JitWrapped(_engine.JitFunction, Generic[P, R]):
 
   @property
   def jitted_fn(self) -> JitWrapped:
-    """What is compiled, with `_cache_size` and the like: the function itself.
+    """The function that is compiled, with `_cache_size` and the like.
 
     Example:
 

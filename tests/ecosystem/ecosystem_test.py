@@ -50,10 +50,10 @@ def compare(ours: Any, theirs: Any, name: str) -> float:
   [
     ("bijx_flow", "bijx"),
     ("cax_automaton", "cax"),
-    ("jimmy_transformer", "jimmy-vision"),
     ("keras_sequential", "keras"),
     ("numpyro_modules", "numpyro"),
     ("qwix_quantization", "qwix"),
+    ("tunix_training", "google-tunix"),
   ],
 )
 def test_a_program_computes_the_same(program, package, record_property):

@@ -10,6 +10,7 @@ import numpy as np
 from kernels.batch_stat import ffi as batch_stat_ffi
 from kernels.decode_attention import ffi as attention_ffi
 from kernels.kv_cache import ffi as cache_ffi
+from kernels.matmul import ffi as matmul_ffi
 from tests.testing import tolerances
 
 FLOATS = ("float32", "bfloat16", "float16")
@@ -24,6 +25,7 @@ _LIBRARIES = (
   cache_ffi.LIBRARY,
   attention_ffi.LIBRARY,
   batch_stat_ffi.CPU_LIBRARY,
+  matmul_ffi.LIBRARY,
 )
 
 

@@ -6,6 +6,7 @@ from tests.fuzz import (
   kernels_artifacts,
   kernels_attention,
   kernels_cache,
+  kernels_matmul,
   kernels_statistics,
   kernels_wrong,
   worker,
@@ -16,6 +17,7 @@ FAMILIES: dict[str, worker.Family] = {
   **kernels_artifacts.FAMILIES,
   **kernels_attention.FAMILIES,
   **kernels_cache.FAMILIES,
+  **kernels_matmul.FAMILIES,
   **kernels_statistics.FAMILIES,
   **kernels_wrong.FAMILIES,
 }

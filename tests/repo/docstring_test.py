@@ -16,6 +16,7 @@ PACKAGES = (
   "kernels.batch_stat",
   "kernels.decode_attention",
   "kernels.kv_cache",
+  "kernels.matmul",
   "nnx",
 )
 

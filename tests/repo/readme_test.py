@@ -27,14 +27,19 @@ def blocks(page: pathlib.Path) -> list[str]:
 # which each block is: some are switched over to nnx, and some are not.
 IN_PARTS = {"from_flax.md"}
 PROGRAM = """
-import pathlib, sys
+import sys
 sys.path.insert(0, "tests/repo")
 import readme_test
-page = pathlib.Path(sys.argv[1])
-blocks = readme_test.blocks(page)
-for block in [blocks[int(n)] for n in sys.argv[2:]] or blocks:
-  exec(compile(block, str(page), "exec"))
+readme_test.execute(globals(), *sys.argv[1:])
 """
+
+
+def execute(scope: dict, name: str, *numbers: str) -> None:
+  """Executes some of the blocks of a page, or all of them."""
+  page = pathlib.Path(name)
+  there = blocks(page)
+  for block in [there[int(n)] for n in numbers] or there:
+    exec(compile(block, name, "exec"), scope)
 
 
 def run(page: pathlib.Path, *numbers: int) -> subprocess.CompletedProcess:

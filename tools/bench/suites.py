@@ -9,6 +9,7 @@ NAMES = (
   "batch_stat",
   "kv_cache",
   "decode",
+  "matmul",
   "graph",
   "train_step",
   "bridge",

@@ -31,6 +31,12 @@ _ROWS = {
     "step/B8_S2048_H16_D64_full/int8",
     "step/llama_3_1_8b_speculative/bfloat16",
   ),
+  "matmul": (
+    "product/1x2048x8192/bfloat16",
+    "product/1x2048x8192/int8",
+    "product/8x2048x8192/bfloat16",
+    "product/1x2048x8192/float32",
+  ),
   "graph": (
     "jit_noop/real_layers",
     "split/real_layers",

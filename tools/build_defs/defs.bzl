@@ -8,6 +8,7 @@ load("@rules_cc//cc:defs.bzl", _cc_binary = "cc_binary", _cc_library = "cc_libra
 load("@rules_python//python:defs.bzl", _py_binary = "py_binary", _py_library = "py_library", _py_test = "py_test")
 load("//tools/build_defs:cuda.bzl", "cuda_objects")
 load(":byte_code.bzl", "py_byte_code")
+load(":site.bzl", _site = "site")
 load(":wheel.bzl", _wheel = "wheel")
 
 # Headers of others come in through `includes`, which makes them system headers,
@@ -38,6 +39,7 @@ _PLATFORM_DEPS = {
 
 py_binary = _py_binary
 py_library = _py_library
+site = _site
 wheel = _wheel
 
 def cc_library(name, copts = [], **kwargs):

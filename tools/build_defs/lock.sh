@@ -13,10 +13,12 @@ compile() {
 for version in 3.11 3.12; do
   base=requirements_lock_${version/./_}.txt
   compile --python-version="$version" requirements.in --output-file="$base" "$@"
-  # An accelerator's lock file is what it adds to that one.
-  for accelerator in ecosystem gpu gpu_device tpu; do
-    lock=requirements_${accelerator}_lock_${version/./_}.txt
-    compile --python-version="$version" requirements_$accelerator.in \
+  # The others' lock files are what each adds to that one.
+  for hub in docs ecosystem gpu gpu_device llm tpu; do
+    lock=requirements_${hub}_lock_${version/./_}.txt
+    # That of llm lists all of its packages: what else they require is not used.
+    [ "$hub" = llm ] && deps=--no-deps || deps=
+    compile --python-version="$version" requirements_$hub.in $deps \
       --constraints="$base" --output-file="$lock.all" "$@"
     awk '/^[^ ]/ { keep = !(FNR != NR && ($1 in locked)) }
          FNR == NR { if (/^[^ ]/) locked[$1]; next }

@@ -17,8 +17,10 @@ def _locks(stem):
 # Fetched lazily, each when the first target that needs it is built.
 _HUBS = {
     "pypi": "requirements_lock",
+    "pypi_docs": "requirements_docs_lock",
     "pypi_ecosystem": "requirements_ecosystem_lock",
     "pypi_gpu": "requirements_gpu_lock",
+    "pypi_llm": "requirements_llm_lock",
     "pypi_tpu": "requirements_tpu_lock",
 }
 

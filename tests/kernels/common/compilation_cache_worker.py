@@ -24,6 +24,7 @@ from jax.sharding import PartitionSpec as P
 import numpy as np
 import optax
 
+import kernels
 from kernels import batch_stat, decode_attention, kv_cache
 from kernels.common import dispatch, libraries
 import nnx
@@ -118,6 +119,18 @@ def decode_case(**options: Any) -> Case:
   return fn, (K, V, Q, NEW_K, NEW_V, INDEX), (*caches, want)
 
 
+def matmul_case(**options: Any) -> Case:
+  w = np.cos(np.arange(4 * 8, dtype=np.float32)).reshape(4, 8)
+
+  def fn(x):
+    y = kernels.matmul(x, w, implementation="cpu", **options)
+    return (y.astype(jnp.float32),)
+
+  want = np.float64(X) @ np.float64(w)
+  kind = jnp.dtype(options.get("preferred_element_type", "float32"))
+  return fn, (X,), (want.astype(np.float32).astype(kind).astype(np.float32),)
+
+
 def cases() -> list[Case]:
   return [
     *(norm_case(epsilon=e) for e in (1e-5, 0.5, 2.0)),
@@ -133,6 +146,14 @@ def cases() -> list[Case]:
     attend_case(chunk=4),
     *(decode_case(softcap=c) for c in (0.5, 2.0)),
     decode_case(window=2),
+  ]
+
+
+def cpu_cases() -> list[Case]:
+  """Of what has no kernel but for the CPU."""
+  return [
+    matmul_case(preferred_element_type=dtype)
+    for dtype in ("float32", "float16")
   ]
 
 
@@ -309,7 +330,7 @@ def sweep() -> dict[str, Any]:
     f"{route.__name__} {jit.__module__} {i}": check(route(jit, case), case[2])
     for route in ROUTES
     for jit in (jax.jit, nnx.jit)
-    for i, case in enumerate(cases())
+    for i, case in enumerate(cases() + cpu_cases())
     if jit is jax.jit or route in (single, auto) or i % 4 == 0
   }
   right |= {f"module {i}": ok for i, ok in enumerate(batch_norm_modules())}

@@ -346,6 +346,12 @@ def test_cached_partial_writes_to_the_original():
   assert step(1) == 12
 
 
+def test_cached_partial_shows_the_compiled_function():
+  step = nnx.cached_partial(nnx.jit(lambda c, x: c(x)), Counter())
+  step(1.0)
+  assert step.jitted_fn._cache_size() == 1
+
+
 def test_cached_partial_keeps_what_arguments_share():
   counter = Counter()
 

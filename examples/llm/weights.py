@@ -1,0 +1,102 @@
+"""From a checkpoint to a model: the one place where weights become Params."""
+
+from typing import Any, Protocol
+
+import jax
+from jax import numpy as jnp
+import numpy as np
+
+from examples.llm import config as config_lib
+from examples.llm import model as model_lib
+from examples.llm import rotary
+import nnx
+
+# What the last name of a Param is called in a checkpoint.
+_SUFFIXES = {
+  "kernel": "weight",
+  "embedding": "weight",
+  "scale": "weight",
+  "bias": "bias",
+}
+# What some files keep although it follows from the configuration.
+_DERIVED = "rotary_emb.inv_freq"
+
+
+class Checkpoint(Protocol):
+  """Weights by name, wherever they come from."""
+
+  config: config_lib.Config
+  names: frozenset[str]
+
+  def read(self, name: str, dtype: Any) -> np.ndarray:
+    """Returns a weight, in a dtype."""
+
+
+def load(
+  checkpoint: Checkpoint, positions: int, dtype: Any = jnp.float32
+) -> model_lib.Model:
+  """Makes a model with the weights of a checkpoint.
+
+  Each weight is read, converted and put in its place before the next one is
+  read.
+
+  Args:
+    checkpoint: from `load_gguf` or `load_safetensors`.
+    positions: the longest text that the model will see.
+    dtype: of the weights but for those of norms, which are float32.
+
+  Raises:
+    ValueError: if weights are missing, are left over, or have other shapes.
+  """
+  config = checkpoint.config
+  model = nnx.eval_shape(
+    lambda: model_lib.Model(config, positions, dtype, rngs=nnx.Rngs(0))
+  )
+  model.tables = rotary.Tables(config.rope, config.local_rope, positions)
+  params = {
+    _name(path): (path, param)
+    for path, param in nnx.to_flat_state(nnx.state(model, nnx.Param))
+  }
+  _check_names(set(params), checkpoint)
+  flat = []
+  for name, (path, param) in params.items():
+    value = _as_param(str(path[-1]), checkpoint.read(name, param.dtype), config)
+    if value.shape != param.shape:
+      raise ValueError(
+        f"`{name}` must become an array of the shape {param.shape}, but has"
+        f" the shape {value.shape}."
+      )
+    flat.append((path, param.replace(jax.device_put(value))))
+  nnx.update(model, nnx.from_flat_state(flat))
+  return model
+
+
+def _name(path: tuple[Any, ...]) -> str:
+  return ".".join(map(str, (*path[:-1], _SUFFIXES[path[-1]])))
+
+
+def _as_param(
+  kind: str, value: np.ndarray, config: config_lib.Config
+) -> np.ndarray:
+  if kind == "kernel":  # which has the outputs last
+    return np.ascontiguousarray(value.T)
+  if kind == "scale":
+    return value + np.asarray(config.norm_offset, value.dtype)
+  return value
+
+
+def _check_names(wanted: set[str], checkpoint: Checkpoint) -> None:
+  missing = wanted - checkpoint.names
+  spare = {
+    name for name in checkpoint.names - wanted if _DERIVED not in name
+  } - ({"lm_head.weight"} if checkpoint.config.tied else set())
+  if missing or spare:
+    raise ValueError(
+      "A checkpoint must have the weights of its model, but"
+      f" {len(missing)} are missing ({_some(missing)}) and {len(spare)} are"
+      f" left over ({_some(spare)})."
+    )
+
+
+def _some(names: set[str]) -> str:
+  return ", ".join(f"`{name}`" for name in sorted(names)[:3]) or "none"

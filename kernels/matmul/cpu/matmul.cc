@@ -1,0 +1,223 @@
+#include "kernels/matmul/cpu/matmul.h"
+
+#include <algorithm>
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+
+#include "kernels/common/cpu_features.h"
+#include "kernels/common/parallel_for.h"
+#include "kernels/common/simd_prelude.h"
+#include "kernels/matmul/cc/geometry.h"
+
+namespace kernels::matmul {
+
+// So many rows of x are multiplied while a step of the weights is in registers.
+constexpr int64_t kRowsAbreast = 32;
+// Sums that stay in a first-level cache.
+constexpr int64_t kSumsAbreast = 4096;
+// After so many rows of the weights the next columns have their turn. Rows that
+// are read one after the other lie on pages of their own, more of which than
+// this no processor has at hand.
+constexpr int64_t kDepth = 128;
+
+// How a product is cut.
+//
+// The sums of a block of kRowsAbreast rows of x are kept chunk of columns by
+// chunk of columns, [rows of the block, columns of the chunk]: one such piece
+// stays in the first-level cache while kDepth rows of the weights are read.
+struct Plan {
+  int64_t rows;
+  int64_t k;
+  int64_t n;
+  int64_t padded;   // columns with those that fill the last step
+  int64_t step;     // rows of the weights that are read side by side
+  int64_t chunk;    // columns of a chunk
+  int64_t columns;  // columns of an item, whole chunks
+  int64_t depth;    // rows of the weights of an item
+  int64_t column_parts;
+  int64_t k_parts;
+
+  // Rows of x in the block that begins at row `at`.
+  int64_t RowsFrom(int64_t at) const {
+    return rows - at < kRowsAbreast ? rows - at : kRowsAbreast;
+  }
+  int64_t sums() const { return rows * padded; }
+};
+
+// A part of the weights, whose products are summed by one thread.
+struct Item {
+  int64_t column_begin, column_end;
+  int64_t k_begin, k_end;
+};
+
+#define KERNELS_SIMD_BODY "kernels/matmul/cpu/matmul_simd.inc"
+#include "kernels/common/foreach_simd.h"
+
+namespace {
+
+constexpr int64_t kItemBytes = int64_t{256} << 10;
+constexpr int64_t kMaxItems = 64;
+// Columns of the widest step, 2 vectors of 16.
+constexpr int64_t kWidestStep = 32;
+constexpr int64_t kMaxChunk = 2048;
+constexpr int64_t kMinColumns = 512;
+
+int64_t CeilDiv(int64_t a, int64_t b) { return (a + b - 1) / b; }
+int64_t RoundUp(int64_t a, int64_t b) { return CeilDiv(a, b) * b; }
+
+int64_t ElementBytes(Element element) {
+  return element == Element::kF32 ? 4 : 2;
+}
+
+// Bytes of so many weights.
+int64_t WeightBytes(Format format, int64_t count) {
+  switch (format) {
+    case Format::kF32:
+      return count * 4;
+    case Format::kBF16:
+    case Format::kF16:
+      return count * 2;
+    case Format::kInt8:
+    case Format::kE4M3:
+      return count;
+    case Format::kInt4:
+      return count / 2;
+  }
+  return 0;
+}
+
+// By shape alone, so that sums come out the same on any number of threads.
+//
+// An item is a range of rows of the weights, as wide as can be: what is read in
+// the order of memory is read fastest. Each has sums of its own for its
+// columns, so there are fewer ranges of rows and more of columns where x has
+// many rows.
+Plan MakePlan(const Geometry& g, Format format) {
+  Plan plan{};
+  plan.rows = g.rows;
+  plan.k = g.k;
+  plan.n = g.n;
+  plan.step = format == Format::kInt4 ? 8 : 4;
+  plan.padded = RoundUp(g.n, kWidestStep);
+  // Packed weights have sums of a group as well.
+  const int64_t abreast =
+      format >= Format::kInt8 ? kSumsAbreast / 2 : kSumsAbreast;
+  plan.chunk = std::min(abreast / std::min(g.rows, kRowsAbreast), kMaxChunk) /
+               kWidestStep * kWidestStep;
+  const int64_t chunks = CeilDiv(g.n, plan.chunk);
+  const int64_t items = std::clamp<int64_t>(
+      WeightBytes(format, g.k * g.n) / kItemBytes, 1, kMaxItems);
+  const int64_t widest =
+      std::clamp(2 * kSumsAbreast / g.rows, kMinColumns, kMaxChunk);
+  const int64_t column_parts =
+      std::clamp<int64_t>(g.n / widest, 1, std::min(chunks, items));
+  plan.columns = CeilDiv(chunks, column_parts) * plan.chunk;
+  plan.column_parts = CeilDiv(g.n, plan.columns);
+  const int64_t k_parts =
+      std::clamp<int64_t>(items / plan.column_parts, 1,
+                          std::max<int64_t>(CeilDiv(g.k, kDepth / 2), 1));
+  plan.depth = std::max<int64_t>(RoundUp(CeilDiv(g.k, k_parts), 8), 8);
+  plan.k_parts = std::max<int64_t>(CeilDiv(g.k, plan.depth), 1);
+  return plan;
+}
+
+Item GetItem(const Plan& plan, int64_t column_part, int64_t k_part) {
+  Item item;
+  item.column_begin = column_part * plan.columns;
+  item.column_end = std::min(item.column_begin + plan.columns, plan.n);
+  item.k_begin = k_part * plan.depth;
+  item.k_end = std::min(item.k_begin + plan.depth, plan.k);
+  return item;
+}
+
+const uint8_t* At(const ConstArray& array, int64_t index) {
+  return static_cast<const uint8_t*>(array.data) +
+         index * ElementBytes(array.element);
+}
+
+uint8_t* At(const Array& array, int64_t index) {
+  return static_cast<uint8_t*>(array.data) +
+         index * ElementBytes(array.element);
+}
+
+// Adds the sums of all ranges of rows, and the bias, for one chunk of columns,
+// and rounds them into y. Overwrites the sums.
+void Finish(SimdLevel level, const Plan& plan, int64_t column, float* sums,
+            const ConstArray& bias, const Array& y, int64_t y_offset,
+            int64_t bias_offset) {
+  const int64_t columns = std::min(plan.chunk, plan.n - column);
+  const int64_t width = std::min(plan.chunk, plan.padded - column);
+  for (int64_t at = 0; at < plan.rows; at += kRowsAbreast) {
+    const int64_t rows = plan.RowsFrom(at);
+    for (int64_t r = 0; r < rows; ++r) {
+      float* row = sums + at * plan.padded + column * rows + r * width;
+      for (int64_t part = 1; part < plan.k_parts; ++part) {
+        KERNELS_SIMD_CALL(
+            level, Add(row + part * plan.sums(), Element::kF32, columns, row));
+      }
+      if (bias.data != nullptr) {
+        KERNELS_SIMD_CALL(level, Add(At(bias, bias_offset + column),
+                                     bias.element, columns, row));
+      }
+      void* to = At(y, y_offset + (at + r) * plan.n + column);
+      KERNELS_SIMD_CALL(level, Round(row, columns, y.element, to));
+    }
+  }
+}
+
+}  // namespace
+
+void Multiply(const ParallelLoop& loop, SimdLevel level,
+              const Geometry& geometry, const ConstArray& x, const Weights& w,
+              const ConstArray& bias, const Array& y) {
+  const Geometry& g = geometry;
+  if (g.groups * g.rows * g.n == 0) return;
+  const Plan plan = MakePlan(g, w.format);
+  const int64_t all_rows = g.groups * g.rows;
+
+  // One row of float32 lies as it is wanted.
+  std::unique_ptr<float[]> arranged;
+  const float* factors = static_cast<const float*>(x.data);
+  if (x.element != Element::kF32 || g.rows > 1) {
+    arranged.reset(new float[static_cast<size_t>(all_rows * g.k)]);
+    factors = arranged.get();
+    loop(all_rows, all_rows * g.k * 8, [&](int64_t i) {
+      const int64_t row = i % g.rows, at = row / kRowsAbreast * kRowsAbreast;
+      float* to = arranged.get() + (i - row + at) * g.k;
+      KERNELS_SIMD_CALL(
+          level, ArrangeRow(At(x, i * g.k), x.element, g.k, plan.step, row - at,
+                            plan.RowsFrom(at), to));
+    });
+  }
+
+  const int64_t parts = plan.column_parts * plan.k_parts;
+  const int64_t group_sums = plan.sums() * plan.k_parts;
+  const std::unique_ptr<float[]> sums(
+      new float[static_cast<size_t>(g.groups * group_sums)]);
+  const int64_t w_bytes = WeightBytes(w.format, g.k * g.n);
+  loop(g.groups * parts, g.groups * w_bytes, [&](int64_t i) {
+    const int64_t group = i / parts;
+    const int64_t k_part = i % parts / plan.column_parts;
+    const Item item = GetItem(plan, i % plan.column_parts, k_part);
+    Weights own = w;
+    own.data = static_cast<const uint8_t*>(w.data) + group * w_bytes;
+    if (w.scale != nullptr) own.scale += group * CeilDiv(g.k, w.group) * g.n;
+    if (w.minimum != nullptr) {
+      own.minimum += group * CeilDiv(g.k, w.group) * g.n;
+    }
+    KERNELS_SIMD_CALL(
+        level, SumItem(plan, item, own, factors + group * g.rows * g.k,
+                       sums.get() + group * group_sums + k_part * plan.sums()));
+  });
+
+  const int64_t chunks = CeilDiv(g.n, plan.chunk);
+  loop(g.groups * chunks, g.groups * group_sums * 4, [&](int64_t i) {
+    const int64_t group = i / chunks;
+    Finish(level, plan, i % chunks * plan.chunk,
+           sums.get() + group * group_sums, bias, y, group * g.rows * g.n,
+           group * g.n);
+  });
+}
+
+}  // namespace kernels::matmul

@@ -1,0 +1,95 @@
+"""The primitives of the product: what runs where, and how they are split.
+
+Operands and parameters are those of the functions in `reference`.
+"""
+
+from collections.abc import Callable
+import functools
+from typing import Any
+
+import jax
+from jax.interpreters import ad
+import jax.numpy as jnp
+
+from ..common import arrays, dispatch
+from . import costs, ffi, operands, reference, sharding
+
+
+def _abstract_eval(*avals, packed, batch_axes, dtype, precision):
+  del precision
+  x, weights, _ = operands.parts(avals, packed)
+  shape = (*x.shape[:-1], weights[0].shape[-1])
+  groups = weights[1].shape[batch_axes] if packed else 1
+  given = sharding.of_result(x, weights[0], batch_axes, groups)
+  spec = None if given is None else given.spec
+  return (arrays.out_aval(shape, dtype, *avals, spec=spec),)
+
+
+def _batching(op, args, dims, *, packed, batch_axes, dtype, **params):
+  x, weights, bias = operands.parts(args, packed)
+  x_dim, *w_dims = dims[: 1 + len(weights)]
+  if any(dim is not None for dim in w_dims):
+    moved, _ = arrays.move_batch_to_front(args, dims)
+    return op(*moved, batch_axes=batch_axes + 1, dtype=dtype, **params), [0]
+  # Of one matrix, what is mapped over is more rows.
+  params["batch_axes"] = batch_axes
+  if x_dim is not None:
+    x = jnp.moveaxis(x, x_dim, batch_axes)
+  if bias is None or dims[-1] is None:
+    biases = () if bias is None else (bias,)
+    return op(x, *weights, *biases, dtype=dtype, **params), [batch_axes]
+  wide = jnp.promote_types(dtype, jnp.float32)
+  (y,) = op(x, *weights, dtype=wide, **params)
+  if x_dim is None:
+    y = jnp.expand_dims(y, batch_axes)
+  each = jnp.moveaxis(bias, dims[-1], batch_axes)
+  each = operands.expand_bias(each, y.ndim, batch_axes + 1)
+  return [(y + each.astype(wide)).astype(dtype)], [batch_axes]
+
+
+def _jvp(op, primals, tangents, *, implementation, **params):
+  out = op(*primals, implementation=implementation, **params)
+  known = [i for i, t in enumerate(tangents) if type(t) is not ad.Zero]
+
+  def of_known(*given):
+    full = list(primals)
+    for i, array in zip(known, given):
+      full[i] = array
+    return op.reference(*full, **params)
+
+  # In plain JAX, which can be transposed.
+  _, tangent = jax.jvp(
+    of_known, [primals[i] for i in known], [tangents[i] for i in known]
+  )
+  return out, list(tangent)
+
+
+def _op(name: str, packed: bool, fn: Callable[..., Any]) -> dispatch.Op:
+  """Defines a product with weights that are packed or not."""
+  bound = functools.partial
+  op = dispatch.Op(
+    name,
+    abstract_eval=bound(_abstract_eval, packed=packed),
+    reference=getattr(reference, fn.__name__),
+    implementations=(
+      dispatch.Implementation(
+        name="cpu",
+        platforms=("cpu",),
+        fn=fn,
+        library=ffi.LIBRARY,
+        unsupported=bound(ffi.unsupported, packed=packed),
+        slower=bound(costs.on_cpu, packed=packed),
+      ),
+    ),
+    batching=bound(_batching, packed=packed),
+    partitioning=dispatch.Partitioning(
+      bound(sharding.rule, packed=packed),
+      bound(sharding.partition, packed=packed),
+    ),
+  )
+  ad.primitive_jvps[op.primitive] = bound(_jvp, op)
+  return op
+
+
+MULTIPLY = _op("matmul", False, ffi.multiply)
+MULTIPLY_PACKED = _op("matmul_packed", True, ffi.multiply_packed)
