@@ -74,6 +74,7 @@ from nnx.graphlib.functional import vars_as as vars_as
 from nnx.graphlib.functional import with_vars as with_vars
 from nnx.graphlib.modes import set_graph_mode as set_graph_mode
 from nnx.graphlib.modes import set_graph_updates as set_graph_updates
+from nnx.graphlib.modes import set_named_scopes as set_named_scopes
 from nnx.graphlib.registry import (
   register_graph_node_type as register_graph_node_type,
 )

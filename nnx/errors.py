@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 from typing import Any, NamedTuple
 
-from nnx.engine import _engine
+from nnx.engine import _engine, preorder
 
 # The search for an attribute path runs when an error is made, in programs of
 # any size. Each level of it looks through all objects of the process once, for
@@ -155,3 +156,36 @@ def trace_error(target: Any) -> TraceContextError:
     " instead of closing over it."
   )
   return TraceContextError("\n".join(lines))
+
+
+_RAISED = "Raised in "
+
+
+def note_module(error: BaseException) -> None:
+  """Adds to an error in which of the Modules of a model it was raised.
+
+  They are found in the frames that it came through, so that calls which raise
+  nothing pay nothing.
+  """
+  if any(n.startswith(_RAISED) for n in getattr(error, "__notes__", ())):
+    return  # by a transform inside
+  modules, traceback = [], error.__traceback__
+  while traceback is not None:
+    code = traceback.tb_frame.f_code
+    if code.co_varnames[:1] == ("self",):
+      owner = traceback.tb_frame.f_locals.get("self")
+      if isinstance(owner, _engine.ObjectBase):
+        modules.append(owner)
+    traceback = traceback.tb_next
+  if not modules or modules[0] is modules[-1]:
+    return
+  root, module = modules[0], modules[-1]
+  with contextlib.suppress(Exception):  # such as a graph in an odd state
+    structure, _, objects = _engine.flatten((root,))
+    for position, path in preorder.walk(structure._records):
+      kind, index = structure._records[position][:2]
+      if index >= 0 and kind != "ref" and objects[index] is module:
+        error.add_note(
+          f"{_RAISED}`{preorder.path_text(path)}`, a {type(module).__name__},"
+          f" of a `{type(root).__name__}`."
+        )

@@ -64,6 +64,10 @@ class Module(Pytree):
     Array([6., 6.], dtype=float32)
   """
 
+  def __init_subclass__(cls, **kwargs: Any) -> None:
+    super().__init_subclass__(**kwargs)
+    _engine.name_calls(cls)
+
   def sow(
     self,
     variable_type: type[Variable[Any]] | str,

@@ -9,6 +9,7 @@ import jax
 
 from nnx import tracers
 from nnx.attribute_marks import is_data
+from nnx.engine import serialization
 
 THEIR_STATE, THEIR_NODES = "_pytree__state", "_pytree__nodes"
 
@@ -73,6 +74,7 @@ jax.tree_util.register_pytree_node(
   lambda state: ((), (state._initializing, state._is_setup)),
   lambda flags, _: PytreeState(*flags),
 )
+serialization.register(PytreeState)
 ObjectState = PytreeState  # of Flax 0.10
 
 _states = tracers.Attached()

@@ -16,8 +16,8 @@ from nnx import (
   tracers,
   variablelib,
 )
-from nnx.engine import _engine, jax_private, pytrees
-from nnx.graphlib import definitions, statics
+from nnx.engine import _engine, jax_private, pytrees, serialization
+from nnx.graphlib import definitions, modes, statics
 
 _ARRAY_TYPES = (
   jax.Array,
@@ -115,6 +115,19 @@ def configure() -> None:
     shape_message=restored.shape_message,
     restored_leaf=restored.LEAF,
     jax_prefix=jax_private.directory() + os.sep,
+    named_scope=jax.named_scope,
+    settings=modes.settings,
+    explain_error=errors.note_module,
+  )
+
+
+def _refuse_export(plan: _engine.Plan) -> bytes:
+  """Says that arguments are changed, which `jax.export` cannot write down."""
+  raise ValueError(
+    "An exported function returns what it changes, but one of `nnx.jit` changes"
+    " its arguments. Export `jax.jit` of a function of States, which may call"
+    " the other: `model = nnx.merge(graphdef, state)`, the call, and then"
+    " `return result, nnx.state(model)`."
   )
 
 
@@ -123,3 +136,4 @@ pytrees.register_static_type(definitions.NodeDef)
 jax.tree_util.register_pytree_node(
   _engine.Packed, _engine.packed_flatten, _engine.packed_unflatten
 )
+serialization.register(_engine.Packed, dump=_refuse_export)

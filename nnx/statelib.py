@@ -26,7 +26,7 @@ from typing import (
 import jax
 
 from nnx import filterlib, flat_states, reprlib
-from nnx.engine import _engine, pytrees
+from nnx.engine import _engine, pytrees, serialization
 from nnx.nested_mappings import copy_mapping as copy_mapping
 from nnx.nested_mappings import (
   nested_items,
@@ -351,6 +351,7 @@ jax.tree_util.register_pytree_node(
   lambda flat: (flat._values, flat._keys),
   lambda keys, values: FlatState.from_sorted_keys_values(keys, list(values)),
 )
+serialization.register(FlatState)
 
 
 def to_flat_state(state: Mapping[Any, Any]) -> FlatState[Any]:

@@ -13,12 +13,12 @@ from ..common import arrays, libraries
 from . import reference, signatures
 
 # FFI target names, the same on every platform.
-TARGET_UPDATE = "fused_nnx_batch_stat_update"
-TARGET_TRAIN = "fused_nnx_batch_stat_train"
-TARGET_MOMENTS = "fused_nnx_batch_stat_moments"
-TARGET_NORMALIZE = "fused_nnx_batch_stat_normalize"
-TARGET_GRAD_SUMS = "fused_nnx_batch_stat_grad_sums"
-TARGET_GRAD_INPUT = "fused_nnx_batch_stat_grad_input"
+TARGET_UPDATE = "fused_nnx_batch_stat_update_1"
+TARGET_TRAIN = "fused_nnx_batch_stat_train_1"
+TARGET_MOMENTS = "fused_nnx_batch_stat_moments_1"
+TARGET_NORMALIZE = "fused_nnx_batch_stat_normalize_1"
+TARGET_GRAD_SUMS = "fused_nnx_batch_stat_grad_sums_1"
+TARGET_GRAD_INPUT = "fused_nnx_batch_stat_grad_input_1"
 
 # What the extensions call their handlers.
 HANDLERS = {
@@ -29,6 +29,8 @@ HANDLERS = {
   TARGET_GRAD_SUMS: "grad_sums",
   TARGET_GRAD_INPUT: "grad_input",
 }
+# What artifacts call them that were exported before names had versions.
+HANDLERS |= {name.removesuffix("_1"): fn for name, fn in HANDLERS.items()}
 
 CPU_LIBRARY = libraries.Library(f"{__package__}.cpu._batch_stat_cpu", HANDLERS)
 CUDA_LIBRARY = libraries.Library(

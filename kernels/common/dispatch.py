@@ -121,6 +121,10 @@ class Choice:
       "mesh" for a `shard_map` over a mesh with explicit axes. "" if nobody
       does: it runs on one device, or it is the reference and the compiler
       looks into it.
+    shapes: Of its operands, as jax writes types: "f32[128,256]". Only `explain`
+      knows them.
+    scope: The `jax.named_scope`s around it, which Modules of `nnx` make too:
+      "Net/blocks_0/norm". Only `explain` knows them.
   """
 
   op: str
@@ -128,6 +132,8 @@ class Choice:
   platform: str
   reason: str
   split: str = ""
+  shapes: tuple[str, ...] = ()
+  scope: str = ""
 
 
 @dataclasses.dataclass(frozen=True)

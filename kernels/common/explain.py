@@ -45,6 +45,8 @@ def explain(
     ... )
     >>> choice.implementation, choice.reason
     ('xla', 'It was asked for.')
+    >>> choice.shapes
+    ('f32[256]', 'f32[256]', 'f32[1]', 'f32[128,256]')
   """
   platform = platform or jax.default_backend()
   if platform == "gpu":
@@ -92,7 +94,11 @@ class _Explainer:
     self.choices: list[dispatch.Choice] = []
 
   def visit(
-    self, jaxpr: Any, devices: int, manual: frozenset[str] = frozenset()
+    self,
+    jaxpr: Any,
+    devices: int,
+    manual: frozenset[str] = frozenset(),
+    scope: tuple[str, ...] = (),
   ) -> None:
     """Notes down the ops.
 
@@ -100,17 +106,25 @@ class _Explainer:
       jaxpr: To walk through.
       devices: Over how many the compiler splits it.
       manual: Mesh axes of the `shard_map`s around it.
+      scope: Named scopes around it.
     """
     for eqn in jaxpr.eqns:
       op = dispatch.op_of(eqn.primitive)
+      around = (*scope, *jax_private.named_scopes(eqn))
       if op is not None:
-        self.choices.append(self._choose(op, eqn, devices, bool(manual)))
+        choice = self._choose(op, eqn, devices, bool(manual))
+        shapes = tuple(
+          var.aval.str_short(short_dtypes=True) for var in eqn.invars
+        )
+        self.choices.append(
+          dataclasses.replace(choice, shapes=shapes, scope="/".join(around))
+        )
       inner_devices, inner = devices, manual
       if eqn.primitive.name == "shard_map":
         inner = manual | jax_private.newly_manual_axes(eqn)
         inner_devices = jax_private.free_devices(eqn.params["mesh"], inner)
       for inner_jaxpr in _inner_jaxprs(eqn.params.values()):
-        self.visit(inner_jaxpr, inner_devices, inner)
+        self.visit(inner_jaxpr, inner_devices, inner, around)
 
   def _choose(self, op, eqn, devices, placed):
     avals = [var.aval for var in eqn.invars]

@@ -14,8 +14,10 @@ from jax._src import config as _config
 from jax._src import core as _core
 from jax._src import custom_partitioning_sharding_rule as _rules
 from jax._src import sharding_impls as _sharding_impls
+from jax._src import source_info_util as _source_info_util
 from jax._src import util as _util
 from jax._src import xla_bridge as _xla_bridge
+from jax._src.export import _export
 from jax._src.interpreters import mlir as _mlir
 from jax._src.lib import xla_client as _xla_client
 from jax.interpreters import mlir
@@ -96,6 +98,19 @@ def free_axes(mesh: Any) -> set[str]:
 def _free(mesh: Any) -> dict[str, Any]:
   kinds = zip(mesh.axis_names, mesh.axis_types)
   return {n: k for n, k in kinds if k != jax.sharding.AxisType.Manual}
+
+
+def named_scopes(eqn: Any) -> list[str]:
+  """Returns the names of the `jax.named_scope`s around an equation of a jaxpr.
+
+  Those of the transforms that it was traced under are left out.
+
+  Args:
+    eqn: The equation.
+  """
+  stack = eqn.source_info.name_stack.stack
+  scope = _source_info_util.Scope
+  return [part.name for part in stack if isinstance(part, scope)]
 
 
 def newly_manual_axes(eqn: Any) -> frozenset[str]:
@@ -254,6 +269,18 @@ def auto_mesh(sizes: Sequence[int], names: Sequence[str]) -> Any:
   # By default, axes are explicit in jax 0.12.
   kinds = (jax.sharding.AxisType.Auto,) * len(names)
   return jax.sharding.AbstractMesh(tuple(sizes), tuple(names), kinds)
+
+
+def promise(targets: Iterable[str]) -> None:
+  """Lets `jax.export` write programs that call some custom calls.
+
+  jax refuses those that it does not know to mean the same tomorrow. Each name
+  here ends in a version: what it takes and does never changes.
+
+  Args:
+    targets: Names of custom calls.
+  """
+  _export._CUSTOM_CALL_TARGETS_GUARANTEED_STABLE.update(targets)
 
 
 def tile_assignment(sharding: Any, rank: int) -> np.ndarray:

@@ -2,13 +2,17 @@
 
 from collections.abc import Callable, Mapping
 import importlib
+import re
 import threading
 import types
 from typing import Any
 
 import jax
 
+from . import jax_private
+
 _LIBRARIES: list["Library"] = []
+_VERSIONED = re.compile(r"_\d+$")
 
 
 class Library:
@@ -18,7 +22,9 @@ class Library:
     module: Dotted name of the extension module, for example
       `kernels.my_op.cpu._my_op_cpu`.
     targets: Maps the FFI target name to the name of the function in the module
-      that returns the handler's capsule.
+      that returns the handler's capsule. A name that ends in a version, as in
+      `my_op_1`, promises that operands, results and attributes mean the same
+      for ever: `jax.export` writes programs with these and no others.
     platform: The platform to register the handlers for.
   """
 
@@ -28,6 +34,7 @@ class Library:
     self.module = module
     self.platform = platform
     self._targets = dict(targets)
+    jax_private.promise(filter(_VERSIONED.search, self._targets))
     self._lock = threading.Lock()
     self._loaded: types.ModuleType | None = None
     _LIBRARIES.append(self)

@@ -269,6 +269,7 @@ class Partitioner:
     self._split = split
     self._scope = scope
     jax_private.register_partitioner(TARGET, self._partition, self._infer)
+    jax_private.promise([TARGET])
 
   def _infer(self, shapes, dtypes, shardings, text):
     fields = json.loads(text)

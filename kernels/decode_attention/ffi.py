@@ -11,17 +11,21 @@ from ..cache import addressing
 from ..common import arrays, libraries
 from . import reference
 
-APPEND_TARGET = "decode_attention_append_and_attend"
-ATTEND_TARGET = "decode_attention_attend"
+APPEND_TARGET = "fused_nnx_decode_attention_append_1"
+ATTEND_TARGET = "fused_nnx_decode_attention_attend_1"
 
+HANDLERS = {
+  APPEND_TARGET: "append_and_attend",
+  ATTEND_TARGET: "attend",
+  # What artifacts call them that were exported before names had versions.
+  "decode_attention_append_and_attend": "append_and_attend",
+  "decode_attention_attend": "attend",
+}
 LIBRARY = libraries.Library(
-  f"{__package__}.cpu._decode_attention_cpu",
-  {APPEND_TARGET: "append_and_attend", ATTEND_TARGET: "attend"},
+  f"{__package__}.cpu._decode_attention_cpu", HANDLERS
 )
 CUDA_LIBRARY = libraries.Library(
-  f"{__package__}.cuda._decode_attention_cuda",
-  {APPEND_TARGET: "append_and_attend", ATTEND_TARGET: "attend"},
-  platform="CUDA",
+  f"{__package__}.cuda._decode_attention_cuda", HANDLERS, platform="CUDA"
 )
 
 # Of the CUDA kernels; see cuda/decode.h. Rows of a head are read 16

@@ -11,15 +11,16 @@ from ..cache import addressing
 from ..common import libraries
 from . import reference
 
-TARGET = "kv_cache_update"
+TARGET = "fused_nnx_kv_cache_update_1"
 
-LIBRARY = libraries.Library(
-  f"{__package__}.cpu._kv_cache_cpu", {TARGET: "kv_cache_update"}
-)
+HANDLERS = {
+  TARGET: "kv_cache_update",
+  # What artifacts call it that were exported before names had versions.
+  "kv_cache_update": "kv_cache_update",
+}
+LIBRARY = libraries.Library(f"{__package__}.cpu._kv_cache_cpu", HANDLERS)
 CUDA_LIBRARY = libraries.Library(
-  f"{__package__}.cuda._kv_cache_cuda",
-  {TARGET: "kv_cache_update"},
-  platform="CUDA",
+  f"{__package__}.cuda._kv_cache_cuda", HANDLERS, platform="CUDA"
 )
 
 

@@ -123,6 +123,9 @@ class Settings(TypedDict, total=False):
   trace_error: Callable[[Any], Exception | None]
   is_array_type: Callable[[type], bool | EllipsisType | None]
   flatten_pytree: Callable[[Any], OpenedPytree | None]
+  named_scope: Callable[[str], Any]
+  settings: object
+  explain_error: Callable[[BaseException], None]
   array_type: type
   variable_metadata: type
   attribute_marker: type
@@ -136,6 +139,7 @@ class Settings(TypedDict, total=False):
   jax_prefix: str
 
 def configure(**settings: Unpack[Settings]) -> None: ...
+def name_calls(cls: type, /) -> None: ...
 
 class VariableBase:
   value: Any
@@ -208,6 +212,16 @@ class Plan:
   def structure(self) -> StructureBase: ...
   @property
   def origin(self) -> tuple[int, ...]: ...
+  @classmethod
+  def _restore(
+    cls,
+    structure: StructureBase,
+    output_of: tuple[int, ...],
+    matches: tuple[int, ...],
+    writes: tuple[tuple[int, int], ...] | None,
+    origin: tuple[int, ...],
+    /,
+  ) -> Plan: ...
 
 class Packed:
   @property
@@ -261,6 +275,7 @@ def framed(
   /,
   *args: object,
 ) -> T: ...
+def forget_copies(structure: StructureBase, /) -> None: ...
 def packed_flatten(packed: Packed, /) -> tuple[tuple[Any, ...], Plan]: ...
 def packed_unflatten(plan: Plan, outputs: Iterable[object], /) -> Packed: ...
 
@@ -340,6 +355,7 @@ def object_flatten(
 def make_object_unflatten(
   cls: type[T], /
 ) -> Callable[[Any, Sequence[Any]], T]: ...
+def make_state_unflatten(cls: type, /) -> Callable[[Any, Any], Any]: ...
 def state_flatten(
   state: object, /
 ) -> tuple[tuple[Any, ...], tuple[Key, ...]]: ...

@@ -14,13 +14,14 @@ from typing import Any
 import weakref
 
 import jax
-from jax import api_util
+from jax import api_util, export
 from jax._src import array as _array
 from jax._src import core as _core
 from jax._src import mesh as _mesh
 from jax._src import source_info_util as _source_info_util
 from jax._src import tree_util as _tree_util
 from jax._src import util as _util
+from jax._src.export import _export
 from jax._src.lib.mlir.dialects import sdy as _sdy
 from jax.interpreters import ad, batching, mlir
 
@@ -100,6 +101,30 @@ def context_mesh() -> Any:
 def register_cache(cache: Any, name: str) -> None:
   """Has `jax.clear_caches` call `cache.cache_clear()`, while `cache` lives."""
   _util.register_cache(cache, name)
+
+
+def register_serialization(
+  cls: type,
+  name: str,
+  dump: Callable[[Any], bytes],
+  load: Callable[[bytes], Any],
+) -> None:
+  """Lets `jax.export` write a type of pytree nodes.
+
+  Args:
+    cls: the type.
+    name: under which it is read. The type that was registered under it last is
+      meant: classes are defined anew in notebooks.
+    dump: writes the static part of a node.
+    load: reads it.
+  """
+  _export.deserialization_registry.pop(name, None)
+  export.register_pytree_node_serialization(
+    cls,
+    serialized_name=name,
+    serialize_auxdata=dump,
+    deserialize_auxdata=load,
+  )
 
 
 @functools.cache

@@ -10,7 +10,7 @@ from typing import Any
 
 import jax
 
-from nnx.engine import _engine
+from nnx.engine import _engine, serialization
 
 _VALUE = jax.tree_util.GetAttrKey("value")
 
@@ -44,6 +44,7 @@ def register_variable_type(cls: type) -> None:
     _engine.make_variable_unflatten(cls),
     _engine.variable_flatten,
   )
+  serialization.register(cls)
 
 
 def register_object_type(cls: type) -> None:
@@ -54,22 +55,24 @@ def register_object_type(cls: type) -> None:
     _engine.make_object_unflatten(cls),
     _engine.object_flatten,
   )
+  serialization.register(cls)
 
 
 def register_state_type(cls: type) -> None:
   """Makes a State type a pytree node whose children are its entries."""
-
-  def unflatten(keys, values):
-    return cls._from_nested(dict(zip(keys, values)))
-
   jax.tree_util.register_pytree_with_keys(
-    cls, _state_with_keys, unflatten, _engine.state_flatten
+    cls,
+    _state_with_keys,
+    _engine.make_state_unflatten(cls),
+    _engine.state_flatten,
   )
+  serialization.register(cls)
 
 
 def register_static_type(cls: type) -> None:
   """Makes a hashable type a pytree node without children."""
   jax.tree_util.register_static(cls)
+  serialization.register(cls)
 
 
 def flatten_pytree(value: Any) -> _engine.OpenedPytree | None:

@@ -9,7 +9,7 @@ from typing import Any, Generic, TypeVar
 
 import jax
 
-from nnx.engine import _engine, preorder
+from nnx.engine import _engine, preorder, serialization
 from nnx.statelib import State
 
 Node = TypeVar("Node")
@@ -309,6 +309,7 @@ jax.tree_util.register_pytree_with_keys(
   ),
   lambda graphdef, children: _packed(graphdef, *children),
 )
+serialization.register(GraphState)
 
 PureState = tuple[GraphDef[Node], State]
 

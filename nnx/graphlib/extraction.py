@@ -7,7 +7,7 @@ from typing import Any
 
 import jax
 
-from nnx.engine import _engine
+from nnx.engine import _engine, serialization
 from nnx.graphlib import contexts, traversal
 
 
@@ -92,6 +92,7 @@ jax.tree_util.register_pytree_with_keys(
   ),
   _restore,
 )
+serialization.register(NodeStates)
 
 
 def _is_object(value: Any) -> bool:

@@ -1,4 +1,4 @@
-"""Flax 0.12's switches between its graph and tree modes.
+"""Switches: names in traces, and Flax 0.12's graph and tree modes.
 
 Shared references are always handled here, and cost nothing where there are
 none. Where the modes differ in what a function returns, its arguments `graph`
@@ -37,9 +37,10 @@ def _from_environment(name: str) -> bool:
 class _Settings(threading.local):
   graph_mode = _from_environment("NNX_GRAPH_MODE")
   graph_updates = _from_environment("NNX_GRAPH_UPDATES")
+  named_scopes = _from_environment("NNX_NAMED_SCOPES")
 
 
-_settings = _Settings()
+settings = _Settings()
 
 
 class _Switch:
@@ -50,14 +51,14 @@ class _Switch:
 
   def __init__(self, value: bool, /):
     self._value = bool(value)
-    self._before = vars(_settings).get(self._name)
-    setattr(_settings, self._name, self._value)
+    self._before = vars(settings).get(self._name)
+    setattr(settings, self._name, self._value)
 
   def _restore(self) -> None:
     if self._before is None:  # the default, whatever it is by now
-      vars(_settings).pop(self._name, None)
+      vars(settings).pop(self._name, None)
     else:
-      setattr(_settings, self._name, self._before)
+      setattr(settings, self._name, self._before)
 
   def __call__(self, fun: Callable[P, R], /) -> Callable[P, R]:
     self._restore()
@@ -78,7 +79,7 @@ class _Switch:
   @classmethod
   def current_value(cls) -> bool:
     """Returns the value that was set last in this thread."""
-    return getattr(_settings, cls._name)
+    return getattr(settings, cls._name)
 
 
 def is_tree(graph: bool | None, graph_updates: bool | None) -> bool:
@@ -95,9 +96,9 @@ def is_tree(graph: bool | None, graph_updates: bool | None) -> bool:
     graph_updates: the same; None stands for `set_graph_updates`.
   """
   if graph is None:
-    graph = _settings.graph_mode
+    graph = settings.graph_mode
   if graph_updates is None:
-    graph_updates = _settings.graph_updates
+    graph_updates = settings.graph_updates
   return not (graph and graph_updates)
 
 
@@ -139,3 +140,40 @@ class set_graph_updates(_Switch):
   """
 
   _name = "graph_updates"
+
+
+class set_named_scopes(_Switch):
+  """Whether traces name the Modules in which an operation is.
+
+  Each call of a Module under `jit`, `grad` and the like is in a scope of jax
+  that is named after where the Module is (`Net/blocks_0/attn/query`), which the
+  text of the program, errors of the compiler and profiles show. It costs some
+  time while a function is traced and none while it runs. A function that has
+  been compiled stays as it is.
+
+  `NNX_NAMED_SCOPES` in the environment says whether they do at first.
+
+  Example:
+
+    >>> import jax.numpy as jnp
+    >>> import nnx
+    >>> class Net(nnx.Module):
+    ...   def __init__(self, rngs):
+    ...     self.layer = nnx.Linear(2, 3, rngs=rngs)
+    ...
+    ...   def __call__(self, x):
+    ...     return self.layer(x)
+    >>> net, x = Net(nnx.Rngs(0)), jnp.ones((1, 2))
+    >>> def text():
+    ...   return nnx.jit(Net.__call__).lower(net, x).as_text(debug_info=True)
+    >>> "Net/layer/dot_general" in text()
+    True
+    >>> with nnx.set_named_scopes(False):
+    ...   "Net/layer/dot_general" in text()
+    False
+
+  Args:
+    value: whether they do.
+  """
+
+  _name = "named_scopes"

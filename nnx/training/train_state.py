@@ -8,6 +8,7 @@ from typing import Any, Generic, TypeVar, dataclass_transform
 import jax
 import jax.numpy as jnp
 
+from nnx.engine import serialization
 from nnx.graphlib.definitions import GraphDef
 from nnx.pytreelib import static
 from nnx.statelib import State
@@ -32,6 +33,7 @@ def _register(cls: type) -> None:
     [field.name for field in fields if not _is_static(field)],
     [field.name for field in fields if _is_static(field)],
   )
+  serialization.register(cls)
 
 
 @dataclass_transform(frozen_default=True, field_specifiers=(static,))

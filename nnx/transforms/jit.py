@@ -24,6 +24,7 @@ from typing import (
 )
 
 import jax
+from jax.experimental import serialize_executable
 import jax.numpy as jnp
 
 from nnx.engine import _engine, jax_private
@@ -78,15 +79,56 @@ class StateSharding(prefix.FilterMap):
     return self.entries
 
 
+class _Caller:
+  """Calls what was compiled for one structure of arguments.
+
+  Args:
+    structure: that of the arguments.
+    statics: which arguments are part of it, by position or name.
+    donated: the leaves that are donated.
+    given: arguments before those of the call.
+  """
+
+  def __init__(
+    self,
+    structure: _engine.StructureBase,
+    statics: frozenset[int | str],
+    donated: tuple[int, ...],
+    given: tuple[Any, ...] = (),
+  ):
+    self.structure = structure
+    self.statics = statics
+    self.donated = donated
+    self.given = given
+
+  def __call__(
+    self, run: Callable[..., Any], args: tuple, kwargs: Mapping[str, Any]
+  ) -> Any:
+    roots = _roots(self.statics, (*self.given, *args), kwargs)
+    structure, leaves, objects = roots
+    if structure != self.structure:
+      raise ValueError(
+        "A compiled function must be called with arguments of the structure"
+        " that it was lowered for: their Modules, static attributes or"
+        " containers differ. Call the jitted function itself instead."
+      )
+    packed = run(*_partition(leaves, self.donated))
+    return _engine.apply(packed, objects, leaves)
+
+  def after(self, given: tuple[Any, ...]) -> _Caller:
+    """Returns that of the same function with its first arguments given."""
+    return _Caller(self.structure, self.statics, self.donated, given)
+
+
 class Lowered(Generic[P, R]):
   """A jitted function lowered for some arguments, not yet compiled.
 
   Attributes that are not here are those of jax's `Lowered`.
   """
 
-  def __init__(self, lowered: Any, make_call: Callable[..., Any]):
+  def __init__(self, lowered: Any, call: _Caller):
     self.lowered = lowered
-    self.call = make_call
+    self.call = call
 
   def compile(
     self, compiler_options: Mapping[str, Any] | None = None
@@ -101,18 +143,63 @@ class Lowered(Generic[P, R]):
 class Compiled(Generic[P, R]):
   """A compiled function: called like the original, for one structure only.
 
+  It pickles, for a process with the same jax, machine and number of devices.
+  What it is called with there must have the same structure: static attributes
+  are compared by value, and functions by their names. A pickle runs code where
+  it is loaded: load those that you trust.
+
   Attributes that are not here are those of jax's `Compiled`.
+
+  Example:
+
+    >>> import pickle
+    >>> import jax.numpy as jnp
+    >>> import nnx
+    >>> counter = nnx.Variable(jnp.zeros(()))
+    >>> @nnx.jit
+    ... def add(counter, by):
+    ...   counter[...] += by
+    >>> data = pickle.dumps(add.lower(counter, 1.0).compile())
+    >>> pickle.loads(data)(counter, 2.0)
+    >>> counter.value
+    Array(2., dtype=float32)
   """
 
-  def __init__(self, compiled: Any, make_call: Callable[..., Any]):
+  def __init__(self, compiled: Any, call: _Caller):
     self.compiled = compiled
-    self._make_call = make_call
+    self._call = call
 
   def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
-    return self._make_call(self.compiled, args, kwargs)
+    return self._call(self.compiled, args, kwargs)
 
   def __getattr__(self, name: str) -> Any:
     return getattr(self.compiled, name)
+
+  def __reduce__(self):
+    data = serialize_executable.serialize(self.compiled)
+    devices = self.compiled.runtime_executable().local_devices()
+    numbers = tuple(device.id for device in devices)
+    return _load, (self._call, numbers, devices[0].platform, *data)
+
+
+def _load(
+  call: _Caller, numbers: tuple[int, ...], platform: str, *data: Any
+) -> Compiled[..., Any]:
+  """Reads a compiled function that was pickled."""
+  here = {device.id: device for device in jax.local_devices(backend=platform)}
+  if not here.keys() >= set(numbers):
+    raise ValueError(
+      "A compiled function must be loaded where the devices are that it was"
+      f" compiled for: {platform} {', '.join(map(str, numbers))}, but here are"
+      f" {', '.join(map(str, here))}."
+    )
+  devices = [here[number] for number in numbers]
+  return Compiled(
+    serialize_executable.deserialize_and_load(
+      *data, backend=platform, execution_devices=devices
+    ),
+    call,
+  )
 
 
 class JitWrapped(_engine.JitFunction, Generic[P, R]):
@@ -201,15 +288,6 @@ class JitWrapped(_engine.JitFunction, Generic[P, R]):
     ) -> Callable[Q, R]: ...
     def __get__(self, instance: Any, owner: type | None = None) -> Any: ...
 
-  def _roots(self, args: tuple, kwargs: Mapping[str, Any]) -> _engine.Flattened:
-    """Returns the structure, leaves and objects of a call."""
-    names = sorted(kwargs)
-    static = [
-      key in self.options.statics for key in (*range(len(args)), *names)
-    ]
-    values = (*args, *(kwargs[name] for name in names))
-    return _engine.flatten(values, tuple(static))
-
   def lower(self, *args: Any, **kwargs: Any) -> Lowered[P, R]:
     """Lowers the function for arguments, which may be abstract.
 
@@ -225,19 +303,9 @@ class JitWrapped(_engine.JitFunction, Generic[P, R]):
       A `Lowered`, with `compile()`.
     """
     compiled, flat_args, donated = self._prepare(*args, **kwargs)
-    structure = self._roots(args, kwargs).structure
-
-    def call(run, args, kwargs):
-      given, leaves, objects = self._roots(args, kwargs)
-      if given != structure:
-        raise ValueError(
-          "A compiled function must be called with arguments of the structure"
-          " that it was lowered for: their Modules, static attributes or"
-          " containers differ. Call the jitted function itself instead."
-        )
-      packed = run(*_partition(leaves, donated))
-      return _engine.apply(packed, objects, leaves)
-
+    statics = self.options.statics
+    structure = _roots(statics, args, kwargs).structure
+    call = _Caller(structure, statics, donated)
     return Lowered(compiled.lower(*flat_args), call)
 
   def trace(self, *args: Any, **kwargs: Any) -> Any:
@@ -256,11 +324,21 @@ class JitWrapped(_engine.JitFunction, Generic[P, R]):
   def eval_shape(self, *args: P.args, **kwargs: P.kwargs) -> R:
     """Returns the result as shapes and dtypes; nothing is computed."""
     compiled, flat_args, _ = self._prepare(*args, **kwargs)
-    structure, leaves, _ = self._roots(args, kwargs)
+    structure, leaves, _ = _roots(self.options.statics, args, kwargs)
     packed = compiled.eval_shape(*flat_args)
     # Applied to copies: the arguments stay as they are.
     objects = _engine.unflatten(structure, leaves).objects
     return _engine.apply(packed, objects, leaves)
+
+
+def _roots(
+  statics: frozenset[int | str], args: tuple, kwargs: Mapping[str, Any]
+) -> _engine.Flattened:
+  """Returns the structure, leaves and objects of a call."""
+  names = sorted(kwargs)
+  static = [key in statics for key in (*range(len(args)), *names)]
+  values = (*args, *(kwargs[name] for name in names))
+  return _engine.flatten(values, tuple(static))
 
 
 def _partition(leaves: tuple, donated: tuple[int, ...]) -> tuple[tuple, ...]:
@@ -289,11 +367,7 @@ class JitPartial(Generic[P, R]):
     So are the arguments of the compiled function.
     """
     lowered = self.jitted.lower(*self.args, *args, **kwargs)
-
-    def call(run, args, kwargs):
-      return lowered.call(run, (*self.args, *args), kwargs)
-
-    return Lowered(lowered.lowered, call)
+    return Lowered(lowered.lowered, lowered.call.after(self.args))
 
   def trace(self, *args: Any, **kwargs: Any) -> Any:
     """Does what `JitWrapped.trace` does, for the remaining arguments."""

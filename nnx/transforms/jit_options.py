@@ -286,7 +286,8 @@ class Flat(lift.Lifted):
   ) -> Any:
     values, objects = _engine.unflatten(self.structure, leaves)
     with lift.noting_places(leaves) as self.places:
-      result = self.call(values)
+      # In a frame of its own: jax may trace after the call, and by itself.
+      result = _engine.framed(self.structure, objects, self.call, values)
     if donated:
       # No value is identical to these, so that every donated leaf counts as
       # written and comes back as an output.

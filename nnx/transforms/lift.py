@@ -24,8 +24,8 @@ import weakref
 import jax
 import numpy as np
 
-from nnx import runtime
-from nnx.engine import _engine, jax_private, preorder
+from nnx import errors, runtime
+from nnx.engine import _engine, jax_private, preorder, pytrees
 
 _SCALARS = (bool, int, float, complex, np.generic)
 
@@ -54,6 +54,9 @@ class _LeafNames(Sequence[str]):
         names = preorder.leaf_names(lifted.structure, roots[self._first :])
       self._names = [*first, *(names.get(n, "") for n in self._numbers)]
     return self._names[index]
+
+  def __reduce__(self):
+    return tuple, (list(self),)  # jax pickles it with what it has compiled
 
   def __radd__(self, before: tuple[str, ...]) -> tuple[str, ...]:
     # jax 0.12 puts the names of constants in front of a tuple.
@@ -117,11 +120,16 @@ class Lifted:
     """Runs the user's function on the roots of the structure, after `first`."""
     count = len(values) - len(self.names)
     kwargs = dict(zip(self.names, values[count:]))
+    fun, args = self.fun, (*first, *values[:count])
+    if args and callable(args[0]) and type(args[0]).__call__ is fun:
+      fun, *args = args  # through the object, which names the call
     try:
-      return self.fun(*first, *values[:count], **kwargs)
+      return fun(*args, **kwargs)
     except Exception as error:
-      _name_module(error)
+      errors.note_module(error)
       raise
+    finally:
+      _engine.forget_copies(self.structure)
 
 
 class Call:
@@ -227,39 +235,6 @@ class Call:
   def apply_outputs(self, plan: Any, outputs: Sequence[Any]) -> Any:
     """Does what `apply` does, for outputs that a transform has regrouped."""
     return self.apply(_engine.packed_unflatten(plan, tuple(outputs)))
-
-
-_RAISED = "Raised in "
-
-
-def _name_module(error: BaseException) -> None:
-  """Adds to an error in which of the Modules of a model it was raised.
-
-  They are found in the frames that it came through, so that calls which raise
-  nothing pay nothing.
-  """
-  if any(n.startswith(_RAISED) for n in getattr(error, "__notes__", ())):
-    return  # by a transform inside
-  modules, traceback = [], error.__traceback__
-  while traceback is not None:
-    code = traceback.tb_frame.f_code
-    if code.co_varnames[:1] == (SELF,):
-      owner = traceback.tb_frame.f_locals.get(SELF)
-      if isinstance(owner, _engine.ObjectBase):
-        modules.append(owner)
-    traceback = traceback.tb_next
-  if not modules or modules[0] is modules[-1]:
-    return
-  root, module = modules[0], modules[-1]
-  with contextlib.suppress(Exception):  # such as a graph in an odd state
-    structure, _, objects = _engine.flatten((root,))
-    for position, path in preorder.walk(structure._records):
-      kind, index = structure._records[position][:2]
-      if index >= 0 and kind != "ref" and objects[index] is module:
-        error.add_note(
-          f"{_RAISED}`{preorder.path_text(path)}`, a {type(module).__name__},"
-          f" of a `{type(root).__name__}`."
-        )
 
 
 def _has_run(fun: Callable[..., Any], error: BaseException) -> bool:
@@ -379,7 +354,7 @@ class Static:
     self.value = value
 
 
-jax.tree_util.register_static(Static)
+pytrees.register_static_type(Static)
 
 
 def leaf_values(
@@ -508,7 +483,10 @@ class Method:
         vars(self)["__signature__"] = inspect.Signature(rest)
 
   def __call__(self, /, *args: Any, **kwargs: Any) -> Any:
-    return self.function(kwargs.pop(SELF), *args, **kwargs)
+    owner = kwargs.pop(SELF)
+    if callable(owner) and type(owner).__call__ is self.function:
+      return owner(*args, **kwargs)  # through the object, which names the call
+    return self.function(owner, *args, **kwargs)
 
 
 def method_of(fun: Any) -> Method | None:

@@ -25,8 +25,10 @@ SECTIONS: dict[str, tuple[str, ...]] = {
   "Guides": (
     "docs/layers_on_kernels.md",
     "docs/generating_text.md",
+    "examples/llm/README.md",
     "docs/batch_norm.md",
     "docs/checkpoints.md",
+    "docs/export.md",
     "docs/sharding.md",
     "docs/performance.md",
     "docs/support.md",
@@ -38,6 +40,7 @@ SECTIONS: dict[str, tuple[str, ...]] = {
     "kernels/batch_stat/README.md",
     "kernels/kv_cache/README.md",
     "kernels/decode_attention/README.md",
+    "kernels/matmul/README.md",
     "nnx/engine/README.md",
     "bridge/README.md",
     "CONTRIBUTING.md",

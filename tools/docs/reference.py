@@ -77,6 +77,7 @@ PACKAGES = (
   "nnx.kernels.batch_stat",
   "nnx.kernels.decode_attention",
   "nnx.kernels.kv_cache",
+  "nnx.kernels.matmul",
   "nnx.bridge",
 )
 

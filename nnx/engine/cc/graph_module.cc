@@ -10,6 +10,7 @@
 #include "nnx/engine/cc/plan.h"
 #include "nnx/engine/cc/pytree.h"
 #include "nnx/engine/cc/runtime.h"
+#include "nnx/engine/cc/scopes.h"
 #include "nnx/engine/cc/split.h"
 #include "nnx/engine/cc/structure.h"
 #include "nnx/engine/cc/update.h"
@@ -37,7 +38,7 @@ PYBIND11_MODULE(_engine, m) {
       !nnx::engine::InitSplit(module) || !nnx::engine::InitMerge(module) ||
       !nnx::engine::InitUpdate(module) || !nnx::engine::InitMappings(module) ||
       !nnx::engine::InitPytree(module) || !nnx::engine::InitNodeTypes(module) ||
-      !nnx::engine::InitIdentity(module) ||
+      !nnx::engine::InitIdentity(module) || !nnx::engine::InitScopes(module) ||
       PyModule_AddFunctions(module, configure_functions) < 0) {
     throw pybind11::error_already_set();
   }

@@ -15,6 +15,7 @@
 #include "nnx/engine/cc/lift.h"
 #include "nnx/engine/cc/match.h"
 #include "nnx/engine/cc/plan.h"
+#include "nnx/engine/cc/scopes.h"
 #include "nnx/engine/cc/structure.h"
 #include "nnx/engine/cc/tuples.h"
 #include "nnx/engine/cc/vocabulary.h"
@@ -202,7 +203,9 @@ std::shared_ptr<Entry> SlowEntry(JitFunction* self, const Arguments& arguments,
   const Ref make_entry = Ref::Borrow(self->make_entry);
   Ref made;
   {
-    CallFrame frame(AsStructure(structure.get()), call->objects.data());
+    ScopeBarrier barrier;
+    CallFrame frame(AsStructure(structure.get()), call->objects.data(),
+                    /*compiled=*/true);
     made = Ref::Steal(PyObject_CallFunctionObjArgs(
         make_entry.get(), structure.get(), leaves.get(), names, objects.get(),
         nullptr));
@@ -296,7 +299,9 @@ void Explain(JitFunction* self, const Entry& entry, const Call& call) {
 PyObject* RunEntry(JitFunction* self, const Entry& entry, const Call& call) {
   Ref packed;
   {
-    CallFrame frame(AsStructure(entry.structure.get()), call.objects.data());
+    ScopeBarrier barrier;
+    CallFrame frame(AsStructure(entry.structure.get()), call.objects.data(),
+                    /*compiled=*/true);
     if (entry.donated.empty()) {
       Ref leaves = ToTuple(call.leaves);
       if (!leaves) return nullptr;

@@ -15,8 +15,12 @@ namespace {
 thread_local CallFrame* current_frame = nullptr;
 }  // namespace
 
-CallFrame::CallFrame(const Structure* structure, PyObject* const* objects)
-    : structure_(structure), objects_(objects), previous_(current_frame) {
+CallFrame::CallFrame(const Structure* structure, PyObject* const* objects,
+                     bool compiled)
+    : structure_(structure),
+      objects_(objects),
+      compiled_(compiled),
+      previous_(current_frame) {
   current_frame = this;
 }
 
@@ -25,6 +29,25 @@ CallFrame::~CallFrame() { current_frame = previous_; }
 PyObject* const* CallFrame::OriginalsOf(const Structure* structure) {
   if (!current_frame || current_frame->structure_ != structure) return nullptr;
   return current_frame->objects_;
+}
+
+const CallFrame* CallFrame::Current() { return current_frame; }
+
+void CallFrame::Remember(const Structure* structure, std::vector<Ref> copies) {
+  // A compiled function has a frame of its own inside, around its copies.
+  if (!OriginalsOf(structure) || current_frame->compiled_) return;
+  // The frame may be gone by the time that what is forgotten is freed.
+  std::swap(current_frame->copies_, copies);
+}
+
+int32_t CallFrame::IndexOf(PyObject* object) const {
+  for (size_t i = 0; i < copies_.size(); ++i) {
+    if (copies_[i].get() == object) return static_cast<int32_t>(i);
+  }
+  for (int32_t i = 0; i < structure_->num_indices; ++i) {
+    if (objects_[i] == object) return i;
+  }
+  return -1;
 }
 
 std::vector<int32_t> TopNodes(const Structure* structure) {
@@ -421,6 +444,9 @@ PyObject* UnflattenFunction(PyObject*, PyObject* const* args,
     if (!value) return nullptr;
     PyTuple_SET_ITEM(values.get(), i, value.release());
   }
+  if (CallFrame::OriginalsOf(structure)) {
+    CallFrame::Remember(structure, build.objects());
+  }
   return NewRecord(g_unflattened_type, {values, ToTuple(build.objects())})
       .release();
 }
@@ -500,6 +526,13 @@ PyObject* WithOutputsFunction(PyObject*, PyObject* const* args,
   return copy.release();
 }
 
+// forget_copies(structure)
+PyObject* ForgetCopiesFunction(PyObject*, PyObject* structure) {
+  if (!CheckStructure(structure)) return nullptr;
+  CallFrame::Remember(AsStructure(structure), {});
+  Py_RETURN_NONE;
+}
+
 // framed(structure, objects, function, *args) -> function(*args)
 PyObject* FramedFunction(PyObject*, PyObject* const* args, Py_ssize_t nargs) {
   if (nargs < 3) {
@@ -563,6 +596,8 @@ PyMethodDef lift_functions[] = {
     {"with_outputs", reinterpret_cast<PyCFunction>(WithOutputsFunction),
      METH_FASTCALL,
      "with_outputs(plan, leaves): the plan with more leaves as outputs."},
+    {"forget_copies", ForgetCopiesFunction, METH_O,
+     "Forgets the copies that were made of a structure in its frame."},
     {"framed", reinterpret_cast<PyCFunction>(FramedFunction), METH_FASTCALL,
      "framed(structure, objects, function, *args): calls it; copies that it "
      "makes of the objects know where those were made."},

@@ -1,5 +1,8 @@
 #include "nnx/engine/cc/plan.h"
 
+#include <algorithm>
+#include <set>
+
 #include "nnx/engine/cc/structure.h"
 #include "nnx/engine/cc/tuples.h"
 #include "nnx/engine/cc/vocabulary.h"
@@ -55,6 +58,138 @@ PyObject* PlanStructure(PyObject* self, void*) {
   return Ref(PlanData(self).structure).release();
 }
 
+// plan.__reduce__(): what follows from the rest is left out.
+PyObject* PlanReduce(PyObject* self, PyObject*) {
+  Ref restore = Ref::Steal(PyObject_GetAttrString(
+      reinterpret_cast<PyObject*>(g_plan_type), "_restore"));
+  Ref writes = Ref::Steal(PlanWrites(self, nullptr));
+  Ref output_of = Ref::Steal(PlanOutputOf(self, nullptr));
+  Ref matches = Ref::Steal(PlanMatches(self, nullptr));
+  Ref origin = Ref::Steal(PlanOrigin(self, nullptr));
+  if (!restore || !writes || !output_of || !matches || !origin) return nullptr;
+  if (writes.get() != Py_None) {
+    // Plain tuples: a pickle must not depend on the engine's types.
+    writes = ToTuple(
+        PlanData(self).writes, [](const std::pair<int32_t, int32_t>& write) {
+          return Ref::Steal(Py_BuildValue("(ii)", write.first, write.second));
+        });
+    if (!writes) return nullptr;
+  }
+  return Py_BuildValue("(O(OOOOO))", restore.get(),
+                       PlanData(self).structure.get(), output_of.get(),
+                       matches.get(), writes.get(), origin.get());
+}
+
+// Reads a tuple of numbers that are -1 or more. False with an error perhaps.
+bool ReadNumbers(PyObject* tuple, std::vector<int32_t>* numbers) {
+  for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(tuple); ++i) {
+    const long number = PyLong_AsLong(PyTuple_GET_ITEM(tuple, i));
+    if (number < -1 || number > INT32_MAX || PyErr_Occurred()) return false;
+    numbers->push_back(static_cast<int32_t>(number));
+  }
+  return true;
+}
+
+bool ReadWrites(PyObject* writes, Plan::Data* data) {
+  data->values_only = writes != Py_None;
+  if (!data->values_only) return true;
+  if (!PyTuple_Check(writes)) return false;
+  for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(writes); ++i) {
+    PyObject* write = PyTuple_GET_ITEM(writes, i);
+    int variable, output;
+    if (!PyTuple_Check(write) ||
+        !PyArg_ParseTuple(write, "ii", &variable, &output)) {
+      return false;
+    }
+    data->writes.emplace_back(variable, output);
+  }
+  return true;
+}
+
+// Fills in what follows from the rest, and checks all that `Apply` relies on.
+bool CompletePlan(Plan::Data* data) {
+  const Structure* structure = AsStructure(data->structure.get());
+  const std::vector<Node>& nodes = *structure->nodes;
+  const auto num_leaves = static_cast<size_t>(structure->num_leaves);
+  const auto num_indices = static_cast<size_t>(structure->num_indices);
+  if (structure->num_outer != 0 || structure->num_roots < 1 ||
+      data->output_of.size() != num_leaves ||
+      data->matches.size() > num_leaves || data->origin.size() != num_indices) {
+    return false;
+  }
+  for (size_t i = 0; i < num_leaves; ++i) {
+    data->num_outputs = std::max(data->num_outputs, data->output_of[i] + 1);
+    if (data->output_of[i] >= 0) continue;
+    if (i >= data->matches.size() || data->matches[i] < 0) return false;
+  }
+  for (int32_t i = 1; i < structure->num_roots; ++i) {
+    data->result_position = nodes[data->result_position].end;
+  }
+  std::set<int32_t> variables;  // among the arguments
+  std::set<int32_t> made;       // objects that the result brings
+  for (size_t i = 0; i < nodes.size(); ++i) {
+    const Node& node = nodes[i];
+    if (node.index < 0) continue;
+    const int32_t origin = data->origin[node.index];
+    if (node.kind == NodeKind::kVariable) variables.insert(origin);
+    if (static_cast<int32_t>(i) < data->result_position) {
+      // Nothing but values changed: all of them are the arguments' own.
+      if (data->values_only && origin < 0) return false;
+      continue;
+    }
+    data->result_has_nodes = true;
+    if (origin >= 0) {
+      data->result_refs.push_back(node.index);
+    } else if (node.kind != NodeKind::kRef) {
+      made.insert(node.index);
+    } else if (data->values_only && made.count(node.index) == 0) {
+      return false;
+    }
+  }
+  for (const auto& [variable, output] : data->writes) {
+    if (variable < 0 || variables.count(variable) == 0 || output < 0 ||
+        output >= data->num_outputs) {
+      return false;
+    }
+  }
+  return true;
+}
+
+PyObject* PlanRestore(PyObject*, PyObject* args) {
+  PyObject *structure, *output_of, *matches, *writes, *origin;
+  if (!PyArg_ParseTuple(args, "OO!O!OO!:_restore", &structure, &PyTuple_Type,
+                        &output_of, &PyTuple_Type, &matches, &writes,
+                        &PyTuple_Type, &origin) ||
+      !CheckStructure(structure)) {
+    return nullptr;
+  }
+  Ref plan = Ref::Steal(g_plan_type->tp_alloc(g_plan_type, 0));
+  if (!plan) return nullptr;
+  auto* data = new Plan::Data();
+  reinterpret_cast<Plan*>(plan.get())->data = data;
+  data->structure = Ref::Borrow(structure);
+  if (ReadNumbers(output_of, &data->output_of) &&
+      ReadNumbers(matches, &data->matches) &&
+      ReadNumbers(origin, &data->origin) && ReadWrites(writes, data) &&
+      CompletePlan(data)) {
+    return plan.release();
+  }
+  if (!PyErr_Occurred()) {
+    PyErr_SetString(PyExc_ValueError,
+                    "A plan must be restored from what `__reduce__` gave, but "
+                    "its parts do not fit each other.");
+  }
+  return nullptr;
+}
+
+PyMethodDef plan_methods[] = {
+    {"__reduce__", PlanReduce, METH_NOARGS, nullptr},
+    {"_restore", PlanRestore, METH_VARARGS | METH_CLASS,
+     "_restore(structure, output_of, matches, writes, origin): the inverse of "
+     "`__reduce__`."},
+    {nullptr, nullptr, 0, nullptr},
+};
+
 PyGetSetDef plan_getset[] = {
     {"writes", PlanWrites, nullptr,
      "A VariableWrite each if nothing but values changed, else None.", nullptr},
@@ -78,6 +213,7 @@ PyType_Slot plan_slots[] = {
     {Py_tp_dealloc, reinterpret_cast<void*>(PlanDealloc)},
     {Py_tp_traverse, reinterpret_cast<void*>(PlanTraverse)},
     {Py_tp_getset, plan_getset},
+    {Py_tp_methods, plan_methods},
     {0, nullptr},
 };
 

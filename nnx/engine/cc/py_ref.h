@@ -51,6 +51,7 @@ class KeptError {
   KeptError() {
     PyErr_Fetch(&type_, &error_, &traceback_);
     PyErr_NormalizeException(&type_, &error_, &traceback_);
+    if (traceback_) PyException_SetTraceback(error_, traceback_);
   }
   ~KeptError() { PyErr_Restore(type_, error_, traceback_); }
 #endif

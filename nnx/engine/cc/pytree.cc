@@ -7,6 +7,7 @@
 #include "nnx/engine/cc/layout.h"
 #include "nnx/engine/cc/objects.h"
 #include "nnx/engine/cc/owned_items.h"
+#include "nnx/engine/cc/recursion_guard.h"
 #include "nnx/engine/cc/runtime.h"
 
 namespace nnx::engine {
@@ -231,7 +232,33 @@ PyObject* MakeObjectUnflatten(PyObject*, PyObject* cls) {
   return PyCFunction_New(&object_unflatten_def, cls);
 }
 
-// state_flatten(state) -> (values, keys), in canonical order
+// A State around a dict, without running its `__init__`.
+Ref NewState(PyTypeObject* type, PyObject* mapping) {
+  Ref state = Ref::Steal(type->tp_alloc(type, 0));
+  if (state && PyObject_GenericSetAttr(state.get(), GetRuntime().s_mapping,
+                                       mapping) < 0) {
+    return Ref();
+  }
+  return state;
+}
+
+// Whether some key of nested dicts is no string. 1, 0, -1.
+int HasOtherKeys(PyObject* dict) {
+  RecursionGuard guard;
+  if (!guard.entered()) return -1;
+  PyObject *key, *value;
+  Py_ssize_t position = 0;
+  while (PyDict_Next(dict, &position, &key, &value)) {
+    if (!PyUnicode_CheckExact(key)) return 1;
+    if (!PyDict_CheckExact(value)) continue;
+    if (const int has = HasOtherKeys(value)) return has;
+  }
+  return 0;
+}
+
+// state_flatten(state) -> (values, keys), in canonical order. A nested dict is
+// a child as it is, unless there are numbers among its keys: such dicts of jax
+// cannot be written by `jax.export`, and are States here.
 PyObject* StateFlatten(PyObject*, PyObject* state) {
   Ref mapping = AsMapping(state);
   if (!mapping) {
@@ -248,10 +275,58 @@ PyObject* StateFlatten(PyObject*, PyObject* state) {
   Ref values = Ref::Steal(PyTuple_New(static_cast<Py_ssize_t>(items.size())));
   if (!values) return nullptr;
   for (size_t i = 0; i < items.size(); ++i) {
+    if (PyDict_CheckExact(items[i].get()) && GetRuntime().state) {
+      const int other_keys = HasOtherKeys(items[i].get());
+      if (other_keys > 0) {
+        items[i] = NewState(GetRuntime().state, items[i].get());
+      }
+      if (other_keys < 0 || !items[i]) return nullptr;
+    }
     PyTuple_SET_ITEM(values.get(), static_cast<Py_ssize_t>(i),
                      items[i].release());
   }
   return PyTuple_Pack(2, values.get(), keys.get());
+}
+
+// Bound to a class by `make_state_unflatten`: (keys, children) -> it.
+PyObject* StateUnflatten(PyObject* cls, PyObject* const* args,
+                         Py_ssize_t nargs) {
+  if (!CheckArity(nargs, 2, "unflatten")) return nullptr;
+  Ref children = Ref::Steal(PySequence_Tuple(args[1]));
+  Ref mapping = Ref::Steal(PyDict_New());
+  if (!children || !mapping) return nullptr;
+  if (!PyTuple_Check(args[0]) ||
+      PyTuple_GET_SIZE(args[0]) != PyTuple_GET_SIZE(children.get())) {
+    PyErr_SetString(PyExc_ValueError,
+                    "A State has a tuple of keys, and a child for each.");
+    return nullptr;
+  }
+  PyTypeObject* state = GetRuntime().state;
+  for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(args[0]); ++i) {
+    PyObject* child = PyTuple_GET_ITEM(children.get(), i);
+    Ref value = Ref::Borrow(child);
+    if (state && PyType_IsSubtype(Py_TYPE(child), state)) {
+      value = StateMapping(child);
+    }
+    if (!value || PyDict_SetItem(mapping.get(), PyTuple_GET_ITEM(args[0], i),
+                                 value.get()) < 0) {
+      return nullptr;
+    }
+  }
+  return NewState(reinterpret_cast<PyTypeObject*>(cls), mapping.get())
+      .release();
+}
+
+PyMethodDef state_unflatten_def = {
+    "state_unflatten", reinterpret_cast<PyCFunction>(StateUnflatten),
+    METH_FASTCALL, nullptr};
+
+PyObject* MakeStateUnflatten(PyObject*, PyObject* cls) {
+  if (!PyType_Check(cls)) {
+    PyErr_SetString(PyExc_TypeError, "`cls` must be a State type.");
+    return nullptr;
+  }
+  return PyCFunction_New(&state_unflatten_def, cls);
 }
 
 // The methods' casts are no constants.
@@ -266,6 +341,8 @@ PyMethodDef* Functions() {
       {"make_object_unflatten", MakeObjectUnflatten, METH_O,
        "Pytree unflattening for a Pytree type."},
       {"state_flatten", StateFlatten, METH_O, "Pytree flattening of a State."},
+      {"make_state_unflatten", MakeStateUnflatten, METH_O,
+       "Pytree unflattening for a State type."},
       {nullptr, nullptr, 0, nullptr},
   };
   return functions;

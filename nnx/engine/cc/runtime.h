@@ -33,6 +33,12 @@ struct Runtime {
   // (path, given, wanted) -> the text of the error for an array of a shape that
   // is not wanted.
   PyObject* shape_message = nullptr;
+  // (name) -> a context in which jax names what is traced.
+  PyObject* named_scope = nullptr;
+  // Object whose attribute `named_scopes` says whether to use it.
+  PyObject* settings = nullptr;
+  // (error): notes down in which Module it was raised.
+  PyObject* explain_error = nullptr;
   // The concrete array type of JAX: the one checked first.
   PyTypeObject* array_type = nullptr;
   // Classes of the Python layers above.
@@ -50,6 +56,9 @@ struct Runtime {
 
   // Interned attribute names.
   PyObject* s_trace = nullptr;
+  PyObject* s_named_scopes = nullptr;
+  PyObject* s_enter = nullptr;
+  PyObject* s_exit = nullptr;
   PyObject* s_mapping = nullptr;
   PyObject* s_init_slow = nullptr;
   PyObject* s_get_value_slow = nullptr;

@@ -380,15 +380,6 @@ class BatchNormContract(op_contract.OpContract):
     np.testing.assert_allclose(plain[1][0], mean, rtol=1e-5, atol=1e-6)
 
   def test_export_of_a_gradient_with_a_symbolic_batch(self):
-    checks = [
-      export.DisabledSafetyCheck.custom_call(target)
-      for target in (
-        ffi.TARGET_TRAIN,
-        ffi.TARGET_NORMALIZE,
-        ffi.TARGET_GRAD_SUMS,
-        ffi.TARGET_GRAD_INPUT,
-      )
-    ]
     zeros, ones = jnp.zeros(8), jnp.ones(8)
 
     def grad(x):
@@ -397,7 +388,7 @@ class BatchNormContract(op_contract.OpContract):
       )(x)
 
     (batch,) = export.symbolic_shape("batch")
-    exported = export.export(jax.jit(grad), disabled_checks=checks)(
+    exported = export.export(jax.jit(grad))(
       jax.ShapeDtypeStruct((batch, 8), "float32")
     )
     restored = export.deserialize(exported.serialize())

@@ -249,15 +249,10 @@ class CompiledTest(parameterized.TestCase):
     self.assertIn(reason, choice.reason)
 
   def test_one_artifact_serves_every_platform(self):
-    checks = [
-      export.DisabledSafetyCheck.custom_call(name)
-      for name in (ffi.TARGET_UPDATE, "tpu_custom_call")
-    ]
     (n,) = export.symbolic_shape("n")
     exported = export.export(
       jax.jit(batch_stat.update),
       platforms=("cpu", "cuda", "tpu"),
-      disabled_checks=checks,
     )(jax.ShapeDtypeStruct((n, 256), "bfloat16"), STAT, STAT)
     restored = export.deserialize(exported.serialize())
     self.assertEqual(restored.platforms, ("cpu", "cuda", "tpu"))

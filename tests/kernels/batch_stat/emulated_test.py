@@ -43,8 +43,8 @@ def emulated():
   handlers = {}
   for name in _TARGETS:
     target = getattr(ffi, name)
-    handlers[f"{target}_emulated"] = ffi.HANDLERS[target]
-    patch.setattr(ffi, name, f"{target}_emulated")
+    handlers[f"emulated_{target}"] = ffi.HANDLERS[target]
+    patch.setattr(ffi, name, f"emulated_{target}")
   library = libraries.Library(
     "tests.kernels.batch_stat._batch_stat_cuda", handlers
   )
@@ -62,7 +62,7 @@ def emulated():
 
 class EmulatedUpdateTest(update_test.UpdateContract):
   implementation = "emulated"
-  target = "fused_nnx_batch_stat_update_emulated"
+  target = "emulated_fused_nnx_batch_stat_update_1"
 
   def test_sums_may_be_cut_into_any_number_of_parts(self):
     rng = np.random.default_rng(0)
@@ -131,8 +131,8 @@ class EmulatedUpdateTest(update_test.UpdateContract):
 
 class EmulatedBatchNormTest(batch_norm_test.BatchNormContract):
   implementation = "emulated"
-  target = "fused_nnx_batch_stat_normalize_emulated"
-  targets = (target, "fused_nnx_batch_stat_train_emulated")
+  target = "emulated_fused_nnx_batch_stat_normalize_1"
+  targets = (target, "emulated_fused_nnx_batch_stat_train_1")
 
   def test_sums_may_be_cut_into_any_number_of_parts(self):
     rng = np.random.default_rng(2)
@@ -164,6 +164,6 @@ class SplitsTest(parameterized.TestCase):
 class HandlersTest(parameterized.TestCase):
   @parameterized.parameters("float32", "bfloat16")
   def test_every_lie_is_refused_by_name(self, dtype):
-    handlers = {f"{k}_emulated": v for k, v in ffi.HANDLERS.items()}
+    handlers = {f"emulated_{k}": v for k, v in ffi.HANDLERS.items()}
     told = lies.check("emulated", dtype, handlers, workspace=True)
     self.assertGreater(told, 300)

@@ -177,10 +177,6 @@ class ChoiceTest(parameterized.TestCase):
     exported = export.export(
       jax.jit(batch_stat.update),
       platforms=("cpu", "cuda", "tpu"),
-      disabled_checks=[
-        export.DisabledSafetyCheck.custom_call(name)
-        for name in (ffi.TARGET_UPDATE, KERNEL)
-      ],
     )(x, mean, var, 0.75)
     text = exported.mlir_module()
     self.assertIn(KERNEL, text)

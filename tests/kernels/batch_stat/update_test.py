@@ -294,9 +294,8 @@ class UpdateContract(op_contract.OpContract):
     )
 
   def test_export_with_a_symbolic_batch(self):
-    checks = [export.DisabledSafetyCheck.custom_call(ffi.TARGET_UPDATE)]
     (batch,) = export.symbolic_shape("batch")
-    exported = export.export(jax.jit(self.call), disabled_checks=checks)(
+    exported = export.export(jax.jit(self.call))(
       jax.ShapeDtypeStruct((batch, 8), "float32"),
       jax.ShapeDtypeStruct((8,), "float32"),
       jax.ShapeDtypeStruct((8,), "float32"),

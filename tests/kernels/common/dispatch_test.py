@@ -179,6 +179,16 @@ class DispatchTest(absltest.TestCase):
       self.assertEqual(table, tables[0])
     kernels.register()
 
+  def test_targets_with_a_version_may_be_exported(self):
+    libraries.Library("kernels.none", {"promised_1": "f", "not_promised": "g"})
+
+    def call(target):
+      return lambda x: jax.ffi.ffi_call(target, x)(x)
+
+    export.export(jax.jit(call("promised_1")))(X)
+    with self.assertRaisesRegex(ValueError, "no compatibility guarantees"):
+      export.export(jax.jit(call("not_promised")))(X)
+
 
 class ShardingTest(absltest.TestCase):
   def setUp(self):

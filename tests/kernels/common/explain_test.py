@@ -32,7 +32,10 @@ def lowered_to(fn, args, platform):
   text = traced.lower(lowering_platforms=(platform,)).as_text()
   if "tpu_custom_call" in text:
     return "pallas"
-  if "@kv_cache_update" in text or "implementation\\22: \\22cpu" in text:
+  if (
+    "@fused_nnx_kv_cache_update" in text
+    or "implementation\\22: \\22cpu" in text
+  ):
     return "cpu"
   return "xla"
 
@@ -55,6 +58,21 @@ class ExplainTest(parameterized.TestCase):
   def setUp(self):
     super().setUp()
     devices.need_devices(8)
+
+  def test_a_row_has_shapes_and_the_scope(self):
+    @jax.jit
+    def step(cache, rows):
+      with jax.named_scope("attn"):
+        return update(cache, rows)
+
+    def model(cache, rows):
+      with jax.named_scope("Net"):
+        return jax.grad(lambda rows: step(cache, rows)[0].sum())(rows)
+
+    choice = kernels.explain(model, CACHE, ROWS)[0]
+    self.assertEqual(choice.scope, "Net/attn")
+    self.assertEqual(choice.shapes[0], "f32[8,128,2,128]")
+    self.assertEqual(choice.shapes[2], "f32[8,1,2,128]")
 
   def check(self, fn, args, platform, want):
     [choice] = kernels.explain(fn, *args, platform=platform)

@@ -159,10 +159,6 @@ class CompiledTest(parameterized.TestCase):
     exported = export.export(
       jax.jit(da.decode_attention),
       platforms=("cpu", "cuda", "tpu"),
-      disabled_checks=[
-        export.DisabledSafetyCheck.custom_call(name)
-        for name in (ffi.APPEND_TARGET, deviceless.TPU_KERNEL)
-      ],
     )(*args)
     self.assertIn(deviceless.TPU_KERNEL, exported.mlir_module())
     restored = export.deserialize(exported.serialize())

@@ -401,9 +401,6 @@ class TransformTest(PlatformTest):
     exported = export.export(
       jax.jit(da.decode_attention),
       platforms=("cpu", "cuda", "tpu"),
-      disabled_checks=[
-        export.DisabledSafetyCheck.custom_call(ffi.APPEND_TARGET)
-      ],
     )(
       f32((b, s, 2, 20)), f32((b, s, 2, 20)), f32((b, 1, 4, 20)),
       f32((b, 1, 2, 20)), f32((b, 1, 2, 20)),

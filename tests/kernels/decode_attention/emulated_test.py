@@ -20,7 +20,7 @@ from kernels.decode_attention import arg_specs, ffi, primitive, reference
 from tests.kernels.decode_attention import cases, lies, oracle
 from tests.testing import tolerances
 
-TARGETS = ("decode_append_emulated", "decode_attend_emulated")
+TARGETS = ("emulated_decode_append_1", "emulated_decode_attend_1")
 LIBRARY = libraries.Library(
   "tests.kernels.decode_attention._decode_attention_cuda",
   dict(zip(TARGETS, ("append_and_attend", "attend"))),

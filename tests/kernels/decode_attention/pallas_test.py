@@ -443,10 +443,6 @@ class ChoiceTest(parameterized.TestCase):
     exported = export.export(
       jax.jit(da.decode_attention),
       platforms=("cpu", "cuda", "tpu"),
-      disabled_checks=[
-        export.DisabledSafetyCheck.custom_call(name)
-        for name in (ffi.APPEND_TARGET, KERNEL)
-      ],
     )(*args, 5)
     text = exported.mlir_module()
     self.assertIn(KERNEL, text)

@@ -149,10 +149,6 @@ class CompiledTest(parameterized.TestCase):
     exported = export.export(
       jax.jit(kv_cache.update),
       platforms=("cpu", "cuda", "tpu"),
-      disabled_checks=[
-        export.DisabledSafetyCheck.custom_call(name)
-        for name in (ffi.TARGET, deviceless.TPU_KERNEL)
-      ],
     )(*args)
     self.assertIn(deviceless.TPU_KERNEL, exported.mlir_module())
     restored = export.deserialize(exported.serialize())

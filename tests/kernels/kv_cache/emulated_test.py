@@ -19,7 +19,7 @@ from kernels.common import dispatch, libraries
 from kernels.kv_cache import ffi, primitive
 from tests.kernels.kv_cache import cases, lies, oracle
 
-TARGET = "kv_cache_update_emulated"
+TARGET = "emulated_kv_cache_update_1"
 LIBRARY = libraries.Library(
   "tests.kernels.kv_cache._kv_cache_cuda", {TARGET: "kv_cache_update"}
 )

@@ -235,10 +235,6 @@ class ChoiceTest(parameterized.TestCase):
     exported = export.export(
       jax.jit(kv_cache.update),
       platforms=("cpu", "cuda", "tpu"),
-      disabled_checks=[
-        export.DisabledSafetyCheck.custom_call(name)
-        for name in (ffi.TARGET, KERNEL)
-      ],
     )(*args, 5)
     text = exported.mlir_module()
     self.assertIn(KERNEL, text)

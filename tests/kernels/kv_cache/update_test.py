@@ -417,7 +417,6 @@ class TransformTest(PlatformTest):
     exported = export.export(
       jax.jit(kv_cache.update),
       platforms=("cpu", "cuda", "tpu"),
-      disabled_checks=[export.DisabledSafetyCheck.custom_call(ffi.TARGET)],
     )(cache, cache, new, new, index)
     loaded = export.deserialize(exported.serialize())
     for b in (1, 3):

@@ -486,7 +486,7 @@ def test_the_step_is_one_kernel_call():
     return model(x), nnx.state(model)
 
   text = jax.jit(step).lower(state, array(2, 1, 8)).as_text()
-  assert hlo.custom_calls(text, "decode_attention_append_and_attend") == 1
+  assert hlo.custom_calls(text, "fused_nnx_decode_attention_append_1") == 1
   assert "exponential" not in text
 
 

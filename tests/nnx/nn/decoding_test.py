@@ -395,7 +395,7 @@ def test_a_step_is_one_kernel_call(dtype):
     return model(x), nnx.state(model)
 
   text = jax.jit(step).lower(state, array(2, 1, FEATURES)).as_text()
-  target = "decode_attention_append_and_attend"
+  target = "fused_nnx_decode_attention_append_1"
   assert hlo.custom_calls(text, target) == 1
   assert text.count("custom_call") == 1
   assert "exponential" not in text and "tanh" not in text
