@@ -114,6 +114,11 @@ def _partition(
   )
 
 
+# So many parts are sent to every device, in one message; the moments of more
+# would be longer than two short messages take.
+_AT_ONCE = 64
+
+
 def combine_moments(
   mean: jax.Array,
   var: jax.Array,
@@ -124,7 +129,8 @@ def combine_moments(
   """Joins the moments of several devices' parts of a batch.
 
   The mean comes first and the variance is summed about it, so that nothing
-  cancels.
+  cancels. One all-reduce brings all parts to every device, which then needs no
+  second one for the variance.
 
   Args:
     mean: `[c]`, this device's.
@@ -136,11 +142,34 @@ def combine_moments(
   Returns:
     mean, var and count of the whole, each `[c]`.
   """
-  total = functools.partial(
+  reduce = functools.partial(
     lax.psum, axis_name=axis_name, axis_index_groups=axis_index_groups
   )
+  size = reduce(1)
+  at_once = size <= _AT_ONCE
+  if at_once:
+    own = jnp.stack([mean, var, count])
+    place = jnp.arange(size) == _place(axis_name, axis_index_groups)
+    place = place.reshape((size,) + (1,) * own.ndim)
+    mean, var, count = jnp.moveaxis(reduce(jnp.where(place, own, 0)), 1, 0)
+  total = functools.partial(jnp.sum, axis=0) if at_once else reduce
   some = count > 0
+  mean = jnp.where(some, mean, 0)
   whole = total(count)
-  centre = total(jnp.where(some, mean, 0) * count) / whole
+  centre = total(mean * count) / whole
+  if at_once:
+    # What rounding has left of the sum above.
+    centre += total((mean - centre) * count) / whole
   about = jnp.where(some, var + lax.square(mean - centre), 0)
   return centre, total(about * count) / whole, whole
+
+
+def _place(axis_name, groups):
+  """Returns this device's number among those that it joins with."""
+  index = lax.axis_index(axis_name)
+  if groups is None:
+    return index
+  places = np.zeros(sum(map(len, groups)), np.int32)
+  for group in groups:
+    places[list(group)] = np.arange(len(group))
+  return jnp.asarray(places)[index]

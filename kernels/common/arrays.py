@@ -18,8 +18,9 @@ def out_aval(
   """Returns the abstract value of a result computed from `inputs`.
 
   Inside `shard_map`, a result varies over every mesh axis that one of its
-  inputs varies over. On a mesh with explicit axes, it is sharded as `spec`
-  says; without one, like the first input if it has that one's shape, and not
+  inputs varies over. On a mesh with explicit axes, an op's `partitioning` says
+  how its results are sharded. Those of an op without it are sharded as `spec`
+  says; without one, like the first input if they have that one's shape, and not
   sharded otherwise.
 
   Args:

@@ -122,7 +122,8 @@ class Choice:
     reason: Why, as a sentence.
     split: Who splits it over devices by its `partitioning`: "compiler", or
       "mesh" for a `shard_map` over a mesh with explicit axes. "" if nobody
-      does: it runs on one device, or it is the reference, which XLA looks into.
+      does: it runs on one device, or it is the reference and the compiler
+      looks into it.
     shapes: Of its operands, as jax writes types: "f32[128,256]". Only `explain`
       knows them.
     scope: The `jax.named_scope`s around it, which Modules of `nnx` make too:
@@ -270,13 +271,18 @@ class Op:
       placement.platform, avals, implementation=implementation, **params
     )
     name = choice.implementation
-    if name == XLA or placement.devices == 1:
+    if placement.devices == 1:
       return choice
+    by_mesh = placement.mesh is not None and self.partitioning is not None
+    if name == XLA:
+      # Under explicit axes its every operation would have to say how it is
+      # split.
+      return dataclasses.replace(choice, split="mesh" if by_mesh else "")
     impl = self.implementations[name]
     if impl.partitionable:
       by = "compiler" if self.partitioning is not None else ""
       return dataclasses.replace(choice, split=by)
-    if placement.mesh is not None and self.partitioning is not None:
+    if by_mesh:
       return dataclasses.replace(choice, split="mesh")
     platform = placement.platform
     if implementation != AUTO:
@@ -334,8 +340,12 @@ class Op:
     prim = self.primitive
 
     def abstract(*avals, implementation, **params):
-      del implementation
-      return list(abstract_eval(*avals, **params))
+      results = list(abstract_eval(*avals, **params))
+      mesh = jax_private.typed_mesh(avals)
+      if mesh is None or self.partitioning is None:
+        return results
+      specs = self.split(implementation, params, mesh, avals)[1]
+      return jax_private.with_specs(results, specs, mesh)
 
     prim.def_abstract_eval(abstract)
     prim.def_impl(self._run)
@@ -399,9 +409,10 @@ class Op:
           self.name, name, platform, params, jax_private.axes_around(ctx)
         )
         rule = self.partitioning.rule(ctx.avals_in, **params)
-        return jax_private.partitioned_call(
+        results = jax_private.partitioned_call(
           ctx, args, partitioner.TARGET, note, *rule
         )
+        return jax_private.constrain_results(ctx, results)
       if choice.split == "mesh":
         fn = functools.partial(
           _call_on_mesh, self, name, params, placement.mesh
@@ -410,7 +421,8 @@ class Op:
         fn = self._function(name, params)
         if name != XLA and placement.devices == 1:
           return jax_private.lower_plainly(fn, ctx, *args)
-      return mlir.lower_fun(fn, multiple_results=True)(ctx, *args)
+      results = mlir.lower_fun(fn, multiple_results=True)(ctx, *args)
+      return jax_private.constrain_results(ctx, results)
 
     return rule
 

@@ -188,6 +188,51 @@ def result_aval(
   )
 
 
+def typed_mesh(avals: Sequence[Any]) -> Any:
+  """Returns the mesh of values whose types say how they are split.
+
+  Args:
+    avals: Abstract values.
+
+  Returns:
+    An abstract mesh some axes of which are explicit, or None.
+  """
+  explicit = jax.sharding.AxisType.Explicit
+  for aval in avals:
+    if explicit in aval.sharding.mesh.axis_types:
+      return aval.sharding.mesh
+  return None
+
+
+def with_specs(
+  avals: Sequence[Any], specs: Sequence[Any], mesh: Any
+) -> list[Any]:
+  """Returns abstract values whose types say how they are split.
+
+  Args:
+    avals: Abstract values.
+    specs: A PartitionSpec for each.
+    mesh: An abstract mesh; see `typed_mesh`.
+  """
+  return [
+    aval.update(sharding=jax.sharding.NamedSharding(mesh, spec))
+    for aval, spec in zip(avals, specs, strict=True)
+  ]
+
+
+def constrain_results(ctx: Any, results: Sequence[Any]) -> Sequence[Any]:
+  """Has the compiler split results as their types say.
+
+  Args:
+    ctx: Of a lowering rule.
+    results: Of the lowering rule.
+  """
+  return [
+    _mlir.lower_with_sharding_in_types(ctx, result, aval)
+    for result, aval in zip(results, ctx.avals_out, strict=True)
+  ]
+
+
 def without_mesh(fn: Callable[..., Any]) -> Callable[..., Any]:
   """Makes a function forget the mesh that `jax.set_mesh` has set.
 

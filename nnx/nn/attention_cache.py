@@ -3,22 +3,99 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+import dataclasses
+import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from nnx import partitioning
 from nnx.module import Module, iter_modules
 from nnx.nn import checks, decoding, dtypes
 from nnx.nn.products import as_tuple
-from nnx.variablelib import Cache
+from nnx.variablelib import Cache, Variable, using_eager_sharding
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _zeros_on(sharding, shape, dtype):
+  """Makes each device's part where it belongs, and the whole nowhere."""
+  return partitioning.place(jnp.zeros(shape, dtype), {"sharding": sharding})
+
+
+@dataclasses.dataclass(frozen=True)
+class _Places:
+  """Where the arrays of a cache belong.
+
+  Attributes:
+    names: Of the axes of `[*batch, max_length, kv heads, h]`; None for nowhere.
+    metadata: The `mesh` and `sharding_rules` that go with the names.
+    annotated: Whether Variables keep the names, as those they come from do.
+  """
+
+  names: tuple[Any, ...] | None = None
+  metadata: dict[str, Any] = dataclasses.field(default_factory=dict)
+  annotated: bool = True
+
+  @classmethod
+  def given(cls, sharding: Any, axes: int) -> _Places:
+    """Returns what a user says of a cache of so many axes."""
+    if isinstance(sharding, jax.sharding.NamedSharding):
+      return cls(_fill(sharding.spec, axes), {"mesh": sharding.mesh})
+    return cls(_fill(sharding, axes))
+
+  @classmethod
+  def like(cls, kernel: Any, axes: int) -> _Places:
+    """Returns where the heads are that a kernel `[..., kv heads, h]` makes."""
+    variable = kernel if isinstance(kernel, Variable) else Variable(kernel)
+    annotation = variable.get_metadata("out_sharding", None)
+    value = variable.raw_value
+    metadata, annotated = {}, bool(annotation)
+    if not annotation and not isinstance(value, jax.core.Tracer):
+      annotation = getattr(value, "sharding", None)
+    if isinstance(annotation, jax.sharding.NamedSharding):
+      metadata["mesh"] = annotation.mesh
+      annotation = annotation.spec
+    elif not isinstance(annotation, (tuple, list, jax.sharding.PartitionSpec)):
+      return cls()
+    else:
+      for name in ("mesh", "sharding_rules"):
+        if (found := variable.get_metadata(name, None)) is not None:
+          metadata[name] = found
+    heads = _fill(annotation, getattr(value, "ndim", 3))[-2]
+    return cls((*(None,) * (axes - 2), heads, None), metadata, annotated)
+
+  def zeros(
+    self, shape: Sequence[int], dtype: dtypes.Dtype, *axes: int
+  ) -> Cache:
+    """Makes zeros whose axes are these of the cache's."""
+    shape = tuple(shape)
+    if self.names is None:
+      return Cache(jnp.zeros(shape, dtype))
+    spec = jax.sharding.PartitionSpec(*(self.names[axis] for axis in axes))
+    metadata = {**self.metadata, "out_sharding": spec}
+    mesh = metadata.get("mesh") or partitioning.active_mesh()
+    if mesh is None or not using_eager_sharding():
+      value = jnp.zeros(shape, dtype)
+    else:
+      rules = metadata.get("sharding_rules") or ()
+      sharding = jax.sharding.NamedSharding(
+        mesh, partitioning.partition_spec(spec, rules)
+      )
+      value = _zeros_on(sharding, shape, jnp.dtype(dtype))
+    return Cache(value, **(metadata if self.annotated else {}))
+
+
+def _fill(names, axes):
+  return (*names, *(None,) * (axes - len(names)))
 
 
 class CachedAttention(Module):
   """Base of attention layers that keep keys and values for later calls.
 
   Attributes:
+    key: The projection to keys, of which the cache takes the sharding.
     num_kv_heads: The number of key and value heads.
     head_dim: h, the features of a head.
     dtype: The dtype that the layer computes in; of inputs and parameters, if
@@ -36,6 +113,7 @@ class CachedAttention(Module):
       its own.
   """
 
+  key: Any
   num_kv_heads: int
   head_dim: int
   dtype: dtypes.Dtype | None
@@ -55,10 +133,14 @@ class CachedAttention(Module):
     per_sequence: bool = False,
     block_size: int | None = None,
     blocks: int | None = None,
+    sharding: Any = None,
   ) -> None:
     """Makes an empty cache, which decoding needs.
 
-    `nnx.init_cache` does it for all layers of a model.
+    `nnx.init_cache` does it for all layers of a model. On a mesh, the cache is
+    split over heads as the kernel of `key` is, by that one's sharding
+    annotation or by where it lies, and not along other axes unless `sharding`
+    says so.
 
     Example:
 
@@ -101,6 +183,10 @@ class CachedAttention(Module):
         has any, are of each head alone.
       blocks: The number of blocks; as many as all sequences of `max_length`
         take, if None.
+      sharding: Of `cached_key`: a name of a mesh axis, or None, for each axis,
+        a `PartitionSpec`, or a `NamedSharding`. For example `("data", None,
+        "model", None)` for a batch that is split too. The scales follow, and
+        the index of rows.
 
     Raises:
       TypeError: If `block_size` or `blocks` is not an integer.
@@ -111,7 +197,7 @@ class CachedAttention(Module):
     if dtype is None:
       dtype = self._cache_dtype()
     heads = self.num_kv_heads
-    scale_shape = (*batch, heads)
+    index_shape = tuple(batch)
     if block_size is None:
       if blocks is not None:
         raise ValueError(
@@ -119,24 +205,39 @@ class CachedAttention(Module):
           f" `blocks={blocks}`."
         )
       rows = (*batch, length)
+      of_index = tuple(range(len(batch)))  # axes of the cache that are its own
     else:
       checks.whole("block_size", block_size, 1)
       if blocks is None:
         blocks = int(np.prod(batch, dtype=int)) * -(-length // block_size)
       checks.whole("blocks", blocks, 1)
       per_sequence = True
-      rows, scale_shape = (blocks, block_size), (heads,)
+      rows = (blocks, block_size)
+      of_index = ()
+    if not per_sequence:
+      index_shape = ()
     shape = (*rows, heads, self.head_dim)
-    index_shape = tuple(batch) if per_sequence else ()
+    scale_shape = (*(shape[axis] for axis in of_index), heads)
+    places = self._places(sharding, len(shape))
     self.block_size = block_size
-    self.cached_key = Cache(jnp.zeros(shape, dtype))
-    self.cached_value = Cache(jnp.zeros(shape, dtype))
-    self.cache_index = Cache(jnp.zeros(index_shape, jnp.int32))
+    self.cached_key = places.zeros(shape, dtype, *range(len(shape)))
+    self.cached_value = places.zeros(shape, dtype, *range(len(shape)))
+    self.cache_index = places.zeros(
+      index_shape, jnp.int32, *(of_index if per_sequence else ())
+    )
     self.cached_key_scale = None
     self.cached_value_scale = None
     if decoding.is_quantized(dtype):
-      self.cached_key_scale = Cache(jnp.zeros(scale_shape, jnp.float32))
-      self.cached_value_scale = Cache(jnp.zeros(scale_shape, jnp.float32))
+      scales = scale_shape, jnp.float32, *of_index, len(shape) - 2
+      self.cached_key_scale = places.zeros(*scales)
+      self.cached_value_scale = places.zeros(*scales)
+
+  def _places(self, sharding: Any, axes: int) -> _Places:
+    """Returns where the arrays of a cache of so many axes belong."""
+    if sharding is not None:
+      return _Places.given(sharding, axes)
+    kernel = getattr(self.key, "kernel", None)
+    return _Places() if kernel is None else _Places.like(kernel, axes)
 
   def rewind_cache(self, length: jax.Array | int = 0) -> None:
     """Forgets all tokens of the cache from some position on.
@@ -250,6 +351,7 @@ def init_cache(
   per_sequence: bool = False,
   block_size: int | None = None,
   blocks: int | None = None,
+  sharding: Any = None,
 ) -> None:
   """Makes empty caches for all attention layers of a model.
 
@@ -277,6 +379,8 @@ def init_cache(
     per_sequence: Whether each sequence has its own position.
     block_size: How many tokens a block has, for pools of blocks.
     blocks: The number of blocks of a pool.
+    sharding: Of each layer's `cached_key`, as for
+      `MultiHeadAttention.init_cache`: along its heads as its kernel, if None.
 
   Raises:
     TypeError: If a number is not an integer.
@@ -292,6 +396,7 @@ def init_cache(
       per_sequence=per_sequence,
       block_size=block_size,
       blocks=blocks,
+      sharding=sharding,
     )
 
 

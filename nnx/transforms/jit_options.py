@@ -34,6 +34,19 @@ def _is_sharding(value: Any) -> bool:
   )
 
 
+def _lies_anywhere(leaf: Any) -> bool:
+  """Tells whether an array is on one of several devices, and need not be."""
+  if isinstance(leaf, jax.core.Tracer):
+    return lift.is_noting_places()
+  return (
+    isinstance(leaf, jax.Array)
+    and not leaf.committed
+    and len(leaf.sharding.device_set) == 1
+    and jax.device_count() > 1
+    and not jax.config.jax_disable_jit
+  )
+
+
 def as_tuple(value: Any, item: type) -> tuple[Any, ...]:
   """Makes a tuple of None, one item or several."""
   if value is None:
@@ -127,20 +140,36 @@ class Options:
     if self.statics:
       lift.check_statics(flat)
     donated = self.donated_leaves(structure, leaves, names, flat)
+    kept = [i for i in range(len(leaves)) if i not in set(donated)]
     options = dict(self.jit_options)
     if not donated:
       if shardings is not None:
         options["in_shardings"] = (tuple(shardings),)
-      return _engine.JitEntry((jax.jit(flat, **options), None))
-    kept = [i for i in range(len(leaves)) if i not in set(donated)]
-    if shardings is not None:
-      options["in_shardings"] = (
-        tuple(shardings[i] for i in kept),
-        tuple(shardings[i] for i in donated),
+      compiled = jax.jit(flat, **options)
+      args = (leaves,)
+    else:
+      if shardings is not None:
+        options["in_shardings"] = (
+          tuple(shardings[i] for i in kept),
+          tuple(shardings[i] for i in donated),
+        )
+      split = flat.split(kept, donated)
+      compiled = jax.jit(split, donate_argnums=1, **options)
+      args = (
+        tuple(leaves[i] for i in kept),
+        tuple(leaves[i] for i in donated),
       )
-    split = flat.split(kept, donated)
-    compiled = jax.jit(split, donate_argnums=1, **options)
-    return _engine.JitEntry((compiled, donated))
+    if shardings is None and any(map(_lies_anywhere, leaves)):
+      compiled.trace(*args)  # jax keeps it for the call
+      lift.place_variables(
+        structure,
+        objects,
+        [
+          flat.places.get(i) if _lies_anywhere(leaf) else None
+          for i, leaf in enumerate(leaves)
+        ],
+      )
+    return _engine.JitEntry((compiled, donated or None))
 
   def check_leaves(self, structure, leaves, names) -> None:
     """Refuses what cannot be traced, with the path to it."""
@@ -234,12 +263,14 @@ class Options:
 class Flat(lift.Lifted):
   """A lifted function with what jit adds: shardings of results, donation."""
 
-  __slots__ = ("options", "shardings", "_traced")
+  __slots__ = ("options", "shardings", "places", "_traced")
 
   def __init__(self, options: Options, structure, names, shardings):
     super().__init__(options.fun, structure, names)
     self.options = options
     self.shardings = shardings
+    # Where transforms inside want leaves to lie, once it has been traced.
+    self.places: dict[int, Any] = {}
     self._traced = None
 
   @property
@@ -254,8 +285,9 @@ class Flat(lift.Lifted):
     self, leaves: tuple, donated: frozenset[int] = frozenset()
   ) -> Any:
     values, objects = _engine.unflatten(self.structure, leaves)
-    # In a frame of its own: jax may trace after the call, and by itself.
-    result = _engine.framed(self.structure, objects, self.call, values)
+    with lift.noting_places(leaves) as self.places:
+      # In a frame of its own: jax may trace after the call, and by itself.
+      result = _engine.framed(self.structure, objects, self.call, values)
     if donated:
       # No value is identical to these, so that every donated leaf counts as
       # written and comes back as an output.

@@ -242,6 +242,14 @@ std::shared_ptr<Entry> SlowEntry(JitFunction* self, const Arguments& arguments,
   if (PyErr_Occurred()) return nullptr;
   if (found) return found;
   self->cache->Insert(entry, hash, fingerprint);
+  // Making it may have moved arrays to where the function wants them.
+  Call moved;
+  const int same = TryEntry(*entry, arguments, &moved);
+  if (same < 0) return nullptr;
+  if (same) {
+    call->leaves.swap(moved.leaves);
+    call->objects.swap(moved.objects);
+  }
   return entry;
 }
 

@@ -8,6 +8,7 @@ options. Numbers are compared with float64 NumPy.
 """
 
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 import functools
 import gc
 import hashlib
@@ -21,6 +22,7 @@ import jax.numpy as jnp
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 import numpy as np
+import optax
 
 import kernels
 from kernels import batch_stat, decode_attention, kv_cache
@@ -189,7 +191,93 @@ def partial(jit, case):
   return jit(mapped)(*_placed(mesh, args))
 
 
-ROUTES = (single, auto, explicit, partial)
+def whole(jit, case):
+  fn, args, _ = case
+  mesh = _mesh(AxisType.Auto)
+  mapped = jax.shard_map(
+    fn, mesh=mesh, in_specs=P(), out_specs=P(), check_vma=False
+  )
+  return jit(mapped)(*_placed(mesh, args))
+
+
+ROUTES = (single, auto, explicit, partial, whole)
+
+
+class Model(nnx.Module):
+  """A bit of all kernels: it normalises, attends, and keeps a cache."""
+
+  def __init__(self):
+    rngs = nnx.Rngs(0)
+    self.norm = nnx.BatchNorm(4, rngs=rngs)
+    self.attend = nnx.MultiHeadAttention(
+      2,
+      4,
+      decode=False,
+      rngs=rngs,
+      kernel_metadata={"out_sharding": (None, "b", None)},
+    )
+
+  def __call__(self, x):
+    return self.attend(self.norm(x))
+
+
+def models() -> Iterator[tuple[str, bool]]:
+  """Yields whether training and decoding do the same by every kind of jit."""
+  wanted: dict[str, Any] = {}
+  for where in ("one", "mesh"):
+    mesh = _mesh(AxisType.Auto)
+    context = jax.set_mesh(mesh) if where == "mesh" else nullcontext()
+    x = _placed(mesh, (X,))[0] if where == "mesh" else X
+    for jit in (nnx.jit, jax.jit):
+      with context:
+        for task, got in (
+          ("train", _train(jit, x)),
+          ("decode", _decode(jit, x)),
+        ):
+          got = [np.asarray(a) for a in got]
+          right = check(got, wanted.setdefault(task, got))
+          yield f"{task} {where} {jit.__module__}", right
+
+
+def _train(jit, x):
+  model = Model()
+  optimizer = nnx.Optimizer(model, optax.adam(1e-2), wrt=nnx.Param)
+
+  def step(model, optimizer, x):
+    grads = nnx.grad(lambda model: jnp.mean(model(x) ** 2))(model)
+    optimizer.update(model, grads)
+    return model.attend.out.kernel[...]
+
+  return [_call(jit, step, (model, optimizer), x) for _ in range(2)]
+
+
+def _decode(jit, x):
+  model = Model()
+  model.eval()
+  model.attend.decode = True
+  model.attend.init_cache(X.shape)
+
+  def step(model, x):
+    return model(x)
+
+  return [_call(jit, step, (model,), x[:, i : i + 1]) for i in range(2)]
+
+
+def _call(jit, step, objects, x):
+  """Calls a step of objects, which plain jax has as their State."""
+  if jit is nnx.jit:
+    return jit(step)(*objects, x)
+  graphdef, state = nnx.split(objects)
+
+  @jax.jit
+  def pure(state, x):
+    objects = nnx.merge(graphdef, state)
+    result = step(*objects, x)
+    return result, nnx.state(objects)
+
+  result, state = pure(state, x)
+  nnx.update(objects, state)
+  return result
 
 
 def check(got: Any, want: Any) -> bool:
@@ -243,9 +331,10 @@ def sweep() -> dict[str, Any]:
     for route in ROUTES
     for jit in (jax.jit, nnx.jit)
     for i, case in enumerate(cases() + cpu_cases())
-    if jit is jax.jit or route in (single, auto)
+    if jit is jax.jit or route in (single, auto) or i % 4 == 0
   }
   right |= {f"module {i}": ok for i, ok in enumerate(batch_norm_modules())}
+  right |= dict(models())
   return {"right": right, "texts": dict(texts())}
 
 

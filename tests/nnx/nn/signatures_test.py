@@ -60,7 +60,12 @@ OWN = {
     "block_table",
     "step",
   ),
-  "MultiHeadAttention.init_cache": ("per_sequence", "block_size", "blocks"),
+  "MultiHeadAttention.init_cache": (
+    "per_sequence",
+    "block_size",
+    "blocks",
+    "sharding",
+  ),
   "dot_product_attention": ("window", "softcap"),
 }
 

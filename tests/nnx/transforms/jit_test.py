@@ -448,6 +448,29 @@ class CompilesAgainTest(parameterized.TestCase):
     jitted(1.0)
     self.assertEqual(fun.count, 2)
 
+  def test_equal_layers_inside_are_traced_once(self):
+    traces = []
+
+    @nnx.jit
+    def layer(dense, x):
+      traces.append(0)
+      dense.bias[...] += 1
+      return x @ dense.kernel
+
+    @nnx.jit
+    def run(layers, x):
+      for dense in layers:
+        x = layer(dense, x)
+      return x
+
+    layers = nnx.List([Dense(2) for _ in range(5)])
+    layers[3].kernel.value *= 3
+    y = run(layers, jnp.ones((1, 2)))
+    self.assertLen(traces, 1)
+    np.testing.assert_array_equal(y, [[3 * 2.0**5] * 2])
+    for dense in layers:
+      np.testing.assert_array_equal(dense.bias.value, 1)
+
 
 class DonationTest(parameterized.TestCase):
   def test_only_written_variables_are_donated(self):
@@ -687,7 +710,7 @@ class OptionsTest(parameterized.TestCase):
     np.testing.assert_array_equal(jitted(dense), np.ones(3))
 
 
-class ShardingTest(absltest.TestCase):
+class ShardingTest(parameterized.TestCase):
   def setUp(self):
     super().setUp()
     self.assertLen(jax.devices(), 8)
@@ -814,6 +837,56 @@ class ShardingTest(absltest.TestCase):
     np.testing.assert_array_equal(run(model), [[4.0, 4.0]])
     wanted = self.named(None, "model")
     self.assertTrue(model.kernel.value.sharding.is_equivalent_to(wanted, 2))
+
+  @parameterized.product(
+    nested=(False, True), donated=(False, True), lowered=(False, True)
+  )
+  def test_shard_map_inside_places_what_it_reads(
+    self, nested, donated, lowered
+  ):
+    model, x, traces = Dense(4), jnp.ones((4, 2)), []
+    axes = {nnx.PathContains("kernel"): P(None, "model"), ...: P()}
+    options = {"donate_argnums": 0} if donated else {}
+
+    def run(model, x):
+      traces.append(0)
+      y = nnx.shard_map(
+        lambda m, x: x @ m.kernel,
+        mesh=self.mesh,
+        in_specs=(nnx.StateSharding(axes), P("data")),
+        out_specs=P("data", "model"),
+      )(model, x)
+      model.bias[...] += 1
+      return y
+
+    step = nnx.jit(run, **options)
+    if nested:
+      inner = step
+      step = nnx.jit(lambda model, x: inner(model, x), **options)
+    if lowered:
+      step.lower(model, x)
+    want = np.asarray(x @ model.kernel.value)
+    np.testing.assert_allclose(step(model, x), want)
+    placed = model.kernel.value
+    wanted = self.named(None, "model")
+    self.assertTrue(placed.sharding.is_equivalent_to(wanted, 2))
+    count = len(traces)
+    np.testing.assert_allclose(step(model, x), want)
+    self.assertLen(traces, count)
+    self.assertIs(model.kernel.value, placed)
+
+  def test_what_has_a_place_is_left_there(self):
+    model, x = Dense(4), jnp.ones((4, 2))
+    model.kernel.value = jax.device_put(
+      model.kernel.value, self.named(None, "data")
+    )
+    before = model.kernel.value
+    run = nnx.shard_map(
+      lambda m, x: x @ m.kernel,
+      mesh=self.mesh, in_specs=(P(), P()), out_specs=P(),
+    )  # fmt: skip
+    nnx.jit(run)(model, x)
+    self.assertIs(model.kernel.value, before)
 
 
 class PartialTest(absltest.TestCase):
