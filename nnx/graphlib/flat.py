@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 
 from nnx import statelib
 from nnx.engine import _engine
-from nnx.graphlib import states
+from nnx.graphlib import modes, states, trees
 from nnx.graphlib.definitions import GraphDef
 
 Node = TypeVar("Node")
@@ -97,12 +97,14 @@ def flatten(
     ref_index: the objects that earlier calls met, with their numbers; they are
       references now, and those that are new are added.
     ref_outer_index: numbers of objects that `unflatten` is to update.
-    graph: accepted for programs of Flax 0.12; references are always followed.
+    graph: `False` refuses what is no tree: shared Variables, cycles; None
+      stands for `nnx.set_graph_mode`.
 
   Returns:
     The graphdef and the leaves, in canonical order.
   """
-  del graph
+  if not modes.resolve(graph).graph:
+    node = trees.unshared(node, _engine.graphdef(node), "flatten")
   seen: list[Any] | None = None
   updated: list[Any] | None = None
   if ref_index is not None:

@@ -85,7 +85,7 @@ def _streams(cell: Any, only: filterlib.Filter) -> list[tuple[Any, ...]]:
   selects = filterlib.to_predicate(only)
   return [
     (value, value.key.value, value.count.value)
-    for path, value in functional.iter_graph(cell)
+    for path, value in functional.iter_graph(cell, graph=True)
     if isinstance(value, RngStream) and selects((*path, "key"), value.key)
   ]
 

@@ -285,7 +285,9 @@ class _Mapping:
 
   def find_size(self, graph: Any, plain: Sequence[tuple[Any, Any]]) -> int:
     """Returns the size of the mapped axis, of state or of an argument."""
-    states = functional.state(graph, *(f for f, _ in self.mapped), ...)
+    states = functional.state(
+      graph, *(f for f, _ in self.mapped), ..., graph=True
+    )
     axes = [axis for _, axis in self.mapped]
     for value, axis in (*zip(states, axes), *plain):
       if isinstance(axis, int):

@@ -27,6 +27,7 @@ import jax
 import jax.numpy as jnp
 
 from nnx.engine import _engine, jax_private
+from nnx.graphlib import modes
 from nnx.transforms import lift, prefix
 from nnx.transforms.jit_options import Flat as Flat
 from nnx.transforms.jit_options import Options as Options
@@ -170,7 +171,9 @@ class JitWrapped(_engine.JitFunction, Generic[P, R]):
     """
     if "deleted" not in str(error):
       return
-    lifted = lift.Lifted(self.options.fun, structure, names)
+    lifted = lift.Lifted(
+      self.options.fun, structure, names, self.options.policy
+    )
     paths = lifted.leaf_names(range(len(leaves)))
     gone = [
       f"`{path}`"
@@ -387,8 +390,11 @@ def jit(
     device: as in `jax.jit`, where it is deprecated.
     backend: as in `jax.jit`, where it is deprecated.
     inline: whether to inline the function into an outer trace.
-    graph: accepted for programs that set it; graphs and trees are one here.
-    graph_updates: accepted likewise; changes of structure are always passed on.
+    graph: `False` is tree mode: Variables may not be shared, there are no
+      cycles, and only what Variables hold is given back. None stands for
+      `nnx.set_graph_mode`.
+    graph_updates: `False` gives back only what Variables hold: no attributes,
+      no structure. None stands for `nnx.set_graph_updates`.
 
   Returns:
     A `JitWrapped`, with `lower`, `trace`, `eval_shape` and `clear_cache`.
@@ -399,7 +405,7 @@ def jit(
     TraceContextError: if the function changes a Module or Variable that it was
       not given.
   """
-  del graph, graph_updates
+  mode = modes.resolve(graph, graph_updates)
   if fun is None:
     return functools.partial(
       jit,
@@ -413,6 +419,7 @@ def jit(
       device=device,
       backend=backend,
       inline=inline,
+      **mode.arguments,
     )
   lift.refuse_foreign(fun, "jit")
   if not callable(fun):
@@ -432,6 +439,7 @@ def jit(
     if isinstance(in_shardings, (tuple, list)):
       in_shardings = (None, *in_shardings)
   options = Options(
+    lift.Policy(mode, "jit"),
     fun,
     in_shardings,
     out_shardings,
