@@ -109,7 +109,7 @@ class Lifted:
     ValueError: in tree mode, if the structure is no tree.
   """
 
-  __slots__ = ("fun", "structure", "names", "policy", "__weakref__")
+  __slots__ = ("fun", "structure", "names", "policy", "shares", "__weakref__")
 
   def __init__(
     self,
@@ -122,8 +122,10 @@ class Lifted:
     self.structure = structure
     self.names = names
     self.policy = policy
-    if not policy.mode.graph:
-      self._check_tree(structure, self.root_names())
+    # Whether objects without Variables are shared; in tree mode alone.
+    self.shares = not policy.mode.graph and self._check_tree(
+      structure, self.root_names()
+    )
 
   def _check_tree(self, structure: Any, names: Sequence[str]) -> bool:
     transform = self.policy.transform
@@ -168,6 +170,8 @@ class Lifted:
     """
     if not self.policy.mode.updates:
       self.check_new(objects, result if new is None else new)
+    if not self.policy.mode.graph:
+      result = trees.copied(result)
     return _engine.pack(self.structure, objects, leaves, result)
 
   def check_new(self, objects: Sequence[Any], result: Any) -> None:
@@ -292,6 +296,13 @@ class Call:
     marks = tuple(i in static for i in range(len(args))) if static else ()
     self.structure, self.leaves, self.objects = _engine.flatten(values, marks)
     self.lifted = Lifted(fun, self.structure, names, policy)
+    if self.lifted.shares:
+      values = tuple(
+        value if i in static else trees.copied(value)
+        for i, value in enumerate(values)
+      )
+      self.structure, self.leaves, self.objects = _engine.flatten(values, marks)
+      self.lifted = Lifted(fun, self.structure, names, policy)
     self.num_args = len(args)
     self._described: list[tuple[Callable[..., Any], Any]] = []
 

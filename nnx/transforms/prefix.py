@@ -324,6 +324,8 @@ class Walk:
     self.position = 0
     self._first: dict[int, tuple[int, int]] = {}  # node -> position, top
     self._checking: set[tuple[int, Any]] = set()
+    # What a cycle says of leaves before they are reached the first time.
+    self._early: dict[int, list[tuple[Any, tuple]]] = {}
 
   def skip(self, count: int) -> None:
     """Passes some roots."""
@@ -371,6 +373,8 @@ class Walk:
       else:
         self.entries[leaf] = entry
         self.places[leaf] = place._replace(text=self.text(path))
+        for early_entry, early_path in self._early.pop(leaf, ()):
+          self._check_same(leaf, early_entry, early_path)
     inner = self._inner(entry, record, path, whole)
     next_position = position + 1
     for key, below_entry in zip(preorder.child_keys(record), inner):
@@ -447,7 +451,9 @@ class Walk:
     """Refuses a shared node that is given two different entries."""
     before = self.entries[leaf]
     place = self.places[leaf]
-    assert place is not None
+    if place is None:
+      self._early.setdefault(leaf, []).append((entry, path))
+      return
     if before != entry:
       value = (
         self.objects[place.variable]

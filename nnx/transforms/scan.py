@@ -420,7 +420,9 @@ class _Loop:
       after = carry_lib.Opened(self.carry_of(result))
       where = f"args[{self.carry_in}]"
       carry_lib.check_same(call.lifted.policy, before, after, where)
-    new = self.without_carry(result)
+    new = None
+    if not call.lifted.policy.mode.updates:
+      result, new = self.apart(result)
     packed = call.lifted.pack(objects, leaves, result, new)
     entries = mapped.output_entries(
       packed.plan, packed.outputs, walk, self.out_root
@@ -487,13 +489,15 @@ class _Loop:
       )
     return result[self.carry_out]
 
-  def without_carry(self, result: Any) -> Any:
-    """Returns the function's result with nothing in the place of the carry."""
+  def apart(self, result: Any) -> tuple[Any, Any]:
+    """Returns a result whose carry shares no object with the rest; the rest."""
     if self.carry_in is None:
-      return result
+      return result, result
     if self.out_root.entry is Carry:
-      return ()
-    return tuple(r for i, r in enumerate(result) if i != self.carry_out)
+      return result, ()
+    parts, at = list(result), self.carry_out
+    rest = _engine.clone((*parts[:at], None, *parts[at + 1 :]), False)
+    return (*rest[:at], parts[at], *rest[at + 1 :]), rest
 
   def check_state(self, plan: Any, entries: Sequence[Any]) -> None:
     """Refuses new state that is not scanned."""

@@ -498,6 +498,8 @@ def transform_metadata(
     )
   f = lift.function_of(f, "transform_metadata")
   policy = lift.Policy(modes.resolve(graph), "transform_metadata")
+  prefix.check(policy, "in_axes", in_axes)
+  prefix.check(policy, "out_axes", out_axes)
   in_axes, out_axes = _without_carry(in_axes), _without_carry(out_axes)
   check_axes("in_axes", in_axes, is_axis)
   check_axes("out_axes", out_axes, is_axis)

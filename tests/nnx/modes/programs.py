@@ -298,9 +298,7 @@ def grad_of_both(lib, f, **mode):
 
 def vjp(lib, f, **mode):
   def call(model, x):
-    out, pull_back, *aux = lib.vjp(
-      f, model, x, has_aux=has_aux(lib, f), **mode
-    )
+    out, pull_back, *aux = lib.vjp(f, model, x, has_aux=has_aux(lib, f), **mode)
     return out, pull_back(jnp.ones(())), aux
 
   return call
@@ -321,7 +319,8 @@ def custom_vjp(lib, f, **mode):
   rule = lib.custom_vjp(f, **mode)
 
   def forward(model, x):
-    return f(model, x), (lib.clone(model, graph=True), x)
+    residual = lib.clone(model, graph=True), x
+    return f(model, x), residual
 
   def backward(residual, cotangent):
     model, x = residual
@@ -339,10 +338,10 @@ def custom_vjp(lib, f, **mode):
 
 
 def transform_metadata(lib, f, **mode):
-  run = lib.transform_metadata(
-    f, in_axes=(None, 0), partition="layers", graph=mode["graph"]
-  )
-  return run
+  with lib.set_graph_updates(mode.get("graph_updates", True)):
+    return lib.transform_metadata(
+      f, in_axes=(None, 0), partition="layers", graph=mode["graph"]
+    )
 
 
 def scan_carried(lib, f, **mode):
@@ -351,9 +350,7 @@ def scan_carried(lib, f, **mode):
   def body(model, x):
     return model, f(model, x)
 
-  run = lib.scan(
-    body, in_axes=(lib.Carry, 0), out_axes=(lib.Carry, 0), **mode
-  )
+  run = lib.scan(body, in_axes=(lib.Carry, 0), out_axes=(lib.Carry, 0), **mode)
   return lambda model, x: run(model, x * jnp.array([1.0, 2.0]))
 
 
@@ -481,6 +478,7 @@ class Observer:
 
 def outcome(lib: Library, run: Callable[[], Any]) -> tuple[Any, Any]:
   """Runs a program: what was observed, or None and the exception."""
+  flax_nnx.graphlib.GRAPH_CONTEXT.__init__()  # an error leaves it in a mess
   try:
     result = run()
   except Exception as error:  # whatever either library raises
