@@ -103,7 +103,8 @@ def flatten(
   Returns:
     The graphdef and the leaves, in canonical order.
   """
-  if not modes.resolve(graph).graph:
+  is_tree = not modes.resolve(graph).graph
+  if is_tree:
     node = trees.unshared(node, _engine.graphdef(node), "flatten")
   seen: list[Any] | None = None
   updated: list[Any] | None = None
@@ -111,7 +112,10 @@ def flatten(
     seen = _by_number(IndexMap.from_refmap(ref_index))
   if ref_outer_index is not None:
     updated = _by_number(IndexMap.from_refmap(ref_outer_index))
-  graphdef, (mapping,) = _engine.split(node, (True,), True, seen, updated)
+  if is_tree and ref_index is None and ref_outer_index is None:
+    graphdef, (mapping,) = _engine.split(node, (True,), True, True)
+  else:
+    graphdef, (mapping,) = _engine.split(node, (True,), True, seen, updated)
   if ref_index is not None and seen is not None:
     for number in range(len(ref_index), len(seen)):
       ref_index[seen[number]] = number

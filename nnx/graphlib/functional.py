@@ -50,12 +50,13 @@ def _split(
 ) -> tuple[Any, list[Any]]:
   """Splits as the mode says; `function` is the one that was called."""
   selected = filterlib.engine_filters(filters) if filters else _ALL
-  graphdef, mappings = _engine.split(node, selected, exhaustive)
-  if not modes.resolve(graph).graph:
-    tree = trees.unshared(node, graphdef, function)
+  is_tree = not modes.resolve(graph).graph
+  parts = _engine.split(node, selected, exhaustive, is_tree)
+  if is_tree:
+    tree = trees.unshared(node, parts[0], function)
     if tree is not node:
-      return _engine.split(tree, selected, exhaustive)
-  return graphdef, mappings
+      parts = _engine.split(tree, selected, exhaustive, True)
+  return parts
 
 
 @overload

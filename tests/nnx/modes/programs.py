@@ -260,8 +260,11 @@ def vmap_mapped(lib, f, **mode):
   run = lib.vmap(f, in_axes=(0, None), **mode)
 
   def call(model, x):
-    state = lib.state(model, graph=True)
-    lib.update(model, jax.tree.map(lambda a: jnp.stack([a, 2 * a]), state))
+    for _, value in lib.iter_graph(model, graph=True):
+      if isinstance(value, lib.Variable):
+        value.set_value(jnp.stack([value[...], 2 * value[...]]))
+      elif isinstance(value, classes(lib).Plain):
+        value.table = jnp.stack([value.table, 2 * value.table])
     return run(model, x)
 
   return call

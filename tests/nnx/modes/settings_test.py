@@ -2,6 +2,7 @@
 
 import functools
 import os
+import pathlib
 import subprocess
 import sys
 
@@ -111,8 +112,8 @@ NAMED = [(name, name) for name in CHANGED]
 
 PROGRAM = """
 import nnx
-from tests.nnx import modes_test
-for name, (make, graphs, _) in modes_test.CHANGED.items():
+from tests.nnx.modes import settings_test
+for name, (make, graphs, _) in settings_test.CHANGED.items():
   assert not graphs(nnx, make(nnx)), name
   assert graphs(nnx, make(nnx, graph=True, graph_updates=True)), name
   with nnx.set_graph_mode(True), nnx.set_graph_updates(True):
@@ -212,8 +213,8 @@ class ModesTest(parameterized.TestCase):
       self.run_with({variable: text})
 
   def run_with(self, environment):
-    root = os.path.dirname(os.path.dirname(os.path.dirname(__file__)))
-    path = os.pathsep.join([root, *sys.path])
+    root = pathlib.Path(__file__).parents[3]
+    path = os.pathsep.join([str(root), *sys.path])
     return subprocess.run(
       [sys.executable, "-c", PROGRAM],
       env={**os.environ, "PYTHONPATH": path, **environment},
