@@ -279,6 +279,9 @@ class JitPartial(Generic[P, R]):
   """A jitted function with its first arguments given; see `nnx.jit_partial`."""
 
   def __init__(self, jitted: JitWrapped[..., R], args: tuple[Any, ...]):
+    policy = jitted.options.policy
+    if not policy.mode.graph:
+      lift.Call(policy, jitted.fun, args)  # refuses what is no tree
     self.jitted = jitted
     self.args = args
     functools.update_wrapper(self, jitted)
@@ -509,5 +512,8 @@ def jit_partial(
 
   Returns:
     A function of the remaining arguments.
+
+  Raises:
+    ValueError: in tree mode, if the given arguments are no tree.
   """
   return JitPartial(jit(fun, **options), partial_args)

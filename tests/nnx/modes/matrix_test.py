@@ -33,6 +33,11 @@ MORE: dict[tuple[str, str], frozenset[str]] = {
   ("make_jaxpr", "graph"): ALL_CELLS,
   ("vjp", "graph"): ALL_CELLS,
   ("jvp", "graph"): ALL_CELLS,
+  # It looks for duplicates where it has put graphs together again.
+  **dict.fromkeys(
+    (("eval_shape", "values"), ("make_jaxpr", "values")),
+    frozenset(("writes, shared_variable", "writes, shared_module")),
+  ),
   # "GraphDef index 0 already used": it takes graphs out of one context twice.
   **dict.fromkeys(
     (("grad", "values"), ("grad_of_both", "values")),
@@ -85,7 +90,9 @@ class MatrixTest(parameterized.TestCase):
           self.assertIsInstance(error, ValueError)
           self.assertIsNone(their_error)
         elif their_error is not None:
-          self.assertIsNotNone(error, f"Flax: {their_error}")
+          self.assertIsInstance(
+            error, (ValueError, TypeError), f"Flax: {their_error}"
+          )
         else:
           self.assertIsNone(error)
           self.assertEqual(ours, theirs)

@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 import functools
 import types
 from typing import Any
+import warnings
 
 from flax import nnx as flax_nnx
 import jax
@@ -226,6 +227,8 @@ def eval_shape(lib, f, **mode):
 
 
 def make_jaxpr(lib, f, **mode):
+  mode = {"graph_updates": False, **mode}  # Flax insists, in tree mode too
+
   def call(model, x):
     jaxpr = lib.make_jaxpr(f, **mode)(model, x)
     return [str(value.aval) for value in jaxpr.jaxpr.outvars]
@@ -483,7 +486,9 @@ def outcome(lib: Library, run: Callable[[], Any]) -> tuple[Any, Any]:
   """Runs a program: what was observed, or None and the exception."""
   flax_nnx.graphlib.GRAPH_CONTEXT.__init__()  # an error leaves it in a mess
   try:
-    result = run()
+    with warnings.catch_warnings():
+      warnings.simplefilter("ignore")  # what Flax has deprecated
+      result = run()
   except Exception as error:  # whatever either library raises
     return None, error
   return Observer(lib).see(result), None
