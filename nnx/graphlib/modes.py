@@ -12,7 +12,7 @@ import enum
 import functools
 import os
 import threading
-from typing import ParamSpec, TypeVar
+from typing import ParamSpec, TypedDict, TypeVar
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -81,6 +81,13 @@ class _Switch:
     return getattr(_settings, cls._name)
 
 
+class Arguments(TypedDict):
+  """The arguments of functions that say in which mode they are."""
+
+  graph: bool
+  graph_updates: bool
+
+
 class Mode(enum.Enum):
   """What a function takes objects for, and what of them it gives back.
 
@@ -107,7 +114,7 @@ class Mode(enum.Enum):
     self.updates = updates
 
   @property
-  def arguments(self) -> dict[str, bool]:
+  def arguments(self) -> Arguments:
     """The arguments that ask for this mode."""
     return {"graph": self.graph, "graph_updates": self.updates}
 

@@ -80,14 +80,14 @@ def remat(
       **mode.arguments,
     )
   f = lift.function_of(f, "remat")
-  policy = lift.Policy(mode, "remat")
+  lifting = lift.Policy(mode, "remat")
   argnums = lift.as_tuple(static_argnums)
 
   @functools.wraps(f)
   def wrapper(*args: Any, **kwargs: Any) -> Any:
-    args, kwargs = policy.bind(f, args, kwargs)
+    args, kwargs = lifting.bind(f, args, kwargs)
     static = lift.positions(argnums, len(args), "static_argnums")
-    call = lift.Call(policy, f, args, kwargs, static)
+    call = lift.Call(lifting, f, args, kwargs, static)
     checkpointed = jax.checkpoint(
       call.described(lambda leaves: call.lifted(leaves), "remat"),
       prevent_cse=prevent_cse,

@@ -141,7 +141,12 @@ def run(lib, program, mode):
 
 class CompositionTest(parameterized.TestCase):
   @parameterized.parameters(*programs.MODES)
-  @hypothesis.settings(max_examples=40, deadline=None, derandomize=True)
+  @hypothesis.settings(
+    max_examples=40,
+    deadline=None,
+    derandomize=True,
+    phases=(hypothesis.Phase.explicit, hypothesis.Phase.generate),
+  )
   @hypothesis.given(program=PROGRAMS)
   def test_does_what_flax_does(self, mode, program):
     theirs, their_error = run(flax_nnx, program, mode)
