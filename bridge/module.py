@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 import dataclasses
 import functools
-import inspect
 from typing import Any, TypeVar, cast, dataclass_transform
 
 from flax import core
@@ -18,6 +17,7 @@ import nnx
 from . import to_nnx
 from . import variables as variables_lib
 from .layout import MISSING
+from .module_arguments import clash, method_of, streams
 from .module_context import MODULE_CONTEXT as MODULE_CONTEXT
 from .module_context import AttrPriority as AttrPriority
 from .module_context import ModuleContext as ModuleContext
@@ -436,7 +436,7 @@ class Module(nnx.Module, metaclass=ModuleMeta):
     module = nnx.clone(self)
     attributes = variables_lib.linen_vars_to_nnx_attrs(variables)
     _give(module, attributes, type(self).__name__, ())
-    scope = Scope(_streams(rngs), mutable, initializing)
+    scope = Scope(streams(rngs), mutable, initializing)
     for _, value in reversed(list(nnx.iter_modules(module))):
       if isinstance(value, Module):
         value.scope = scope.copy()
@@ -458,7 +458,7 @@ class Module(nnx.Module, metaclass=ModuleMeta):
     with to_nnx.running(initializing, mutable):
       module = self._prepared(variables, rngs, mutable, initializing)
       with Running(module, in_compact=False):
-        result = _method_of(module, method)(module, *args, **kwargs)
+        result = method_of(module, method)(module, *args, **kwargs)
     for _, value in nnx.iter_modules(module):
       if isinstance(value, Module):
         vars(value).pop("scope", None)
@@ -502,43 +502,12 @@ def compact(method: F) -> F:
   return cast(F, wrapper)
 
 
-def _streams(rngs: Any) -> nnx.Rngs:
-  if isinstance(rngs, nnx.Rngs):
-    return rngs
-  if rngs is None:
-    return nnx.Rngs()
-  if isinstance(rngs, Mapping):
-    return nnx.Rngs(**rngs)
-  return nnx.Rngs(rngs)
-
-
 def _unboxed(value: Any) -> Any:
   if isinstance(value, nnx.VariableMetadata):
     return value.raw_value
   if isinstance(value, meta.AxisMetadata):
     return value.unbox()
   return value
-
-
-def _method_of(module: Module, method: Any) -> Callable[..., Any]:
-  """Returns a function to call with the Module as its first argument."""
-  if isinstance(method, str):
-    found = getattr(module, method, None)
-    if not callable(found):
-      raise TypeError(
-        f"`method` must name a method or submodule of `{type(module).__name__}`"
-        f" that can be called, but `{method}` is `{found!r}`."
-      )
-    return lambda module, *args, **kwargs: getattr(module, method)(
-      *args, **kwargs
-    )
-  method = getattr(method, "__func__", method)
-  if not callable(method) or not inspect.signature(method).parameters:
-    raise TypeError(
-      "`method` must be a function of the Module, or the name of a method, but"
-      f" got {method!r}."
-    )
-  return method
 
 
 def _set_up(module: Module) -> None:
@@ -576,10 +545,10 @@ def _give(
       current.update_from_state(value)
     elif isinstance(value, nnx.Variable):
       if current is not MISSING:
-        raise _clash(owner, (*path, key), current, value)
+        raise clash(owner, (*path, key), current, value)
       _put(target, key, value, owner, path)
     elif isinstance(current, nnx.Variable):
-      raise _clash(owner, (*path, key), current, value)
+      raise clash(owner, (*path, key), current, value)
     elif current is not MISSING:
       _give(current, value, owner, (*path, key))
     elif isinstance(target, Module):
@@ -610,19 +579,6 @@ def _put(
       f" `{type(target).__name__}`. Leave it out, or pass the variables that"
       " `init` returned."
     )
-
-
-def _clash(
-  owner: str, path: tuple[Any, ...], current: Any, value: Any
-) -> ValueError:
-  def name(x: Any) -> str:
-    return "a mapping" if isinstance(x, Mapping) else f"a `{type(x).__name__}`"
-
-  return ValueError(
-    f"The variables given to `{owner}` must have the form of its attributes,"
-    f" but `{'/'.join(map(str, path))}` is {name(current)} there, and"
-    f" {name(value)} is given. Rename one of them."
-  )
 
 
 def _walk(module: Any) -> Iterator[tuple[tuple[Any, ...], nnx.Variable[Any]]]:

@@ -12,6 +12,7 @@ from nnx import errors as errors
 from nnx import filterlib as filterlib
 from nnx import graph as graph
 from nnx import graphlib as graphlib
+from nnx import neighbours as _neighbours
 from nnx import nn as nn
 from nnx import partitioning as partitioning
 from nnx import pytreelib as pytreelib
@@ -264,6 +265,8 @@ from nnx.variablelib import with_metadata as with_metadata
 from nnx.visualization import display as display
 
 __version__ = "0.1.0"
+
+_neighbours.find()
 
 # Flax's other names of some modules.
 filters = filterlib

@@ -6,45 +6,21 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from ..cache.arg_specs import CacheSpec
+
 
 @dataclasses.dataclass(frozen=True)
-class ArgSpec:
+class ArgSpec(CacheSpec):
   """Arguments of one `decode_attention`.
 
   Attributes:
-    name: Of the row.
-    batch: b.
-    length: s.
-    heads: n, the key-value heads.
-    head_dim: h.
     group: g, the query heads for each key-value head.
-    tokens: t.
-    dtype: Of the cache.
     filled: Tokens in the cache after the step.
-    layers: l of a stacked cache, or None.
   """
 
-  name: str
-  batch: int
-  length: int
-  heads: int
-  head_dim: int
   group: int = 1
-  tokens: int = 1
-  dtype: str = "bfloat16"
+  _: dataclasses.KW_ONLY
   filled: int | None = None
-  layers: int | None = None
-
-  @property
-  def cache_shape(self) -> tuple[int, ...]:
-    """Returns the shape of `cache_k` and `cache_v`."""
-    lead = () if self.layers is None else (self.layers,)
-    return (*lead, self.batch, self.length, self.heads, self.head_dim)
-
-  @property
-  def new_shape(self) -> tuple[int, ...]:
-    """Returns the shape of `new_k` and `new_v`."""
-    return (self.batch, self.tokens, self.heads, self.head_dim)
 
   @property
   def query_shape(self) -> tuple[int, ...]:

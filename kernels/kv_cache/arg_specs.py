@@ -6,43 +6,19 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from ..cache.arg_specs import CacheSpec
+
 
 @dataclasses.dataclass(frozen=True)
-class ArgSpec:
+class ArgSpec(CacheSpec):
   """Arguments of one `kv_cache.update`.
 
   Attributes:
-    name: Of the row.
-    batch: b.
-    length: s.
-    heads: n, the key-value heads.
-    head_dim: h.
-    tokens: t.
-    dtype: Of the cache.
     per_sequence: Whether each sequence has its own index.
-    layers: l of a stacked cache, or None.
   """
 
-  name: str
-  batch: int
-  length: int
-  heads: int
-  head_dim: int
-  tokens: int = 1
-  dtype: str = "bfloat16"
+  _: dataclasses.KW_ONLY
   per_sequence: bool = True
-  layers: int | None = None
-
-  @property
-  def cache_shape(self) -> tuple[int, ...]:
-    """Returns the shape of `cache_k` and `cache_v`."""
-    lead = () if self.layers is None else (self.layers,)
-    return (*lead, self.batch, self.length, self.heads, self.head_dim)
-
-  @property
-  def new_shape(self) -> tuple[int, ...]:
-    """Returns the shape of `new_k` and `new_v`."""
-    return (self.batch, self.tokens, self.heads, self.head_dim)
 
   def scaled(self, *, batch: int, length: int) -> "ArgSpec":
     """Returns the same layer with a smaller batch and cache, for tests."""

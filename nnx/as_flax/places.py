@@ -9,9 +9,12 @@ from __future__ import annotations
 
 import functools
 import importlib
+import importlib.abc
+import importlib.machinery
 import importlib.util
 import sys
 import types
+from typing import Any
 
 from nnx.as_flax import agreement
 
@@ -125,6 +128,20 @@ NAMES: dict[str, dict[str, str]] = {
 }
 
 
+class _Empty(importlib.abc.Loader):
+  """Makes a module that Flax has and `nnx` has not; its names come later."""
+
+  def exec_module(self, module: types.ModuleType) -> None:
+    module.__doc__ = "Names that Flax has in this module."
+
+
+class _Finder(importlib.abc.MetaPathFinder):
+  def find_spec(self, name: str, path: Any = None, target: Any = None) -> Any:
+    if name not in NAMES:
+      return None
+    return importlib.machinery.ModuleSpec(name, _Empty())
+
+
 def _is_here(name: str) -> bool:
   try:
     return importlib.util.find_spec(name) is not None
@@ -181,6 +198,7 @@ def complete() -> None:
     True
   """
   agreement.hold_options()
+  sys.meta_path.append(_Finder())  # the last: for what no other finds
   for name in NAMES:
     if name.split(".")[:2] != ["nnx", "bridge"]:
       _complete(name)
@@ -188,18 +206,11 @@ def complete() -> None:
 
 @functools.cache
 def _complete(name: str) -> types.ModuleType:
-  if _is_here(name):
-    result = importlib.import_module(name)
-  else:
-    result = types.ModuleType(name, "Names that Flax has in this module.")
-    sys.modules[name] = result
+  result = importlib.import_module(name)
   for source, names in NAMES.get(name, {}).items():
     origin = importlib.import_module(source)
     for item in names.split():
       # What is here by the name already is that name's own.
       if not hasattr(result, item):
         setattr(result, item, getattr(origin, item))
-  parent, _, child = name.rpartition(".")
-  if parent:
-    setattr(importlib.import_module(parent), child, result)
   return result

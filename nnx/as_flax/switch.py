@@ -9,17 +9,10 @@ import sys
 import types
 from typing import Any
 
+from nnx import neighbours
 from nnx.as_flax import agreement, loaders, places
 
 _NAME = "flax.nnx"
-
-
-class _Loader(importlib.abc.Loader):
-  """Puts a module that is there already under a second name."""
-
-  def exec_module(self, module: types.ModuleType) -> None:
-    name = module.__name__
-    sys.modules[name] = places.module(name)
 
 
 class _AfterFlax(loaders.Wrapping):
@@ -41,7 +34,9 @@ class _Finder(importlib.abc.MetaPathFinder):
             spec.loader = _AfterFlax(spec.loader)
             return spec
     elif places.place(name) is not None:
-      return importlib.machinery.ModuleSpec(name, _Loader())
+      return importlib.machinery.ModuleSpec(
+        name, neighbours.SecondName(places.module)
+      )
     return None
 
 

@@ -95,7 +95,7 @@ def sources() -> dict[str, pathlib.Path]:
   return {
     module_name(path): path
     for package in OURS
-    for pattern in ("*.py", "_*.pyi")
+    for pattern in ("*.py", "*.pyi")
     for path in sorted((ROOT / package).rglob(pattern))
   }
 

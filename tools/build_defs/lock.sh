@@ -14,7 +14,7 @@ for version in 3.11 3.12; do
   base=requirements_lock_${version/./_}.txt
   compile --python-version="$version" requirements.in --output-file="$base" "$@"
   # An accelerator's lock file is what it adds to that one.
-  for accelerator in gpu gpu_device tpu; do
+  for accelerator in ecosystem gpu gpu_device tpu; do
     lock=requirements_${accelerator}_lock_${version/./_}.txt
     compile --python-version="$version" requirements_$accelerator.in \
       --constraints="$base" --output-file="$lock.all" "$@"

@@ -17,6 +17,7 @@ def _locks(stem):
 # Fetched lazily, each when the first target that needs it is built.
 _HUBS = {
     "pypi": "requirements_lock",
+    "pypi_ecosystem": "requirements_ecosystem_lock",
     "pypi_gpu": "requirements_gpu_lock",
     "pypi_tpu": "requirements_tpu_lock",
 }

@@ -17,8 +17,8 @@ from typing import Any
 import zipfile
 
 PACKAGES = ("bridge", "kernels", "nnx")
-# What finds the other packages in a checkout.
-_IN_CHECKOUTS = ("nnx/bridge.py", "nnx/kernels.py", "nnx/neighbours.py")
+# What the types of the other packages are in a checkout.
+_IN_CHECKOUTS = ("nnx/bridge.pyi", "nnx/kernels.pyi")
 # The oldest glibc that comes with a libstdc++ of that GLIBCXX_3.4.x, or newer.
 _GLIBC_OF = {0: 17, 20: 24, 23: 26, 25: 28, 27: 31, 29: 34, 30: 35, 31: 39}
 

@@ -220,7 +220,7 @@ class SwitchTest(parameterized.TestCase):
 
   def test_too_late_changes_nothing(self):
     self.check("""
-      import sys, flax.nnx
+      import sys, flax.nnx, nnx
       finders = list(sys.meta_path)
       try:
         import nnx.as_flax
@@ -228,7 +228,6 @@ class SwitchTest(parameterized.TestCase):
         assert "`__main__` holds `flax`" in str(error)
       assert finders == sys.meta_path and "nnx.as_flax" not in sys.modules
       assert flax.nnx.__name__ == "flax.nnx"
-      import nnx
       assert flax.errors.TraceContextError is not nnx.TraceContextError
     """)
 
