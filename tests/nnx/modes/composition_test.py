@@ -149,6 +149,10 @@ class CompositionTest(parameterized.TestCase):
   )
   @hypothesis.given(program=PROGRAMS)
   def test_does_what_flax_does(self, mode, program):
+    # What is the same for all iterations and written is carried here; Flax
+    # forgets it in graph mode.
+    forgets = mode == "graph" and scan in program.transforms
+    hypothesis.assume(not forgets or program.effect is reads)
     theirs, their_error = run(flax_nnx, program, mode)
     ours, error = run(nnx, program, mode)
     if their_error is not None:
