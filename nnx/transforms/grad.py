@@ -113,13 +113,13 @@ def check_states(
   """
   if policy.mode.updates:
     return
-  for argnum in argnums:
-    if isinstance(argnum, DiffState):
-      policy.refuse(
-        "the derivative of an object is a whole object, but"
-        f" `{option}` selects a part by `{argnum!r}`. Select it of the"
-        " derivative: `nnx.state(grads, filter)`"
-      )
+  if any(isinstance(argnum, DiffState) for argnum in argnums):
+    raise ValueError(
+      "With `graph=False` or `graph_updates=False` the derivative of a Module"
+      f" is a whole Module, but got `{option}={argnums!r}`. Select a part of the"
+      " derivative, by `nnx.state(grads, filter)`, or"
+      f" {modes.way_out(policy.transform, updates=True)}."
+    )
 
 
 def selections(

@@ -400,7 +400,8 @@ class ErrorsTest(parameterized.TestCase):
       functools.partial(nnx.custom_vjp, nondiff_argnums=(select,)),
     ):
       with self.assertRaisesRegex(
-        ValueError, r"a whole object, but .* Select it of the derivative:"
+        ValueError,
+        "is a whole Module, but got .*Select a part of the derivative, by",
       ):
         make(lambda x: x, **arguments)
 
