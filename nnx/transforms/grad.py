@@ -116,8 +116,8 @@ def check_states(
   if any(isinstance(argnum, DiffState) for argnum in argnums):
     raise ValueError(
       "With `graph=False` or `graph_updates=False` the derivative of a Module"
-      f" is a whole Module, but got `{option}={argnums!r}`. Select a part of the"
-      " derivative, by `nnx.state(grads, filter)`, or"
+      f" is a whole Module, but got `{option}={argnums!r}`. Select a part of"
+      " the derivative, by `nnx.state(grads, filter)`, or"
       f" {modes.way_out(policy.transform, updates=True)}."
     )
 
