@@ -247,6 +247,8 @@ def _make_steps(state_axes, broadcast_rngs, axis, every_carry, unroll):
     ),
     out_axes=(Carry, (0, axis) if every_carry else axis),
     unroll=unroll,
+    graph=True,
+    graph_updates=True,
   )
   def steps(cell, carry, x):
     backups = _streams(cell, broadcast_rngs)

@@ -354,7 +354,7 @@ class _Application:
     if by_top and not self.tree:
       cotangent = self.read_states(position, cotangent, by_top, found)
       leaves = plain
-    given = carry_lib.Opened(cotangent).leaves
+    given = self.call.lifted.policy.leaves(cotangent)
     if len(given) != len(leaves):
       raise ValueError(
         f"The cotangent of `args[{position}]` must have the form of it, with"

@@ -551,7 +551,7 @@ def vjp(
   form, structure, others = forms[-1], call.structure, call.leaves
 
   def pull_back(cotangent: Any) -> tuple[Any, ...]:
-    leaves = _engine.flatten((cotangent,)).leaves
+    leaves = policy.leaves(cotangent)
     if len(leaves) != form.num_leaves:
       raise ValueError(
         "The cotangent must have the form of the output, which has"
@@ -625,7 +625,7 @@ def jvp(
       )
   policy = lift.Policy(mode, "jvp")
   call = lift.Call(policy, f, primals, lift.with_owner(f, {}))
-  tangent_leaves = _engine.flatten(tuple(tangents)).leaves
+  tangent_leaves = policy.leaves(tuple(tangents))
   count = len(lift.leaves_of_roots(call.structure, range(len(primals))))
   if len(tangents) != len(primals) or len(tangent_leaves) != count:
     raise ValueError(

@@ -88,6 +88,12 @@ class Policy(NamedTuple):
       return bind(fun, args, kwargs, option)
     return tuple(args), with_owner(fun, kwargs)
 
+  def leaves(self, value: Any) -> tuple[Any, ...]:
+    """Returns the leaves of a value in the form of an argument or result."""
+    if not self.mode.graph:
+      value = trees.copied(value)
+    return _engine.flatten((value,)).leaves
+
   def refuse(self, problem: str) -> NoReturn:
     """Raises the error for what the mode does not allow."""
     raise ValueError(

@@ -93,6 +93,9 @@ class MatrixTest(parameterized.TestCase):
           self.assertIsInstance(
             error, (ValueError, TypeError), f"Flax: {their_error}"
           )
+        elif "'TreeState'" in str(theirs):
+          # It has not put together again what it returns.
+          self.assertIsNone(error)
         else:
           self.assertIsNone(error)
           self.assertEqual(ours, theirs)
