@@ -51,6 +51,8 @@ class EMA(Pytree):
     ValueError: If `decay` is not in [0, 1].
   """
 
+  graph: bool | None = None
+
   def __init__(
     self,
     params: Any,
@@ -61,7 +63,8 @@ class EMA(Pytree):
   ):
     if isinstance(decay, (int, float)) and not 0 <= decay <= 1:
       raise ValueError(f"`decay` must lie in [0, 1], but got {decay}.")
-    self.graph = graph
+    if graph is not None:
+      self.graph = graph
     self.decay = decay
     self.filter = tuple(only) if isinstance(only, list) else only
     state = functional.state(params, only, graph=graph)

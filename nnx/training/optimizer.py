@@ -297,6 +297,7 @@ class Optimizer(Pytree, Generic[M]):
   """
 
   model: M
+  graph: bool | None = None
 
   def __init__(
     self,
@@ -321,7 +322,8 @@ class Optimizer(Pytree, Generic[M]):
       wrt = old_wrt[0] if old_wrt else Param
     if isinstance(wrt, list):
       wrt = tuple(wrt)  # a filter must be hashable
-    self.graph = graph
+    if graph is not None:
+      self.graph = graph
     params = functional.state(model, wrt, graph=graph)
     if isinstance(params, State) and not params and functional.state(model):
       raise ValueError(
