@@ -49,7 +49,8 @@ def with_attributes(
     node: an object, or a pytree of objects.
     only: a filter of the modules.
     raise_if_not_found: whether each attribute must be found at least once.
-    graph: accepted for programs of Flax 0.12; references are always followed.
+    graph: `False` refuses what is no tree; None stands for
+      `nnx.set_graph_mode`.
     **attributes: names and values, set where a module has the attribute.
 
   Returns:
@@ -58,7 +59,6 @@ def with_attributes(
   Raises:
     ValueError: if no selected module has one of the attributes.
   """
-  del graph
   selected = filterlib.to_predicate(only)
   remaining = set(attributes)
 
@@ -70,7 +70,7 @@ def with_attributes(
           remaining.discard(name)
     return value
 
-  result = functional.recursive_map(visit, node)
+  result = functional.recursive_map(visit, node, graph=graph)
   if remaining and raise_if_not_found:
     raise not_found_error(remaining)
   return result
@@ -120,7 +120,8 @@ def view(
     node: an object, or a pytree of objects.
     only: a filter of the modules.
     raise_if_not_found: whether each keyword must be taken by a module.
-    graph: accepted for programs of Flax 0.12; references are always followed.
+    graph: `False` refuses what is no tree; None stands for
+      `nnx.set_graph_mode`.
     **kwargs: keywords for `set_view`.
 
   Returns:
@@ -129,7 +130,6 @@ def view(
   Raises:
     ValueError: if no selected module takes one of the keywords.
   """
-  del graph
   selected = filterlib.to_predicate(only)
   remaining = set(kwargs)
 
@@ -145,7 +145,7 @@ def view(
       remaining.difference_update(taken)
     return value
 
-  result = functional.recursive_map(visit, node)
+  result = functional.recursive_map(visit, node, graph=graph)
   if remaining and raise_if_not_found:
     raise ValueError(
       f"Unused keys found in nnx.view: {sorted(remaining)}. Each must be a"
@@ -178,16 +178,16 @@ def view_info(
   Args:
     node: an object, or a pytree of objects.
     only: a filter of the modules.
-    graph: accepted for programs of Flax 0.12; references are always followed.
+    graph: `False` refuses what is no tree; None stands for
+      `nnx.set_graph_mode`.
 
   Returns:
     A paragraph for each class with a method `set_view`, by name.
   """
-  del graph
   selected = filterlib.to_predicate(only)
   classes = {
     type(value)
-    for path, value in functional.iter_graph(node)
+    for path, value in functional.iter_graph(node, graph=graph)
     if hasattr(type(value), "set_view") and selected(path, value)
   }
   lines = []

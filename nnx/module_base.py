@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from nnx import filterlib
 from nnx.engine import _engine
-from nnx.graphlib import functional
+from nnx.graphlib import functional, traversal
 from nnx.pytreelib import Pytree
 from nnx.variablelib import Perturbation, Variable, variable_type_from_name
 
@@ -244,16 +244,16 @@ class Module(Pytree):
     Args:
       *filters: filters of the modules; without any, all of them.
       raise_if_not_found: whether each attribute must be found at least once.
-      graph: accepted for programs of Flax 0.12; references are always followed.
+      graph: `False` refuses what is no tree; None stands for
+        `nnx.set_graph_mode`.
       **attributes: names and values.
 
     Raises:
       ValueError: if no selected module has one of the attributes.
     """
-    del graph
     selected = filterlib.to_predicate(filters or ...)
     remaining = set(attributes)
-    for path, module in list(iter_modules(self)):
+    for path, module in list(iter_modules(self, graph=graph)):
       if selected(path, module):
         for name, value in attributes.items():
           if hasattr(module, name):
@@ -362,13 +362,13 @@ def iter_modules(
 
   Args:
     node: an object, or a pytree of objects.
-    graph: accepted for programs of Flax 0.12; references are always followed.
+    graph: `False` refuses what is no tree; None stands for
+      `nnx.set_graph_mode`.
 
   Yields:
     Pairs of path and module.
   """
-  del graph
-  for path, value in functional.iter_graph(node):
+  for path, value in functional.iter_graph(node, graph=graph):
     if isinstance(value, Module):
       yield path, value
 
@@ -391,15 +391,15 @@ def iter_children(
 
   Args:
     node: an object, or a pytree node.
-    graph: accepted for programs of Flax 0.12.
+    graph: `False` takes pytrees alone; None stands for `nnx.set_graph_mode`.
 
   Yields:
     Pairs of name and value, in the order of the names.
 
   Raises:
-    ValueError: if `node` has no children.
+    ValueError: if `node` has no children, or in tree mode is no pytree.
   """
-  del graph
+  traversal.check_opened(node, graph, "iter_children")
   items = _engine.items(node)
   if items is None:
     raise ValueError(
@@ -428,13 +428,13 @@ def iter_module_children(
 
   Args:
     node: an object, or a pytree node.
-    graph: accepted for programs of Flax 0.12.
+    graph: `False` takes pytrees alone; None stands for `nnx.set_graph_mode`.
 
   Yields:
     Pairs of name and object, in the order of the names.
 
   Raises:
-    ValueError: if `node` has no children.
+    ValueError: if `node` has no children, or in tree mode is no pytree.
   """
   for key, value in iter_children(node, graph=graph):
     if isinstance(value, Pytree):

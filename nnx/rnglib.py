@@ -36,10 +36,12 @@ Filter = filterlib.Filter
 Shape = int | tuple[int, ...]
 
 
-def _streams(node: Any) -> list[tuple[tuple[Any, ...], RngStream]]:
+def _streams(
+  node: Any, graph: bool | None
+) -> list[tuple[tuple[Any, ...], RngStream]]:
   return [
     (path, stream)
-    for path, stream in functional.iter_graph(node)
+    for path, stream in functional.iter_graph(node, graph=graph)
     if isinstance(stream, RngStream)
   ]
 
@@ -123,14 +125,14 @@ def backup_keys(
 
   Args:
     node: an object, or a pytree of objects.
-    graph: accepted for programs of Flax 0.12; references are always followed.
+    graph: `False` refuses what is no tree; None stands for
+      `nnx.set_graph_mode`.
 
   Returns:
     Pairs of a stream and its key. Counts are left as they will be, so that no
     key comes twice.
   """
-  del graph
-  return [(stream, stream.key.value) for _, stream in _streams(node)]
+  return [(stream, stream.key.value) for _, stream in _streams(node, graph)]
 
 
 class ForkStates(NamedTuple):
@@ -257,8 +259,8 @@ def split_rngs(
     splits: how many keys: an int, or a shape.
     only: a filter of the streams' keys and counts.
     squeeze: whether to drop the new axis, which `splits=1` allows.
-    graph: `False` does what `graph_updates=False` does; None stands for
-      `nnx.set_graph_mode`.
+    graph: `False` does what `graph_updates=False` does, and refuses what is no
+      tree; None stands for `nnx.set_graph_mode`.
     graph_updates: `False` leaves the object as it is and returns a copy of it
       with split streams; None stands for `nnx.set_graph_updates`.
 
@@ -269,7 +271,8 @@ def split_rngs(
   Raises:
     ValueError: if `squeeze` is asked for with `splits` other than 1.
   """
-  in_place = not modes.is_tree(graph, graph_updates)
+  mode = modes.resolve(graph, graph_updates)
+  in_place = mode.updates
   if node is MISSING:
     return _decorator(
       lambda arguments: split_rngs(
@@ -277,8 +280,7 @@ def split_rngs(
         splits=splits,
         only=only,
         squeeze=squeeze,
-        graph=in_place,
-        graph_updates=in_place,
+        **mode.arguments,
       ),
       in_place,
     )
@@ -306,7 +308,7 @@ def split_rngs(
 
   if in_place:
     backups = []
-    for path, stream in _streams(node):
+    for path, stream in _streams(node, mode.graph):
       if _selects(predicate, path, stream):
         key, count = split(stream)
         backups.append((stream, stream.key.value, stream.count.value))
@@ -320,7 +322,7 @@ def split_rngs(
       value.count = RngCount(count, tag=value.tag)
     return value
 
-  return functional.recursive_map(visit, node)
+  return functional.recursive_map(visit, node, graph=mode.graph)
 
 
 def fork_rngs(
@@ -348,8 +350,8 @@ def fork_rngs(
     node: an object, or a pytree of objects.
     split: how many keys to give the streams, or a mapping from filters to
       that; streams that no filter selects are left as they are.
-    graph: `False` does what `graph_updates=False` does; None stands for
-      `nnx.set_graph_mode`.
+    graph: `False` does what `graph_updates=False` does, and refuses what is no
+      tree; None stands for `nnx.set_graph_mode`.
     graph_updates: `False` leaves the object as it is and returns a copy of it
       with forked streams; None stands for `nnx.set_graph_updates`.
 
@@ -357,12 +359,11 @@ def fork_rngs(
     A `SplitBackups`; a copy of `node` if `graph_updates` or `graph` is `False`;
     a decorator if there is no `node`.
   """
-  in_place = not modes.is_tree(graph, graph_updates)
+  mode = modes.resolve(graph, graph_updates)
+  in_place = mode.updates
   if node is MISSING:
     return _decorator(
-      lambda arguments: fork_rngs(
-        arguments, split=split, graph=in_place, graph_updates=in_place
-      ),
+      lambda arguments: fork_rngs(arguments, split=split, **mode.arguments),
       in_place,
     )
   rules = stream_rules({...: None} if split is None else split)
@@ -375,7 +376,7 @@ def fork_rngs(
 
   if in_place:
     backups = []
-    for path, stream in _streams(node):
+    for path, stream in _streams(node, mode.graph):
       selected, splits = rule_for(path, stream)
       if selected:
         fork = stream.fork(split=splits)
@@ -391,7 +392,7 @@ def fork_rngs(
         return value.fork(split=splits)
     return value
 
-  return functional.recursive_map(visit, node)
+  return functional.recursive_map(visit, node, graph=mode.graph)
 
 
 def with_rngs(
@@ -426,7 +427,8 @@ def with_rngs(
     broadcast: how many times to repeat the keys of streams, or a mapping from
       filters to that.
     only: a filter of the streams to look at; the others stay as they are.
-    graph: accepted for programs of Flax 0.12; references are always followed.
+    graph: `False` refuses what is no tree; None stands for
+      `nnx.set_graph_mode`.
     graph_updates: accepted as well; it is always a copy that is returned.
 
   Returns:
@@ -435,11 +437,16 @@ def with_rngs(
   Raises:
     ValueError: if a stream falls under two rules neither of which is `...`.
   """
-  del graph, graph_updates
+  mode = modes.resolve(graph, graph_updates)
   if node is MISSING:
     return _decorator(
       lambda arguments: with_rngs(
-        arguments, split=split, fork=fork, broadcast=broadcast, only=only
+        arguments,
+        split=split,
+        fork=fork,
+        broadcast=broadcast,
+        only=only,
+        **mode.arguments,
       ),
       in_place=False,
     )
@@ -492,7 +499,7 @@ def with_rngs(
       return value.fork()
     return value
 
-  return functional.recursive_map(visit, node)
+  return functional.recursive_map(visit, node, graph=mode.graph)
 
 
 def _scalars_only(path, key, shape):
@@ -537,7 +544,8 @@ def reseed(
 
   Args:
     node: an object, or a pytree of objects.
-    graph: accepted for programs of Flax 0.12; references are always followed.
+    graph: `False` refuses what is no tree; None stands for
+      `nnx.set_graph_mode`.
     policy: what to do with streams of several keys: `"scalars_only"` refuses
       them, `"match_shape"` splits the new key into as many, and a function
       `(path, key, shape) -> key` decides by itself.
@@ -547,7 +555,6 @@ def reseed(
   Raises:
     ValueError: if `policy` is unknown, or refuses a stream.
   """
-  del graph
   if not callable(policy):
     if policy not in _POLICIES:
       raise ValueError(
@@ -556,7 +563,7 @@ def reseed(
       )
     policy = _POLICIES[policy]
   rngs = Rngs(**stream_keys)
-  for path, stream in _streams(node):
+  for path, stream in _streams(node, graph):
     if stream.key.tag in stream_keys:
       key = policy(path, rngs[stream.key.tag](), stream.key.shape)
       stream.key.value = key

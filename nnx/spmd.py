@@ -392,16 +392,16 @@ def get_abstract_model(
   Args:
     init_fn: makes the model.
     mesh: the mesh that the shardings are on.
-    graph: accepted for programs of Flax 0.12; references are always followed.
+    graph: `False` refuses what is no tree; None stands for
+      `nnx.set_graph_mode`.
 
   Returns:
     The GraphDef, and a State of `jax.ShapeDtypeStruct`s with shardings.
   """
-  del graph
   graphdefs = []
 
   def init():
-    graphdef, state = functional.split(init_fn())
+    graphdef, state = functional.split(init_fn(), graph=graph)
     graphdefs.append(graphdef)
     return state
 
@@ -433,13 +433,13 @@ def as_abstract(tree: A, graph: bool | None = None) -> A:
 
   Args:
     tree: an object, a State, or a pytree of them.
-    graph: accepted for programs of Flax 0.12; references are always followed.
+    graph: `False` refuses what is no tree; None stands for
+      `nnx.set_graph_mode`.
 
   Returns:
     A copy in which `jax.ShapeDtypeStruct`s of annotated Variables have a
     sharding, on the Variable's `mesh` or on the active one.
   """
-  del graph
 
   def visit(path, variable):
     del path
@@ -459,7 +459,7 @@ def as_abstract(tree: A, graph: bool | None = None) -> A:
       jax.ShapeDtypeStruct(value.shape, value.dtype, sharding=sharding)
     )
 
-  return functional.map(visit, tree)
+  return functional.map(visit, tree, graph=graph)
 
 
 abstract_with_sharding = as_abstract

@@ -182,7 +182,7 @@ def _flat(
   The function works on a copy of the node, and returns the arrays of the
   result.
   """
-  graphdef, state = functional.split(node)
+  graphdef, state = functional.split(node, graph=True)
   variables, statedef = jax.tree.flatten(state)
   leaves, treedef = jax.tree.flatten((args, dict(kwargs)))
   dynamic = [i for i, leaf in enumerate(leaves) if summary_cells.is_array(leaf)]
@@ -295,8 +295,8 @@ def _record(
   recorder: _Recorder,
 ) -> None:
   """Runs a method on a copy of the object, without computing anything."""
-  obj = functional.clone(obj)
-  for path, node in list(functional.iter_graph(obj)):
+  obj = functional.clone(obj, graph=True)
+  for path, node in list(functional.iter_graph(obj, graph=True)):
     if isinstance(node, Pytree):
       cls: Any = type(node)
       cls = _watched_class(cls)
@@ -330,7 +330,7 @@ class _Contents:
   """The Variables of a model, each at the first path that leads to it."""
 
   def __init__(self, obj: Pytree):
-    state = functional.state(obj)
+    state = functional.state(obj, graph=True)
     leaves = to_flat_state(state) if isinstance(state, State) else ()
     self.variables = [
       (path, leaf) for path, leaf in leaves if isinstance(leaf, Variable)

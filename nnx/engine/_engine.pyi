@@ -8,7 +8,7 @@ engine only looks into; `Any` one that the caller knows the type of.
 from collections.abc import Callable, Iterable, Sequence
 import enum
 from types import EllipsisType
-from typing import Any, TypedDict, TypeVar, Unpack
+from typing import Any, TypedDict, TypeVar, Unpack, overload
 
 T = TypeVar("T")
 Key = int | str
@@ -192,6 +192,10 @@ class StructureBase:
   @property
   def _num_outer(self) -> int: ...
   @property
+  def _shares(self) -> bool: ...
+  @property
+  def _object_types(self) -> set[type]: ...
+  @property
   def _updates(self) -> tuple[int, ...] | None: ...
   @classmethod
   def _restore(
@@ -283,12 +287,21 @@ def packed_unflatten(plan: Plan, outputs: Iterable[object], /) -> Packed: ...
 
 # The graph functions.
 
+@overload
 def split(
   value: object,
   filters: tuple[Filter, ...],
   exhaustive: bool,
-  seen: list[Any] | None = None,
-  updated: list[Any] | None = None,
+  as_pytree: bool = False,
+  /,
+) -> tuple[Any, list[Any]]: ...
+@overload
+def split(
+  value: object,
+  filters: tuple[Filter, ...],
+  exhaustive: bool,
+  seen: list[Any] | None,
+  updated: list[Any] | None,
   /,
 ) -> tuple[Any, list[Any]]: ...
 def state(value: object, filters: tuple[Filter, ...], /) -> list[Any]: ...

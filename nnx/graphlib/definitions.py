@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, MutableMapping
+from collections.abc import Callable, Iterable, Iterator, MutableMapping
 import itertools
 import operator
 from typing import Any, Generic, TypeVar
@@ -301,25 +301,22 @@ class GraphState(MutableMapping, Generic[Node]):
     return f"GraphState(\n  {self._graphdef!r},\n  {self._state!r}\n)"
 
 
-jax.tree_util.register_pytree_with_keys(
-  GraphState,
-  lambda packed: (
-    ((jax.tree_util.GetAttrKey("_state"), packed._state),),
-    packed._graphdef,
-  ),
-  lambda graphdef, children: _packed(graphdef, *children),
-)
+def _with_keys(packed: GraphState[Any]) -> tuple[Any, Any]:
+  """Opens it as jax opens its State, so that paths are the same."""
+  values, keys = _engine.state_flatten(packed._state)
+  entries = zip(map(jax.tree_util.DictKey, keys), values)
+  return tuple(entries), (packed._graphdef, keys)
+
+
+def _from_values(aux: Any, values: Iterable[Any]) -> GraphState[Any]:
+  graphdef, keys = aux
+  return GraphState(graphdef, State._from_nested(dict(zip(keys, values))))
+
+
+jax.tree_util.register_pytree_with_keys(GraphState, _with_keys, _from_values)
 serialization.register(GraphState)
 
 PureState = tuple[GraphDef[Node], State]
-
-
-def _packed(graphdef: GraphDef[Any], state: Any) -> GraphState[Any]:
-  """Takes any `state`: jax also unflattens with placeholders as children."""
-  packed = object.__new__(GraphState)
-  object.__setattr__(packed, "_graphdef", graphdef)
-  object.__setattr__(packed, "_state", state)
-  return packed
 
 
 def _describe(record: _engine.NodeRecord, path: preorder.Path) -> str:

@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 
 from nnx import statelib
 from nnx.engine import _engine
-from nnx.graphlib import states
+from nnx.graphlib import modes, states, trees
 from nnx.graphlib.definitions import GraphDef
 
 Node = TypeVar("Node")
@@ -97,19 +97,25 @@ def flatten(
     ref_index: the objects that earlier calls met, with their numbers; they are
       references now, and those that are new are added.
     ref_outer_index: numbers of objects that `unflatten` is to update.
-    graph: accepted for programs of Flax 0.12; references are always followed.
+    graph: `False` refuses what is no tree: shared Variables, cycles; None
+      stands for `nnx.set_graph_mode`.
 
   Returns:
     The graphdef and the leaves, in canonical order.
   """
-  del graph
+  is_tree = not modes.resolve(graph).graph
+  if is_tree:
+    node = trees.unshared(node, _engine.graphdef(node), "flatten")
   seen: list[Any] | None = None
   updated: list[Any] | None = None
   if ref_index is not None:
     seen = _by_number(IndexMap.from_refmap(ref_index))
   if ref_outer_index is not None:
     updated = _by_number(IndexMap.from_refmap(ref_outer_index))
-  graphdef, (mapping,) = _engine.split(node, (True,), True, seen, updated)
+  if is_tree and ref_index is None and ref_outer_index is None:
+    graphdef, (mapping,) = _engine.split(node, (True,), True, True)
+  else:
+    graphdef, (mapping,) = _engine.split(node, (True,), True, seen, updated)
   if ref_index is not None and seen is not None:
     for number in range(len(ref_index), len(seen)):
       ref_index[seen[number]] = number

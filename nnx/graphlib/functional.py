@@ -3,8 +3,7 @@
 Order: wherever leaves or children are listed, keys that are ints come first,
 then those that are strings, each ascending.
 
-`graph` is accepted by all functions that have it in Flax 0.12 and has no
-effect: shared references are always handled.
+With `graph=False` the functions take trees alone: see `trees`.
 """
 
 from __future__ import annotations
@@ -17,6 +16,7 @@ import jax.numpy as jnp
 
 from nnx import filterlib, statelib, variablelib
 from nnx.engine import _engine
+from nnx.graphlib import modes, trees
 from nnx.graphlib.definitions import GraphDef as GraphDef
 from nnx.graphlib.definitions import GraphState as GraphState
 from nnx.graphlib.definitions import NodeDef as NodeDef
@@ -39,6 +39,24 @@ Filter = filterlib.Filter
 PathParts = filterlib.PathParts
 
 _ALL = (True,)
+
+
+def _split(
+  function: str,
+  node: Any,
+  filters: tuple[Filter, ...],
+  exhaustive: bool,
+  graph: bool | None,
+) -> tuple[Any, list[Any]]:
+  """Splits as the mode says; `function` is the one that was called."""
+  selected = filterlib.engine_filters(filters) if filters else _ALL
+  is_tree = not modes.resolve(graph).graph
+  parts = _engine.split(node, selected, exhaustive, is_tree)
+  if is_tree:
+    tree = trees.unshared(node, parts[0], function)
+    if tree is not node:
+      parts = _engine.split(tree, selected, exhaustive, True)
+  return parts
 
 
 @overload
@@ -88,7 +106,8 @@ def split(
       the state is it itself.
     *filters: filters that together select every leaf; the first that selects
       a leaf gets it. Without any there is one state.
-    graph: accepted for programs of Flax 0.12; references are always followed.
+    graph: `False` refuses what is no tree: shared Variables, cycles; None
+      stands for `nnx.set_graph_mode`.
 
   Returns:
     The graphdef, and a State for each filter.
@@ -97,10 +116,7 @@ def split(
     ValueError: if no filter selects a leaf, if `...` is not the last filter, or
       if a container holds a value marked by `nnx.data` or `nnx.static`.
   """
-  del graph
-  graphdef, mappings = _engine.split(
-    node, filterlib.engine_filters(filters) if filters else _ALL, True
-  )
+  graphdef, mappings = _split("split", node, filters, True, graph)
   return (graphdef, *(as_state(mapping) for mapping in mappings))
 
 
@@ -244,7 +260,8 @@ def state(node: Any, /, *filters: Filter, graph: bool | None = None) -> Any:
   Args:
     node: an object, a Variable, or a pytree of them.
     *filters: filters; leaves that none of them selects are left out.
-    graph: accepted for programs of Flax 0.12; references are always followed.
+    graph: `False` refuses what is no tree: shared Variables, cycles; None
+      stands for `nnx.set_graph_mode`.
 
   Returns:
     A State, or a tuple of them if there are several filters.
@@ -252,10 +269,12 @@ def state(node: Any, /, *filters: Filter, graph: bool | None = None) -> Any:
   Raises:
     ValueError: if `...` is not the last filter.
   """
-  del graph
-  mappings = _engine.state(
-    node, filterlib.engine_filters(filters) if filters else _ALL
-  )
+  if modes.resolve(graph).graph:
+    mappings = _engine.state(
+      node, filterlib.engine_filters(filters) if filters else _ALL
+    )
+  else:
+    _, mappings = _split("state", node, filters, False, graph)
   if len(mappings) == 1:
     return as_state(mappings[0])
   return tuple(as_state(mapping) for mapping in mappings)
@@ -313,7 +332,8 @@ def graphdef(node: Node, /, *, graph: bool | None = None) -> GraphDef[Node]:
 
   Args:
     node: an object, a Variable, or a pytree of them.
-    graph: accepted for programs of Flax 0.12; references are always followed.
+    graph: `False` refuses what is no tree: shared Variables, cycles; None
+      stands for `nnx.set_graph_mode`.
 
   Returns:
     The graphdef.
@@ -322,8 +342,9 @@ def graphdef(node: Node, /, *, graph: bool | None = None) -> GraphDef[Node]:
     ValueError: if a container holds a value marked by `nnx.data` or
       `nnx.static`.
   """
-  del graph
-  return _engine.graphdef(node)
+  if modes.resolve(graph).graph:
+    return _engine.graphdef(node)
+  return _split("graphdef", node, (), True, graph)[0]
 
 
 def clone(
@@ -348,7 +369,8 @@ def clone(
     variables: whether to copy the Variables too; otherwise they are shared.
     arrays: whether to copy the arrays of the Variables too, so that one of the
       copies can be donated.
-    graph: accepted for programs of Flax 0.12; references are always followed.
+    graph: `False` refuses what is no tree: shared Variables, cycles; None
+      stands for `nnx.set_graph_mode`.
 
   Returns:
     The copy.
@@ -356,7 +378,8 @@ def clone(
   Raises:
     ValueError: if `arrays` is set and `variables` is not.
   """
-  del graph
+  if not modes.resolve(graph).graph:
+    node = trees.unshared(node, _engine.graphdef(node), "clone")
   if not arrays:
     return _engine.clone(node, bool(variables))
   if not variables:
@@ -364,7 +387,7 @@ def clone(
       "`arrays=True` copies the arrays of copied Variables, but got"
       " `variables=False`."
     )
-  graphdef, state = split(node)
+  graphdef, state = split(node, graph=True)
   return merge(graphdef, jax.tree.map(_copied, state, is_leaf=_is_kept_apart))
 
 
@@ -395,7 +418,8 @@ def unpack(node: Node, /, *filters: Filter, graph: bool | None = None) -> Any:
   Args:
     node: an object, or a pytree of them.
     *filters: filters that together select every leaf.
-    graph: accepted for programs of Flax 0.12; references are always followed.
+    graph: `False` refuses what is no tree: shared Variables, cycles; None
+      stands for `nnx.set_graph_mode`.
 
   Returns:
     A `GraphState`, or a tuple of them if there are several filters.
@@ -403,8 +427,8 @@ def unpack(node: Node, /, *filters: Filter, graph: bool | None = None) -> Any:
   Raises:
     ValueError: if no filter selects a leaf, or if `node` is a Variable.
   """
-  del graph
-  graphdef, *states = split(node, *filters)
+  graphdef, mappings = _split("unpack", node, filters, True, graph)
+  states = [as_state(mapping) for mapping in mappings]
   packed = tuple(GraphState(graphdef, state) for state in states)
   return packed[0] if len(packed) == 1 else packed
 
@@ -430,15 +454,16 @@ def map(
     f: called with the path and the leaf, a Variable or an array; returns the
       new leaf, or the new value of the Variable.
     node: an object, a Variable, or a pytree of them.
-    graph: accepted for programs of Flax 0.12; references are always followed.
+    graph: `False` refuses what is no tree: shared Variables, cycles; None
+      stands for `nnx.set_graph_mode`.
     recreate_variables: whether a value in the place of a Variable becomes a
       Variable of the kind that was there; otherwise it stays what it is.
 
   Returns:
     The copy.
   """
-  del graph
-  graphdef, state = split(node)
+  graphdef, (mapping,) = _split("map", node, (), True, graph)
+  state = as_state(mapping)
   if isinstance(state, statelib.State):
     state = statelib.map_state(f, state)
   else:
@@ -604,15 +629,24 @@ def cached_partial(
   Args:
     f: a function, such as `nnx.jit` returns.
     *cached_args: the first arguments.
-    graph: accepted for programs of Flax 0.12.
-    graph_updates: accepted for programs of Flax 0.12.
+    graph: as in `nnx.jit`, but must not be `False`.
+    graph_updates: the same.
 
   Returns:
     A function of the remaining arguments. It raises a ValueError after a call
     that has changed the structure of a cached object, which cannot reach the
     original.
+
+  Raises:
+    ValueError: in a mode without updates, where `nnx.jit_partial` does it.
   """
-  del graph, graph_updates
+  mode = modes.resolve(graph, graph_updates)
+  if not mode.updates:
+    raise ValueError(
+      "`nnx.cached_partial` works in graph mode with updates only, but is in"
+      f" {mode}. Use `nnx.jit_partial`, or"
+      f" {modes.way_out('cached_partial', updates=True)}."
+    )
   cached = _engine.clone(cached_args, False)
   structure, _, _ = _engine.flatten(cached)
 

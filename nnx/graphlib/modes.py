@@ -1,17 +1,17 @@
-"""Switches: names in traces, and Flax 0.12's graph and tree modes.
+"""Which mode a function is in: graphs, their values alone, or trees.
 
-Shared references are always handled here, and cost nothing where there are
-none. Where the modes differ in what a function returns, its arguments `graph`
-and `graph_updates` decide, then the switches, then the environment variables
-`NNX_GRAPH_MODE` and `NNX_GRAPH_UPDATES`.
+The arguments `graph` and `graph_updates` of a function decide, then the
+switches, then the environment variables `NNX_GRAPH_MODE` and
+`NNX_GRAPH_UPDATES`. A function asks `resolve` once and passes the `Mode` on.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+import enum
 import functools
 import threading
-from typing import ParamSpec, TypeVar
+from typing import ParamSpec, TypedDict, TypeVar
 
 from nnx import environment
 
@@ -67,24 +67,103 @@ class _Switch:
     return getattr(settings, cls._name)
 
 
-def is_tree(graph: bool | None, graph_updates: bool | None) -> bool:
-  """Tells whether only values may change, as in a plain pytree.
+class Arguments(TypedDict):
+  """The arguments of functions that say in which mode they are."""
+
+  graph: bool
+  graph_updates: bool
+
+
+class Mode(enum.Enum):
+  """What a function takes objects for, and what of them it gives back.
 
   Example:
 
     >>> from nnx.graphlib import modes
-    >>> modes.is_tree(None, None), modes.is_tree(False, None)
-    (False, True)
+    >>> [mode.name for mode in modes.Mode if mode.updates]
+    ['GRAPH']
+    >>> modes.Mode.TREE.arguments
+    {'graph': False, 'graph_updates': False}
+
+  Attributes:
+    graph: whether references may be shared and form cycles.
+    updates: whether whatever a function does to objects is done to the
+      caller's; otherwise only what it writes to Variables is.
+  """
+
+  GRAPH = (True, True)
+  VALUES = (True, False)
+  TREE = (False, False)
+
+  def __init__(self, graph: bool, updates: bool):
+    self.graph = graph
+    self.updates = updates
+
+  @property
+  def arguments(self) -> Arguments:
+    """The arguments that ask for this mode."""
+    return {"graph": self.graph, "graph_updates": self.updates}
+
+  def __str__(self) -> str:
+    """What errors call the mode, with the argument that asks for it."""
+    if self is Mode.TREE:
+      return "tree mode (`graph=False`)"
+    return f"graph mode (`graph_updates={self.updates}`)"
+
+
+def resolve(graph: bool | None, graph_updates: bool | None = None) -> Mode:
+  """Tells which mode a function is in.
+
+  Example:
+
+    >>> from nnx.graphlib import modes
+    >>> modes.resolve(None).name, modes.resolve(False, True).name
+    ('GRAPH', 'TREE')
 
   Args:
-    graph: the argument of a function; None stands for `set_graph_mode`.
+    graph: the argument of the function; None stands for `set_graph_mode`.
     graph_updates: the same; None stands for `set_graph_updates`.
   """
   if graph is None:
     graph = settings.graph_mode
+  if not graph:
+    return Mode.TREE
   if graph_updates is None:
     graph_updates = settings.graph_updates
-  return not (graph and graph_updates)
+  return Mode.GRAPH if graph_updates else Mode.VALUES
+
+
+# Functions that `nnx.compat` has in graph mode.
+_IN_COMPAT = frozenset(
+  "backup_keys cached_partial checkify clone cond custom_vjp eval_shape flatten"
+  " fori_loop fork_rngs get_abstract_model grad graphdef iter_children"
+  " iter_graph iter_modules jit jvp pmap recursive_map remat reseed scan"
+  " shard_map split split_rngs state switch value_and_grad view view_info vjp"
+  " vmap while_loop".split()
+)
+
+
+def way_out(function: str, *, updates: bool = False) -> str:
+  """Says how to call a function in graph mode.
+
+  Example:
+
+    >>> from nnx.graphlib import modes
+    >>> modes.way_out("split")
+    'pass `graph=True`, or call `nnx.compat.split`'
+
+  Args:
+    function: its name.
+    updates: whether it has the argument `graph_updates`.
+  """
+  text = (
+    "pass `graph=True, graph_updates=True`"
+    if updates
+    else ("pass `graph=True`")
+  )
+  if function in _IN_COMPAT:
+    text += f", or call `nnx.compat.{function}`"
+  return text
 
 
 class set_graph_mode(_Switch):

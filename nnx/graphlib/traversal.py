@@ -12,6 +12,7 @@ import jax
 
 from nnx import filterlib
 from nnx.engine import _engine
+from nnx.graphlib import modes, trees
 
 Key = filterlib.Key
 PathParts = filterlib.PathParts
@@ -67,12 +68,31 @@ def iter_graph(
 
   Args:
     node: an object, or a pytree of objects.
-    graph: accepted for programs of Flax 0.12; references are always followed.
+    graph: `False` refuses what is no tree, and comes to an object without
+      Variables wherever it is; None stands for `nnx.set_graph_mode`.
 
-  Yields:
-    Pairs of path and value.
+  Returns:
+    An iterator over pairs of path and value.
+
+  Raises:
+    ValueError: in tree mode, if the graph is no tree.
   """
-  del graph
+  is_tree = not modes.resolve(graph).graph
+  if is_tree:
+    trees.check(_engine.graphdef(node), ["node"], "iter_graph")
+  return _iterate(node, is_tree)
+
+
+def _children(value: Any, is_tree: bool) -> list[tuple[Key, Any]] | None:
+  """Opens a node; None for what is none. In a tree, objects show their data."""
+  if is_tree and isinstance(value, _engine.ObjectBase):
+    children, (names, *_) = _engine.object_flatten(value)
+    return list(zip(names, children))
+  return _engine.items(value)
+
+
+def _iterate(node: Any, is_tree: bool) -> Iterator[tuple[PathParts, Any]]:
+  """Walks over a node, to each value once or, in a tree, to each place."""
   seen: set[int] = set()
   # What was seen is kept alive, or another object might get its address.
   kept: list[Any] = []
@@ -82,8 +102,10 @@ def iter_graph(
     if opened:
       yield path, value
       continue
-    items = _engine.items(value)
-    if items is not None or isinstance(value, _engine.VariableBase):
+    items = _children(value, is_tree)
+    if not is_tree and (
+      items is not None or isinstance(value, _engine.VariableBase)
+    ):
       if id(value) in seen:
         continue
       seen.add(id(value))
@@ -94,6 +116,27 @@ def iter_graph(
     stack.append((path, value, True))
     for key, child in reversed(items):
       stack.append(((*path, key), child, False))
+
+
+def check_opened(node: Any, graph: bool | None, function: str) -> None:
+  """Refuses in tree mode to open an object that is no pytree.
+
+  Example:
+
+    >>> import nnx
+    >>> from nnx.graphlib import traversal
+    >>> traversal.check_opened(nnx.Dict(), False, "iter_children")
+
+  Args:
+    node: the object, or anything else.
+    graph: the argument of the function.
+    function: its name.
+
+  Raises:
+    ValueError: if it is one.
+  """
+  if isinstance(node, _engine.ObjectBase) and not modes.resolve(graph).graph:
+    trees.check_type(type(node), function, "node")
 
 
 def iter_children(
@@ -110,15 +153,16 @@ def iter_children(
 
   Args:
     node: an object or a pytree node.
-    graph: accepted for programs of Flax 0.12.
+    graph: `False` takes trees; children that are shared come each time in any
+      mode. None stands for `nnx.set_graph_mode`.
 
   Yields:
     Pairs of name and node, in the order of the names.
 
   Raises:
-    ValueError: if `node` is not a node.
+    ValueError: if `node` is not a node, or in tree mode not a pytree.
   """
-  del graph
+  check_opened(node, graph, "iter_children")
   items = _engine.items(node)
   if items is None:
     raise ValueError(
@@ -179,15 +223,19 @@ def recursive_map(
   Args:
     f: called with the path and the value; returns what takes its place.
     node: an object, or a pytree of objects.
-    graph: accepted for programs of Flax 0.12; references are always followed.
+    graph: `False` refuses what is no tree; None stands for
+      `nnx.set_graph_mode`.
 
   Returns:
     The copy, or what the function made of it.
 
   Raises:
-    ValueError: if the graph has a cycle, whose nodes have no order.
+    ValueError: if the graph has a cycle, whose nodes have no order; in tree
+      mode, if it is no tree.
   """
-  del graph
+  is_tree = not modes.resolve(graph).graph
+  if is_tree:
+    node = trees.unshared(node, _engine.graphdef(node), "recursive_map")
   results: dict[int, Any] = {}
   pending: set[int] = set()
   kept: list[Any] = []
@@ -200,7 +248,7 @@ def recursive_map(
         "The graph must have no cycle to be mapped, but there is one at"
         f" `{path}` through a `{type(value).__name__}`."
       )
-    items = _engine.items(value) or []
+    items = _children(value, is_tree) or []
     shared = isinstance(value, (list, dict, _engine.VariableBase)) or (
       is_graph_node(value)
     )

@@ -85,7 +85,7 @@ def _streams(cell: Any, only: filterlib.Filter) -> list[tuple[Any, ...]]:
   selects = filterlib.to_predicate(only)
   return [
     (value, value.key.value, value.count.value)
-    for path, value in functional.iter_graph(cell)
+    for path, value in functional.iter_graph(cell, graph=True)
     if isinstance(value, RngStream) and selects((*path, "key"), value.key)
   ]
 
@@ -247,6 +247,8 @@ def _make_steps(state_axes, broadcast_rngs, axis, every_carry, unroll):
     ),
     out_axes=(Carry, (0, axis) if every_carry else axis),
     unroll=unroll,
+    graph=True,
+    graph_updates=True,
   )
   def steps(cell, carry, x):
     backups = _streams(cell, broadcast_rngs)

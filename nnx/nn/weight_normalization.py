@@ -24,7 +24,7 @@ Path = tuple[Any, ...]
 
 
 def _parameters(layer: Module) -> Iterator[tuple[Path, Variable[Any]]]:
-  return iter(to_flat_state(functional.state(layer, Param)))
+  return iter(to_flat_state(functional.state(layer, Param, graph=True)))
 
 
 def _l2_normalize(

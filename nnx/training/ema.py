@@ -37,17 +37,21 @@ class EMA(Pytree):
     params: The model, or any pytree of Variables.
     decay: In [0, 1], the weight of the old average.
     only: A filter of the Variables that are averaged.
-    graph: Accepted for programs of Flax 0.12; references are always followed.
+    graph: `False` refuses a model that is no tree; None stands for
+      `nnx.set_graph_mode`, at each use.
 
   Attributes:
     decay: The weight.
     filter: The filter.
+    graph: As it was given.
     params: A State of the averages, Variables of the same kinds.
 
   Raises:
     TypeError: If the filter selects something that is not a Variable.
     ValueError: If `decay` is not in [0, 1].
   """
+
+  graph: bool | None = None
 
   def __init__(
     self,
@@ -57,12 +61,13 @@ class EMA(Pytree):
     only: Filter = ...,
     graph: bool | None = None,
   ):
-    del graph
     if isinstance(decay, (int, float)) and not 0 <= decay <= 1:
       raise ValueError(f"`decay` must lie in [0, 1], but got {decay}.")
+    if graph is not None:
+      self.graph = graph
     self.decay = decay
     self.filter = tuple(only) if isinstance(only, list) else only
-    state = functional.state(params, only)
+    state = functional.state(params, only, graph=graph)
     if isinstance(state, State):
       state = map_state(_average_of, state)
     else:
@@ -93,7 +98,7 @@ class EMA(Pytree):
     if not isinstance(self.params, State):
       self._move(self.params, updates)
       return
-    given = dict(to_flat_state(functional.state(updates)))
+    given = dict(to_flat_state(functional.state(updates, graph=self.graph)))
     averages = to_flat_state(self.params)
     missing = ["/".join(map(str, p)) for p in averages.paths if p not in given]
     if missing:
@@ -136,7 +141,7 @@ class EMA(Pytree):
     Returns:
       A new model.
     """
-    graphdef, state = functional.split(model)
+    graphdef, state = functional.split(model, graph=self.graph)
     if not isinstance(self.params, State):
       return functional.merge(graphdef, self.params)
     return functional.merge(graphdef, merge_state(state, self.params))

@@ -184,11 +184,13 @@ def apply_updates(params: Any, updates: Any) -> Any:
   )
 
 
-def _gradients_of(params: Any, grads: Any, wrt: Filter) -> Any:
+def _gradients_of(
+  params: Any, grads: Any, wrt: Filter, graph: bool | None
+) -> Any:
   """Returns the arrays of the gradients, in the structure of parameters."""
   if not isinstance(params, State):  # of a model that is one Variable
     return functional.as_pure(grads)
-  state = functional.state(grads)
+  state = functional.state(grads, graph=graph)
   if not isinstance(state, State):
     raise TypeError(
       "`grads` must be what `nnx.grad` returns for the model, but got"
@@ -196,7 +198,7 @@ def _gradients_of(params: Any, grads: Any, wrt: Filter) -> Any:
     )
   given = dict(to_flat_state(state))
   wanted = dict(to_flat_state(params))
-  selected = to_flat_state(functional.state(grads, wrt)).paths
+  selected = to_flat_state(functional.state(grads, wrt, graph=graph)).paths
   missing = [path for path in wanted if path not in given]
   foreign = [path for path in selected if path not in wanted]
   if missing or foreign:
@@ -278,7 +280,8 @@ class Optimizer(Pytree, Generic[M]):
       in place of `nnx.Param`.
     wrt: A filter of the Variables to update, which should be the one that
       `nnx.grad` is given.
-    graph: Accepted for programs of Flax 0.12; references are always followed.
+    graph: `False` refuses a model that is no tree; None stands for
+      `nnx.set_graph_mode`, at each use.
 
   Attributes:
     step: An `OptState`, the number of updates.
@@ -286,6 +289,7 @@ class Optimizer(Pytree, Generic[M]):
     opt_state: Its state: what `tx.init` returns, with an `OptVariable` in the
       place of each Variable and an `OptArray` in that of each other leaf.
     wrt: The filter.
+    graph: As it was given.
 
   Raises:
     TypeError: If `tx` has no `init` and `update`, or if two filters are given.
@@ -293,6 +297,7 @@ class Optimizer(Pytree, Generic[M]):
   """
 
   model: M
+  graph: bool | None = None
 
   def __init__(
     self,
@@ -302,7 +307,6 @@ class Optimizer(Pytree, Generic[M]):
     wrt: Filter = MISSING,
     graph: bool | None = None,
   ):
-    del graph
     if not (hasattr(tx, "init") and hasattr(tx, "update")):
       raise TypeError(
         "`tx` must be a transformation of optax, with `init` and `update`, but"
@@ -318,7 +322,9 @@ class Optimizer(Pytree, Generic[M]):
       wrt = old_wrt[0] if old_wrt else Param
     if isinstance(wrt, list):
       wrt = tuple(wrt)  # a filter must be hashable
-    params = functional.state(model, wrt)
+    if graph is not None:
+      self.graph = graph
+    params = functional.state(model, wrt, graph=graph)
     if isinstance(params, State) and not params and functional.state(model):
       raise ValueError(
         f"`wrt` must select Variables of the model, but `{wrt!r}` selects none"
@@ -415,8 +421,10 @@ class Optimizer(Pytree, Generic[M]):
           " `nnx.ModelAndOptimizer`."
         )
       model = self.model
-    params = functional.as_pure(functional.state(model, self.wrt))
-    grads = _gradients_of(params, grads, self.wrt)
+    params = functional.as_pure(
+      functional.state(model, self.wrt, graph=self.graph)
+    )
+    grads = _gradients_of(params, grads, self.wrt, self.graph)
     updates, opt_state = self.tx.update(
       grads,
       functional.as_pure(self.opt_state),

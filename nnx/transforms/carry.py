@@ -100,8 +100,30 @@ def _describe(record: _engine.NodeRecord) -> str:
   )
 
 
+def returned_leaves(
+  call: lift.Call, walk: prefix.Walk, leaves: Sequence[int]
+) -> list[int]:
+  """Lists the leaves of a carry whose next values are those returned.
+
+  The others belong to objects that are the same in all iterations. Without
+  updates only Variables are; other objects are returned anew.
+
+  Args:
+    call: the call.
+    walk: over its arguments.
+    leaves: those of the carry.
+  """
+  updates = call.lifted.policy.mode.updates
+  places = ((leaf, walk.places[leaf]) for leaf in leaves)
+  return [
+    leaf
+    for leaf, place in places
+    if place is not None and (place.top if updates else place.variable) < 0
+  ]
+
+
 def check_same(
-  before: Opened, after: Opened, transform: str, where: str
+  policy: lift.Policy, before: Opened, after: Opened, where: str
 ) -> None:
   """Refuses a carry that comes out of an iteration changed.
 
@@ -111,16 +133,18 @@ def check_same(
   if before.structure != after.structure:
     path, old, new = difference(before.structure, after.structure, [where])
     raise ValueError(
-      f"The carry of `nnx.{transform}` must have one structure in all"
+      f"The carry of `nnx.{policy.transform}` must have one structure in all"
       f" iterations, but `{path}` was {old} and became {new}. Make what the"
       " loop needs before it."
     )
   for index, (old, new) in enumerate(zip(before.objects, after.objects)):
+    if not policy.mode.updates and not isinstance(old, _engine.VariableBase):
+      continue
     if old is not new:
       path = node_path(after.records, index)
       raise ValueError(
-        f"The carry of `nnx.{transform}` must hold the same objects in all"
-        f" iterations, but at `{prefix.text(where, path)}` there is another"
+        f"The carry of `nnx.{policy.transform}` must hold the same objects in"
+        f" all iterations, but at `{prefix.text(where, path)}` there is another"
         f" {type(new).__name__}. Change the object that came in, and return it."
       )
 
@@ -176,7 +200,7 @@ def next_values(
     leaves: all leaves as they were before.
     plan: what the function did.
     outputs: the values of its outputs.
-    plain: the leaves of the carry that are in no graph node.
+    plain: the leaves of the carry whose next values are those returned.
     first: the leaf of the plan that is the first of these in the result.
   """
   new = {leaf: outputs[output] for leaf, output in lift.written(plan).items()}

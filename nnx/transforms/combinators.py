@@ -14,13 +14,16 @@ from typing import Any
 import jax
 
 from nnx import filterlib, rnglib
-from nnx.graphlib import functional, traversal
+from nnx.graphlib import functional, modes, traversal
 from nnx.module import Module
 from nnx.transforms import jit as jit_lib
 from nnx.transforms import remat as remat_lib
 from nnx.transforms import scan as scan_lib
 from nnx.transforms import vmap as vmap_lib
 from nnx.transforms.carry import Carry
+
+# Their axes are filters, which no other mode has.
+_GRAPH = modes.Mode.GRAPH.arguments
 
 _ALL_MAPPED: Mapping[Any, Any] = types.MappingProxyType({...: 0})
 
@@ -158,7 +161,7 @@ class Jit(_OfMethods):
   """
 
   _inside = "jit_module"
-  _transform = staticmethod(jit_lib.jit)
+  _transform = staticmethod(functools.partial(jit_lib.jit, **_GRAPH))
 
 
 class Remat(_OfMethods):
@@ -180,7 +183,7 @@ class Remat(_OfMethods):
   """
 
   _inside = "remat_module"
-  _transform = staticmethod(remat_lib.remat)
+  _transform = staticmethod(functools.partial(remat_lib.remat, **_GRAPH))
 
 
 class _Mapping:
@@ -285,7 +288,9 @@ class _Mapping:
 
   def find_size(self, graph: Any, plain: Sequence[tuple[Any, Any]]) -> int:
     """Returns the size of the mapped axis, of state or of an argument."""
-    states = functional.state(graph, *(f for f, _ in self.mapped), ...)
+    states = functional.state(
+      graph, *(f for f, _ in self.mapped), ..., graph=True
+    )
     axes = [axis for _, axis in self.mapped]
     for value, axis in (*zip(states, axes), *plain):
       if isinstance(axis, int):
@@ -354,6 +359,7 @@ class Vmap(LiftedModule):
       axis_size=axis_size,
       spmd_axis_name=spmd_axis_name,
       transform_metadata=transform_metadata,
+      **_GRAPH,
     )
     mapping = _Mapping(transform, state_axes, split_rngs, axis_size)
     construct = mapping.map(module_constructor, None, None, mapping.node_axes)
@@ -448,6 +454,7 @@ class Pmap(LiftedModule):
       backend=backend,
       axis_size=axis_size,
       transform_metadata=transform_metadata,
+      **_GRAPH,
     )
     mapping = _Mapping(transform, state_axes, split_rngs, axis_size)
     self._transformed = _by_method(
@@ -527,6 +534,7 @@ class Scan(LiftedModule):
       unroll=unroll,
       _split_transpose=_split_transpose,
       transform_metadata=transform_metadata,
+      **_GRAPH,
     )
     mapping = _Mapping(transform, state_axes, split_rngs, length, Carry)
     results = (Carry, out_axes) if scan_output else Carry

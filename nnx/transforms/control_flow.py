@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 import jax
 
 from nnx.engine import _engine
+from nnx.graphlib import modes
 from nnx.transforms import carry as carry_lib
 from nnx.transforms import lift, mapped, prefix
 from nnx.variable_operators import unwrap
@@ -46,8 +47,8 @@ def cond(
     true_fun: a function of the operands.
     false_fun: another, whose result has the same structure, shapes and dtypes.
     *operands: the arguments.
-    graph: accepted for programs that set it; graphs and trees are one here.
-    graph_updates: accepted likewise; changes of structure are always passed on.
+    graph: as in `nnx.jit`.
+    graph_updates: as in `nnx.jit`.
 
   Returns:
     The result of the function that was called.
@@ -58,7 +59,8 @@ def cond(
   """
   choice = functools.partial(jax.lax.cond, unwrap(pred))
   names = ("true_fun", "false_fun")
-  return _select("cond", choice, (true_fun, false_fun), names, operands)
+  policy = lift.Policy(modes.resolve(graph, graph_updates), "cond")
+  return _select(policy, choice, (true_fun, false_fun), names, operands)
 
 
 def switch(
@@ -90,8 +92,8 @@ def switch(
     index: an integer scalar, clamped to the branches there are.
     branches: functions of the operands.
     *operands: the arguments.
-    graph: accepted for programs that set it; graphs and trees are one here.
-    graph_updates: accepted likewise; changes of structure are always passed on.
+    graph: as in `nnx.jit`.
+    graph_updates: as in `nnx.jit`.
 
   Returns:
     The result of the function that was called.
@@ -110,18 +112,26 @@ def switch(
     *functions, operand = functions_and_operand
     return jax.lax.switch(unwrap(index), functions, operand)
 
-  return _select("switch", choice, branches, names, operands)
+  policy = lift.Policy(modes.resolve(graph, graph_updates), "switch")
+  return _select(policy, choice, branches, names, operands)
 
 
-def _select(transform, choice, branches, names, operands) -> Any:
+def _select(
+  policy: lift.Policy,
+  choice: Callable[..., Any],
+  branches: Sequence[Callable[..., Any]],
+  names: Sequence[str],
+  operands: Sequence[Any],
+) -> Any:
   """Traces the branches, unites what they write, and selects one."""
+  transform = policy.transform
   for branch in branches:
     if not callable(branch):
       raise TypeError(
         f"`nnx.{transform}` must be given functions, but got `{branch!r}`."
       )
   branches, owners = _with_owners(names, branches)
-  call = lift.Call(branches[0], operands, owners)
+  call = lift.Call(policy, branches[0], operands, owners)
   inputs = [i for i, leaf in enumerate(call.leaves) if lift.is_array(leaf)]
   traced = [_trace(call, transform, inputs, branch) for branch in branches]
   plans = [plan for plan, _ in traced]
@@ -190,7 +200,7 @@ def _trace(
   branch: Callable[..., Any],
 ):
   """Traces a branch: its plan and jaxpr. A branch runs once in Python."""
-  lifted = lift.Lifted(branch, call.structure, call.lifted.names)
+  lifted = call.lifted.of(branch)
   plans = []
 
   def flat(*values):
@@ -296,8 +306,8 @@ def while_loop(
     body_fun: a function from the value to the next one, which has the same
       structure and holds the same objects.
     init_val: the value before the first iteration.
-    graph: accepted for programs that set it; graphs and trees are one here.
-    graph_updates: accepted likewise; changes of structure are always refused.
+    graph: as in `nnx.jit`.
+    graph_updates: as in `nnx.jit`.
 
   Returns:
     The last value, with the objects that were in the first one.
@@ -308,15 +318,16 @@ def while_loop(
     TypeError: if an array changes its shape or dtype.
   """
   names = ("body_fun", "cond_fun")
-  loop = _Loop("while_loop", names, (body_fun, cond_fun), init_val)
+  policy = lift.Policy(modes.resolve(graph, graph_updates), "while_loop")
+  loop = _Loop(policy, names, (body_fun, cond_fun), init_val)
   cond_fun = loop.functions[1]
 
   def condition(values):
     call = loop.call
     leaves = call.with_leaves(loop.carried, values)
-    values, objects = _engine.unflatten(call.structure, leaves)
+    values, objects = tested.open(leaves)
     result = tested.call(values)
-    plan = _engine.pack(call.structure, objects, leaves, None).plan
+    plan = tested.pack(objects, leaves, None).plan
     if plan.writes != ():
       path = loop.first_change(plan)
       raise ValueError(
@@ -326,7 +337,7 @@ def while_loop(
     return unwrap(result)
 
   call, carried = loop.call, loop.carried
-  tested = lift.Lifted(cond_fun, call.structure, call.lifted.names)
+  tested = call.lifted.of(cond_fun)
   call.described(condition, "while_loop", carried, tested)
   body = call.described(lambda values: loop.body(values), "while_loop", carried)
   return loop.finish(
@@ -366,8 +377,8 @@ def fori_loop(
       has the same structure and holds the same objects.
     init_val: the value before the first iteration.
     unroll: how many iterations to unroll in one, as in `jax.lax.fori_loop`.
-    graph: accepted for programs that set it; graphs and trees are one here.
-    graph_updates: accepted likewise; changes of structure are always refused.
+    graph: as in `nnx.jit`.
+    graph_updates: as in `nnx.jit`.
 
   Returns:
     The last value, with the objects that were in the first one.
@@ -376,7 +387,8 @@ def fori_loop(
     ValueError: if `body_fun` changes the structure or returns other objects.
     TypeError: if an array changes its shape or dtype.
   """
-  loop = _Loop("fori_loop", ("body_fun",), (body_fun,), init_val)
+  policy = lift.Policy(modes.resolve(graph, graph_updates), "fori_loop")
+  loop = _Loop(policy, ("body_fun",), (body_fun,), init_val)
   call, carried = loop.call, loop.carried
   return loop.finish(
     call.framed(
@@ -396,16 +408,16 @@ class _Loop:
 
   def __init__(
     self,
-    transform: str,
+    policy: lift.Policy,
     names: Sequence[str],
     functions: Sequence[Callable[..., Any]],
     init_val: Any,
   ):
     for function in functions:
-      lift.function_of(function, transform)
-    self.transform = transform
+      lift.function_of(function, policy.transform)
+    self.policy = policy
     self.functions, owners = _with_owners(names, functions)
-    self.call = call = lift.Call(self.functions[0], (init_val,), owners)
+    self.call = call = lift.Call(policy, self.functions[0], (init_val,), owners)
     self.roots = ["init_val", *call.lifted.names]
     self.carried = [
       i for i, leaf in enumerate(call.leaves) if lift.is_array(leaf)
@@ -415,22 +427,22 @@ class _Loop:
     )
     for name in self.roots:
       self.walk.visit_root(prefix.Root(None, "init_val", name))
-    self.plain = [
-      i for i, place in enumerate(self.walk.places) if place.top < 0
-    ]
+    self.plain = carry_lib.returned_leaves(
+      call, self.walk, lift.leaves_of_roots(call.structure, (0,))
+    )
     self.plan: Any = None
 
   def body(self, carry_leaves: Sequence[Any], *index: Any) -> tuple[Any, ...]:
     """Runs one iteration on the leaves."""
     call = self.call
     leaves = call.with_leaves(self.carried, carry_leaves)
-    values, objects = _engine.unflatten(call.structure, leaves)
+    values, objects = call.lifted.open(leaves)
     before = list(map(carry_lib.Opened, values))
     result = call.lifted.call(values, *index)
     after = map(carry_lib.Opened, (result, *values[1:]))
     for name, first, last in zip(self.roots, before, after):
-      carry_lib.check_same(first, last, self.transform, name)
-    packed = _engine.pack(call.structure, objects, leaves, result)
+      carry_lib.check_same(self.policy, first, last, name)
+    packed = call.lifted.pack(objects, leaves, result, ())
     plan = self.plan = packed.plan
     new = carry_lib.next_values(
       self.carried,
@@ -442,7 +454,7 @@ class _Loop:
     )
     for leaf, old, value in zip(self.carried, carry_leaves, new):
       path = self.walk.places[leaf].text
-      carry_lib.check_type(old, value, self.transform, path)
+      carry_lib.check_type(old, value, self.policy.transform, path)
     return tuple(new)
 
   def finish(self, final: Sequence[Any]) -> Any:

@@ -60,8 +60,8 @@ def custom_vjp(
     fun: the function; without it, `custom_vjp` is a decorator.
     nondiff_argnums: positions of arguments that have no derivative, which `bwd`
       gets first; or `DiffState`s, which select what of an argument has one.
-    graph: see above; None stands for `nnx.set_graph_mode`.
-    graph_updates: see above; None stands for `nnx.set_graph_updates`.
+    graph: as in `nnx.jit`; see above.
+    graph_updates: as in `nnx.jit`; see above.
 
   Returns:
     A `CustomVjp`, whose `defvjp` must be called before it is.
@@ -70,13 +70,12 @@ def custom_vjp(
     ValueError: if an argument is named twice, or a `DiffState` is given where
       Modules stand for Modules.
   """
-  tree = modes.is_tree(graph, graph_updates)
+  mode = modes.resolve(graph, graph_updates)
   if fun is None:
     return functools.partial(
       custom_vjp,
       nondiff_argnums=nondiff_argnums,
-      graph=not tree,
-      graph_updates=not tree,
+      **mode.arguments,
     )
   if isinstance(lift.function_of(fun, "custom_vjp"), lift.Method):
     raise ValueError(
@@ -84,7 +83,7 @@ def custom_vjp(
       " argument, as its rule must, but got"
       f" `{lift.name_of(fun)}`, which is bound to one."
     )
-  return CustomVjp(fun, nondiff_argnums, tree)
+  return CustomVjp(fun, nondiff_argnums, lift.Policy(mode, "custom_vjp"))
 
 
 class CustomVjp:
@@ -103,12 +102,12 @@ class CustomVjp:
     self,
     fun: Callable[..., Any],
     nondiff_argnums: Sequence[int | grad_lib.DiffState],
-    tree: bool,
+    policy: lift.Policy,
   ):
     functools.update_wrapper(self, fun)
     self.fun = fun
     self.argnums = grad_lib.diff_states(nondiff_argnums)
-    self.tree = tree
+    self.policy = policy
     self.rules: tuple[Any, ...] = ()
     numbers = [
       a.argnum if isinstance(a, grad_lib.DiffState) else a for a in self.argnums
@@ -119,12 +118,7 @@ class CustomVjp:
           f"`nondiff_argnums` must name an argument once, but got {number}"
           " twice."
         )
-    if tree and any(isinstance(a, grad_lib.DiffState) for a in self.argnums):
-      raise ValueError(
-        "With `graph=False` or `graph_updates=False` the derivative of a Module"
-        " is a whole Module, but got a `DiffState` in"
-        f" `nondiff_argnums={nondiff_argnums!r}`. Leave these options out."
-      )
+    grad_lib.check_states(policy, "nondiff_argnums", self.argnums)
 
   def __get__(self, instance: Any, owner: Any = None) -> Any:
     return self if instance is None else functools.partial(self, instance)
@@ -164,7 +158,7 @@ class CustomVjp:
     call, inputs = application.call, [*application.diff, *application.rest]
 
     def named(function, fun):
-      lifted = lift.Lifted(fun, call.structure, call.lifted.names)
+      lifted = call.lifted.of(fun)
       return call.described(
         lambda *args: function(*args), "custom_vjp", inputs, lifted
       )
@@ -183,10 +177,10 @@ class _Application:
   """One call: its arguments opened, and the rule as functions of leaves."""
 
   def __init__(self, owner: CustomVjp, args: tuple[Any, ...], fwd, bwd):
-    self.tree = owner.tree
+    self.tree = not owner.policy.mode.updates
     self.fwd = fwd
     self.bwd = bwd
-    self.call = call = lift.Call(owner.fun, args)
+    self.call = call = lift.Call(owner.policy, owner.fun, args)
     entries: list[Any] = [True] * len(args)
     self.nondiff: list[int] = []
     positions = lift.positions(
@@ -229,7 +223,7 @@ class _Application:
     """Runs the first half of the rule."""
     call = self.call
     leaves = self.leaves(diff, rest)
-    values, objects = _engine.unflatten(call.structure, leaves)
+    values, objects = call.lifted.open(leaves)
     result = self.fwd(*values)
     if not isinstance(result, (tuple, list)) or len(result) != 2:
       raise TypeError(
@@ -239,7 +233,7 @@ class _Application:
     output, residual = result
     nondiff = tuple(values[i] for i in self.nondiff)
     structure, residual_leaves, _ = _engine.flatten((*nondiff, residual))
-    packed = _engine.pack(call.structure, objects, leaves, output)
+    packed = call.lifted.pack(objects, leaves, output)
     self.plan = packed.plan
     arrays = [lift.is_array(leaf) for leaf in residual_leaves]
     others = [
@@ -360,7 +354,7 @@ class _Application:
     if by_top and not self.tree:
       cotangent = self.read_states(position, cotangent, by_top, found)
       leaves = plain
-    given = carry_lib.Opened(cotangent).leaves
+    given = self.call.lifted.policy.leaves(cotangent)
     if len(given) != len(leaves):
       raise ValueError(
         f"The cotangent of `args[{position}]` must have the form of it, with"

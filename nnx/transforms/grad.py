@@ -103,6 +103,25 @@ def diff_states(
   return tuple(argnums)
 
 
+def check_states(
+  policy: lift.Policy, option: str, argnums: Sequence[int | DiffState]
+) -> None:
+  """Refuses `DiffState`s in a mode without updates.
+
+  Raises:
+    ValueError: if there is one.
+  """
+  if policy.mode.updates:
+    return
+  if any(isinstance(argnum, DiffState) for argnum in argnums):
+    raise ValueError(
+      "With `graph=False` or `graph_updates=False` the derivative of a Module"
+      f" is a whole Module, but got `{option}={argnums!r}`. Select a part of"
+      " the derivative, by `nnx.state(grads, filter)`, or"
+      f" {modes.way_out(policy.transform, updates=True)}."
+    )
+
+
 def selections(
   argnums: Sequence[int | DiffState], count: int, tree: bool
 ) -> tuple[tuple[int, ...], list[Any]]:
@@ -199,34 +218,29 @@ def _differentiate(
   holomorphic: bool,
   allow_int: bool,
   reduce_axes: Sequence[Hashable],
-  tree: bool,
+  mode: modes.Mode,
 ) -> Callable[..., Any]:
   fun = lift.function_of(fun, transform)
   _check_reduce_axes(reduce_axes)
   wanted_argnums = diff_states(argnums)
-  if tree and any(isinstance(a, DiffState) for a in wanted_argnums):
-    raise ValueError(
-      "With `graph=False` or `graph_updates=False` the derivative of a Module"
-      f" is a whole Module, but got `argnums={argnums!r}`. Leave these options"
-      f" out"
-      " to select a part of it by a `DiffState`."
-    )
+  policy = lift.Policy(mode, transform)
+  check_states(policy, "argnums", wanted_argnums)
 
   @functools.wraps(fun)
   def wrapper(*args: Any, **kwargs: Any) -> Any:
-    args, kwargs = lift.bind(fun, args, kwargs)
-    call = lift.Call(fun, args, kwargs)
-    wanted, entries = selections(wanted_argnums, len(args), tree)
+    args, kwargs = policy.bind(fun, args, kwargs)
+    call = lift.Call(policy, fun, args, kwargs)
+    wanted, entries = selections(wanted_argnums, len(args), not mode.updates)
     walk = walk_selected(call, entries, "argnums")
     selected = [leaf for leaf, entry in enumerate(walk.entries) if entry]
 
     def flat(diff_leaves):
       leaves = call.with_leaves(selected, diff_leaves)
-      values, objects = _engine.unflatten(call.structure, leaves)
+      values, objects = call.lifted.open(leaves)
       loss, aux = call.lifted.call(values), None
       if has_aux:
         loss, aux = pair(loss, fun)
-      return loss, _engine.pack(call.structure, objects, leaves, aux)
+      return loss, call.lifted.pack(objects, leaves, aux, (loss, aux))
 
     call.described(flat, transform, selected)
     derivative = jax.value_and_grad(
@@ -238,7 +252,7 @@ def _differentiate(
       _name_discrete(error, call, () if allow_int else selected)
       raise
     aux = call.apply(packed)
-    arguments = Gradients(call, walk, tree).build(
+    arguments = Gradients(call, walk, not mode.updates).build(
       call.with_leaves(selected, grads), selected
     )
     if isinstance(argnums, (int, DiffState)):
@@ -330,10 +344,9 @@ def grad(
     holomorphic: whether inputs and outputs are complex, as in `jax.grad`.
     allow_int: whether ints may be differentiated, as in `jax.grad`.
     reduce_axes: must be empty.
-    graph: `False` makes the gradient of a Module a Module, not a `State`, and
-      differentiates all leaves of it; None stands for `nnx.set_graph_mode`.
-    graph_updates: `False` does the same; None stands for
-      `nnx.set_graph_updates`.
+    graph: as in `nnx.jit`.
+    graph_updates: as in `nnx.jit`. With `False`, and in tree mode, the gradient
+      of a Module is a Module, and all leaves of it are differentiated.
 
   Returns:
     A function of the same arguments that returns the gradient: a `State` for
@@ -345,7 +358,7 @@ def grad(
       to be differentiated is shared with an argument that is not.
     TypeError: as `jax.grad`, if a leaf cannot be differentiated.
   """
-  tree = modes.is_tree(graph, graph_updates)
+  mode = modes.resolve(graph, graph_updates)
   if f is None:
     return functools.partial(
       grad,
@@ -354,8 +367,7 @@ def grad(
       holomorphic=holomorphic,
       allow_int=allow_int,
       reduce_axes=reduce_axes,
-      graph=not tree,
-      graph_updates=not tree,
+      **mode.arguments,
     )
   return _differentiate(
     "grad",
@@ -365,7 +377,7 @@ def grad(
     holomorphic,
     allow_int,
     reduce_axes,
-    tree,
+    mode,
   )
 
 
@@ -405,7 +417,7 @@ def value_and_grad(
     A function of the same arguments that returns a pair of the output and the
     gradient. With `has_aux`, the output is a pair itself.
   """
-  tree = modes.is_tree(graph, graph_updates)
+  mode = modes.resolve(graph, graph_updates)
   if f is None:
     return functools.partial(
       value_and_grad,
@@ -414,8 +426,7 @@ def value_and_grad(
       holomorphic=holomorphic,
       allow_int=allow_int,
       reduce_axes=reduce_axes,
-      graph=not tree,
-      graph_updates=not tree,
+      **mode.arguments,
     )
   return _differentiate(
     "value_and_grad",
@@ -425,7 +436,7 @@ def value_and_grad(
     holomorphic,
     allow_int,
     reduce_axes,
-    tree,
+    mode,
   )
 
 
@@ -441,14 +452,14 @@ def _flat_primal(
 
   def flat(diff_leaves):
     leaves = call.with_leaves(selected, diff_leaves)
-    values, objects = _engine.unflatten(call.structure, leaves)
+    values, objects = call.lifted.open(leaves)
     result = call.lifted.call(values)
     output = result
     if has_aux:
       result = output, _ = pair(result, call.lifted.fun)
     form, output_leaves, _ = _engine.flatten((output,))
     forms.append(form)
-    packed = _engine.pack(call.structure, objects, leaves, result)
+    packed = call.lifted.pack(objects, leaves, result)
     return output_leaves, packed
 
   return call.described(flat, transform, selected), forms
@@ -510,8 +521,8 @@ def vjp(
       returned.
     has_aux: whether the function returns a pair of the output and other data.
     reduce_axes: must be empty.
-    graph: accepted for programs that set it; graphs and trees are one here.
-    graph_updates: accepted likewise; changes of structure are always passed on.
+    graph: as in `nnx.jit`.
+    graph_updates: as in `nnx.jit`.
 
   Returns:
     A pair of the output and a function from a cotangent, which has the form of
@@ -522,17 +533,15 @@ def vjp(
     ValueError: if a cotangent has another form than the output.
   """
   _check_reduce_axes(reduce_axes)
-  options: dict[str, Any] = {
-    "has_aux": has_aux,
-    "graph": graph,
-    "graph_updates": graph_updates,
-  }
+  mode = modes.resolve(graph, graph_updates)
+  options: dict[str, Any] = {"has_aux": has_aux, **mode.arguments}
   if f is None:
     return functools.partial(vjp, **options)
   f = lift.function_of(f, "vjp")
   if not primals:
     return functools.partial(vjp, f, **options)
-  call = lift.Call(f, primals, lift.with_owner(f, {}))
+  policy = lift.Policy(mode, "vjp")
+  call = lift.Call(policy, f, primals, lift.with_owner(f, {}))
   selected = _arrays_of_args(call)
   flat, forms = _flat_primal("vjp", call, selected, has_aux)
   _, pull_back_leaves, packed = call.framed(
@@ -542,7 +551,7 @@ def vjp(
   form, structure, others = forms[-1], call.structure, call.leaves
 
   def pull_back(cotangent: Any) -> tuple[Any, ...]:
-    leaves = _engine.flatten((cotangent,)).leaves
+    leaves = policy.leaves(cotangent)
     if len(leaves) != form.num_leaves:
       raise ValueError(
         "The cotangent must have the form of the output, which has"
@@ -591,8 +600,8 @@ def jvp(
       is returned.
     tangents: one tangent an argument, in the form of it.
     has_aux: whether the function returns a pair of the output and other data.
-    graph: accepted for programs that set it; graphs and trees are one here.
-    graph_updates: accepted likewise; changes of structure are always passed on.
+    graph: as in `nnx.jit`.
+    graph_updates: as in `nnx.jit`.
 
   Returns:
     A pair of the output and its tangent. With `has_aux` the data come third.
@@ -601,11 +610,8 @@ def jvp(
     TypeError: if `primals` or `tangents` is no tuple or list.
     ValueError: if `tangents` has another form than `primals`.
   """
-  options: dict[str, Any] = {
-    "has_aux": has_aux,
-    "graph": graph,
-    "graph_updates": graph_updates,
-  }
+  mode = modes.resolve(graph, graph_updates)
+  options: dict[str, Any] = {"has_aux": has_aux, **mode.arguments}
   if f is None:
     return functools.partial(jvp, **options)
   f = lift.function_of(f, "jvp")
@@ -617,8 +623,9 @@ def jvp(
         f"`{name}` must be a tuple or list with one item for each argument, but"
         f" got a `{type(value).__name__}`."
       )
-  call = lift.Call(f, primals, lift.with_owner(f, {}))
-  tangent_leaves = _engine.flatten(tuple(tangents)).leaves
+  policy = lift.Policy(mode, "jvp")
+  call = lift.Call(policy, f, primals, lift.with_owner(f, {}))
+  tangent_leaves = policy.leaves(tuple(tangents))
   count = len(lift.leaves_of_roots(call.structure, range(len(primals))))
   if len(tangents) != len(primals) or len(tangent_leaves) != count:
     raise ValueError(

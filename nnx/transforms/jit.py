@@ -28,6 +28,7 @@ from jax.experimental import serialize_executable
 import jax.numpy as jnp
 
 from nnx.engine import _engine, jax_private
+from nnx.graphlib import modes
 from nnx.transforms import lift, prefix
 from nnx.transforms.jit_options import Flat as Flat
 from nnx.transforms.jit_options import Options as Options
@@ -257,7 +258,9 @@ class JitWrapped(_engine.JitFunction, Generic[P, R]):
     """
     if "deleted" not in str(error):
       return
-    lifted = lift.Lifted(self.options.fun, structure, names)
+    lifted = lift.Lifted(
+      self.options.fun, structure, names, self.options.policy
+    )
     paths = lifted.leaf_names(range(len(leaves)))
     gone = [
       f"`{path}`"
@@ -354,6 +357,9 @@ class JitPartial(Generic[P, R]):
   """A jitted function with its first arguments given; see `nnx.jit_partial`."""
 
   def __init__(self, jitted: JitWrapped[..., R], args: tuple[Any, ...]):
+    policy = jitted.options.policy
+    if not policy.mode.graph:
+      lift.Call(policy, jitted.fun, args)  # refuses what is no tree
     self.jitted = jitted
     self.args = args
     functools.update_wrapper(self, jitted)
@@ -461,8 +467,11 @@ def jit(
     device: as in `jax.jit`, where it is deprecated.
     backend: as in `jax.jit`, where it is deprecated.
     inline: whether to inline the function into an outer trace.
-    graph: accepted for programs that set it; graphs and trees are one here.
-    graph_updates: accepted likewise; changes of structure are always passed on.
+    graph: `False` is tree mode: Variables may not be shared, there are no
+      cycles, and only what Variables hold is given back. None stands for
+      `nnx.set_graph_mode`.
+    graph_updates: `False` gives back only what Variables hold: no attributes,
+      no structure. None stands for `nnx.set_graph_updates`.
 
   Returns:
     A `JitWrapped`, with `lower`, `trace`, `eval_shape` and `clear_cache`.
@@ -473,7 +482,7 @@ def jit(
     TraceContextError: if the function changes a Module or Variable that it was
       not given.
   """
-  del graph, graph_updates
+  mode = modes.resolve(graph, graph_updates)
   if fun is None:
     return functools.partial(
       jit,
@@ -487,6 +496,7 @@ def jit(
       device=device,
       backend=backend,
       inline=inline,
+      **mode.arguments,
     )
   lift.refuse_foreign(fun, "jit")
   if not callable(fun):
@@ -506,6 +516,7 @@ def jit(
     if isinstance(in_shardings, (tuple, list)):
       in_shardings = (None, *in_shardings)
   options = Options(
+    lift.Policy(mode, "jit"),
     fun,
     in_shardings,
     out_shardings,
@@ -575,5 +586,8 @@ def jit_partial(
 
   Returns:
     A function of the remaining arguments.
+
+  Raises:
+    ValueError: in tree mode, if the given arguments are no tree.
   """
   return JitPartial(jit(fun, **options), partial_args)

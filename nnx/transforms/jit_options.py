@@ -104,6 +104,7 @@ class Options:
 
   def __init__(
     self,
+    policy: lift.Policy,
     fun: Callable[..., Any],
     in_shardings: Any,
     out_shardings: Any,
@@ -117,6 +118,9 @@ class Options:
         "An argument must be static or donated, not both, but got"
         f" {', '.join(both)}."
       )
+    prefix.check(policy, "in_shardings", in_shardings)
+    prefix.check(policy, "out_shardings", out_shardings)
+    self.policy = policy
     self.fun = fun
     self.in_shardings = in_shardings
     self.out_shardings = out_shardings
@@ -179,7 +183,7 @@ class Options:
       try:
         jax.typeof(leaf)
       except TypeError:
-        lifted = lift.Lifted(self.fun, structure, names)
+        lifted = lift.Lifted(self.fun, structure, names, self.policy)
         path = lifted.leaf_names([number])[0]
         raise TypeError(
           "Arguments of a jitted function must be arrays, numbers or static,"
@@ -266,7 +270,7 @@ class Flat(lift.Lifted):
   __slots__ = ("options", "shardings", "places", "_traced")
 
   def __init__(self, options: Options, structure, names, shardings):
-    super().__init__(options.fun, structure, names)
+    super().__init__(options.fun, structure, names, options.policy)
     self.options = options
     self.shardings = shardings
     # Where transforms inside want leaves to lie, once it has been traced.
@@ -284,7 +288,7 @@ class Flat(lift.Lifted):
   def __call__(
     self, leaves: tuple, donated: frozenset[int] = frozenset()
   ) -> Any:
-    values, objects = _engine.unflatten(self.structure, leaves)
+    values, objects = self.open(leaves)
     with lift.noting_places(leaves) as self.places:
       # In a frame of its own: jax may trace after the call, and by itself.
       result = _engine.framed(self.structure, objects, self.call, values)
@@ -294,7 +298,7 @@ class Flat(lift.Lifted):
       leaves = tuple(
         None if i in donated else leaf for i, leaf in enumerate(leaves)
       )
-    packed = _engine.pack(self.structure, objects, leaves, result)
+    packed = self.pack(objects, leaves, result)
     return self.constrain(packed)
 
   def trace(self, leaves: tuple) -> tuple[Any, Any]:

@@ -8,6 +8,11 @@ Applying the packed result does to the originals what was done to the copies.
 
 So nothing the function does under a trace touches the originals, and an
 exception leaves them as they were.
+
+A mode (`graphlib.modes`) is what is checked and what is given back, in `Lifted`
+alone. Without updates the function is given copies of the objects that it is
+compared by, which have only the Variables in common with them: so the Variables
+are all that can have changed.
 """
 
 from __future__ import annotations
@@ -18,7 +23,7 @@ import functools
 import inspect
 import threading
 import types
-from typing import Any
+from typing import Any, NamedTuple, NoReturn
 import weakref
 
 import jax
@@ -26,6 +31,7 @@ import numpy as np
 
 from nnx import errors, runtime
 from nnx.engine import _engine, jax_private, preorder, pytrees
+from nnx.graphlib import modes, trees
 
 _SCALARS = (bool, int, float, complex, np.generic)
 
@@ -63,23 +69,151 @@ class _LeafNames(Sequence[str]):
     return (*before, *self)
 
 
-class Lifted:
-  """A user's function as a function of the leaves of one structure."""
+class Policy(NamedTuple):
+  """The mode that a function is lifted in, and the transform it is lifted by.
 
-  __slots__ = ("fun", "structure", "names", "__weakref__")
+  Attributes:
+    mode: what is checked and what is given back.
+    transform: its name in `nnx`, for errors.
+  """
+
+  mode: modes.Mode
+  transform: str
+
+  def bind(
+    self,
+    fun: Callable[..., Any],
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    option: Any = None,
+  ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Does what `bind` does; without updates, keywords stay so, as in jax."""
+    if self.mode.updates:
+      return bind(fun, args, kwargs, option)
+    return tuple(args), with_owner(fun, kwargs)
+
+  def leaves(self, value: Any) -> tuple[Any, ...]:
+    """Returns the leaves of a value in the form of an argument or result."""
+    if not self.mode.graph:
+      value = trees.copied(value)
+    return _engine.flatten((value,)).leaves
+
+  def refuse(self, problem: str) -> NoReturn:
+    """Raises the error for what the mode does not allow."""
+    raise ValueError(
+      f"`nnx.{self.transform}` is in {self.mode}, where {problem}, or"
+      f" {modes.way_out(self.transform, updates=True)}."
+    )
+
+
+class Lifted:
+  """A user's function as a function of the leaves of one structure.
+
+  Args:
+    fun: the function.
+    structure: of its arguments.
+    names: those of the keyword arguments, which are the last roots.
+    policy: the mode.
+
+  Raises:
+    ValueError: in tree mode, if the structure is no tree.
+  """
+
+  __slots__ = ("fun", "structure", "names", "policy", "shares", "__weakref__")
 
   def __init__(
-    self, fun: Callable[..., Any], structure: Any, names: Sequence[str]
+    self,
+    fun: Callable[..., Any],
+    structure: Any,
+    names: Sequence[str],
+    policy: Policy,
   ):
     self.fun = fun
     self.structure = structure
     self.names = names
+    self.policy = policy
+    # Whether objects without Variables are shared; in tree mode alone.
+    self.shares = not policy.mode.graph and self._check_tree(
+      structure, self.root_names()
+    )
+
+  def _check_tree(self, structure: Any, names: Sequence[str]) -> bool:
+    transform = self.policy.transform
+    return trees.check(structure, names, transform, updates=True)
+
+  def of(self, fun: Callable[..., Any]) -> Lifted:
+    """Returns another function of the same arguments."""
+    return Lifted(fun, self.structure, self.names, self.policy)
 
   def __call__(self, leaves: tuple[Any, ...]) -> Any:
     """Runs the function on copies; returns the engine's `Packed`."""
-    values, objects = _engine.unflatten(self.structure, leaves)
+    values, objects = self.open(leaves)
     result = self.call(values)
+    return self.pack(objects, leaves, result)
+
+  def open(self, leaves: tuple[Any, ...]) -> tuple[Any, tuple[Any, ...]]:
+    """Makes the copies.
+
+    Returns:
+      The arguments of the function, and the objects for `pack`.
+    """
+    values, objects = _engine.unflatten(self.structure, leaves)
+    if not self.policy.mode.updates:
+      values = _engine.clone(values, False)
+    return values, objects
+
+  def pack(
+    self,
+    objects: tuple[Any, ...],
+    leaves: tuple[Any, ...],
+    result: Any,
+    new: Any = None,
+  ) -> Any:
+    """Returns what the function did, as a `Packed`.
+
+    Args:
+      objects: what `open` returned.
+      leaves: what it was given.
+      result: what is returned to the caller.
+      new: without updates, what may hold no Variable of the arguments; the
+        result, if None.
+    """
+    if not self.policy.mode.updates:
+      self.check_new(objects, result if new is None else new)
+    if not self.policy.mode.graph:
+      result = trees.copied(result)
     return _engine.pack(self.structure, objects, leaves, result)
+
+  def check_new(self, objects: Sequence[Any], result: Any) -> None:
+    """Refuses Variables in a result that are not new.
+
+    Raises:
+      ValueError: if there is one of the arguments or of another trace; in tree
+        mode also if one is there twice.
+    """
+    structure, _, found = _engine.flatten((result,))
+    if not self.policy.mode.graph:
+      self._check_tree(structure, ["result"])
+    given = {
+      id(value): index
+      for index, value in enumerate(objects)
+      if isinstance(value, _engine.VariableBase)
+    }
+    for index, value in enumerate(found):
+      if not isinstance(value, _engine.VariableBase):
+        continue
+      if id(value) not in given and value._can_update:
+        continue
+      where = _path_of_node(structure, ["result"], index)
+      problem = f"`{where}` is a `{type(value).__name__}` from outside of it"
+      if id(value) in given:
+        names, origin = self.root_names(), given[id(value)]
+        path = _path_of_node(self.structure, names, origin)
+        problem = f"`{where}` is the `{type(value).__name__}` at `{path}`"
+      self.policy.refuse(
+        "the result must hold no Variable that the function did not make, but"
+        f" {problem}. Return its value or a copy (`nnx.clone`)"
+      )
 
   def debug_info(
     self, transform: str, numbers: Sequence[int], first: int = 0
@@ -132,10 +266,21 @@ class Lifted:
       _engine.forget_copies(self.structure)
 
 
+def _path_of_node(structure: Any, names: Sequence[str], index: int) -> str:
+  """Returns the path to a node with an identity."""
+  records = structure._records
+  return next(
+    preorder.path_text(path[1:], path[0])
+    for position, path in preorder.walk_roots(structure, names)
+    if records[position].index == index
+  )
+
+
 class Call:
   """The arguments of one call, opened: what every transform starts from.
 
   Args:
+    policy: the mode.
     fun: the user's function.
     args: its positional arguments.
     kwargs: its keyword arguments.
@@ -153,6 +298,7 @@ class Call:
 
   def __init__(
     self,
+    policy: Policy,
     fun: Callable[..., Any],
     args: Sequence[Any],
     kwargs: Mapping[str, Any] | None = None,
@@ -164,7 +310,14 @@ class Call:
     static = frozenset(static)
     marks = tuple(i in static for i in range(len(args))) if static else ()
     self.structure, self.leaves, self.objects = _engine.flatten(values, marks)
-    self.lifted = Lifted(fun, self.structure, names)
+    self.lifted = Lifted(fun, self.structure, names, policy)
+    if self.lifted.shares:
+      values = tuple(
+        value if i in static else trees.copied(value)
+        for i, value in enumerate(values)
+      )
+      self.structure, self.leaves, self.objects = _engine.flatten(values, marks)
+      self.lifted = Lifted(fun, self.structure, names, policy)
     self.num_args = len(args)
     self._described: list[tuple[Callable[..., Any], Any]] = []
 

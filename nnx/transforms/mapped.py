@@ -66,8 +66,7 @@ class Mapped:
 
   def __call__(self, leaves: tuple[Any, ...]) -> tuple[Any, ...]:
     """Returns the plan with each output's entry, then a tuple a group."""
-    structure = self.lifted.structure
-    values, objects = _engine.unflatten(structure, leaves)
+    values, objects = self.lifted.open(leaves)
     if self.metadata and spmd.PARTITION_NAME in self.metadata:
       remove_axes(self.walk, objects, self.metadata)
       result = self.lifted.call(values)
@@ -78,7 +77,7 @@ class Mapped:
       leaves = tuple(
         None if i in self.written else leaf for i, leaf in enumerate(leaves)
       )
-    packed = _engine.pack(structure, objects, leaves, result)
+    packed = self.lifted.pack(objects, leaves, result)
     plan, outputs = packed.plan, packed.outputs
     entry_of = output_entries(plan, outputs, self.walk, self.out_root)
     groups: dict[Any, list[Any]] = {entry: [] for entry in self.groups}

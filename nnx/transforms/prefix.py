@@ -17,6 +17,7 @@ import jax
 from nnx import filterlib
 from nnx.engine import _engine, preorder, pytrees
 from nnx.statelib import State, to_flat_state
+from nnx.transforms import lift
 
 N = TypeVar("N")
 
@@ -93,6 +94,36 @@ def _unboxed(entry: Any) -> Any:
   return entry.value if isinstance(entry, _engine.VariableBase) else entry
 
 
+def check(policy: lift.Policy, option: str, entries: Any) -> None:
+  """Refuses in an option, in a mode without updates, what it cannot say.
+
+  Args:
+    policy: the mode.
+    option: the name of the option.
+    entries: its value.
+
+  Raises:
+    ValueError: if there is a filter map, or a Variable that holds an entry.
+  """
+  if policy.mode.updates:
+    return
+  unusual = (FilterMap, _engine.VariableBase)
+  for entry in jax.tree.leaves(
+    entries, is_leaf=lambda x: isinstance(x, unusual)
+  ):
+    name = type(entry).__name__
+    if isinstance(entry, FilterMap):
+      policy.refuse(
+        f"`{option}` must hold no filters, but has a `{name}`. Use"
+        " `nnx.prefix(node, {filter: entry, ...})` in its place"
+      )
+    if isinstance(entry, _engine.VariableBase):
+      policy.refuse(
+        f"`{option}` must have one entry for a whole Variable, but has a"
+        f" `{name}` that holds one. Use `nnx.prefix` to make it"
+      )
+
+
 def prefix(
   node: N,
   filter_map: Mapping[Any, Any] | Callable[[tuple, Any], Any],
@@ -121,8 +152,8 @@ def prefix(
     filter_map: `filter_map(path, leaf)` gives what stands in the place of a
       Variable, or of an array that is in none; or a mapping from filters to
       that, where the first filter that selects it decides.
-    graph: accepted for programs that set it; graphs and trees are one here. In
-      the graph mode of Flax the result has another form.
+    graph: accepted for programs that set it: the result is a copy in any mode.
+      In the graph mode of Flax it has another form.
 
   Returns:
     A copy of `node` with that in the place of Variables and arrays; for the
@@ -293,6 +324,8 @@ class Walk:
     self.position = 0
     self._first: dict[int, tuple[int, int]] = {}  # node -> position, top
     self._checking: set[tuple[int, Any]] = set()
+    # What a cycle says of leaves before they are reached the first time.
+    self._early: dict[int, list[tuple[Any, tuple]]] = {}
 
   def skip(self, count: int) -> None:
     """Passes some roots."""
@@ -340,6 +373,8 @@ class Walk:
       else:
         self.entries[leaf] = entry
         self.places[leaf] = place._replace(text=self.text(path))
+        for early_entry, early_path in self._early.pop(leaf, ()):
+          self._check_same(leaf, early_entry, early_path)
     inner = self._inner(entry, record, path, whole)
     next_position = position + 1
     for key, below_entry in zip(preorder.child_keys(record), inner):
@@ -416,7 +451,9 @@ class Walk:
     """Refuses a shared node that is given two different entries."""
     before = self.entries[leaf]
     place = self.places[leaf]
-    assert place is not None
+    if place is None:
+      self._early.setdefault(leaf, []).append((entry, path))
+      return
     if before != entry:
       value = (
         self.objects[place.variable]

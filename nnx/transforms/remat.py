@@ -8,6 +8,7 @@ from typing import Any, TypedDict, TypeVar, Unpack, overload
 
 import jax
 
+from nnx.graphlib import modes
 from nnx.transforms import lift
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -59,8 +60,8 @@ def remat(
       as in `jax.checkpoint`.
     static_argnums: positions of arguments that are not traced.
     policy: which intermediates are kept, as in `jax.checkpoint`.
-    graph: accepted for programs that set it; graphs and trees are one here.
-    graph_updates: accepted likewise; changes of structure are always passed on.
+    graph: as in `nnx.jit`.
+    graph_updates: as in `nnx.jit`.
 
   Returns:
     A function that computes the same.
@@ -69,23 +70,24 @@ def remat(
     ValueError: if `static_argnums` does not name arguments.
     TypeError: if a static argument is not hashable.
   """
+  mode = modes.resolve(graph, graph_updates)
   if f is None:
     return functools.partial(
       remat,
       prevent_cse=prevent_cse,
       static_argnums=static_argnums,
       policy=policy,
-      graph=graph,
-      graph_updates=graph_updates,
+      **mode.arguments,
     )
   f = lift.function_of(f, "remat")
+  lifting = lift.Policy(mode, "remat")
   argnums = lift.as_tuple(static_argnums)
 
   @functools.wraps(f)
   def wrapper(*args: Any, **kwargs: Any) -> Any:
-    args, kwargs = lift.bind(f, args, kwargs)
+    args, kwargs = lifting.bind(f, args, kwargs)
     static = lift.positions(argnums, len(args), "static_argnums")
-    call = lift.Call(f, args, kwargs, static)
+    call = lift.Call(lifting, f, args, kwargs, static)
     checkpointed = jax.checkpoint(
       call.described(lambda leaves: call.lifted(leaves), "remat"),
       prevent_cse=prevent_cse,

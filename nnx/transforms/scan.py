@@ -12,6 +12,7 @@ import numpy as np
 
 from nnx import eager, rnglib, spmd
 from nnx.engine import _engine, preorder
+from nnx.graphlib import modes
 from nnx.transforms import carry as carry_lib
 from nnx.transforms import jit as jit_lib
 from nnx.transforms import lift, mapped, prefix
@@ -149,8 +150,8 @@ def scan(
       these; one entry may stand for all.
     out_axes: the same for the result, without `None`.
     transform_metadata: as in `nnx.vmap`, for the axes that are scanned.
-    graph: accepted for programs that set it; graphs and trees are one here.
-    graph_updates: accepted likewise; changes of structure are always passed on.
+    graph: as in `nnx.jit`.
+    graph_updates: as in `nnx.jit`.
 
   Returns:
     A function of the same arguments. The carry in its result is the last one;
@@ -162,6 +163,7 @@ def scan(
     ValueError: if axes do not fit, if the carry changes its structure or
       objects, or if state is made where it is not scanned.
   """
+  mode = modes.resolve(graph, graph_updates)
   if f is None:
     return functools.partial(
       scan,
@@ -172,10 +174,12 @@ def scan(
       in_axes=in_axes,
       out_axes=out_axes,
       transform_metadata=transform_metadata,
-      graph=graph,
-      graph_updates=graph_updates,
+      **mode.arguments,
     )
   f = lift.function_of(f, "scan")
+  policy = lift.Policy(mode, "scan")
+  prefix.check(policy, "in_axes", in_axes)
+  prefix.check(policy, "out_axes", out_axes)
   vmap_lib.check_axes("in_axes", in_axes, _is_axis)
   vmap_lib.check_axes("out_axes", out_axes, _is_axis)
   carry_in = _carry_position("in_axes", in_axes)
@@ -188,7 +192,7 @@ def scan(
     )
 
   def run(*args: Any, **owner: Any) -> Any:
-    call = lift.Call(f, args, owner)
+    call = lift.Call(policy, f, args, owner)
     walk = prefix.Walk(call.structure, call.leaves, call.objects, _is_axis)
     for root in prefix.roots(
       in_axes, len(args), tuple(owner), is_entry=_is_axis, option="in_axes"
@@ -206,7 +210,7 @@ def scan(
 
   @functools.wraps(f)
   def wrapper(*args: Any, **kwargs: Any) -> Any:
-    args, owner = lift.bind(f, args, kwargs, in_axes)
+    args, owner = policy.bind(f, args, kwargs, in_axes)
     named = sorted(owner.keys() - lift.with_owner(f, {}).keys())
     if named:
       raise TypeError(
@@ -244,7 +248,9 @@ class _Kept(jit_lib.Options):
 
   def __init__(self, run: Callable[..., Any], in_axes: Any):
     nothing: frozenset[int | str] = frozenset()
-    super().__init__(run, None, None, nothing, nothing, {})
+    # What the scan gives back is its own affair: all of it is passed on.
+    policy = lift.Policy(modes.Mode.GRAPH, "scan")
+    super().__init__(policy, run, None, None, nothing, nothing, {})
     self.in_axes = in_axes
     self.captures = False
     self.entries = 0
@@ -315,13 +321,11 @@ class _Loop:
     self.carried = [
       i for i, e in entries if e is Carry and lift.is_array(call.leaves[i])
     ]
-    self.plain: list[int] = []  # leaves of the carry that are in no graph node
+    self.plain: list[int] = []  # leaves of the carry that are those returned
     if carry_in is not None:
-      self.plain = [
-        i
-        for i in lift.leaves_of_roots(call.structure, (carry_in,))
-        if walk.places[i].top < 0
-      ]
+      self.plain = carry_lib.returned_leaves(
+        call, walk, lift.leaves_of_roots(call.structure, (carry_in,))
+      )
     # Streams of random numbers that all iterations start from in one state.
     self.broadcast: list[int] = []
     self.traced: Any = None  # the plan, and the entry of each output
@@ -402,7 +406,7 @@ class _Loop:
       jaxpr, inputs = self.jaxpr
       return lift.run_jaxpr(jaxpr, *(leaves[i] for i in inputs))
     call, walk = self.call, self.walk
-    values, objects = _engine.unflatten(call.structure, leaves)
+    values, objects = call.lifted.open(leaves)
     before = None
     if self.carry_in is not None:
       before = carry_lib.Opened(values[self.carry_in])
@@ -414,8 +418,12 @@ class _Loop:
       result = call.lifted.call(values)
     if before is not None:
       after = carry_lib.Opened(self.carry_of(result))
-      carry_lib.check_same(before, after, "scan", f"args[{self.carry_in}]")
-    packed = _engine.pack(call.structure, objects, leaves, result)
+      where = f"args[{self.carry_in}]"
+      carry_lib.check_same(call.lifted.policy, before, after, where)
+    new = None
+    if not call.lifted.policy.mode.updates:
+      result, new = self.apart(result)
+    packed = call.lifted.pack(objects, leaves, result, new)
     entries = mapped.output_entries(
       packed.plan, packed.outputs, walk, self.out_root
     )
@@ -457,6 +465,8 @@ class _Loop:
     late = lift.written(plan).keys() & set(unmarked)
     self.carried = sorted({*self.carried, *late})
     variables = {leaf: self.walk.places[leaf].variable for leaf in late}
+    if not call.lifted.policy.mode.updates:
+      return  # There streams are carried as all else.
     self.broadcast = [
       leaf
       for leaf, variable in sorted(variables.items())
@@ -478,6 +488,16 @@ class _Loop:
         f" {given}."
       )
     return result[self.carry_out]
+
+  def apart(self, result: Any) -> tuple[Any, Any]:
+    """Returns a result whose carry shares no object with the rest; the rest."""
+    if self.carry_in is None:
+      return result, result
+    if self.out_root.entry is Carry:
+      return result, ()
+    parts, at = list(result), self.carry_out
+    rest = _engine.clone((*parts[:at], None, *parts[at + 1 :]), False)
+    return (*rest[:at], parts[at], *rest[at + 1 :]), rest
 
   def check_state(self, plan: Any, entries: Sequence[Any]) -> None:
     """Refuses new state that is not scanned."""

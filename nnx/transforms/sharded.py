@@ -10,6 +10,7 @@ from typing import Any
 import jax
 from jax.sharding import PartitionSpec
 
+from nnx.graphlib import modes
 from nnx.transforms import lift, mapped, prefix
 
 
@@ -69,8 +70,8 @@ def shard_map(
     axis_names: the axes of the mesh over which the function is manual; all of
       them if empty.
     check_vma: whether to check that outputs are replicated where they say so.
-    graph: accepted for programs that set it; graphs and trees are one here.
-    graph_updates: accepted likewise; changes of structure are always passed on.
+    graph: as in `nnx.jit`.
+    graph_updates: as in `nnx.jit`.
 
   Returns:
     The sharded function.
@@ -80,6 +81,7 @@ def shard_map(
     ValueError: if they do not fit the arguments or the result, or if a shared
       Variable gets two of them; also as `jax.shard_map`.
   """
+  mode = modes.resolve(graph, graph_updates)
   if f is None:
     return functools.partial(
       shard_map,
@@ -88,10 +90,12 @@ def shard_map(
       out_specs=out_specs,
       axis_names=axis_names,
       check_vma=check_vma,
-      graph=graph,
-      graph_updates=graph_updates,
+      **mode.arguments,
     )
   f = lift.function_of(f, "shard_map")
+  policy = lift.Policy(mode, "shard_map")
+  prefix.check(policy, "in_specs", in_specs)
+  prefix.check(policy, "out_specs", out_specs)
   _check_specs("in_specs", in_specs)
   _check_specs("out_specs", out_specs)
   groups = mapped.entries_in([in_specs, out_specs, None], _is_spec)
@@ -99,8 +103,8 @@ def shard_map(
 
   @functools.wraps(f)
   def wrapper(*args: Any, **kwargs: Any) -> Any:
-    args, kwargs = lift.bind(f, args, kwargs, in_specs)
-    call = lift.Call(f, args, kwargs)
+    args, kwargs = policy.bind(f, args, kwargs, in_specs)
+    call = lift.Call(policy, f, args, kwargs)
     walk = prefix.Walk(call.structure, call.leaves, call.objects, _is_spec)
     for root in prefix.roots(
       in_specs,

@@ -10,6 +10,7 @@ import jax
 
 from nnx import partitioning, spmd
 from nnx.engine import _engine, boxes
+from nnx.graphlib import modes
 from nnx.transforms import lift
 
 P = ParamSpec("P")
@@ -43,15 +44,16 @@ def eval_shape(
   Args:
     f: the function.
     *args: its arguments, concrete or abstract.
-    graph: accepted for programs that set it; graphs and trees are one here.
-    graph_updates: accepted likewise.
+    graph: as in `nnx.jit`.
+    graph_updates: as in `nnx.jit`.
     **kwargs: its keyword arguments.
 
   Returns:
     What the function returns, with a `jax.ShapeDtypeStruct` for each array.
   """
   f = lift.function_of(f, "eval_shape")
-  call = lift.Call(f, args, lift.with_owner(f, kwargs))
+  policy = lift.Policy(modes.resolve(graph, graph_updates), "eval_shape")
+  call = lift.Call(policy, f, args, lift.with_owner(f, kwargs))
   inputs = [i for i, leaf in enumerate(call.leaves) if lift.is_array(leaf)]
 
   def flat(leaves):
@@ -98,10 +100,10 @@ def make_jaxpr(
   Args:
     f: the function; without it, `make_jaxpr` is a decorator.
     static_argnums: positions of arguments that are not traced.
-    graph: accepted for programs that set it; graphs and trees are one here.
-    graph_updates: `True` makes the values that the function writes outputs of
-      the jaxpr, before those that it returns. By default, as in Flax, only what
-      it returns is an output.
+    graph: as in `nnx.jit`.
+    graph_updates: as in `nnx.jit`; `True` makes the values that the function
+      writes outputs of the jaxpr, before those that it returns. By default, as
+      in Flax, only what it returns is an output.
 
   Returns:
     A function of the same arguments that returns a `ClosedJaxpr`.
@@ -109,6 +111,7 @@ def make_jaxpr(
   Raises:
     ValueError: if `static_argnums` does not name arguments.
   """
+  mode = modes.resolve(graph, graph_updates)
   if f is None:
     return functools.partial(
       make_jaxpr,
@@ -117,13 +120,14 @@ def make_jaxpr(
       graph_updates=graph_updates,
     )
   f = lift.function_of(f, "make_jaxpr")
+  policy = lift.Policy(mode, "make_jaxpr")
   argnums = lift.as_tuple(static_argnums)
 
   @functools.wraps(f)
   def wrapper(*args: Any, **kwargs: Any) -> Any:
-    args, kwargs = lift.bind(f, args, kwargs)
+    args, kwargs = policy.bind(f, args, kwargs)
     static = lift.positions(argnums, len(args), "static_argnums")
-    call = lift.Call(f, args, kwargs, static)
+    call = lift.Call(policy, f, args, kwargs, static)
 
     def flat(*leaves):
       packed = call.lifted(leaves)
@@ -164,8 +168,8 @@ def checkify(
     f: the function.
     errors: the kinds of errors to check for; by default those of
       `checkify.check`, as in jax.
-    graph: accepted for programs that set it; graphs and trees are one here.
-    graph_updates: accepted likewise; changes of structure are always passed on.
+    graph: as in `nnx.jit`.
+    graph_updates: as in `nnx.jit`.
 
   Returns:
     A function of the same arguments that returns a pair of an error and the
@@ -175,12 +179,13 @@ def checkify(
   from jax.experimental import checkify as checkify_lib
 
   f = lift.function_of(f, "checkify")
+  policy = lift.Policy(modes.resolve(graph, graph_updates), "checkify")
   if errors is None:
     errors = checkify_lib.user_checks
 
   @functools.wraps(f)
   def wrapper(*args: Any, **kwargs: Any) -> Any:
-    call = lift.Call(f, args, lift.with_owner(f, kwargs))
+    call = lift.Call(policy, f, args, lift.with_owner(f, kwargs))
     inputs = [i for i, leaf in enumerate(call.leaves) if lift.is_array(leaf)]
     flat = call.described(
       lambda leaves: call.lifted(call.with_leaves(inputs, leaves)),

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 from nnx import spmd
 from nnx.engine import _engine, jax_private
+from nnx.graphlib import modes
 from nnx.rng_streams import RngState
 from nnx.transforms import lift, mapped, prefix
 from nnx.transforms.carry import Carry
@@ -228,8 +229,8 @@ def vmap(
       taken out of the sharding annotations of mapped Variables for the
       function and entered afterwards, also into those of new Variables; their
       hooks for added and removed axes run.
-    graph: accepted for programs that set it; graphs and trees are one here.
-    graph_updates: accepted likewise; changes of structure are always passed on.
+    graph: as in `nnx.jit`.
+    graph_updates: as in `nnx.jit`.
 
   Returns:
     The mapped function.
@@ -240,6 +241,7 @@ def vmap(
       Variable gets two axes, if mapped axes differ in size, or if what has the
       axis `None` is given values that differ along the mapped axis.
   """
+  mode = modes.resolve(graph, graph_updates)
   if f is None:
     return functools.partial(
       vmap,
@@ -249,10 +251,12 @@ def vmap(
       axis_size=axis_size,
       spmd_axis_name=spmd_axis_name,
       transform_metadata=transform_metadata,
-      graph=graph,
-      graph_updates=graph_updates,
+      **mode.arguments,
     )
   f = lift.function_of(f, "vmap")
+  policy = lift.Policy(mode, "vmap")
+  prefix.check(policy, "in_axes", in_axes)
+  prefix.check(policy, "out_axes", out_axes)
   check_axes("in_axes", in_axes, is_axis)
   check_axes("out_axes", out_axes, is_axis)
   groups = mapped.entries_in([in_axes, out_axes, 0, None], is_axis)
@@ -260,8 +264,8 @@ def vmap(
 
   @functools.wraps(f)
   def wrapper(*args: Any, **kwargs: Any) -> Any:
-    args, kwargs = lift.bind(f, args, kwargs, in_axes)
-    call = lift.Call(f, args, kwargs)
+    args, kwargs = policy.bind(f, args, kwargs, in_axes)
+    call = lift.Call(policy, f, args, kwargs)
     walk = walk_axes(
       call.structure, call.leaves, call.objects, call.lifted, in_axes
     )
@@ -352,8 +356,8 @@ def pmap(
     donate_argnums: positions of arguments whose buffers may be reused. State in
       them stays valid: it counts as written.
     transform_metadata: as in `vmap`.
-    graph: accepted for programs that set it; graphs and trees are one here.
-    graph_updates: accepted likewise; changes of structure are always passed on.
+    graph: as in `nnx.jit`.
+    graph_updates: as in `nnx.jit`.
 
   Returns:
     The mapped function.
@@ -362,6 +366,7 @@ def pmap(
     TypeError: if a static argument is not hashable.
     ValueError: as `vmap`; also as `jax.pmap`, for too few devices.
   """
+  mode = modes.resolve(graph, graph_updates)
   if f is None:
     return functools.partial(
       pmap,
@@ -374,10 +379,12 @@ def pmap(
       axis_size=axis_size,
       donate_argnums=donate_argnums,
       transform_metadata=transform_metadata,
-      graph=graph,
-      graph_updates=graph_updates,
+      **mode.arguments,
     )
   f = lift.function_of(f, "pmap")
+  policy = lift.Policy(mode, "pmap")
+  prefix.check(policy, "in_axes", in_axes)
+  prefix.check(policy, "out_axes", out_axes)
   check_axes("in_axes", in_axes, is_axis)
   check_axes("out_axes", out_axes, is_axis)
   groups = mapped.entries_in([in_axes, out_axes, 0, None], is_axis)
@@ -389,7 +396,7 @@ def pmap(
     structure: Any, leaves: tuple, names: tuple[str, ...], _: tuple
   ):
     objects = _engine.unflatten(structure, leaves).objects
-    lifted = lift.Lifted(f, structure, names)
+    lifted = lift.Lifted(f, structure, names, policy)
     lift.check_statics(lifted)
     walk = walk_axes(structure, leaves, objects, lifted, in_axes)
     check_sizes(walk, axis_size)
@@ -472,7 +479,7 @@ def transform_metadata(
     in_axes: where the axis is in the arguments, as in `vmap` or `scan`.
     out_axes: where it is in the result.
     partition: the name of the axis, or `None`.
-    graph: accepted for programs that set it; graphs and trees are one here.
+    graph: as in `nnx.jit`; changes of structure are never passed on.
 
   Returns:
     The function.
@@ -490,6 +497,9 @@ def transform_metadata(
       graph=graph,
     )
   f = lift.function_of(f, "transform_metadata")
+  policy = lift.Policy(modes.resolve(graph), "transform_metadata")
+  prefix.check(policy, "in_axes", in_axes)
+  prefix.check(policy, "out_axes", out_axes)
   in_axes, out_axes = _without_carry(in_axes), _without_carry(out_axes)
   check_axes("in_axes", in_axes, is_axis)
   check_axes("out_axes", out_axes, is_axis)
@@ -499,17 +509,17 @@ def transform_metadata(
   @functools.wraps(f)
   def wrapper(*args: Any, **kwargs: Any) -> Any:
     args, kwargs = lift.bind(f, args, kwargs, in_axes)
-    call = lift.Call(f, args, kwargs)
+    call = lift.Call(policy, f, args, kwargs)
     walk = walk_axes(
       call.structure, call.leaves, call.objects, call.lifted, in_axes
     )
 
     def run():
-      values, objects = _engine.unflatten(call.structure, call.leaves)
+      values, objects = call.lifted.open(call.leaves)
       mapped.remove_axes(walk, objects, metadata)
       result = call.lifted.call(values)
       mapped.add_axes(walk, objects, result, out_root, metadata)
-      return _engine.pack(call.structure, objects, call.leaves, result)
+      return call.lifted.pack(objects, call.leaves, result)
 
     return call.apply(call.framed(run))
 

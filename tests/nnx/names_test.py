@@ -1,6 +1,5 @@
 """The names of flax.nnx that programs use are here, `compat` and all."""
 
-import functools
 import importlib
 import types
 
@@ -53,12 +52,9 @@ class NamesTest(absltest.TestCase):
     self.assertContainsSubset({"jit", "split", "view_info"}, names)
     for name in names:
       function = getattr(nnx.compat, name)
-      if isinstance(function, functools.partial):  # one that modes change
-        self.assertEqual(
-          function.keywords, {"graph": True, "graph_updates": True}
-        )
-        function = function.func
-      self.assertIs(function, getattr(nnx, name), name)
+      theirs = getattr(flax_nnx.compat, name)
+      self.assertEqual(function.keywords, theirs.keywords)
+      self.assertIs(function.func, getattr(nnx, name), name)
 
   def test_modules_have_the_names_of_flax(self):
     for name, names in LIBRARIES.items():

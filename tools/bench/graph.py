@@ -1,10 +1,12 @@
 """Suite `graph`: what the object graph costs in Python, against flax.nnx.
 
 Both sides run the same program on the same model, made with `nnx` and with
-`flax.nnx`; times are CPU time of the calling thread. The numbered cases are
-models of that many Variables (or that many accesses); `real_layers` has its
-static attributes, dtypes, initialisers and RNG streams where real layers have
-them. The floor of the `jit` rows is `jax.jit` on the flat tuple of arrays.
+`flax.nnx`; times are CPU time of the calling thread. Rows that end in `_tree`
+are in tree mode; those of `jit` have as another baseline Flax's `jit_partial`,
+which opens the model once. The numbered cases are models of that many Variables
+(or that many accesses); `real_layers` has its static attributes, dtypes,
+initialisers and RNG streams where real layers have them. The floor of the `jit`
+rows is `jax.jit` on the flat tuple of arrays.
 """
 
 from collections.abc import Callable, Sequence
@@ -57,20 +59,40 @@ def _floats(model: Any, library: Library) -> tuple[jax.Array, ...]:
   return tuple(jax.tree.leaves(library.state(model, graph_models.is_float)))
 
 
-def _build_jit_noop(make_model: MakeModel) -> harness.Comparison:
+def _with_partial(
+  comparison: harness.Comparison,
+  make_model: MakeModel,
+  make: Callable[..., harness.Side],
+) -> harness.Comparison:
+  """Adds `jit_partial` of `flax.nnx` in tree mode as a baseline."""
+  model = make_model(flax_nnx)
+
+  def jit(function: Callable[..., Any], **mode: bool) -> Callable[..., Any]:
+    step = flax_nnx.jit_partial(function, model, **mode)
+    return lambda _: step()
+
+  side = make(flax_nnx, "flax.nnx", jit=jit, model=model)
+  side = dataclasses.replace(side, name="flax.nnx.jit_partial")
+  baselines = [*comparison.baselines, side]
+  return dataclasses.replace(comparison, baselines=baselines)
+
+
+def _build_jit_noop(make_model: MakeModel, **mode: bool) -> harness.Comparison:
   """Builds the row of `nnx.jit` of a body that touches nothing."""
 
-  def make(library: Library, name: str) -> harness.Side:
-    model = make_model(library)
+  def make(
+    library: Library, name: str, jit: Any = None, model: Any = None
+  ) -> harness.Side:
+    model = model or make_model(library)
+    jit = jit or library.jit
 
-    @library.jit
     def step(model):
       del model
 
     return harness.Side(
       name=f"{name}.jit",
       fresh=lambda: model,
-      call=step,
+      call=jit(step, **mode),
       observe=lambda state, _: _model_values(library, state),
     )
 
@@ -83,16 +105,21 @@ def _build_jit_noop(make_model: MakeModel) -> harness.Comparison:
   floor = harness.Side(
     name="flat jax.jit", fresh=lambda: arrays, call=flat_step
   )
-  return _compare(make, floor)
+  both = _compare(make, floor)
+  return _with_partial(both, make_model, make) if mode else both
 
 
-def _build_jit_write_all(make_model: MakeModel) -> harness.Comparison:
+def _build_jit_write_all(
+  make_model: MakeModel, **mode: bool
+) -> harness.Comparison:
   """Builds the row of `nnx.jit` of a body that writes every float Variable."""
 
-  def make(library: Library, name: str) -> harness.Side:
-    model = make_model(library)
+  def make(
+    library: Library, name: str, jit: Any = None, model: Any = None
+  ) -> harness.Side:
+    model = model or make_model(library)
+    jit = jit or library.jit
 
-    @library.jit
     def step(model):
       for variable in graph_models.float_variables(library, model):
         variable[...] = variable[...] + 1
@@ -106,7 +133,7 @@ def _build_jit_write_all(make_model: MakeModel) -> harness.Comparison:
     return harness.Side(
       name=f"{name}.jit",
       fresh=fresh,
-      call=step,
+      call=jit(step, **mode),
       observe=lambda state, _: _model_values(library, state),
     )
 
@@ -122,7 +149,8 @@ def _build_jit_write_all(make_model: MakeModel) -> harness.Comparison:
     call=flat_step,
     advance=lambda state, result: result,
   )
-  return _compare(make, floor)
+  both = _compare(make, floor)
+  return _with_partial(both, make_model, make) if mode else both
 
 
 def _build_hijax_write_all(size: int) -> harness.Comparison:
@@ -211,7 +239,7 @@ def _build_round_robin(count: int) -> harness.Comparison:
   return dataclasses.replace(both, baselines=[*both.baselines, static])
 
 
-def _build_split(make_model: MakeModel) -> harness.Comparison:
+def _build_split(make_model: MakeModel, **mode: bool) -> harness.Comparison:
   """Builds the row of `nnx.split(model)`."""
 
   def make(library: Library, name: str) -> harness.Side:
@@ -219,7 +247,7 @@ def _build_split(make_model: MakeModel) -> harness.Comparison:
     return harness.Side(
       name=f"{name}.split",
       fresh=lambda: model,
-      call=library.split,
+      call=functools.partial(library.split, **mode),
       observe=lambda _, result: (
         _model_values(library, model)
         | {"split": sorted(models.arrays(library, result[1]))}
@@ -355,10 +383,13 @@ def _build_state_merge(make_model: MakeModel) -> harness.Comparison:
   return _compare(make)
 
 
-_MODEL_OPS = {
+_MODEL_OPS: dict[str, Callable[[MakeModel], harness.Comparison]] = {
   "jit_noop": _build_jit_noop,
   "jit_write_all": _build_jit_write_all,
   "split": _build_split,
+  "jit_noop_tree": functools.partial(_build_jit_noop, graph=False),
+  "jit_write_all_tree": functools.partial(_build_jit_write_all, graph=False),
+  "split_tree": functools.partial(_build_split, graph=False),
   "state": _build_state,
   "update": _build_update,
   "merge": _build_merge,
@@ -385,6 +416,8 @@ def cases(settings: harness.Settings) -> Sequence[harness.Case]:
     harness.Case(NAME, op, case, "", functools.partial(build, make_model))
     for op, build in _MODEL_OPS.items()
     for case, make_model in makers.items()
+    # Its head is its embedding: no tree.
+    if not (op.endswith("_tree") and case == "real_layers")
   ]
   by_size = {**graph_access.OPS, "hijax_write_all": _build_hijax_write_all}
   rows += [

@@ -117,12 +117,16 @@ Ref UpdateNumbers(const std::vector<Ref>& objects,
   return tuple;
 }
 
-// split(value, filters, exhaustive, seen=None, updated=None)
+// split(value, filters, exhaustive, as_pytree=False)
+// split(value, filters, exhaustive, seen, updated)
 //   -> (structure, [mapping, ...])
+// `as_pytree`: outside of objects, whatever is no node is a leaf.
 // `seen`: list of the objects that earlier splits met, to be continued.
 // `updated`: list of objects; the structure says which of its nodes they are.
 PyObject* SplitFunction(PyObject*, PyObject* const* args, Py_ssize_t nargs) {
-  if (nargs != 5 && !CheckArity(nargs, 3, "split")) return nullptr;
+  if (nargs != 5 && nargs != 4 && !CheckArity(nargs, 3, "split")) {
+    return nullptr;
+  }
   if (!CheckFilters(args[1])) return nullptr;
   Flattener walk(/*hash_statics=*/true);
   std::vector<Ref> seen, updated;
@@ -133,7 +137,10 @@ PyObject* SplitFunction(PyObject*, PyObject* const* args, Py_ssize_t nargs) {
     }
     walk.Seed(seen);
   }
-  if (!walk.Add(args[0], Mode::kAttributes)) return nullptr;
+  const bool as_pytree = nargs == 4 && args[3] == Py_True;
+  if (!walk.Add(args[0], as_pytree ? Mode::kPytree : Mode::kAttributes)) {
+    return nullptr;
+  }
   const Selector selector(args[1]);
   Ref list = MappingBuilder(walk, selector, args[2] == Py_True).Run();
   Ref structure = list ? walk.Finish() : Ref();
@@ -278,7 +285,8 @@ PyObject* PopFunction(PyObject*, PyObject* const* args, Py_ssize_t nargs) {
 PyMethodDef* Functions() {
   static PyMethodDef functions[] = {
       {"split", Fast(SplitFunction), METH_FASTCALL,
-       "split(value, filters, exhaustive[, seen, updated]): (structure, "
+       "split(value, filters, exhaustive[, as_pytree]), or "
+       "split(value, filters, exhaustive, seen, updated): (structure, "
        "mappings)."},
       {"state", Fast(StateFunction), METH_FASTCALL,
        "state(value, filters): the mappings of the leaves selected."},

@@ -451,6 +451,26 @@ PyObject* StructureUpdates(PyObject* self, void*) {
   PyObject* updates = AsStructure(self)->updates;
   return Ref::Borrow(updates ? updates : Py_None).release();
 }
+PyObject* StructureShares(PyObject* self, void*) {
+  for (const Node& node : *AsStructure(self)->nodes) {
+    if (node.kind == NodeKind::kRef) Py_RETURN_TRUE;
+  }
+  Py_RETURN_FALSE;
+}
+PyObject* StructureObjectTypes(PyObject* self, void*) {
+  Ref types = Ref::Steal(PySet_New(nullptr));
+  if (!types) return nullptr;
+  PyObject* last = nullptr;  // objects of one class often follow each other
+  for (const Node& node : *AsStructure(self)->nodes) {
+    if (node.kind != NodeKind::kObject && node.kind != NodeKind::kCustom) {
+      continue;
+    }
+    if (node.type.get() == last) continue;
+    last = node.type.get();
+    if (PySet_Add(types.get(), last) < 0) return nullptr;
+  }
+  return types.release();
+}
 
 PyGetSetDef structure_getset[] = {
     {"_records", StructureRecords, nullptr,
@@ -461,6 +481,10 @@ PyGetSetDef structure_getset[] = {
     {"_num_roots", StructureNumRoots, nullptr, "Number of roots.", nullptr},
     {"_num_outer", StructureNumOuter, nullptr,
      "Number of objects of earlier walks that it may refer to.", nullptr},
+    {"_shares", StructureShares, nullptr,
+     "Whether a node is met again, so that this is no tree.", nullptr},
+    {"_object_types", StructureObjectTypes, nullptr,
+     "The set of the types of objects and of custom nodes.", nullptr},
     {"_updates", StructureUpdates, nullptr,
      "By object, the number of the one it updates, or -1; None: updates none.",
      nullptr},

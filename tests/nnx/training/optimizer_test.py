@@ -370,7 +370,9 @@ class StateTest(parameterized.TestCase):
   def test_modules_as_gradients(self):
     model = make_model(nnx)
     optimizer = nnx.Optimizer(model, optax.sgd(0.1), wrt=nnx.Param)
-    grads = nnx.grad(loss_of, graph=False)(model)
+    with self.assertRaisesRegex(ValueError, "`model.same` and `model.scale`"):
+      nnx.grad(loss_of, graph=False)(model)
+    grads = nnx.grad(loss_of, graph_updates=False)(model)
     optimizer.update(model, grads)
     other = make_model(nnx)
     train(nnx, nnx.Optimizer(other, optax.sgd(0.1), wrt=nnx.Param), other, 1)

@@ -644,7 +644,8 @@ class OptionsTest(parameterized.TestCase):
     # Where jax passes them as arguments it puts names in front of ours.
     table = jnp.arange(3.0)
     jitted = nnx.jit(lambda m, x: m(x) + table)
-    names = lift.Call(jitted.__wrapped__, (Dense(), 1.0)).lifted.leaf_names
+    call = lift.Call(jitted.options.policy, jitted.__wrapped__, (Dense(), 1.0))
+    names = call.lifted.leaf_names
     self.assertEqual(("", *names([1, 2])), ("",) + names([1, 2]))
     before = jax.config.jax_use_simplified_jaxpr_constants
     jax.config.update("jax_use_simplified_jaxpr_constants", True)

@@ -43,6 +43,9 @@ class CasesTest(absltest.TestCase):
     ).split():
       for case in ("10", "100", "1000", "real_layers"):
         self.assertIn((op, case), rows)
+    for op in ("jit_noop_tree", "jit_write_all_tree", "split_tree"):
+      for case in ("10", "100", "1000"):
+        self.assertIn((op, case), rows)
     for op in (
       "var_read var_write param_new setattr rngs_params hijax_write_all"
     ).split():

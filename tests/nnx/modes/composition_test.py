@@ -1,0 +1,166 @@
+"""Transforms inside of transforms, in the three modes, against flax.nnx."""
+
+import functools
+from typing import NamedTuple
+
+from absl.testing import absltest, parameterized
+from flax import nnx as flax_nnx
+import hypothesis
+from hypothesis import strategies
+import jax.numpy as jnp
+
+import nnx
+from tests.nnx.modes import programs
+
+# Transforms of a function of a model and a number that returns a number; what
+# they return is such a function, so that they go into each other.
+
+
+def jit(lib, f, mode):
+  return lib.jit(f, **mode)
+
+
+def remat(lib, f, mode):
+  return lib.remat(f, **mode)
+
+
+def cond(lib, f, mode):
+  return lambda model, x: lib.cond(x > 0, f, f, model, x, **mode)
+
+
+def switch(lib, f, mode):
+  return lambda model, x: lib.switch(1, [f, f], model, x, **mode)
+
+
+def vmap(lib, f, mode):
+  run = lib.vmap(
+    lambda model, x: lib.clone(model, graph=True) and f(model, x),
+    in_axes=(None, 0),
+    **mode,
+  )
+  return lambda model, x: run(model, x * jnp.ones(1)).sum()
+
+
+def scan(lib, f, mode):
+  def body(total, model, x):
+    return total + f(model, x)
+
+  run = lib.scan(body, in_axes=(lib.Carry, None, 0), out_axes=lib.Carry, **mode)
+  return lambda model, x: run(jnp.zeros(()), model, x * jnp.array([0.5, 1.0]))
+
+
+def fori_loop(lib, f, mode):
+  def body(i, value):
+    model, x, total = value
+    return model, x, total + f(model, x + i)
+
+  def run(model, x):
+    init = model, x, jnp.zeros(())
+    return lib.fori_loop(0, 2, body, init, **mode)[2]
+
+  return run
+
+
+def grad(lib, f, mode):
+  def run(model, x):
+    value, gradient = lib.value_and_grad(f, argnums=1, **mode)(model, x)
+    return value + gradient
+
+  return run
+
+
+def grad_of_model(lib, f, mode):
+  def run(model, x):
+    gradient = lib.grad(f, **mode)(model, x)
+    return gradient["w"][...].sum()
+
+  return run
+
+
+OUTER = (jit, remat, cond, switch, scan, fori_loop, grad, grad_of_model)
+
+
+def reads(lib, model, x):
+  del lib
+  return model(x)
+
+
+def writes_a_little(lib, model, x):
+  del lib
+  y = model(x)
+  model.mean[...] = model.mean[...] * 0.5 + x
+  return y
+
+
+def adds(lib, model, x):
+  model.size = model.size + 1
+  return model(x)
+
+
+def moves_an_array(lib, model, x):
+  del lib
+  model.plain.table = model.plain.table * 2.0
+  return model(x)
+
+
+class Program(NamedTuple):
+  """Transforms from the inside out, what is done, and what is given."""
+
+  transforms: tuple
+  effect: object
+  argument: object
+
+
+PROGRAMS = strategies.builds(
+  Program,
+  strategies.lists(strategies.sampled_from(OUTER), min_size=1, max_size=3).map(
+    tuple
+  ),
+  strategies.sampled_from((reads, writes_a_little, adds, moves_an_array)),
+  strategies.sampled_from(
+    (
+      programs.tree,
+      programs.shared_variable,
+      programs.shared_module,
+      programs.shared_plain,
+    )
+  ),
+)
+
+
+def run(lib, program, mode):
+  def call():
+    model = program.argument(lib)
+    function = functools.partial(program.effect, lib)
+    for transform in program.transforms:
+      function = transform(lib, function, programs.MODES[mode])
+    return model, function(model, jnp.array(0.5))
+
+  return programs.outcome(lib, call)
+
+
+class CompositionTest(parameterized.TestCase):
+  @parameterized.parameters(*programs.MODES)
+  @hypothesis.settings(
+    max_examples=40,
+    deadline=None,
+    derandomize=True,
+    phases=(hypothesis.Phase.explicit, hypothesis.Phase.generate),
+  )
+  @hypothesis.given(program=PROGRAMS)
+  def test_does_what_flax_does(self, mode, program):
+    # What is the same for all iterations and written is carried here; Flax
+    # forgets it in graph mode.
+    forgets = mode == "graph" and scan in program.transforms
+    hypothesis.assume(not forgets or program.effect is reads)
+    theirs, their_error = run(flax_nnx, program, mode)
+    ours, error = run(nnx, program, mode)
+    if their_error is not None:
+      self.assertIsNotNone(error, f"Flax: {their_error}")
+      return
+    self.assertIsNone(error)
+    self.assertEqual(ours, theirs)
+
+
+if __name__ == "__main__":
+  absltest.main()
