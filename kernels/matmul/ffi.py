@@ -9,8 +9,8 @@ import numpy as np
 from ..common import arrays, libraries
 from . import operands as operands_lib
 
-TARGET_MULTIPLY = "fused_nnx_matmul_multiply"
-TARGET_MULTIPLY_PACKED = "fused_nnx_matmul_multiply_packed"
+TARGET_MULTIPLY = "fused_nnx_matmul_multiply_1"
+TARGET_MULTIPLY_PACKED = "fused_nnx_matmul_multiply_packed_1"
 
 # What the extension calls its handlers.
 HANDLERS = {

@@ -1,6 +1,7 @@
-"""Which mode a function is in: graphs, their values alone, or trees.
+"""Which mode a function is in, and whether traces name layers.
 
-The arguments `graph` and `graph_updates` of a function decide, then the
+A mode takes objects for graphs, for graphs whose values alone change, or for
+trees. The arguments `graph` and `graph_updates` of a function decide, then the
 switches, then the environment variables `NNX_GRAPH_MODE` and
 `NNX_GRAPH_UPDATES`. A function asks `resolve` once and passes the `Mode` on.
 """

@@ -350,7 +350,7 @@ def test_a_step_with_blocks_is_one_kernel_call(dtype):
     return model(x, block_table=TABLE), nnx.state(model)
 
   text = jax.jit(step).lower(state, array(2, 1, FEATURES)).as_text()
-  assert hlo.custom_calls(text, "decode_attention_append_and_attend") == 1
+  assert hlo.custom_calls(text, "fused_nnx_decode_attention_append_1") == 1
   assert text.count("custom_call") == 1
   assert "exponential" not in text and "tanh" not in text
 
