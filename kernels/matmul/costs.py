@@ -12,6 +12,12 @@ from ..common import arrays
 # is as good: it multiplies weights that it has packed.
 MOST_ROWS = 32
 
+# The same of float32 weights that stay in a cache, where XLA is as good sooner.
+MOST_ROWS_FLOAT32 = 4
+
+# Numbers in float32 weights from which reading them is what takes long.
+UNCACHED_SIZE = 2**21
+
 # Packed weights XLA unpacks into memory first.
 MOST_ROWS_PACKED = 128
 
@@ -44,7 +50,11 @@ def on_cpu(
   size = arrays.static_size((x.shape[-1], w.shape[-1]))
   if size is not None and size < LEAST_SIZE:
     return f"XLA needs no call for weights of less than {LEAST_SIZE} numbers"
-  large = size is None or size >= LARGE_SIZE
-  if rows == 1 and large and w.dtype.name == "float32":
+  if w.dtype.name != "float32":
+    return None
+  if rows == 1 and (size is None or size >= LARGE_SIZE):
     return "XLA reads large weights of float32 as fast for one row"
+  most = MOST_ROWS_FLOAT32
+  if rows > most and size is not None and size < UNCACHED_SIZE:
+    return f"XLA multiplies more than {most} rows of float32 as fast"
   return None

@@ -417,12 +417,14 @@ class AutoTest(parameterized.TestCase):
       (choice,) = kernels.explain(kernels.matmul, x, w)
       self.assertEqual(choice.implementation, "cpu", (k, n))
 
-  def test_few_rows_of_float32_too_but_for_one_of_large_weights(self):
+  def test_few_rows_of_float32_too_where_reading_takes_long(self):
     for rows, shape, name in (
       (1, (576, 1536), "cpu"),
       (4, arg_specs.LLAMA_1B, "cpu"),
       (1, arg_specs.LLAMA_1B, "xla"),
-      (33, (576, 1536), "xla"),
+      (5, (576, 1536), "xla"),
+      (32, arg_specs.LLAMA_1B, "cpu"),
+      (33, arg_specs.LLAMA_1B, "xla"),
       (1, (8, 8), "xla"),
     ):
       w = jax.ShapeDtypeStruct(shape, "float32")
