@@ -13,7 +13,7 @@ from typing import Any
 
 from jax import lax
 
-from ..common import arrays, dispatch, libraries
+from ..common import arrays, dispatch, jax_private, libraries
 from . import costs, ffi, reference, sharding, signatures
 
 _PALLAS = f"{__package__}.pallas_tpu"
@@ -240,3 +240,6 @@ GRAD_INPUT = dispatch.Op(
   batching=_batching,
   partitioning=sharding.partitioning(signatures.GRAD_INPUT),
 )
+
+for _op in (UPDATE, TRAIN, MOMENTS, NORMALIZE, GRAD_SUMS, GRAD_INPUT):
+  jax_private.add_checkify_rule(_op.primitive, results=True)

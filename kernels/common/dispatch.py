@@ -486,7 +486,12 @@ PROGRAMS = 256
 @jax_private.cache(PROGRAMS)
 def _jitted(prim, params, xla_only):
   del xla_only  # compiled apart, as it is lowered otherwise
-  return jax.jit(functools.partial(prim.bind, **dict(params)))
+
+  def bind(*args):
+    return prim.bind(*args, **dict(params))
+
+  bind.__name__ = prim.name
+  return jax.jit(jax_private.as_primitive(bind))
 
 
 @contextlib.contextmanager

@@ -21,6 +21,7 @@ from jax._src.export import _export
 from jax._src.interpreters import mlir as _mlir
 from jax._src.lib import xla_client as _xla_client
 from jax.interpreters import mlir
+import jax.numpy as jnp
 import numpy as np
 
 
@@ -39,6 +40,21 @@ def cache(size: int) -> Callable[..., Any]:
     return cached
 
   return decorate
+
+
+def as_primitive(fun: Callable[..., Any]) -> Callable[..., Any]:
+  """Marks a function that does nothing but bind a primitive, for `jit`.
+
+  With `jax_debug_nans` jax runs a function whose result has NaN again, step by
+  step, and tells at once that a primitive made it.
+  """
+
+  def bind(*args):
+    return fun(*args)
+
+  bind._apply_primitive = True  # type: ignore[attr-defined]
+  bind.__name__ = bind.__qualname__ = fun.__name__
+  return bind
 
 
 def devices_to_split_over(ctx: Any) -> int:
@@ -471,17 +487,27 @@ def lower_part(
   return _mlir.module_to_bytecode(module)
 
 
+def _no_violations(*operands, **params):
+  del operands, params
+  return ()
+
+
 def add_checkify_rule(
   primitive: Any,
-  violations: Callable[..., Iterable[tuple[Any, str, dict[str, Any]]]],
+  violations: Callable[
+    ..., Iterable[tuple[Any, str, dict[str, Any]]]
+  ] = _no_violations,
+  *,
+  results: bool = False,
 ) -> None:
-  """Makes `checkify.checkify` check the operands of a primitive.
+  """Makes `checkify.checkify` check a primitive.
 
   Args:
     primitive: Of an op.
     violations: `violations(*operands, **params)` with traced operands yields
       whether something is wrong, the sentence that says so, and the values that
       the sentence names.
+    results: Whether NaN in a result is an error, among those of `nan_checks`.
   """
 
   def rule(*args, **params):
@@ -495,7 +521,12 @@ def add_checkify_rule(
           _checkify.get_traceback(), message, **values
         )
         error = _checkify.assert_func(*context, error, wrong, failure)
-    return error, primitive.bind(*operands, **params)
+    found = primitive.bind(*operands, **params)
+    if results and _checkify.NaNError in enabled_errors:
+      wrong = jnp.any(jnp.array([jnp.isnan(x).any() for x in found]))
+      failure = _checkify.NaNError(_checkify.get_traceback(), primitive.name)
+      error = _checkify.assert_func(*context, error, wrong, failure)
+    return error, found
 
   _checkify.error_checks[primitive] = rule
 

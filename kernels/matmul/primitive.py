@@ -11,7 +11,7 @@ import jax
 from jax.interpreters import ad
 import jax.numpy as jnp
 
-from ..common import arrays, dispatch
+from ..common import arrays, dispatch, jax_private
 from . import costs, ffi, operands, reference, sharding
 
 
@@ -106,6 +106,7 @@ def _op(name: str, packed: bool, fn: Callable[..., Any]) -> dispatch.Op:
   )
   ad.primitive_jvps[op.primitive] = bound(_jvp, op)
   ad.primitive_transposes[op.primitive] = bound(_transpose, op)
+  jax_private.add_checkify_rule(op.primitive, results=True)
   return op
 
 

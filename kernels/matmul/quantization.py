@@ -17,6 +17,9 @@ GROUPS = (32, 64, 128)
 # Numbers of 4 bits in a word.
 PACKED = 8
 
+# Rows that the kernel takes at once, so that a group begins where it does.
+_UNIT = 4
+
 # The largest code of each kind that has no minimum.
 _LARGEST = {"int8": 127.0, "float8_e4m3fn": 448.0}
 
@@ -265,6 +268,11 @@ def check_packed(name: str, w: Any) -> None:
         f"`{name}.{part}` must have a row for each group of rows of the"
         f" matrix, but the shapes are {array.shape} and {w.values.shape}."
       )
+  if w.scale.shape[-2] > 1 and w.group % _UNIT:
+    raise ValueError(
+      f"The groups of `{name}` must be of a multiple of {_UNIT} rows, or there"
+      f" must be one of all rows, but they are of {w.group}."
+    )
 
 
 def _shifts() -> np.ndarray:

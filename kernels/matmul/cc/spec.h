@@ -16,6 +16,9 @@
 
 namespace kernels::matmul {
 
+// Rows that the kernel takes at once, so that a group begins where it does.
+inline constexpr int64_t kGroupUnit = 4;
+
 // Adds operands, attributes and results to what a platform's handler takes
 // first.
 template <typename Binding>
@@ -122,6 +125,10 @@ class Product {
                     packed == 1 ? "" : StrCat("a multiple of ", packed, " "),
                     "rows", (*this)(), ", but got ", TypeText(scale), ".");
     *group = geometry_.k / groups;
+    KERNELS_REQUIRE(groups == 1 || *group % kGroupUnit == 0,
+                    "Groups must be of a multiple of ", kGroupUnit,
+                    " rows, or one of all rows", (*this)(), ", but are of ",
+                    *group, ".");
     return ffi::Error::Success();
   }
 

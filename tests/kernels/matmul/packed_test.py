@@ -295,6 +295,22 @@ class QuantizeTest(parameterized.TestCase):
     with self.assertRaisesRegex(error, message):
       matmul(jnp.ones((1, 64)), matmul.QuantizedWeight(**arrays))
 
+  @parameterized.parameters(1, 2, 3, 6, 33)
+  def test_groups_that_the_kernel_would_not_see_are_refused(self, group):
+    weights = matmul.QuantizedWeight(
+      jnp.ones((66, 2), jnp.int8), jnp.ones((66 // group, 2), jnp.bfloat16)
+    )
+    with self.assertRaisesRegex(ValueError, f"of a multiple of 4.*of {group}"):
+      matmul(jnp.ones((2, 66)), weights)
+
+  def test_one_group_may_have_any_size(self):
+    values = np.arange(-66, 66).astype(np.int8).reshape(66, 2)
+    weights = matmul.QuantizedWeight(
+      jnp.asarray(values), jnp.ones((1, 2), jnp.bfloat16)
+    )
+    x = np.arange(132.0, dtype=np.float32).reshape(2, 66)
+    np.testing.assert_allclose(matmul(x, weights), x @ values, 1e-5)
+
   def test_other_things_are_not_packed_weights(self):
     with self.assertRaisesRegex(TypeError, "must be a QuantizedWeight"):
       matmul.dequantize(jnp.ones((3, 3)))
