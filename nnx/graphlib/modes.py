@@ -106,7 +106,7 @@ class Mode(enum.Enum):
     return {"graph": self.graph, "graph_updates": self.updates}
 
   def __str__(self) -> str:
-    """What errors call the mode, with the argument that asks for it."""
+    """Returns what errors call the mode, and the argument that asks for it."""
     if self is Mode.TREE:
       return "tree mode (`graph=False`)"
     return f"graph mode (`graph_updates={self.updates}`)"

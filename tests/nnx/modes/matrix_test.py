@@ -1,8 +1,9 @@
-"""Every transform in every mode does what flax.nnx does in that mode.
+"""Every transform in every mode without updates does what flax.nnx does in it.
 
 A cell is a transform, a mode, what the function does and what it is given. It
 compares values, what is shared, what was written back, and whether the program
-is refused.
+is refused. In graph mode with updates more is right here than Flax 0.12 does,
+that of both its eras: the tests of each transform hold what.
 """
 
 import functools
@@ -20,19 +21,12 @@ CELLS = [
 CASES = [
   (f"{transform.__name__}_{mode}", transform, mode)
   for transform in programs.TRANSFORMS
-  for mode in programs.MODES
+  for mode in ("values", "tree")
 ]
 NO_CELLS: frozenset[str] = frozenset()
-ALL_CELLS = frozenset(
-  f"{effect.__name__}, {argument.__name__}" for effect, argument in CELLS
-)
 
 # Where Flax refuses what runs here, by transform and mode.
 MORE: dict[tuple[str, str], frozenset[str]] = {
-  # It has no such mode of these.
-  ("make_jaxpr", "graph"): ALL_CELLS,
-  ("vjp", "graph"): ALL_CELLS,
-  ("jvp", "graph"): ALL_CELLS,
   # It looks for duplicates where it has put graphs together again.
   **dict.fromkeys(
     (("eval_shape", "values"), ("make_jaxpr", "values")),
