@@ -15,7 +15,8 @@ from typing import Any, ParamSpec, TypedDict, TypeVar, Unpack, overload
 
 import jax
 
-from nnx.engine import _engine
+from nnx import variablelib
+from nnx.engine import _engine, boxes
 from nnx.filterlib import Filter
 from nnx.graphlib import modes
 from nnx.statelib import State
@@ -242,6 +243,7 @@ def _differentiate(
         loss, aux = pair(loss, fun)
       return loss, call.lifted.pack(objects, leaves, aux, (loss, aux))
 
+    _check_boxes(call, selected)
     call.described(flat, transform, selected)
     derivative = jax.value_and_grad(
       flat, has_aux=True, holomorphic=holomorphic, allow_int=allow_int
@@ -264,6 +266,20 @@ def _differentiate(
     return ((loss, aux) if has_aux else loss), result
 
   return wrapper
+
+
+def _check_boxes(call: lift.Call, selected: Sequence[int]) -> None:
+  """Refuses to differentiate what jax keeps in a value that changes."""
+  for leaf in selected:
+    value = call.leaves[leaf]
+    if boxes.is_box(value) or variablelib.is_ref(value):
+      kind = "hijax" if boxes.is_box(value) else "ref"
+      raise TypeError(
+        "What is differentiated must be arrays, but"
+        f" `{call.path(leaf)}` is a Variable with `{kind}=True`. Pass"
+        f" `nnx.with_vars(model, hijax=False, ref=False)`, and write back what"
+        " the function changes."
+      )
 
 
 def _name_discrete(

@@ -236,6 +236,19 @@ class FeaturesTest(parameterized.TestCase):
       again[...] += 1
       self.assertEqual((again[...], v[...], frozen[...]), (4.0, 3.0, 3.0))
 
+  @parameterized.parameters("hijax", "ref")
+  def test_derivatives_are_refused_in_words(self, kind):
+    model = nnx.Dict(w=nnx.Param(jnp.ones(2), **{kind: True}))
+    for transform in (nnx.grad, nnx.value_and_grad):
+      for step in (transform, lambda fun, t=transform: nnx.jit(t(fun))):
+        with self.assertRaisesRegex(
+          TypeError, rf"`\w+\.w` is a Variable with `{kind}=True`.*with_vars"
+        ):
+          step(lambda model: model.w[...].sum())(model)
+    plain = nnx.with_vars(model, hijax=False, ref=False)
+    grads = nnx.grad(lambda model: model.w[...].sum())(plain)
+    np.testing.assert_array_equal(grads["w"][...], jnp.ones(2))
+
   def test_switches_are_fixed(self):
     v = nnx.Param(1.0, hijax=True)
     with self.assertRaisesRegex(ValueError, "`hijax` must stay as .* `True`"):
