@@ -81,8 +81,9 @@ def dot(
 ) -> jax.Array:
   """Contracts the last axes of inputs with the first ones of a kernel.
 
-  It is `dot_general`, or where nobody can tell but by the time that it takes
-  `kernels.matmul`: on the CPU, for up to 32 rows and kernels of 4,096 numbers
+  It is `dot_general`, or where that changes nothing but the time that it takes
+  and the primitive in a jaxpr (`jax.checkpoint_policies.dots_saveable` and
+  `jet` do not know it) `kernels.matmul`: on the CPU, for up to 32 rows and kernels of 4,096 numbers
   and more in float32, bfloat16 or float16, without options that it does not
   have, and while functions of jax are those that were imported. In exported
   programs, and where the compiler splits it over devices, it is XLA's product.
