@@ -82,11 +82,12 @@ def dot(
   """Contracts the last axes of inputs with the first ones of a kernel.
 
   It is `dot_general`, or where that changes nothing but the time that it takes
-  and the primitive in a jaxpr (`jax.checkpoint_policies.dots_saveable` and
-  `jet` do not know it) `kernels.matmul`: on the CPU, for up to 32 rows and kernels of 4,096 numbers
-  and more in float32, bfloat16 or float16, without options that it does not
-  have, and while functions of jax are those that were imported. In exported
-  programs, and where the compiler splits it over devices, it is XLA's product.
+  and the primitive in a jaxpr `kernels.matmul`: on the CPU, for up to 32 rows
+  and kernels of 4,096 numbers and more in float32, bfloat16 or float16, without
+  options that it does not have, and while functions of jax are those that were
+  imported. In exported programs, and where the compiler splits it over devices,
+  it is XLA's product. What asks jaxprs for products by name does not know it:
+  `jax.checkpoint_policies.dots_saveable` and `jax.experimental.jet`.
 
   Example:
 
