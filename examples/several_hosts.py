@@ -13,7 +13,7 @@ devices as there are then.
 
 Here, as four processes of one device each, that stand for four hosts:
 
-    python -m examples.several_hosts --local=4 --layout=all --folder=/tmp/run
+    python -m examples.several_hosts --local=4 --layout=all --folder=run
 
 On real hosts, each with its number, and a folder that all of them see:
 

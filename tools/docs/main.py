@@ -1,6 +1,6 @@
 """Makes the site of documentation; `//docs` runs it.
 
-    python -m tools.docs.main --output=/tmp/site
+    python -m tools.docs.main --output=site
 
 reads the pages from the current folder, the root of the repository. What is
 wrong with a page or a docstring is an error.
