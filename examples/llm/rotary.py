@@ -6,7 +6,6 @@ which turns by `position * rate[i]`.
 
 from collections.abc import Mapping
 import dataclasses
-import math
 from typing import Any
 
 import jax
@@ -47,59 +46,57 @@ def from_json(values: Mapping[str, Any], head_dim: int, context: int) -> Rotary:
   Raises:
     ValueError: if the scaling is of a kind that is not here.
   """
-  kind = values.get("rope_type", values.get("type", "default"))
-  base = values["rope_theta"]
-  rates = base ** (-np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
-  factor = 1.0
   if values.get("partial_rotary_factor", 1.0) != 1.0:
     raise ValueError(
       "`partial_rotary_factor` must be 1, but got"
       f" {values['partial_rotary_factor']}."
     )
+  scaling = _scaling(values, context)
+  rates = scaling.rates(head_dim, values["rope_theta"])
+  return Rotary(tuple(rates.tolist()), scaling.magnitude)
+
+
+def _scaling(values: Mapping[str, Any], context: int) -> nnx.RopeScaling:
+  kind = values.get("rope_type", values.get("type", "default"))
+  if kind == "default":
+    return nnx.RopeScaling()
   if kind == "linear":
-    rates = rates / values["factor"]
-  elif kind == "llama3":
-    rates = _llama3(rates, values)
-  elif kind == "yarn":
-    rates, factor = _yarn(rates, values, base, context)
-  elif kind != "default":
-    raise ValueError(
-      "`rope_type` must be `default`, `linear`, `llama3` or `yarn`, but got"
-      f" `{kind}`."
+    return LinearScaling(values["factor"])
+  if kind == "llama3":
+    return nnx.Llama3Scaling(
+      values["factor"],
+      values["low_freq_factor"],
+      values["high_freq_factor"],
+      values["original_max_position_embeddings"],
     )
-  return Rotary(tuple(rates.tolist()), factor)
+  if kind == "yarn":  # where 0 and null are as if nothing was said
+    return nnx.YarnScaling(
+      values["factor"],
+      values.get("original_max_position_embeddings") or context,
+      values.get("beta_fast") or 32.0,
+      values.get("beta_slow") or 1.0,
+      values.get("attention_factor") or None,
+      truncate=values.get("truncate", True),
+    )
+  raise ValueError(
+    "`rope_type` must be `default`, `linear`, `llama3` or `yarn`, but got"
+    f" `{kind}`."
+  )
 
 
-def _llama3(rates: np.ndarray, values: Mapping[str, Any]) -> np.ndarray:
-  """Slows down pairs that turn less than once or so in the first context."""
-  turns = values["original_max_position_embeddings"] * rates / (2 * math.pi)
-  low, high = values["low_freq_factor"], values["high_freq_factor"]
-  kept = np.clip((turns - low) / (high - low), 0, 1)
-  return rates * (kept + (1 - kept) / values["factor"])
+@dataclasses.dataclass(frozen=True)
+class LinearScaling(nnx.RopeScaling):
+  """Slows all pairs down alike.
 
-
-def _yarn(
-  rates: np.ndarray, values: Mapping[str, Any], base: float, context: int
-) -> tuple[np.ndarray, float]:
-  """Slows down slow pairs, keeps fast ones, and sharpens the attention.
-
-  Source: Peng et al. 2023, arXiv:2309.00071.
+  Attributes:
+    factor: how much longer texts may be.
   """
-  factor = values["factor"]
-  first = values.get("original_max_position_embeddings") or context
 
-  def pair_of(turns: float) -> float:
-    """Returns which pair turns so often in the first context."""
-    return len(rates) * math.log(first / (turns * 2 * math.pi), base)
+  factor: float
 
-  low = pair_of(values.get("beta_fast") or 32)
-  high = pair_of(values.get("beta_slow") or 1)
-  if values.get("truncate", True):
-    low, high = math.floor(low), math.ceil(high)
-  low, high = max(low, 0), min(high, 2 * len(rates) - 1)
-  slowed = np.clip((np.arange(len(rates)) - low) / max(high - low, 1e-3), 0, 1)
-  sharpness = values.get("attention_factor") or 0.1 * math.log(factor) + 1
-  return rates * (1 - slowed + slowed / factor), sharpness
+  def rates(self, features: int, base: float) -> np.ndarray:
+    """Returns by what angle each pair turns per position."""
+    return super().rates(features, base) / self.factor
 
 
 class Tables(nnx.Module):
