@@ -140,8 +140,7 @@ class Writer:
     """Reads a prompt; returns the token after it."""
     for first, count in _pieces(len(tokens)):
       result = self._run(tokens[first : first + count], first, _chunk(count))
-    choices, logits = result
-    return _choose(np.asarray(choices)[0], logits, (0,), sampling, tokens)
+    return sampling_lib.next_token(result, (0,), sampling, tokens)
 
   def _step(
     self, tokens: list[int], sampling: sampling_lib.Sampling
@@ -150,16 +149,15 @@ class Writer:
     index = len(tokens) - 1  # the last token is not in the cache yet
     most = min(self._guesses, self.length - len(tokens) - 1)
     guessed = guess(tokens, most) if most > 0 else []
-    choices, logits = self._run(
+    result = self._run(
       [tokens[-1], *guessed], index, 1 + self._guesses, every=True
     )
-    choices = np.asarray(choices)[0]
     new: list[int] = []
     # A choice is what it would be without guesses: as long as guesses agree
     # with choices, those after them are right as well.
     for i in range(1 + len(guessed)):
       text = tokens + new
-      new.append(_choose(choices[i], logits, (0, i), sampling, text))
+      new.append(sampling_lib.next_token(result, (0, i), sampling, text))
       if i < len(guessed) and new[-1] != guessed[i]:
         break
     return new
@@ -225,20 +223,6 @@ def guess(tokens: Sequence[int], most: int) -> list[int]:
       if tokens[first] == end[0] and list(tokens[first : first + size]) == end:
         return list(tokens[first + size : first + size + most])
   return []
-
-
-def _choose(
-  choice: int,
-  logits: Any,
-  place: tuple[int, ...],
-  sampling: sampling_lib.Sampling,
-  text: list[int],
-) -> int:
-  """Returns the next token: `choice`, or one drawn by `logits[place]`."""
-  if sampling.is_argmax:
-    return int(choice)
-  logits = np.asarray(logits)[place]
-  return sampling_lib.choose(logits, sampling, text, len(text))
 
 
 def _pieces(count: int) -> list[tuple[int, int]]:

@@ -4,8 +4,9 @@ A choice depends on the logits, the seed and the position, and on nothing else:
 a text is the same whether it is made alone, beside others, or by speculation.
 """
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 import dataclasses
+from typing import Any
 
 import numpy as np
 
@@ -56,6 +57,27 @@ class Sampling:
   def is_argmax(self) -> bool:
     """Whether the choice is the largest of the logits as they are."""
     return self.temperature == 0 and self.repetition_penalty == 1
+
+
+def next_token(
+  result: tuple[Any, Any],
+  place: tuple[int, ...],
+  sampling: Sampling,
+  text: Sequence[int],
+) -> int:
+  """Chooses the token after a text.
+
+  Args:
+    result: of a step: the likeliest tokens, and logits with one axis more.
+    place: where in the former the text's is.
+    sampling: how.
+    text: all tokens so far.
+  """
+  # As NumPy arrays: to index others would compile a program.
+  likeliest, logits = result
+  if sampling.is_argmax:
+    return int(np.asarray(likeliest)[place])
+  return choose(np.asarray(logits)[place], sampling, text, len(text))
 
 
 def choose(

@@ -322,13 +322,7 @@ class Server:
   def _push(self, answer: Answer, result: Any, row: int) -> None:
     """Appends the token after a row of a step to a text, or ends it."""
     how = answer.request.sampling
-    choices, logits = result
-    # As NumPy arrays: to index others would compile a program.
-    if how.is_argmax:
-      token = int(np.asarray(choices)[row])
-    else:
-      logits = np.asarray(logits)[row]
-      token = sampling_lib.choose(logits, how, answer.text, len(answer.text))
+    token = sampling_lib.next_token(result, (row,), how, answer.text)
     if token in self._tokenizer.ends:
       self._end(answer, END)
       return
