@@ -1,6 +1,6 @@
 """Text that comes token by token, up to a stop word."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 
@@ -37,23 +37,25 @@ class TextStream:
     if self.stopped:
       return ""
     self._tokens.append(token)
-    first = max(0, self._known - self._CONTEXT)
-    before = self._tokenizer.decode(self._tokens[first : self._known])
-    text = self._tokenizer.decode(self._tokens[first:])
+    text = self._new()
     if text.endswith("\ufffd"):
       return ""
     self._known = len(self._tokens)
-    return self._release(text[len(before) :], final=False)
+    return self._release(text, final=False)
 
   def finish(self) -> str:
     """Returns the rest of the text, once no more tokens come."""
     if self.stopped:
       return ""
+    text = self._new()
+    self._known = len(self._tokens)
+    return self._release(text, final=True)
+
+  def _new(self) -> str:
+    """Returns the text of the tokens that are not known yet."""
     first = max(0, self._known - self._CONTEXT)
     before = self._tokenizer.decode(self._tokens[first : self._known])
-    text = self._tokenizer.decode(self._tokens[first:])
-    self._known = len(self._tokens)
-    return self._release(text[len(before) :], final=True)
+    return self._tokenizer.decode(self._tokens[first:])[len(before) :]
 
   def _release(self, text: str, final: bool) -> str:
     text = self._held + text
@@ -61,17 +63,13 @@ class TextStream:
     if found:
       self.stopped, self._held = True, ""
       return text[: min(found)]
-    keep = 0 if final else max(map(self._overlap(text), self._stops), default=0)
-    cut = len(text) - keep
+    kept = () if final else (_overlap(text, stop) for stop in self._stops)
+    cut = len(text) - max(kept, default=0)
     self._held = text[cut:]
     return text[:cut]
 
-  @staticmethod
-  def _overlap(text: str) -> Callable[[str], int]:
-    """Returns what says how much of a stop word the end of `text` may be."""
 
-    def overlap(stop: str) -> int:
-      sizes = range(min(len(text), len(stop) - 1), 0, -1)
-      return next((n for n in sizes if text.endswith(stop[:n])), 0)
-
-    return overlap
+def _overlap(text: str, stop: str) -> int:
+  """Returns how much of a stop word the end of a text may be."""
+  sizes = range(min(len(text), len(stop) - 1), 0, -1)
+  return next((n for n in sizes if text.endswith(stop[:n])), 0)
