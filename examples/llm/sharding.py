@@ -51,20 +51,13 @@ def shard(
     )
   mesh = jax.sharding.Mesh(jax.devices()[:devices], (_AXIS,))
 
-  def put(leaf: Any, spec: PartitionSpec) -> Any:
-    return leaf.replace(jax.device_put(leaf[...], NamedSharding(mesh, spec)))
-
-  flat = [
-    (path, put(leaf, _spec(path)))
-    for path, leaf in nnx.to_flat_state(nnx.state(model))
-  ]
-  nnx.update(model, nnx.from_flat_state(flat))
   heads = PartitionSpec(None, None, _AXIS, None)
-  flat = [
-    (path, put(leaf, heads))
-    for path, leaf in nnx.to_flat_state(nnx.state(cache))
-  ]
-  nnx.update(cache, nnx.from_flat_state(flat))
+  for module, spec in ((model, _spec), (cache, lambda path: heads)):
+    flat = []
+    for path, leaf in nnx.to_flat_state(nnx.state(module)):
+      sharding = NamedSharding(mesh, spec(path))
+      flat.append((path, leaf.replace(jax.device_put(leaf[...], sharding))))
+    nnx.update(module, nnx.from_flat_state(flat))
 
 
 def _spec(path: tuple[Any, ...]) -> PartitionSpec:
