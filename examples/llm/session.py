@@ -32,12 +32,15 @@ def parse(line: Mapping[str, Any], text: tokenizer.Tokenizer) -> Any:
     )
   if ("prompt" in line) == ("messages" in line):
     raise ValueError("A request must have either `prompt` or `messages`.")
-  messages = line.get("messages")
-  if messages is None:
-    messages = [{"role": "user", "content": line["prompt"]}]
+  if "prompt" in line and not text.template:
+    prompt = text.encode(line["prompt"])
+  elif "prompt" in line:
+    prompt = text.chat([{"role": "user", "content": line["prompt"]}])
+  else:
+    prompt = text.chat(line["messages"])
   stops = line.get("stop", [])
   return serving.Request(
-    text.chat(messages) if text.template else text.encode(line["prompt"]),
+    prompt,
     line.get("tokens", 256),
     sampling.Sampling(**{k: line[k] for k in _SAMPLING if k in line}),
     [stops] if isinstance(stops, str) else stops,

@@ -5,7 +5,7 @@ import json
 
 from absl.testing import absltest
 
-from examples.llm import generate, serving, session
+from examples.llm import generate, serving, session, tokenizer
 from tests.examples.llm import load, tiny
 
 
@@ -72,6 +72,11 @@ class SessionTest(absltest.TestCase):
         ((answers),) = found.values()
         self.assertLen(answers, 1)
         self.assertIn(words, answers[0]["error"])
+
+  def test_messages_need_a_template(self):
+    line = {"messages": [{"role": "user", "content": "1"}]}
+    with self.assertRaisesRegex(ValueError, "must have a chat template"):
+      session.parse(line, tokenizer.Tokenizer(None, frozenset()))
 
 
 if __name__ == "__main__":
