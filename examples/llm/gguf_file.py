@@ -1,7 +1,7 @@
 """The container format GGUF: what a file says, and its tensors.
 
-The package `gguf` reads such files as well, but takes ten seconds for the
-vocabulary of a small model, and so is asked only to dequantise.
+The package `gguf` reads such files as well, but a vocabulary token by token in
+Python, and so is asked only to dequantise.
 """
 
 from collections.abc import Callable

@@ -42,8 +42,8 @@ def load(
       `default_path`, if None.
     positions: the longest text that the model will see; that of its training,
       if None.
-    dtype: of the weights. If None, float32 on the CPU, where XLA's products of
-      a few rows take ten times as long in bfloat16, and bfloat16 elsewhere.
+    dtype: of the weights. If None, float32 on the CPU, where XLA's products
+      convert bfloat16 in memory first, and bfloat16 elsewhere.
 
   Raises:
     FileNotFoundError: if there is no such file.
