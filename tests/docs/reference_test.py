@@ -52,6 +52,12 @@ def test_a_page_lists_and_documents_its_names(page):
     assert f":: {name.path}\n" in text
 
 
+def test_caches_and_rotations_are_beside_attention():
+  pages = {name.path: reference.page_of(name) for name in NAMES}
+  for name in ("AttentionStep", "RoPE", "YarnScaling", "init_cache"):
+    assert pages[f"nnx.{name}"] == pages["nnx.MultiHeadAttention"]
+
+
 def test_functions_of_jax_are_named_and_not_explained():
   text = reference.text("activations", NAMES)
   assert "- :py:obj:`nnx.relu`: The same as `jax.nn.relu`.\n" in text

@@ -54,7 +54,16 @@ PAGES = {
   "normalization": Page(
     "Normalisation", ("nnx.nn.normalization", "nnx.nn.weight_normalization")
   ),
-  "attention": Page("Attention", ("nnx.nn.attention", "nnx.nn.rotary")),
+  "attention": Page(
+    "Attention",
+    (
+      "nnx.nn.attention",
+      "nnx.nn.attention_cache",
+      "nnx.nn.attention_step",
+      "nnx.nn.rope_scaling",
+      "nnx.nn.rotary",
+    ),
+  ),
   "recurrent": Page("Recurrent layers", ("nnx.nn.recurrent",)),
   "activations": Page("Activations", ("nnx.nn.activations",)),
   "initializers": Page("Initializers", ("nnx.nn.initializers",)),
