@@ -15,10 +15,10 @@ Here, as four processes of one device each, that stand for four hosts:
 
     python -m examples.several_hosts --local=4 --layout=all --folder=run
 
-On real hosts, each with its number, and a folder that all of them see:
+On real hosts, each with its number, and a folder of files that all of them see:
 
     python -m examples.several_hosts --coordinator=host0:1234 --processes=4 \
-      --process=2 --layout=all --folder=gs://bucket/run
+      --process=2 --layout=all --folder=/shared/run
 """
 
 import argparse
@@ -241,9 +241,7 @@ def train(
   """
   mesh = layout.mesh()
   manager = ocp.CheckpointManager(
-    os.path.join(os.path.abspath(folder), "checkpoints")
-    if "://" not in folder
-    else f"{folder}/checkpoints",
+    os.path.join(os.path.abspath(folder), "checkpoints"),
     options=ocp.CheckpointManagerOptions(
       save_interval_steps=save_every,
       max_to_keep=3,
@@ -347,8 +345,7 @@ def _arguments(argv):
 def main(argv: Sequence[str] | None = None) -> int:
   """Runs one process of a job, or all of them on this machine."""
   options = _arguments(argv)
-  if "://" not in options.folder:
-    pathlib.Path(options.folder).mkdir(parents=True, exist_ok=True)
+  pathlib.Path(options.folder).mkdir(parents=True, exist_ok=True)
   if options.local:
     given = list(sys.argv[1:] if argv is None else argv)
     rest = [a for a in given if not a.startswith(("--local", "--devices"))]
