@@ -1,6 +1,7 @@
 """A load of requests that come and go, for a server on any devices."""
 
 import random
+from typing import Any
 
 import jax
 
@@ -17,6 +18,22 @@ _PREFIXES = ([7] * 3 + list(range(20)), list(range(30, 45)), [])
 def model(values):
   """A model of a made checkpoint."""
   return weights.load(tiny.Checkpoint(values), POSITIONS)
+
+
+def server(model: Any, **options: Any) -> serving.Server:
+  """A server whose pool is too small for all texts at once.
+
+  Args:
+    model: that writes.
+    **options: of `serving.Server`, in place of those here.
+  """
+  options = {
+    "blocks": BLOCKS,
+    "block_size": BLOCK_SIZE,
+    "texts": TEXTS,
+    "chunk": CHUNK,
+  } | options
+  return serving.Server(model, tiny.Letters(), **options)
 
 
 def requests(count: int, seed: int) -> list[serving.Request]:

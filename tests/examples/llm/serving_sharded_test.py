@@ -3,7 +3,7 @@
 from absl.testing import absltest
 import numpy as np
 
-from examples.llm import generate, serving, sharding
+from examples.llm import generate, sharding
 import nnx
 from tests.examples.llm import load, oracle, tiny
 from tests.testing import devices
@@ -21,15 +21,7 @@ class ServingShardedTest(absltest.TestCase):
 
   def test_each_text_is_what_it_is_alone(self):
     writer = generate.Writer(load.model(tiny.WIDE), load.POSITIONS)
-    server = serving.Server(
-      self.model,
-      tiny.Letters(),
-      blocks=load.BLOCKS,
-      block_size=load.BLOCK_SIZE,
-      texts=load.TEXTS,
-      chunk=load.CHUNK,
-      cache=self.cache,
-    )
+    server = load.server(self.model, cache=self.cache)
     load.check(self, server, writer, seed=2)
     # Each device still has its heads, and no others.
     for keys in self.cache.keys:

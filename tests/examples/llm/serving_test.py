@@ -14,29 +14,15 @@ class ServingTest(absltest.TestCase):
     cls.writer = generate.Writer(cls.model, load.POSITIONS)
 
   def server(self, **options):
-    options = {
-      "blocks": load.BLOCKS,
-      "block_size": load.BLOCK_SIZE,
-      "texts": load.TEXTS,
-      "chunk": load.CHUNK,
-    } | options
-    return serving.Server(self.model, tiny.Letters(), **options)
+    return load.server(self.model, **options)
 
   def test_each_text_is_what_it_is_alone(self):
     load.check(self, self.server(), self.writer, seed=7)
 
   def test_windows_are_kept_in_blocks(self):
     model = load.model(tiny.CONFIGS["gemma3"])
-    server = serving.Server(
-      model,
-      tiny.Letters(),
-      blocks=load.BLOCKS,
-      block_size=load.BLOCK_SIZE,
-      texts=load.TEXTS,
-      chunk=load.CHUNK,
-    )
     writer = generate.Writer(model, load.POSITIONS)
-    load.check(self, server, writer, seed=3)
+    load.check(self, load.server(model), writer, seed=3)
 
   def test_stream_gives_the_text_while_others_go_on(self):
     server = self.server()
