@@ -12,24 +12,20 @@ from . import jax_private
 varying_axes = jax_private.varying_axes
 
 
-def out_aval(
-  shape: Sequence[Any], dtype: Any, *inputs: Any, spec: Any = None
-) -> Any:
+def out_aval(shape: Sequence[Any], dtype: Any, *inputs: Any) -> Any:
   """Returns the abstract value of a result computed from `inputs`.
 
   Inside `shard_map`, a result varies over every mesh axis that one of its
   inputs varies over. On a mesh with explicit axes, an op's `partitioning` says
-  how its results are sharded. Those of an op without it are sharded as `spec`
-  says; without one, like the first input if they have that one's shape, and not
-  sharded otherwise.
+  how its results are sharded. Those of an op without it are sharded like the
+  first input if they have that one's shape, and not sharded otherwise.
 
   Args:
     shape: Of the result.
     dtype: Of the result.
     *inputs: Abstract values it depends on.
-    spec: PartitionSpec of the result.
   """
-  return jax_private.result_aval(tuple(shape), dtype, inputs, spec)
+  return jax_private.result_aval(tuple(shape), dtype, inputs)
 
 
 def static_size(shape: Sequence[Any]) -> int | None:

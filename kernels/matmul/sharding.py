@@ -114,16 +114,13 @@ def split(x: Any, w: Any, batch_axes: int, groups: int = 1) -> Split:
   return Split(batch, rows, k, n)
 
 
-def of_result(
-  x: Any, w: Any, batch_axes: int, groups: int = 1
-) -> NamedSharding | None:
+def of_result(x: Any, w: Any, batch_axes: int) -> NamedSharding | None:
   """Returns the sharding of a product whose operands' types have one.
 
   Args:
     x: Abstract value of x.
     w: Abstract value of w.
     batch_axes: Number of leading axes that are independent products.
-    groups: As in `split`.
 
   Returns:
     None where the compiler decides.
@@ -131,7 +128,7 @@ def of_result(
   mesh = jax_private.explicit_mesh((x, w))
   if mesh is None or w.sharding.mesh.empty or x.sharding.mesh.empty:
     return None
-  return NamedSharding(mesh, split(x, w, batch_axes, groups).y())
+  return NamedSharding(mesh, split(x, w, batch_axes).y())
 
 
 def rule(
