@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 import numpy as np
 
-from ..common import dispatch
+from ..common import arrays, dispatch
 from . import reference, signatures
 from .signatures import Kind
 
@@ -59,33 +59,14 @@ def _rule(signature, avals, *, feature_axis, batch_axes, **params):
   return f"{left} -> {right}", ()
 
 
-def _axes_of(entry) -> tuple[str, ...]:
-  if entry is None:
-    return ()
-  return entry if isinstance(entry, tuple) else (entry,)
-
-
-def _x_spec(mesh, info):
-  """Returns x's spec, without the axes that do not split it evenly."""
-  spec = tuple(info.sharding.spec)
-  spec += (None,) * (len(info.shape) - len(spec))
-  kept = []
-  for size, entry in zip(info.shape, spec):
-    parts = int(np.prod([mesh.shape[name] for name in _axes_of(entry)]))
-    # XLA pads uneven parts, and the kernel would count the padding.
-    kept.append(entry if size % parts == 0 else None)
-  return kept
-
-
 def _partition(
   signature, combine, mesh, infos, outs, call, *, feature_axis, batch_axes,
   **params,
 ):  # fmt: skip
-  del outs
+  del mesh, outs
   params |= {"feature_axis": feature_axis, "batch_axes": batch_axes}
   operands = signature.named(infos)
-  mesh = operands["x"].sharding.mesh
-  spec = _x_spec(mesh, operands["x"])
+  spec = arrays.even_split(operands["x"])
   mask = list(spec)
   if "mask" in operands and operands["mask"].shape[feature_axis] == 1:
     mask[feature_axis] = None
@@ -99,7 +80,7 @@ def _partition(
   crossed = tuple(
     name
     for axis in reference.reduced_axes(len(spec), feature_axis, batch_axes)
-    for name in _axes_of(spec[axis])
+    for name in spec[axis]
   )
 
   def local(*args):

@@ -28,13 +28,6 @@ def cache_factors(
   return " ".join((*lead, row, *layout.order("s", "n"))), set(lead)
 
 
-def flat_names(entry: Any) -> tuple[Any, ...]:
-  """Returns the mesh axes of one entry of a PartitionSpec."""
-  if entry is None:
-    return ()
-  return tuple(entry) if isinstance(entry, (tuple, list)) else (entry,)
-
-
 def in_order(rule: str, factors: set[str]) -> tuple[str, ...]:
   """Returns `factors` in the order in which a sharding rule names them."""
   seen = []

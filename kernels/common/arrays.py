@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 import functools
+import math
 import operator
 from typing import Any
 
@@ -12,24 +13,20 @@ from . import jax_private
 varying_axes = jax_private.varying_axes
 
 
-def out_aval(
-  shape: Sequence[Any], dtype: Any, *inputs: Any, spec: Any = None
-) -> Any:
+def out_aval(shape: Sequence[Any], dtype: Any, *inputs: Any) -> Any:
   """Returns the abstract value of a result computed from `inputs`.
 
   Inside `shard_map`, a result varies over every mesh axis that one of its
   inputs varies over. On a mesh with explicit axes, an op's `partitioning` says
-  how its results are sharded. Those of an op without it are sharded as `spec`
-  says; without one, like the first input if they have that one's shape, and not
-  sharded otherwise.
+  how its results are sharded. Those of an op without it are sharded like the
+  first input if they have that one's shape, and not sharded otherwise.
 
   Args:
     shape: Of the result.
     dtype: Of the result.
     *inputs: Abstract values it depends on.
-    spec: PartitionSpec of the result.
   """
-  return jax_private.result_aval(tuple(shape), dtype, inputs, spec)
+  return jax_private.result_aval(tuple(shape), dtype, inputs)
 
 
 def static_size(shape: Sequence[Any]) -> int | None:
@@ -37,6 +34,32 @@ def static_size(shape: Sequence[Any]) -> int | None:
   if not all(isinstance(size, int) for size in shape):
     return None
   return functools.reduce(operator.mul, shape, 1)
+
+
+def mesh_axes(entry: Any) -> tuple[str, ...]:
+  """Returns the mesh axes of one entry of a PartitionSpec."""
+  if entry is None:
+    return ()
+  return tuple(entry) if isinstance(entry, (tuple, list)) else (entry,)
+
+
+def even_split(x: Any) -> list[tuple[str, ...]]:
+  """Returns the mesh axes by which each axis of an array is split evenly.
+
+  Of parts that differ XLA pads the last, and a kernel would take the padding
+  for data: an axis that has such does not count as split.
+
+  Args:
+    x: Has a shape and a NamedSharding.
+  """
+  spec = tuple(x.sharding.spec)
+  spec += (None,) * (len(x.shape) - len(spec))
+  sizes = x.sharding.mesh.shape
+  axes = []
+  for size, names in zip(x.shape, map(mesh_axes, spec)):
+    parts = math.prod(sizes[name] for name in names)
+    axes.append(names if size % parts == 0 else ())
+  return axes
 
 
 def vary_like(x: Any, *arrays: Any) -> list[Any]:

@@ -177,7 +177,7 @@ def varying_axes(aval: Any) -> frozenset[str]:
 
 
 def result_aval(
-  shape: tuple[Any, ...], dtype: Any, inputs: Sequence[Any], spec: Any = None
+  shape: tuple[Any, ...], dtype: Any, inputs: Sequence[Any]
 ) -> Any:
   """Returns the abstract value of a result; see `arrays.out_aval`.
 
@@ -185,17 +185,15 @@ def result_aval(
     shape: Of the result.
     dtype: Of the result.
     inputs: Abstract values that it depends on.
-    spec: Its PartitionSpec, if another than the first input's.
   """
   varying = frozenset().union(*map(varying_axes, inputs))
   like = next((aval for aval in inputs if varying_axes(aval)), inputs[0])
   mesh = like.sharding.mesh
   if mesh.empty:
     return jax.core.ShapedArray(shape, dtype)
-  if spec is None:
-    spec = jax.sharding.PartitionSpec(*(None for _ in shape))
-    if inputs[0].shape == shape and not inputs[0].sharding.mesh.empty:
-      spec = inputs[0].sharding.spec
+  spec = jax.sharding.PartitionSpec(*(None for _ in shape))
+  if inputs[0].shape == shape and not inputs[0].sharding.mesh.empty:
+    spec = inputs[0].sharding.spec
   return jax.core.ShapedArray(
     shape,
     dtype,

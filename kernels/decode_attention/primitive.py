@@ -169,8 +169,8 @@ def _partition(mesh, arg_infos, result_infos, call, *, options):
     else:
       specs.append(split.batch())
   # Devices that hold other keys of the same sequences.
-  partners = sharding.flat_names(split.slots) + (
-    () if options.aligned else sharding.flat_names(split.rows)
+  partners = arrays.mesh_axes(split.slots) + (
+    () if options.aligned else arrays.mesh_axes(split.rows)
   )
 
   def local(*operands):

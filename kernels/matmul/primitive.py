@@ -16,13 +16,10 @@ from . import costs, ffi, operands, reference, sharding
 
 
 def _abstract_eval(*avals, packed, batch_axes, dtype, precision):
-  del precision
+  del batch_axes, precision
   x, weights, _ = operands.parts(avals, packed)
   shape = (*x.shape[:-1], weights[0].shape[-1])
-  groups = weights[1].shape[batch_axes] if packed else 1
-  given = sharding.of_result(x, weights[0], batch_axes, groups)
-  spec = None if given is None else given.spec
-  return (arrays.out_aval(shape, dtype, *avals, spec=spec),)
+  return (arrays.out_aval(shape, dtype, *avals),)
 
 
 def _batching(op, args, dims, *, packed, batch_axes, dtype, **params):

@@ -7,12 +7,12 @@ never gathered.
 """
 
 from collections.abc import Sequence
+import math
 from typing import Any, NamedTuple
 
 from jax import lax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
-import numpy as np
 
 from ..common import arrays, jax_private
 from . import operands
@@ -47,22 +47,6 @@ class Split(NamedTuple):
     return self.spec(*self.batch, *self.rows, self.n)
 
 
-def _entries(info: Any) -> list[Entry]:
-  """Returns the mesh axes of each axis of an array, where they are even."""
-  spec = tuple(info.sharding.spec)
-  spec += (None,) * (len(info.shape) - len(spec))
-  sizes = info.sharding.mesh.shape
-  entries = []
-  for size, entry in zip(info.shape, spec):
-    entry = entry if isinstance(entry, tuple) else (entry,)
-    entry = tuple(name for name in entry if isinstance(name, str))
-    # XLA pads uneven parts.
-    parts = int(np.prod([sizes[name] for name in entry]))
-    even = isinstance(size, int) and size % parts == 0
-    entries.append(entry if even else ())
-  return entries
-
-
 def split(x: Any, w: Any, batch_axes: int, groups: int = 1) -> Split:
   """Decides how a product is split.
 
@@ -73,11 +57,11 @@ def split(x: Any, w: Any, batch_axes: int, groups: int = 1) -> Split:
     groups: Of packed weights, how many groups of rows there are. Parts must be
       whole groups, or of one.
   """
-  of_x, of_w = _entries(x), _entries(w)
+  of_x, of_w = arrays.even_split(x), arrays.even_split(w)
   sizes = w.sharding.mesh.shape
 
   def fits(entry: Entry) -> bool:
-    count = int(np.prod([sizes[name] for name in entry]))
+    count = math.prod(sizes[name] for name in entry)
     rows = w.shape[batch_axes]
     return not entry or (
       isinstance(rows, int)
@@ -114,16 +98,13 @@ def split(x: Any, w: Any, batch_axes: int, groups: int = 1) -> Split:
   return Split(batch, rows, k, n)
 
 
-def of_result(
-  x: Any, w: Any, batch_axes: int, groups: int = 1
-) -> NamedSharding | None:
+def of_result(x: Any, w: Any, batch_axes: int) -> NamedSharding | None:
   """Returns the sharding of a product whose operands' types have one.
 
   Args:
     x: Abstract value of x.
     w: Abstract value of w.
     batch_axes: Number of leading axes that are independent products.
-    groups: As in `split`.
 
   Returns:
     None where the compiler decides.
@@ -131,7 +112,7 @@ def of_result(
   mesh = jax_private.explicit_mesh((x, w))
   if mesh is None or w.sharding.mesh.empty or x.sharding.mesh.empty:
     return None
-  return NamedSharding(mesh, split(x, w, batch_axes, groups).y())
+  return NamedSharding(mesh, split(x, w, batch_axes).y())
 
 
 def rule(

@@ -77,6 +77,7 @@ def linear(
   y = dot(
     inputs,
     kernel,
+    (((inputs.ndim - 1,), (0,)), ((), ())),
     dot_general=dot_general,
     precision=precision,
     preferred_element_type=preferred_element_type,

@@ -21,7 +21,7 @@ from nnx.nn.initializers import (
   default_kernel_init,
   initialize,
 )
-from nnx.nn.products import DotGeneral, as_tuple, dot, product_options
+from nnx.nn.products import DotGeneral, as_tuple, dot
 from nnx.rnglib import Rngs
 from nnx.variablelib import Param, VariableMetadata
 
@@ -109,26 +109,18 @@ def linear_general(
   batch_axis = tuple(sorted(a % rank if a < 0 else a for a in batch_axis))
   inputs, kernel, bias = promote_dtype((inputs, kernel, bias), dtype=dtype)
   first = len(batch_axis)
-  if not batch_axis and axis == tuple(range(rank - len(axis), rank)):
-    y = dot(
-      inputs,
-      kernel,
-      len(axis),
-      dot_general=dot_general,
-      precision=precision,
-      preferred_element_type=preferred_element_type,
-      out_sharding=out_sharding,
-    )
-  else:
-    y = eager.current(dot_general)(
-      inputs,
-      kernel,
-      (
-        (axis, tuple(range(first, first + len(axis)))),
-        (batch_axis, tuple(range(first))),
-      ),
-      **product_options(precision, preferred_element_type, out_sharding),
-    )
+  y = dot(
+    inputs,
+    kernel,
+    (
+      (axis, tuple(range(first, first + len(axis)))),
+      (batch_axis, tuple(range(first))),
+    ),
+    dot_general=dot_general,
+    precision=precision,
+    preferred_element_type=preferred_element_type,
+    out_sharding=out_sharding,
+  )
   if bias is None:
     return y
   kept = [a for a in range(rank) if a not in axis]

@@ -22,7 +22,8 @@ DotGeneral = Callable[..., jax.Array]
 # As it was imported; see `eager.current`.
 _DOT_GENERAL = lax.dot_general
 # Beyond these, `kernels.matmul` takes XLA's product too; so a program may keep
-# the one that it has.
+# the one that it has. They are written again, as they are asked for before any
+# kernel is imported.
 _MOST_ROWS = 32
 _LEAST_SIZE = 4096
 _DTYPES = ("float32", "bfloat16", "float16")
@@ -72,18 +73,19 @@ def product_options(
 def dot(
   inputs: jax.Array,
   kernel: jax.Array,
-  axes: int = 1,
+  dimension_numbers: lax.DotDimensionNumbers,
   *,
   dot_general: Callable[..., jax.Array] = lax.dot_general,
   precision: Any = None,
   preferred_element_type: dtypes.Dtype | None = None,
   out_sharding: Any = None,
 ) -> jax.Array:
-  """Contracts the last axes of inputs with the first ones of a kernel.
+  """Contracts axes of inputs with those of a kernel.
 
   It is `dot_general`, or where that changes nothing but the time that it takes
-  and the primitive in a jaxpr `kernels.matmul`: on the CPU, for up to 32 rows
-  and kernels of 4,096 numbers and more in float32, bfloat16 or float16, without
+  and the primitive in a jaxpr `kernels.matmul`: on the CPU, where the last axes
+  are contracted with the first ones of the kernel, for up to 32 rows and
+  kernels of 4,096 numbers and more in float32, bfloat16 or float16, without
   options that it does not have, and while functions of jax are those that were
   imported. In exported programs, and where the compiler splits it over devices,
   it is XLA's product. What asks jaxprs for products by name does not know it:
@@ -93,34 +95,34 @@ def dot(
 
     >>> import jax.numpy as jnp
     >>> from nnx.nn import products
-    >>> products.dot(jnp.ones((5, 2, 3)), jnp.ones((2, 3, 4)), 2).shape
-    (5, 4)
+    >>> products.dot(
+    ...   jnp.ones((5, 2)), jnp.ones((2, 3)), (((1,), (0,)), ((), ()))
+    ... ).shape
+    (5, 3)
 
   Args:
-    inputs: `[*rows, *contracted]`.
-    kernel: `[*contracted, *out]`.
-    axes: How many axes are contracted.
+    inputs: An array.
+    kernel: Another one.
+    dimension_numbers: As in `jax.lax.dot_general`: which axes are contracted,
+      and which are those of a batch.
     dot_general: The product, as in `jax.lax.dot_general`.
     precision: The precision of the product.
     preferred_element_type: The dtype of the product, or None.
     out_sharding: The sharding of the product, or None.
 
   Returns:
-    `[*rows, *out]`.
+    What `dot_general` does.
   """
   function = eager.current(dot_general)
   options = product_options(precision, preferred_element_type, out_sharding)
-  if function is _DOT_GENERAL:
+  axes = len(dimension_numbers[0][0])
+  last = tuple(range(inputs.ndim - axes, inputs.ndim))
+  is_of_rows = dimension_numbers == ((last, tuple(range(axes))), ((), ()))
+  if function is _DOT_GENERAL and is_of_rows:
     y = few_rows(inputs, kernel, axes, **options)
     if y is not None:
       return y
-  contracted = tuple(range(inputs.ndim - axes, inputs.ndim))
-  return function(
-    inputs,
-    kernel,
-    ((contracted, tuple(range(axes))), ((), ())),
-    **options,
-  )
+  return function(inputs, kernel, dimension_numbers, **options)
 
 
 def few_rows(

@@ -3,18 +3,16 @@
 
 #include <cmath>
 #include <cstdint>
-#include <cstdio>
-#include <cstdlib>
 #include <cstring>
 #include <functional>
 #include <limits>
-#include <thread>
 #include <vector>
 
 #include "kernels/batch_stat/cpu/batch_stat.h"
 #include "kernels/common/cpu_features.h"
 #include "kernels/common/parallel_for.h"
 #include "kernels/common/simd_prelude.h"
+#include "tests/testing/cpu_loops.h"
 
 namespace {
 
@@ -23,34 +21,8 @@ using kernels::ParallelLoop;
 using kernels::SimdLevel;
 using kernels::batch_stat::Geometry;
 using kernels::batch_stat::Mask;
-
-#define CHECK_THAT(condition)                                              \
-  do {                                                                     \
-    if (!(condition)) {                                                    \
-      std::fprintf(stderr, "%s:%d: %s\n", __FILE__, __LINE__, #condition); \
-      std::exit(1);                                                        \
-    }                                                                      \
-  } while (false)
-
-// Runs every task on a thread of its own, whatever the amount of work.
-struct Threads {
-  int64_t num_threads() const { return 4; }
-  template <typename Task>
-  void Schedule(Task&& task) {
-    threads.emplace_back(std::forward<Task>(task));
-  }
-  std::vector<std::thread> threads;
-};
-
-void Serial(int64_t n, int64_t, const std::function<void(int64_t)>& body) {
-  for (int64_t i = 0; i < n; ++i) body(i);
-}
-
-void Threaded(int64_t n, int64_t, const std::function<void(int64_t)>& body) {
-  Threads pool;
-  kernels::ParallelFor(pool, n, int64_t{1} << 40, body);
-  for (std::thread& thread : pool.threads) thread.join();
-}
+using kernels::testing::Serial;
+using kernels::testing::Threaded;
 
 class Random {
  public:

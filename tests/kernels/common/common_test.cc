@@ -5,17 +5,15 @@
 #include <cmath>
 #include <cstdint>
 #include <cstdio>
-#include <cstdlib>
 #include <functional>
 #include <limits>
-#include <mutex>
-#include <thread>
 #include <vector>
 
 #include "kernels/common/cpu_features.h"
 #include "kernels/common/parallel_for.h"
 #include "kernels/common/simd_prelude.h"
 #include "kernels/common/subnormals.h"
+#include "tests/testing/cpu_loops.h"
 
 namespace kernels {
 #define KERNELS_SIMD_BODY "tests/kernels/common/simd_body.inc"
@@ -24,33 +22,7 @@ namespace kernels {
 
 namespace {
 
-#define CHECK_THAT(condition)                                              \
-  do {                                                                     \
-    if (!(condition)) {                                                    \
-      std::fprintf(stderr, "%s:%d: %s\n", __FILE__, __LINE__, #condition); \
-      std::exit(1);                                                        \
-    }                                                                      \
-  } while (false)
-
-// Runs every task on a thread of its own.
-class EagerPool {
- public:
-  explicit EagerPool(int64_t threads) : num_threads_(threads) {}
-  ~EagerPool() {
-    for (std::thread& thread : threads_) thread.join();
-  }
-  int64_t num_threads() const { return num_threads_; }
-  template <typename Task>
-  void Schedule(Task&& task) {
-    std::lock_guard<std::mutex> lock(mutex_);
-    threads_.emplace_back(std::forward<Task>(task));
-  }
-
- private:
-  int64_t num_threads_;
-  std::mutex mutex_;
-  std::vector<std::thread> threads_;
-};
+using kernels::testing::ThreadPool;
 
 // Runs no task before it is told to, like a pool whose threads are all busy.
 class BusyPool {
@@ -80,7 +52,7 @@ void ExpectEachOnce(Pool& pool, int64_t n, int64_t bytes) {
 
 void TestParallelFor() {
   for (const int64_t n : {0, 1, 2, 3, 1000}) {
-    EagerPool pool(4);
+    ThreadPool pool(4);
     for (int repeat = 0; repeat < 3; ++repeat) {
       ExpectEachOnce(pool, n, int64_t{1} << 30);
     }
@@ -247,7 +219,7 @@ void TestSubnormals() {
 #if defined(__x86_64__)
   CHECK_THAT(Bits(Half()) == 0);
 #endif
-  EagerPool pool(3);
+  ThreadPool pool(3);
   std::vector<uint32_t> bits(64);
   kernels::ParallelFor(pool, 64, int64_t{1} << 30, [&](int64_t i) {
     bits[static_cast<size_t>(i)] = Bits(Half());

@@ -9,7 +9,6 @@
 #include <cstring>
 #include <memory>
 #include <random>
-#include <thread>
 #include <vector>
 
 #include "kernels/cache/cc/layout.h"
@@ -17,30 +16,14 @@
 #include "kernels/cache/cpu/update.h"
 #include "kernels/common/cpu_features.h"
 #include "kernels/decode_attention/cpu/decode.h"
+#include "tests/testing/cpu_loops.h"
 
 namespace {
 
 using kernels::cache::Element;
 using kernels::cache::ElementSize;
 using kernels::decode_attention::DecodeArgs;
-
-// Starts a thread a task; joins them when it goes.
-class ThreadPool {
- public:
-  explicit ThreadPool(int64_t threads) : threads_(threads) {}
-  ~ThreadPool() {
-    for (std::thread& t : running_) t.join();
-  }
-  int64_t num_threads() const { return threads_; }
-  template <typename Task>
-  void Schedule(Task&& task) {
-    running_.emplace_back(std::forward<Task>(task));
-  }
-
- private:
-  int64_t threads_;
-  std::vector<std::thread> running_;
-};
+using kernels::testing::ThreadPool;
 
 #define EXPECT(condition, ...)                                             \
   do {                                                                     \

@@ -5,17 +5,15 @@
 
 #include <cmath>
 #include <cstdint>
-#include <cstdio>
 #include <cstdlib>
 #include <cstring>
-#include <functional>
-#include <thread>
 #include <vector>
 
 #include "kernels/common/cpu_features.h"
 #include "kernels/common/parallel_for.h"
 #include "kernels/matmul/cc/geometry.h"
 #include "kernels/matmul/cpu/matmul.h"
+#include "tests/testing/cpu_loops.h"
 
 namespace {
 
@@ -24,34 +22,8 @@ using kernels::matmul::Element;
 using kernels::matmul::Format;
 using kernels::matmul::Geometry;
 using kernels::matmul::Weights;
-
-#define CHECK_THAT(condition)                                              \
-  do {                                                                     \
-    if (!(condition)) {                                                    \
-      std::fprintf(stderr, "%s:%d: %s\n", __FILE__, __LINE__, #condition); \
-      std::exit(1);                                                        \
-    }                                                                      \
-  } while (false)
-
-// Runs every task on a thread of its own, whatever the amount of work.
-struct Threads {
-  int64_t num_threads() const { return 4; }
-  template <typename Task>
-  void Schedule(Task&& task) {
-    threads.emplace_back(std::forward<Task>(task));
-  }
-  std::vector<std::thread> threads;
-};
-
-void Serial(int64_t n, int64_t, const std::function<void(int64_t)>& body) {
-  for (int64_t i = 0; i < n; ++i) body(i);
-}
-
-void Threaded(int64_t n, int64_t, const std::function<void(int64_t)>& body) {
-  Threads pool;
-  kernels::ParallelFor(pool, n, int64_t{1} << 40, body);
-  for (std::thread& thread : pool.threads) thread.join();
-}
+using kernels::testing::Serial;
+using kernels::testing::Threaded;
 
 // Whole numbers from -limit to limit, which every format has.
 class Random {

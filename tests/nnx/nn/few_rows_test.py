@@ -112,6 +112,17 @@ def test_a_program_that_would_tell_keeps_its_product():
     assert is_plain(einsum, x)
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float8_e4m3fn"])
+@pytest.mark.parametrize("rows, features", [(32, 64), (33, 64), (1, 63)])
+def test_bounds_are_those_of_the_kernels(rows, features, dtype):
+  layer = nnx.Linear(64, features, dtype=jnp.dtype(dtype), rngs=nnx.Rngs(0))
+  x, kernel = array(rows, 64), layer.kernel.value
+  (choice,) = kernels.explain(
+    kernels.matmul, x.astype(dtype), kernel.astype(dtype)
+  )
+  assert is_plain(layer, x) == (choice.implementation == "xla")
+
+
 @pytest.mark.parametrize("by", ["attribute", "code"])
 def test_a_function_that_replaces_the_product_is_called(by):
   layer, x = nnx.Linear(64, 96, use_bias=False, rngs=nnx.Rngs(0)), array(3, 64)
