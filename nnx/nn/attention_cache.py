@@ -41,9 +41,17 @@ class _Places:
   @classmethod
   def given(cls, sharding: Any, axes: int) -> _Places:
     """Returns what a user says of a cache of so many axes."""
+    names, metadata = sharding, {}
     if isinstance(sharding, jax.sharding.NamedSharding):
-      return cls(_fill(sharding.spec, axes), {"mesh": sharding.mesh})
-    return cls(_fill(sharding, axes))
+      names, metadata = sharding.spec, {"mesh": sharding.mesh}
+    fits = isinstance(names, (tuple, list, jax.sharding.PartitionSpec))
+    if not fits or len(names) > axes:
+      raise ValueError(
+        f"`sharding` must name the mesh axis, or None, of each of the {axes}"
+        " axes of a cache, in a tuple, a `PartitionSpec` or a `NamedSharding`,"
+        f" but got `{sharding!r}`."
+      )
+    return cls(_fill(names, axes), metadata)
 
   @classmethod
   def like(cls, kernel: Any, axes: int) -> _Places:
@@ -191,7 +199,7 @@ class CachedAttention(Module):
     Raises:
       TypeError: If `block_size` or `blocks` is not an integer.
       ValueError: If one of them is not positive, or there are `blocks` without
-        `block_size`.
+        `block_size`; or if `sharding` does not fit the cache.
     """
     *batch, length, _ = input_shape
     if dtype is None:

@@ -217,6 +217,13 @@ class ProjectedAttention(Module):
         f"`inputs_q` must have `in_features={self.in_features}` as its last"
         f" axis, but got the shape {inputs_q.shape}."
       )
+    given = {"inputs_q": inputs_q, "inputs_k": inputs_k, "inputs_v": inputs_v}
+    for name, inputs in given.items():
+      if inputs.ndim < 2:
+        raise ValueError(
+          f"`{name}` must have the axes [..., tokens, features], but got the"
+          f" shape {inputs.shape}."
+        )
     query = self.query(inputs_q, out_sharding=qkv_sharding)
     key = self.key(inputs_k, out_sharding=qkv_sharding)
     value = self.value(inputs_v, out_sharding=qkv_sharding)

@@ -342,6 +342,14 @@ def test_layer_refuses_what_does_not_fit():
     layer(array(2, 5, 4), deterministic=False)
 
 
+@pytest.mark.parametrize("name", ["inputs_q", "inputs_k", "inputs_v"])
+def test_inputs_without_an_axis_of_tokens_are_refused(name):
+  layer = nnx.MultiHeadAttention(2, 4, decode=False, rngs=nnx.Rngs(0))
+  inputs = dict.fromkeys(("inputs_q", "inputs_k", "inputs_v"), jnp.ones((3, 4)))
+  with pytest.raises(ValueError, match=f"`{name}` must have the axes"):
+    layer(**inputs | {name: jnp.ones(4)})
+
+
 # Decoding.
 
 

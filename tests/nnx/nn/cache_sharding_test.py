@@ -165,3 +165,11 @@ def test_caches_are_placed_where_variables_are(places):
     )
     layer.init_cache((2, 5, 8))
   assert ("heads" in layer.cached_key.value.sharding.spec) == places
+
+
+@pytest.mark.parametrize("sharding", ["data", 1, ("data",) * 5, P(*"abcde")])
+def test_a_sharding_that_cannot_be_meant_is_refused(sharding):
+  layer = nnx.MultiHeadAttention(2, 8, decode=True, rngs=nnx.Rngs(0))
+  with pytest.raises(ValueError, match="each of the 4 axes of a cache"):
+    nnx.init_cache(layer, 2, 8, sharding=sharding)
+  assert layer.cached_key is None
