@@ -362,7 +362,7 @@ class Variable(HasMetadata, Operators, reprlib.Displayable, Generic[A]):
     if trace is not (jax_private.eval_trace() if owner is None else owner()):
       self._check_can_update()
     if self.hijax:
-      if boxes.is_eager():
+      if jax_private.outside_of_traces():
         value = self._in_store(value, self._metadata)
       elif not boxes.CHANGES_STRUCTURE and not jax.tree.leaves(stored):
         # There is no array of jax's to write to: it would be lost.

@@ -18,7 +18,7 @@ from typing import Any, Generic, TypeVar, cast
 import jax
 
 from nnx import partitioning
-from nnx.engine import _engine, boxes
+from nnx.engine import _engine, boxes, jax_private
 from nnx.missing import MISSING
 from nnx.variable_settings import settings
 
@@ -573,7 +573,11 @@ class HasMetadata(_engine.VariableBase):
     if not boxes.is_box(stored):
       # A tree of such Variables was mapped over. What is written to them may
       # not be lost, so they get boxes before somebody passes them on.
-      if _is_boxed(live) and boxes.is_eager() and _has_arrays_only(stored):
+      if (
+        _is_boxed(live)
+        and jax_private.outside_of_traces()
+        and _has_arrays_only(stored)
+      ):
         self._stored = boxes.new(type(self), stored, in_order(live))
       return
     kept = boxes.metadata(stored)
