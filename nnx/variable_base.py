@@ -20,6 +20,7 @@ from nnx.engine import _engine, boxes, jax_private, pytrees
 from nnx.missing import MISSING
 from nnx.variable_metadata import (
   CREATE_HOOK,
+  FIXED,
   GET_HOOK,
   SET_HOOK,
   HasMetadata,
@@ -543,7 +544,7 @@ class Variable(HasMetadata, Operators, reprlib.Displayable, Generic[A]):
   def _assign_slow(self, other: Variable[Any]) -> None:
     """Takes over value and metadata, but not how they are kept."""
     metadata = dict(other._metadata)
-    for name in ("hijax", "mutable", "ref"):
+    for name in FIXED:
       metadata.pop(name, None)
       if name in self._metadata:
         metadata[name] = self._metadata[name]
