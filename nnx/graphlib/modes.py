@@ -12,7 +12,7 @@ from collections.abc import Callable
 import enum
 import functools
 import threading
-from typing import ParamSpec, TypedDict, TypeVar
+from typing import NoReturn, ParamSpec, TypedDict, TypeVar
 
 from nnx import environment
 
@@ -105,6 +105,24 @@ class Mode(enum.Enum):
     """The arguments that ask for this mode."""
     return {"graph": self.graph, "graph_updates": self.updates}
 
+  def refuse(
+    self, function: str, problem: str, *, updates: bool = False
+  ) -> NoReturn:
+    """Raises the error for what a function cannot do in this mode.
+
+    Args:
+      function: its name.
+      problem: what may not be and is, and what to do about it.
+      updates: whether it has the argument `graph_updates`.
+
+    Raises:
+      ValueError: in any case.
+    """
+    raise ValueError(
+      f"`nnx.{function}` is in {self}, where {problem}, or"
+      f" {way_out(function, updates=updates)}."
+    )
+
   def __str__(self) -> str:
     """Returns what errors call the mode, and the argument that asks for it."""
     if self is Mode.TREE:
@@ -157,11 +175,8 @@ def way_out(function: str, *, updates: bool = False) -> str:
     function: its name.
     updates: whether it has the argument `graph_updates`.
   """
-  text = (
-    "pass `graph=True, graph_updates=True`"
-    if updates
-    else ("pass `graph=True`")
-  )
+  arguments = "graph=True, graph_updates=True" if updates else "graph=True"
+  text = f"pass `{arguments}`"
   if function in _IN_COMPAT:
     text += f", or call `nnx.compat.{function}`"
   return text

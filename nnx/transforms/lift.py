@@ -100,10 +100,7 @@ class Policy(NamedTuple):
 
   def refuse(self, problem: str) -> NoReturn:
     """Raises the error for what the mode does not allow."""
-    raise ValueError(
-      f"`nnx.{self.transform}` is in {self.mode}, where {problem}, or"
-      f" {modes.way_out(self.transform, updates=True)}."
-    )
+    self.mode.refuse(self.transform, problem, updates=True)
 
 
 class Lifted:
