@@ -33,21 +33,13 @@ class _Switch:
   """Sets a setting from the call on; for a block or function, as it is used."""
 
   _name: str
-  _before: bool | None
 
   def __init__(self, value: bool, /):
     self._value = bool(value)
-    self._before = vars(settings).get(self._name)
-    setattr(settings, self._name, self._value)
-
-  def _restore(self) -> None:
-    if self._before is None:  # the default, whatever it is by now
-      vars(settings).pop(self._name, None)
-    else:
-      setattr(settings, self._name, self._before)
+    self._change = environment.Change(settings, {self._name: self._value})
 
   def __call__(self, fun: Callable[P, R], /) -> Callable[P, R]:
-    self._restore()
+    self._change.undo()
 
     @functools.wraps(fun)
     def wrapped(*args: P.args, **kwargs: P.kwargs) -> R:
@@ -60,7 +52,7 @@ class _Switch:
     return self
 
   def __exit__(self, *exc_info) -> None:
-    self._restore()
+    self._change.undo()
 
   @classmethod
   def current_value(cls) -> bool:
