@@ -1,8 +1,10 @@
-"""Switches that the environment of the process sets."""
+"""Switches: what the environment of the process says, and changes of them."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 import os
+import threading
 
 _TRUTHS = {
   **dict.fromkeys(("y", "yes", "t", "true", "on", "1"), True),
@@ -33,3 +35,39 @@ def switch(name: str, default: bool) -> bool:
       f" `{text}`."
     )
   return _TRUTHS[text.lower()]
+
+
+class Change:
+  """A change of settings of this thread, from its making until `undo`.
+
+  Example:
+
+    >>> import threading
+    >>> from nnx import environment
+    >>> class Settings(threading.local):
+    ...   loud = False
+    >>> settings = Settings()
+    >>> change = environment.Change(settings, {"loud": True})
+    >>> settings.loud
+    True
+    >>> change.undo()
+    >>> settings.loud
+    False
+
+  Args:
+    settings: an object whose class has the defaults.
+    values: what to set, by name.
+  """
+
+  def __init__(self, settings: threading.local, values: Mapping[str, bool]):
+    self._settings = settings
+    self._before = {name: vars(settings).get(name) for name in values}
+    vars(settings).update(values)
+
+  def undo(self) -> None:
+    """Sets what was set before; may be called again after other changes."""
+    for name, value in self._before.items():
+      if value is None:  # the default, whatever it is by now
+        vars(self._settings).pop(name, None)
+      else:
+        vars(self._settings)[name] = value

@@ -84,10 +84,13 @@ class _Finder(importlib.abc.MetaPathFinder):
     path: Sequence[str] | None = None,
     target: types.ModuleType | None = None,
   ) -> Any:
+    # It is asked for every module that is imported from now on.
     top, _, short = fullname.partition(".")
     name, _, within = short.partition(".")
+    if top != "nnx" or name not in _NAMES:
+      return None
     source = _BESIDE / name / "__init__.py"
-    if top != "nnx" or name not in _NAMES or not source.exists():
+    if not source.exists():
       return None
     if _is_meant_by(name):
       if importlib.util.find_spec(short) is None:

@@ -20,6 +20,7 @@ from nnx.engine import _engine, boxes, jax_private, pytrees
 from nnx.missing import MISSING
 from nnx.variable_metadata import (
   CREATE_HOOK,
+  FIXED,
   GET_HOOK,
   SET_HOOK,
   HasMetadata,
@@ -362,7 +363,7 @@ class Variable(HasMetadata, Operators, reprlib.Displayable, Generic[A]):
     if trace is not (jax_private.eval_trace() if owner is None else owner()):
       self._check_can_update()
     if self.hijax:
-      if boxes.is_eager():
+      if jax_private.outside_of_traces():
         value = self._in_store(value, self._metadata)
       elif not boxes.CHANGES_STRUCTURE and not jax.tree.leaves(stored):
         # There is no array of jax's to write to: it would be lost.
@@ -543,7 +544,7 @@ class Variable(HasMetadata, Operators, reprlib.Displayable, Generic[A]):
   def _assign_slow(self, other: Variable[Any]) -> None:
     """Takes over value and metadata, but not how they are kept."""
     metadata = dict(other._metadata)
-    for name in ("hijax", "mutable", "ref"):
+    for name in FIXED:
       metadata.pop(name, None)
       if name in self._metadata:
         metadata[name] = self._metadata[name]

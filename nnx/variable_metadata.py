@@ -18,7 +18,7 @@ from typing import Any, Generic, TypeVar, cast
 import jax
 
 from nnx import partitioning
-from nnx.engine import _engine, boxes
+from nnx.engine import _engine, boxes, jax_private
 from nnx.missing import MISSING
 from nnx.variable_settings import settings
 
@@ -48,7 +48,7 @@ CREATE_HOOK = 8
 
 # Switches that say how a value is kept, and what they are where they are not
 # among the metadata.
-_FIXED = {"hijax": False, "ref": False, "mutable": True}
+FIXED = {"hijax": False, "ref": False, "mutable": True}
 
 
 def in_order(metadata: Mapping[str, Any]) -> boxes.Metadata:
@@ -130,7 +130,7 @@ def normalize_metadata(metadata: Mapping[str, Any]) -> dict[str, Any]:
   for name, value in metadata.items():
     if name in HOOK_ALIASES or name in _HOOK_NAMES:
       continue
-    if name in ("hijax", "ref") and not value or name == "mutable" and value:
+    if name in FIXED and bool(value) is FIXED[name]:
       continue
     result[name] = value
   for alias, name in HOOK_ALIASES.items():
@@ -519,7 +519,7 @@ class HasMetadata(_engine.VariableBase):
     """
     if len(args) == 1 and not kwargs:
       new = normalize_metadata(args[0])
-      for switch in (*_FIXED, "eager_sharding"):
+      for switch in (*FIXED, "eager_sharding"):
         if switch not in args[0] and switch in self._metadata:
           new[switch] = self._metadata[switch]
     elif len(args) == 2 and not kwargs:
@@ -531,7 +531,7 @@ class HasMetadata(_engine.VariableBase):
         "`set_metadata` must be called with a dict, with a name and a value, or"
         f" with keywords, but got `args={args}` and `kwargs={kwargs}`."
       )
-    for switch, default in _FIXED.items():
+    for switch, default in FIXED.items():
       old = self._metadata.get(switch, default)
       if new.get(switch, default) != old:
         raise ValueError(
@@ -573,7 +573,11 @@ class HasMetadata(_engine.VariableBase):
     if not boxes.is_box(stored):
       # A tree of such Variables was mapped over. What is written to them may
       # not be lost, so they get boxes before somebody passes them on.
-      if _is_boxed(live) and boxes.is_eager() and _has_arrays_only(stored):
+      if (
+        _is_boxed(live)
+        and jax_private.outside_of_traces()
+        and _has_arrays_only(stored)
+      ):
         self._stored = boxes.new(type(self), stored, in_order(live))
       return
     kept = boxes.metadata(stored)
@@ -609,7 +613,7 @@ class HasMetadata(_engine.VariableBase):
       ValueError: if `name` is `ref`, `hijax` or `mutable`, which are fixed at
         construction.
     """
-    if name in _FIXED:
+    if name in FIXED:
       raise ValueError(
         f"`{name}` must stay as the Variable was made, but it was to be"
         " deleted. Make a new Variable instead."

@@ -43,17 +43,13 @@ class use_eager_sharding:
   """
 
   def __init__(self, value: bool, /):
-    self._before = vars(settings).get("eager_sharding")
-    settings.eager_sharding = bool(value)
+    self._change = environment.Change(settings, {"eager_sharding": bool(value)})
 
   def __enter__(self) -> use_eager_sharding:
     return self
 
   def __exit__(self, *exc_info) -> None:
-    if self._before is None:  # the default, whatever it is by now
-      vars(settings).pop("eager_sharding", None)
-    else:
-      settings.eager_sharding = self._before
+    self._change.undo()
 
 
 def using_eager_sharding() -> bool:
@@ -91,9 +87,7 @@ class VarDefaults(collections.abc.Mapping):
 
   def __init__(self, changes: Mapping[str, bool]):
     self._changes = changes
-    self._before = {name: vars(settings).get(name) for name in changes}
-    for name, value in changes.items():
-      setattr(settings, name, value)
+    self._change = environment.Change(settings, changes)
     self.hijax, self.ref = settings.hijax, settings.ref
 
   def __getitem__(self, name: str) -> bool:
@@ -111,14 +105,10 @@ class VarDefaults(collections.abc.Mapping):
     return self
 
   def __exit__(self, *exc_info) -> None:
-    for name, value in self._before.items():
-      if value is None:  # the default, whatever it is by now
-        vars(settings).pop(name, None)
-      else:
-        setattr(settings, name, value)
+    self._change.undo()
 
   def __call__(self, fun: F, /) -> F:
-    self.__exit__()
+    self._change.undo()
 
     @functools.wraps(fun)
     def wrapped(*args: Any, **kwargs: Any) -> Any:

@@ -89,11 +89,6 @@ def _set_item(box: Any, index: Any, value: Any) -> None:
   write(box, old, metadata(box))
 
 
-def is_eager() -> bool:
-  """Tells whether there is no trace."""
-  return jax_private.trace_context().trace is jax_private.eval_trace()
-
-
 if hijax is not None:
   _Type: Any = hijax.MutableHiType
   _EffectBase: Any = jax_private.effect_type()
@@ -304,7 +299,7 @@ if hijax is not None:
       metadata: what to keep along with it.
     """
     leaves, treedef = jax.tree.flatten(value)
-    if is_eager():
+    if jax_private.outside_of_traces():
       return _make(kind, leaves, treedef, metadata)
     return new_p.bind(*leaves, kind=kind, treedef=treedef, metadata=metadata)
 
@@ -322,7 +317,7 @@ if hijax is not None:
     Raises:
       TypeError: if jax does not follow the box under this trace.
     """
-    if type(box) is Box and is_eager():
+    if type(box) is Box and jax_private.outside_of_traces():
       return jax.tree.unflatten(box.treedef, box.leaves)
     contents = jax.experimental.cur_qdd(box)
     if contents is None:
@@ -338,7 +333,7 @@ if hijax is not None:
 
   def metadata(box: Any) -> Metadata | None:
     """Returns the metadata in a box; None where jax keeps none."""
-    if type(box) is Box and is_eager():
+    if type(box) is Box and jax_private.outside_of_traces():
       return box.metadata
     contents = jax.experimental.cur_qdd(box)
     return None if contents is None else contents.metadata

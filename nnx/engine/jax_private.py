@@ -36,6 +36,11 @@ def eval_trace() -> Any:
   return _core.eval_trace
 
 
+def outside_of_traces() -> bool:
+  """Tells whether arrays are concrete here: no transform of jax runs."""
+  return _core.trace_ctx.trace is _core.eval_trace
+
+
 def opaque_trace(trace: Any) -> Any:
   """Wraps a trace as `jax.extend.core.get_opaque_trace_state` does.
 

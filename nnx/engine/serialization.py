@@ -78,17 +78,12 @@ def load(data: bytes) -> Any:
   return json.loads(body, object_hook=_decode)
 
 
-def register(
-  cls: type,
-  dump: Callable[[Any], bytes] = dump,
-  load: Callable[[bytes], Any] = load,
-) -> None:
+def register(cls: type, dump: Callable[[Any], bytes] = dump) -> None:
   """Lets `jax.export` write a type of pytree nodes, by the name of its class.
 
   Args:
     cls: the type, which is a pytree node already.
-    dump: writes the static part of a node.
-    load: reads it.
+    dump: writes the static part of a node, so that `load` reads it.
   """
   name = f"{cls.__module__}.{cls.__qualname__}"
   jax_private.register_serialization(cls, name, dump, load)

@@ -12,7 +12,7 @@ from collections.abc import Callable
 import enum
 import functools
 import threading
-from typing import ParamSpec, TypedDict, TypeVar
+from typing import NoReturn, ParamSpec, TypedDict, TypeVar
 
 from nnx import environment
 
@@ -33,21 +33,13 @@ class _Switch:
   """Sets a setting from the call on; for a block or function, as it is used."""
 
   _name: str
-  _before: bool | None
 
   def __init__(self, value: bool, /):
     self._value = bool(value)
-    self._before = vars(settings).get(self._name)
-    setattr(settings, self._name, self._value)
-
-  def _restore(self) -> None:
-    if self._before is None:  # the default, whatever it is by now
-      vars(settings).pop(self._name, None)
-    else:
-      setattr(settings, self._name, self._before)
+    self._change = environment.Change(settings, {self._name: self._value})
 
   def __call__(self, fun: Callable[P, R], /) -> Callable[P, R]:
-    self._restore()
+    self._change.undo()
 
     @functools.wraps(fun)
     def wrapped(*args: P.args, **kwargs: P.kwargs) -> R:
@@ -60,7 +52,7 @@ class _Switch:
     return self
 
   def __exit__(self, *exc_info) -> None:
-    self._restore()
+    self._change.undo()
 
   @classmethod
   def current_value(cls) -> bool:
@@ -104,6 +96,24 @@ class Mode(enum.Enum):
   def arguments(self) -> Arguments:
     """The arguments that ask for this mode."""
     return {"graph": self.graph, "graph_updates": self.updates}
+
+  def refuse(
+    self, function: str, problem: str, *, updates: bool = False
+  ) -> NoReturn:
+    """Raises the error for what a function cannot do in this mode.
+
+    Args:
+      function: its name.
+      problem: what may not be and is, and what to do about it.
+      updates: whether it has the argument `graph_updates`.
+
+    Raises:
+      ValueError: in any case.
+    """
+    raise ValueError(
+      f"`nnx.{function}` is in {self}, where {problem}, or"
+      f" {way_out(function, updates=updates)}."
+    )
 
   def __str__(self) -> str:
     """Returns what errors call the mode, and the argument that asks for it."""
@@ -157,11 +167,8 @@ def way_out(function: str, *, updates: bool = False) -> str:
     function: its name.
     updates: whether it has the argument `graph_updates`.
   """
-  text = (
-    "pass `graph=True, graph_updates=True`"
-    if updates
-    else ("pass `graph=True`")
-  )
+  arguments = "graph=True, graph_updates=True" if updates else "graph=True"
+  text = f"pass `{arguments}`"
   if function in _IN_COMPAT:
     text += f", or call `nnx.compat.{function}`"
   return text

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NoReturn, TypeVar
+from typing import Any, TypeVar
 
 import jax
 
@@ -64,21 +64,20 @@ but `node[0]` and `node[1]` are one `Param`
     start, first = where[record.index]
     if position < preorder.subtree_end(records, start):
       problem = f"`{_text(path)}` is `{_text(first)}` again"
-      _fail(
-        f"there may be no cycles, but {problem}",
-        "Remove the reference",
+      modes.Mode.TREE.refuse(
         function,
-        updates,
+        f"there may be no cycles, but {problem}. Remove the reference",
+        updates=updates,
       )
     for below, inner in preorder.walk(records, start):
       if records[below].kind is _engine.NodeKind.VARIABLE:
-        _fail(
+        modes.Mode.TREE.refuse(
+          function,
           f"nothing may be shared, but `{_text((*first, *inner))}` and"
           f" `{_text((*path, *inner))}` are one"
-          f" `{_name(records[below].type)}`",
-          "Give each place its own, by `nnx.clone`",
-          function,
-          updates,
+          f" `{_name(records[below].type)}`. Give each place its own, by"
+          " `nnx.clone`",
+          updates=updates,
         )
   return structure._shares
 
@@ -104,25 +103,17 @@ def check_type(
     ValueError: if the type has `pytree=False`.
   """
   if not _is_pytree(cls):
-    _fail(
-      f"objects must be pytrees, but `{where}` is a `{_name(cls)}`, which is"
-      " none",
-      "Leave `pytree=False` out of its class",
+    modes.Mode.TREE.refuse(
       function,
-      updates,
+      f"objects must be pytrees, but `{where}` is a `{_name(cls)}`, which is"
+      " none. Leave `pytree=False` out of its class",
+      updates=updates,
     )
 
 
 def _is_pytree(cls: type) -> bool:
   own = getattr(cls, "_is_pytree", None)
   return jax_private.is_pytree_type(cls) if own is None else own
-
-
-def _fail(problem: str, cure: str, function: str, updates: bool) -> NoReturn:
-  raise ValueError(
-    f"`nnx.{function}` is in {modes.Mode.TREE}, where {problem}. {cure}, or"
-    f" {modes.way_out(function, updates=updates)}."
-  )
 
 
 def _text(path: Sequence[Any]) -> str:

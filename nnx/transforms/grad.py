@@ -243,7 +243,7 @@ def _differentiate(
         loss, aux = pair(loss, fun)
       return loss, call.lifted.pack(objects, leaves, aux, (loss, aux))
 
-    _check_boxes(call, selected)
+    _check_boxes(call, walk, selected)
     call.described(flat, transform, selected)
     derivative = jax.value_and_grad(
       flat, has_aux=True, holomorphic=holomorphic, allow_int=allow_int
@@ -268,16 +268,21 @@ def _differentiate(
   return wrapper
 
 
-def _check_boxes(call: lift.Call, selected: Sequence[int]) -> None:
+def _check_boxes(
+  call: lift.Call, walk: prefix.Walk, selected: Sequence[int]
+) -> None:
   """Refuses to differentiate what jax keeps in a value that changes."""
   for leaf in selected:
     value = call.leaves[leaf]
     if boxes.is_box(value) or variablelib.is_ref(value):
-      kind = "hijax" if boxes.is_box(value) else "ref"
+      # With later versions of jax both kinds are mutable arrays.
+      index = walk.places[leaf].variable
+      ref = call.objects[index].ref if index >= 0 else variablelib.is_ref(value)
+      kind = "ref" if ref else "hijax"
       raise TypeError(
         "What is differentiated must be arrays, but"
         f" `{call.path(leaf)}` is a Variable with `{kind}=True`. Pass"
-        f" `nnx.with_vars(model, hijax=False, ref=False)`, and write back what"
+        " `nnx.with_vars(model, hijax=False, ref=False)`, and write back what"
         " the function changes."
       )
 

@@ -144,7 +144,6 @@ class Options:
     if self.statics:
       lift.check_statics(flat)
     donated = self.donated_leaves(structure, leaves, names, flat)
-    kept = [i for i in range(len(leaves)) if i not in set(donated)]
     options = dict(self.jit_options)
     if not donated:
       if shardings is not None:
@@ -152,6 +151,7 @@ class Options:
       compiled = jax.jit(flat, **options)
       args = (leaves,)
     else:
+      kept = sorted(set(range(len(leaves))).difference(donated))
       if shardings is not None:
         options["in_shardings"] = (
           tuple(shardings[i] for i in kept),

@@ -100,10 +100,7 @@ class Policy(NamedTuple):
 
   def refuse(self, problem: str) -> NoReturn:
     """Raises the error for what the mode does not allow."""
-    raise ValueError(
-      f"`nnx.{self.transform}` is in {self.mode}, where {problem}, or"
-      f" {modes.way_out(self.transform, updates=True)}."
-    )
+    self.mode.refuse(self.transform, problem, updates=True)
 
 
 class Lifted:
@@ -401,11 +398,6 @@ def _has_run(fun: Callable[..., Any], error: BaseException) -> bool:
   return traceback is not None
 
 
-def outside_of_traces() -> bool:
-  """Tells whether arrays are concrete here: no transform of jax runs."""
-  return jax_private.trace_context().trace is jax_private.eval_trace()
-
-
 class _Noted(threading.local):
   leaves: dict[int, int] | None = None
   shardings: dict[int, Any] | None = None
@@ -452,7 +444,7 @@ def place_variables(
     objects: the arguments' own objects.
     shardings: one a leaf; what is no `Sharding` asks for nothing.
   """
-  outside = outside_of_traces()
+  outside = jax_private.outside_of_traces()
   if not outside and _noted.leaves is None:
     return
   for record in structure._records:

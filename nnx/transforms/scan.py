@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from nnx import eager, rnglib, spmd
-from nnx.engine import _engine, preorder
+from nnx.engine import _engine, jax_private, preorder
 from nnx.graphlib import modes
 from nnx.transforms import carry as carry_lib
 from nnx.transforms import jit as jit_lib
@@ -178,10 +178,7 @@ def scan(
     )
   f = lift.function_of(f, "scan")
   policy = lift.Policy(mode, "scan")
-  prefix.check(policy, "in_axes", in_axes)
-  prefix.check(policy, "out_axes", out_axes)
-  vmap_lib.check_axes("in_axes", in_axes, _is_axis)
-  vmap_lib.check_axes("out_axes", out_axes, _is_axis)
+  vmap_lib.check_axes(policy, in_axes, out_axes, _is_axis)
   carry_in = _carry_position("in_axes", in_axes)
   carry_out = _carry_position("out_axes", out_axes)
   _check_out_axes(out_axes)
@@ -260,7 +257,7 @@ class _Kept(jit_lib.Options):
     if (
       self.captures
       or jax.config.jax_disable_jit
-      or not lift.outside_of_traces()
+      or not jax_private.outside_of_traces()
       or not self.all_are_arrays(args, tuple(owner.values()))
       or not eager.functions_are_as_imported()
     ):

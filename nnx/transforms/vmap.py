@@ -81,18 +81,28 @@ def is_axis(value: Any) -> bool:
   )
 
 
-def check_axes(option: str, axes: Any, is_entry: Callable[[Any], bool]) -> None:
-  """Refuses axes that are none.
+def check_axes(
+  policy: lift.Policy,
+  in_axes: Any,
+  out_axes: Any,
+  is_entry: Callable[[Any], bool],
+) -> None:
+  """Refuses axes that are none, or that the mode has not.
 
   Raises:
-    TypeError: if a leaf of `axes` is no axis.
+    TypeError: if a leaf of the axes is no axis.
+    ValueError: if the mode does not allow what they say.
   """
-  for entry in mapped.entries_in([axes], is_entry):
-    if not is_entry(entry):
-      raise TypeError(
-        f"`{option}` must hold ints, `None`, `nnx.StateAxes` and containers of"
-        f" them, but got `{entry!r}` of type `{type(entry).__name__}`."
-      )
+  options = {"in_axes": in_axes, "out_axes": out_axes}
+  for option, axes in options.items():
+    prefix.check(policy, option, axes)
+  for option, axes in options.items():
+    for entry in mapped.entries_in([axes], is_entry):
+      if not is_entry(entry):
+        raise TypeError(
+          f"`{option}` must hold ints, `None`, `nnx.StateAxes` and containers"
+          f" of them, but got `{entry!r}` of type `{type(entry).__name__}`."
+        )
 
 
 def walk_axes(
@@ -255,10 +265,7 @@ def vmap(
     )
   f = lift.function_of(f, "vmap")
   policy = lift.Policy(mode, "vmap")
-  prefix.check(policy, "in_axes", in_axes)
-  prefix.check(policy, "out_axes", out_axes)
-  check_axes("in_axes", in_axes, is_axis)
-  check_axes("out_axes", out_axes, is_axis)
+  check_axes(policy, in_axes, out_axes, is_axis)
   groups = mapped.entries_in([in_axes, out_axes, 0, None], is_axis)
   out_root = prefix.Root(out_axes, "out_axes", "result")
 
@@ -383,10 +390,7 @@ def pmap(
     )
   f = lift.function_of(f, "pmap")
   policy = lift.Policy(mode, "pmap")
-  prefix.check(policy, "in_axes", in_axes)
-  prefix.check(policy, "out_axes", out_axes)
-  check_axes("in_axes", in_axes, is_axis)
-  check_axes("out_axes", out_axes, is_axis)
+  check_axes(policy, in_axes, out_axes, is_axis)
   groups = mapped.entries_in([in_axes, out_axes, 0, None], is_axis)
   out_root = prefix.Root(out_axes, "out_axes", "result")
   static = lift.as_tuple(static_broadcasted_argnums)
@@ -498,11 +502,8 @@ def transform_metadata(
     )
   f = lift.function_of(f, "transform_metadata")
   policy = lift.Policy(modes.resolve(graph), "transform_metadata")
-  prefix.check(policy, "in_axes", in_axes)
-  prefix.check(policy, "out_axes", out_axes)
   in_axes, out_axes = _without_carry(in_axes), _without_carry(out_axes)
-  check_axes("in_axes", in_axes, is_axis)
-  check_axes("out_axes", out_axes, is_axis)
+  check_axes(policy, in_axes, out_axes, is_axis)
   out_root = prefix.Root(out_axes, "out_axes", "result")
   metadata = {spmd.PARTITION_NAME: partition}
 

@@ -16,32 +16,7 @@ from tests.nnx.modes import programs
 # they return is such a function, so that they go into each other.
 
 
-def jit(lib, f, mode):
-  return lib.jit(f, **mode)
-
-
-def remat(lib, f, mode):
-  return lib.remat(f, **mode)
-
-
-def cond(lib, f, mode):
-  return lambda model, x: lib.cond(x > 0, f, f, model, x, **mode)
-
-
-def switch(lib, f, mode):
-  return lambda model, x: lib.switch(1, [f, f], model, x, **mode)
-
-
-def vmap(lib, f, mode):
-  run = lib.vmap(
-    lambda model, x: lib.clone(model, graph=True) and f(model, x),
-    in_axes=(None, 0),
-    **mode,
-  )
-  return lambda model, x: run(model, x * jnp.ones(1)).sum()
-
-
-def scan(lib, f, mode):
+def scan(lib, f, **mode):
   def body(total, model, x):
     return total + f(model, x)
 
@@ -49,7 +24,7 @@ def scan(lib, f, mode):
   return lambda model, x: run(jnp.zeros(()), model, x * jnp.array([0.5, 1.0]))
 
 
-def fori_loop(lib, f, mode):
+def fori_loop(lib, f, **mode):
   def body(i, value):
     model, x, total = value
     return model, x, total + f(model, x + i)
@@ -61,7 +36,7 @@ def fori_loop(lib, f, mode):
   return run
 
 
-def grad(lib, f, mode):
+def grad(lib, f, **mode):
   def run(model, x):
     value, gradient = lib.value_and_grad(f, argnums=1, **mode)(model, x)
     return value + gradient
@@ -69,7 +44,7 @@ def grad(lib, f, mode):
   return run
 
 
-def grad_of_model(lib, f, mode):
+def grad_of_model(lib, f, **mode):
   def run(model, x):
     gradient = lib.grad(f, **mode)(model, x)
     return gradient["w"][...].sum()
@@ -77,12 +52,16 @@ def grad_of_model(lib, f, mode):
   return run
 
 
-OUTER = (jit, remat, cond, switch, scan, fori_loop, grad, grad_of_model)
-
-
-def reads(lib, model, x):
-  del lib
-  return model(x)
+OUTER = (
+  programs.jit,
+  programs.remat,
+  programs.cond,
+  programs.switch,
+  scan,
+  fori_loop,
+  grad,
+  grad_of_model,
+)
 
 
 def writes_a_little(lib, model, x):
@@ -116,7 +95,9 @@ PROGRAMS = strategies.builds(
   strategies.lists(strategies.sampled_from(OUTER), min_size=1, max_size=3).map(
     tuple
   ),
-  strategies.sampled_from((reads, writes_a_little, adds, moves_an_array)),
+  strategies.sampled_from(
+    (programs.reads, writes_a_little, adds, moves_an_array)
+  ),
   strategies.sampled_from(
     (
       programs.tree,
@@ -133,7 +114,7 @@ def run(lib, program, mode):
     model = program.argument(lib)
     function = functools.partial(program.effect, lib)
     for transform in program.transforms:
-      function = transform(lib, function, programs.MODES[mode])
+      function = transform(lib, function, **programs.MODES[mode])
     return model, function(model, jnp.array(0.5))
 
   return programs.outcome(lib, call)
@@ -152,7 +133,7 @@ class CompositionTest(parameterized.TestCase):
     # What is the same for all iterations and written is carried here; Flax
     # forgets it in graph mode.
     forgets = mode == "graph" and scan in program.transforms
-    hypothesis.assume(not forgets or program.effect is reads)
+    hypothesis.assume(not forgets or program.effect is programs.reads)
     # And loops over a copy for each place of what is shared in tree mode, which
     # is refused here.
     shared = program.argument is not programs.tree

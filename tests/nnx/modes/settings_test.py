@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import nnx
+from nnx.graphlib import modes
 
 LIBRARIES = (nnx, flax_nnx)
 SWITCHES = ("graph", "graph_updates")
@@ -241,6 +242,14 @@ class ModesTest(parameterized.TestCase):
         nnx.compat.fork_rngs,
       ):
         self.assertTrue(changes_in_place(nnx, split))
+
+  def test_errors_know_what_compat_has(self):
+    libraries = {"functools", "typing"}  # that its module imports
+    for name in {*dir(nnx), *dir(nnx.compat)} - libraries:
+      if not name.startswith("_"):
+        with self.subTest(name):
+          named = "nnx.compat" in modes.way_out(name)
+          self.assertEqual(named, hasattr(nnx.compat, name))
 
   def test_what_uses_streams_inside_runs_in_every_mode(self):
     cell = nnx.LSTMCell(2, 3, rngs=nnx.Rngs(0))
