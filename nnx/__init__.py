@@ -233,11 +233,9 @@ from nnx.transforms.control_flow import switch as switch
 from nnx.transforms.control_flow import while_loop as while_loop
 from nnx.transforms.custom_vjp import CustomVjp as CustomVjp
 from nnx.transforms.custom_vjp import custom_vjp as custom_vjp
-from nnx.transforms.grad import DiffState as DiffState
+from nnx.transforms.diff_states import DiffState as DiffState
 from nnx.transforms.grad import grad as grad
-from nnx.transforms.grad import jvp as jvp
 from nnx.transforms.grad import value_and_grad as value_and_grad
-from nnx.transforms.grad import vjp as vjp
 from nnx.transforms.jit import JitWrapped as JitWrapped
 from nnx.transforms.jit import StateSharding as StateSharding
 from nnx.transforms.jit import jit as jit
@@ -249,6 +247,8 @@ from nnx.transforms.sharded import shard_map as shard_map
 from nnx.transforms.tracing import checkify as checkify
 from nnx.transforms.tracing import eval_shape as eval_shape
 from nnx.transforms.tracing import make_jaxpr as make_jaxpr
+from nnx.transforms.vjp import jvp as jvp
+from nnx.transforms.vjp import vjp as vjp
 from nnx.transforms.vmap import StateAxes as StateAxes
 from nnx.transforms.vmap import pmap as pmap
 from nnx.transforms.vmap import transform_metadata as transform_metadata
