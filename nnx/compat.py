@@ -16,9 +16,9 @@ Example:
 import functools
 import typing
 
-from nnx.graphlib.functional import cached_partial as cached_partial
+from nnx.graphlib.cached import cached_partial as cached_partial
+from nnx.graphlib.flat import flatten as flatten
 from nnx.graphlib.functional import clone as clone
-from nnx.graphlib.functional import flatten as flatten
 from nnx.graphlib.functional import graphdef as graphdef
 from nnx.graphlib.functional import split as split
 from nnx.graphlib.functional import state as state
