@@ -531,6 +531,7 @@ def _bind(parent: Module, value: Any) -> None:
     for _, module in reversed(list(nnx.iter_modules(root))):
       if isinstance(module, Module):
         if module.scope is None:
+          assert parent.scope is not None
           module.scope = parent.scope.copy()
         _set_up(module)
 

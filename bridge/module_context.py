@@ -90,7 +90,7 @@ class ModuleContext(threading.local):
     module_stack: an entry for each, or None where there is no Module around.
   """
 
-  def __init__(self):
+  def __init__(self) -> None:
     self.module_stack: list[ModuleStackEntry | None] = [None]
 
 

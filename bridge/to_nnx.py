@@ -187,7 +187,7 @@ class ToNNX(nnx.Module):
   def __setattr__(self, name: str, value: Any) -> None:
     # So that `model.train()`, `model.eval()` and the like reach the fields of
     # the Linen module, such as `deterministic` and `use_running_average`.
-    module = vars(self).get("to_nnx__module")
+    module: Any = vars(self).get("to_nnx__module")
     if _has_field(module, name) and name not in vars(self):
       super().__setattr__("to_nnx__module", module.clone(**{name: value}))
     else:

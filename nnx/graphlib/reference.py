@@ -100,7 +100,7 @@ class Flattener:
     (['dict', 'variable'], [1.0])
   """
 
-  def __init__(self):
+  def __init__(self) -> None:
     self.records: list[Any] = []
     self.leaves: list[Any] = []
     self.objects: list[Any] = []

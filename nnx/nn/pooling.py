@@ -92,7 +92,8 @@ def pool(
         f" `window_shape`, but got `padding={padding}` and"
         f" `window_shape={window}`."
       )
-    padding = ((0, 0),) * batch + pads + ((0, 0),)
+    own = tuple((before, after) for before, after in pads)
+    padding = ((0, 0),) * batch + own + ((0, 0),)
   elif padding not in ("SAME", "VALID", "SAME_LOWER"):
     raise ValueError(
       "`padding` must be SAME, VALID, SAME_LOWER or pairs of numbers, but got"

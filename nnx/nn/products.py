@@ -17,6 +17,8 @@ from jax import lax
 from nnx import eager
 from nnx.nn import dtypes
 
+_CONFIG: Any = jax.config  # whose options have no types
+
 DotGeneral = Callable[..., jax.Array]
 
 # As it was imported; see `eager.current`.
@@ -175,7 +177,7 @@ def _has_few_rows(inputs: jax.Array, kernel: jax.Array, axes: int) -> bool:
     and all(isinstance(size, int) for size in shape)  # none is symbolic
     and 1 <= math.prod(inputs.shape[:first]) <= _MOST_ROWS
     and math.prod(kernel.shape) >= _LEAST_SIZE
-    and jax.config.jax_default_matmul_precision is None
+    and _CONFIG.jax_default_matmul_precision is None
     and _on_one_kind_of_mesh()
     and jax.default_backend() == "cpu"
     and eager.functions_are_as_imported()
