@@ -144,6 +144,7 @@ from nnx.nn.pooling import max_pool as max_pool
 from nnx.nn.pooling import min_pool as min_pool
 from nnx.nn.pooling import pool as pool
 from nnx.nn.quantized import Quantized as Quantized
+from nnx.nn.quantized import QuantizedEmbed as QuantizedEmbed
 from nnx.nn.quantized import QuantizedLinear as QuantizedLinear
 from nnx.nn.quantized import quantize as quantize
 from nnx.nn.recurrent import RNN as RNN
