@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable
 import dataclasses
 import functools
+import itertools
 import math
 import os
 import statistics
@@ -115,18 +116,16 @@ class _Side:
     self._sharding = NamedSharding(mesh(own=devices), P("own"))
 
   def array(self, *shape: int) -> jax.Array:
-    """Returns numbers of such a shape for each device."""
-    whole = jax.random.normal(jax.random.key(0), (self.devices, *shape))
-    return jax.device_put(whole, self._sharding)
+    """Returns numbers, of which each device has so many."""
+    whole = (self.devices * shape[0], *shape[1:])
+    return jax.device_put(
+      jax.random.normal(jax.random.key(0), whole), self._sharding
+    )
 
   def _local(self, function: Callable, donated: tuple[int, ...]) -> Callable:
-    def own(*arrays):
-      results = function(*jax.tree.map(lambda x: x[0], arrays))
-      return jax.tree.map(lambda x: x[None], results)
-
     return jax.jit(
       jax.shard_map(
-        own,
+        function,
         mesh=self._sharding.mesh,
         in_specs=P("own"),
         out_specs=P("own"),
@@ -138,6 +137,15 @@ class _Side:
     """Returns the seconds of a function of each device's arrays."""
     compiled = self._local(function, ())
     return self._timer.seconds(lambda: compiled(*arrays))
+
+  def gradient_seconds(self, function: Callable, *arrays: jax.Array) -> float:
+    """Returns the seconds of a function and its gradient."""
+
+    def run(*arrays):
+      value, back = jax.vjp(function, *arrays)
+      return back(value)
+
+    return self.seconds(run, *arrays)
 
   def stepping(self, function: Callable, state: Any) -> float:
     """Returns the seconds of a function whose result is its next argument."""
@@ -152,16 +160,26 @@ class _Side:
 
 
 def _products(side: _Side, sizes: Sizes) -> float:
-  """Operations a second of a layer's widest product and its gradients."""
-  features, hidden = sizes.model.features, sizes.model.hidden
-  tokens = sizes.batch * sizes.length // side.devices
+  """Operations a second of a layer's products and their gradients.
 
-  def run(x, w):
-    y, back = jax.vjp(jnp.matmul, x, w)
-    return back(y)
+  They are those of a perceptron with what is between its products, and of a
+  projection into heads: XLA multiplies other layouts at other speeds.
+  """
+  model = sizes.model
+  rows = sizes.batch // side.devices
+  x = side.array(rows, sizes.length, model.features)
+  up = side.array(model.features, model.hidden)
+  down = side.array(model.hidden, model.features)
+  heads = side.array(model.features, model.heads, model.head_dim)
 
-  x, w = side.array(tokens, features), side.array(features, hidden)
-  return 6 * tokens * features * hidden / side.seconds(run, x, w)
+  def project(x, heads):
+    return jnp.einsum("btf,fnh->btnh", x, heads)
+
+  took = side.gradient_seconds(
+    lambda x, up, down: jax.nn.gelu(x @ up) @ down, x, up, down
+  ) + 4 * side.gradient_seconds(project, x, heads)
+  tokens = rows * sizes.length
+  return 6 * tokens * (model.attention + model.expert) / took
 
 
 def _attention(side: _Side, sizes: Sizes) -> float:
@@ -169,17 +187,11 @@ def _attention(side: _Side, sizes: Sizes) -> float:
   model = sizes.model
   rows = sizes.batch // side.devices
 
-  def run(q, k, v):
-    y, back = jax.vjp(
-      lambda q, k, v: nnx.dot_product_attention(q, k, v, is_causal=True),
-      q,
-      k,
-      v,
-    )
-    return back(y)
+  def attend(q, k, v):
+    return nnx.dot_product_attention(q, k, v, is_causal=True)
 
   heads = (rows, sizes.length, model.heads, model.head_dim)
-  took = side.seconds(run, *(side.array(*heads) for _ in range(3)))
+  took = side.gradient_seconds(attend, *(side.array(*heads) for _ in range(3)))
   return 3.5 * 2 * rows * sizes.length**2 * model.query_size / took
 
 
@@ -196,10 +208,6 @@ def _norms(side: _Side, sizes: Sizes) -> float:
     x += attended
     return norm(x), jax.nn.gelu(hidden), norm(x + out)
 
-  def run(x, attended, hidden, out):
-    y, back = jax.vjp(between, x, attended, hidden, out)
-    return back(y)
-
   arrays = [
     side.array(tokens, size)
     for size in (model.features, model.features, model.hidden, model.features)
@@ -209,14 +217,14 @@ def _norms(side: _Side, sizes: Sizes) -> float:
     + 2 * (model.query_size + model.kv_size)
     + 3 * model.hidden
   )
-  return 4 * tokens * elements * 4 / side.seconds(run, *arrays)
+  return 4 * tokens * elements * 4 / side.gradient_seconds(between, *arrays)
 
 
 def _optimizer(side: _Side, sizes: Sizes) -> float:
   """Bytes a second of Adam."""
   adam = optax.adam(1e-3)
-  shape = (sizes.model.features, sizes.model.hidden)
-  count = 2 * sizes.model.layers
+  features, hidden = sizes.model.features, sizes.model.hidden
+  shape = (2 * sizes.model.layers, features, hidden)
 
   def run(weights, gradients, first, second):
     state = adam.init(weights)
@@ -224,24 +232,30 @@ def _optimizer(side: _Side, sizes: Sizes) -> float:
     change, state = adam.update(gradients, state, weights)
     return optax.apply_updates(weights, change), state[0].mu, state[0].nu
 
-  arrays = [side.array(count, *shape) for _ in range(4)]
-  return 28 * arrays[0][0].size / side.seconds(run, *arrays)
+  arrays = [side.array(*shape) for _ in range(4)]
+  return 28 * math.prod(shape) / side.seconds(run, *arrays)
 
 
 def _weights(side: _Side, sizes: Sizes) -> float:
   """Bytes a second of products of few rows, over as many matrices as a step."""
   model = sizes.model
   rows = max(1, sizes.batch // side.devices)
-  ups = side.array(model.layers, model.features, model.hidden)
-  downs = side.array(model.layers, model.hidden, model.features)
+  pairs = [
+    (
+      side.array(model.features, model.hidden),
+      side.array(model.hidden, model.features),
+    )
+    for _ in range(model.layers)
+  ]
 
-  def run(x, ups, downs):
-    for n in range(model.layers):
-      x = x @ ups[n] @ downs[n]
+  def run(x, *matrices):
+    for matrix in matrices:
+      x = x @ matrix
     return x
 
-  took = side.seconds(run, side.array(rows, model.features), ups, downs)
-  return 4 * (ups[0].size + downs[0].size) / took
+  x = side.array(rows, 1, model.features)
+  took = side.seconds(run, x, *itertools.chain(*pairs))
+  return 8 * model.layers * model.features * model.hidden / took
 
 
 def _cache(side: _Side, sizes: Sizes) -> float:
@@ -253,7 +267,6 @@ def _cache(side: _Side, sizes: Sizes) -> float:
     (side.array(*shape), side.array(*shape)) for _ in range(model.layers)
   ]
   token = side.array(rows, 1, model.kv_heads, model.head_dim)
-  read = 8 * model.layers * caches[0][0][0].size
 
   def run(state):
     caches, token = state
@@ -265,6 +278,7 @@ def _cache(side: _Side, sizes: Sizes) -> float:
       written.append((k, v))
     return written, token
 
+  read = 8 * model.layers * math.prod(shape)
   return read / side.stepping(run, (caches, token))
 
 
