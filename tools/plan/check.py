@@ -259,7 +259,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
   devices = [int(count) for count in options.devices.split(",")]
   jax.config.update("jax_platforms", "cpu")
   jax.config.update("jax_num_cpu_devices", max(devices))
-  rows = []
+  rows: list[dict[str, Any]] = []
   for trial in trials(devices):
     plan = trial.plan(timer)
     measured = trial.measure(timer)

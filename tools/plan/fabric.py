@@ -199,7 +199,7 @@ class Torus:
     refusal.check_divides("grids", grids, "data", mesh.data)
     sides = self.grid(mesh.devices // grids)
     free = list(sides)
-    found = {}
+    found: dict[str, tuple[Tier, ...]] = {}
     for name, size in mesh.sizes.items():
       if name == "data":
         size //= grids

@@ -14,8 +14,9 @@ then 1. `tables` prints those of docs/planning.md, published figures among them.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 import dataclasses
+import inspect
 import sys
 import typing
 
@@ -24,6 +25,7 @@ from tools.plan import (
   decoding,
   mesh,
   model,
+  parts,
   refusal,
   report,
   tables,
@@ -73,7 +75,7 @@ def _make(options: argparse.Namespace, kind: type, start=None):
   return kind(**given)
 
 
-_PLANS = {
+_PLANS: dict[str, tuple[type, Callable[..., parts.Plan]]] = {
   "train": (training.Job, training.plan),
   "decode": (decoding.Job, decoding.plan),
 }
@@ -87,7 +89,13 @@ def _parser() -> argparse.ArgumentParser:
   )
   commands = parser.add_subparsers(dest="command", required=True)
   for name, (job, _) in _PLANS.items():
-    command = commands.add_parser(name)
+    command = commands.add_parser(
+      name,
+      description="\n\n".join(
+        inspect.cleandoc(str(kind.__doc__)) for kind in (job, model.Model)
+      ),
+      formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     command.add_argument(
       "--model",
       choices=sorted(model.MODELS),

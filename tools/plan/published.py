@@ -44,12 +44,10 @@ class Figure:
 
   def plan(self) -> parts.Plan:
     """Returns the same step on paper."""
-    make = (
-      training.plan if isinstance(self.job, training.Job) else decoding.plan
-    )
-    return make(
-      model.MODELS[self.name], chips.CHIPS[self.chip], self.mesh, self.job
-    )
+    sizes, chip = model.MODELS[self.name], chips.CHIPS[self.chip]
+    if isinstance(self.job, training.Job):
+      return training.plan(sizes, chip, self.mesh, self.job)
+    return decoding.plan(sizes, chip, self.mesh, self.job)
 
   @property
   def predicted(self) -> float:

@@ -100,6 +100,13 @@ class MainTest(parameterized.TestCase):
     self.assertEqual(status, 1)
     self.assertIn("refused: Wanted as well: --features, --heads,", err)
 
+  def test_help_says_what_the_flags_are(self):
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out), self.assertRaises(SystemExit):
+      main.main(["train", "--help"])
+    self.assertIn("microbatches: parts of a device's batch", out.getvalue())
+    self.assertIn("kv_heads: of keys and values.", out.getvalue())
+
   def test_sources(self):
     status, out, _ = run("sources", "--chip=v6e")
     self.assertEqual(status, 0)
