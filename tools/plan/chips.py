@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 import dataclasses
+from typing import Any
 
 from tools.plan import fabric as fabric_lib
 from tools.plan import measured, refusal
@@ -248,6 +249,66 @@ CHIPS = {
 }
 
 
+def change(chip: Chip, text: str) -> Chip:
+  """Returns a chip with some of its numbers replaced.
+
+  Args:
+    chip: whose.
+    text: NAME=NUMBER,...; of a rate the fraction that is reached, of a link
+      LINK.FIELD, of anything else its value.
+
+  Example:
+    >>> change(CHIPS["h200"], "attention=0.3,inner.hop=1e-6").attention.fraction
+    0.3
+  """
+  new: Any
+  for item in filter(None, text.split(",")):
+    fabric: Any = chip.fabric
+    name, _, number = item.partition("=")
+    try:
+      value = float(number)
+      if "." in name:
+        link, field = name.split(".")
+        links = {
+          link: dataclasses.replace(getattr(fabric, link), **{field: value})
+        }
+        chip = dataclasses.replace(
+          chip, fabric=dataclasses.replace(fabric, **links)
+        )
+        continue
+      old = getattr(chip, name)
+      if isinstance(old, Rate):
+        new = dataclasses.replace(old, fraction=value)
+      elif isinstance(old, Mapping):
+        new = {
+          dtype: dataclasses.replace(rate, fraction=value)
+          for dtype, rate in old.items()
+        }
+      elif isinstance(old, float):
+        new = value
+      else:
+        raise TypeError
+    except (AttributeError, TypeError, ValueError):
+      names = [
+        field.name
+        for field in dataclasses.fields(chip)
+        if field.name not in ("name", "queued", "fabric")
+      ]
+      raise refusal.Refused(
+        f"Numbers of {chip.name} are written as NAME=NUMBER,... with names of"
+        f" {', '.join(names)}, or as {_links(chip)[0]}.bandwidth, .hop or"
+        f" .start, but got `{item}`."
+      ) from None
+    chip = dataclasses.replace(chip, **{name: new})
+  return chip
+
+
+def _links(chip: Chip) -> list[str]:
+  return [
+    name for name in ("inner", "link", "outer") if hasattr(chip.fabric, name)
+  ]
+
+
 def sources(chip: Chip) -> list[tuple[str, str, str]]:
   """Returns of each number of a chip its name, its value and its source."""
   rates = {
@@ -262,9 +323,8 @@ def sources(chip: Chip) -> list[tuple[str, str, str]]:
     (name, f"{rate.promised / 1e12:.4g} T/s x {rate.fraction:.3f}", rate.source)
     for name, rate in rates.items()
   ]
-  for name in ("inner", "link", "outer"):
-    link = getattr(chip.fabric, name, None)
-    if link is not None:
-      words = f"{link.bandwidth / 1e9:.4g} GB/s, {link.hop * 1e6:.3g} us a hop"
-      found.append((f"network, {name}", words, link.source))
+  for name in _links(chip):
+    link = getattr(chip.fabric, name)
+    words = f"{link.bandwidth / 1e9:.4g} GB/s, {link.hop * 1e6:.3g} us a hop"
+    found.append((f"network, {name}", words, link.source))
   return found

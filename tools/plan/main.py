@@ -108,6 +108,13 @@ def _parser() -> argparse.ArgumentParser:
       metavar="AXIS=N,...",
       help=f"axes: {', '.join(mesh.AXES)}",
     )
+    command.add_argument(
+      "--change",
+      default="",
+      metavar="NAME=NUMBER,...",
+      help="other numbers of the chip: attention=0.3 (the fraction reached),"
+      " kernel=2e-6, inner.bandwidth=4e11",
+    )
     _add_fields(command, model.Model)
     _add_fields(command, job)
   commands.add_parser("tables")
@@ -130,7 +137,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
   try:
     found = plan(
       _make(options, model.Model, model.MODELS.get(options.model)),
-      chip,
+      chips.change(chip, options.change),
       mesh.parse(options.mesh),
       _make(options, job),
     )

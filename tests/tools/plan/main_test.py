@@ -107,6 +107,20 @@ class MainTest(parameterized.TestCase):
     self.assertIn("microbatches: parts of a device's batch", out.getvalue())
     self.assertIn("kv_heads: of keys and values.", out.getvalue())
 
+  def test_numbers_of_a_chip_can_be_others(self):
+    common = (
+      *("decode", "--model=llama2-7b", "--chip=h200", "--batch=1"),
+      *("--context=16", "--mesh=tensor=2"),
+    )
+    _, before, _ = run(*common)
+    for change in ("weights=0.5", "kernel=1e-5", "inner.start=1e-4"):
+      _, after, _ = run(*common, f"--change={change}")
+      self.assertNotEqual(before, after, change)
+    for wrong in ("speed=1", "kernel=fast", "inner.weight=1", "name=1"):
+      status, _, err = run(*common, f"--change={wrong}")
+      self.assertEqual(status, 1)
+      self.assertIn(f"but got `{wrong}`.", err)
+
   def test_sources(self):
     status, out, _ = run("sources", "--chip=v6e")
     self.assertEqual(status, 0)
