@@ -40,44 +40,53 @@ class Trial:
     decode: whether it decodes, else it trains.
     axis: of the mesh.
     devices: along it.
-    sizes: of the model and of its batch.
+    model: what runs.
+    batch: sequences of a step.
+    length: tokens of each, or the context.
   """
 
   decode: bool
   axis: str
   devices: int
-  sizes: host.Sizes
+  model: model_lib.Model
+  batch: int
+  length: int
 
   @property
   def job(self) -> str:
     """Its name in a table."""
     kind = "decoding" if self.decode else "training"
-    return f"{kind}, {self.sizes.batch} x {self.sizes.length}"
+    return f"{kind}, {self.batch} x {self.length}"
 
   def plan(self, timer: host.Timer) -> parts.Plan:
     """Measures the machine, and plans for it."""
-    chip = host.chip(self.devices, self.sizes, self.decode, timer)
+    split = self.devices if self.axis == "data" else 1
+    if not self.decode:
+      # Of training the products are as wide however they are split.
+      split = min(self.devices, host.cores())
+    sizes = host.Sizes(self.model, self.batch // split, self.length)
+    chip = host.chip(self.devices, sizes, self.decode, timer)
     axes = mesh_lib.Mesh(**{self.axis: self.devices})
     if self.decode:
       return decoding.plan(
-        self.sizes.model,
+        self.model,
         chip,
         axes,
         decoding.Job(
-          self.sizes.batch,
-          self.sizes.length,
+          self.batch,
+          self.length,
           weights="float32",
           cache="float32",
           compute="float32",
         ),
       )
     return training.plan(
-      self.sizes.model,
+      self.model,
       chip,
       axes,
       training.Job(
-        self.sizes.batch,
-        self.sizes.length,
+        self.batch,
+        self.length,
         recompute="elementwise",
         compute="float32",
         # Cores that send do not calculate.
@@ -168,11 +177,10 @@ class _Decoder(nnx.Module):
 
 def _step(trial: Trial, group: jax.sharding.Mesh) -> Callable[[], jax.Array]:
   """Returns a step of a new model."""
-  sizes = trial.sizes
   rows = NamedSharding(group, P("data"))
 
   def make():
-    model = _Decoder(sizes.model, trial.decode, nnx.Rngs(0))
+    model = _Decoder(trial.model, trial.decode, nnx.Rngs(0))
     if trial.decode:
       return model, None
     return model, nnx.Optimizer(model, optax.adam(1e-3), wrt=nnx.Param)
@@ -181,7 +189,7 @@ def _step(trial: Trial, group: jax.sharding.Mesh) -> Callable[[], jax.Array]:
   if trial.decode:
     return _decode_step(trial, model, rows)
   tokens = jax.device_put(
-    jnp.ones((sizes.batch, sizes.length), jnp.int32), rows
+    jnp.ones((trial.batch, trial.length), jnp.int32), rows
   )
 
   @nnx.jit(donate_argnums=(0, 1))
@@ -201,39 +209,37 @@ def _step(trial: Trial, group: jax.sharding.Mesh) -> Callable[[], jax.Array]:
 def _decode_step(
   trial: Trial, model: _Decoder, rows: NamedSharding
 ) -> Callable[[], jax.Array]:
-  sizes = trial.sizes
   for block in model.blocks:
     block.attention.init_cache(
-      (sizes.batch, sizes.length, sizes.model.features),
+      (trial.batch, trial.length, trial.model.features),
       sharding=("data", None, "tensor", None),
     )
-  tokens = jax.device_put(jnp.ones((sizes.batch, 1), jnp.int32), rows)
+  tokens = jax.device_put(jnp.ones((trial.batch, 1), jnp.int32), rows)
 
   @nnx.jit(donate_argnums=(0,))
   def step(model, tokens):
     for block in model.blocks:
       # The same place at every step, so that each reads a whole cache.
-      block.attention.cache_index[...] = jnp.int32(sizes.length - 1)
+      block.attention.cache_index[...] = jnp.int32(trial.length - 1)
     return model(tokens).argmax(-1)
 
   return lambda: step(model, tokens)
 
 
-TRAINED = host.Sizes(
-  model_lib.Model(4, 256, 8, 8, 32, 1024, 512, gated=False), 8, 128
-)
-DECODED = host.Sizes(
-  model_lib.Model(4, 512, 8, 8, 64, 2048, 512, gated=False), 8, 512
-)
+TRAINED = model_lib.Model(4, 256, 8, 8, 32, 1024, 512, gated=False)
+DECODED = model_lib.Model(4, 512, 8, 8, 64, 2048, 512, gated=False)
 
 
-def trials(devices: Sequence[int]) -> Iterator[Trial]:
+def trials(devices: Sequence[int], only: str = "") -> Iterator[Trial]:
   """Returns what is compared: each kind on each number of devices."""
   for decode in (False, True):
+    if only == ("training" if decode else "decoding"):
+      continue
     for count in devices:
       for axis in ("data", "tensor"):
         if count > 1 or axis == "data":
-          yield Trial(decode, axis, count, DECODED if decode else TRAINED)
+          sizes = (DECODED, 8, 512) if decode else (TRAINED, 8, 128)
+          yield Trial(decode, axis, count, *sizes)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -250,6 +256,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     default="wall",
     help="cpu: time on cores over their number, where others want them too",
   )
+  parser.add_argument("--only", choices=("training", "decoding"), default="")
   parser.add_argument("--samples", type=int, default=5)
   parser.add_argument("--tolerance", type=float, default=0.3)
   parser.add_argument("--json", metavar="FILE", help="write the rows here")
@@ -260,7 +267,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
   jax.config.update("jax_platforms", "cpu")
   jax.config.update("jax_num_cpu_devices", max(devices))
   rows: list[dict[str, Any]] = []
-  for trial in trials(devices):
+  for trial in trials(devices, options.only):
     plan = trial.plan(timer)
     measured = trial.measure(timer)
     row = {

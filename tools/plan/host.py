@@ -39,12 +39,13 @@ class Sizes:
 
   Attributes:
     model: whose layers they are of.
-    batch: sequences of a step of training, or of decoding.
+    rows: sequences of a device. A product of one row is another kernel than one
+      of four.
     length: tokens of each, or the context.
   """
 
   model: model_lib.Model
-  batch: int
+  rows: int
   length: int
 
 
@@ -166,7 +167,7 @@ def _products(side: _Side, sizes: Sizes) -> float:
   projection into heads: XLA multiplies other layouts at other speeds.
   """
   model = sizes.model
-  rows = sizes.batch // side.devices
+  rows = sizes.rows
   x = side.array(rows, sizes.length, model.features)
   up = side.array(model.features, model.hidden)
   down = side.array(model.hidden, model.features)
@@ -185,7 +186,7 @@ def _products(side: _Side, sizes: Sizes) -> float:
 def _attention(side: _Side, sizes: Sizes) -> float:
   """Operations a second of attention and its gradient."""
   model = sizes.model
-  rows = sizes.batch // side.devices
+  rows = sizes.rows
 
   def attend(q, k, v):
     return nnx.dot_product_attention(q, k, v, is_causal=True)
@@ -198,7 +199,7 @@ def _attention(side: _Side, sizes: Sizes) -> float:
 def _norms(side: _Side, sizes: Sizes) -> float:
   """Bytes a second of what is between a layer's products."""
   model = sizes.model
-  tokens = sizes.batch * sizes.length // side.devices
+  tokens = sizes.rows * sizes.length
 
   def norm(x):
     x -= x.mean(-1, keepdims=True)
@@ -239,7 +240,7 @@ def _optimizer(side: _Side, sizes: Sizes) -> float:
 def _weights(side: _Side, sizes: Sizes) -> float:
   """Bytes a second of products of few rows, over as many matrices as a step."""
   model = sizes.model
-  rows = max(1, sizes.batch // side.devices)
+  rows = sizes.rows
   pairs = [
     (
       side.array(model.features, model.hidden),
@@ -261,7 +262,7 @@ def _weights(side: _Side, sizes: Sizes) -> float:
 def _cache(side: _Side, sizes: Sizes) -> float:
   """Bytes a second at which our kernel reads the caches of a step."""
   model = sizes.model
-  rows = max(1, sizes.batch // side.devices)
+  rows = sizes.rows
   shape = (rows, sizes.length, model.kv_heads, model.head_dim)
   caches = [
     (side.array(*shape), side.array(*shape)) for _ in range(model.layers)
@@ -284,7 +285,7 @@ def _cache(side: _Side, sizes: Sizes) -> float:
 
 def _kernel(side: _Side, sizes: Sizes) -> float:
   """Seconds of an operation in a program that has nearly nothing to do."""
-  rows = max(1, sizes.batch // side.devices)
+  rows = sizes.rows
   count = 64
 
   def run(x, w):

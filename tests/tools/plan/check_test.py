@@ -12,7 +12,7 @@ from tools.plan import check, host, mesh, model
 devices.use_cpu_devices(2)
 
 TIMER = host.Timer("cpu", samples=1, least=0.0)
-SIZES = host.Sizes(model.Model(2, 64, 4, 4, 16, 128, 64, gated=False), 4, 32)
+SMALL = model.Model(2, 64, 4, 4, 16, 128, 64, gated=False)
 
 
 class CheckTest(parameterized.TestCase):
@@ -24,7 +24,7 @@ class CheckTest(parameterized.TestCase):
   )
   def test_plans_and_measures(self, decode, axis, count):
     devices.need_devices(count)
-    trial = check.Trial(decode, axis, count, SIZES)
+    trial = check.Trial(decode, axis, count, SMALL, 4, 32)
     plan = trial.plan(TIMER)
     self.assertGreater(plan.seconds, 0)
     # Tiny arrays and a busy machine: dispatch alone is most of a step.
@@ -35,12 +35,12 @@ class CheckTest(parameterized.TestCase):
     self.assertLen(trials, 2 * (1 + 3 * 2))
     for trial in trials:
       axes = mesh.Mesh(**{trial.axis: trial.devices})
-      self.assertEqual(trial.sizes.batch % axes.batch, 0)
-      self.assertEqual(trial.sizes.model.heads % axes.tensor, 0)
+      self.assertEqual(trial.batch % axes.batch, 0)
+      self.assertEqual(trial.model.heads % axes.tensor, 0)
 
   def test_more_devices_share_what_there_is(self):
     devices.need_devices(2)
-    chip = host.chip(2, SIZES, decode=False, timer=TIMER)
+    chip = host.chip(2, host.Sizes(SMALL, 2, 32), decode=False, timer=TIMER)
     (tier,) = chip.fabric.tiers(mesh.Mesh(data=2))["data"]
     self.assertEqual(tier.bandwidth, chip.fabric.link.bandwidth / 2)
 
