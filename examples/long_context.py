@@ -157,7 +157,8 @@ def ring_attention(
 ) -> jax.Array:
   """Attends to the tokens of all devices, inside of a `shard_map`.
 
-  Of a causal ring, the last device works for as long as one that is not causal.
+  A causal ring takes as long as one that is not: the last device looks at the
+  keys of all.
 
   Args:
     q: `[b, t, n * g, h]`, the queries of this device's tokens; g in a row share
@@ -181,11 +182,29 @@ def ring_layers(mesh: jax.sharding.Mesh) -> Callable[..., jax.Array]:
   """Returns an `attention_fn` of layers whose tokens are split over a mesh."""
 
   def attend(
-    query, key, value, *, mask=None, is_causal=False, dropout_rate=0.0, **rest
-  ):
-    del rest  # dtypes, and what dropout needs
-    if mask is not None or dropout_rate:
-      raise ValueError("ring attention must have no `mask` and no dropout.")
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    *,
+    mask: jax.Array | None = None,
+    is_causal: bool = False,
+    dropout_rate: float = 0.0,
+    precision: Any = None,
+    module: Any = None,
+    **unused: Any,
+  ) -> jax.Array:
+    # Those of dropout, and the dtype that the three have already.
+    others = {"broadcast_dropout", "deterministic", "dropout_rng", "dtype"}
+    if (
+      dropout_rate
+      or any(x is not None for x in (mask, precision, module))
+      or unused.keys() - others
+    ):
+      raise ValueError(
+        "Ring attention must be causal or whole, but got a `mask`, dropout, a"
+        " `precision`, weights to sow, or"
+        f" {sorted(unused.keys() - others)}. It takes `is_causal` alone."
+      )
     ring = functools.partial(ring_attention, axis=AXIS, causal=is_causal)
     tokens = P(None, AXIS)
     return jax.shard_map(

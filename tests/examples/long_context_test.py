@@ -123,10 +123,13 @@ def test_a_model_on_a_ring_learns_as_on_one_device():
 def test_layers_refuse_what_a_ring_cannot_do():
   attend = long_context.ring_layers(long_context.make_mesh())
   q, k, v, _ = arrays(group=1)
-  with pytest.raises(ValueError, match="must have no `mask` and no dropout"):
-    attend(q, k, v, mask=jnp.ones((64, 64), bool))
-  with pytest.raises(ValueError, match="must have no `mask` and no dropout"):
-    attend(q, k, v, dropout_rate=0.5)
+  for options in (
+    {"mask": jnp.ones((64, 64), bool)},
+    {"dropout_rate": 0.5},
+    {"window": (3, 0)},
+  ):
+    with pytest.raises(ValueError, match="must be causal or whole, but got"):
+      attend(q, k, v, **options)
 
 
 @pytest.mark.parametrize("filled", (1, 8, 9, 64))
