@@ -292,6 +292,11 @@ def _decode_rows(tiny: bool) -> Iterator[Row]:
     (8, 32768, 8, 1, "bfloat16", 1),
     (64, 2048, 8, 4, "bfloat16", 4),
     (128, 256, 8, 8, "bfloat16", 8),
+    # What tensor parallelism over eight leaves to each: one head.
+    (8, 32768, 1, 8, "bfloat16", 4),
+    (8, 32768, 1, 8, "int8", 4),
+    (1, 32768, 1, 8, "bfloat16", 16),
+    (64, 2048, 1, 8, "bfloat16", 8),
   ):
     name = f"decode/B{batch}_S{length}_N{heads}_G{group}_H128/{dtype}"
     if tiny:
