@@ -54,6 +54,13 @@ def compare(ours: Any, theirs: Any, name: str) -> float:
     ("numpyro_modules", "numpyro"),
     ("qwix_quantization", "qwix"),
     ("tunix_training", "google-tunix"),
+    # In the manner of public tutorials.
+    ("bridged_models", "flax"),
+    ("ensemble_q_learning", "flax"),
+    ("gpt_scan", "flax"),
+    ("resumed_training", "flax"),
+    ("states_and_averages", "flax"),
+    ("vae_optimizers", "flax"),
   ],
 )
 def test_a_program_computes_the_same(program, package, record_property):

@@ -157,12 +157,47 @@ class StateBehindTest(parameterized.TestCase):
     )
 
   @parameterized.named_parameters(*BOTH)
+  def test_nodes_are_set(self, lib):
+    model = lib.Module()
+    model.n = 3
+    nodes = model._pytree__nodes.update({"n": True, "later": True})
+    object.__setattr__(model, "_pytree__nodes", nodes)
+    model.later = 4
+    self.assertEqual(jax.tree.leaves(model), [4, 3])
+    copied = lib.clone(model)._pytree__nodes
+    self.assertTrue(copied["n"] and copied["later"])
+
+  @parameterized.named_parameters(*BOTH)
   def test_initializing(self, lib):
     state = lib.Module()._pytree__state
     self.assertFalse(state.initializing or state.is_setup)
     model = lib.Module()
     model._pytree__state._initializing = True
     self.assertTrue(model._pytree__state.initializing)
+
+  @parameterized.named_parameters(*BOTH)
+  def test_flags_go_where_the_object_goes(self, lib):
+    model = lib.Module()
+    model.part = lib.Linear(2, 2, rngs=lib.Rngs(0))
+    plain = lib.graphdef(model)
+    model._pytree__state._initializing = True
+    model.part._pytree__state._is_setup = True
+    for other in (
+      lib.merge(*lib.split(model)),
+      lib.clone(model),
+      copy.deepcopy(model),
+      pickle.loads(pickle.dumps(model)),
+      lib.jit(lambda m: m)(model),
+    ):
+      state, of_part = other._pytree__state, other.part._pytree__state
+      self.assertTrue(state.initializing and of_part.is_setup)
+      self.assertFalse(state.is_setup or of_part.initializing)
+    self.assertNotEqual(lib.graphdef(model), plain)
+    other = lib.merge(*lib.split(model))
+    other._pytree__state._initializing = False
+    other.part._pytree__state._is_setup = False
+    self.assertEqual(lib.graphdef(other), plain)
+    self.assertLen(jax.tree.leaves(lib.state(other)), 4)
 
   @parameterized.named_parameters(*BOTH)
   def test_jitted_function(self, lib):
