@@ -32,9 +32,7 @@ def keras_sequential() -> Callable[[], Any]:
   model = keras.Sequential([*layers, keras.layers.Dense(4)])
   model.compile(keras.optimizers.Adam(1e-3), "mse")
   draw = np.random.default_rng(0)
-  x, y = (
-    draw.normal(size=(8, size)).astype(np.float32) for size in (32, 4)
-  )
+  x, y = (draw.normal(size=(8, size)).astype(np.float32) for size in (32, 4))
   return lambda: model.train_on_batch(x, y)
 
 

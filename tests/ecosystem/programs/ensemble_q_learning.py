@@ -32,7 +32,7 @@ class Buffer(nnx.Module):
   def add(self, item):
     at = self.next[...] % self.items.shape[0]
     self.items[...] = self.items[...].at[at].set(item)
-    self.next += 1
+    self.next[...] += 1
 
   def sample(self, key):
     limit = jnp.minimum(self.next[...], self.items.shape[0])
@@ -77,9 +77,7 @@ def play(model, buffer, rngs, state):
     new = jnp.where(fell, jnp.zeros(4), new)
     return (model, buffer, rngs, new), fell
 
-  carry, falls = nnx.scan(one, length=12)(
-    (model, buffer, rngs, state), None
-  )
+  carry, falls = nnx.scan(one, length=12)((model, buffer, rngs, state), None)
   return carry[-1], falls.sum()
 
 

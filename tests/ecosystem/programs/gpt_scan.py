@@ -101,9 +101,7 @@ optimizer = nnx.Optimizer(
 metrics = nnx.MultiMetric(
   accuracy=nnx.metrics.Accuracy(), loss=nnx.metrics.Average("loss")
 )
-tokens = jax.random.randint(
-  jax.random.key(0), (8, LENGTH + 1), 0, VOCABULARY
-)
+tokens = jax.random.randint(jax.random.key(0), (8, LENGTH + 1), 0, VOCABULARY)
 tokens = tokens.at[:, 1:].set((tokens[:, :1] + jnp.arange(1, 17)) % VOCABULARY)
 history = []
 for _ in range(10):

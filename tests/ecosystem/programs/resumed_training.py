@@ -12,7 +12,9 @@ import numpy as np
 import optax
 import orbax.checkpoint as ocp
 
-mesh = jax.sharding.Mesh(mesh_utils.create_device_mesh((1, 1)), ("data", "model"))
+mesh = jax.sharding.Mesh(
+  mesh_utils.create_device_mesh((1, 1)), ("data", "model")
+)
 X = jax.random.normal(jax.random.key(0), (4, 10, 6))
 Y = jnp.cumsum(X, axis=1)[..., :2]
 

@@ -28,9 +28,7 @@ class Net(nnx.Module):
 X = jax.random.normal(jax.random.key(0), (32, 6))
 Y = jax.random.normal(jax.random.key(1), (32, 2, 3))
 model = Net(nnx.Rngs(0))
-graphdef, params, stats, rest = nnx.split(
-  model, nnx.Param, nnx.BatchStat, ...
-)
+graphdef, params, stats, rest = nnx.split(model, nnx.Param, nnx.BatchStat, ...)
 tx = optax.adamw(1e-2, weight_decay=0.1)
 
 

@@ -24,10 +24,8 @@ class Encoder(nnx.Module):
   def __call__(self, x):
     x = nnx.relu(self.norm(self.conv(x))).reshape(x.shape[0], -1)
     mean, std = self.mean(x), jnp.exp(self.std(x))
-    self.kl = Loss(
-      0.5 * jnp.mean(-jnp.log(std**2) - 1.0 + std**2 + mean**2)
-    )
-    self.sow(nnx.Intermediate, "mean", mean)
+    self.kl = Loss(0.5 * jnp.mean(-jnp.log(std**2) - 1.0 + std**2 + mean**2))
+    self.sow(nnx.Intermediate, "latent", mean)
     return mean + std * jax.random.normal(self.rngs.noise(), mean.shape)
 
 
@@ -109,7 +107,7 @@ print(
       "losses": losses,
       "norms": norms,
       "encoder kept": all((a == b).all() for a, b in zip(before, after)),
-      "sown": np.asarray(aux["means"]["encoder"]["mean"][0]).tolist(),
+      "sown": np.asarray(aux["means"]["encoder"]["latent"][0]).tolist(),
       "averages": np.asarray(model.encoder.norm.mean[...]).tolist(),
       "output": np.asarray(nnx.jit(lambda m: m(X))(model)).ravel().tolist(),
     }

@@ -197,7 +197,47 @@ class StateBehindTest(parameterized.TestCase):
     other._pytree__state._initializing = False
     other.part._pytree__state._is_setup = False
     self.assertEqual(lib.graphdef(other), plain)
-    self.assertLen(jax.tree.leaves(lib.state(other)), 4)
+    self.assertLen(jax.tree.leaves(lib.state(other)), 2)
+
+  @parameterized.product(lib=(nnx, flax_nnx), mark=("none", "static", "data"))
+  def test_state_of_what_is_no_data(self, lib, mark):
+    marked = (lambda x: x) if mark == "none" else getattr(lib, mark)
+    inner = {"c": "x", "d": [np.dtype("i1")]}
+    model = lib.Module()
+    model.dtypes = marked(lib.State({"a": jnp.float32, "b": inner}))
+    model.w = lib.Param(jnp.ones(2))
+    self.assertLen(lib.to_flat_state(lib.state(model)), 1)
+    for other in (lib.clone(model), lib.merge(*lib.split(model))):
+      self.assertEqual(other.dtypes["b"]["c"], "x")
+      self.assertEqual(other.dtypes["b"]["d"], [np.dtype("i1")])
+    traced = []
+
+    @lib.jit
+    def f(model):
+      traced.append(model.dtypes["a"])
+      return model.w.astype(model.dtypes["a"])
+
+    f(model), f(lib.clone(model))
+    self.assertEqual(traced, [jnp.float32])
+    model.dtypes = marked(lib.State({"a": jnp.bfloat16, "b": inner}))
+    self.assertEqual(f(model).dtype, jnp.bfloat16)
+
+  @parameterized.named_parameters(*BOTH)
+  def test_state_among_the_attributes(self, lib):
+    model = lib.Module()
+    model.state = lib.data(
+      lib.State({"a": jnp.ones(2), "b": lib.Param(jnp.ones(2)), "c": 3})
+    )
+
+    @lib.jit
+    def f(model):
+      assert model.state["c"] == 3  # static
+      model.state["b"][...] += model.state["a"] * model.state["c"]
+
+    f(model)
+    np.testing.assert_array_equal(model.state["b"][...], [4, 4])
+    paths = [path for path, _ in lib.to_flat_state(lib.state(model))]
+    self.assertEqual(paths, [("state", "a"), ("state", "b")])
 
   @parameterized.named_parameters(*BOTH)
   def test_jitted_function(self, lib):
