@@ -20,7 +20,11 @@ TOLERANCE = 1e-4
 def run(program: str, *switch: str) -> Any:
   done = subprocess.run(
     [sys.executable, *switch, str(PROGRAMS / f"{program}.py")],
-    env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+    env={
+      **os.environ,
+      "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
+      "PYTHONWARNINGS": "ignore",  # of the libraries and of Flax
+    },
     capture_output=True,
     text=True,
   )
