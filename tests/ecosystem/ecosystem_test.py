@@ -67,13 +67,12 @@ def compare(ours: Any, theirs: Any, name: str) -> float:
     ("vae_optimizers", "flax"),
   ],
 )
-def test_a_program_computes_the_same(program, package, record_property):
+def test_a_program_computes_the_same(program, package):
   theirs = run(program)
   ours = run(program, "-m", "nnx.as_flax")
   assert theirs
   difference = compare(ours, theirs, program)
   version = importlib.metadata.version(package)
-  record_property(f"{package} {version}", f"{difference:.1e}")
   print(f"{package} {version}: largest difference {difference:.1e}")
 
 

@@ -12,7 +12,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from typing import Any
+from typing import IO, Any
 import weakref
 
 import numpy as np
@@ -44,7 +44,7 @@ class _Trainer:
       stderr=self._errors,
       text=True,
     )
-    weakref.finalize(self, _end, self._process)
+    weakref.finalize(self, _end, self._process, self._errors)
 
   def answer(self) -> Any:
     """Returns what it says next."""
@@ -65,8 +65,9 @@ class _Trainer:
     return self.answer()
 
 
-def _end(process: subprocess.Popen[str]) -> None:
+def _end(process: subprocess.Popen[str], errors: IO[str]) -> None:
   process.communicate()  # closes its input, which ends it
+  errors.close()
 
 
 def _build(program: str, settings: harness.Settings) -> harness.Comparison:

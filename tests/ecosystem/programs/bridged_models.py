@@ -50,7 +50,7 @@ class Mixed(nnx.Module):
     self.head = nnx.Linear(12, 1, rngs=rngs)
 
   def __call__(self, x):
-    return clipped(self.head, self.linen(x))
+    return clipped(self.head, self.linen(x, mutable=["batch_stats"]))
 
 
 model = Mixed(nnx.Rngs(0, dropout=1))

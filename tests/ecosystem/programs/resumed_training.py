@@ -6,14 +6,13 @@ import tempfile
 
 from flax import nnx
 import jax
-from jax.experimental import mesh_utils
 import jax.numpy as jnp
 import numpy as np
 import optax
 import orbax.checkpoint as ocp
 
-mesh = jax.sharding.Mesh(
-  mesh_utils.create_device_mesh((1, 1)), ("data", "model")
+mesh = jax.make_mesh(
+  (1, 1), ("data", "model"), axis_types=(jax.sharding.AxisType.Auto,) * 2
 )
 X = jax.random.normal(jax.random.key(0), (4, 10, 6))
 Y = jnp.cumsum(X, axis=1)[..., :2]
@@ -57,7 +56,7 @@ def train(model, optimizer, steps):
   return [float(step(model, optimizer)) for _ in range(steps)]
 
 
-with mesh:
+with jax.set_mesh(mesh):
   model, optimizer = make()
   first = train(model, optimizer, 3)
   with tempfile.TemporaryDirectory() as folder:

@@ -35,7 +35,7 @@ tx = optax.adamw(1e-2, weight_decay=0.1)
 @jax.jit
 def step(params, stats, rest, opt_state, averaged):
   def loss(params):
-    model = nnx.merge(graphdef, params, stats, rest)
+    model = nnx.merge(graphdef, params, stats, rest, copy=True)
     value = jnp.mean((model(X) - Y) ** 2)
     return value, nnx.state(model, nnx.BatchStat)
 
