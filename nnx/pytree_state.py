@@ -13,6 +13,8 @@ from nnx.attribute_marks import has_data, is_data
 from nnx.engine import serialization
 
 THEIR_STATE, THEIR_NODES = "_pytree__state", "_pytree__nodes"
+# Marks of an object as a whole; no attribute has such a name.
+_INITIALIZING, _IS_SETUP = "(initializing)", "(is setup)"
 
 
 class PytreeState:
@@ -33,24 +35,28 @@ class PytreeState:
     is_setup: whether `setup` has run.
   """
 
-  __slots__ = ("_trace_state", "_flags", "_node")
+  __slots__ = ("_trace_state", "_own", "_node")
 
   def __init__(self, initializing: bool = False, is_setup: bool = False):
     self._trace_state = tracers.TraceState()
-    self._flags = initializing, is_setup
+    self._own = {_INITIALIZING: initializing, _IS_SETUP: is_setup}
     self._node: Any = None  # a weak reference to the object that it is of
 
-  def _set_flags(self, initializing: bool, is_setup: bool) -> None:
-    self._flags = initializing, is_setup
+  def _flags(self) -> Mapping[str, bool]:
+    node = None if self._node is None else self._node()
+    return self._own if node is None else node._pytree_status or {}
+
+  def _set_flag(self, name: str, value: bool) -> None:
     node = None if self._node is None else self._node()
     if node is None:
+      self._own[name] = value
       return
-    # Among the attributes, it goes where those go: through `split`, `merge`,
-    # `clone` and pickles. Most objects have no flag set, and so need none.
-    if any(self._flags):
-      vars(node)[THEIR_STATE] = self
-    elif vars(node).get(THEIR_STATE) is self:
-      _states.set(node, vars(node).pop(THEIR_STATE))
+    # A mark without an attribute: it goes where marks go, through `split`,
+    # `merge`, `clone` and pickles.
+    marks = {k: v for k, v in (node._pytree_status or {}).items() if k != name}
+    if value:
+      marks[name] = True
+    object.__setattr__(node, "_pytree_status", marks or None)
 
   @property
   def trace_state(self) -> tracers.TraceState:
@@ -60,31 +66,31 @@ class PytreeState:
   @property
   def initializing(self) -> bool:
     """Whether a bridged module makes its variables when called."""
-    return self._flags[0]
+    return self._flags().get(_INITIALIZING, False)
 
   @property
   def is_setup(self) -> bool:
     """Whether `setup` has run."""
-    return self._flags[1]
+    return self._flags().get(_IS_SETUP, False)
 
   _initializing = initializing.setter(
-    lambda self, value: self._set_flags(value, self.is_setup)
+    lambda self, value: self._set_flag(_INITIALIZING, value)
   )
   _is_setup = is_setup.setter(
-    lambda self, value: self._set_flags(self.initializing, value)
+    lambda self, value: self._set_flag(_IS_SETUP, value)
   )
 
   # Programs put it among the attributes, where it is static.
 
   def __eq__(self, other: Any) -> bool:
-    return isinstance(other, PytreeState) and self._flags == other._flags
+    return isinstance(other, PytreeState) and _pair(self) == _pair(other)
 
   def __hash__(self) -> int:
-    return hash(self._flags)
+    return hash(_pair(self))
 
   def __reduce__(self):
     # What is loaded belongs to the trace and the object that load it.
-    return PytreeState, self._flags
+    return PytreeState, _pair(self)
 
   def __setstate__(self, state: Any) -> None:
     # Flax pickles the attributes after an object made without `__init__`.
@@ -95,9 +101,13 @@ class PytreeState:
     return f"PytreeState(trace_state={self._trace_state!r})"
 
 
+def _pair(state: PytreeState) -> tuple[bool, bool]:
+  return state.initializing, state.is_setup
+
+
 jax.tree_util.register_pytree_node(
   PytreeState,
-  lambda state: ((), state._flags),
+  lambda state: ((), _pair(state)),
   lambda flags, _: PytreeState(*flags),
 )
 serialization.register(PytreeState)
@@ -116,14 +126,15 @@ class StateView:
     if state is None:
       state = PytreeState()
       state._trace_state = tracers.TraceState.of(node)
+      state._node = weakref.ref(node)
       _states.set(node, state)
-    state._node = weakref.ref(node)
     return state
 
   def __set__(self, node: Any, state: PytreeState) -> None:
-    _states.set(node, state)
+    initializing, is_setup = _pair(state)
     state._node = weakref.ref(node)
-    state._set_flags(*state._flags)
+    state._initializing, state._is_setup = initializing, is_setup
+    _states.set(node, state)
 
 
 class Nodes(Mapping[str, bool]):
@@ -173,11 +184,13 @@ class NodesView:
         nodes[name] = is_data(value) or bool(has_data(value))
       # A mark that is not a bool is of what stands in the place of data.
       for name, mark in (node._pytree_status or {}).items():
-        nodes[name] = bool(mark)
+        if name not in (_INITIALIZING, _IS_SETUP):
+          nodes[name] = bool(mark)
     return Nodes(nodes)
 
   def __set__(self, node: Any, nodes: Mapping[str, bool]) -> None:
     known = self.__get__(node, type(node))
     changed = {k: v for k, v in nodes.items() if known.get(k) != v}
     if changed:
-      node._pytree_status = {**(node._pytree_status or {}), **changed}
+      marks = {**(node._pytree_status or {}), **changed}
+      object.__setattr__(node, "_pytree_status", marks)

@@ -157,6 +157,38 @@ class StateBehindTest(parameterized.TestCase):
     )
 
   @parameterized.named_parameters(*BOTH)
+  def test_flags_are_no_items(self, lib):
+    model = lib.Dict(a=lib.List([lib.Param(1), lib.data(2)]), b=lib.Rngs(0))
+    for part in (model, model.a, model.b):
+      part._pytree__state._initializing = True
+    for other in (model, lib.clone(model), lib.merge(*lib.split(model))):
+      self.assertEqual((list(other), len(other.a)), (["a", "b"], 2))
+      for part in (other, other.a, other.b):
+        self.assertTrue(part._pytree__state.initializing)
+      other.a.append(lib.Param(3))
+      self.assertTrue(other.a._pytree__state.initializing)
+      other.a.pop()
+
+  @parameterized.named_parameters(*BOTH)
+  def test_lazy_init_says_so(self, lib):
+    seen = []
+
+    class Model(lib.Module):
+      def __init__(self):
+        self.part = lib.Dict(a=lib.Param(1))
+
+      def __call__(self):
+        merged = lib.merge(*lib.split(self))
+        for model in (self, merged):
+          seen.append(model._pytree__state.initializing)
+          seen.append(model.part._pytree__state.initializing)
+
+    model = Model()
+    lib.bridge.lazy_init(model)
+    self.assertEqual(seen, [True] * 4)
+    self.assertFalse(model.part._pytree__state.initializing)
+
+  @parameterized.named_parameters(*BOTH)
   def test_nodes_are_set(self, lib):
     model = lib.Module()
     model.n = 3
