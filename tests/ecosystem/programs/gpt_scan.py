@@ -103,10 +103,11 @@ metrics = nnx.MultiMetric(
 )
 tokens = jax.random.randint(jax.random.key(0), (8, LENGTH + 1), 0, VOCABULARY)
 tokens = tokens.at[:, 1:].set((tokens[:, :1] + jnp.arange(1, 17)) % VOCABULARY)
-history = []
+history: dict[str, list[float]] = {"accuracy": [], "loss": []}
 for _ in range(10):
   step(model, optimizer, metrics, tokens)
-  history.append({k: float(v) for k, v in metrics.compute().items()})
+  for name, value in metrics.compute().items():
+    history[name].append(float(value))
   metrics.reset()
 model.eval()
 for _, module in model.iter_modules():
