@@ -99,7 +99,7 @@ def adapt(model, optimizer):
 
 model.norm.use_running_average = True
 norms = [float(adapt(model, optimizer)) for _ in range(3)]
-shared = nnx.Dict(a=model.stem, b=model.stem, c={"d": model.scale})
+shared = nnx.Dict(a=model.stem, b=model.stem, c=nnx.Dict(d=model.scale))
 copied = nnx.clone(shared)
 print(
   json.dumps(

@@ -15,7 +15,8 @@ class Loss(nnx.Variable):
 
 class Encoder(nnx.Module):
   def __init__(self, *, rngs: nnx.Rngs):
-    self.conv = nnx.Conv(1, 8, (3, 3), strides=2, rngs=rngs)
+    # No bias: what the norm takes away has a gradient of rounding errors.
+    self.conv = nnx.Conv(1, 8, (3, 3), strides=2, use_bias=False, rngs=rngs)
     self.norm = nnx.BatchNorm(8, momentum=0.9, rngs=rngs)
     self.mean = nnx.Linear(4 * 4 * 8, 4, rngs=rngs)
     self.std = nnx.Linear(4 * 4 * 8, 4, rngs=rngs)
