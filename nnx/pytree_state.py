@@ -73,11 +73,13 @@ class PytreeState:
     """Whether `setup` has run."""
     return self._flags().get(_IS_SETUP, False)
 
-  _initializing = initializing.setter(
-    lambda self, value: self._set_flag(_INITIALIZING, value)
+  _initializing = property(
+    lambda self: self.initializing,
+    lambda self, value: self._set_flag(_INITIALIZING, value),
   )
-  _is_setup = is_setup.setter(
-    lambda self, value: self._set_flag(_IS_SETUP, value)
+  _is_setup = property(
+    lambda self: self.is_setup,
+    lambda self, value: self._set_flag(_IS_SETUP, value),
   )
 
   # Programs put it among the attributes, where it is static.

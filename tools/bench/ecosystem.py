@@ -36,8 +36,9 @@ class _Trainer:
 
   def __init__(self, program: str, *switch: str):
     self._errors = tempfile.TemporaryFile("w+")
+    self._options = [*switch, "-m", "tools.bench.ecosystem_step", program]
     self._process = subprocess.Popen(
-      [sys.executable, *switch, "-m", "tools.bench.ecosystem_step", program],
+      [sys.executable, *self._options],
       env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
       stdin=subprocess.PIPE,
       stdout=subprocess.PIPE,
@@ -53,7 +54,7 @@ class _Trainer:
     if not line:
       self._errors.seek(0)
       raise RuntimeError(
-        f"`{' '.join(self._process.args[1:])}` must train, but:"
+        f"`python {' '.join(self._options)}` must train, but:"
         f" {self._errors.read()[-4000:]}"
       )
     return json.loads(line)
