@@ -93,9 +93,18 @@ def lazy_init(fn: Any, *args: Any, **kwargs: Any) -> Any:
       "`fn` must be a Module that can be called, or a method bound to a Module,"
       f" but got {fn!r}."
     )
-  with running(initializing=True):
-    fn(*args, **kwargs)
+  _mark_initializing(owner, True)
+  try:
+    with running(initializing=True):
+      fn(*args, **kwargs)
+  finally:
+    _mark_initializing(owner, False)
   return fn
+
+
+def _mark_initializing(module: nnx.Module, value: bool) -> None:
+  for _, part in nnx.iter_modules(module):
+    part._pytree__state._initializing = value
 
 
 class ToNNX(nnx.Module):

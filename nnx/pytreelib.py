@@ -218,8 +218,7 @@ class Pytree(_engine.ObjectBase, reprlib.Displayable):
     vars(self).update(state)
     for name, value in theirs.items():
       if name == THEIR_STATE:
-        flags = value.initializing, value.is_setup
-        value = PytreeState(*flags)
+        value = PytreeState(value.initializing, value.is_setup)
         value._trace_state = tracers.TraceState.of(self)
       object.__setattr__(self, name, value)
 
