@@ -16,7 +16,7 @@ from jax.sharding import NamedSharding
 from nnx import partitioning
 from nnx.engine import jax_private
 from nnx.filterlib import Filter
-from nnx.graphlib import functional
+from nnx.graphlib import functional, modes
 from nnx.missing import MISSING
 from nnx.pytreelib import Pytree, data
 from nnx.statelib import State, from_flat_state, map_state, to_flat_state
@@ -425,20 +425,22 @@ class Optimizer(Pytree, Generic[M]):
       functional.state(model, self.wrt, graph=self.graph)
     )
     grads = _gradients_of(params, grads, self.wrt, self.graph)
-    updates, opt_state = self.tx.update(
-      grads,
-      functional.as_pure(self.opt_state),
-      params,
-      **functional.as_pure(kwargs),
-    )
-    new_params = apply_updates(params, updates)
+    with modes.named_scope(type(self).__name__):
+      updates, opt_state = self.tx.update(
+        grads,
+        functional.as_pure(self.opt_state),
+        params,
+        **functional.as_pure(kwargs),
+      )
+      new_params = apply_updates(params, updates)
+      step = self.step.value + 1
 
     def store(variable, value):
       variable.value = value
 
     jax.tree.map(store, self.opt_state, opt_state, is_leaf=_is_variable)
     functional.update(model, new_params)
-    self.step.value = self.step.value + 1
+    self.step.value = step
     return updates
 
 

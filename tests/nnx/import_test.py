@@ -52,7 +52,9 @@ class ImportTest(absltest.TestCase):
     self.assertIn("run `tools/bazel run //tools:develop` in", last)
 
   def test_free_threaded_python_is_refused(self):
-    free = "import sysconfig; sysconfig.get_config_vars()['Py_GIL_DISABLED'] = 1"
+    free = (
+      "import sysconfig; sysconfig.get_config_vars()['Py_GIL_DISABLED'] = 1"
+    )
     path = f"import sys; sys.path[:] = {sys.path!r}"
     done = subprocess.run(
       [sys.executable, "-c", f"{path}\n{free}\nimport nnx"],

@@ -135,7 +135,9 @@ def test_the_extra_of_language_models_has_what_the_example_reads_with():
 def test_a_free_threaded_python_is_refused_by_pip(tmp_path, monkeypatch):
   variables = sysconfig.get_config_vars()
   monkeypatch.setitem(variables, "Py_GIL_DISABLED", 1)
-  with pytest.raises(RuntimeError, match=r"free-threaded\).*or call the pip of"):
+  with pytest.raises(
+    RuntimeError, match=r"free-threaded\).*or call the pip of"
+  ):
     backend.build_wheel(tmp_path)
 
 

@@ -15,7 +15,12 @@ OTHERWISE = "or name another interpreter with --repo_env=NNX_PYTHON=..."
 
 
 def refusal(
-  executable, implementation, version, gil_disabled, include, otherwise=OTHERWISE
+  executable,
+  implementation,
+  version,
+  gil_disabled,
+  include,
+  otherwise=OTHERWISE,
 ):
   """Says why a Python cannot be built with, or returns None.
 

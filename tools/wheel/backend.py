@@ -19,7 +19,8 @@ ROOT = gpu_build.ROOT
 
 def _build_extensions(objects: pathlib.Path, out: pathlib.Path) -> None:
   refusal = python_probe.refusal(
-    **python_probe.describe(), otherwise="or call the pip of another interpreter"
+    **python_probe.describe(),
+    otherwise="or call the pip of another interpreter",
   )
   if refusal:
     raise RuntimeError(refusal)
