@@ -419,12 +419,14 @@ class Op:
           ctx, args, partitioner.TARGET, note, *rule
         )
         return jax_private.constrain_results(ctx, results)
+      # Or the program would say only that it is a call of something.
+      scope = jax.named_scope(self.name)
       if choice.split == "mesh":
-        fn = functools.partial(
-          _call_on_mesh, self, name, params, placement.mesh
+        fn = scope(
+          functools.partial(_call_on_mesh, self, name, params, placement.mesh)
         )
       else:
-        fn = self._function(name, params)
+        fn = scope(self._function(name, params))
         if name != XLA and placement.devices == 1:
           return jax_private.lower_plainly(fn, ctx, *args)
       results = mlir.lower_fun(fn, multiple_results=True)(ctx, *args)

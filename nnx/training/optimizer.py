@@ -17,7 +17,7 @@ from jax.sharding import NamedSharding
 from nnx import partitioning
 from nnx.engine import jax_private
 from nnx.filterlib import Filter
-from nnx.graphlib import functional, leaves
+from nnx.graphlib import functional, leaves, modes
 from nnx.missing import MISSING
 from nnx.pytreelib import Pytree, data
 from nnx.statelib import State, from_flat_state, map_state, to_flat_state
@@ -424,20 +424,22 @@ class Optimizer(Pytree, Generic[M]):
       model = self.model
     params = leaves.as_pure(functional.state(model, self.wrt, graph=self.graph))
     grads = _gradients_of(params, grads, self.wrt, self.graph)
-    updates, opt_state = self.tx.update(
-      grads,
-      leaves.as_pure(self.opt_state),
-      params,
-      **leaves.as_pure(kwargs),
-    )
-    new_params = apply_updates(params, updates)
+    with modes.named_scope(type(self).__name__):
+      updates, opt_state = self.tx.update(
+        grads,
+        leaves.as_pure(self.opt_state),
+        params,
+        **leaves.as_pure(kwargs),
+      )
+      new_params = apply_updates(params, updates)
+      step = self.step.value + 1
 
     def store(variable, value):
       variable.value = value
 
     jax.tree.map(store, self.opt_state, opt_state, is_leaf=_is_variable)
     functional.update(model, new_params)
-    self.step.value = self.step.value + 1
+    self.step.value = step
     return updates
 
 
