@@ -26,6 +26,8 @@ Pads = Sequence[tuple[int, int]]
 # As it was imported; see `eager.current`.
 _CONV_GENERAL_DILATED = lax.conv_general_dilated
 _DTYPES = ("float32", "bfloat16", "float16")
+# Patches are made of as many slices as a kernel is long along each axis.
+_MOST_SLICES = 64
 
 
 @dataclasses.dataclass(frozen=True)
@@ -197,9 +199,10 @@ def _other_form(
   taps = math.prod(axis.kernel for axis in axes)
   out = math.prod(axis.out for axis in axes)
   if taps > min(image, out):  # here, or in the gradient by the inputs
-    axes, parts = zip(*(axis.cropped() for axis in axes))
-    return _product(inputs, kernel[parts], axes, options)
-  if out > image:  # in the gradient by the kernel
+    cropped, parts = zip(*(axis.cropped() for axis in axes))
+    if sum(axis.kernel for axis in cropped) <= _MOST_SLICES:
+      return _product(inputs, kernel[parts], cropped, options)
+  if max(taps, out) > image:  # here, or in the gradient by the kernel
     return _padded_first(inputs, kernel, axes, options)
   return None
 

@@ -117,6 +117,15 @@ def with_gradients(function):
   return run
 
 
+def test_a_kernel_of_many_slices_is_not_cut():
+  layer, x = nnx.Conv(6, 5, (70,), rngs=nnx.Rngs(0)), array(3, 60, 6)
+  function, kernel = program(layer), layer.kernel.value
+  y = comparison.jit(function)(x, kernel)
+  want, *_ = oracle(x, kernel, layer.bias.value, y, layer)
+  np.testing.assert_allclose(y, want, rtol=1e-4, atol=1e-4)
+  assert is_plain(layer, x)
+
+
 def rounded(x, dtype):
   return x.astype(dtype).astype(jnp.float32)
 
