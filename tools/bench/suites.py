@@ -15,6 +15,7 @@ NAMES = (
   "bridge",
   "layers",
   "generate",
+  "train",
 )
 
 
