@@ -15,6 +15,7 @@ NAMES = (
   "bridge",
   "layers",
   "generate",
+  "train",
 )
 # Those of configurations of their own, whose packages other runs do not have.
 CONFIGURED = ("ecosystem",)
