@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from typing import Any, Generic, TypeVar
 
 import jax
+from jax import core
 import jax.numpy as jnp
 from jax.sharding import NamedSharding
 
@@ -145,11 +146,11 @@ def _placed_like(value: Any, parameter: Any, annotation: Any) -> Any:
   spec = getattr(annotation, "spec", annotation)
   if len(spec) >= parameter.ndim:
     return None
-  if not isinstance(parameter, jax.core.Tracer):
+  if not isinstance(parameter, core.Tracer):
     sharding = parameter.sharding
     if not isinstance(sharding, NamedSharding):
       return None
-    if isinstance(value, jax.core.Tracer):
+    if isinstance(value, core.Tracer):
       return jax.lax.with_sharding_constraint(value, sharding)
     return jax.device_put(value, sharding)
   if partitioning.active_mesh() is None:
