@@ -14,7 +14,7 @@ from typing import Any, TypeVar, overload
 import jax
 import jax.numpy as jnp
 
-from nnx import filterlib, statelib, variablelib
+from nnx import environment, filterlib, statelib, variablelib
 from nnx.engine import _engine
 from nnx.graphlib import modes, trees
 from nnx.graphlib.definitions import GraphDef as GraphDef
@@ -162,6 +162,7 @@ def merge(
     TypeError: if there is no graphdef or no state.
     ValueError: if the states lack a leaf, or have one that the graph has not.
   """
+  environment.check_flags(copy=copy, recreate_variables=recreate_variables)
   if isinstance(graphdef, GraphState):
     packed = (graphdef, *states)
     graphdef, states = _unpacked(packed)
@@ -225,6 +226,7 @@ def update(
     ValueError: if a state does not fit the object.
     TraceContextError: if the object belongs to another trace.
   """
+  environment.check_flags(check_shapes=check_shapes)
   new_arrays = True
   if states or type(state) is not statelib.State:
     made_by_us = (statelib.State, GraphState, statelib.FlatState)
@@ -378,6 +380,7 @@ def clone(
   Raises:
     ValueError: if `arrays` is set and `variables` is not.
   """
+  environment.check_flags(variables=variables, arrays=arrays)
   if not modes.resolve(graph).graph:
     node = trees.unshared(node, _engine.graphdef(node), "clone")
   if not arrays:
@@ -541,6 +544,7 @@ def with_vars(
     The copy.
 
   Raises:
+    TypeError: if a switch is something else than True, False or None.
     ValueError: if a Variable that changes is shared.
   """
   changes = {
@@ -548,6 +552,7 @@ def with_vars(
     for name, value in (("hijax", hijax), ("ref", ref), ("mutable", mutable))
     if value is not None
   }
+  environment.check_flags(**changes, allow_duplicates=allow_duplicates)
   selected = filterlib.to_predicate(only)
 
   def changed(path, value):

@@ -15,7 +15,7 @@ from typing import Any, ParamSpec, TypedDict, TypeVar, Unpack, overload
 
 import jax
 
-from nnx import variablelib
+from nnx import environment, variablelib
 from nnx.engine import _engine, boxes
 from nnx.filterlib import Filter
 from nnx.graphlib import modes
@@ -185,22 +185,26 @@ class Gradients:
       target[place.path[-1]] = (
         objects[place.variable] if place.variable >= 0 else leaves[leaf]
       )
-    if not nested:
+    if not nested and not self.call.structure._shares:
       return list(values)
     return [self._with_states(value, nested) for value in values]
 
   def _with_states(self, value: Any, nested: dict[int, Any]) -> Any:
+    def is_node(node):
+      return id(node) in nested or isinstance(node, _engine.VariableBase)
+
     def convert(node):
-      if id(node) not in nested:
+      if not is_node(node):
         return node
       # Of a node that comes twice, the derivative is where it comes first.
-      first = id(node) not in self.seen
+      if id(node) in self.seen:
+        return State._from_nested({})
       self.seen.add(id(node))
-      return State._from_nested(nested[id(node)] if first else {})
+      return (
+        State._from_nested(nested[id(node)]) if id(node) in nested else node
+      )
 
-    if id(value) in nested:
-      return convert(value)
-    return jax.tree.map(convert, value, is_leaf=lambda x: id(x) in nested)
+    return jax.tree.map(convert, value, is_leaf=is_node)
 
 
 def _outermost_nodes(walk: prefix.Walk, objects: Sequence[Any]) -> list[Any]:
@@ -380,6 +384,9 @@ def grad(
     TypeError: as `jax.grad`, if a leaf cannot be differentiated.
   """
   mode = modes.resolve(graph, graph_updates)
+  environment.check_flags(
+    has_aux=has_aux, holomorphic=holomorphic, allow_int=allow_int
+  )
   if f is None:
     return functools.partial(
       grad,
@@ -439,6 +446,9 @@ def value_and_grad(
     gradient. With `has_aux`, the output is a pair itself.
   """
   mode = modes.resolve(graph, graph_updates)
+  environment.check_flags(
+    has_aux=has_aux, holomorphic=holomorphic, allow_int=allow_int
+  )
   if f is None:
     return functools.partial(
       value_and_grad,
@@ -555,6 +565,7 @@ def vjp(
   """
   _check_reduce_axes(reduce_axes)
   mode = modes.resolve(graph, graph_updates)
+  environment.check_flags(has_aux=has_aux)
   options: dict[str, Any] = {"has_aux": has_aux, **mode.arguments}
   if f is None:
     return functools.partial(vjp, **options)
@@ -632,6 +643,7 @@ def jvp(
     ValueError: if `tangents` has another form than `primals`.
   """
   mode = modes.resolve(graph, graph_updates)
+  environment.check_flags(has_aux=has_aux)
   options: dict[str, Any] = {"has_aux": has_aux, **mode.arguments}
   if f is None:
     return functools.partial(jvp, **options)

@@ -328,8 +328,9 @@ class Call:
       return _engine.framed(self.structure, self.objects, function, *args)
     except Exception as error:
       if not any(_has_run(fun, error) for fun, _ in self._described):
+        transform = self.lifted.policy.transform
         places = {
-          f"`nnx.{info.traced_for}` was given {info.func_src_info}."
+          f"`nnx.{transform}` was given {info.func_src_info}."
           for _, info in self._described
         }
         for note in sorted(places):

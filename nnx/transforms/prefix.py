@@ -16,6 +16,7 @@ import jax
 
 from nnx import filterlib
 from nnx.engine import _engine, preorder, pytrees
+from nnx.graphlib import modes
 from nnx.statelib import State, to_flat_state
 from nnx.transforms import lift
 
@@ -163,7 +164,7 @@ def prefix(
   Raises:
     ValueError: if no filter selects a leaf.
   """
-  del graph
+  modes.resolve(graph)  # Which mode it is makes no difference.
   if isinstance(filter_map, Mapping):
     filters = FilterMap(filter_map)
 
@@ -184,42 +185,6 @@ def prefix(
     node,
     is_leaf=lambda x: isinstance(x, _engine.VariableBase),
   )
-
-
-def broadcast(
-  structure: Any,
-  leaves: Sequence[Any],
-  entries: Mapping[str, Any],
-  *,
-  is_entry: Callable[[Any], bool],
-  option: str,
-  first_root: int = 0,
-) -> list[Any]:
-  """Returns the entry of each leaf.
-
-  Args:
-    structure: of the roots (arguments, or a result), from the engine.
-    leaves: the leaves of the structure.
-    entries: one prefix a root, from `first_root` on, under what errors call the
-      root.
-    is_entry: whether something stands for all leaves below it.
-    option: the name of the option, for errors.
-    first_root: the first root that `entries` speaks of; leaves of earlier ones
-      get None.
-
-  Returns:
-    One entry a leaf, in the order of the leaves.
-
-  Raises:
-    ValueError: if a prefix does not fit the structure, if no filter of a filter
-      map selects a Variable, or if a shared Variable gets two entries.
-  """
-  objects = _engine.unflatten(structure, tuple(leaves)).objects
-  walk = Walk(structure, leaves, objects, is_entry)
-  walk.skip(first_root)
-  for where, entry in entries.items():
-    walk.visit_root(Root(entry, option, where))
-  return walk.entries
 
 
 class Root(NamedTuple):
