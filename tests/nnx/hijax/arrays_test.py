@@ -124,7 +124,8 @@ class JitTest(parameterized.TestCase):
     self.assertIsNot(model.a, model.b)
     self.assertEqual((model.a[...], model.b[...]), (2.0, 1.0))
 
-  def test_loops_carry_them(self):
+  @parameterized.parameters(*MODES[:2])
+  def test_loops_write_them_where_they_are(self, **mode):
     model = shared()
 
     def body(val):
@@ -132,8 +133,14 @@ class JitTest(parameterized.TestCase):
       model.a[...] *= 2
       return model, n - 1
 
-    nnx.while_loop(lambda val: val[1] > 0, body, (model, 3))
+    nnx.while_loop(lambda val: val[1] > 0, body, (model, 3), **mode)
     self.assertEqual(model.b[...], 8.0)
+    nnx.while_loop(
+      lambda val: val[0].b[...] < 100, body, (model, jnp.array(3)), **mode
+    )
+    self.assertEqual(model.b[...], 128.0)
+    nnx.fori_loop(0, 2, lambda i, val: body(val), (model, 3), **mode)
+    self.assertEqual(model.b[...], 512.0)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import functools
 import os
 import pickle
 import subprocess
@@ -16,6 +17,12 @@ import numpy as np
 import nnx
 from nnx.engine import boxes
 from tests.nnx.hijax import cases
+
+MODES = (
+  {"graph": True, "graph_updates": True},
+  {"graph": True, "graph_updates": False},
+  {"graph": False},
+)
 
 
 class FeaturesTest(parameterized.TestCase):
@@ -60,6 +67,22 @@ class FeaturesTest(parameterized.TestCase):
 
     jax.jit(lambda p: jax.lax.cond(p, halve, lambda: None))(True)
     self.assertEqual(v[...], 64.0)
+
+  @parameterized.product(mode=MODES, kind=("hijax", "ref"))
+  def test_loops_of_nnx(self, mode, kind):
+    v = nnx.Variable(jnp.array(1.0), **{kind: True})
+
+    def body(v):
+      v[...] *= 2
+      return v
+
+    loop = functools.partial(nnx.while_loop, **mode)
+    self.assertIs(loop(lambda v: v[...] < 20, body, v), v)
+    self.assertEqual(v[...], 32.0)
+    jax.jit(lambda v: (loop(lambda v: v[...] < 100, body, v), None)[1])(v)
+    self.assertEqual(v[...], 128.0)
+    nnx.fori_loop(0, 2, lambda i, v: body(v), v, **mode)
+    self.assertEqual(v[...], 512.0)
 
   def test_pytrees(self):
     v = nnx.Variable({"a": jnp.array(0), "b": [jnp.ones(2)]}, hijax=True)
@@ -185,6 +208,27 @@ class FeaturesTest(parameterized.TestCase):
 @cases.needs_mutable_types
 class MutableTypesTest(absltest.TestCase):
   """What needs jax's mutable types."""
+
+  def test_conditions_of_loops(self):
+    v = nnx.Variable(jnp.array(1.0), hijax=True)
+
+    def body(i):
+      v[...] *= 2
+      return i + 1
+
+    def condition(i):
+      return v[...] < 20
+
+    for loop in (jax.lax.while_loop, nnx.while_loop):
+      for run in (lambda f: f(), lambda f: jax.jit(f)()):
+        for read in (condition, jax.jit(condition)):
+          with self.assertRaisesRegex(
+            TypeError, "`cond_fun` of .* must not read a hijax .*`Variable`"
+          ):
+            run(lambda loop=loop, read=read: loop(read, body, 0))
+    with self.assertRaisesRegex(TypeError, "jax does not follow .* of a loop"):
+      jax.lax.while_loop(lambda c: c[1] < 3, lambda c: (v, c[1] + 1), (v, 0))
+    self.assertEqual(v[...], 1.0)
 
   def test_metadata_comes_back(self):
     v = nnx.Param(jnp.ones(2), hijax=True, step=1)
