@@ -162,11 +162,11 @@ class _Aliases:
       ValueError: if there is one in the node.
     """
     # `nnx.StateAxes` and the like say another thing of each Variable.
-    select = getattr(part, "select", None)
+    map_prefix = getattr(part, "map_prefix", None)
     for below, variable in traversal.iter_graph(node, graph=True):
       if not isinstance(variable, _engine.VariableBase):
         continue
-      entry = select(below, variable)[1] if callable(select) else part
+      entry = part if map_prefix is None else map_prefix(below, variable)
       keys = jax.tree_util.keystr(path)
       where = preorder.path_text(below, f"tree{keys}")
       first, given = self._seen.setdefault(id(variable), (where, entry))

@@ -80,6 +80,31 @@ class FilterMap:
         return True, entry
     return False, None
 
+  def map_prefix(self, path: tuple, value: Any) -> Any:
+    """Returns the entry of a leaf.
+
+    Example:
+
+      >>> import nnx
+      >>> nnx.StateAxes({nnx.Param: 0}).map_prefix(("w",), nnx.Param(1.0))
+      0
+
+    Args:
+      path: the path from the graph node that is an argument, or is in one.
+      value: a Variable, or a leaf that is in none.
+
+    Raises:
+      ValueError: if no filter selects it.
+    """
+    found, entry = self.select(path, value)
+    if not found:
+      raise ValueError(
+        f"The filters must select every leaf, but none of {list(self.filters)}"
+        f" selects `{text('', path)}` of type {type(value).__name__}. Add `...`"
+        " as the last filter."
+      )
+    return entry
+
   def __repr__(self) -> str:
     pairs = ", ".join(f"{f!r}: {e!r}" for f, e in self.items())
     return f"{type(self).__name__}({{{pairs}}})"

@@ -227,7 +227,7 @@ class MutableTypesTest(absltest.TestCase):
           ):
             run(lambda loop=loop, read=read: loop(read, body, 0))
     with self.assertRaisesRegex(TypeError, "jax does not follow .* of a loop"):
-      jax.lax.while_loop(lambda c: c[1] < 3, lambda c: (v, c[1] + 1), (v, 0))
+      jax.lax.while_loop(lambda c: c[1] < 3, lambda c: (c[0], c[1] + 1), (v, 0))
     self.assertEqual(v[...], 1.0)
 
   def test_metadata_comes_back(self):
