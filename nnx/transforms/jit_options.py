@@ -14,7 +14,7 @@ import jax
 import numpy as np
 
 from nnx.engine import _engine, jax_private, preorder
-from nnx.transforms import lift, mapped, prefix
+from nnx.transforms import callables, lift, mapped, places, prefix
 
 _TRACEABLE = (
   jax.Array,
@@ -37,7 +37,7 @@ def _is_sharding(value: Any) -> bool:
 def _lies_anywhere(leaf: Any) -> bool:
   """Tells whether an array is on one of several devices, and need not be."""
   if isinstance(leaf, jax.core.Tracer):
-    return lift.is_noting_places()
+    return places.is_noting_places()
   return (
     isinstance(leaf, jax.Array)
     and not leaf.committed
@@ -79,7 +79,7 @@ def argument_keys(
     if at < 0 or (at >= len(positional) and not variadic):
       raise ValueError(
         f"`{option}argnums` must name positional parameters of"
-        f" `{lift.name_of(fun)}`, which has {len(positional)}, but got"
+        f" `{callables.name_of(fun)}`, which has {len(positional)}, but got"
         f" {position}."
       )
     result.add(at)
@@ -91,7 +91,8 @@ def argument_keys(
     if name not in by_name and not free:
       raise ValueError(
         f"`{option}argnames` must name parameters of"
-        f" `{lift.name_of(fun)}`, which are {list(by_name)}, but got `{name}`."
+        f" `{callables.name_of(fun)}`, which are {list(by_name)}, but got"
+        f" `{name}`."
       )
     result.add(name)
     if name in by_name and by_name[name] in positional:
@@ -140,7 +141,7 @@ class Options:
     shardings = None
     if self.in_shardings is not None:
       shardings = self.input_walk(structure, leaves, names).entries
-      lift.place_variables(structure, objects, shardings)
+      places.place_variables(structure, objects, shardings)
     flat = Flat(self, structure, names)
     if self.statics:
       lift.check_statics(flat)
@@ -166,7 +167,7 @@ class Options:
       )
     if shardings is None and any(map(_lies_anywhere, leaves)):
       compiled.trace(*args)  # jax keeps it for the call
-      lift.place_variables(
+      places.place_variables(
         structure,
         objects,
         [
@@ -286,7 +287,7 @@ class Flat(lift.Lifted):
     self, leaves: tuple, donated: frozenset[int] = frozenset()
   ) -> Any:
     values, objects = self.open(leaves)
-    with lift.noting_places(leaves) as self.places:
+    with places.noting_places(leaves) as self.places:
       # In a frame of its own: jax may trace after the call, and by itself.
       result = _engine.framed(self.structure, objects, self.call, values)
     # No value is identical to these, so that every donated leaf counts as
