@@ -177,7 +177,9 @@ class Gradients:
       if id(node) in self.seen:
         return State._from_nested({})
       self.seen.add(id(node))
-      return State._from_nested(nested[id(node)]) if id(node) in nested else node
+      return (
+        State._from_nested(nested[id(node)]) if id(node) in nested else node
+      )
 
     return jax.tree.map(convert, value, is_leaf=is_node)
 
