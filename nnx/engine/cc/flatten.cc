@@ -93,8 +93,9 @@ bool Flattener::Visit(PyObject* value, Mode mode) {
       return VisitMapping(value, value, NodeKind::kDict, mode);
     case TypeKind::kState: {
       Ref mapping = StateMapping(value);
-      return mapping && VisitMapping(value, mapping.get(), NodeKind::kState,
-                                     Mode::kPytree);
+      return mapping &&
+             VisitMapping(value, mapping.get(), NodeKind::kState,
+                          mode == Mode::kPytree ? mode : Mode::kState);
     }
     case TypeKind::kCustom:
       return VisitCustom(value, info);
@@ -104,7 +105,7 @@ bool Flattener::Visit(PyObject* value, Mode mode) {
     case TypeKind::kStatic:
       return VisitStatic(value);
     case TypeKind::kPlain:
-      return (mode == Mode::kAttributes && !AtRoot()) || value == Py_None
+      return (mode != Mode::kPytree && !AtRoot()) || value == Py_None
                  ? VisitStatic(value)
                  : VisitLeaf(value, /*scalars=*/true);
     case TypeKind::kUnknown:
@@ -367,7 +368,7 @@ bool Flattener::VisitUnknown(PyObject* value, Mode mode) {
   Ref children, treedef, keys;
   if (!OpenPytree(value, &children, &treedef, &keys)) {
     if (PyErr_Occurred()) return false;
-    return mode == Mode::kAttributes && !AtRoot()
+    return mode != Mode::kPytree && !AtRoot()
                ? VisitStatic(value)
                : VisitLeaf(value, /*scalars=*/true);
   }
