@@ -127,7 +127,11 @@ class Settings(TypedDict, total=False):
   named_scope: Callable[[str], Any]
   settings: object
   explain_error: Callable[[BaseException], None]
+  new_ref: Callable[[Any], Any]
+  unboxed: Callable[[Any], Any]
   array_type: type
+  ref_type: type
+  tracer_type: type
   variable_metadata: type
   attribute_marker: type
   state: type

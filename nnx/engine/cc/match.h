@@ -6,6 +6,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <unordered_map>
+#include <utility>
 #include <vector>
 
 #include "nnx/engine/cc/objects.h"
@@ -33,6 +34,7 @@ class Matcher {
   bool Visit(PyObject* value);
   bool VisitNode(const Node& node, PyObject* value);
   bool VisitStatic(const Node& node, PyObject* value);
+  bool VisitLeaf(const Node& node, PyObject* value);
   bool VisitVariable(const Node& node, VariableObject* variable);
   bool VisitObject(const Node& node, ObjectObject* object);
   bool VisitSequence(const Node& node, PyObject* value);
@@ -53,6 +55,8 @@ class Matcher {
     Node* node;  // kStatic; null for metadata
   };
   std::vector<Deferred> deferred_;
+  // Traced values, and whether they have to stand for mutable arrays.
+  std::vector<std::pair<PyObject*, bool>> traced_;
   std::unordered_map<PyObject*, int32_t> containers_;
 };
 
