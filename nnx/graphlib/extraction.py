@@ -152,7 +152,7 @@ def _map(
 class _Aliases:
   """What a prefix says of each Variable, which must be one thing."""
 
-  def __init__(self):
+  def __init__(self) -> None:
     self._seen: dict[int, tuple[str, Any]] = {}
 
   def check(self, path: Any, part: Any, node: Any) -> None:

@@ -27,7 +27,6 @@ _QUICK_SIZES = (100,)
 _LAYER_COUNT = 45  # 991 Variables
 _ROUND_ROBIN = (60, 150)
 _QUICK_ROUND_ROBIN = (10,)
-_VALUES = {"graph": True, "graph_updates": False}
 
 Library = models.Library
 MakeModel = Callable[[Library], Any]
@@ -392,8 +391,12 @@ _MODEL_OPS: dict[str, Callable[[MakeModel], harness.Comparison]] = {
   "jit_noop_tree": functools.partial(_build_jit_noop, graph=False),
   "jit_write_all_tree": functools.partial(_build_jit_write_all, graph=False),
   "split_tree": functools.partial(_build_split, graph=False),
-  "jit_noop_values": functools.partial(_build_jit_noop, **_VALUES),
-  "jit_write_all_values": functools.partial(_build_jit_write_all, **_VALUES),
+  "jit_noop_values": functools.partial(
+    _build_jit_noop, graph=True, graph_updates=False
+  ),
+  "jit_write_all_values": functools.partial(
+    _build_jit_write_all, graph=True, graph_updates=False
+  ),
   "state": _build_state,
   "update": _build_update,
   "merge": _build_merge,
