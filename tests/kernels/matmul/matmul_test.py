@@ -110,6 +110,16 @@ class ProductContract(op_contract.OpContract):
     for preferred in _DTYPES:
       self.check(x, w, bias, preferred_element_type=preferred)
 
+  def test_the_result_is_rounded_to_its_own_dtype(self):
+    rng = np.random.default_rng(2)
+    x = op_contract.array(rng, (200, 10), "bfloat16")
+    w = op_contract.array(rng, (10, 58), "bfloat16")
+    got = self.call(x, w, preferred_element_type="float16")
+    want = _oracle(x, w)
+    error = np.abs(np.asarray(got, np.float64) - want)
+    most = np.abs(np.float64(x)) @ np.abs(np.float64(w))
+    self.assertTrue((error <= 2.0**-11 * np.abs(want) + 1e-6 * most).all())
+
   def test_layers_of_a_real_model(self):
     for k, n in arg_specs.TEST_SHAPES:
       for dtype in _DTYPES:
