@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 import dataclasses
+import math
 from typing import Any
 
 from tools.plan import fabric as fabric_lib
@@ -249,6 +250,21 @@ CHIPS = {
 }
 
 
+# Numbers that may be 0: what would be, if these took no time?
+_SECONDS = ("kernel", "training_host", "calling_host", "hop", "start")
+
+
+def _check(name: str, value: float, most: float = math.inf) -> None:
+  """Refuses a number that no chip can have."""
+  least_too = name.rpartition(".")[2] in _SECONDS
+  if not (0 < value <= most or least_too and value == 0) or value == math.inf:
+    limit = "finite" if most == math.inf else f"at most {most:g}"
+    raise refusal.Refused(
+      f"`{name}` must be {'at least' if least_too else 'more than'} 0 and"
+      f" {limit}, but got {value:g}."
+    )
+
+
 def change(chip: Chip, text: str) -> Chip:
   """Returns a chip with some of its numbers replaced.
 
@@ -269,6 +285,7 @@ def change(chip: Chip, text: str) -> Chip:
       value = float(number)
       if "." in name:
         link, field = name.split(".")
+        _check(name, value)
         links = {
           link: dataclasses.replace(getattr(fabric, link), **{field: value})
         }
@@ -277,6 +294,7 @@ def change(chip: Chip, text: str) -> Chip:
         )
         continue
       old = getattr(chip, name)
+      _check(name, value, math.inf if isinstance(old, float) else 1)
       if isinstance(old, Rate):
         new = dataclasses.replace(old, fraction=value)
       elif isinstance(old, Mapping):
@@ -288,6 +306,8 @@ def change(chip: Chip, text: str) -> Chip:
         new = value
       else:
         raise TypeError
+    except refusal.Refused:
+      raise
     except (AttributeError, TypeError, ValueError):
       names = [
         field.name

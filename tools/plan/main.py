@@ -1,4 +1,4 @@
-"""Says on paper how long a step takes on a mesh, and what bounds it.
+r"""Says on paper how long a step takes on a mesh, and what bounds it.
 
     python -m tools.plan.main train --model=llama2-70b --chip=h200 \
       --mesh=fsdp=64 --batch=128 --length=4096

@@ -107,6 +107,12 @@ class MainTest(parameterized.TestCase):
     self.assertIn("microbatches: parts of a device's batch", out.getvalue())
     self.assertIn("kv_heads: of keys and values.", out.getvalue())
 
+  def test_help_has_commands_as_they_are_typed(self):
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out), self.assertRaises(SystemExit):
+      main.main(["--help"])
+    self.assertIn("--chip=h200 \\\n      --mesh=fsdp=64", out.getvalue())
+
   def test_numbers_of_a_chip_can_be_others(self):
     common = (
       *("decode", "--model=llama2-7b", "--chip=h200", "--batch=1"),
@@ -120,6 +126,34 @@ class MainTest(parameterized.TestCase):
       status, _, err = run(*common, f"--change={wrong}")
       self.assertEqual(status, 1)
       self.assertIn(f"but got `{wrong}`.", err)
+
+  @parameterized.parameters(
+    (
+      "attention=0",
+      "`attention` must be more than 0 and at most 1, but got 0.",
+    ),
+    (
+      "weights=1.5",
+      "`weights` must be more than 0 and at most 1, but got 1.5.",
+    ),
+    ("kernel=-1", "`kernel` must be at least 0 and finite, but got -1."),
+    ("memory=nan", "`memory` must be more than 0 and finite, but got nan."),
+    (
+      "inner.bandwidth=0",
+      "`inner.bandwidth` must be more than 0 and finite, but",
+    ),
+    (
+      "inner.hop=inf",
+      "`inner.hop` must be at least 0 and finite, but got inf.",
+    ),
+  )
+  def test_refuses_numbers_that_no_chip_has(self, change, message):
+    status, out, err = run(
+      *("decode", "--model=llama2-7b", "--chip=h200", "--batch=1"),
+      *("--context=16", f"--change={change}"),
+    )
+    self.assertEqual((status, out), (1, ""))
+    self.assertIn(f"refused: {message}", err)
 
   def test_sources(self):
     status, out, _ = run("sources", "--chip=v6e")
