@@ -166,7 +166,7 @@ def window_sizes(
     sizes = [options_lib.integer("window", size) for size in given]
   except TypeError as error:
     raise TypeError(
-      f"`window` must be an integer or a pair of integers, but got {window}."
+      f"`window` must be an integer or a pair of integers, but got {window!r}."
     ) from error
   if not is_pair:
     if sizes[0] < 1:

@@ -74,12 +74,13 @@ but `node[0]` and `node[1]` are one `Param`
       )
     for below, inner in preorder.walk(records, start):
       if records[below].kind in _UNSHARED and records[below].index >= 0:
+        cls = records[below].type
         modes.Mode.TREE.refuse(
           function,
           f"nothing may be shared, but `{_text((*first, *inner))}` and"
           f" `{_text((*path, *inner))}` are one"
-          f" `{_name(records[below].type or jax.Ref)}`. Give each place its"
-          " own, by `nnx.clone`",
+          f" `{_name(cls or jax.Ref)}`. Give each place its own, by"
+          f" `{'nnx.clone' if cls else 'jax.new_ref'}`",
           updates=updates,
         )
   return structure._shares

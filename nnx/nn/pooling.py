@@ -250,7 +250,7 @@ def _extreme(
   if not (
     jnp.issubdtype(inputs.dtype, jnp.floating)
     and all(isinstance(size, int) for size in inputs.shape)
-    and max(window) <= _MOST_TAPS
+    and max(window, default=1) <= _MOST_TAPS
     and products.on_plain_cpu()
   ):
     return pool(inputs, _first(find), find, window_shape, strides, padding)

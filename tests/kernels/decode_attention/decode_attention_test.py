@@ -489,6 +489,7 @@ class WrongInputTest(op_contract.PlatformTest):
   @parameterized.parameters(
     ({"window": 0}, ValueError, "`window` must be at least 1"),
     ({"window": (-2, 0)}, ValueError, "`window` must be a pair"),
+    ({"window": "4"}, TypeError, "or a pair of integers, but got '4'"),
     ({"chunk": 0}, ValueError, "`chunk` must be at least 1"),
     ({"softcap": 0.0}, ValueError, "`softcap` must be positive"),
     ({"out_dtype": "int8"}, TypeError, "`out_dtype` must be one of"),

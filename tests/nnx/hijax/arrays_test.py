@@ -42,7 +42,9 @@ class GraphTest(parameterized.TestCase):
   def test_trees_do_not_share(self):
     for function in (nnx.split, nnx.state, nnx.graphdef, nnx.clone):
       with self.assertRaisesRegex(
-        ValueError, r"tree mode .*`node.a` and `node.b` are one `Ref`"
+        ValueError,
+        r"tree mode .*`node.a` and `node.b` are one `Ref`\. Give each place"
+        " its own, by `jax.new_ref`, or",
       ):
         function(shared(), graph=False)
 

@@ -135,6 +135,12 @@ def test_windows_that_do_not_fit_make_nothing():
   assert nnx.max_pool(x.astype(int), (1,)).dtype == x.astype(int).dtype
 
 
+@pytest.mark.parametrize("pool", [nnx.max_pool, nnx.min_pool, nnx.avg_pool])
+def test_a_window_without_axes_changes_nothing(pool):
+  x = array(2, 7, 3)
+  np.testing.assert_array_equal(pool(x, ()), x)
+
+
 def test_refusals():
   x = array(2, 7, 3)
   with pytest.raises(ValueError, match="`inputs` must have an axis for each"):
