@@ -425,12 +425,19 @@ def quantize(
     count += 1
     return layer
 
+  from nnx.kernels import matmul
+
   checks.whole("bits", bits)
+  # Options that fit no layer are refused without the name of one.
+  jax.eval_shape(
+    lambda w: matmul.quantize(w, bits=bits, group=group),
+    jax.ShapeDtypeStruct((128, 1), jnp.float32),
+  )
   model = traversal.recursive_map(replaced, model)
   if not count:
     raise ValueError(
       f"`filter` must select an `nnx.Linear`, `nnx.LinearGeneral` or"
-      f" `nnx.Embed`, but {filter} selects none of this"
+      f" `nnx.Embed`, but {filter!r} selects none of this"
       f" `{type(model).__name__}`."
     )
   return model

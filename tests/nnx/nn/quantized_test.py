@@ -196,6 +196,13 @@ def test_layers_that_cannot_be_packed():
     nnx.quantize(model, nnx.PathContains("other"))
   with pytest.raises(ValueError, match="`bits` must be"):
     nnx.quantize(nnx.Linear(64, 3, rngs=rngs), bits=3)
+  for options, message in (
+    ({"bits": 5}, "`bits` must be 8 or 4, but got `5`."),
+    ({"group": 33}, "`group` must be 32 or 64 or 128, but got `33`."),
+  ):
+    with pytest.raises(ValueError) as caught:
+      nnx.quantize(model, **options)
+    assert str(caught.value) == message  # and not to leave a layer out
   with pytest.raises(TypeError, match="must be an `nnx.Linear` or `nnx.Linear"):
     nnx.QuantizedLinear(nnx.LayerNorm(3, rngs=rngs))
   layer = nnx.quantize(nnx.Linear(64, 3, rngs=rngs))
