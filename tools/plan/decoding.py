@@ -38,20 +38,13 @@ class Job:
   reserve: float = 0.05
 
   def __post_init__(self):
-    for name in ("batch", "context"):
-      if getattr(self, name) < 1:
-        raise refusal.Refused(
-          f"`{name}` must be at least 1, but got {getattr(self, name)}."
-        )
+    refusal.check_sizes(self, "batch", "context")
     if self.slots is not None and self.slots < self.context:
       raise refusal.Refused(
         f"`slots` must be at least `context`={self.context}, but got"
         f" {self.slots}."
       )
-    if not 0 <= self.reserve <= 1:
-      raise refusal.Refused(
-        f"`reserve` must lie in [0, 1], but got {self.reserve}."
-      )
+    refusal.check_shares(self, "reserve")
 
 
 def _touched(model: model_lib.Model, mesh: mesh_lib.Mesh, rows: float) -> float:

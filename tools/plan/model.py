@@ -66,12 +66,14 @@ class Model:
   used: int = 1
 
   def __post_init__(self):
-    for field in dataclasses.fields(self):
-      value = getattr(self, field.name)
-      if not isinstance(value, bool) and value < 1:
-        raise refusal.Refused(
-          f"`{field.name}` must be at least 1, but got {value}."
-        )
+    refusal.check_sizes(
+      self,
+      *(
+        name
+        for name, value in vars(self).items()
+        if not isinstance(value, bool)
+      ),
+    )
     refusal.check_divides("kv_heads", self.kv_heads, "heads", self.heads)
     if self.used > self.experts:
       raise refusal.Refused(

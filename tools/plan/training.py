@@ -66,11 +66,7 @@ class Job:
   reserve: float = 0.05
 
   def __post_init__(self):
-    for name in ("batch", "length", "microbatches", "interleave"):
-      if getattr(self, name) < 1:
-        raise refusal.Refused(
-          f"`{name}` must be at least 1, but got {getattr(self, name)}."
-        )
+    refusal.check_sizes(self, "batch", "length", "microbatches", "interleave")
     for name, allowed in (
       ("recompute", RECOMPUTED),
       ("schedule", SCHEDULES),
@@ -80,11 +76,7 @@ class Job:
           f"`{name}` must be one of {', '.join(allowed)}, but got"
           f" `{getattr(self, name)}`."
         )
-    for name in ("overlap", "reserve"):
-      if not 0 <= getattr(self, name) <= 1:
-        raise refusal.Refused(
-          f"`{name}` must lie in [0, 1], but got {getattr(self, name)}."
-        )
+    refusal.check_shares(self, "overlap", "reserve")
 
 
 def check_divides(model: model_lib.Model, mesh: mesh_lib.Mesh) -> None:
