@@ -135,16 +135,11 @@ def plan(
     stages * rows * job.context * token,
     chip.cache_rate(job.cache).reached,
   )
-  elements = (
-    10 * model.features
-    + (2 * (model.query_size + model.kv_size) + 3 * model.hidden * model.used)
-    / mesh.tensor
-  )
   norms = parts_lib.roofline(
     "norms",
     0.0,
     1.0,
-    stages * layers * rows * elements * compute,
+    stages * layers * rows * model.between(mesh.tensor) * compute,
     chip.norms.reached,
   )
   kernels = stages * layers * _KERNELS * chip.kernel
@@ -182,10 +177,8 @@ def plan(
   if stages > 1:
     one = fabric.shift_seconds(tiers["pipeline"], row)
     found.append(parts_lib.network("pipeline shift", stages * one))
-  device = sum(part.seconds for part in found)
-  host = ((9 if model.gated else 8) * layers + 3) * chip.calling_host
-  shown = max(0.0, host - device) if chip.queued else host
-  found.append(parts_lib.Part("host", host, shown, "host"))
+  host = model.variables(layers) * chip.calling_host
+  found.append(parts_lib.host(host, found, chip.queued))
   context = 4 * job.context * model.query_size * model.layers
   return parts_lib.Plan(
     parts=tuple(found),

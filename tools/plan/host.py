@@ -27,7 +27,7 @@ import optax
 
 import kernels
 import nnx
-from tools.plan import chips, fabric
+from tools.plan import chips, fabric, training
 from tools.plan import model as model_lib
 
 _SOURCE = "measured here"
@@ -97,9 +97,7 @@ def cores() -> int:
 
 def mesh(**axes: int) -> jax.sharding.Mesh:
   """Returns a mesh of the first devices, whose axes the compiler decides on."""
-  count = 1
-  for size in axes.values():
-    count *= size
+  count = math.prod(axes.values())
   return jax.make_mesh(
     tuple(axes.values()),
     tuple(axes),
@@ -193,7 +191,8 @@ def _attention(side: _Side, sizes: Sizes) -> float:
 
   heads = (rows, sizes.length, model.heads, model.head_dim)
   took = side.gradient_seconds(attend, *(side.array(*heads) for _ in range(3)))
-  return 3.5 * 2 * rows * sizes.length**2 * model.query_size / took
+  attended = 2 * rows * sizes.length**2 * model.query_size
+  return (1 + training.ATTENTION_GRADIENT) * attended / took
 
 
 def _norms(side: _Side, sizes: Sizes) -> float:
@@ -213,12 +212,8 @@ def _norms(side: _Side, sizes: Sizes) -> float:
     side.array(tokens, size)
     for size in (model.features, model.features, model.hidden, model.features)
   ]
-  elements = (
-    10 * model.features
-    + 2 * (model.query_size + model.kv_size)
-    + 3 * model.hidden
-  )
-  return 4 * tokens * elements * 4 / side.gradient_seconds(between, *arrays)
+  moved = 4 * tokens * model.between() * 4
+  return moved / side.gradient_seconds(between, *arrays)
 
 
 def _optimizer(side: _Side, sizes: Sizes) -> float:
