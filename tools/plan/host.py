@@ -27,6 +27,7 @@ import optax
 
 import kernels
 import nnx
+from tools.bench import harness
 from tools.plan import chips, fabric, training
 from tools.plan import model as model_lib
 
@@ -65,29 +66,25 @@ class Timer:
   samples: int = 5
   least: float = 0.05
 
-  def now(self) -> float:
-    """Returns what the clock shows."""
-    if self.clock == "cpu":
-      return time.process_time() / cores()
-    return time.perf_counter()
-
   def seconds(self, call: Callable[[], Any]) -> float:
-    """Returns the seconds of a call, after two that do not count.
+    """Returns the seconds of a call.
 
     Args:
       call: returns arrays, for which is waited.
     """
-    jax.block_until_ready(call())
-    start = time.perf_counter()
-    jax.block_until_ready(call())
-    repeats = max(1, round(self.least / (time.perf_counter() - start)))
-    found = []
-    for _ in range(self.samples):
-      start = self.now()
-      for _ in range(repeats):
-        jax.block_until_ready(call())
-      found.append((self.now() - start) / repeats)
+    clock = harness.WALL
+    if self.clock == "cpu":
+      clock = harness.Clock("cpu", _busy_ns, harness.Waits.EVERY_CALL)
+    side = harness.Side("", fresh=lambda: None, call=lambda _: call())
+    settings = harness.Settings(
+      repeats=self.samples, sample_seconds=self.least, row_seconds=math.inf
+    )
+    (found,) = harness.measure([side], settings, clock)
     return statistics.median(found)
+
+
+def _busy_ns() -> int:
+  return time.process_time_ns() // cores()
 
 
 def cores() -> int:
