@@ -1,5 +1,6 @@
 """Contract of `kernels.matmul`, for each implementation."""
 
+import functools
 import itertools
 from typing import Any
 
@@ -502,6 +503,27 @@ class AutoTest(parameterized.TestCase):
       x = jax.ShapeDtypeStruct((rows, shape[0]), "float32")
       (choice,) = kernels.explain(kernels.matmul, x, w)
       self.assertEqual(choice.implementation, name, (rows, shape))
+
+  @parameterized.parameters(
+    (1, "bfloat16", "xla"),
+    (2, "bfloat16", "cpu"),
+    (32, "bfloat16", "cpu"),
+    (33, "bfloat16", "xla"),
+    (8, "float32", "cpu"),
+    (9, "float32", "xla"),
+  )
+  def test_tables_of_real_models(self, rows, dtype, name):
+    run = functools.partial(kernels.matmul, transposed=True)
+    for n, k in arg_specs.TABLES:
+      x = jax.ShapeDtypeStruct((rows, k), dtype)
+      (choice,) = kernels.explain(run, x, jax.ShapeDtypeStruct((n, k), dtype))
+      self.assertEqual(choice.implementation, name, (n, k))
+
+  @parameterized.parameters((16, "cpu"), (17, "xla"))
+  def test_small_weights_of_4_bits(self, rows, name):
+    packed = kernels.matmul.quantize(jnp.ones((576, 192)), bits=4)
+    (choice,) = kernels.explain(kernels.matmul, jnp.ones((rows, 576)), packed)
+    self.assertEqual(choice.implementation, name)
 
   def test_no_path_is_hidden(self):
     # Whichever runs, the numbers are those of the oracle.
