@@ -109,6 +109,9 @@ def update(
       value for a feature. Where a mask keeps no value of a feature, its
       statistics are NaN, as in `jnp.mean`.
 
+  Not finite: The mean and the variance of a feature are infinite or NaN if a
+    value of it that counts is. Which of the two the mean is depends on the
+    order of summation. Other features are as they would be without it.
   Numerics: float32 (float64 for a float64 x). On the CPU one pass loses nothing
     to a large mean: values are shifted by a running estimate of it, and parts
     are merged in float64. The result does not depend on the number of threads.

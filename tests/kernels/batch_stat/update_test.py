@@ -136,6 +136,21 @@ class UpdateContract(op_contract.OpContract):
     for stat in got:
       np.testing.assert_array_equal(np.isnan(stat), [False, True, False])
 
+  @parameterized.product(
+    row=(0, 7, 63), value=(np.inf, -np.inf, np.nan), accurate=(False, True)
+  )
+  def test_what_is_not_finite_stays_in_its_feature(self, row, value, accurate):
+    rng = np.random.default_rng(6)
+    x = rng.normal(size=(64, 3)).astype(np.float32)
+    clean = self.call(x, jnp.zeros(3), jnp.ones(3))
+    x[row, 1] = value
+    got = self.call(
+      x, jnp.zeros(3), jnp.ones(3), use_fast_variance=not accurate
+    )
+    for stat, other in zip(got, clean):
+      np.testing.assert_array_equal(np.isfinite(stat), [True, False, True])
+      np.testing.assert_allclose(stat[::2], other[::2], rtol=1e-5, atol=1e-6)
+
   def test_layers_of_a_real_model(self):
     for layer, dtype in itertools.product(arg_specs.TEST_LAYERS, _DTYPES):
       x = op_contract.array(np.random.default_rng(4), layer.shape, dtype)
