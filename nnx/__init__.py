@@ -175,6 +175,8 @@ from nnx.pytreelib import has_data as has_data
 from nnx.pytreelib import is_data as is_data
 from nnx.pytreelib import register_data_type as register_data_type
 from nnx.pytreelib import static as static
+from nnx.in_place import use_updates_in_place as use_updates_in_place
+from nnx.in_place import using_updates_in_place as using_updates_in_place
 from nnx.rnglib import ForkStates as ForkStates
 from nnx.rnglib import RngCount as RngCount
 from nnx.rnglib import RngKey as RngKey

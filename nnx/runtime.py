@@ -10,6 +10,7 @@ import numpy as np
 
 from nnx import (
   errors,
+  in_place,
   pytreelib,
   restored,
   statelib,
@@ -119,6 +120,8 @@ def configure() -> None:
     named_scope=jax.named_scope,
     settings=modes.settings,
     explain_error=errors.note_module,
+    copy_array=in_place.copied,
+    may_lend=in_place.may_lend,
   )
 
 
@@ -138,3 +141,6 @@ jax.tree_util.register_pytree_node(
   _engine.Packed, _engine.packed_flatten, _engine.packed_unflatten
 )
 serialization.register(_engine.Packed, dump=_refuse_export)
+jax.tree_util.register_pytree_node(
+  _engine.Loan, _engine.loan_flatten, _engine.loan_unflatten
+)

@@ -7,7 +7,8 @@ write to a Variable, so it reads the attribute behind it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+import contextlib
 import functools
 import os
 from typing import Any
@@ -16,12 +17,14 @@ import weakref
 import jax
 from jax import api_util, export
 from jax._src import array as _array
+from jax._src import config as _config
 from jax._src import core as _core
 from jax._src import mesh as _mesh
 from jax._src import source_info_util as _source_info_util
 from jax._src import tree_util as _tree_util
 from jax._src import util as _util
 from jax._src.export import _export
+from jax._src.lib.mlir import ir as _ir
 from jax._src.lib.mlir.dialects import sdy as _sdy
 from jax.interpreters import ad, batching, mlir
 
@@ -39,6 +42,42 @@ def eval_trace() -> Any:
 def outside_of_traces() -> bool:
   """Tells whether arrays are concrete here: no transform of jax runs."""
   return _core.trace_ctx.trace is _core.eval_trace
+
+
+def runs_compiled() -> bool:
+  """Tells whether jitted functions run their programs, and nothing besides."""
+  return not (
+    _config.disable_jit.value
+    or _config.debug_nans.value
+    or _config.debug_infs.value
+    or _config.debug_key_reuse.value
+  )
+
+
+@contextlib.contextmanager
+def without_checks() -> Iterator[None]:
+  """Has jax look for no NaNs in this thread meanwhile."""
+  with _config.debug_nans(False), _config.debug_infs(False):
+    yield
+
+
+def run_jaxpr(jaxpr: Any, values: Sequence[Any]) -> tuple[Any, ...]:
+  """Evaluates a closed jaxpr under the current trace.
+
+  Args:
+    jaxpr: the closed jaxpr.
+    values: its arguments.
+  """
+  return tuple(_core.jaxpr_as_fun(jaxpr)(*values))
+
+
+def jaxprs_in(params: Mapping[str, Any]) -> Iterator[Any]:
+  """Lists the jaxprs among the parameters of an operation."""
+  yield from _core.jaxprs_in_params(params)
+
+
+# What a walk over operations of a program is told at each.
+CONTINUE_WALK = _ir.WalkResult.ADVANCE
 
 
 def opaque_trace(trace: Any) -> Any:

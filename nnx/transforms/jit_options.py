@@ -14,7 +14,7 @@ import jax
 import numpy as np
 
 from nnx.engine import _engine, jax_private, preorder
-from nnx.transforms import lift, prefix
+from nnx.transforms import in_place_programs, lift, prefix
 
 _TRACEABLE = (
   jax.Array,
@@ -139,17 +139,20 @@ class Options:
     self.check_leaves(structure, leaves, names)
     shardings = self.input_shardings(structure, leaves, names)
     if shardings is not None:
-      lift.place_variables(structure, objects, shardings)
+      lift.placein_place_programs.variables(structure, objects, shardings)
     flat = Flat(self, structure, names, shardings)
     if self.statics:
       lift.check_statics(flat)
     donated = self.donated_leaves(structure, leaves, names, flat)
     options = dict(self.jit_options)
+    program = None
     if not donated:
       if shardings is not None:
         options["in_shardings"] = (tuple(shardings),)
       compiled = jax.jit(flat, **options)
       args = (leaves,)
+      if not self.donated and not self.is_placed:
+        program = in_place_programs.make(flat, compiled, leaves, options)
     else:
       kept = sorted(set(range(len(leaves))).difference(donated))
       if shardings is not None:
@@ -165,7 +168,7 @@ class Options:
       )
     if shardings is None and any(map(_lies_anywhere, leaves)):
       compiled.trace(*args)  # jax keeps it for the call
-      lift.place_variables(
+      lift.placein_place_programs.variables(
         structure,
         objects,
         [
@@ -173,7 +176,18 @@ class Options:
           for i, leaf in enumerate(leaves)
         ],
       )
-    return _engine.JitEntry((compiled, donated or None))
+    if program is not None:
+      return _engine.JitEntry((compiled, program.donated, program.function))
+    return _engine.JitEntry((compiled, donated or None, None))
+
+  @property
+  def is_placed(self) -> bool:
+    """Whether it was said where arguments or results are to be."""
+    return (
+      self.in_shardings is not None
+      or self.out_shardings is not None
+      or bool(self.jit_options.keys() & {"device", "backend"})
+    )
 
   def check_leaves(self, structure, leaves, names) -> None:
     """Refuses what cannot be traced, with the path to it."""
@@ -352,10 +366,10 @@ class Flat(lift.Lifted):
     if self.shardings is not None:
       sharding_of = {
         record.index: self.shardings[record.leaf]
-        for record in _variables(self.structure)
+        for record in in_place_programs.variables(self.structure)
       }
       origin = plan.origin
-      for record in _variables(plan.structure):
+      for record in in_place_programs.variables(plan.structure):
         if origin[record.index] >= 0:
           wanted[record.leaf] = sharding_of.get(origin[record.index])
     for output, sharding in zip(plan.output_of, wanted):
@@ -364,12 +378,3 @@ class Flat(lift.Lifted):
           outputs[output], sharding
         )
     return _engine.packed_unflatten(plan, tuple(outputs))
-
-
-def _variables(structure: _engine.StructureBase) -> list[_engine.NodeRecord]:
-  """Lists the records of the Variables that are one leaf each."""
-  return [
-    record
-    for record in structure._records
-    if record.kind is _engine.NodeKind.VARIABLE and record.leaf >= 0
-  ]

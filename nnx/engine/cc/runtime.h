@@ -39,6 +39,11 @@ struct Runtime {
   PyObject* settings = nullptr;
   // (error): notes down in which Module it was raised.
   PyObject* explain_error = nullptr;
+  // (array) -> a copy of it, also under a trace.
+  PyObject* copy_array = nullptr;
+  // () -> whether a compiled call runs here and now as such, so that Variables
+  // may be lent to it.
+  PyObject* may_lend = nullptr;
   // The concrete array type of JAX: the one checked first.
   PyTypeObject* array_type = nullptr;
   // Classes of the Python layers above.
@@ -80,6 +85,7 @@ struct Runtime {
   PyObject* s_setattr_flags = nullptr;
   PyObject* s_class_statuses = nullptr;
   PyObject* s_fields = nullptr;
+  PyObject* s_is_deleted = nullptr;
   PyObject* s_aval = nullptr;
   PyObject* s_shape = nullptr;
   PyObject* s_fixed_shape = nullptr;

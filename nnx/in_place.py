@@ -1,0 +1,109 @@
+"""Updates in place: whether `nnx.jit` may give a program what it will replace."""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from nnx import environment
+from nnx.engine import jax_private
+
+
+class Settings(threading.local):
+  """Whether compiled functions update Variables in place."""
+
+  in_place = environment.switch("NNX_UPDATES_IN_PLACE", True)
+
+
+settings = Settings()
+
+
+class use_updates_in_place:
+  """Sets whether `nnx.jit` updates Variables in place where nobody can tell.
+
+  A compiled function that replaces the array of a Variable may then write the
+  new one where the old one was, which saves memory and copies. It does so only
+  while nobody else can have the old array, so that programs differ in nothing
+  else. It holds for functions that are compiled and called while it is on, as
+  it is by default; the variable `NNX_UPDATES_IN_PLACE` of the environment says
+  otherwise for the process.
+
+  Works from the call on, and as a context manager for a block, in this thread.
+
+  Example:
+
+    >>> import nnx
+    >>> with nnx.use_updates_in_place(False):
+    ...   nnx.using_updates_in_place()
+    False
+    >>> nnx.using_updates_in_place()
+    True
+
+  Args:
+    value: whether it may.
+  """
+
+  def __init__(self, value: bool, /):
+    self._change = environment.Change(settings, {"in_place": bool(value)})
+
+  def __enter__(self) -> use_updates_in_place:
+    return self
+
+  def __exit__(self, *exc_info) -> None:
+    self._change.undo()
+
+
+def using_updates_in_place() -> bool:
+  """Tells whether `nnx.jit` updates Variables in place where nobody can tell.
+
+  Example:
+
+    >>> import nnx
+    >>> nnx.using_updates_in_place()
+    True
+  """
+  return settings.in_place
+
+
+def may_lend() -> bool:
+  """Tells whether a compiled call, here and now, runs what was compiled alone.
+
+  Under a trace it is an operation of that; and jax can be told to run functions
+  as they are written, or to do so after a NaN. Then arrays go to places that the
+  engine does not know.
+
+  Example:
+
+    >>> import jax
+    >>> from nnx import in_place
+    >>> in_place.may_lend()
+    True
+    >>> with jax.disable_jit():
+    ...   in_place.may_lend()
+    False
+  """
+  return (
+    settings.in_place
+    and jax_private.outside_of_traces()
+    and jax_private.runs_compiled()
+  )
+
+
+def copied(array: Any) -> Any:
+  """Copies a concrete array, also under a trace.
+
+  Example:
+
+    >>> import jax.numpy as jnp
+    >>> from nnx import in_place
+    >>> in_place.copied(jnp.ones(2))
+    Array([1., 1.], dtype=float32)
+
+  Args:
+    array: an array.
+  """
+  with jax.ensure_compile_time_eval(), jax_private.without_checks():
+    return jnp.copy(array)

@@ -1,0 +1,210 @@
+"""Programs of `nnx.jit` that update Variables in place; see `nnx.in_place`.
+
+Which leaves such a program may take over is decided when it is traced. The rest,
+whether somebody else has an array, the engine decides at each call.
+"""
+
+from __future__ import annotations
+
+import collections
+from collections.abc import Callable, Mapping
+import functools
+from typing import Any, NamedTuple
+
+import jax
+
+from nnx import in_place
+from nnx.engine import _engine, jax_private
+
+# Smaller ones are not worth looking at each time.
+LEAST_ARRAY = 1 << 16
+LEAST_TOTAL = 1 << 20
+
+# Where it is known that a call that fails leaves its arguments as they are.
+_PLATFORMS = ("cpu",)
+
+# What programs may call: it neither fails nor runs Python code. Jax's own and
+# those of `nnx.kernels`.
+_KNOWN_CALLS = ("Sharding", "annotate_", "lapack_", "fused_nnx_")
+
+
+def variables(structure: _engine.StructureBase) -> list[_engine.NodeRecord]:
+  """Lists the records of the Variables that are one leaf each."""
+  return [
+    record
+    for record in structure._records
+    if record.kind is _engine.NodeKind.VARIABLE and record.leaf >= 0
+  ]
+
+
+def _candidates(structure: Any, leaves: tuple) -> list[int]:
+  """Returns the large arrays of Variables, if all leaves are in one place."""
+  found = []
+  for record in variables(structure):
+    leaf = leaves[record.leaf]
+    if (
+      type(leaf) is jax_private.array_type()
+      and leaf.nbytes >= LEAST_ARRAY
+      and not leaf.weak_type
+      and not record.hook_flags & _engine.HookFlags.BOXED
+    ):
+      found.append(record.leaf)
+  if not found or sum(leaves[i].nbytes for i in found) < LEAST_TOTAL:
+    return []
+  places = set()
+  for leaf in leaves:
+    if isinstance(leaf, jax.core.Tracer):
+      return []
+    if isinstance(leaf, jax.Array):
+      if not isinstance(leaf.sharding, jax.sharding.SingleDeviceSharding):
+        return []
+      (device,) = leaf.sharding.device_set
+      places.add((device, leaf.sharding.memory_kind))
+  if len(places) != 1:
+    return []
+  ((device, memory),) = places
+  if device.platform not in _PLATFORMS:
+    return []
+  return found if memory == device.default_memory().kind else []
+
+
+def _replaced(structure: Any, plan: Any, jaxpr: Any) -> set[int]:
+  """Returns the leaves of Variables that get a new array of the same kind."""
+  variables_of = jaxpr.jaxpr.invars
+  if (
+    plan.writes is None
+    or jaxpr.effects
+    or len(variables_of) != structure.num_leaves
+  ):
+    return set()
+  outputs = jaxpr.jaxpr.outvars
+  uses = collections.Counter(map(id, outputs))
+  inputs = set(map(id, (*variables_of, *jaxpr.jaxpr.constvars)))
+  leaf_of = {record.index: record.leaf for record in variables(structure)}
+  result = set()
+  for write in plan.writes:
+    leaf = leaf_of[write.index]
+    old, new = variables_of[leaf], outputs[write.output]
+    if (
+      uses[id(new)] == 1
+      and id(new) not in inputs
+      and id(old) not in uses
+      and old.aval.shape == new.aval.shape
+      and old.aval.dtype == new.aval.dtype
+      and not new.aval.weak_type
+    ):
+      result.add(leaf)
+  return result
+
+
+def _operations(jaxpr: Any) -> set[Any]:
+  """Returns what a jaxpr and those inside are made of, by name."""
+  found = set()
+  for eqn in jaxpr.eqns:
+    found.add((eqn.primitive.name, eqn.params.get("target_name")))
+    for inner in jax_private.jaxprs_in(eqn.params):
+      found |= _operations(inner)
+  return found
+
+
+def _is_harmless(lowered: Any) -> bool:
+  """Tells whether a program runs on one device, and no code that we don't know."""
+  module = lowered.compiler_ir("stablehlo").operation
+  harmless = True
+
+  def visit(operation: Any) -> Any:
+    nonlocal harmless
+    if operation.name == "stablehlo.custom_call":
+      target = operation.attributes["call_target_name"].value
+      harmless &= target.startswith(_KNOWN_CALLS)
+    elif operation.name in ("stablehlo.infeed", "stablehlo.outfeed"):
+      harmless = False
+    return jax_private.CONTINUE_WALK
+
+  module.walk(visit)
+  partitions = module.attributes["mhlo.num_partitions"].value
+  replicas = module.attributes["mhlo.num_replicas"].value
+  return harmless and partitions == replicas == 1
+
+
+@functools.cache
+def _works(platform: str) -> bool:
+  """Tells whether jax opens a Loan as the engine needs it; see `loan.h`."""
+  call = jax.jit(
+    lambda loan: tuple(x + 1 for x in loan), donate_argnums=0, backend=platform
+  )
+  array = jax.device_put(jax.numpy.zeros(3), jax.devices(platform)[0])
+  states = []
+  for _ in range(3):
+    given = in_place.copied(array)
+    call(_engine.loan((given,), True))
+    states.append(given.is_deleted())
+  # Not where it compiles; later.
+  return states == [False, True, True]
+
+
+class Program(NamedTuple):
+  """A program that updates in place.
+
+  Attributes:
+    function: takes the leaves that stay, and a Loan of the others.
+    donated: the numbers of these.
+  """
+
+  function: Callable[..., Any]
+  donated: list[int]
+
+
+def make(
+  flat: Any, compiled: Any, leaves: tuple, options: Mapping[str, Any]
+) -> Program | None:
+  """Makes the program that updates in place, where there is one to make.
+
+  Args:
+    flat: the flat function.
+    compiled: the plain program.
+    leaves: those of the first call.
+    options: those of `jax.jit`.
+
+  Returns:
+    The program, or None.
+  """
+  structure = flat.structure
+  candidates = _candidates(structure, leaves)
+  if not candidates or not in_place.may_lend():
+    return None
+  traced = compiled.trace(leaves)
+  jaxpr, plan = traced.jaxpr, traced.out_info.plan
+  replaced = _replaced(structure, plan, jaxpr)
+  given = [i for i in candidates if i in replaced]
+  if sum(leaves[i].nbytes for i in given) < LEAST_TOTAL or flat.places:
+    return None
+  (device,) = leaves[given[0]].sharding.device_set
+  if not _works(device.platform):
+    return None
+  kept = sorted(set(range(len(leaves))).difference(given))
+  operations = _operations(jaxpr.jaxpr)
+
+  def update(kept_leaves, given_leaves):
+    values: list[Any] = [None] * len(leaves)
+    for i, value in zip((*kept, *given), (*kept_leaves, *given_leaves)):
+      values[i] = value
+    # Traced before, mostly: jax keeps that.
+    traced = compiled.trace(tuple(values))
+    jaxpr, plan = traced.jaxpr, traced.out_info.plan
+    if not (
+      _replaced(structure, plan, jaxpr).issuperset(given)
+      and _operations(jaxpr.jaxpr) <= operations
+    ):
+      raise _engine.NotInPlace()
+    return _engine.packed_unflatten(plan, jax_private.run_jaxpr(jaxpr, values))
+
+  update.__name__ = update.__qualname__ = flat.__name__
+  info = flat.debug_info("jit", [*kept, *given])
+  setattr(update, jax_private.DEBUG_INFO, info)
+  program = jax.jit(update, donate_argnums=1, **options)
+  lowered = program.lower(
+    tuple(leaves[i] for i in kept),
+    _engine.loan(tuple(leaves[i] for i in given), False),
+  )
+  return Program(program, given) if _is_harmless(lowered) else None
