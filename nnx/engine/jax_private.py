@@ -23,6 +23,7 @@ from jax._src import mesh as _mesh
 from jax._src import source_info_util as _source_info_util
 from jax._src import tree_util as _tree_util
 from jax._src import util as _util
+from jax._src import xla_bridge as _xla_bridge
 from jax._src.export import _export
 from jax._src.lib.mlir import ir as _ir
 from jax._src.lib.mlir.dialects import sdy as _sdy
@@ -52,6 +53,11 @@ def runs_compiled() -> bool:
     or _config.debug_infs.value
     or _config.debug_key_reuse.value
   )
+
+
+def dispatches_asynchronously() -> bool:
+  """Tells whether calls on the CPU return before their programs have run."""
+  return _xla_bridge._CPU_ENABLE_ASYNC_DISPATCH.value
 
 
 @contextlib.contextmanager

@@ -139,7 +139,7 @@ class Options:
     self.check_leaves(structure, leaves, names)
     shardings = self.input_shardings(structure, leaves, names)
     if shardings is not None:
-      lift.placein_place_programs.variables(structure, objects, shardings)
+      lift.place_variables(structure, objects, shardings)
     flat = Flat(self, structure, names, shardings)
     if self.statics:
       lift.check_statics(flat)
@@ -168,7 +168,7 @@ class Options:
       )
     if shardings is None and any(map(_lies_anywhere, leaves)):
       compiled.trace(*args)  # jax keeps it for the call
-      lift.placein_place_programs.variables(
+      lift.place_variables(
         structure,
         objects,
         [
