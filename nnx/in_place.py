@@ -6,7 +6,6 @@ import threading
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from nnx import environment
 from nnx.engine import jax_private
@@ -93,7 +92,7 @@ def may_lend() -> bool:
 
 
 def copied(array: Any) -> Any:
-  """Copies a concrete array, also under a trace.
+  """Copies a concrete array to where it is, also under a trace.
 
   Example:
 
@@ -105,5 +104,5 @@ def copied(array: Any) -> Any:
   Args:
     array: an array.
   """
-  with jax.ensure_compile_time_eval(), jax_private.without_checks():
-    return jnp.copy(array)
+  with jax.ensure_compile_time_eval():
+    return jax.device_put(array, may_alias=False)

@@ -7,8 +7,7 @@ write to a Variable, so it reads the attribute behind it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-import contextlib
+from collections.abc import Callable, Sequence
 import functools
 import os
 from typing import Any
@@ -60,13 +59,6 @@ def dispatches_asynchronously() -> bool:
   return _xla_bridge._CPU_ENABLE_ASYNC_DISPATCH.value
 
 
-@contextlib.contextmanager
-def without_checks() -> Iterator[None]:
-  """Has jax look for no NaNs in this thread meanwhile."""
-  with _config.debug_nans(False), _config.debug_infs(False):
-    yield
-
-
 def run_jaxpr(jaxpr: Any, values: Sequence[Any]) -> tuple[Any, ...]:
   """Evaluates a closed jaxpr under the current trace.
 
@@ -75,11 +67,6 @@ def run_jaxpr(jaxpr: Any, values: Sequence[Any]) -> tuple[Any, ...]:
     values: its arguments.
   """
   return tuple(_core.jaxpr_as_fun(jaxpr)(*values))
-
-
-def jaxprs_in(params: Mapping[str, Any]) -> Iterator[Any]:
-  """Lists the jaxprs among the parameters of an operation."""
-  yield from _core.jaxprs_in_params(params)
 
 
 # What a walk over operations of a program is told at each.

@@ -48,7 +48,6 @@ def _candidates(structure: Any, leaves: tuple) -> list[int]:
     if (
       type(leaf) is jax_private.array_type()
       and leaf.nbytes >= LEAST_ARRAY
-      and not leaf.weak_type
       and not record.hook_flags & _engine.HookFlags.BOXED
     ):
       found.append(record.leaf)
@@ -94,7 +93,7 @@ def _replaced(structure: Any, plan: Any, jaxpr: Any) -> set[int]:
       and id(old) not in uses
       and old.aval.shape == new.aval.shape
       and old.aval.dtype == new.aval.dtype
-      and not new.aval.weak_type
+      and old.aval.weak_type == new.aval.weak_type
     ):
       result.add(leaf)
   return result
@@ -131,9 +130,7 @@ def _is_safe(lowered: Any) -> bool:
 @functools.cache
 def _works(platform: str) -> bool:
   """Tells whether jax opens a Loan as the engine needs it; see `loan.h`."""
-  call = jax.jit(
-    lambda loan: tuple(x + 1 for x in loan), donate_argnums=0, backend=platform
-  )
+  call = jax.jit(lambda loan: tuple(x + 1 for x in loan), donate_argnums=0)
   array = jax.device_put(jax.numpy.zeros(3), jax.devices(platform)[0])
   states = []
   for _ in range(3):

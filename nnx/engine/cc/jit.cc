@@ -381,13 +381,12 @@ bool PrefersInPlace(const Entry& entry, const Call& call) {
 
 // Calls the program that updates in place. What cannot be lent is copied: the
 // program has arrays of its own in any case.
-Ref CallInPlace(JitFunction* self, const Entry& entry, const Call& call,
-                Lending* lending) {
+Ref CallInPlace(const Entry& entry, const Call& call, Lending* lending) {
   const size_t size = entry.donated.size();
   Ref kept = Pick(call, entry.kept);
   Ref loan = NewLoan(static_cast<Py_ssize_t>(size));
   if (!kept || !loan) return Ref();
-  const Ref copy_array = Ref::Borrow(self->copy_array);
+  const Ref copy_array = Ref::Borrow(GetRuntime().copy_array);
   std::vector<Ref> items(size);
   std::vector<VariableObject*> lenders;
   lenders.reserve(size);
@@ -426,7 +425,7 @@ Ref CallEntry(JitFunction* self, const Entry& entry, const Call& call,
   ScopeBarrier barrier;
   CallFrame frame(AsStructure(entry.structure.get()), call.objects.data(),
                   /*compiled=*/true);
-  if (in_place) return CallInPlace(self, entry, call, lending);
+  if (in_place) return CallInPlace(entry, call, lending);
   if (entry.donated.empty() || entry.in_place) {
     Ref leaves = ToTuple(call.leaves);
     if (!leaves) return Ref();
