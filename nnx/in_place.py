@@ -25,10 +25,19 @@ class use_updates_in_place:
 
   A compiled function that replaces the array of a Variable may then write the
   new one where the old one was, which saves memory and copies. It does so only
-  while nobody else can have the old array, so that programs differ in nothing
-  else. It holds for functions that are compiled and called while it is on, as
-  it is by default; the variable `NNX_UPDATES_IN_PLACE` of the environment says
-  otherwise for the process.
+  while nobody else can have the old array: a call of `nnx.jit` has made it for
+  the Variable, and no one has read it since. Programs differ in nothing else.
+
+  This is for arrays of 64 KiB or more, of a megabyte together, on one device of
+  the CPU; not for functions with callbacks, with calls of libraries that are
+  not known, with shardings or with donation of their own; not while jax looks
+  for NaNs. Arrays that did not come by a Variable, from `jax.live_arrays` or
+  from `gc`, are safe as long as they are held; parts of them (`addressable_shards`)
+  are not.
+
+  It holds for functions that are compiled and called while it is on, as it is by
+  default; the variable `NNX_UPDATES_IN_PLACE` of the environment says otherwise
+  for the process.
 
   Works from the call on, and as a context manager for a block, in this thread.
 

@@ -21,14 +21,15 @@ LEAST_ARRAY = 1 << 16
 LEAST_TOTAL = 1 << 20
 
 # Far above what jaxlib's CPU client takes for next to nothing, a thousand.
-LEAST_FLOPS = 1e6
+# The functions of libraries that a program calls count for none.
+LEAST_FLOPS = 1e4
 
 # Where it is known how a call fails.
 _PLATFORMS = ("cpu",)
 
 # What programs may call: it neither fails nor runs Python code. Jax's own and
 # those of `nnx.kernels`.
-_KNOWN_CALLS = ("Sharding", "annotate_", "lapack_", "fused_nnx_")
+_KNOWN_CALLS = ("Sharding", "annotate_", "mhlo.", "lapack_", "fused_nnx_")
 
 
 def variables(structure: _engine.StructureBase) -> list[_engine.NodeRecord]:

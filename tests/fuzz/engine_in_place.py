@@ -175,7 +175,9 @@ def _compiled_closure(run, variable):
 
 def _jaxpr(run, x):
   run.hold(
-    jax.jit(lambda y: run.functions["_read"](run.model, y)).trace(x).jaxpr.consts
+    jax.jit(lambda y: run.functions["_read"](run.model, y))
+    .trace(x)
+    .jaxpr.consts
   )
 
 
@@ -240,13 +242,15 @@ _ROUTES: list[Callable[[Run, Any], Any]] = [
   lambda run, v: setattr(v, "value", v.raw_value),
   lambda run, v: setattr(v, "value", jnp.ones(v.shape)),
   lambda run, v: setattr(v, "value", _shard(v.raw_value)),
-  lambda run, v: setattr(v, "raw_value", run.other.a.raw_value)
-  if v.shape == (_SIZE,)
-  else None,
+  lambda run, v: (
+    setattr(v, "raw_value", run.other.a.raw_value)
+    if v.shape == (_SIZE,)
+    else None
+  ),
   lambda run, v: setattr(run.other.b, "raw_value", v.raw_value),
-  lambda run, v: v.copy_from(nnx.Param(v.raw_value))
-  if type(v) is nnx.Param
-  else None,
+  lambda run, v: (
+    v.copy_from(nnx.Param(v.raw_value)) if type(v) is nnx.Param else None
+  ),
 ]
 
 # What it does with the whole.

@@ -36,10 +36,10 @@ PYBIND11_MODULE(_engine, m) {
       !nnx::engine::InitObjectBase(module) ||
       !nnx::engine::InitStructure(module) || !nnx::engine::InitPlan(module) ||
       !nnx::engine::InitLift(module) || !nnx::engine::InitLoan(module) ||
-      !nnx::engine::InitJit(module) ||
-      !nnx::engine::InitSplit(module) || !nnx::engine::InitMerge(module) ||
-      !nnx::engine::InitUpdate(module) || !nnx::engine::InitMappings(module) ||
-      !nnx::engine::InitPytree(module) || !nnx::engine::InitNodeTypes(module) ||
+      !nnx::engine::InitJit(module) || !nnx::engine::InitSplit(module) ||
+      !nnx::engine::InitMerge(module) || !nnx::engine::InitUpdate(module) ||
+      !nnx::engine::InitMappings(module) || !nnx::engine::InitPytree(module) ||
+      !nnx::engine::InitNodeTypes(module) ||
       !nnx::engine::InitIdentity(module) || !nnx::engine::InitScopes(module) ||
       PyModule_AddFunctions(module, configure_functions) < 0) {
     throw pybind11::error_already_set();

@@ -396,8 +396,8 @@ Ref CallInPlace(const Entry& entry, const Call& call, Lending* lending) {
     copied = false;
     for (size_t i = 0; i < size; ++i) {
       if (items[i] || CanLend(entry, call, i)) continue;
-      items[i] = Ref::Steal(PyObject_CallOneArg(
-          copy_array.get(), call.leaves[entry.donated[i]]));
+      items[i] = Ref::Steal(
+          PyObject_CallOneArg(copy_array.get(), call.leaves[entry.donated[i]]));
       if (!items[i]) return Ref();
       copied = true;
     }
@@ -429,8 +429,7 @@ Ref CallEntry(JitFunction* self, const Entry& entry, const Call& call,
   if (entry.donated.empty() || entry.in_place) {
     Ref leaves = ToTuple(call.leaves);
     if (!leaves) return Ref();
-    return Ref::Steal(
-        PyObject_CallOneArg(entry.compiled.get(), leaves.get()));
+    return Ref::Steal(PyObject_CallOneArg(entry.compiled.get(), leaves.get()));
   }
   Ref donated = PickDonated(self, call, entry);
   Ref kept = Pick(call, entry.kept);
@@ -512,8 +511,8 @@ PyObject* RunEntry(JitFunction* self, const Entry& entry, const Call& call) {
   if (forwards && !ShareAll(call)) return nullptr;
   return (written ? BuildResult(plan, call.objects.data(), call.leaves.data(),
                                 outputs)
-                  : Apply(result->plan, call.objects.data(),
-                          call.leaves.data(), outputs))
+                  : Apply(result->plan, call.objects.data(), call.leaves.data(),
+                          outputs))
       .release();
 }
 
@@ -669,8 +668,7 @@ PyObject* JitPrepare(PyObject* callable, PyObject* const* args,
   if (!kept || !donated) return nullptr;
   Ref operands = Ref::Steal(donates ? PyTuple_Pack(2, kept.get(), donated.get())
                                     : PyTuple_Pack(1, kept.get()));
-  return NewRecord(g_prepared_type,
-                   {entry->compiled, operands, ToTuple(given)})
+  return NewRecord(g_prepared_type, {entry->compiled, operands, ToTuple(given)})
       .release();
 }
 

@@ -21,8 +21,8 @@ int num_lending = 0;
 bool collector_was_on = false;
 
 int IsDeleted(PyObject* array) {
-  Ref deleted = Ref::Steal(
-      PyObject_CallMethodNoArgs(array, GetRuntime().s_is_deleted));
+  Ref deleted =
+      Ref::Steal(PyObject_CallMethodNoArgs(array, GetRuntime().s_is_deleted));
   return deleted ? PyObject_IsTrue(deleted.get()) : -1;
 }
 
@@ -41,9 +41,9 @@ PyType_Slot loan_slots[] = {
     {0, nullptr},
 };
 
-PyType_Spec loan_spec = {
-    "nnx.engine._engine.Loan", sizeof(Loan), 0,
-    Py_TPFLAGS_DEFAULT | Py_TPFLAGS_DISALLOW_INSTANTIATION, loan_slots};
+PyType_Spec loan_spec = {"nnx.engine._engine.Loan", sizeof(Loan), 0,
+                         Py_TPFLAGS_DEFAULT | Py_TPFLAGS_DISALLOW_INSTANTIATION,
+                         loan_slots};
 
 bool CheckLoan(PyObject* self) {
   if (PyObject_TypeCheck(self, g_loan_type)) return true;
@@ -80,8 +80,8 @@ PyObject* LoanFlatten(PyObject*, PyObject* self) {
   Ref copies = Ref::Steal(PyTuple_New(size));
   if (!copies) return nullptr;
   for (Py_ssize_t i = 0; i < size; ++i) {
-    PyObject* copy = PyObject_CallOneArg(copy_array.get(),
-                                         PyTuple_GET_ITEM(items.get(), i));
+    PyObject* copy =
+        PyObject_CallOneArg(copy_array.get(), PyTuple_GET_ITEM(items.get(), i));
     if (!copy) return nullptr;
     PyTuple_SET_ITEM(copies.get(), i, copy);
   }
@@ -169,7 +169,10 @@ bool ShareSlow(VariableObject* variable) {
       const KeptError error;
       const int deleted = IsDeleted(array.get());
       if (deleted < 0) PyErr_Clear();
-      if (deleted <= 0 || Lending::Has(variable)) return false;
+      // At the end of the process other threads do not go on.
+      if (deleted <= 0 || Lending::Has(variable) || _Py_IsFinalizing()) {
+        return false;
+      }
     }
     // The call runs, and will soon write what it has made of the array. It runs
     // no Python code, and so waits for nobody but the GIL.
@@ -187,8 +190,8 @@ bool InitLoan(PyObject* module) {
   Ref type = Ref::Steal(PyType_FromSpec(&loan_spec));
   if (!type) return false;
   g_loan_type = reinterpret_cast<PyTypeObject*>(type.get());
-  g_not_in_place = PyErr_NewException("nnx.engine._engine.NotInPlace", nullptr,
-                                      nullptr);
+  g_not_in_place =
+      PyErr_NewException("nnx.engine._engine.NotInPlace", nullptr, nullptr);
   if (!g_not_in_place) return false;
   Py_INCREF(g_not_in_place);
   return PyModule_AddFunctions(module, loan_functions) == 0 &&

@@ -14,9 +14,9 @@ namespace nnx::engine {
 // Who may have the array of a Variable.
 enum class Hold : uint8_t {
   kShared,  // anyone
-  kOwn,     // the Variable alone: a compiled function made the array for it, and
-            // nobody has read it since
-  kLent,    // a call that is under way, which will overwrite it
+  kOwn,   // the Variable alone: a compiled function made the array for it, and
+          // nobody has read it since
+  kLent,  // a call that is under way, which will overwrite it
 };
 
 // Base of Variable: a value and its metadata, no instance dictionary. Whoever

@@ -77,7 +77,8 @@ PyStructSequence_Field jit_entry_fields[] = {
     {"function", "Takes the leaves, and returns a Packed."},
     {"donated", "The numbers of the leaves that it donates, or None."},
     {"in_place",
-     "None, or what is called in its place with the leaves that stay and a Loan "
+     "None, or what is called in its place with the leaves that stay and a "
+     "Loan "
      "of the others, `donated`, which are Variables of their own."},
     {nullptr, nullptr},
 };

@@ -25,9 +25,7 @@ SIZE = 64
 
 def address(variable):
   """Where the array of a Variable lies; nobody has read it for that."""
-  (array,) = (
-    x for x in gc.get_referents(variable) if isinstance(x, jax.Array)
-  )
+  (array,) = (x for x in gc.get_referents(variable) if isinstance(x, jax.Array))
   return array.unsafe_buffer_pointer()
 
 
