@@ -1,4 +1,4 @@
-"""Updates in place: whether `nnx.jit` may give a program what it will replace."""
+"""Updates in place: whether a program may have what it will replace."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ class use_updates_in_place:
   This is for arrays of 64 KiB or more, of a megabyte together, on one device of
   the CPU; not for functions with callbacks, with calls of libraries that are
   not known, with shardings or with donation of their own; not while jax looks
-  for NaNs. Arrays that did not come by a Variable, from `jax.live_arrays` or
-  from `gc`, are safe as long as they are held; parts of them (`addressable_shards`)
-  are not.
+  for NaNs. Arrays that were not read from a Variable, but found with
+  `jax.live_arrays` or `gc`, are safe as long as they are held; other arrays
+  made of them that have the same memory are not.
 
-  It holds for functions that are compiled and called while it is on, as it is by
-  default; the variable `NNX_UPDATES_IN_PLACE` of the environment says otherwise
-  for the process.
+  It holds for functions that are compiled and called while it is on, as it is
+  by default; the variable `NNX_UPDATES_IN_PLACE` of the environment says
+  otherwise for the process.
 
   Works from the call on, and as a context manager for a block, in this thread.
 
@@ -80,8 +80,8 @@ def may_lend() -> bool:
   """Tells whether a compiled call, here and now, runs what was compiled alone.
 
   Under a trace it is an operation of that; and jax can be told to run functions
-  as they are written, or to do so after a NaN. Then arrays go to places that the
-  engine does not know.
+  as they are written, or to do so after a NaN. Then arrays go to places that
+  the engine does not know.
 
   Example:
 

@@ -1,7 +1,7 @@
 """Programs of `nnx.jit` that update Variables in place; see `nnx.in_place`.
 
-Which leaves such a program may take over is decided when it is traced. The rest,
-whether somebody else has an array, the engine decides at each call.
+Which leaves such a program may take over is decided when it is traced. The
+rest, whether somebody else has an array, the engine decides at each call.
 """
 
 from __future__ import annotations
@@ -105,8 +105,8 @@ def _is_safe(lowered: Any) -> bool:
 
   It must run on one device, and no code but what is known. On the CPU, programs
   that compute next to nothing run before the call returns, which then raises if
-  there is no memory left; by then the arrays are gone. Any others run later, and
-  what they return tells of the failure, whether they update in place or not.
+  there is no memory left; by then the arrays are gone. Any others run later,
+  and what they return tells of the failure, in place or not.
   """
   module = lowered.compiler_ir("stablehlo").operation
   harmless = True

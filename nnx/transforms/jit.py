@@ -430,8 +430,8 @@ def jit(
   One without a hash is compared by what it holds; one with a hash must not
   change.
 
-  Large Variables that the function writes are updated in place where nobody else
-  has their arrays; see `nnx.use_updates_in_place`.
+  Large Variables that the function writes are updated in place where nobody
+  else has their arrays; see `nnx.use_updates_in_place`.
 
   Example:
 

@@ -1,4 +1,4 @@
-"""Updates in place under nnx.jit: that they happen, and that nobody can tell."""
+"""Updates in place under nnx.jit: they happen, and nobody can tell."""
 
 import copy
 import gc
@@ -414,7 +414,7 @@ class UnseenTest(Case):
       call(variable)
     np.testing.assert_array_equal(variable.value, 13.0)
     fails = True
-    with self.assertRaises(Exception):
+    with self.assertRaises(jax.errors.JaxRuntimeError):
       call(variable)
     np.testing.assert_array_equal(variable.value, 13.0)
 
