@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 import threading
 from typing import Any
 
 import jax
 
 from nnx import environment
-from nnx.engine import jax_private
+from nnx.engine import _engine, jax_private
+
+# Where it is known how a call fails.
+_PLATFORMS = ("cpu",)
 
 
 class Settings(threading.local):
@@ -115,3 +119,47 @@ def copied(array: Any) -> Any:
   """
   with jax.ensure_compile_time_eval():
     return jax.device_put(array, may_alias=False)
+
+
+def are_together(leaves: Iterable[Any]) -> bool:
+  """Tells whether arrays lie together where updates in place work.
+
+  Example:
+
+    >>> import jax.numpy as jnp
+    >>> from nnx import in_place
+    >>> in_place.are_together([jnp.ones(2), 1.0])
+    True
+
+  Args:
+    leaves: arrays, and scalars, which lie anywhere.
+  """
+  places = set()
+  for leaf in leaves:
+    if isinstance(leaf, jax.core.Tracer):
+      return False
+    if isinstance(leaf, jax.Array):
+      if not isinstance(leaf.sharding, jax.sharding.SingleDeviceSharding):
+        return False
+      (device,) = leaf.sharding.device_set
+      places.add((device, leaf.sharding.memory_kind))
+  return all(
+    device.platform in _PLATFORMS
+    and memory == device.default_memory().kind
+    and len(places) == 1
+    for device, memory in places
+  )
+
+
+def check_loan(kept: tuple[Any, ...], given: tuple[Any, ...]) -> None:
+  """Refuses arguments of a program in place that are in other places.
+
+  Args:
+    kept: those that stay.
+    given: those that it may overwrite.
+
+  Raises:
+    NotInPlace: if they are.
+  """
+  if not are_together((*kept, *given)):
+    raise _engine.NotInPlace()

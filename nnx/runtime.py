@@ -121,6 +121,7 @@ def configure() -> None:
     settings=modes.settings,
     explain_error=errors.note_module,
     copy_array=in_place.copied,
+    check_loan=in_place.check_loan,
     may_lend=in_place.may_lend,
   )
 

@@ -138,6 +138,7 @@ class Settings(TypedDict, total=False):
   settings: object
   explain_error: Callable[[BaseException], None]
   copy_array: Callable[[Any], object]
+  check_loan: Callable[[tuple[Any, ...], tuple[Any, ...]], None]
   may_lend: Callable[[], bool]
   array_type: type
   variable_metadata: type

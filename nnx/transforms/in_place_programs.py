@@ -24,9 +24,6 @@ LEAST_TOTAL = 1 << 20
 # The functions of libraries that a program calls count for none.
 LEAST_FLOPS = 1e4
 
-# Where it is known how a call fails.
-_PLATFORMS = ("cpu",)
-
 # What programs may call: it neither fails nor runs Python code. Jax's own and
 # those of `nnx.kernels`.
 _KNOWN_CALLS = ("Sharding", "annotate_", "mhlo.", "lapack_", "fused_nnx_")
@@ -54,21 +51,7 @@ def _candidates(structure: Any, leaves: tuple) -> list[int]:
       found.append(record.leaf)
   if not found or sum(leaves[i].nbytes for i in found) < LEAST_TOTAL:
     return []
-  places = set()
-  for leaf in leaves:
-    if isinstance(leaf, jax.core.Tracer):
-      return []
-    if isinstance(leaf, jax.Array):
-      if not isinstance(leaf.sharding, jax.sharding.SingleDeviceSharding):
-        return []
-      (device,) = leaf.sharding.device_set
-      places.add((device, leaf.sharding.memory_kind))
-  if len(places) != 1:
-    return []
-  ((device, memory),) = places
-  if device.platform not in _PLATFORMS:
-    return []
-  return found if memory == device.default_memory().kind else []
+  return found if in_place.are_together(leaves) else []
 
 
 def _replaced(structure: Any, plan: Any, jaxpr: Any) -> set[int]:

@@ -384,8 +384,8 @@ bool PrefersInPlace(const Entry& entry, const Call& call) {
 Ref CallInPlace(const Entry& entry, const Call& call, Lending* lending) {
   const size_t size = entry.donated.size();
   Ref kept = Pick(call, entry.kept);
-  Ref loan = NewLoan(static_cast<Py_ssize_t>(size));
-  if (!kept || !loan) return Ref();
+  Ref loan = kept ? NewLoan(static_cast<Py_ssize_t>(size), kept.get()) : Ref();
+  if (!loan) return Ref();
   const Ref copy_array = Ref::Borrow(GetRuntime().copy_array);
   std::vector<Ref> items(size);
   std::vector<VariableObject*> lenders;

@@ -31,6 +31,7 @@ Loan* AsLoan(PyObject* self) { return reinterpret_cast<Loan*>(self); }
 void LoanDealloc(PyObject* self) {
   PyTypeObject* type = Py_TYPE(self);
   Py_XDECREF(AsLoan(self)->items);
+  Py_XDECREF(AsLoan(self)->kept);
   type->tp_free(self);
   Py_DECREF(type);
 }
@@ -59,7 +60,7 @@ PyObject* LoanFunction(PyObject*, PyObject* const* args, Py_ssize_t nargs) {
     return nullptr;
   }
   const int lent = PyObject_IsTrue(args[1]);
-  Ref self = lent < 0 ? Ref() : NewLoan(0);
+  Ref self = lent < 0 ? Ref() : NewLoan(0, nullptr);
   if (!self) return nullptr;
   AsLoan(self.get())->lent = lent;
   Py_INCREF(args[0]);
@@ -72,9 +73,17 @@ PyObject* LoanFlatten(PyObject*, PyObject* self) {
   if (!CheckLoan(self)) return nullptr;
   Loan* loan = AsLoan(self);
   const Ref items = Ref::Borrow(loan->items);
-  if (!loan->lent || loan->openings++ == 0) {
-    return PyTuple_Pack(2, items.get(), Py_None);
+  const bool first = loan->openings++ == 0;
+  if (!first && loan->kept) {
+    // A program for arrays of another kind than before, or in another place.
+    const Ref check_loan = Ref::Borrow(GetRuntime().check_loan);
+    const Ref kept = Ref::Borrow(loan->kept);
+    if (!Ref::Steal(PyObject_CallFunctionObjArgs(check_loan.get(), kept.get(),
+                                                 items.get(), nullptr))) {
+      return nullptr;
+    }
   }
+  if (first || !loan->lent) return PyTuple_Pack(2, items.get(), Py_None);
   const Ref copy_array = Ref::Borrow(GetRuntime().copy_array);
   const Py_ssize_t size = PyTuple_GET_SIZE(items.get());
   Ref copies = Ref::Steal(PyTuple_New(size));
@@ -109,7 +118,7 @@ PyMethodDef loan_functions[] = {
 
 }  // namespace
 
-Ref NewLoan(Py_ssize_t size) {
+Ref NewLoan(Py_ssize_t size, PyObject* kept) {
   Ref items = Ref::Steal(PyTuple_New(size));
   Ref self = Ref::Steal(g_loan_type->tp_alloc(g_loan_type, 0));
   if (!items || !self) return Ref();
@@ -118,6 +127,7 @@ Ref NewLoan(Py_ssize_t size) {
     PyTuple_SET_ITEM(items.get(), i, Py_None);
   }
   AsLoan(self.get())->items = items.release();
+  AsLoan(self.get())->kept = Ref::Borrow(kept).release();
   return self;
 }
 

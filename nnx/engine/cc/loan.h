@@ -17,6 +17,7 @@ namespace nnx::engine {
 // arrays used up. It opens the argument again: then it has copies.
 struct Loan {
   PyObject_HEAD PyObject* items;  // tuple of arrays, filled before use
+  PyObject* kept;                 // tuple of the other arguments, or null
   bool lent;                      // some of them are of Variables
   int openings;
 };
@@ -25,8 +26,8 @@ extern PyTypeObject* g_loan_type;
 // update in place after all.
 extern PyObject* g_not_in_place;
 
-// A Loan of `size` items, which are None.
-Ref NewLoan(Py_ssize_t size);
+// A Loan of `size` items, which are None, beside the other arguments, if any.
+Ref NewLoan(Py_ssize_t size, PyObject* kept);
 
 // Variables that are lent to a call of this thread, from `Begin` until `End`.
 // Meanwhile the collector does not run: it would run Python code in between.

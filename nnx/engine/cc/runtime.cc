@@ -106,6 +106,7 @@ PyObject* Configure(PyObject*, PyObject* args, PyObject* kwargs) {
       {"settings", &rt.settings, nullptr, nullptr},
       {"explain_error", &rt.explain_error, nullptr, nullptr},
       {"copy_array", &rt.copy_array, nullptr, nullptr},
+      {"check_loan", &rt.check_loan, nullptr, nullptr},
       {"may_lend", &rt.may_lend, nullptr, nullptr},
       {"freeze_static", &rt.freeze_static, nullptr, nullptr},
       {"restored_value", &rt.restored_value, nullptr, nullptr},

@@ -41,6 +41,9 @@ struct Runtime {
   PyObject* explain_error = nullptr;
   // (array) -> a copy of it, also under a trace.
   PyObject* copy_array = nullptr;
+  // (the arguments that stay, those of a Loan): raises NotInPlace where the
+  // arrays are not all in one place where that works.
+  PyObject* check_loan = nullptr;
   // () -> whether a compiled call runs here and now as such, so that Variables
   // may be lent to it.
   PyObject* may_lend = nullptr;
