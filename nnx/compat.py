@@ -16,9 +16,9 @@ Example:
 import functools
 import typing
 
-from nnx.graphlib.functional import cached_partial as cached_partial
+from nnx.graphlib.cached import cached_partial as cached_partial
+from nnx.graphlib.flat import flatten as flatten
 from nnx.graphlib.functional import clone as clone
-from nnx.graphlib.functional import flatten as flatten
 from nnx.graphlib.functional import graphdef as graphdef
 from nnx.graphlib.functional import split as split
 from nnx.graphlib.functional import state as state
@@ -39,15 +39,15 @@ from nnx.transforms.control_flow import switch as switch
 from nnx.transforms.control_flow import while_loop as while_loop
 from nnx.transforms.custom_vjp import custom_vjp as custom_vjp
 from nnx.transforms.grad import grad as grad
-from nnx.transforms.grad import jvp as jvp
 from nnx.transforms.grad import value_and_grad as value_and_grad
-from nnx.transforms.grad import vjp as vjp
 from nnx.transforms.jit import jit as jit
 from nnx.transforms.remat import remat as remat
 from nnx.transforms.scan import scan as scan
 from nnx.transforms.sharded import shard_map as shard_map
 from nnx.transforms.tracing import checkify as checkify
 from nnx.transforms.tracing import eval_shape as eval_shape
+from nnx.transforms.vjp import jvp as jvp
+from nnx.transforms.vjp import vjp as vjp
 from nnx.transforms.vmap import pmap as pmap
 from nnx.transforms.vmap import vmap as vmap
 

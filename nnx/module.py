@@ -6,7 +6,7 @@ import inspect
 from typing import Any, TypeVar
 
 from nnx import filterlib
-from nnx.graphlib import functional
+from nnx.graphlib import traversal
 from nnx.module_base import Module as Module
 from nnx.module_base import first_from as first_from
 from nnx.module_base import iter_children as iter_children
@@ -70,7 +70,7 @@ def with_attributes(
           remaining.discard(name)
     return value
 
-  result = functional.recursive_map(visit, node, graph=graph)
+  result = traversal.recursive_map(visit, node, graph=graph)
   if remaining and raise_if_not_found:
     raise not_found_error(remaining)
   return result
@@ -145,7 +145,7 @@ def view(
       remaining.difference_update(taken)
     return value
 
-  result = functional.recursive_map(visit, node, graph=graph)
+  result = traversal.recursive_map(visit, node, graph=graph)
   if remaining and raise_if_not_found:
     raise ValueError(
       f"Unused keys found in nnx.view: {sorted(remaining)}. Each must be a"
@@ -187,7 +187,7 @@ def view_info(
   selected = filterlib.to_predicate(only)
   classes = {
     type(value)
-    for path, value in functional.iter_graph(node, graph=graph)
+    for path, value in traversal.iter_graph(node, graph=graph)
     if hasattr(type(value), "set_view") and selected(path, value)
   }
   lines = []

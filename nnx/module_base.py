@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from nnx import filterlib
 from nnx.engine import _engine
-from nnx.graphlib import functional, traversal
+from nnx.graphlib import traversal
 from nnx.pytreelib import Pytree
 from nnx.variablelib import Perturbation, Variable, variable_type_from_name
 
@@ -368,7 +368,7 @@ def iter_modules(
   Yields:
     Pairs of path and module.
   """
-  for path, value in functional.iter_graph(node, graph=graph):
+  for path, value in traversal.iter_graph(node, graph=graph):
     if isinstance(value, Module):
       yield path, value
 

@@ -14,7 +14,7 @@ import jax
 from jax import random
 
 from nnx import filterlib
-from nnx.graphlib import functional, modes
+from nnx.graphlib import modes, traversal
 from nnx.missing import MISSING
 from nnx.rng_streams import RngCount as RngCount
 from nnx.rng_streams import RngKey as RngKey
@@ -41,7 +41,7 @@ def _streams(
 ) -> list[tuple[tuple[Any, ...], RngStream]]:
   return [
     (path, stream)
-    for path, stream in functional.iter_graph(node, graph=graph)
+    for path, stream in traversal.iter_graph(node, graph=graph)
     if isinstance(stream, RngStream)
   ]
 
@@ -322,7 +322,7 @@ def split_rngs(
       value.count = RngCount(count, tag=value.tag)
     return value
 
-  return functional.recursive_map(visit, node, graph=mode.graph)
+  return traversal.recursive_map(visit, node, graph=mode.graph)
 
 
 def fork_rngs(
@@ -392,7 +392,7 @@ def fork_rngs(
         return value.fork(split=splits)
     return value
 
-  return functional.recursive_map(visit, node, graph=mode.graph)
+  return traversal.recursive_map(visit, node, graph=mode.graph)
 
 
 def with_rngs(
@@ -499,7 +499,7 @@ def with_rngs(
       return value.fork()
     return value
 
-  return functional.recursive_map(visit, node, graph=mode.graph)
+  return traversal.recursive_map(visit, node, graph=mode.graph)
 
 
 def _scalars_only(path, key, shape):

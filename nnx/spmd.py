@@ -10,7 +10,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from nnx import partitioning
 from nnx.engine import jax_private
-from nnx.graphlib import functional
+from nnx.graphlib import functional, leaves
 from nnx.partitioning import (
   composite_rules,
   get_logical_axis_rules,
@@ -459,7 +459,7 @@ def as_abstract(tree: A, graph: bool | None = None) -> A:
       jax.ShapeDtypeStruct(value.shape, value.dtype, sharding=sharding)
     )
 
-  return functional.map(visit, tree, graph=graph)
+  return leaves.map(visit, tree, graph=graph)
 
 
 abstract_with_sharding = as_abstract

@@ -3,7 +3,8 @@
 A `State` wraps one nested plain dict, whose leaves are Variables or arrays.
 Flattening, splitting and merging are done by a few small functions on such
 dicts, in `nested_mappings` and in the engine; the classes wrap what they take
-and return.
+and return. Methods of `State` are these functions by another name, and the
+functions make States: so they share a file, half of which is documentation.
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ import numpy as np
 
 from nnx import reprlib, summary_cells
 from nnx.containers import Dict, List
-from nnx.graphlib import functional
+from nnx.graphlib import functional, traversal
 from nnx.module import Module
 from nnx.pytreelib import Pytree
 from nnx.rnglib import RngState, RngStream
@@ -296,7 +296,7 @@ def _record(
 ) -> None:
   """Runs a method on a copy of the object, without computing anything."""
   obj = functional.clone(obj, graph=True)
-  for path, node in list(functional.iter_graph(obj, graph=True)):
+  for path, node in list(traversal.iter_graph(obj, graph=True)):
     if isinstance(node, Pytree):
       cls: Any = type(node)
       cls = _watched_class(cls)

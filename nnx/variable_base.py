@@ -3,56 +3,41 @@
 It is a Python class on a C++ base, `_engine.VariableBase`, which holds the raw
 value, the metadata and the trace in which it was made, and which serves the
 common accesses without running Python. What is rare is here: construction with
-metadata, access through hooks, copies, displays.
+metadata, access through hooks, copies, displays. Its other parts are classes of
+their own: what it does with metadata, like its value, and when it is pickled.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, MutableMapping
+from collections.abc import Mapping
 import copy
 from types import EllipsisType
 from typing import TYPE_CHECKING, Any, Generic, Self, TypeVar, cast, overload
 
 import jax
 
-from nnx import partitioning, reprlib, tracers
+from nnx import partitioning, reprlib
 from nnx.engine import _engine, boxes, jax_private, pytrees
 from nnx.missing import MISSING
+from nnx.variable_initial import VariableMetadata
 from nnx.variable_metadata import (
   CREATE_HOOK,
   FIXED,
   GET_HOOK,
   SET_HOOK,
   HasMetadata,
-  VariableMetadata,
   in_order,
   is_hook_name,
+  is_ref,
   normalize_metadata,
 )
 from nnx.variable_operators import Operators, unwrap
+from nnx.variable_pickling import Pickled
 from nnx.variable_settings import settings
 
 A = TypeVar("A")
 B = TypeVar("B")
 V = TypeVar("V", bound="Variable[Any]")
-
-# Metadata by which Flax says how it keeps a Variable.
-_FLAX_METADATA = frozenset(
-  "is_hijax has_ref is_mutable hijax ref mutable eager_sharding".split()
-)
-
-
-def is_ref(value: Any) -> bool:
-  """Tells whether a value is a mutable array of jax (`jax.new_ref`).
-
-  Example:
-
-    >>> import jax
-    >>> from nnx.variablelib import is_ref
-    >>> is_ref(jax.new_ref(1.0))
-    True
-  """
-  return isinstance(value, jax.Ref)
 
 
 def _copy_containers(value: Any) -> Any:
@@ -62,37 +47,9 @@ def _copy_containers(value: Any) -> Any:
   return value
 
 
-class _MetadataView(MutableMapping):
-  """The metadata of a Variable, read and written as those of a dict."""
-
-  def __init__(self, variable: Variable[Any]):
-    self._variable = variable
-
-  def __getitem__(self, name: str) -> Any:
-    return self._variable._metadata[name]
-
-  def __setitem__(self, name: str, value: Any) -> None:
-    self._variable.set_metadata(name, value)
-
-  def __delitem__(self, name: str) -> None:
-    self._variable.del_metadata(name)
-
-  def __iter__(self) -> Iterator[str]:
-    return iter(self._variable._metadata)
-
-  def __len__(self) -> int:
-    return len(self._variable._metadata)
-
-  def __eq__(self, other: Any) -> bool:
-    return isinstance(other, Mapping) and dict(self) == dict(other)
-
-  __hash__ = None
-
-  def __repr__(self) -> str:
-    return repr(self._variable._metadata)
-
-
-class Variable(HasMetadata, Operators, reprlib.Displayable, Generic[A]):
+class Variable(
+  Pickled, HasMetadata, Operators, reprlib.Displayable, Generic[A]
+):
   """A mutable box around a value, with metadata; the base of all of its kinds.
 
   Kinds of Variables are subclasses, and the graph functions select by them:
@@ -240,17 +197,6 @@ class Variable(HasMetadata, Operators, reprlib.Displayable, Generic[A]):
     if metadata.get("eager_sharding", settings.eager_sharding):
       value = partitioning.place(value, metadata)
     self._stored = self._in_store(value, metadata)
-
-  @classmethod
-  def _in_store(cls, value: Any, metadata: Mapping[str, Any]) -> Any:
-    """Puts a value where Variables with these metadata keep theirs."""
-    if metadata.get("mutable") is False:
-      return value
-    if metadata.get("ref"):
-      return jax.new_ref(value)
-    if metadata.get("hijax"):
-      return boxes.new(cls, value, in_order(metadata))
-    return value
 
   # The value.
 
@@ -564,56 +510,6 @@ class Variable(HasMetadata, Operators, reprlib.Displayable, Generic[A]):
     result = self._make(value, copy.deepcopy(self._metadata, memo))
     memo[id(self)] = result
     return result
-
-  # What programs of Flax reach for; under these names a Variable is pickled.
-
-  @property
-  def _raw_value(self) -> A:
-    return self.raw_value
-
-  @_raw_value.setter
-  def _raw_value(self, value: A) -> None:
-    # They set it where the check of the trace is to be avoided.
-    with tracers.unchecked():
-      self.raw_value = value
-
-  @property
-  def _var_metadata(self) -> MutableMapping[str, Any]:
-    return _MetadataView(self)
-
-  @_var_metadata.setter
-  def _var_metadata(self, metadata: Mapping[str, Any]) -> None:
-    self._replace_metadata(normalize_metadata(metadata))
-
-  @property
-  def _trace_state(self) -> tracers.TraceState:
-    return tracers.TraceState.of(self)
-
-  @_trace_state.setter
-  def _trace_state(self, state: tracers.TraceState) -> None:
-    tracers.TraceState.of(self)._jax_trace = state._jax_trace
-
-  def __getstate__(self) -> dict[str, Any]:
-    raw: Any = self.raw_value
-    return {
-      "_raw_value": raw[...] if is_ref(raw) else raw,
-      "_trace_state": tracers.TraceState(),
-      "_var_metadata": dict(self._metadata),
-    }
-
-  def __setstate__(self, state: Mapping[str, Any]) -> None:
-    metadata = state["_var_metadata"]
-    if metadata.get("hijax") is False or "is_hijax" in metadata:
-      # Pickled by Flax, which writes down all of its switches.
-      kept = "ref" if metadata.get("ref") else None
-      metadata = {
-        name: value
-        for name, value in metadata.items()
-        if name not in _FLAX_METADATA or name == kept
-      }
-    metadata = normalize_metadata(metadata)
-    self._replace_metadata(metadata)
-    self._stored = self._in_store(state["_raw_value"], metadata)
 
   # Display.
 

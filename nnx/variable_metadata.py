@@ -10,10 +10,8 @@ on, are accepted wherever hooks are, and mean the same.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-import dataclasses
-import functools
 import operator
-from typing import Any, Generic, TypeVar, cast
+from typing import Any
 
 import jax
 
@@ -22,8 +20,6 @@ from nnx.engine import _engine, boxes, jax_private
 from nnx.missing import MISSING
 from nnx.variable_settings import settings
 
-A = TypeVar("A")
-F = TypeVar("F", bound=Callable[..., Any])
 Hooks = tuple[Callable[..., Any], ...]
 
 
@@ -35,7 +31,7 @@ HOOK_ALIASES = {
   "add_axis_hooks": "on_add_axis",
   "remove_axis_hooks": "on_remove_axis",
 }
-_HOOK_NAMES = frozenset(HOOK_ALIASES.values())
+HOOK_NAMES = frozenset(HOOK_ALIASES.values())
 _ALIASED_NAMES = frozenset(HOOK_ALIASES) | frozenset(partitioning.SHARDING_KEYS)
 
 # As plain ints, which are faster to combine. The engine does not know the
@@ -78,6 +74,19 @@ def _has_arrays_only(value: Any) -> bool:
   return bool(leaves) and all(isinstance(leaf, jax.Array) for leaf in leaves)
 
 
+def is_ref(value: Any) -> bool:
+  """Tells whether a value is a mutable array of jax (`jax.new_ref`).
+
+  Example:
+
+    >>> import jax
+    >>> from nnx.variablelib import is_ref
+    >>> is_ref(jax.new_ref(1.0))
+    True
+  """
+  return isinstance(value, jax.Ref)
+
+
 def is_hook_name(name: str) -> bool:
   """Tells whether a name is that of a kind of hooks, in either spelling.
 
@@ -87,7 +96,7 @@ def is_hook_name(name: str) -> bool:
     >>> is_hook_name("set_value_hooks")
     True
   """
-  return name in HOOK_ALIASES or name in _HOOK_NAMES
+  return name in HOOK_ALIASES or name in HOOK_NAMES
 
 
 def as_hooks(hooks: Any) -> tuple[Callable[..., Any], ...]:
@@ -128,7 +137,7 @@ def normalize_metadata(metadata: Mapping[str, Any]) -> dict[str, Any]:
   """
   result = {}
   for name, value in metadata.items():
-    if name in HOOK_ALIASES or name in _HOOK_NAMES:
+    if name in HOOK_ALIASES or name in HOOK_NAMES:
       continue
     if name in FIXED and bool(value) is FIXED[name]:
       continue
@@ -156,174 +165,6 @@ def normalize_metadata(metadata: Mapping[str, Any]) -> dict[str, Any]:
   return result
 
 
-def _second_name(field: str) -> Any:
-  def set_field(self: Any, hooks: Any) -> None:
-    setattr(self, field, as_hooks(hooks))
-
-  return property(operator.attrgetter(field), set_field)
-
-
-# The constructor takes either names of hooks, and equality and text say all the
-# metadata alike; so these are not what a dataclass has by default.
-@dataclasses.dataclass(init=False, repr=False, eq=False)
-class VariableMetadata(Generic[A]):
-  """A value together with the metadata of the Variable that is to hold it.
-
-  Initializers wrapped by `with_metadata` return it; a Variable made from it
-  takes the value, the hooks and the metadata. A dataclass; the hooks can also
-  be read and set by the names `on_set_value` and so on.
-
-  Example:
-
-    >>> import dataclasses
-    >>> import nnx
-    >>> box = nnx.VariableMetadata(1.0, metadata={"axis": "embed"})
-    >>> nnx.Param(box).axis
-    'embed'
-    >>> dataclasses.replace(box, raw_value=2.0)
-    VariableMetadata(2.0, metadata={'axis': 'embed'})
-
-  Args:
-    raw_value: the value.
-    set_value_hooks: hooks run on values before they are stored.
-    get_value_hooks: hooks run on values when they are read.
-    create_value_hooks: hooks run on the first value.
-    add_axis_hooks: hooks run when a transform adds an axis.
-    remove_axis_hooks: hooks run when a transform removes an axis.
-    metadata: further metadata.
-    **hooks: the same hooks by the names `on_set_value` and so on.
-  """
-
-  raw_value: A
-  set_value_hooks: Hooks = ()
-  get_value_hooks: Hooks = ()
-  create_value_hooks: Hooks = ()
-  add_axis_hooks: Hooks = ()
-  remove_axis_hooks: Hooks = ()
-  metadata: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-
-  on_set_value = _second_name("set_value_hooks")
-  on_get_value = _second_name("get_value_hooks")
-  on_create_value = _second_name("create_value_hooks")
-  on_add_axis = _second_name("add_axis_hooks")
-  on_remove_axis = _second_name("remove_axis_hooks")
-
-  def __init__(
-    self,
-    raw_value: A,
-    set_value_hooks: Any = (),
-    get_value_hooks: Any = (),
-    create_value_hooks: Any = (),
-    add_axis_hooks: Any = (),
-    remove_axis_hooks: Any = (),
-    metadata: Mapping[str, Any] | None = None,
-    **hooks: Any,
-  ):
-    for name in hooks:
-      if name not in _HOOK_NAMES:
-        raise TypeError(
-          "`VariableMetadata` takes hooks by the names"
-          f" {sorted(_HOOK_NAMES)}, but got `{name}`. Other metadata goes into"
-          " `metadata`."
-        )
-    self.raw_value = raw_value
-    # Hooks may also come inside `metadata`, where they must not stay.
-    everything = normalize_metadata(
-      {
-        **(metadata or {}),
-        **{k: v for k, v in hooks.items() if as_hooks(v)},
-        **{
-          name: value
-          for name, value in (
-            ("set_value_hooks", set_value_hooks),
-            ("get_value_hooks", get_value_hooks),
-            ("create_value_hooks", create_value_hooks),
-            ("add_axis_hooks", add_axis_hooks),
-            ("remove_axis_hooks", remove_axis_hooks),
-          )
-          if as_hooks(value)
-        },
-      }
-    )
-    for field, name in HOOK_ALIASES.items():
-      setattr(self, field, everything.pop(name, ()))
-    self.metadata = everything
-
-  def __getattr__(self, name: str) -> Any:
-    raise AttributeError(
-      f"`{type(self).__name__}` has no attribute `{name}`.", name=name, obj=self
-    )
-
-  def _all(self) -> dict[str, Any]:
-    hooks = {name: getattr(self, name) for name in sorted(_HOOK_NAMES)}
-    return {**self.metadata, **{k: v for k, v in hooks.items() if v}}
-
-  def __eq__(self, other) -> bool:
-    if not isinstance(other, VariableMetadata):
-      return NotImplemented
-    return (self.raw_value, self._all()) == (other.raw_value, other._all())
-
-  __hash__ = None
-
-  def __repr__(self) -> str:
-    return f"VariableMetadata({self.raw_value!r}, metadata={self._all()!r})"
-
-
-def with_metadata(
-  initializer: F,
-  set_value_hooks: Any = (),
-  get_value_hooks: Any = (),
-  create_value_hooks: Any = (),
-  add_axis_hooks: Any = (),
-  remove_axis_hooks: Any = (),
-  **metadata: Any,
-) -> F:
-  """Wraps an initializer so that its Variable gets hooks and metadata.
-
-  Example:
-
-    >>> import jax, nnx
-    >>> init = nnx.with_metadata(
-    ...   jax.nn.initializers.zeros, get_value_hooks=lambda v, x: x + 1, axis=0
-    ... )
-    >>> p = nnx.Param(init(jax.random.key(0), (2,)))
-    >>> p.value, p.raw_value, p.axis
-    (Array([1., 1.], dtype=float32), Array([0., 0.], dtype=float32), 0)
-
-  Args:
-    initializer: a function that returns a value.
-    set_value_hooks: one hook or several, run on values before they are stored.
-    get_value_hooks: the same, run on values when they are read.
-    create_value_hooks: the same, run on the first value.
-    add_axis_hooks: the same, run when a transform adds an axis.
-    remove_axis_hooks: the same, run when a transform removes an axis.
-    **metadata: further metadata; hooks by the names `on_set_value` and so on
-      are hooks here too.
-
-  Returns:
-    A function of the same arguments that returns a `VariableMetadata`.
-  """
-  hooks = {name: metadata.pop(name) for name in _HOOK_NAMES if name in metadata}
-  template = VariableMetadata(
-    None,
-    set_value_hooks,
-    get_value_hooks,
-    create_value_hooks,
-    add_axis_hooks,
-    remove_axis_hooks,
-    metadata,
-    **hooks,
-  )
-
-  @functools.wraps(initializer)
-  def wrapper(*args, **kwargs):
-    return VariableMetadata(
-      initializer(*args, **kwargs), metadata=template._all()
-    )
-
-  return cast(F, wrapper)
-
-
 def metadata_flags(metadata: Mapping[str, Any]) -> int:
   """Finds the hook flags that metadata ask for.
 
@@ -347,9 +188,6 @@ def metadata_flags(metadata: Mapping[str, Any]) -> int:
   ):
     flags |= GET_HOOK | SET_HOOK | BOXED
   return flags
-
-
-VariableMetadata.__module__ = "nnx.variablelib"
 
 
 class HasMetadata(_engine.VariableBase):
@@ -546,13 +384,24 @@ class HasMetadata(_engine.VariableBase):
     new = dict(self._metadata)
     for name, value in updates.items():
       stored = self._stored_name(name)
-      if stored in _HOOK_NAMES:
+      if stored in HOOK_NAMES:
         value = as_hooks(value)
         if not value:
           new.pop(stored, None)
           continue
       new[stored] = value
     return normalize_metadata(new)
+
+  @classmethod
+  def _in_store(cls, value: Any, metadata: Mapping[str, Any]) -> Any:
+    """Puts a value where Variables with these metadata keep theirs."""
+    if metadata.get("mutable") is False:
+      return value
+    if metadata.get("ref"):
+      return jax.new_ref(value)
+    if metadata.get("hijax"):
+      return boxes.new(cls, value, in_order(metadata))
+    return value
 
   def _replace_metadata(self, metadata: dict[str, Any]) -> None:
     live = self._metadata

@@ -1,8 +1,9 @@
 """Variables: mutable boxes around the arrays of a model.
 
 The class is in `variable_base`, what it does with metadata in
-`variable_metadata`; all of it can be imported from here. Here are the kinds of
-Variables, and the names that they go by.
+`variable_metadata`, what initializers say of one in `variable_initial`; all of
+it can be imported from here. Here are the kinds of Variables, and the names
+that they go by.
 """
 
 from __future__ import annotations
@@ -12,14 +13,14 @@ from typing import Any, TypeVar
 
 from nnx.missing import MISSING as MISSING
 from nnx.variable_base import Variable as Variable
-from nnx.variable_base import is_ref as is_ref
+from nnx.variable_initial import VariableMetadata as VariableMetadata
+from nnx.variable_initial import with_metadata as with_metadata
 from nnx.variable_metadata import CREATE_HOOK
 from nnx.variable_metadata import HOOK_ALIASES as HOOK_ALIASES
-from nnx.variable_metadata import VariableMetadata as VariableMetadata
 from nnx.variable_metadata import as_hooks as as_hooks
 from nnx.variable_metadata import is_hook_name as is_hook_name
+from nnx.variable_metadata import is_ref as is_ref
 from nnx.variable_metadata import normalize_metadata as normalize_metadata
-from nnx.variable_metadata import with_metadata as with_metadata
 from nnx.variable_settings import VarDefaults as VarDefaults
 from nnx.variable_settings import settings
 from nnx.variable_settings import use_eager_sharding as use_eager_sharding

@@ -34,6 +34,7 @@ def load(
   *,
   positions: int | None = None,
   dtype: Any = None,
+  bits: int | None = None,
 ) -> tuple[model_lib.Model, tokenizer.Tokenizer]:
   """Loads a model and its tokenizer.
 
@@ -44,6 +45,7 @@ def load(
       if None.
     dtype: of the weights. If None, float32 on the CPU, where XLA's products
       convert bfloat16 in memory first, and bfloat16 elsewhere.
+    bits: 8 or 4, to pack the weights into; see `weights.load`.
 
   Raises:
     FileNotFoundError: if there is no such file.
@@ -64,4 +66,4 @@ def load(
     text = tokenizer.from_gguf(file.file.metadata)
   context = checkpoint.config.context
   positions = context if positions is None else min(positions, context)
-  return weights.load(checkpoint, positions, dtype), text
+  return weights.load(checkpoint, positions, dtype, bits), text

@@ -81,9 +81,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.error(str(error))
   print()
   times = writer.times
+  packed = f", weights of {given.bits} bits" if given.bits else ""
   print(
-    f"[{model.dtype.name}: loaded in {loaded - begin:.1f} s, compiled in"
-    f" {compiled - loaded:.1f} s; prompt {times.prompt_tokens} tokens,"
+    f"[{model.dtype.name}{packed}: loaded in {loaded - begin:.1f} s, compiled"
+    f" in {compiled - loaded:.1f} s; prompt {times.prompt_tokens} tokens,"
     f" {times.prompt_speed:.1f} tokens/s; answer {times.new_tokens} tokens in"
     f" {times.steps + 1} steps, {times.decode_speed:.1f} tokens/s]",
     file=sys.stderr,

@@ -22,6 +22,12 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     help="of the weights; by default float32 on the CPU, else bfloat16",
   )
   group.add_argument(
+    "--bits",
+    type=int,
+    choices=[8, 4],
+    help="pack the weights into so many bits; by default they are not packed",
+  )
+  group.add_argument(
     "--context",
     type=int,
     default=2048,
@@ -37,7 +43,10 @@ def load(
     parser.error(f"--context must be at least 2, but got {options.context}")
   try:
     return loading.load(
-      options.model, positions=options.context, dtype=options.dtype
+      options.model,
+      positions=options.context,
+      dtype=options.dtype,
+      bits=options.bits,
     )
   except (FileNotFoundError, ImportError, ValueError) as error:
     parser.error(str(error))

@@ -32,8 +32,15 @@ class Checkpoint(Protocol):
     """Returns a weight, in a dtype."""
 
 
+# How many numbers of a packed weight share a scale, where that divides them.
+_GROUP = 32
+
+
 def load(
-  checkpoint: Checkpoint, positions: int, dtype: Any = jnp.float32
+  checkpoint: Checkpoint,
+  positions: int,
+  dtype: Any = jnp.float32,
+  bits: int | None = None,
 ) -> model_lib.Model:
   """Makes a model with the weights of a checkpoint.
 
@@ -44,6 +51,9 @@ def load(
     checkpoint: from `load_gguf` or `load_safetensors`.
     positions: the longest text that the model will see.
     dtype: of the weights but for those of norms, which are float32.
+    bits: 8 or 4, to pack matrices into, whole numbers with a scale for each 32
+      of them; the table of tokens into 8, as what it loses every token does. If
+      None, they stay as they are.
 
   Raises:
     ValueError: if weights are missing, are left over, or have other shapes.
@@ -53,22 +63,44 @@ def load(
     lambda: model_lib.Model(config, positions, dtype, rngs=nnx.Rngs(0))
   )
   model.tables = rotary.Tables(config.rope, config.local_rope, positions)
-  params = {
-    _name(path): (path, param)
-    for path, param in nnx.to_flat_state(nnx.state(model, nnx.Param))
-  }
-  _check_names(set(params), checkpoint)
-  flat = []
-  for name, (path, param) in params.items():
-    value = _as_param(str(path[-1]), checkpoint.read(name, param.dtype), config)
+  params = nnx.to_flat_state(nnx.state(model, nnx.Param))
+  _check_names({_name(path) for path, _ in params}, checkpoint)
+
+  def loaded(path: tuple[Any, ...], param: nnx.Param, dtype: Any) -> nnx.Param:
+    name = _name(path)
+    value = _as_param(str(path[-1]), checkpoint.read(name, dtype), config)
     if value.shape != param.shape:
       raise ValueError(
         f"`{name}` must become an array of the shape {param.shape}, but has"
         f" the shape {value.shape}."
       )
-    flat.append((path, param.replace(jax.device_put(value))))
+    return param.replace(jax.device_put(value))
+
+  def packed(path: tuple[Any, ...], layer: Any) -> Any:
+    """Packs a layer, whose weights are read in full for that."""
+    if isinstance(layer, nnx.Linear):
+      layer.kernel = loaded((*path, "kernel"), layer.kernel, jnp.float32)
+      return nnx.QuantizedLinear(
+        layer, bits=bits, group=_group(layer.in_features)
+      )
+    if isinstance(layer, nnx.Embed):
+      layer.embedding = loaded(
+        (*path, "embedding"), layer.embedding, jnp.float32
+      )
+      return nnx.QuantizedEmbed(layer, bits=8, group=_group(layer.features))
+    return layer
+
+  if bits is not None:
+    model = nnx.recursive_map(packed, model)
+  flat = []
+  for path, param in nnx.to_flat_state(nnx.state(model, nnx.Param)):
+    flat.append((path, loaded(path, param, param.dtype)))
   nnx.update(model, nnx.from_flat_state(flat))
   return model
+
+
+def _group(size: int) -> int | None:
+  return _GROUP if size % _GROUP == 0 else None
 
 
 def _name(path: tuple[Any, ...]) -> str:

@@ -25,8 +25,15 @@ from .api import (
   merge,
   rope_tables,
 )
+from .checks import window_sizes
 
-__all__ = ["attend", "decode_attention", "merge", "rope_tables"]
+__all__ = [
+  "attend",
+  "decode_attention",
+  "merge",
+  "rope_tables",
+  "window_sizes",
+]
 
 
 # Users call the package like the function, `kernels.decode_attention(...)`, and
@@ -42,6 +49,7 @@ class _CallablePackage(types.ModuleType):
   decode_attention = staticmethod(decode_attention)
   merge = staticmethod(merge)
   rope_tables = staticmethod(rope_tables)
+  window_sizes = staticmethod(window_sizes)
 
 
 sys.modules[__name__].__class__ = _CallablePackage

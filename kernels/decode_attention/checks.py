@@ -135,6 +135,53 @@ def canonicalize(
   return x, options, sizes
 
 
+def window_sizes(
+  window: int | tuple[int, int] | None,
+) -> tuple[int, int]:
+  """Returns how many keys before and after its own a query sees, -1 for all.
+
+  Example:
+    >>> from kernels import decode_attention
+    >>> decode_attention.window_sizes(4)
+    (3, 0)
+    >>> decode_attention.window_sizes((2, -1))
+    (2, -1)
+    >>> decode_attention.window_sizes(None)
+    (-1, -1)
+
+  Args:
+    window: The number of keys, the query's own the last of them; or a pair of
+      the numbers before and after its own, -1 for all. No limit, if None.
+
+  Raises:
+    TypeError: If it is not an integer or a pair of integers.
+    ValueError: If a number is out of range.
+  """
+  if window is None:
+    return -1, -1
+  sizes = window if isinstance(window, (tuple, list)) else (window,)
+  try:
+    sizes = [options_lib.integer("window", size) for size in sizes]
+  except TypeError as error:
+    raise TypeError(
+      f"`window` must be an integer or a pair of integers, but got {window}."
+    ) from error
+  if not isinstance(window, (tuple, list)):
+    if sizes[0] < 1:
+      raise ValueError(
+        "`window` must be at least 1, the query's own key, but got"
+        f" {window}. For no limit, pass None."
+      )
+    sizes = [sizes[0] - 1, 0]
+  elif len(sizes) != 2 or min(sizes) < -1:
+    raise ValueError(
+      "`window` must be a pair of numbers that are at least 0, or -1 for no"
+      f" limit, but got {window}."
+    )
+  left, right = (-1 if size >= _NO_LIMIT else size for size in sizes)
+  return left, right
+
+
 def _check_dtype_of_queries(q, dtype):
   if cache_checks.is_quantized(dtype):
     if q.dtype.name not in cache_checks.FLOAT_DTYPES:
@@ -206,7 +253,9 @@ def _static(arguments, cache, tokens):
   masking, logits = arguments.masking, arguments.logits
   rotation = arguments.rotation
   causal = options_lib.boolean("causal", masking.causal)
-  left, right = _window(masking.window, causal)
+  left, right = window_sizes(masking.window)
+  if causal and not isinstance(masking.window, (tuple, list)):
+    right = -1
   static = {
     "causal": causal,
     "window_left": left,
@@ -231,28 +280,6 @@ def _static(arguments, cache, tokens):
       f" `{masking.window}`."
     )
   return static
-
-
-def _window(window, causal):
-  """Returns how many keys before and after its own a query sees, or -1."""
-  if window is None:
-    return -1, -1
-  if isinstance(window, (tuple, list)):
-    pair = [options_lib.integer("window", size) for size in window]
-    if len(pair) != 2 or min(pair) < -1:
-      raise ValueError(
-        "`window` must be a pair of numbers that are at least 0, or -1 for no"
-        f" limit, but got `{window}`."
-      )
-  else:
-    own = options_lib.integer("window", window)
-    if own < 1:
-      raise ValueError(
-        f"`window` must be at least 1, the query's own key, but got {own}."
-      )
-    pair = [own - 1, -1 if causal else 0]
-  left, right = (-1 if size >= _NO_LIMIT else size for size in pair)
-  return left, right
 
 
 def _chunk(chunk):

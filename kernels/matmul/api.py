@@ -4,7 +4,7 @@ from typing import Any
 
 import jax
 
-from ..common import dispatch
+from ..common import dispatch, options
 from . import checks, primitive, quantization
 
 
@@ -13,6 +13,7 @@ def matmul(
   w: Any,
   bias: Any = None,
   *,
+  transposed: bool = False,
   precision: Any = None,
   preferred_element_type: Any = None,
   implementation: str = dispatch.AUTO,
@@ -27,6 +28,8 @@ def matmul(
     x: `[..., k]`, floating.
     w: `[k, n]`, floating, or a `QuantizedWeight`.
     bias: `[n]`, floating, or None.
+    transposed: Whether `w` is `[n, k]`, as tables of embeddings are; it is read
+      as it lies. Packed weights must not be: pack the transpose.
     precision: As in `jax.numpy.matmul`. The CPU's kernels multiply and sum in
       float32, which none of them asks more than.
     preferred_element_type: Dtype of the result. If None, the one that
@@ -60,15 +63,21 @@ def matmul(
   primitive.MULTIPLY.check_implementation(implementation)
   x = checks.floating("x", x)
   biases = [] if bias is None else [checks.floating("bias", bias)]
+  transposed = options.boolean("transposed", transposed)
   if isinstance(w, quantization.QuantizedWeight):
     quantization.check_packed("w", w)
+    if transposed:
+      raise ValueError(
+        "`transposed` must be False for packed weights. Pack the transpose:"
+        " `kernels.matmul.quantize(w.T)`."
+      )
     op, weights = primitive.MULTIPLY_PACKED, jax.tree.leaves(w)
     dtypes = [x, *biases]
   else:
     w = checks.floating("w", w)
-    op, weights = primitive.MULTIPLY, [w]
-    dtypes = [x, w, *biases]
-  checks.check_shapes(x, w.shape, biases[0] if biases else None)
+    op = primitive.MULTIPLY_TRANSPOSED if transposed else primitive.MULTIPLY
+    weights, dtypes = [w], [x, w, *biases]
+  checks.check_shapes(x, w.shape, biases[0] if biases else None, transposed)
   (y,) = op(
     x,
     *weights,

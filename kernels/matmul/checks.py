@@ -21,13 +21,16 @@ def floating(name: str, value: Any) -> jax.Array:
   return array
 
 
-def check_shapes(x: Any, w_shape: tuple[Any, ...], bias: Any) -> None:
+def check_shapes(
+  x: Any, w_shape: tuple[Any, ...], bias: Any, transposed: bool
+) -> None:
   """Checks that the arguments fit one another.
 
   Args:
     x: The activations.
     w_shape: Of the weights.
     bias: An array or None.
+    transposed: Whether the weights are `[n, k]`.
 
   Raises:
     ValueError: If they do not.
@@ -36,18 +39,21 @@ def check_shapes(x: Any, w_shape: tuple[Any, ...], bias: Any) -> None:
     raise ValueError("`x` must have an axis of k numbers, but got a scalar.")
   if len(w_shape) != 2:
     raise ValueError(
-      f"`w` must have 2 axes [k, n], but got shape {w_shape}. Use `jax.vmap`"
-      " for several matrices."
+      f"`w` must have 2 axes {'[n, k]' if transposed else '[k, n]'}, but got"
+      f" shape {w_shape}. Use `jax.vmap` for several matrices."
     )
-  if x.shape[-1] != w_shape[0]:
+  k, n = reversed(w_shape) if transposed else w_shape
+  if x.shape[-1] != k:
     raise ValueError(
-      f"The last axis of `x` must be as long as the first of `w`, but their"
-      f" shapes are {x.shape} and {w_shape}."
+      "The last axis of `x` must be as long as the"
+      f" {'last' if transposed else 'first'} of `w`, but their shapes are"
+      f" {x.shape} and {w_shape}."
     )
-  if bias is not None and bias.shape != (w_shape[1],):
+  if bias is not None and bias.shape != (n,):
     raise ValueError(
-      f"`bias` must have the shape ({w_shape[1]},), one number for each column"
-      f" of `w` of shape {w_shape}, but got {bias.shape}."
+      f"`bias` must have the shape ({n},), one number for each"
+      f" {'row' if transposed else 'column'} of `w` of shape {w_shape}, but got"
+      f" {bias.shape}."
     )
 
 

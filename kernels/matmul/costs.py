@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from ..common import arrays
+from . import operands
 
 # With more rows a product takes as long as the arithmetic does, in which XLA
 # is as good: it multiplies weights that it has packed.
@@ -21,21 +22,33 @@ UNCACHED_SIZE = 2**21
 # Packed weights XLA unpacks into memory first.
 MOST_ROWS_PACKED = 128
 
+# Small ones of 4 bits it unpacks in the time of fewer rows.
+MOST_ROWS_INT4 = 16
+
 # Numbers in the weights below which a call into a library is what it costs.
 LEAST_SIZE = 2**12
 
-# Numbers in the weights from which XLA reads float32 as fast for a single row.
+# Numbers in the weights from which XLA reads float32, and the transpose of any
+# weights, as fast for a single row.
 LARGE_SIZE = 2**22
+
+# Rows up to which XLA multiplies the transpose of large weights of float32
+# slower.
+MOST_ROWS_TRANSPOSED = 8
 
 
 def on_cpu(
-  avals: Sequence[Any], *, packed: bool, batch_axes: int, **params: Any
+  avals: Sequence[Any],
+  *,
+  form: operands.Form,
+  batch_axes: int,
+  **params: Any,
 ) -> str | None:
   """Says where XLA multiplies faster on the CPU.
 
   Args:
     avals: Of the operands.
-    packed: Whether the weights are.
+    form: Of the weights.
     batch_axes: Of the op.
     **params: Other parameters of the op.
   """
@@ -44,17 +57,28 @@ def on_cpu(
   rows = arrays.static_size(x.shape[batch_axes:-1])
   if rows is None:
     return "it is not known that the rows are few"
-  most = MOST_ROWS_PACKED if packed else MOST_ROWS
+  most = MOST_ROWS_PACKED if form is operands.Form.PACKED else MOST_ROWS
   if rows > most:
     return f"XLA multiplies more than {most} rows as fast"
-  size = arrays.static_size((x.shape[-1], w.shape[-1]))
+  _, n = form.matrix(w.shape)
+  size = arrays.static_size((x.shape[-1], n))
   if size is not None and size < LEAST_SIZE:
     return f"XLA needs no call for weights of less than {LEAST_SIZE} numbers"
+  large = size is None or size >= LARGE_SIZE
+  if form is operands.Form.TRANSPOSED:
+    if large and rows == 1:
+      return "XLA reads the transpose of large weights as fast for one row"
+    if large and rows > MOST_ROWS_TRANSPOSED and w.dtype.name == "float32":
+      return f"XLA multiplies more than {MOST_ROWS_TRANSPOSED} rows as fast"
+    return None
+  in_cache = size is not None and size < UNCACHED_SIZE
+  if w.dtype.name == "uint32" and rows > MOST_ROWS_INT4 and in_cache:
+    return f"XLA multiplies more than {MOST_ROWS_INT4} rows of 4 bits as fast"
   if w.dtype.name != "float32":
     return None
-  if rows == 1 and (size is None or size >= LARGE_SIZE):
+  if rows == 1 and large:
     return "XLA reads large weights of float32 as fast for one row"
   most = MOST_ROWS_FLOAT32
-  if rows > most and size is not None and size < UNCACHED_SIZE:
+  if rows > most and in_cache:
     return f"XLA multiplies more than {most} rows of float32 as fast"
   return None

@@ -10,11 +10,13 @@ from ..common import arrays, libraries
 from . import operands as operands_lib
 
 TARGET_MULTIPLY = "fused_nnx_matmul_multiply_1"
+TARGET_MULTIPLY_TRANSPOSED = "fused_nnx_matmul_multiply_transposed_1"
 TARGET_MULTIPLY_PACKED = "fused_nnx_matmul_multiply_packed_1"
 
 # What the extension calls its handlers.
 HANDLERS = {
   TARGET_MULTIPLY: "multiply",
+  TARGET_MULTIPLY_TRANSPOSED: "multiply_transposed",
   TARGET_MULTIPLY_PACKED: "multiply_packed",
 }
 
@@ -26,6 +28,7 @@ _DTYPES = ("float32", "bfloat16", "float16")
 def multiply(
   *operands: jax.Array,
   target: str = TARGET_MULTIPLY,
+  form: operands_lib.Form = operands_lib.Form.MATRIX,
   batch_axes: int,
   dtype: Any,
   precision: Any,
@@ -35,15 +38,27 @@ def multiply(
   Args:
     *operands: As of the reference.
     target: Of the handler.
+    form: Of the weights.
     batch_axes: As of the reference.
     dtype: As of the reference.
     precision: Float32's, whatever it says.
   """
   del precision
   x, w = operands[:2]
-  out = jax.ShapeDtypeStruct((*x.shape[:-1], w.shape[-1]), dtype)
+  _, n = form.matrix(w.shape)
+  out = jax.ShapeDtypeStruct((*x.shape[:-1], n), dtype)
   call = jax.ffi.ffi_call(target, (out,))
   return call(*operands, batch_axes=np.int64(batch_axes))
+
+
+def multiply_transposed(
+  *operands: jax.Array, **params: Any
+) -> Sequence[jax.Array]:
+  """Calls the handler of `reference.multiply_transposed`; see `multiply`."""
+  form = operands_lib.Form.TRANSPOSED
+  return multiply(
+    *operands, target=TARGET_MULTIPLY_TRANSPOSED, form=form, **params
+  )
 
 
 def multiply_packed(*operands: jax.Array, **params: Any) -> Sequence[jax.Array]:
@@ -52,18 +67,19 @@ def multiply_packed(*operands: jax.Array, **params: Any) -> Sequence[jax.Array]:
 
 
 def unsupported(
-  avals: Sequence[Any], *, dtype: Any, packed: bool = False, **params: Any
+  avals: Sequence[Any], *, form: operands_lib.Form, dtype: Any, **params: Any
 ) -> str | None:
   """Returns why the handlers cannot take these, or None.
 
   Args:
     avals: Of the operands.
+    form: Of the weights; packed ones have dtypes that are right.
     dtype: Of the result.
-    packed: Whether the weights are, whose dtypes are then right.
     **params: Other parameters of the op.
   """
   del params
-  x, weights, bias = operands_lib.parts(avals, packed)
+  x, weights, bias = form.parts(avals)
+  packed = form is operands_lib.Form.PACKED
   for name, aval in (("x", x), ("w", weights[0]), ("bias", bias)):
     if aval is None:
       continue

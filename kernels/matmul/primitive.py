@@ -15,15 +15,16 @@ from ..common import arrays, dispatch, jax_private
 from . import costs, ffi, operands, reference, sharding
 
 
-def _abstract_eval(*avals, packed, batch_axes, dtype, precision):
+def _abstract_eval(*avals, form, batch_axes, dtype, precision):
   del batch_axes, precision
-  x, weights, _ = operands.parts(avals, packed)
-  shape = (*x.shape[:-1], weights[0].shape[-1])
+  x, weights, _ = form.parts(avals)
+  _, n = form.matrix(weights[0].shape)
+  shape = (*x.shape[:-1], n)
   return (arrays.out_aval(shape, dtype, *avals),)
 
 
-def _batching(op, args, dims, *, packed, batch_axes, dtype, **params):
-  x, weights, bias = operands.parts(args, packed)
+def _batching(op, args, dims, *, form, batch_axes, dtype, **params):
+  x, weights, bias = form.parts(args)
   x_dim, *w_dims = dims[: 1 + len(weights)]
   if any(dim is not None for dim in w_dims):
     moved, _ = arrays.move_batch_to_front(args, dims)
@@ -78,12 +79,12 @@ def _transpose(op, cotangents, *args, implementation, **params):
   return [given.get(i) for i in range(len(args))]
 
 
-def _op(name: str, packed: bool, fn: Callable[..., Any]) -> dispatch.Op:
-  """Defines a product with weights that are packed or not."""
+def _op(name: str, form: operands.Form, fn: Callable[..., Any]) -> dispatch.Op:
+  """Defines a product with weights of one form."""
   bound = functools.partial
   op = dispatch.Op(
     name,
-    abstract_eval=bound(_abstract_eval, packed=packed),
+    abstract_eval=bound(_abstract_eval, form=form),
     reference=getattr(reference, fn.__name__),
     implementations=(
       dispatch.Implementation(
@@ -91,14 +92,14 @@ def _op(name: str, packed: bool, fn: Callable[..., Any]) -> dispatch.Op:
         platforms=("cpu",),
         fn=fn,
         library=ffi.LIBRARY,
-        unsupported=bound(ffi.unsupported, packed=packed),
-        slower=bound(costs.on_cpu, packed=packed),
+        unsupported=bound(ffi.unsupported, form=form),
+        slower=bound(costs.on_cpu, form=form),
       ),
     ),
-    batching=bound(_batching, packed=packed),
+    batching=bound(_batching, form=form),
     partitioning=dispatch.Partitioning(
-      bound(sharding.rule, packed=packed),
-      bound(sharding.partition, packed=packed),
+      bound(sharding.rule, form=form),
+      bound(sharding.partition, form=form),
     ),
   )
   ad.primitive_jvps[op.primitive] = bound(_jvp, op)
@@ -107,5 +108,10 @@ def _op(name: str, packed: bool, fn: Callable[..., Any]) -> dispatch.Op:
   return op
 
 
-MULTIPLY = _op("matmul", False, ffi.multiply)
-MULTIPLY_PACKED = _op("matmul_packed", True, ffi.multiply_packed)
+MULTIPLY = _op("matmul", operands.Form.MATRIX, ffi.multiply)
+MULTIPLY_TRANSPOSED = _op(
+  "matmul_transposed", operands.Form.TRANSPOSED, ffi.multiply_transposed
+)
+MULTIPLY_PACKED = _op(
+  "matmul_packed", operands.Form.PACKED, ffi.multiply_packed
+)

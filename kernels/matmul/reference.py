@@ -19,6 +19,7 @@ def multiply(
   w: jax.Array,
   bias: jax.Array | None = None,
   *,
+  form: operands.Form = operands.Form.MATRIX,
   batch_axes: int,
   dtype: Any,
   precision: Any,
@@ -27,8 +28,9 @@ def multiply(
 
   Args:
     x: `[..., k]`, floating.
-    w: `[k, n]`, floating.
+    w: `[k, n]`, floating, or `[n, k]`.
     bias: `[n]`, floating, or None.
+    form: Of the weights; which of the two.
     batch_axes: Number of leading axes that are independent products.
     dtype: Of the result.
     precision: As in `jax.lax.dot_general`; a name, a pair of names, or None.
@@ -38,17 +40,25 @@ def multiply(
   """
   common = jnp.promote_types(x.dtype, w.dtype)
   batch = tuple(range(batch_axes))
+  k_axis, _ = form.matrix(range(w.ndim))
   y = lax.dot_general(
     x.astype(common),
     w.astype(common),
-    (((x.ndim - 1,), (batch_axes,)), (batch, batch)),
+    (((x.ndim - 1,), (k_axis,)), (batch, batch)),
     precision=precision,
     preferred_element_type=dtype,
-    out_sharding=sharding.of_result(jax.typeof(x), jax.typeof(w), batch_axes),
+    out_sharding=sharding.of_result(
+      jax.typeof(x), jax.typeof(w), batch_axes, form
+    ),
   )
   if bias is not None:
     y = y + operands.expand_bias(bias, y.ndim, batch_axes).astype(dtype)
   return (y,)
+
+
+def multiply_transposed(*args: jax.Array, **params: Any) -> tuple[jax.Array]:
+  """Computes `x @ w.T + bias`, as `multiply` with w `[n, k]`."""
+  return multiply(*args, form=operands.Form.TRANSPOSED, **params)
 
 
 def multiply_packed(
@@ -74,7 +84,7 @@ def multiply_packed(
   Returns:
     A tuple of one array `[..., n]`.
   """
-  _, packed, bias = operands.parts((x, values, scale, *rest), True)
+  _, packed, bias = operands.Form.PACKED.parts((x, values, scale, *rest))
   w = quantization.unpacked(*packed).astype(x.dtype)
   return multiply(
     x, w, bias, batch_axes=batch_axes, dtype=dtype, precision=precision

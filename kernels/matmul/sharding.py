@@ -34,8 +34,8 @@ class Split(NamedTuple):
   def x(self) -> PartitionSpec:
     return self.spec(*self.batch, *self.rows, self.k)
 
-  def w(self) -> PartitionSpec:
-    return self.spec(*self.batch, self.k, self.n)
+  def w(self, form: operands.Form) -> PartitionSpec:
+    return self.spec(*self.batch, *form.axes(self.k, self.n))
 
   def scale(self) -> PartitionSpec:
     return self.spec(*self.batch, (), self.n)
@@ -47,13 +47,16 @@ class Split(NamedTuple):
     return self.spec(*self.batch, *self.rows, self.n)
 
 
-def split(x: Any, w: Any, batch_axes: int, groups: int = 1) -> Split:
+def split(
+  x: Any, w: Any, batch_axes: int, form: operands.Form, groups: int = 1
+) -> Split:
   """Decides how a product is split.
 
   Args:
     x: Has the shape and the sharding of x.
     w: The same of w, or of its packed values.
     batch_axes: Number of leading axes that are independent products.
+    form: Of the weights.
     groups: Of packed weights, how many groups of rows there are. Parts must be
       whole groups, or of one.
   """
@@ -62,15 +65,16 @@ def split(x: Any, w: Any, batch_axes: int, groups: int = 1) -> Split:
 
   def fits(entry: Entry) -> bool:
     count = math.prod(sizes[name] for name in entry)
-    rows = w.shape[batch_axes]
+    rows, _ = form.matrix(w.shape)
     return not entry or (
       isinstance(rows, int)
       and rows % count == 0
       and (groups == 1 or groups % count == 0)
     )
 
+  k_of_w, n_of_w = form.matrix(of_w)
   k_of_w, k_of_x = (
-    entry if fits(entry) else () for entry in (of_w[batch_axes], of_x[-1])
+    entry if fits(entry) else () for entry in (k_of_w, of_x[-1])
   )
   x_size, w_size = arrays.static_size(x.shape), arrays.static_size(w.shape)
   x_first = x_size is not None and w_size is not None and x_size > w_size
@@ -89,22 +93,25 @@ def split(x: Any, w: Any, batch_axes: int, groups: int = 1) -> Split:
   if x_first:
     rows = tuple(take(e) for e in of_x[batch_axes:-1])
     k = take(k_of_x, k_of_w)
-    n = take(of_w[-1])
+    n = take(n_of_w)
   else:
     k = take(k_of_w)
-    n = take(of_w[-1])
+    n = take(n_of_w)
     rows = tuple(take(e) for e in of_x[batch_axes:-1])
     k = k or take(k_of_x)
   return Split(batch, rows, k, n)
 
 
-def of_result(x: Any, w: Any, batch_axes: int) -> NamedSharding | None:
+def of_result(
+  x: Any, w: Any, batch_axes: int, form: operands.Form
+) -> NamedSharding | None:
   """Returns the sharding of a product whose operands' types have one.
 
   Args:
     x: Abstract value of x.
     w: Abstract value of w.
     batch_axes: Number of leading axes that are independent products.
+    form: Of the weights.
 
   Returns:
     None where the compiler decides.
@@ -112,22 +119,28 @@ def of_result(x: Any, w: Any, batch_axes: int) -> NamedSharding | None:
   mesh = jax_private.explicit_mesh((x, w))
   if mesh is None or w.sharding.mesh.empty or x.sharding.mesh.empty:
     return None
-  return NamedSharding(mesh, split(x, w, batch_axes).y())
+  return NamedSharding(mesh, split(x, w, batch_axes, form).y())
 
 
 def rule(
-  avals: Sequence[Any], *, packed: bool, batch_axes: int, **params: Any
+  avals: Sequence[Any],
+  *,
+  form: operands.Form,
+  batch_axes: int,
+  **params: Any,
 ) -> tuple[str, Sequence[str]]:
   """Writes the Shardy rule of the op."""
   del params
-  x, weights, bias = operands.parts(avals, packed)
+  x, weights, bias = form.parts(avals)
   batch = [f"b{i}" for i in range(batch_axes)]
   rows = [f"r{i}" for i in range(len(x.shape) - batch_axes - 1)]
   # The rows of packed weights, of their scale and of x are of different
   # numbers: `partition` sees to it that they go together.
-  firsts = ("v", "s", "m") if packed else ("k",)
+  firsts = ("v", "s", "m") if form is operands.Form.PACKED else ("k",)
   factors = [[*batch, *rows, "k"]]
-  factors += [[*batch, name, "n"] for name in firsts[: len(weights)]]
+  factors += [
+    [*batch, *form.axes(name, "n")] for name in firsts[: len(weights)]
+  ]
   if bias is not None:
     factors.append([*batch, "n"])
   left = ", ".join(" ".join(names) for names in factors)
@@ -140,16 +153,17 @@ def partition(
   outs: Any,
   call: Any,
   *,
-  packed: bool,
+  form: operands.Form,
   batch_axes: int,
   dtype: Any,
   **params: Any,
 ) -> tuple[Any, Any, Any]:
   """Splits a call; see `dispatch.Partitioning`."""
   del mesh, outs
-  x, weights, bias = operands.parts(infos, packed)
+  x, weights, bias = form.parts(infos)
+  packed = form is operands.Form.PACKED
   groups = weights[1].shape[batch_axes] if packed else 1
-  split_by = split(x, weights[0], batch_axes, groups)
+  split_by = split(x, weights[0], batch_axes, form, groups)
   params["batch_axes"] = batch_axes
 
   def local(*args):
@@ -157,16 +171,16 @@ def partition(
       return call(*args, dtype=dtype, **params)
     # Sums cross devices before they are rounded.
     wide = jnp.promote_types(dtype, jnp.float32)
-    x, weights, bias = operands.parts(args, packed)
+    x, weights, bias = form.parts(args)
     (y,) = call(x, *weights, dtype=wide, **params)
     y = lax.psum(y, split_by.k)
     if bias is not None:
       y += operands.expand_bias(bias, y.ndim, batch_axes).astype(wide)
     return (y.astype(dtype),)
 
-  specs = [split_by.x(), split_by.w()]
+  specs = [split_by.x(), split_by.w(form)]
   for _ in weights[1:]:
-    specs.append(split_by.scale() if groups == 1 else split_by.w())
+    specs.append(split_by.scale() if groups == 1 else split_by.w(form))
   if bias is not None:
     specs.append(split_by.bias())
   return local, (split_by.y(),), tuple(specs)

@@ -3,6 +3,7 @@
 README.md of `nnx/engine` says how the C++ engine under them works.
 """
 
+from nnx.graphlib.cached import cached_partial as cached_partial
 from nnx.graphlib.contexts import MergeContext as MergeContext
 from nnx.graphlib.contexts import SplitContext as SplitContext
 from nnx.graphlib.contexts import UpdateContext as UpdateContext
@@ -20,26 +21,25 @@ from nnx.graphlib.definitions import call as call
 from nnx.graphlib.extraction import NodeStates as NodeStates
 from nnx.graphlib.extraction import from_tree as from_tree
 from nnx.graphlib.extraction import to_tree as to_tree
-from nnx.graphlib.functional import IndexMap as IndexMap
-from nnx.graphlib.functional import RefMap as RefMap
-from nnx.graphlib.functional import as_pure as as_pure
-from nnx.graphlib.functional import cached_partial as cached_partial
+from nnx.graphlib.flat import IndexMap as IndexMap
+from nnx.graphlib.flat import RefMap as RefMap
+from nnx.graphlib.flat import flatten as flatten
+from nnx.graphlib.flat import unflatten as unflatten
 from nnx.graphlib.functional import clone as clone
-from nnx.graphlib.functional import flatten as flatten
 from nnx.graphlib.functional import graphdef as graphdef
-from nnx.graphlib.functional import map as map
 from nnx.graphlib.functional import merge as merge
 from nnx.graphlib.functional import pop as pop
-from nnx.graphlib.functional import pure as pure
-from nnx.graphlib.functional import set_metadata as set_metadata
 from nnx.graphlib.functional import split as split
 from nnx.graphlib.functional import state as state
-from nnx.graphlib.functional import unflatten as unflatten
 from nnx.graphlib.functional import unpack as unpack
 from nnx.graphlib.functional import update as update
 from nnx.graphlib.functional import variables as variables
-from nnx.graphlib.functional import vars_as as vars_as
-from nnx.graphlib.functional import with_vars as with_vars
+from nnx.graphlib.leaves import as_pure as as_pure
+from nnx.graphlib.leaves import map as map
+from nnx.graphlib.leaves import pure as pure
+from nnx.graphlib.leaves import set_metadata as set_metadata
+from nnx.graphlib.leaves import vars_as as vars_as
+from nnx.graphlib.leaves import with_vars as with_vars
 from nnx.graphlib.modes import set_graph_mode as set_graph_mode
 from nnx.graphlib.modes import set_graph_updates as set_graph_updates
 from nnx.graphlib.modes import set_named_scopes as set_named_scopes

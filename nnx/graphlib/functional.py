@@ -8,7 +8,6 @@ With `graph=False` the functions take trees alone: see `trees`.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, TypeVar, overload
 
 import jax
@@ -17,31 +16,17 @@ import jax.numpy as jnp
 from nnx import filterlib, statelib, variablelib
 from nnx.engine import _engine
 from nnx.graphlib import modes, trees
-from nnx.graphlib.definitions import GraphDef as GraphDef
-from nnx.graphlib.definitions import GraphState as GraphState
-from nnx.graphlib.definitions import NodeDef as NodeDef
-from nnx.graphlib.definitions import PureState as PureState
-from nnx.graphlib.definitions import call as call
-from nnx.graphlib.flat import IndexMap as IndexMap
-from nnx.graphlib.flat import RefMap as RefMap
-from nnx.graphlib.flat import flatten as flatten
-from nnx.graphlib.flat import unflatten as unflatten
+from nnx.graphlib.definitions import GraphDef, GraphState
 from nnx.graphlib.states import as_state, merged
-from nnx.graphlib.traversal import find_duplicates as find_duplicates
-from nnx.graphlib.traversal import iter_children as iter_children
-from nnx.graphlib.traversal import iter_graph as iter_graph
-from nnx.graphlib.traversal import recursive_map as recursive_map
 
-A = TypeVar("A")
 Node = TypeVar("Node")
 
 Filter = filterlib.Filter
-PathParts = filterlib.PathParts
 
 _ALL = (True,)
 
 
-def _split(
+def split_in_mode(
   function: str,
   node: Any,
   filters: tuple[Filter, ...],
@@ -116,7 +101,7 @@ def split(
     ValueError: if no filter selects a leaf, if `...` is not the last filter, or
       if a container holds a value marked by `nnx.data` or `nnx.static`.
   """
-  graphdef, mappings = _split("split", node, filters, True, graph)
+  graphdef, mappings = split_in_mode("split", node, filters, True, graph)
   return (graphdef, *(as_state(mapping) for mapping in mappings))
 
 
@@ -274,7 +259,7 @@ def state(node: Any, /, *filters: Filter, graph: bool | None = None) -> Any:
       node, filterlib.engine_filters(filters) if filters else _ALL
     )
   else:
-    _, mappings = _split("state", node, filters, False, graph)
+    _, mappings = split_in_mode("state", node, filters, False, graph)
   if len(mappings) == 1:
     return as_state(mappings[0])
   return tuple(as_state(mapping) for mapping in mappings)
@@ -344,7 +329,7 @@ def graphdef(node: Node, /, *, graph: bool | None = None) -> GraphDef[Node]:
   """
   if modes.resolve(graph).graph:
     return _engine.graphdef(node)
-  return _split("graphdef", node, (), True, graph)[0]
+  return split_in_mode("graphdef", node, (), True, graph)[0]
 
 
 def clone(
@@ -427,243 +412,7 @@ def unpack(node: Node, /, *filters: Filter, graph: bool | None = None) -> Any:
   Raises:
     ValueError: if no filter selects a leaf, or if `node` is a Variable.
   """
-  graphdef, mappings = _split("unpack", node, filters, True, graph)
+  graphdef, mappings = split_in_mode("unpack", node, filters, True, graph)
   states = [as_state(mapping) for mapping in mappings]
   packed = tuple(GraphState(graphdef, state) for state in states)
   return packed[0] if len(packed) == 1 else packed
-
-
-def map(
-  f: Callable[[PathParts, Any], Any],
-  node: A,
-  /,
-  *,
-  graph: bool | None = None,
-  recreate_variables: bool = True,
-) -> A:
-  """Copies an object, with a function applied to its leaves.
-
-  Example:
-
-    >>> import nnx
-    >>> model = nnx.Dict(a=nnx.Param(1.0))
-    >>> nnx.map(lambda path, v: v.replace(v.value + 1), model).a.value
-    2.0
-
-  Args:
-    f: called with the path and the leaf, a Variable or an array; returns the
-      new leaf, or the new value of the Variable.
-    node: an object, a Variable, or a pytree of them.
-    graph: `False` refuses what is no tree: shared Variables, cycles; None
-      stands for `nnx.set_graph_mode`.
-    recreate_variables: whether a value in the place of a Variable becomes a
-      Variable of the kind that was there; otherwise it stays what it is.
-
-  Returns:
-    The copy.
-  """
-  graphdef, (mapping,) = _split("map", node, (), True, graph)
-  state = as_state(mapping)
-  if isinstance(state, statelib.State):
-    state = statelib.map_state(f, state)
-  else:
-    state = f((), state)
-  return merge(graphdef, state, recreate_variables=recreate_variables)
-
-
-def as_pure(tree: A) -> A:
-  """Replaces the Variables of a pytree by their raw values.
-
-  `pure` is another name of it.
-
-  Example:
-
-    >>> import nnx
-    >>> nnx.as_pure(nnx.state(nnx.Dict(a=nnx.Param(1.0))))
-    State({
-      'a': 1.0
-    })
-
-  Args:
-    tree: a State, an object, or any pytree.
-
-  Returns:
-    A new pytree.
-  """
-
-  def value(leaf):
-    if isinstance(leaf, _engine.VariableBase):
-      return as_pure(leaf.raw_value)
-    return leaf[...] if variablelib.is_ref(leaf) else leaf
-
-  return jax.tree.map(
-    value, tree, is_leaf=lambda x: isinstance(x, _engine.VariableBase)
-  )
-
-
-pure = as_pure
-
-
-def with_vars(
-  node: A,
-  /,
-  *,
-  hijax: bool | None = None,
-  ref: bool | None = None,
-  mutable: bool | None = None,
-  only: Filter = ...,
-  allow_duplicates: bool = False,
-) -> A:
-  """Copies an object; the new Variables hold their values in another way.
-
-  `vars_as` is another name of it.
-
-  Example:
-
-    >>> import nnx
-    >>> import jax.numpy as jnp
-    >>> model = nnx.Dict(a=nnx.Param(jnp.ones(2)))
-    >>> refs = nnx.with_vars(model, ref=True)
-    >>> refs.a.ref, model.a.ref
-    (True, False)
-
-  Args:
-    node: an object, a Variable, or a pytree of them.
-    hijax: whether traces of jax itself can write the values.
-    ref: whether the values are in mutable arrays of jax.
-    mutable: whether the values may be written. If not, they are kept as plain
-      arrays, so that jax can differentiate with respect to them; `mutable=True`
-      undoes it.
-    only: a filter of the Variables meant.
-    allow_duplicates: whether a Variable that changes may be shared.
-
-  Returns:
-    The copy.
-
-  Raises:
-    ValueError: if a Variable that changes is shared.
-  """
-  changes = {
-    name: value
-    for name, value in (("hijax", hijax), ("ref", ref), ("mutable", mutable))
-    if value is not None
-  }
-  selected = filterlib.to_predicate(only)
-
-  def changed(path, value):
-    if not isinstance(value, _engine.VariableBase) or not selected(path, value):
-      return False
-    return any(getattr(value, name) != new for name, new in changes.items())
-
-  if not allow_duplicates:
-    duplicates = find_duplicates(node, only=changed)
-    if duplicates:
-      raise ValueError(
-        "Variables that change must not be shared, but these paths lead to one"
-        f" each: {duplicates}. Pass `allow_duplicates=True` to change them all"
-        " alike."
-      )
-
-  def convert(path, value):
-    return value.copy(**changes) if changed(path, value) else value
-
-  return map(convert, node, recreate_variables=False)
-
-
-vars_as = with_vars
-
-
-def set_metadata(
-  node: Any, /, *, only: Filter = variablelib.Variable, **metadata: Any
-) -> None:
-  """Sets metadata of the Variables of an object.
-
-  Example:
-
-    >>> import nnx
-    >>> model = nnx.Dict(a=nnx.Param(1.0), b=nnx.BatchStat(2.0))
-    >>> nnx.set_metadata(model, only=nnx.Param, frozen=True)
-    >>> model.a.get_metadata("frozen", False), model.b.has_metadata("frozen")
-    (True, False)
-
-  Args:
-    node: an object, a Variable, or a pytree of them.
-    only: a filter of the Variables meant.
-    **metadata: the metadata.
-  """
-  (mapping,) = _engine.state(node, filterlib.engine_filters((only,)))
-  leaves = (
-    _engine.flatten_mapping(mapping)[1] if type(mapping) is dict else [mapping]
-  )
-  for leaf in leaves:
-    if isinstance(leaf, _engine.VariableBase):
-      leaf.set_metadata(**metadata)
-
-
-def cached_partial(
-  f: Callable[..., A],
-  *cached_args: Any,
-  graph: bool | None = None,
-  graph_updates: bool | None = None,
-) -> Callable[..., A]:
-  """Gives a function its first arguments, for programs of Flax.
-
-  In Flax it saves `nnx.jit` the walk over the arguments. Here that walk costs
-  next to nothing, so `nnx.jit` needs no help; this function does what it
-  promises all the same: it calls `f` with copies of the objects, made once,
-  that share their Variables with the originals.
-
-  Example:
-
-    >>> import nnx
-    >>> @nnx.jit
-    ... def add(counter, n):
-    ...   counter.count.value += n
-    >>> counter = nnx.Dict(count=nnx.Variable(0))
-    >>> step = nnx.cached_partial(add, counter)
-    >>> step(1), step(2)
-    (None, None)
-    >>> counter.count.value
-    Array(3, dtype=int32, weak_type=True)
-
-  Args:
-    f: a function, such as `nnx.jit` returns.
-    *cached_args: the first arguments.
-    graph: as in `nnx.jit`, but must not be `False`.
-    graph_updates: the same.
-
-  Returns:
-    A function of the remaining arguments. It raises a ValueError after a call
-    that has changed the structure of a cached object, which cannot reach the
-    original.
-
-  Raises:
-    ValueError: in a mode without updates, where `nnx.jit_partial` does it.
-  """
-  mode = modes.resolve(graph, graph_updates)
-  if not mode.updates:
-    raise ValueError(
-      "`nnx.cached_partial` works in graph mode with updates only, but is in"
-      f" {mode}. Use `nnx.jit_partial`, or"
-      f" {modes.way_out('cached_partial', updates=True)}."
-    )
-  cached = _engine.clone(cached_args, False)
-  structure, _, _ = _engine.flatten(cached)
-
-  def call_with_cached(*args: Any, **kwargs: Any) -> A:
-    result = f(*cached, *args, **kwargs)
-    if not _engine.matches(structure, cached):
-      raise ValueError(
-        "A function given to `cached_partial` must leave the structure of the"
-        " cached arguments as it is, but it has changed it. Undo the change"
-        " before it returns, for instance by `nnx.pop`, or call the function"
-        " with the objects themselves."
-      )
-    return result
-
-  names = ("__name__", "__doc__", "__module__", "__qualname__", "jitted_fn")
-  for name in names:
-    if hasattr(f, name):
-      setattr(call_with_cached, name, getattr(f, name))
-  vars(call_with_cached)["__wrapped__"] = f
-  return call_with_cached

@@ -1,7 +1,10 @@
 """Attention: the layer, with its cache for decoding.
 
-The functions that it is made of are in `dot_product`, `masks`, `rotary` and
-`decoding`.
+The way of a key: `attention_projections` makes it. `attention_stepping` finds
+where its token stands, which the layers of a model may share as an
+`AttentionStep` (`attention_step`). Without a cache, `rotary` turns it and
+`dot_product` attends. With one, which `attention_cache` keeps, `decoding` does
+all of that and appends it: in one kernel, where that serves.
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from nnx import eager
 from nnx.module import Module
-from nnx.nn import checks, dtypes, initializers
+from nnx.nn import checks, dtypes, initializers, products
 from nnx.nn.initializers import NO_METADATA, Initializer, initialize
 from nnx.rnglib import Rngs
 from nnx.variablelib import Param
@@ -94,11 +94,7 @@ class Embed(Module):
     Raises:
       ValueError: If `inputs` are not integers.
     """
-    if not jnp.issubdtype(inputs.dtype, jnp.integer):
-      raise ValueError(
-        f"`inputs` must be integers, but got `{inputs.dtype.name}`. Convert"
-        " them with `inputs.astype(int)`."
-      )
+    check_integers(inputs)
     table = self.embedding[...]
     one = self.num_embeddings == 1
     if self.promote_dtype is dtypes.promote_dtype and out_sharding is None:
@@ -136,6 +132,15 @@ class Embed(Module):
       raise
 
 
+def check_integers(inputs: jax.Array) -> None:
+  """Raises ValueError if what is looked up is not integers."""
+  if not jnp.issubdtype(inputs.dtype, jnp.integer):
+    raise ValueError(
+      f"`inputs` must be integers, but got `{inputs.dtype.name}`. Convert them"
+      " with `inputs.astype(int)`."
+    )
+
+
 def _take(table: jax.Array, inputs: jax.Array, one: bool) -> jax.Array:
   if one:
     return jnp.broadcast_to(table, (*inputs.shape, table.shape[-1]))
@@ -155,4 +160,9 @@ def _attend(
   query: jax.Array, table: jax.Array, dtype: dtypes.Dtype, out_sharding: Any
 ) -> jax.Array:
   query, table = dtypes.promote_dtype((query, table), dtype=dtype)
+  y = products.few_rows(
+    query, table, 1, transposed=True, out_sharding=out_sharding
+  )
+  if y is not None:
+    return y
   return jnp.dot(query, table.T, out_sharding=out_sharding)

@@ -12,7 +12,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from nnx.nn.dtypes import Dtype
 
@@ -43,28 +42,10 @@ def check_window(window: Window | None) -> tuple[int, int] | None:
   """
   if window is None:
     return None
-  if isinstance(window, (tuple, list)) and len(window) == 2:
-    before, after = window
-  else:
-    before, after = window, None
-  for size in (before, 0 if after is None else after):
-    if not isinstance(size, (int, np.integer)) or isinstance(size, bool):
-      raise TypeError(
-        f"`window` must be an integer or a pair of integers, but got {window}."
-      )
-  if after is None:
-    if before < 1:
-      raise ValueError(
-        "`window` must be at least 1, the query's own key, but got"
-        f" {window}. For no limit, pass None."
-      )
-    return before - 1, 0
-  if before < -1 or after < -1:
-    raise ValueError(
-      "`window` must be a pair of numbers that are at least 0, or -1 for no"
-      f" limit, but got {window}."
-    )
-  return before, after
+  # Here, so that programs without windows import no kernels.
+  from nnx.kernels import decode_attention
+
+  return decode_attention.window_sizes(window)
 
 
 def positions_mask(

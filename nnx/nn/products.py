@@ -126,7 +126,12 @@ def dot(
 
 
 def few_rows(
-  inputs: jax.Array, kernel: jax.Array, axes: int, **options: Any
+  inputs: jax.Array,
+  kernel: jax.Array,
+  axes: int,
+  *,
+  transposed: bool = False,
+  **options: Any,
 ) -> jax.Array | None:
   """Returns the product of `dot` by `kernels.matmul`, or None.
 
@@ -141,6 +146,7 @@ def few_rows(
     inputs: `[*rows, *contracted]`.
     kernel: `[*contracted, *out]`.
     axes: How many axes are contracted.
+    transposed: Whether `kernel` is a matrix `[out, contracted]`.
     **options: Of the product; with any of them set, there is none.
 
   Returns:
@@ -148,30 +154,37 @@ def few_rows(
   """
   if any(value is not None for value in options.values()):
     return None
-  if not _has_few_rows(inputs, kernel, axes):
+  contracted, out = kernel.shape[:axes], kernel.shape[axes:]
+  if transposed:
+    contracted, out = out, contracted
+  if not _has_few_rows(inputs, kernel, contracted):
     return None
   # While tracing: programs without such products import no kernels.
   from nnx.kernels import matmul
 
-  rows, out = inputs.shape[: inputs.ndim - axes], kernel.shape[axes:]
-  size = math.prod(kernel.shape[:axes])
+  rows = inputs.shape[: inputs.ndim - axes]
+  size = math.prod(contracted)
+  shape = (size, math.prod(out))
   y = matmul.matmul(
     inputs.reshape((*rows, size)),
-    kernel.reshape((size, math.prod(out))),
+    kernel.reshape(shape[::-1] if transposed else shape),
+    transposed=transposed,
     implementation="unseen",
   )
   return y.reshape((*rows, *out))
 
 
-def _has_few_rows(inputs: jax.Array, kernel: jax.Array, axes: int) -> bool:
+def _has_few_rows(
+  inputs: jax.Array, kernel: jax.Array, contracted: tuple[int, ...]
+) -> bool:
   """Returns whether a product is one that `kernels.matmul` is for."""
-  first = inputs.ndim - axes
+  first = inputs.ndim - len(contracted)
   shape = (*inputs.shape, *kernel.shape)
   return (
     inputs.dtype == kernel.dtype
     and inputs.dtype.name in _DTYPES
     and first >= 0
-    and inputs.shape[first:] == kernel.shape[:axes]
+    and inputs.shape[first:] == contracted
     and all(isinstance(size, int) for size in shape)  # none is symbolic
     and 1 <= math.prod(inputs.shape[:first]) <= _MOST_ROWS
     and math.prod(kernel.shape) >= _LEAST_SIZE

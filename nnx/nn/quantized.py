@@ -12,6 +12,7 @@ from nnx import filterlib
 from nnx.graphlib import traversal
 from nnx.module import Module
 from nnx.nn import checks, dtypes
+from nnx.nn.embed import Embed, check_integers
 from nnx.nn.linear import Linear
 from nnx.nn.linear_general import LinearGeneral
 from nnx.variablelib import Param, Variable
@@ -33,7 +34,51 @@ class Quantized(Variable[A], Generic[A]):
   """
 
 
-class QuantizedLinear(Module):
+class _Packed(Module):
+  """What layers with a packed matrix share."""
+
+  values: Quantized[jax.Array]
+  scale: Quantized[jax.Array]
+  minimum: Quantized[jax.Array] | None
+
+  def _pack(self, matrix: jax.Array, bits: int, group: int | None) -> None:
+    """Keeps a matrix packed, `[rows, columns]`."""
+    from nnx.kernels import matmul
+
+    packed = matmul.quantize(matrix, bits=bits, group=group)
+    self.values = Quantized(packed.values)
+    self.scale = Quantized(packed.scale)
+    self.minimum = None
+    if packed.minimum is not None:
+      self.minimum = Quantized(packed.minimum)
+    self.bits = bits
+    self.group = group
+    self.param_dtype = matrix.dtype
+
+  def _packed(self) -> Any:
+    """Returns the matrix as `kernels.matmul` takes it."""
+    from nnx.kernels import matmul
+
+    minimum = None if self.minimum is None else self.minimum[...]
+    return matmul.QuantizedWeight(self.values[...], self.scale[...], minimum)
+
+  def _dequantized(self, dtype: dtypes.Dtype | None) -> jax.Array:
+    """Returns the matrix, in the dtype that it had if None is given."""
+    from nnx.kernels import matmul
+
+    return matmul.dequantize(
+      self._packed(), self.param_dtype if dtype is None else dtype
+    )
+
+  def _no_sharding(self, out_sharding: Any) -> None:
+    if out_sharding is not None:
+      raise ValueError(
+        f"`out_sharding` must be None for a `{type(self).__name__}`, but got"
+        f" {out_sharding}."
+      )
+
+
+class QuantizedLinear(_Packed):
   """Contracts the last axes of its input with a packed kernel; adds a bias.
 
       y = inputs @ kernel + bias
@@ -82,26 +127,14 @@ class QuantizedLinear(Module):
     bits: int = 8,
     group: int | None = 64,
   ):
-    from nnx.kernels import matmul
-
     in_shape, out_shape = _shapes(layer)
     kernel = jnp.asarray(layer.kernel[...])
     rows, columns = math.prod(in_shape), math.prod(out_shape)
-    packed = matmul.quantize(
-      kernel.reshape((rows, columns)), bits=bits, group=group
-    )
-    self.values = Quantized(packed.values)
-    self.scale = Quantized(packed.scale)
-    self.minimum = None
-    if packed.minimum is not None:
-      self.minimum = Quantized(packed.minimum)
+    self._pack(kernel.reshape((rows, columns)), bits, group)
     self.bias: Param | None = layer.bias
     self.in_features = in_shape
     self.out_features = out_shape
-    self.bits = bits
-    self.group = group
     self.dtype = layer.dtype
-    self.param_dtype = kernel.dtype
     self.precision = layer.precision
     self.promote_dtype = layer.promote_dtype
 
@@ -122,11 +155,7 @@ class QuantizedLinear(Module):
     """
     from nnx.kernels import matmul
 
-    if out_sharding is not None:
-      raise ValueError(
-        "`out_sharding` must be None for a `QuantizedLinear`, but got"
-        f" {out_sharding}."
-      )
+    self._no_sharding(out_sharding)
     axes = len(self.in_features)
     shape = jnp.shape(inputs)
     if len(shape) < axes or shape[len(shape) - axes :] != self.in_features:
@@ -165,19 +194,126 @@ class QuantizedLinear(Module):
     Returns:
       `[*in_features, *out_features]`.
     """
-    from nnx.kernels import matmul
-
-    kernel = matmul.dequantize(
-      self._packed(), self.param_dtype if dtype is None else dtype
-    )
+    kernel = self._dequantized(dtype)
     return kernel.reshape((*self.in_features, *self.out_features))
 
-  def _packed(self) -> Any:
-    """Returns the kernel as `kernels.matmul` takes it."""
+
+class QuantizedEmbed(_Packed):
+  """Looks up vectors in a packed table, and multiplies with it.
+
+  The table is packed as its transpose, `[features, num_embeddings]`, each
+  vector in groups of its own: so `attend`, which reads all of it, is a product
+  of `kernels.matmul`. `quantize` makes one of an `Embed`.
+
+  Example:
+
+    >>> import jax.numpy as jnp
+    >>> import nnx
+    >>> plain = nnx.Embed(5, 64, rngs=nnx.Rngs(0))
+    >>> layer = nnx.QuantizedEmbed(plain, bits=8, group=32)
+    >>> layer.values.shape, layer.values.dtype, layer.scale.shape
+    ((64, 5), dtype('int8'), (2, 5))
+    >>> ids = jnp.array([[0, 1], [4, -1]])
+    >>> bool(jnp.abs(layer(ids) - plain(ids)).max() < 0.01)
+    True
+    >>> layer.attend(jnp.ones((2, 64))).shape
+    (2, 5)
+
+  Args:
+    layer: An `Embed`, of n vectors of size c.
+    bits: 8 or 4.
+    group: How many numbers of a vector share a scale: 32, 64, 128, or None for
+      all of them.
+
+  Attributes:
+    values: `Quantized`, int8 `[c, n]`, or for 4 bits uint32 `[c / 8, n]`.
+    scale: `Quantized`, bfloat16 `[groups, n]`.
+    minimum: The same for 4 bits; None for 8.
+
+  Raises:
+    TypeError: If the layer is of another class.
+    ValueError: If the size of a vector is not a multiple of the group.
+  """
+
+  def __init__(self, layer: Embed, *, bits: int = 8, group: int | None = 64):
+    if type(layer) is not Embed:
+      raise TypeError(
+        f"`layer` must be an `nnx.Embed`, but got a `{type(layer).__name__}`."
+      )
+    self._pack(jnp.asarray(layer.embedding[...]).T, bits, group)
+    self.num_embeddings = layer.num_embeddings
+    self.features = layer.features
+    self.dtype = layer.dtype
+    self.promote_dtype = layer.promote_dtype
+
+  def __call__(self, inputs: jax.Array, out_sharding: Any = None) -> jax.Array:
+    """Looks up vectors.
+
+    Args:
+      inputs: `[...]`, integers, as for `Embed`.
+      out_sharding: None; the compiler chooses the sharding.
+
+    Returns:
+      `[..., c]`.
+
+    Raises:
+      ValueError: If `inputs` are not integers, or `out_sharding` is given.
+    """
     from nnx.kernels import matmul
 
-    minimum = None if self.minimum is None else self.minimum[...]
-    return matmul.QuantizedWeight(self.values[...], self.scale[...], minimum)
+    self._no_sharding(out_sharding)
+    check_integers(inputs)
+    shape = inputs.shape
+    if self.num_embeddings == 1:
+      inputs = jnp.zeros_like(inputs)
+    flat = inputs.reshape(-1)
+    vectors = jax.tree.map(
+      lambda part: jnp.take(part, flat, axis=1), self._packed()
+    )
+    found = matmul.dequantize(vectors, self.param_dtype).T
+    found = found.reshape((*shape, self.features))
+    (found,) = self.promote_dtype((found,), dtype=self.dtype, inexact=False)
+    return found
+
+  def attend(self, query: jax.Array, out_sharding: Any = None) -> jax.Array:
+    """Multiplies vectors with all of the table, as for logits of tokens.
+
+    Args:
+      query: `[..., c]`.
+      out_sharding: None; the compiler chooses the sharding.
+
+    Returns:
+      `[..., n]`.
+
+    Raises:
+      ValueError: If the last axis of `query` is not c, or `out_sharding` is
+        given.
+    """
+    from nnx.kernels import matmul
+
+    self._no_sharding(out_sharding)
+    checks.last_axis(self, "query", query, self.features)
+    one = jnp.zeros((), self.param_dtype)
+    query, _ = self.promote_dtype((query, one), dtype=self.dtype)
+    return matmul.matmul(query, self._packed())
+
+  def dequantize(self, dtype: dtypes.Dtype | None = None) -> jax.Array:
+    """Returns the table that the packed one stands for.
+
+    Example:
+
+      >>> import nnx
+      >>> layer = nnx.QuantizedEmbed(nnx.Embed(5, 64, rngs=nnx.Rngs(0)))
+      >>> layer.dequantize().shape
+      (5, 64)
+
+    Args:
+      dtype: Of the result; that which the table had, if None.
+
+    Returns:
+      `[n, c]`.
+    """
+    return self._dequantized(dtype).T
 
 
 def _shapes(layer: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -208,17 +344,27 @@ def _shapes(layer: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
   return shapes
 
 
+_PACKED: dict[type[Module], Any] = {
+  Linear: QuantizedLinear,
+  LinearGeneral: QuantizedLinear,
+  Embed: QuantizedEmbed,
+}
+
+
 def quantize(
   model: Any,
-  filter: filterlib.Filter = ...,
+  filter: filterlib.Filter = (Linear, LinearGeneral),
   *,
   bits: int = 8,
   group: int | None = 64,
 ) -> Any:
-  """Packs the kernels of linear layers into 8 or 4 bits.
+  """Packs the kernels of linear layers, and tables, into 8 or 4 bits.
 
   Each `Linear` and `LinearGeneral` that the filter selects, the projections of
-  attention among them, becomes a `QuantizedLinear`. Weights take a half or a
+  attention among them, becomes a `QuantizedLinear`, and each `Embed` a
+  `QuantizedEmbed`. Tables stay as they are by default: only where they are
+  multiplied with, as for logits, does a step read more of them than a few
+  vectors. Weights take a half or a
   quarter of bfloat16's bytes, and so does the time of a step that makes one
   token. Checkpoints are saved and loaded as of any model, into one that was
   quantised alike (`nnx.eval_shape` makes it without arrays). For training on
@@ -247,7 +393,8 @@ def quantize(
   Args:
     model: A Module, or a pytree of them. It stays as it is.
     filter: Which layers, as in `nnx.state`, but of layers: a function of their
-      path and themselves, `nnx.PathContains`, a class, or `...` for all.
+      path and themselves, `nnx.PathContains`, a class, or `...` for all,
+      tables too.
     bits: 8 or 4.
     group: How many rows of a kernel share a scale: 32, 64, 128, or None for all
       of them.
@@ -264,10 +411,11 @@ def quantize(
 
   def replaced(path, value):
     nonlocal count
-    if type(value) not in (Linear, LinearGeneral) or not selects(path, value):
+    packed = _PACKED.get(type(value))
+    if packed is None or not selects(path, value):
       return value
     try:
-      layer = QuantizedLinear(value, bits=bits, group=group)
+      layer = packed(value, bits=bits, group=group)
     except ValueError as error:
       where = "/".join(map(str, path)) or "the model itself"
       raise ValueError(
@@ -280,7 +428,8 @@ def quantize(
   model = traversal.recursive_map(replaced, model)
   if not count:
     raise ValueError(
-      f"`filter` must select an `nnx.Linear` or `nnx.LinearGeneral`, but"
-      f" {filter} selects none of this `{type(model).__name__}`."
+      f"`filter` must select an `nnx.Linear`, `nnx.LinearGeneral` or"
+      f" `nnx.Embed`, but {filter} selects none of this"
+      f" `{type(model).__name__}`."
     )
   return model

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from nnx import filterlib
-from nnx.graphlib import functional
+from nnx.graphlib import traversal
 from nnx.module import Module
 from nnx.nn import checks
 from nnx.nn.cell_base import RNNCellBase as RNNCellBase
@@ -85,7 +85,7 @@ def _streams(cell: Any, only: filterlib.Filter) -> list[tuple[Any, ...]]:
   selects = filterlib.to_predicate(only)
   return [
     (value, value.key.value, value.count.value)
-    for path, value in functional.iter_graph(cell, graph=True)
+    for path, value in traversal.iter_graph(cell, graph=True)
     if isinstance(value, RngStream) and selects((*path, "key"), value.key)
   ]
 

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from nnx.filterlib import Filter
-from nnx.graphlib import functional
+from nnx.graphlib import functional, leaves
 from nnx.pytreelib import Pytree, data
 from nnx.statelib import State, map_state, merge_state, to_flat_state
 from nnx.variablelib import Variable, is_ref
@@ -116,7 +116,7 @@ class EMA(Pytree):
         return new
       return (self.decay * old + (1.0 - self.decay) * new).astype(old.dtype)
 
-    old, new = functional.as_pure((average, value))
+    old, new = leaves.as_pure((average, value))
     old = jax.tree.map(jnp.asarray, old)
     _set_raw_value(average, jax.tree.map(moved, old, new))
 

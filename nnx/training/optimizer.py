@@ -16,7 +16,7 @@ from jax.sharding import NamedSharding
 from nnx import partitioning
 from nnx.engine import jax_private
 from nnx.filterlib import Filter
-from nnx.graphlib import functional
+from nnx.graphlib import functional, leaves
 from nnx.missing import MISSING
 from nnx.pytreelib import Pytree, data
 from nnx.statelib import State, from_flat_state, map_state, to_flat_state
@@ -189,7 +189,7 @@ def _gradients_of(
 ) -> Any:
   """Returns the arrays of the gradients, in the structure of parameters."""
   if not isinstance(params, State):  # of a model that is one Variable
-    return functional.as_pure(grads)
+    return leaves.as_pure(grads)
   state = functional.state(grads, graph=graph)
   if not isinstance(state, State):
     raise TypeError(
@@ -215,7 +215,7 @@ def _gradients_of(
       f" but {'; '.join(faults)}. Give `nnx.grad` the filter of the optimizer,"
       f" by an `nnx.DiffState`, here `{wrt!r}`."
     )
-  pure = {path: functional.as_pure(given[path]) for path in wanted}
+  pure = {path: leaves.as_pure(given[path]) for path in wanted}
   for path, grad in pure.items():
     shapes = [jax.tree.map(jnp.shape, x) for x in (grad, wanted[path])]
     if shapes[0] != shapes[1]:
@@ -421,15 +421,13 @@ class Optimizer(Pytree, Generic[M]):
           " `nnx.ModelAndOptimizer`."
         )
       model = self.model
-    params = functional.as_pure(
-      functional.state(model, self.wrt, graph=self.graph)
-    )
+    params = leaves.as_pure(functional.state(model, self.wrt, graph=self.graph))
     grads = _gradients_of(params, grads, self.wrt, self.graph)
     updates, opt_state = self.tx.update(
       grads,
-      functional.as_pure(self.opt_state),
+      leaves.as_pure(self.opt_state),
       params,
-      **functional.as_pure(kwargs),
+      **leaves.as_pure(kwargs),
     )
     new_params = apply_updates(params, updates)
 

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 
 from nnx.engine import _engine, preorder
-from nnx.transforms import lift, prefix
+from nnx.transforms import lift, outcomes, prefix
 
 
 class Carry:
@@ -203,7 +203,9 @@ def next_values(
     plain: the leaves of the carry whose next values are those returned.
     first: the leaf of the plan that is the first of these in the result.
   """
-  new = {leaf: outputs[output] for leaf, output in lift.written(plan).items()}
+  new = {
+    leaf: outputs[output] for leaf, output in outcomes.written(plan).items()
+  }
   for leaf, output in zip(plain, plan.output_of[first:]):
     new[leaf] = outputs[output]
   return [new.get(leaf, leaves[leaf]) for leaf in carried]

@@ -10,8 +10,8 @@ import jax
 
 from nnx.engine import _engine
 from nnx.graphlib import modes
+from nnx.transforms import callables, lift, mapped, outcomes, prefix
 from nnx.transforms import carry as carry_lib
-from nnx.transforms import lift, mapped, prefix
 from nnx.variable_operators import unwrap
 
 T = TypeVar("T")
@@ -148,7 +148,7 @@ def _select(
     def run(values):
       leaves = call.with_leaves(inputs, values)
       outputs = lift.run_jaxpr(jaxpr, *values)
-      after = lift.leaf_values(plan, outputs, leaves)
+      after = outcomes.leaf_values(plan, outputs, leaves)
       return tuple(after[leaf] for leaf in wanted)
 
     return run
@@ -176,7 +176,7 @@ def _with_owners(
   Returns:
     The functions, and the objects, which are keyword arguments of each.
   """
-  methods = list(map(lift.method_of, functions))
+  methods = list(map(callables.method_of, functions))
   owners = {n: m.owner for n, m in zip(names, methods) if m is not None}
   if not owners:
     return list(functions), owners
@@ -229,7 +229,7 @@ def _check_same_types(transform, names, traced, wanted, merged, call) -> None:
   """Refuses branches whose outputs differ in shape or dtype."""
 
   def types_of(plan, jaxpr):
-    values = lift.leaf_values(plan, jaxpr.out_avals, call.leaves)
+    values = outcomes.leaf_values(plan, jaxpr.out_avals, call.leaves)
     output_of = plan.output_of
     return {
       leaf: values[leaf] if output_of[leaf] >= 0 else jax.typeof(values[leaf])
@@ -414,7 +414,7 @@ class _Loop:
     init_val: Any,
   ):
     for function in functions:
-      lift.function_of(function, policy.transform)
+      callables.function_of(function, policy.transform)
     self.policy = policy
     self.functions, owners = _with_owners(names, functions)
     self.call = call = lift.Call(policy, self.functions[0], (init_val,), owners)
@@ -450,7 +450,7 @@ class _Loop:
       plan,
       packed.outputs,
       self.plain,
-      lift.result_leaves(plan).start,
+      outcomes.result_leaves(plan).start,
     )
     for leaf, old, value in zip(self.carried, carry_leaves, new):
       path = self.walk.places[leaf].text

@@ -14,15 +14,15 @@ import numpy as np
 from nnx.engine import _engine
 from nnx.graphlib import modes
 from nnx.statelib import State, to_flat_state
+from nnx.transforms import callables, diff_states, lift, outcomes
 from nnx.transforms import carry as carry_lib
-from nnx.transforms import grad as grad_lib
-from nnx.transforms import lift
+from nnx.transforms.diff_states import DiffState
 
 
 def custom_vjp(
   fun: Callable[..., Any] | None = None,
   *,
-  nondiff_argnums: Sequence[int | grad_lib.DiffState] = (),
+  nondiff_argnums: Sequence[int | DiffState] = (),
   graph: bool | None = None,
   graph_updates: bool | None = None,
 ) -> Any:
@@ -77,11 +77,11 @@ def custom_vjp(
       nondiff_argnums=nondiff_argnums,
       **mode.arguments,
     )
-  if isinstance(lift.function_of(fun, "custom_vjp"), lift.Method):
+  if isinstance(callables.function_of(fun, "custom_vjp"), callables.Method):
     raise ValueError(
       "`nnx.custom_vjp` must be given a function that takes its Module as an"
       " argument, as its rule must, but got"
-      f" `{lift.name_of(fun)}`, which is bound to one."
+      f" `{callables.name_of(fun)}`, which is bound to one."
     )
   return CustomVjp(fun, nondiff_argnums, lift.Policy(mode, "custom_vjp"))
 
@@ -101,16 +101,16 @@ class CustomVjp:
   def __init__(
     self,
     fun: Callable[..., Any],
-    nondiff_argnums: Sequence[int | grad_lib.DiffState],
+    nondiff_argnums: Sequence[int | DiffState],
     policy: lift.Policy,
   ):
     functools.update_wrapper(self, fun)
     self.fun = fun
-    self.argnums = grad_lib.diff_states(nondiff_argnums)
+    self.argnums = diff_states.as_tuple(nondiff_argnums)
     self.policy = policy
     self.rules: tuple[Any, ...] = ()
     numbers = [
-      a.argnum if isinstance(a, grad_lib.DiffState) else a for a in self.argnums
+      a.argnum if isinstance(a, DiffState) else a for a in self.argnums
     ]
     for number in numbers:
       if numbers.count(number) > 1:
@@ -118,7 +118,7 @@ class CustomVjp:
           f"`nondiff_argnums` must name an argument once, but got {number}"
           " twice."
         )
-    grad_lib.check_states(policy, "nondiff_argnums", self.argnums)
+    diff_states.check_states(policy, "nondiff_argnums", self.argnums)
 
   def __get__(self, instance: Any, owner: Any = None) -> Any:
     return self if instance is None else functools.partial(self, instance)
@@ -144,10 +144,10 @@ class CustomVjp:
   def __call__(self, *args: Any, **kwargs: Any) -> Any:
     if not self.rules:
       raise ValueError(
-        f"`{lift.name_of(self.fun)}` must be given its derivative before it is"
-        " called. Call `defvjp(fwd, bwd)`."
+        f"`{callables.name_of(self.fun)}` must be given its derivative before"
+        " it is called. Call `defvjp(fwd, bwd)`."
       )
-    args, kwargs = lift.bind(self.fun, args, kwargs)
+    args, kwargs = callables.bind(self.fun, args, kwargs)
     if kwargs:
       raise TypeError(
         "The arguments of a function with a custom derivative must be"
@@ -183,22 +183,19 @@ class _Application:
     self.call = call = lift.Call(owner.policy, owner.fun, args)
     entries: list[Any] = [True] * len(args)
     self.nondiff: list[int] = []
-    positions = lift.positions(
-      [
-        a.argnum if isinstance(a, grad_lib.DiffState) else a
-        for a in owner.argnums
-      ],
+    positions = callables.positions(
+      [a.argnum if isinstance(a, DiffState) else a for a in owner.argnums],
       len(args),
       "nondiff_argnums",
     )
     for position, argnum in zip(positions, owner.argnums):
-      if isinstance(argnum, grad_lib.DiffState):
-        entries[position] = grad_lib.Selection(argnum.filter)
+      if isinstance(argnum, DiffState):
+        entries[position] = diff_states.Selection(argnum.filter)
       else:
         entries[position] = False
         self.nondiff.append(position)
     self.nondiff.sort()
-    self.walk = grad_lib.walk_selected(call, entries, "nondiff_argnums")
+    self.walk = diff_states.walk_selected(call, entries, "nondiff_argnums")
     arrays = [i for i, leaf in enumerate(call.leaves) if lift.is_array(leaf)]
     self.diff = [i for i in arrays if self.walk.entries[i]]
     # Inputs too, since a rule may not close over traced values.
@@ -227,8 +224,8 @@ class _Application:
     result = self.fwd(*values)
     if not isinstance(result, (tuple, list)) or len(result) != 2:
       raise TypeError(
-        f"`{lift.name_of(self.fwd)}` must return a pair of the result and a"
-        f" residual, but got a `{type(result).__name__}`."
+        f"`{callables.name_of(self.fwd)}` must return a pair of the result and"
+        f" a residual, but got a `{type(result).__name__}`."
       )
     output, residual = result
     nondiff = tuple(values[i] for i in self.nondiff)
@@ -257,11 +254,12 @@ class _Application:
     ]
     *nondiff, residual = _engine.unflatten(structure, tuple(filled)).values
     written = {
-      leaf: cotangents[output] for leaf, output in lift.written(plan).items()
+      leaf: cotangents[output]
+      for leaf, output in outcomes.written(plan).items()
     }
     zeros = [_zero(leaf) for leaf in self.call.leaves]
     state_g = [written.get(i, zero) for i, zero in enumerate(zeros)]
-    out_g = lift.result_of(plan, cotangents, zeros)
+    out_g = outcomes.result_of(plan, cotangents, zeros)
     if self.tree:
       extra: Mapping[str, Any] = {}
       if "updates_g" in inspect.signature(self.bwd).parameters:
@@ -279,7 +277,7 @@ class _Application:
   def states(self, leaves: Sequence[Any]) -> tuple[Any, ...]:
     """Returns the cotangents of the state, and `None` for all else."""
     everything = range(len(leaves))
-    built = grad_lib.Gradients(self.call, self.walk, False).build(
+    built = diff_states.Gradients(self.call, self.walk, False).build(
       leaves, everything
     )
 
@@ -321,8 +319,9 @@ class _Application:
       if isinstance(result, (tuple, list)):
         given += f" of {len(result)}"
       raise TypeError(
-        f"`{lift.name_of(self.bwd)}` must return a tuple of {len(wanted)}, one"
-        f" cotangent for each argument that has one, but it returned {given}."
+        f"`{callables.name_of(self.bwd)}` must return a tuple of {len(wanted)},"
+        " one cotangent for each argument that has one, but it returned"
+        f" {given}."
       )
     found: dict[int, Any] = {}
     for position, cotangent in zip(wanted, result):
@@ -333,7 +332,7 @@ class _Application:
       if leaf in self.diff and given != shape:
         raise ValueError(
           f"The cotangent of `{self.call.path(leaf)}` must have its shape"
-          f" {shape}, but `{lift.name_of(self.bwd)}` returned one of shape"
+          f" {shape}, but `{callables.name_of(self.bwd)}` returned one of shape"
           f" {given}."
         )
     return tuple(found.get(leaf) for leaf in self.diff)
@@ -358,8 +357,8 @@ class _Application:
     if len(given) != len(leaves):
       raise ValueError(
         f"The cotangent of `args[{position}]` must have the form of it, with"
-        f" {len(leaves)} leaves, but `{lift.name_of(self.bwd)}` returned one"
-        f" with {len(given)}."
+        f" {len(leaves)} leaves, but `{callables.name_of(self.bwd)}` returned"
+        f" one with {len(given)}."
       )
     found.update(zip(leaves, given))
 
@@ -381,7 +380,7 @@ class _Application:
     if len(states) != len(by_top):
       raise ValueError(
         f"The cotangent of `args[{position}]` must have a State for each"
-        f" Module, {len(by_top)} of them, but `{lift.name_of(self.bwd)}`"
+        f" Module, {len(by_top)} of them, but `{callables.name_of(self.bwd)}`"
         f" returned {len(states)}."
       )
     for state, leaves in zip(states, by_top.values()):
@@ -399,7 +398,7 @@ class _Application:
         if place.path not in by_path:
           raise ValueError(
             "The cotangent of a Module must have everything that is"
-            f" differentiated, but the one that `{lift.name_of(self.bwd)}`"
+            f" differentiated, but the one that `{callables.name_of(self.bwd)}`"
             f" returned for `args[{position}]` has no `{place.text}`. Leave it"
             " out of the derivative by a `DiffState` in `nondiff_argnums`."
           )

@@ -29,7 +29,7 @@ import jax.numpy as jnp
 
 from nnx.engine import _engine, jax_private
 from nnx.graphlib import modes
-from nnx.transforms import lift, prefix
+from nnx.transforms import callables, lift, prefix
 from nnx.transforms.jit_options import Flat as Flat
 from nnx.transforms.jit_options import Options as Options
 from nnx.transforms.jit_options import argument_keys, as_tuple
@@ -272,10 +272,10 @@ class JitWrapped(_engine.JitFunction, Generic[P, R]):
     if gone:
       more = f" and {len(gone) - 3} more" if len(gone) > 3 else ""
       error.add_note(
-        f"Of the arguments of `{lift.name_of(self.options.fun)}`, no array is"
-        f" left of {', '.join(gone[:3])}{more}: it was given to a function that"
-        " donates it (`donate_argnums`). Use what that function returned, or"
-        " give it a copy."
+        f"Of the arguments of `{callables.name_of(self.options.fun)}`, no array"
+        f" is left of {', '.join(gone[:3])}{more}: it was given to a function"
+        " that donates it (`donate_argnums`). Use what that function returned,"
+        " or give it a copy."
       )
 
   if TYPE_CHECKING:  # The engine has these; it knows no types.
@@ -501,7 +501,7 @@ def jit(
       inline=inline,
       **mode.arguments,
     )
-  lift.refuse_foreign(fun, "jit")
+  callables.refuse_foreign(fun, "jit")
   if not callable(fun):
     raise TypeError(
       f"`fun` must be callable, but got {fun!r} of type {type(fun).__name__}."
@@ -511,7 +511,7 @@ def jit(
     jit_options["device"] = device
   if backend is not None:
     jit_options["backend"] = backend
-  method = lift.method_of(fun)
+  method = callables.method_of(fun)
   if method is not None:
     fun = method.function
     static_argnums = _shifted(static_argnums)

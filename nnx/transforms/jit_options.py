@@ -14,7 +14,14 @@ import jax
 import numpy as np
 
 from nnx.engine import _engine, jax_private, preorder
-from nnx.transforms import in_place_programs, lift, prefix
+from nnx.transforms import (
+  callables,
+  in_place_programs,
+  lift,
+  outcomes,
+  places,
+  prefix,
+)
 
 _TRACEABLE = (
   jax.Array,
@@ -37,7 +44,7 @@ def _is_sharding(value: Any) -> bool:
 def _lies_anywhere(leaf: Any) -> bool:
   """Tells whether an array is on one of several devices, and need not be."""
   if isinstance(leaf, jax.core.Tracer):
-    return lift.is_noting_places()
+    return places.is_noting_places()
   return (
     isinstance(leaf, jax.Array)
     and not leaf.committed
@@ -79,7 +86,7 @@ def argument_keys(
     if at < 0 or (at >= len(positional) and not variadic):
       raise ValueError(
         f"`{option}argnums` must name positional parameters of"
-        f" `{lift.name_of(fun)}`, which has {len(positional)}, but got"
+        f" `{callables.name_of(fun)}`, which has {len(positional)}, but got"
         f" {position}."
       )
     result.add(at)
@@ -91,7 +98,8 @@ def argument_keys(
     if name not in by_name and not free:
       raise ValueError(
         f"`{option}argnames` must name parameters of"
-        f" `{lift.name_of(fun)}`, which are {list(by_name)}, but got `{name}`."
+        f" `{callables.name_of(fun)}`, which are {list(by_name)}, but got"
+        f" `{name}`."
       )
     result.add(name)
     if name in by_name and by_name[name] in positional:
@@ -139,7 +147,7 @@ class Options:
     self.check_leaves(structure, leaves, names)
     shardings = self.input_shardings(structure, leaves, names)
     if shardings is not None:
-      lift.place_variables(structure, objects, shardings)
+      places.place_variables(structure, objects, shardings)
     flat = Flat(self, structure, names, shardings)
     if self.statics:
       lift.check_statics(flat)
@@ -168,7 +176,7 @@ class Options:
       )
     if shardings is None and any(map(_lies_anywhere, leaves)):
       compiled.trace(*args)  # jax keeps it for the call
-      lift.place_variables(
+      places.place_variables(
         structure,
         objects,
         [
@@ -303,7 +311,7 @@ class Flat(lift.Lifted):
     self, leaves: tuple, donated: frozenset[int] = frozenset()
   ) -> Any:
     values, objects = self.open(leaves)
-    with lift.noting_places(leaves) as self.places:
+    with places.noting_places(leaves) as self.places:
       # In a frame of its own: jax may trace after the call, and by itself.
       result = _engine.framed(self.structure, objects, self.call, values)
     if donated:
@@ -351,7 +359,9 @@ class Flat(lift.Lifted):
     if self.shardings is None and self.options.out_shardings is None:
       return packed
     plan, outputs = packed.plan, list(packed.outputs)
-    filled = lift.leaf_values(plan, outputs, [None] * self.structure.num_leaves)
+    filled = outcomes.leaf_values(
+      plan, outputs, [None] * self.structure.num_leaves
+    )
     wanted: list[Any] = [None] * len(filled)
     roots = plan.structure._num_roots
     if self.options.out_shardings is not None:

@@ -17,21 +17,19 @@ are all that can have changed.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-import contextlib
+from collections.abc import Callable, Iterable, Mapping, Sequence
 import functools
 import inspect
-import threading
-import types
 from typing import Any, NamedTuple, NoReturn
 import weakref
 
 import jax
 import numpy as np
 
-from nnx import errors, runtime
+from nnx import errors
 from nnx.engine import _engine, jax_private, preorder, pytrees
 from nnx.graphlib import modes, trees
+from nnx.transforms import callables
 
 _SCALARS = (bool, int, float, complex, np.generic)
 
@@ -89,8 +87,8 @@ class Policy(NamedTuple):
   ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Does what `bind` does; without updates, keywords stay so, as in jax."""
     if self.mode.updates:
-      return bind(fun, args, kwargs, option)
-    return tuple(args), with_owner(fun, kwargs)
+      return callables.bind(fun, args, kwargs, option)
+    return tuple(args), callables.with_owner(fun, kwargs)
 
   def leaves(self, value: Any) -> tuple[Any, ...]:
     """Returns the leaves of a value in the form of an argument or result."""
@@ -398,74 +396,6 @@ def _has_run(fun: Callable[..., Any], error: BaseException) -> bool:
   return traceback is not None
 
 
-class _Noted(threading.local):
-  leaves: dict[int, int] | None = None
-  shardings: dict[int, Any] | None = None
-
-
-_noted = _Noted()
-
-
-def is_noting_places() -> bool:
-  """Tells whether somebody traces who notes places."""
-  return _noted.leaves is not None
-
-
-@contextlib.contextmanager
-def noting_places(leaves: Sequence[Any]) -> Iterator[dict[int, Any]]:
-  """Notes where transforms inside of a trace want Variables to lie.
-
-  Args:
-    leaves: of the arguments of the function that is traced.
-
-  Yields:
-    A dict from numbers of leaves to shardings, filled by `place_variables`.
-  """
-  before = _noted.leaves, _noted.shardings
-  _noted.leaves = {id(leaf): i for i, leaf in enumerate(leaves)}
-  _noted.shardings = {}
-  try:
-    yield _noted.shardings
-  finally:
-    _noted.leaves, _noted.shardings = before
-
-
-def place_variables(
-  structure: Any, objects: Sequence[Any], shardings: Sequence[Any]
-) -> None:
-  """Moves arrays of Variables to where a transform wants them.
-
-  So what a function only reads is moved once, not at every call. Inside of a
-  trace nothing can be moved, and it is noted for who traces; see
-  `noting_places`.
-
-  Args:
-    structure: of the arguments.
-    objects: the arguments' own objects.
-    shardings: one a leaf; what is no `Sharding` asks for nothing.
-  """
-  outside = jax_private.outside_of_traces()
-  if not outside and _noted.leaves is None:
-    return
-  for record in structure._records:
-    if record.kind is not _engine.NodeKind.VARIABLE or record.leaf < 0:
-      continue
-    variable, sharding = objects[record.index], shardings[record.leaf]
-    value = variable.raw_value
-    if not isinstance(value, jax.Array):
-      continue
-    if not isinstance(sharding, jax.sharding.Sharding):
-      continue  # of a mesh that only jax knows
-    if not sharding.is_fully_addressable:
-      continue  # other processes have parts of it
-    if not outside:
-      leaf = _noted.leaves.get(id(value))
-      if leaf is not None:
-        _noted.shardings.setdefault(leaf, sharding)
-    elif not value.sharding.is_equivalent_to(sharding, value.ndim):
-      variable.raw_value = jax.device_put(value, sharding)
-
-
 def check_statics(lifted: Lifted) -> None:
   """Refuses static arguments with state, as a program would keep its values.
 
@@ -502,67 +432,11 @@ class Static:
 pytrees.register_static_type(Static)
 
 
-def leaf_values(
-  plan: _engine.Plan, outputs: Sequence[Any], inputs: Sequence[Any]
-) -> tuple[Any, ...]:
-  """Finds the value of each leaf of the plan's structure.
-
-  Args:
-    plan: what the function did.
-    outputs: one value an output.
-    inputs: one value an input leaf.
-  """
-  matches = plan.matches
-  return tuple(
-    outputs[output] if output >= 0 else inputs[matches[leaf]]
-    for leaf, output in enumerate(plan.output_of)
-  )
-
-
-def written(plan: _engine.Plan) -> dict[int, int]:
-  """Maps each input leaf that the function has replaced to its output."""
-  return {
-    match: output
-    for match, output in zip(plan.matches, plan.output_of)
-    if match >= 0 and output >= 0
-  }
-
-
-def result_of(plan: Any, outputs: Sequence[Any], inputs: Sequence[Any]) -> Any:
-  """Builds a result without doing anything to the arguments.
-
-  Args:
-    plan: what the function did.
-    outputs: one value an output.
-    inputs: one value an input leaf.
-
-  Returns:
-    The result of the function; nodes of the arguments in it are copies.
-  """
-  leaves = leaf_values(plan, outputs, inputs)
-  return _engine.unflatten(plan.structure, leaves).values[-1]
-
-
-def result_leaves(plan: Any) -> range:
-  """Returns the leaves of the plan's structure that are the result's."""
-  return range(len(plan.matches), len(plan.output_of))
-
-
-def result_position(plan: Any) -> int:
-  """Returns where the result is in the records of the plan's structure."""
-  return preorder.roots(plan.structure)[-1][0]
-
-
 def is_array(value: Any) -> bool:
   """Tells whether a leaf is something that jax can trace."""
   return isinstance(value, (jax.Array, np.ndarray, *_SCALARS)) or (
     hasattr(value, "shape") and hasattr(value, "dtype")
   )
-
-
-def as_tuple(value: int | Iterable[int]) -> tuple[int, ...]:
-  """Returns one int or several as a tuple."""
-  return (value,) if isinstance(value, int) else tuple(value)
 
 
 def leaves_of_roots(structure: Any, roots: Iterable[int]) -> tuple[int, ...]:
@@ -574,196 +448,6 @@ def leaves_of_roots(structure: Any, roots: Iterable[int]) -> tuple[int, ...]:
     if root in wanted
     for leaf in preorder.leaves(records, start, end)
   )
-
-
-def name_of(fun: Callable[..., Any]) -> str:
-  """Says how to call a function in an error."""
-  return getattr(fun, "__qualname__", None) or type(fun).__name__
-
-
-def refuse_foreign(fun: Any, transform: str) -> None:
-  """Refuses a Module of `flax.nnx`, and its methods, as a function.
-
-  Raises:
-    TypeError: if it is one: its state would be taken for constants.
-  """
-  inner = fun
-  while isinstance(inner, functools.partial):
-    inner = inner.func
-  owner = getattr(inner, "__self__", inner)
-  if runtime.is_of_flax_nnx(type(owner)):
-    raise TypeError(
-      f"`nnx.{transform}` must be given a function of objects of `nnx`, but got"
-      f" a `{type(owner).__name__}` of `flax.nnx`. Make it with `nnx`, which"
-      " has the same names, or convert it: `nnx.bridge.from_flax_nnx(...)`."
-      " `import nnx.as_flax`, first in a program, puts `nnx` in the place of"
-      " `flax.nnx`."
-    )
-
-
-# What a method calls the object that it is bound to.
-SELF = "self"
-
-
-class Method:
-  """A function bound to an object of a graph, which is an argument of it.
-
-  Its callers bind the object to the keyword `self`, so that a transform sees
-  what the function reads of it and does to it.
-
-  Attributes:
-    function: takes the object first.
-    owner: the object.
-  """
-
-  __slots__ = ("function", "owner", "__dict__")
-
-  def __init__(self, function: Callable[..., Any], owner: Any):
-    functools.update_wrapper(self, function)
-    self.function = function
-    self.owner = owner
-    with contextlib.suppress(TypeError, ValueError):
-      own, *rest = inspect.signature(function).parameters.values()
-      if own.kind != own.VAR_POSITIONAL:
-        vars(self)["__signature__"] = inspect.Signature(rest)
-
-  def __call__(self, /, *args: Any, **kwargs: Any) -> Any:
-    owner = kwargs.pop(SELF)
-    if callable(owner) and type(owner).__call__ is self.function:
-      return owner(*args, **kwargs)  # through the object, which names the call
-    return self.function(owner, *args, **kwargs)
-
-
-def method_of(fun: Any) -> Method | None:
-  """Returns a callable Module, or a method bound to a Module, as a `Method`.
-
-  Args:
-    fun: a function; may be a `functools.partial` of such a one.
-
-  Returns:
-    None for any other function.
-  """
-  inner, given = fun, ()
-  named: dict[str, Any] = {}
-  while isinstance(inner, functools.partial):
-    given, named = (*inner.args, *given), {**inner.keywords, **named}
-    inner = inner.func
-  if isinstance(inner, _engine.ObjectBase) and callable(inner):
-    owner, function = inner, type(inner).__call__
-  elif isinstance(inner, types.MethodType) and isinstance(
-    inner.__self__, _engine.ObjectBase
-  ):
-    owner, function = inner.__self__, inner.__func__
-  else:
-    return None
-  if inner is fun:
-    return Method(function, owner)
-
-  @functools.wraps(function)
-  def partial(owner, /, *args, **kwargs):
-    return function(owner, *given, *args, **{**named, **kwargs})
-
-  with contextlib.suppress(TypeError, ValueError):
-    own = inspect.Parameter(SELF, inspect.Parameter.POSITIONAL_ONLY)
-    rest = inspect.signature(fun).parameters.values()
-    vars(partial)["__signature__"] = inspect.Signature([own, *rest])
-  return Method(partial, owner)
-
-
-def function_of(fun: Any, transform: str) -> Callable[..., Any]:
-  """Returns the function that a transform lifts: `fun`, or a `Method`.
-
-  Raises:
-    TypeError: if `fun` is not callable, or is an object of `flax.nnx`.
-  """
-  refuse_foreign(fun, transform)
-  if not callable(fun):
-    raise TypeError(
-      f"`nnx.{transform}` must be given a function, but got `{fun!r}` of type"
-      f" `{type(fun).__name__}`."
-    )
-  return method_of(fun) or fun
-
-
-def with_owner(
-  fun: Callable[..., Any], kwargs: Mapping[str, Any]
-) -> dict[str, Any]:
-  """Returns keyword arguments with the object that a `Method` is bound to.
-
-  Raises:
-    TypeError: if the object has been given as well.
-  """
-  if not isinstance(fun, Method):
-    return dict(kwargs)
-  if SELF in kwargs:
-    raise TypeError(
-      f"`{name_of(fun)}` must not be given `{SELF}`, as it is bound to a"
-      f" `{type(fun.owner).__name__}` already."
-    )
-  return {**kwargs, SELF: fun.owner}
-
-
-def bind(
-  fun: Callable[..., Any],
-  args: Sequence[Any],
-  kwargs: Mapping[str, Any],
-  option: Any = None,
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
-  """Makes keyword arguments positional where the signature allows it.
-
-  The object that a `Method` is bound to comes as a keyword argument.
-
-  Args:
-    fun: the function.
-    args: its positional arguments.
-    kwargs: its keyword arguments.
-    option: a tuple with an entry for each positional argument, or anything
-      else; defaults of the function fill arguments that it has entries for.
-  """
-  count = len(option) if isinstance(option, (tuple, list)) else 0
-  defaults = count > len(args)
-  if isinstance(fun, functools.partial) or not (kwargs or defaults):
-    return tuple(args), with_owner(fun, kwargs)
-  try:
-    bound = inspect.signature(fun).bind(*args, **kwargs)
-  except (TypeError, ValueError):
-    # The call itself gives the better error.
-    return tuple(args), with_owner(fun, kwargs)
-  if defaults and len(bound.args) < count:
-    bound.apply_defaults()
-  return bound.args, with_owner(fun, bound.kwargs)
-
-
-def positions(
-  argnums: int | Iterable[int], count: int, option: str
-) -> tuple[int, ...]:
-  """Converts argument numbers to positions, counted from the end if negative.
-
-  Raises:
-    TypeError: if one of them is not an int.
-    ValueError: if one of them is out of range or given twice.
-  """
-  nums = (argnums,) if isinstance(argnums, int) else tuple(argnums)
-  result = []
-  for num in nums:
-    if isinstance(num, bool) or not isinstance(num, (int, np.integer)):
-      raise TypeError(
-        f"`{option}` must be an int or several, but got `{num!r}` of type"
-        f" `{type(num).__name__}`."
-      )
-    if not -count <= num < count:
-      raise ValueError(
-        f"`{option}` must name positional arguments, of which there are {count}"
-        f" in this call, but got {num}."
-      )
-    position = int(num) % count
-    if position in result:
-      raise ValueError(
-        f"`{option}` must name an argument once, but names argument {position}"
-        " twice."
-      )
-    result.append(position)
-  return tuple(result)
 
 
 def run_jaxpr(jaxpr: Any, *values: Any) -> list[Any]:

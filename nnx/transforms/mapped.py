@@ -16,7 +16,7 @@ import jax
 
 from nnx import spmd
 from nnx.engine import _engine
-from nnx.transforms import lift, prefix
+from nnx.transforms import lift, outcomes, prefix
 
 
 def entries_in(
@@ -104,11 +104,11 @@ def output_entries(
   """
   structure = plan.structure
   records = structure._records
-  start = lift.result_position(plan)
+  start = outcomes.result_position(plan)
   full = -1 in plan.matches or any(
     record.kind is _engine.NodeKind.REF for record in records[start:]
   )
-  leaves = lift.leaf_values(plan, outputs, walk.leaves)
+  leaves = outcomes.leaf_values(plan, outputs, walk.leaves)
   objects = _engine.unflatten(structure, leaves).objects
   after = prefix.Walk(structure, leaves, objects, walk.is_entry)
   if full:
@@ -121,7 +121,7 @@ def output_entries(
   for output, entry in zip(plan.output_of, after.entries):
     if output >= 0:
       entries[output] = entry
-  for leaf, output in lift.written(plan).items():
+  for leaf, output in outcomes.written(plan).items():
     entries[output] = walk.entries[leaf]
   return entries
 

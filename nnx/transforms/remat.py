@@ -9,7 +9,7 @@ from typing import Any, TypedDict, TypeVar, Unpack, overload
 import jax
 
 from nnx.graphlib import modes
-from nnx.transforms import lift
+from nnx.transforms import callables, lift
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -79,14 +79,14 @@ def remat(
       policy=policy,
       **mode.arguments,
     )
-  f = lift.function_of(f, "remat")
+  f = callables.function_of(f, "remat")
   lifting = lift.Policy(mode, "remat")
-  argnums = lift.as_tuple(static_argnums)
+  argnums = callables.as_tuple(static_argnums)
 
   @functools.wraps(f)
   def wrapper(*args: Any, **kwargs: Any) -> Any:
     args, kwargs = lifting.bind(f, args, kwargs)
-    static = lift.positions(argnums, len(args), "static_argnums")
+    static = callables.positions(argnums, len(args), "static_argnums")
     call = lift.Call(lifting, f, args, kwargs, static)
     checkpointed = jax.checkpoint(
       call.described(lambda leaves: call.lifted(leaves), "remat"),

@@ -13,9 +13,9 @@ import numpy as np
 from nnx import eager, rnglib, spmd
 from nnx.engine import _engine, jax_private, preorder
 from nnx.graphlib import modes
+from nnx.transforms import callables, lift, mapped, outcomes, prefix
 from nnx.transforms import carry as carry_lib
 from nnx.transforms import jit as jit_lib
-from nnx.transforms import lift, mapped, prefix
 from nnx.transforms import vmap as vmap_lib
 from nnx.transforms.carry import Carry
 
@@ -176,7 +176,7 @@ def scan(
       transform_metadata=transform_metadata,
       **mode.arguments,
     )
-  f = lift.function_of(f, "scan")
+  f = callables.function_of(f, "scan")
   policy = lift.Policy(mode, "scan")
   vmap_lib.check_axes(policy, in_axes, out_axes, _is_axis)
   carry_in = _carry_position("in_axes", in_axes)
@@ -208,7 +208,7 @@ def scan(
   @functools.wraps(f)
   def wrapper(*args: Any, **kwargs: Any) -> Any:
     args, owner = policy.bind(f, args, kwargs, in_axes)
-    named = sorted(owner.keys() - lift.with_owner(f, {}).keys())
+    named = sorted(owner.keys() - callables.with_owner(f, {}).keys())
     if named:
       raise TypeError(
         "The arguments of a scanned function must be positional, but"
@@ -371,7 +371,7 @@ class _Loop:
   def first_carry_leaf(self, plan: Any) -> int:
     """Returns the first leaf of the carry in the result."""
     records = plan.structure._records
-    position = lift.result_position(plan)
+    position = outcomes.result_position(plan)
     first = len(plan.matches)
     if self.out_root.entry is not Carry:
       position += 1
@@ -461,7 +461,7 @@ class _Loop:
     )
     self.jaxpr = jaxpr, inputs
     plan, _ = self.traced
-    late = lift.written(plan).keys() & set(unmarked)
+    late = outcomes.written(plan).keys() & set(unmarked)
     self.carried = sorted({*self.carried, *late})
     variables = {leaf: self.walk.places[leaf].variable for leaf in late}
     if not call.lifted.policy.mode.updates:
@@ -482,7 +482,7 @@ class _Loop:
       if isinstance(result, (tuple, list)):
         given += f" of {len(result)}"
       raise ValueError(
-        f"`{lift.name_of(self.call.lifted.fun)}` must return a tuple of"
+        f"`{callables.name_of(self.call.lifted.fun)}` must return a tuple of"
         f" {len(out_axes)}, one for each entry of `out_axes`, but it returned"
         f" {given}."
       )

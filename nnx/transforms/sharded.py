@@ -11,7 +11,7 @@ import jax
 from jax.sharding import PartitionSpec
 
 from nnx.graphlib import modes
-from nnx.transforms import lift, mapped, prefix
+from nnx.transforms import callables, lift, mapped, places, prefix
 
 
 def _is_spec(value: Any) -> bool:
@@ -92,7 +92,7 @@ def shard_map(
       check_vma=check_vma,
       **mode.arguments,
     )
-  f = lift.function_of(f, "shard_map")
+  f = callables.function_of(f, "shard_map")
   policy = lift.Policy(mode, "shard_map")
   prefix.check(policy, "in_specs", in_specs)
   prefix.check(policy, "out_specs", out_specs)
@@ -115,7 +115,7 @@ def shard_map(
     ):
       walk.visit_root(root)
     if isinstance(mesh, jax.sharding.Mesh):
-      lift.place_variables(
+      places.place_variables(
         call.structure,
         call.objects,
         [jax.sharding.NamedSharding(mesh, _spec(e)) for e in walk.entries],
@@ -126,7 +126,7 @@ def shard_map(
     def flat(leaves):
       return function(call.with_leaves(inputs, leaves))
 
-    flat.__name__ = flat.__qualname__ = lift.name_of(f)
+    flat.__name__ = flat.__qualname__ = callables.name_of(f)
     sharded = jax.shard_map(
       call.described(flat, "shard_map", inputs),
       mesh=mesh,

@@ -11,7 +11,7 @@ import jax
 from nnx import partitioning, spmd
 from nnx.engine import _engine, boxes
 from nnx.graphlib import modes
-from nnx.transforms import lift
+from nnx.transforms import callables, lift, outcomes
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -51,9 +51,9 @@ def eval_shape(
   Returns:
     What the function returns, with a `jax.ShapeDtypeStruct` for each array.
   """
-  f = lift.function_of(f, "eval_shape")
+  f = callables.function_of(f, "eval_shape")
   policy = lift.Policy(modes.resolve(graph, graph_updates), "eval_shape")
-  call = lift.Call(policy, f, args, lift.with_owner(f, kwargs))
+  call = lift.Call(policy, f, args, callables.with_owner(f, kwargs))
   inputs = [i for i, leaf in enumerate(call.leaves) if lift.is_array(leaf)]
 
   def flat(leaves):
@@ -73,7 +73,7 @@ def eval_shape(
     else leaf
     for leaf in call.leaves
   ]
-  result = lift.result_of(packed.plan, packed.outputs, abstract)
+  result = outcomes.result_of(packed.plan, packed.outputs, abstract)
   return spmd.as_abstract(result) if partitioning.active_mesh() else result
 
 
@@ -119,14 +119,14 @@ def make_jaxpr(
       graph=graph,
       graph_updates=graph_updates,
     )
-  f = lift.function_of(f, "make_jaxpr")
+  f = callables.function_of(f, "make_jaxpr")
   policy = lift.Policy(mode, "make_jaxpr")
-  argnums = lift.as_tuple(static_argnums)
+  argnums = callables.as_tuple(static_argnums)
 
   @functools.wraps(f)
   def wrapper(*args: Any, **kwargs: Any) -> Any:
     args, kwargs = policy.bind(f, args, kwargs)
-    static = lift.positions(argnums, len(args), "static_argnums")
+    static = callables.positions(argnums, len(args), "static_argnums")
     call = lift.Call(policy, f, args, kwargs, static)
 
     def flat(*leaves):
@@ -134,7 +134,7 @@ def make_jaxpr(
       outputs = packed.outputs
       if graph_updates:
         return outputs
-      return outputs[len(outputs) - len(lift.result_leaves(packed.plan)) :]
+      return outputs[len(outputs) - len(outcomes.result_leaves(packed.plan)) :]
 
     call.described(flat, "make_jaxpr")
     return call.framed(jax.make_jaxpr(flat), *call.leaves)
@@ -178,14 +178,14 @@ def checkify(
   # Here, because few programs need it, and all would wait for it.
   from jax.experimental import checkify as checkify_lib
 
-  f = lift.function_of(f, "checkify")
+  f = callables.function_of(f, "checkify")
   policy = lift.Policy(modes.resolve(graph, graph_updates), "checkify")
   if errors is None:
     errors = checkify_lib.user_checks
 
   @functools.wraps(f)
   def wrapper(*args: Any, **kwargs: Any) -> Any:
-    call = lift.Call(policy, f, args, lift.with_owner(f, kwargs))
+    call = lift.Call(policy, f, args, callables.with_owner(f, kwargs))
     inputs = [i for i, leaf in enumerate(call.leaves) if lift.is_array(leaf)]
     flat = call.described(
       lambda leaves: call.lifted(call.with_leaves(inputs, leaves)),

@@ -13,7 +13,7 @@ from nnx import spmd
 from nnx.engine import _engine, jax_private
 from nnx.graphlib import modes
 from nnx.rng_streams import RngState
-from nnx.transforms import lift, mapped, prefix
+from nnx.transforms import callables, lift, mapped, prefix
 from nnx.transforms.carry import Carry
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -113,7 +113,7 @@ def walk_axes(
   in_axes: Any,
 ) -> prefix.Walk:
   """Walks over arguments to find the axis of each leaf."""
-  names, bound = lifted.names, isinstance(lifted.fun, lift.Method)
+  names, bound = lifted.names, isinstance(lifted.fun, callables.Method)
   walk = prefix.Walk(structure, leaves, objects, is_axis)
   count = structure._num_roots - len(names)
   for root in prefix.roots(
@@ -124,7 +124,7 @@ def walk_axes(
     option="in_axes",
     keyword_entry=0,
   ):
-    if bound and root.where == lift.SELF:
+    if bound and root.where == callables.SELF:
       root = prefix.Root(None, root.option, root.where)
     walk.visit_root(root)
   return walk
@@ -263,7 +263,7 @@ def vmap(
       transform_metadata=transform_metadata,
       **mode.arguments,
     )
-  f = lift.function_of(f, "vmap")
+  f = callables.function_of(f, "vmap")
   policy = lift.Policy(mode, "vmap")
   check_axes(policy, in_axes, out_axes, is_axis)
   groups = mapped.entries_in([in_axes, out_axes, 0, None], is_axis)
@@ -281,7 +281,7 @@ def vmap(
     if not inputs and axis_size is None:
       raise ValueError(
         "`nnx.vmap` must be given an array to map over, but no argument of"
-        f" `{lift.name_of(f)}` has one with an axis in `in_axes`. Give the"
+        f" `{callables.name_of(f)}` has one with an axis in `in_axes`. Give the"
         " number of elements in `axis_size`."
       )
     function = mapped.Mapped(
@@ -388,13 +388,13 @@ def pmap(
       transform_metadata=transform_metadata,
       **mode.arguments,
     )
-  f = lift.function_of(f, "pmap")
+  f = callables.function_of(f, "pmap")
   policy = lift.Policy(mode, "pmap")
   check_axes(policy, in_axes, out_axes, is_axis)
   groups = mapped.entries_in([in_axes, out_axes, 0, None], is_axis)
   out_root = prefix.Root(out_axes, "out_axes", "result")
-  static = lift.as_tuple(static_broadcasted_argnums)
-  donated = lift.as_tuple(donate_argnums)
+  static = callables.as_tuple(static_broadcasted_argnums)
+  donated = callables.as_tuple(donate_argnums)
 
   def make_entry(
     structure: Any, leaves: tuple, names: tuple[str, ...], _: tuple
@@ -417,7 +417,7 @@ def pmap(
     def flat(*leaves):
       return function(leaves)
 
-    flat.__name__ = flat.__qualname__ = lift.name_of(f)
+    flat.__name__ = flat.__qualname__ = callables.name_of(f)
     pmapped = jax.pmap(
       flat,
       axis_name=axis_name,
@@ -433,9 +433,9 @@ def pmap(
     )
 
   wrapped = _Pmapped(make_entry, jnp.copy, frozenset(static))
-  if isinstance(f, lift.Method):
+  if isinstance(f, callables.Method):
     return functools.wraps(f)(
-      lambda *args, **kwargs: wrapped(*args, **lift.with_owner(f, kwargs))
+      lambda *args, **kwargs: wrapped(*args, **callables.with_owner(f, kwargs))
     )
   return functools.update_wrapper(wrapped, f)
 
@@ -500,7 +500,7 @@ def transform_metadata(
       partition=partition,
       graph=graph,
     )
-  f = lift.function_of(f, "transform_metadata")
+  f = callables.function_of(f, "transform_metadata")
   policy = lift.Policy(modes.resolve(graph), "transform_metadata")
   in_axes, out_axes = _without_carry(in_axes), _without_carry(out_axes)
   check_axes(policy, in_axes, out_axes, is_axis)
@@ -509,7 +509,7 @@ def transform_metadata(
 
   @functools.wraps(f)
   def wrapper(*args: Any, **kwargs: Any) -> Any:
-    args, kwargs = lift.bind(f, args, kwargs, in_axes)
+    args, kwargs = callables.bind(f, args, kwargs, in_axes)
     call = lift.Call(policy, f, args, kwargs)
     walk = walk_axes(
       call.structure, call.leaves, call.objects, call.lifted, in_axes

@@ -22,13 +22,15 @@ def matmul(rng: np.random.Generator) -> worker.Case:
   n = int(rng.integers(1, pick(rng, 8, 70, 3000)))
   dtypes = [pick(rng, *data.FLOATS) for _ in range(3)]
   biased, gradient = chance(rng), chance(rng, 0.3)
+  transposed = chance(rng)
   options = {
     "preferred_element_type": pick(rng, None, None, *data.FLOATS),
     "implementation": pick(rng, "cpu", "cpu", "cpu", "auto"),
   }
 
   def call(x, w, bias):
-    return kernels.matmul(x, w, bias, **options)
+    w = w.T if transposed else w
+    return kernels.matmul(x, w, bias, transposed=transposed, **options)
 
   def grads(x, w, bias, dy):
     out, pull = jax.vjp(call, x, w, bias)

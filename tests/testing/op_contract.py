@@ -65,6 +65,23 @@ def only_on(*kinds: str) -> None:
     raise unittest.SkipTest(f"for the {' and '.join(kinds)} alone")
 
 
+class PlatformTest(parameterized.TestCase):
+  """Runs where the device of TEST_PLATFORM is."""
+
+  def setUp(self):
+    super().setUp()
+    if PLATFORM != "cpu":
+      need_device(PLATFORM)
+
+
+class CpuOnlyTest(parameterized.TestCase):
+  """About the CPU's handler and the programs around it."""
+
+  def setUp(self):
+    super().setUp()
+    only_on("cpu")
+
+
 def bits(tree: Any) -> list[bytes]:
   """Returns the exact contents of a tree's arrays."""
   return [np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(tree)]

@@ -3,7 +3,8 @@
 The shapes are those of matrices of SmolLM2-135M and of decoders of 1 and 8
 billion parameters. Baselines are `jnp.matmul` in the dtype of the weights and
 in float32, and PyTorch's where it is installed; for packed weights, unpacking
-and multiplying in one jitted function.
+and multiplying in one jitted function. Rows `transposed` multiply with tables
+of embeddings as they lie, as for logits.
 """
 
 from collections.abc import Callable, Sequence
@@ -100,10 +101,32 @@ def _build(rows: int, shape: tuple[int, int], dtype: str) -> harness.Comparison:
   )
 
 
+def _build_transposed(
+  rows: int, shape: tuple[int, int], dtype: str
+) -> harness.Comparison:
+  """Builds the row of some rows and a table of embeddings, as for logits."""
+  random = np.random.default_rng(0)
+  n, k = shape
+  x = jnp.asarray(random.standard_normal((rows, k), np.float32), dtype)
+  w = jnp.asarray(random.standard_normal((n, k), np.float32) / k**0.5, dtype)
+  ours = functools.partial(kernels.matmul, transposed=True)
+  return harness.Comparison(
+    ours=_side("kernels.matmul, transposed", ours, x, w),
+    baselines=[
+      _side(f"jnp.matmul, {dtype}", lambda x, w: jnp.matmul(x, w.T), x, w)
+    ],
+    floor_traffic=harness.Traffic(read=w.nbytes, written=0),
+    floor_name="one read of the weights at memory bandwidth",
+    tolerance=_TOLERANCE,
+    details=choice.chosen(ours, x, w),
+  )
+
+
 def cases(settings: harness.Settings) -> Sequence[harness.Case]:
   """Returns the rows: every matrix, dtype and number of rows."""
   shapes = _QUICK_SHAPES if settings.quick else arg_specs.BENCH_SHAPES
-  return [
+  tables = _QUICK_SHAPES if settings.quick else arg_specs.TABLES
+  products = [
     harness.Case(
       suite=NAME,
       op="product",
@@ -113,5 +136,17 @@ def cases(settings: harness.Settings) -> Sequence[harness.Case]:
     )
     for k, n in shapes
     for dtype in (*_FLOATS, *_PACKED)
+    for rows in _ROWS
+  ]
+  return products + [
+    harness.Case(
+      suite=NAME,
+      op="transposed",
+      case=f"{rows}x{k}x{n}",
+      dtype=dtype,
+      build=functools.partial(_build_transposed, rows, (n, k), dtype),
+    )
+    for n, k in tables
+    for dtype in _FLOATS
     for rows in _ROWS
   ]

@@ -30,6 +30,7 @@ SECTIONS: dict[str, tuple[str, ...]] = {
     "docs/checkpoints.md",
     "docs/export.md",
     "docs/sharding.md",
+    "docs/planning.md",
     "docs/performance.md",
     "docs/support.md",
   ),

@@ -26,7 +26,7 @@ auto MultiplySpec(Binding binding) {
   return std::move(binding)
       .Attrs()                          // batch_axes
       .template Arg<ffi::AnyBuffer>()   // x
-      .template Arg<ffi::AnyBuffer>()   // w
+      .template Arg<ffi::AnyBuffer>()   // w, or its transpose
       .RemainingArgs()                  // bias
       .template Ret<ffi::AnyBuffer>();  // y
 }
@@ -60,8 +60,8 @@ inline ffi::Error RequireElement(std::string_view name,
 class Product {
  public:
   Product(const ffi::AnyBuffer& x, std::string_view w_name,
-          const ffi::AnyBuffer& w)
-      : x_(x), w_name_(w_name), w_(w) {}
+          const ffi::AnyBuffer& w, bool transposed = false)
+      : x_(x), w_name_(w_name), w_(w), transposed_(transposed) {}
 
   // What decides that, for an error.
   std::string operator()() const {
@@ -85,11 +85,15 @@ class Product {
     batch_.assign(dims.begin(), dims.begin() + batch_axes_);
     std::vector<int64_t> sizes = batch_;
     const bool fits = static_cast<int64_t>(w_dims.size()) == batch_axes_ + 2;
-    const int64_t n = fits ? w_dims[batch_axes_ + 1] : 1;
-    sizes.insert(sizes.end(), {k / packed, n});
+    const int64_t n = fits ? w_dims[batch_axes_ + (transposed_ ? 0 : 1)] : 1;
+    if (transposed_) sizes.push_back(n);
+    sizes.push_back(k / packed);
+    if (!transposed_) sizes.push_back(n);
+    const std::string rows =
+        packed == 1 ? std::string("k") : StrCat("k / ", packed);
     KERNELS_REQUIRE(fits && SameShape(w_dims, sizes) && k % packed == 0, "`",
-                    w_name_, "` must have shape [batch axes..., k",
-                    packed == 1 ? "" : StrCat(" / ", packed), ", n]", (*this)(),
+                    w_name_, "` must have shape [batch axes..., ",
+                    transposed_ ? "n, k" : StrCat(rows, ", n"), "]", (*this)(),
                     ".");
     geometry_ = {DimsProduct(dims, 0, batch_axes_),
                  DimsProduct(dims, batch_axes_, rank - 1), k, n};
@@ -145,6 +149,7 @@ class Product {
   const ffi::AnyBuffer& x_;
   const std::string_view w_name_;
   const ffi::AnyBuffer& w_;
+  const bool transposed_;
   int64_t batch_axes_ = 0;
   std::vector<int64_t> batch_;
   Geometry geometry_{};
@@ -157,8 +162,8 @@ template <typename Body>
 ffi::Error CheckMultiply(const ffi::Dictionary& attributes,
                          const ffi::AnyBuffer& x, const ffi::AnyBuffer& w,
                          ffi::RemainingArgs rest, const ffi::AnyBuffer& y,
-                         Body&& body) {
-  Product product(x, "w", w);
+                         bool transposed, Body&& body) {
+  Product product(x, "w", w, transposed);
   KERNELS_RETURN_IF_ERROR(product.Read(attributes, 1));
   KERNELS_RETURN_IF_ERROR(RequireElement("w", w));
   KERNELS_RETURN_IF_ERROR(product.RequireResult(y));

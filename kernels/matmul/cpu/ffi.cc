@@ -55,6 +55,7 @@ ffi::Error Run(ffi::ThreadPool& pool, const Geometry& geometry,
   return ffi::Error::Success();
 }
 
+template <bool kTransposed>
 ffi::Error MatmulMultiplyImpl(ffi::ThreadPool pool,
                               const ffi::Dictionary& attributes,
                               ffi::AnyBuffer x, ffi::AnyBuffer w,
@@ -62,11 +63,12 @@ ffi::Error MatmulMultiplyImpl(ffi::ThreadPool pool,
                               ffi::Result<ffi::AnyBuffer> y) {
   const WithSubnormals subnormals;
   return CheckMultiply(
-      attributes, x, w, rest, *y,
+      attributes, x, w, rest, *y, kTransposed,
       [&](const Geometry& geometry, const ffi::AnyBuffer* bias) {
         Weights weights;
         weights.data = w.untyped_data();
         weights.format = FormatOf(w);
+        weights.transposed = kTransposed;
         return Run(pool, geometry, x, weights, bias, *y);
       });
 }
@@ -98,7 +100,10 @@ ffi::Error MatmulMultiplyPackedImpl(ffi::ThreadPool pool,
 }  // namespace
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(
-    MatmulMultiply, MatmulMultiplyImpl,
+    MatmulMultiply, MatmulMultiplyImpl<false>,
+    MultiplySpec(ffi::Ffi::Bind().Ctx<ffi::ThreadPool>()));
+XLA_FFI_DEFINE_HANDLER_SYMBOL(
+    MatmulMultiplyTransposed, MatmulMultiplyImpl<true>,
     MultiplySpec(ffi::Ffi::Bind().Ctx<ffi::ThreadPool>()));
 XLA_FFI_DEFINE_HANDLER_SYMBOL(
     MatmulMultiplyPacked, MatmulMultiplyPackedImpl,

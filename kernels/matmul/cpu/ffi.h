@@ -12,6 +12,8 @@ namespace kernels::matmul {
 
 // (x, w[, bias]) -> x @ w + bias
 XLA_FFI_DECLARE_HANDLER_SYMBOL(MatmulMultiply);
+// (x, w[, bias]) -> x @ w^T + bias
+XLA_FFI_DECLARE_HANDLER_SYMBOL(MatmulMultiplyTransposed);
 // (x, values, scale[, minimum][, bias]) -> x @ (values * scale + minimum) +
 // bias where values are int8 or float8_e4m3fn [k, n], without a minimum, or
 // uint32 [k / 8, n] of eight numbers each; scale and minimum are bfloat16 with

@@ -166,6 +166,61 @@ void Finish(SimdLevel level, const Plan& plan, int64_t column, float* sums,
   }
 }
 
+// A matrix that lies as [n, k]: an item is some of its rows, and sums them to
+// the end.
+void MultiplyTransposed(const ParallelLoop& loop, SimdLevel level,
+                        const Geometry& g, const ConstArray& x,
+                        const Weights& w, const ConstArray& bias,
+                        const Array& y) {
+  const int64_t all_rows = g.groups * g.rows;
+  std::unique_ptr<float[]> widened;
+  const float* factors = static_cast<const float*>(x.data);
+  if (x.element != Element::kF32) {
+    widened.reset(new float[static_cast<size_t>(all_rows * g.k)]);
+    factors = widened.get();
+    loop(all_rows, all_rows * g.k * 8, [&](int64_t i) {
+      KERNELS_SIMD_CALL(level, ArrangeRow(At(x, i * g.k), x.element, g.k, 4, 0,
+                                          1, widened.get() + i * g.k));
+    });
+  }
+
+  const int64_t row_bytes = WeightBytes(w.format, g.k);
+  const int64_t columns = std::max(
+      {CeilDiv(g.n, kMaxItems),
+       std::min(g.n, CeilDiv(kItemBytes, std::max<int64_t>(row_bytes, 1))),
+       int64_t{1}});
+  const int64_t items = CeilDiv(g.n, columns);
+  loop(g.groups * items, g.groups * g.n * row_bytes, [&](int64_t i) {
+    const int64_t group = i / items;
+    const int64_t begin = i % items * columns;
+    const int64_t count = std::min(columns, g.n - begin);
+    const uint8_t* own =
+        static_cast<const uint8_t*>(w.data) + (group * g.n + begin) * row_bytes;
+    float sums[kSumsAbreast];
+    const int64_t width =
+        std::min(kSumsAbreast / std::min(g.rows, kRowsAbreast), count);
+    for (int64_t c = 0; c < count; c += width) {
+      const int64_t part = std::min(width, count - c);
+      for (int64_t at = 0; at < g.rows; at += kRowsAbreast) {
+        const int64_t first = group * g.rows + at;
+        const int64_t rows = std::min(kRowsAbreast, g.rows - at);
+        KERNELS_SIMD_CALL(level,
+                          SumColumns(own + c * row_bytes, w.format, g.k, part,
+                                     factors + first * g.k, rows, sums, width));
+        for (int64_t r = 0; r < rows; ++r) {
+          float* row = sums + r * width;
+          if (bias.data != nullptr) {
+            KERNELS_SIMD_CALL(level, Add(At(bias, group * g.n + begin + c),
+                                         bias.element, part, row));
+          }
+          void* to = At(y, (first + r) * g.n + begin + c);
+          KERNELS_SIMD_CALL(level, Round(row, part, y.element, to));
+        }
+      }
+    }
+  });
+}
+
 }  // namespace
 
 void Multiply(const ParallelLoop& loop, SimdLevel level,
@@ -173,6 +228,9 @@ void Multiply(const ParallelLoop& loop, SimdLevel level,
               const ConstArray& bias, const Array& y) {
   const Geometry& g = geometry;
   if (g.groups * g.rows * g.n == 0) return;
+  if (w.transposed) {
+    return MultiplyTransposed(loop, level, g, x, w, bias, y);
+  }
   const Plan plan = MakePlan(g, w.format);
   const int64_t all_rows = g.groups * g.rows;
 

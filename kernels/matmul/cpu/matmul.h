@@ -1,8 +1,8 @@
 // Products of few rows with a matrix on the CPU, on plain pointers.
 //
-// The weights are read once, row after row, whatever the number of rows of x,
-// and multiplied in registers, so that few rows take as long as the memory
-// takes to deliver them. Sums are in float32.
+// The weights are read once, in the order of memory, whatever the number of
+// rows of x, and multiplied in registers, so that few rows take as long as the
+// memory takes to deliver them. Sums are in float32.
 //
 // Results do not depend on the number of threads: the work is cut by shape
 // alone, and partial sums are added in a fixed order.
@@ -44,10 +44,12 @@ struct Weights {
   const uint16_t* scale = nullptr;
   const uint16_t* minimum = nullptr;  // of 4 bits alone
   int64_t group = INT64_MAX / 2;
+  // Whether the matrix lies as [n, k]; not of packed weights.
+  bool transposed = false;
 };
 
-// y = x @ w + bias, each of an element type of its own; bias is [groups, n], or
-// nothing if its data is null.
+// y = x @ w + bias, each array of an element type of its own; bias is [groups,
+// n], or nothing if its data is null.
 void Multiply(const ParallelLoop& loop, SimdLevel level,
               const Geometry& geometry, const ConstArray& x, const Weights& w,
               const ConstArray& bias, const Array& y);

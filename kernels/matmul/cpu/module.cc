@@ -13,6 +13,10 @@ PYBIND11_MODULE(_matmul_cpu, module) {
       "multiply", [] { return HandlerCapsule(MatmulMultiply); },
       "Handler of the product with a matrix of floating numbers.");
   module.def(
+      "multiply_transposed",
+      [] { return HandlerCapsule(MatmulMultiplyTransposed); },
+      "Handler of the product with the transpose of such a matrix.");
+  module.def(
       "multiply_packed", [] { return HandlerCapsule(MatmulMultiplyPacked); },
       "Handler of the product with a matrix of packed numbers.");
   AddSimdLevelFunctions(module);

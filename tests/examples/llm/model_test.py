@@ -96,6 +96,40 @@ class ModelTest(parameterized.TestCase):
     error = np.sqrt(np.mean((logits - expected) ** 2))
     self.assertLess(error, 0.05 * np.std(expected))
 
+  @parameterized.product(
+    name=("llama", "qwen3", "gemma3"),
+    bits=(8, 4),
+    dtype=("float32", "bfloat16"),
+  )
+  def test_packed_weights_are_what_they_unpack_to(self, name, bits, dtype):
+    values = tiny.CONFIGS[name]
+    tokens = np.random.default_rng(1).integers(64, size=20)
+    checkpoint = tiny.Checkpoint(values)
+    model = weights.load(checkpoint, POSITIONS, dtype, bits)
+    made = tiny.tensors(values)
+    kinds = set()
+    for path, layer in nnx.iter_graph(model):
+      kinds.add(type(layer))
+      if isinstance(layer, (nnx.QuantizedLinear, nnx.QuantizedEmbed)):
+        matrix = np.asarray(layer.dequantize("float32"))
+        table = isinstance(layer, nnx.QuantizedEmbed)
+        self.assertEqual(layer.bits, 8 if table else bits)
+        full = ".".join(map(str, path)) + ".weight"
+        full = full if full in made else f"model.{full}"
+        lost = np.linalg.norm((matrix if table else matrix.T) - made[full])
+        most = 0.01 if layer.bits == 8 else 0.2
+        self.assertLess(lost, most * np.linalg.norm(made[full]))
+        made[full] = matrix if table else matrix.T
+    self.assertTrue(kinds.isdisjoint({nnx.Linear, nnx.Embed}))
+    expected = oracle.logits(values, made, tokens)
+    logits = plain(model, jnp.asarray(tokens)[None])[0]
+    error = np.sqrt(np.mean((logits - expected) ** 2))
+    most = 1e-4 if dtype == "float32" else 0.05
+    self.assertLess(error, most * np.std(expected))
+    prompt = tokens[:12].tolist()
+    text = greedy_plain(model, prompt, 8)
+    self.assertEqual(greedy_cached(model, prompt, 8, paged=False), text)
+
   def test_missing_and_spare_weights_are_refused(self):
     values = tiny.CONFIGS["llama"]
     made = tiny.tensors(values)

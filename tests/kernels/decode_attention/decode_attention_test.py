@@ -41,24 +41,7 @@ def run(implementation, args, index, **kwargs):
   return got
 
 
-class PlatformTest(parameterized.TestCase):
-  """Runs where the device of TEST_PLATFORM is."""
-
-  def setUp(self):
-    super().setUp()
-    if PLATFORM != "cpu":
-      op_contract.need_device(PLATFORM)
-
-
-class CpuOnlyTest(parameterized.TestCase):
-  """About the CPU's handler and the programs around it."""
-
-  def setUp(self):
-    super().setUp()
-    op_contract.only_on("cpu")
-
-
-class DecodeAttentionTest(PlatformTest):
+class DecodeAttentionTest(op_contract.PlatformTest):
   @parameterized.parameters(
     *itertools.product((OURS,), FLOATS, (1, 3, 8), (1, 4)),
     *itertools.product(("xla",), FLOATS, (3,), (4,)),
@@ -181,7 +164,7 @@ class DecodeAttentionTest(PlatformTest):
     assert hlo.custom_calls(text, ffi.APPEND_TARGET) == 1
 
 
-class AttendTest(PlatformTest):
+class AttendTest(op_contract.PlatformTest):
   @parameterized.product(
     implementation=IMPLEMENTATIONS,
     layout=("bsnh", "bnsh"),
@@ -250,7 +233,7 @@ class CudaContractTest(DecodeContract):
     super().setUp()
 
 
-class InPlaceTest(CpuOnlyTest):
+class InPlaceTest(op_contract.CpuOnlyTest):
   @parameterized.product(layer=(None, 1), dtype=("float32", "bfloat16", "int8"))
   def test_donated_cache_is_not_copied(self, layer, dtype):
     k, v, *rest = arguments(dtype=dtype)
@@ -317,7 +300,7 @@ class InPlaceTest(CpuOnlyTest):
     tolerances.assert_close(step(k, v, q)[2], want_q, "float32")
 
 
-class TransformTest(PlatformTest):
+class TransformTest(op_contract.PlatformTest):
   @parameterized.product(
     implementation=IMPLEMENTATIONS, layer=(None, 1), layout=("bsnh", "bnsh")
   )
@@ -425,7 +408,7 @@ class TransformTest(PlatformTest):
       assert out.shape == spec.query_shape and out.dtype == spec.query_dtype
 
 
-class WrongInputTest(PlatformTest):
+class WrongInputTest(op_contract.PlatformTest):
   def assert_raises(self, error, match, *args, **kwargs):
     with pytest.raises(error, match=match):
       da.decode_attention(*args, **kwargs)

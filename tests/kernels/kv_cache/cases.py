@@ -1,10 +1,13 @@
 """Arguments of `kv_cache.update` for tests of its implementations."""
 
+import functools
+
 from hypothesis import strategies as st
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from kernels import kv_cache
 from kernels.cache import layouts
 from kernels.kv_cache import primitive
 from tests.kernels.kv_cache import oracle
@@ -14,6 +17,12 @@ FLOATS, QUANTIZED, random = oracle.FLOATS, oracle.QUANTIZED, oracle.random
 
 def bits(x):
   return np.asarray(x).view(np.uint8)
+
+
+def jitted(implementation, **kwargs):
+  return jax.jit(
+    functools.partial(kv_cache.update, implementation=implementation, **kwargs)
+  )
 
 
 def arguments(seed=0, b=3, s=8, t=1, n=2, h=20, dtype="float32", layout="bsnh"):

@@ -1,21 +1,19 @@
 """Contract of `kv_cache.update`: implementations against a NumPy oracle."""
 
 import functools
-import math
 import threading
 
 from absl.testing import parameterized
 import hypothesis
 import jax
 from jax import export
-from jax.experimental import checkify
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import kernels
 from kernels import kv_cache
-from kernels.kv_cache import arg_specs, ffi, primitive
+from kernels.kv_cache import arg_specs, ffi
 from tests.kernels.kv_cache import cases
 from tests.kernels.kv_cache import oracle as oracles
 from tests.testing import hlo, op_contract
@@ -28,30 +26,7 @@ arguments, assert_same, bits = cases.arguments, cases.assert_same, cases.bits
 problems = cases.problems
 
 
-def jitted(implementation, **kwargs):
-  return jax.jit(
-    functools.partial(kv_cache.update, implementation=implementation, **kwargs)
-  )
-
-
-class PlatformTest(parameterized.TestCase):
-  """Runs where the device of TEST_PLATFORM is."""
-
-  def setUp(self):
-    super().setUp()
-    if PLATFORM != "cpu":
-      op_contract.need_device(PLATFORM)
-
-
-class CpuOnlyTest(parameterized.TestCase):
-  """About the CPU's handler and the programs around it."""
-
-  def setUp(self):
-    super().setUp()
-    op_contract.only_on("cpu")
-
-
-class UpdateTest(PlatformTest):
+class UpdateTest(op_contract.PlatformTest):
   @parameterized.product(
     implementation=IMPLEMENTATIONS,
     dtype=FLOATS,
@@ -60,7 +35,7 @@ class UpdateTest(PlatformTest):
   )
   def test_writes_at_index(self, implementation, dtype, tokens, index):
     args = arguments(t=tokens, dtype=dtype)
-    got = jitted(implementation)(*args, jnp.array(index))
+    got = cases.jitted(implementation)(*args, jnp.array(index))
     assert_same(got, oracle(*args, np.array(index)))
 
   @parameterized.parameters(*arg_specs.ARG_SPECS)
@@ -68,7 +43,7 @@ class UpdateTest(PlatformTest):
     spec = spec.scaled(batch=2, length=16)
     *args, index = spec.make()
     layer = None if spec.layers is None else 1
-    got = jitted(OURS, layer=layer)(*args, index)
+    got = cases.jitted(OURS, layer=layer)(*args, index)
     assert_same(got, oracle(*args, np.asarray(index), layer=layer))
 
   @parameterized.product(
@@ -86,7 +61,7 @@ class UpdateTest(PlatformTest):
     @hypothesis.settings(max_examples=24, deadline=None, derandomize=True)
     def check(problem):
       args, kwargs = problem
-      got = jitted(implementation, **kwargs)(*args)
+      got = cases.jitted(implementation, **kwargs)(*args)
       assert_same(got, oracle(*args, **kwargs))
 
     check()
@@ -109,7 +84,7 @@ class UpdateTest(PlatformTest):
         else {}
       )
       index = np.array([0, 6, 3])
-      got = jitted("cpu", **scales)(*args, index)
+      got = cases.jitted("cpu", **scales)(*args, index)
       assert_same(got, oracle(*args, index, **scales))
     finally:
       library.set_simd_level("auto")
@@ -124,7 +99,7 @@ class UpdateTest(PlatformTest):
     )  # fmt: skip
     new = jnp.asarray(special)[None, None, None]
     cache = jnp.ones((1, 2, 1, special.size), dtype)
-    got, _ = jitted(implementation, k_scale=1.0, v_scale=1.0)(
+    got, _ = cases.jitted(implementation, k_scale=1.0, v_scale=1.0)(
       cache, cache, new, new, 1
     )
     want = oracles.quantize(
@@ -161,9 +136,9 @@ class UpdateTest(PlatformTest):
   def test_same_bits_every_time(self):
     args = arguments(b=4, s=64, t=33, n=4, h=64, dtype="bfloat16")
     index = np.arange(4)
-    first = jitted(OURS)(*args, index)
+    first = cases.jitted(OURS)(*args, index)
     for _ in range(3):
-      assert_same(jitted(OURS)(*args, index), first)
+      assert_same(cases.jitted(OURS)(*args, index), first)
 
 
 class UpdateContract(op_contract.OpContract):
@@ -196,7 +171,7 @@ class CudaContractTest(UpdateContract):
     super().setUp()
 
 
-class InPlaceTest(CpuOnlyTest):
+class InPlaceTest(op_contract.CpuOnlyTest):
   def assert_no_copy_of(self, compiled, *caches):
     text = compiled.as_text()
     for cache in caches:
@@ -276,7 +251,7 @@ class InPlaceTest(CpuOnlyTest):
     self.assert_no_copy_of(hlo.compiled(lowered), k)
 
 
-class TransformTest(PlatformTest):
+class TransformTest(op_contract.PlatformTest):
   @parameterized.product(
     implementation=IMPLEMENTATIONS,
     layer=(None, 1),
@@ -432,7 +407,7 @@ class TransformTest(PlatformTest):
 
   def test_many_python_threads(self):
     args = arguments(b=4, s=64, t=40, n=4, h=64)
-    step = jitted(OURS)
+    step = cases.jitted(OURS)
     want = oracle(*args, 3)
     failures = []
 
@@ -449,318 +424,3 @@ class TransformTest(PlatformTest):
     for thread in threads:
       thread.join()
     assert not failures
-
-
-class WrongInputTest(PlatformTest):
-  def assert_raises(self, error, match, *args, **kwargs):
-    with pytest.raises(error, match=match):
-      kv_cache.update(*args, **kwargs)
-    if kwargs.get("implementation") is None:
-      with pytest.raises(error, match=match):
-        jax.eval_shape(functools.partial(kv_cache.update, **kwargs), *args)
-
-  def test_rank(self):
-    k, v, new_k, new_v = arguments()
-    self.assert_raises(
-      ValueError, "`cache_k` must have 4 axes", k[0], v, new_k, new_v, 0
-    )
-    self.assert_raises(
-      ValueError,
-      "Pass `layer` with a stacked cache",
-      k[None],
-      v[None],
-      new_k,
-      new_v,
-      0,
-    )
-    self.assert_raises(
-      ValueError, "must have 5 axes", k, v, new_k, new_v, 0, layer=0
-    )
-    self.assert_raises(
-      ValueError,
-      "`new_k` and `new_v` must have 4 axes",
-      k,
-      v,
-      new_k[:, 0],
-      new_v,
-      0,
-    )
-
-  def test_dtype(self):
-    k, v, new_k, new_v = arguments()
-    self.assert_raises(
-      TypeError,
-      "`new_k` must have the dtype of `cache_k`, float32",
-      k,
-      v,
-      new_k.astype("bfloat16"),
-      new_v,
-      0,
-    )
-    self.assert_raises(
-      ValueError,
-      "`cache_k` and `cache_v` must have the same dtype",
-      k,
-      v.astype("bfloat16"),
-      new_k,
-      new_v,
-      0,
-    )
-    self.assert_raises(
-      TypeError,
-      "`cache_k` must be one of float32",
-      k.astype("int32"),
-      v.astype("int32"),
-      new_k,
-      new_v,
-      0,
-    )
-    self.assert_raises(
-      TypeError, "`index` must hold integers", k, v, new_k, new_v, 0.5
-    )
-    self.assert_raises(
-      TypeError,
-      "to be quantised to int8",
-      k.astype("int8"),
-      v.astype("int8"),
-      new_k.astype("int32"),
-      new_v.astype("int32"),
-      0,
-      k_scale=1.0,
-      v_scale=1.0,
-    )
-
-  def test_shape(self):
-    k, v, new_k, new_v = arguments()
-    self.assert_raises(
-      ValueError,
-      r"`new_v` must have the shape \[3, 1, 2, 20\]",
-      k,
-      v,
-      new_k,
-      new_v[..., :3],
-      0,
-    )
-    self.assert_raises(
-      ValueError,
-      "must have the same dtype and the same shape",
-      k,
-      v[:, :4],
-      new_k,
-      new_v,
-      0,
-    )
-    self.assert_raises(
-      ValueError,
-      "must have the batch size of the new tokens, 2",
-      k,
-      v,
-      new_k[:2],
-      new_v[:2],
-      0,
-    )
-    self.assert_raises(
-      ValueError,
-      r"`index` must be a scalar or of shape \[3\]",
-      k,
-      v,
-      new_k,
-      new_v,
-      jnp.zeros(2, jnp.int32),
-    )
-    self.assert_raises(
-      ValueError,
-      "`block_table` must have 2 axes",
-      k,
-      v,
-      new_k,
-      new_v,
-      0,
-      block_table=jnp.zeros(3, jnp.int32),
-    )
-    self.assert_raises(
-      TypeError,
-      "`layer` must be an integer scalar",
-      k[None],
-      v[None],
-      new_k,
-      new_v,
-      0,
-      layer=jnp.zeros(1, jnp.int32),
-    )
-
-  def test_options(self):
-    k, v, new_k, new_v = arguments()
-    self.assert_raises(
-      ValueError, "`layout` must be", k, v, new_k, new_v, 0, layout="sbnh"
-    )
-    self.assert_raises(
-      ValueError,
-      "`implementation` of kv_cache_update must be one of",
-      k,
-      v,
-      new_k,
-      new_v,
-      0,
-      implementation="gpu",
-    )
-    self.assert_raises(
-      ValueError,
-      "must not be given with a cache of float32",
-      k,
-      v,
-      new_k,
-      new_v,
-      0,
-      k_scale=1.0,
-      v_scale=1.0,
-    )
-    self.assert_raises(
-      ValueError,
-      "`k_scale` and `v_scale` must be given with a cache of int8",
-      k.astype("int8"),
-      v.astype("int8"),
-      new_k,
-      new_v,
-      0,
-      k_scale=1.0,
-    )
-    self.assert_raises(
-      ValueError,
-      r"`k_scale` must be a scalar, \[2\]",
-      k.astype("int8"),
-      v.astype("int8"),
-      new_k,
-      new_v,
-      0,
-      k_scale=jnp.ones(3),
-      v_scale=1.0,
-    )
-    self.assert_raises(
-      ValueError,
-      "must not be given together",
-      k,
-      v,
-      new_k,
-      new_v,
-      0,
-      block_table=jnp.zeros((3, 1), jnp.int32),
-      cache_batch_index=[0, 1, 2],
-    )
-
-  def test_of_quantisation(self):
-    x, stored = jnp.ones((2, 3)), jnp.ones((2, 3), jnp.int8)
-    for function in (
-      lambda x: kv_cache.quantize(x, 0.1, "int8"),
-      lambda x: kv_cache.scale_for(x, "int8"),
-    ):
-      with self.assertRaisesRegex(TypeError, "`x` must be an array, but"):
-        function("x")
-      for wrong in (stored, jnp.ones(3, bool)):
-        with self.assertRaisesRegex(TypeError, "`x` must be floating, but got"):
-          function(wrong)
-    with self.assertRaisesRegex(ValueError, "`x` must be int8, .*`float32`"):
-      kv_cache.dequantize(x, 0.1)
-    with self.assertRaisesRegex(
-      ValueError, "`dtype` must be one of int8, .*16"
-    ):
-      kv_cache.scale_for(x, "int16")
-    with self.assertRaisesRegex(ValueError, r"must have elements, .* \(0, 3\)"):
-      kv_cache.scale_for(x[:0], "int8")
-    self.assertTrue(jnp.isnan(kv_cache.scale_for(x * jnp.nan, "int8")))
-    self.assertEqual(float(kv_cache.scale_for(x * 0, "int8")), 1.0)
-    for function in (
-      lambda scale: kv_cache.quantize(x, scale, "int8"),
-      lambda scale: kv_cache.dequantize(stored, scale),
-    ):
-      for scale in (0.0, -1, math.nan, math.inf):
-        with self.assertRaisesRegex(ValueError, "`scale` must be positive and"):
-          function(scale)
-      with self.assertRaisesRegex(TypeError, "`scale` must be a number, but"):
-        function(True)
-      with self.assertRaisesRegex(TypeError, "`scale` must be floating, but"):
-        function(jnp.ones(3, int))
-      for shape in ((2,), (4, 2, 3), (1, 2, 3)):
-        with self.assertRaisesRegex(ValueError, r"broadcast to .*\(2, 3\) of"):
-          function(jnp.ones(shape))
-      for shape in ((), (3,), (2, 1), (1, 3)):
-        self.assertEqual(function(jnp.ones(shape)).shape, (2, 3))
-
-  @parameterized.parameters(
-    (8, {}, r"`index` must lie in \[0, 8\)"),
-    (-1, {}, r"`index` must lie in \[0, 8\)"),
-    (7, {"lengths": 2}, "leave room for the new tokens"),
-    (0, {"lengths": 3}, r"`lengths` must lie in \[0, 2\]"),
-    (0, {"lengths": -1}, r"`lengths` must lie in \[0, 2\]"),
-    (0, {"layer": 2}, r"`layer` must lie in \[0, 2\)"),
-    (0, {"cache_batch_index": (0, 1, 3)}, r"must name blocks in \[0, 3\)"),
-    (7, {"block_table": ((0, -1), (1, 1), (2, 2))}, "must name blocks"),
-  )
-  def test_position_outside_raises_where_known(self, index, kwargs, match):
-    k, v, new_k, new_v = arguments(t=2)
-    kwargs = {name: np.array(value, np.int32) for name, value in kwargs.items()}
-    if "layer" in kwargs:
-      k, v = jnp.stack([k, k]), jnp.stack([v, v])
-    with pytest.raises(ValueError, match=match):
-      kv_cache.update(k, v, new_k, new_v, index, **kwargs)
-    error, _ = jax.jit(checkify.checkify(kv_cache.update))(
-      k, v, new_k, new_v, jnp.int32(index), **kwargs
-    )
-    with pytest.raises(ValueError, match=match):
-      error.throw()
-
-  def test_checkify_is_silent_when_all_is_well(self):
-    args = arguments()
-    error, got = jax.jit(checkify.checkify(kv_cache.update))(*args, 7)
-    error.throw()
-    assert_same(got, oracle(*args, 7))
-
-  @parameterized.parameters(*IMPLEMENTATIONS)
-  def test_position_outside_writes_nothing_under_jit(self, implementation):
-    args = arguments(t=2)
-    index = np.array([7, -1, 2**31 - 1], np.int32)
-    got = jitted(implementation)(*args, index)
-    assert_same(got, oracle(*args, index))
-    np.testing.assert_array_equal(got[0][2], args[0][2])
-
-  @parameterized.parameters(*IMPLEMENTATIONS)
-  def test_empty_batch_and_no_tokens(self, implementation):
-    args = arguments(b=0)
-    assert_same(jitted(implementation)(*args, 0), args[:2])
-    args = arguments(t=0)
-    assert_same(jitted(implementation)(*args, 0), args[:2])
-
-  def test_handler_refuses_what_python_would_not_pass(self):
-    op_contract.only_on("cpu", "gpu")
-    k, v, new_k, new_v = arguments()
-    b = jnp.zeros(3, jnp.int32)
-    scale = jnp.zeros((0, 0))
-    good = [k, v, new_k, new_v, b, b, b, b[:, None], b[0], scale, scale]
-    primitive.UPDATE.implementations[OURS].library.load()
-
-    def call(**changes):
-      args = [changes.get(str(i), arg) for i, arg in enumerate(good)]
-      out = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in args[:2]]
-      return jax.ffi.ffi_call(ffi.TARGET, out)(
-        *args,
-        ring=np.int64(changes.get("ring", 0)),
-        heads_first=np.bool_(False),
-      )
-
-    call()
-    for changes, match in (
-      ({"0": k[0]}, "must have 4 axes or more"),
-      ({"1": v[:, :2]}, "the same shape but for the last axis"),
-      ({"0": k.astype("int32"), "1": v.astype("int32")}, "`cache_k` must be"),
-      ({"2": new_k[0]}, "`new_k` must have 4 axes"),
-      ({"2": new_k.astype("bfloat16")}, "must have the dtype of the cache"),
-      ({"3": new_v[..., :1]}, "`new_v` must have shape"),
-      ({"4": b[:2]}, "`index` must have shape"),
-      ({"5": b[:2]}, "`count` must have shape"),
-      ({"6": b[:2]}, "`layer` must have shape"),
-      ({"8": b}, "`first_slot` must be a scalar"),
-      ({"ring": -1}, "`ring` must not be negative"),
-      ({"0": k.astype("int8"), "1": v.astype("int8")}, "`k_scale` must have"),
-    ):
-      with pytest.raises(Exception, match=match):
-        jax.block_until_ready(call(**changes))

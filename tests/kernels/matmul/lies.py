@@ -18,6 +18,11 @@ def _fits_packed(name: str, wrong: lies.Type) -> bool:
   return wrong.dtype == jnp.float32 and wrong.shape == shapes[name]
 
 
+def _fits_transposed(name: str, wrong: lies.Type) -> bool:
+  shapes = _SHAPES | {"w": (4, 5)}
+  return wrong.dtype == jnp.float32 and wrong.shape == shapes[name]
+
+
 _SHAPES = {"x": (3, 2, 5), "w": (5, 4), "bias": (4,), "y": (3, 2, 4)}
 
 
@@ -30,6 +35,15 @@ def check(implementation: str, dtype: str) -> int:
   """
   x, w, bias = (jnp.ones(_SHAPES[name], dtype) for name in ("x", "w", "bias"))
   told = _check(implementation, ("x", "w", "bias"), _fits, x, w, bias)
+  told += _check(
+    implementation,
+    ("x", "w", "bias"),
+    _fits_transposed,
+    x,
+    w.T,
+    bias,
+    transposed=True,
+  )
   x = jnp.ones((3, 2, 64), dtype)
   for kind in ({"bits": 8}, {"bits": 4}, {"dtype": "float8_e4m3fn"}):
     packed = kernels.matmul.quantize(jnp.ones((64, 4)), group=32, **kind)
@@ -41,9 +55,12 @@ def check(implementation: str, dtype: str) -> int:
   return told
 
 
-def _check(implementation, names, fits, *arrays):
+def _check(implementation, names, fits, *arrays, **options):
   (call,) = lies.recorded(
-    lambda *args: kernels.matmul(*args, implementation=implementation), *arrays
+    lambda *args: kernels.matmul(
+      *args, implementation=implementation, **options
+    ),
+    *arrays,
   )
   return lies.check(
     call,

@@ -58,7 +58,8 @@ int Code(int value, int mantissa_bits, int bias) {
 
 // Weights that are whole numbers, and how they lie in memory.
 struct Matrix {
-  Matrix(Random* random, const Geometry& g, Format format, int64_t group)
+  Matrix(Random* random, const Geometry& g, Format format, int64_t group,
+         bool transposed)
       : values(static_cast<size_t>(g.groups * g.k * g.n)) {
     const bool packed = format >= Format::kInt8;
     const int64_t groups = packed ? g.k / group : 1;
@@ -109,10 +110,26 @@ struct Matrix {
       if (packed) values[i] *= FromBF16(scale[of]);
       if (!minimum.empty()) values[i] += FromBF16(minimum[of]);
     }
+    if (transposed) {
+      weights.transposed = true;
+      Transpose(g, &singles);
+      Transpose(g, &halves);
+    }
     weights.data = !singles.empty()  ? static_cast<const void*>(singles.data())
                    : !halves.empty() ? static_cast<const void*>(halves.data())
                    : !bytes.empty()  ? static_cast<const void*>(bytes.data())
                                      : static_cast<const void*>(words.data());
+  }
+
+  template <typename T>
+  static void Transpose(const Geometry& g, std::vector<T>* matrices) {
+    if (matrices->empty()) return;
+    const std::vector<T> from = *matrices;
+    for (int64_t i = 0; i < g.groups * g.k * g.n; ++i) {
+      const int64_t of = i / (g.k * g.n), row = i / g.n % g.k, column = i % g.n;
+      (*matrices)[static_cast<size_t>((of * g.n + column) * g.k + row)] =
+          from[static_cast<size_t>(i)];
+    }
   }
 
   static double FromBF16(uint16_t half) {
@@ -131,9 +148,10 @@ struct Matrix {
   Weights weights;
 };
 
-void TestProduct(const Geometry& g, Format format, int64_t group) {
+void TestProduct(const Geometry& g, Format format, int64_t group,
+                 bool transposed = false) {
   Random random;
-  const Matrix w(&random, g, format, group);
+  const Matrix w(&random, g, format, group, transposed);
   std::vector<float> x(static_cast<size_t>(g.groups * g.rows * g.k));
   std::vector<float> bias(static_cast<size_t>(g.groups * g.n));
   for (float& one : x) one = static_cast<float>(random.Next(8));
@@ -186,6 +204,7 @@ int main() {
        }) {
     for (const Format format : {Format::kF32, Format::kBF16, Format::kF16}) {
       TestProduct(g, format, g.k);
+      TestProduct(g, format, g.k, true);
     }
   }
   for (const Geometry& g : {

@@ -47,8 +47,14 @@ def _oracle(x, w, bias=None):
   return out if bias is None else out + np.asarray(bias, np.float64)
 
 
-class MatmulContract(op_contract.OpContract):
-  """What every implementation promises."""
+class ProductContract(op_contract.OpContract):
+  """What every implementation promises.
+
+  Attributes:
+    transposed: Whether w is handed over as its transpose.
+  """
+
+  transposed = False
 
   def make_case(self):
     rng = np.random.default_rng(0)
@@ -58,8 +64,15 @@ class MatmulContract(op_contract.OpContract):
       op_contract.array(rng, (50,), "float32"),
     )
 
-  def call(self, *args, **options):
-    return kernels.matmul(*args, implementation=self.implementation, **options)
+  def call(self, x, w, *rest, **options):
+    return kernels.matmul(
+      x,
+      w.T if self.transposed else w,
+      *rest,
+      transposed=self.transposed,
+      implementation=self.implementation,
+      **options,
+    )
 
   def check(self, x, w, bias=None, **options):
     """Compares a call with the oracle."""
@@ -108,9 +121,12 @@ class MatmulContract(op_contract.OpContract):
     rng = np.random.default_rng(4)
     w = op_contract.array(rng, (30, 20), "float32")
     self.check(op_contract.array(rng, (30,), "float32"), w)
-    options = {"implementation": "auto"} if self.target else {}
+    options: dict[str, Any] = {"transposed": self.transposed}
+    if self.target:
+      options["implementation"] = "auto"
+    given = w.T if self.transposed else w
     for shape in ((0, 30), (2, 0, 30)):
-      got = kernels.matmul(jnp.ones(shape), w, **options)
+      got = kernels.matmul(jnp.ones(shape), given, **options)
       self.assertEqual(got.shape, (*shape[:-1], 20))
     got = kernels.matmul(jnp.ones((2, 0)), jnp.ones((0, 3)), jnp.ones(3))
     np.testing.assert_array_equal(got, np.ones((2, 3)))
@@ -254,9 +270,8 @@ class MatmulContract(op_contract.OpContract):
     self.assertEqual(hlo.custom_calls(run.lower(w).as_text(), self.target), 1)
 
   def test_export_with_symbolic_rows(self):
-    checks = [export.DisabledSafetyCheck.custom_call(ffi.TARGET_MULTIPLY)]
     (rows,) = export.symbolic_shape("rows")
-    exported = export.export(jax.jit(self.call), disabled_checks=checks)(
+    exported = export.export(jax.jit(self.call))(
       jax.ShapeDtypeStruct((rows, 8), "float32"),
       jax.ShapeDtypeStruct((8, 5), "bfloat16"),
     )
@@ -268,6 +283,20 @@ class MatmulContract(op_contract.OpContract):
       np.testing.assert_allclose(
         restored.call(x, w), _oracle(x, w), rtol=1e-5, atol=1e-5
       )
+
+  @parameterized.parameters(
+    None, "highest", lax.Precision.HIGH, (("default", "highest"),)
+  )
+  def test_precision(self, precision):
+    rng = np.random.default_rng(12)
+    x = op_contract.array(rng, (2, 30), "float32")
+    self.check(
+      x, op_contract.array(rng, (30, 20), "float32"), precision=precision
+    )
+
+
+class MatmulContract(ProductContract):
+  """And of a matrix as it is."""
 
   @parameterized.parameters(
     ({"x": np.ones((4, 3), np.int32)}, TypeError, "`x` must be floating, but"),
@@ -306,24 +335,18 @@ class MatmulContract(op_contract.OpContract):
     with self.assertRaisesRegex(error, message):
       self.call(*args, **arguments)
 
-  @parameterized.parameters(
-    None, "highest", lax.Precision.HIGH, (("default", "highest"),)
-  )
-  def test_precision(self, precision):
-    rng = np.random.default_rng(12)
-    x = op_contract.array(rng, (2, 30), "float32")
-    self.check(
-      x, op_contract.array(rng, (30, 20), "float32"), precision=precision
-    )
-
 
 class MatmulXlaTest(MatmulContract):
   implementation = "xla"
 
 
-class MatmulCpuTest(MatmulContract):
-  implementation = "cpu"
-  target = ffi.TARGET_MULTIPLY
+class TransposedXlaTest(ProductContract):
+  implementation = "xla"
+  transposed = True
+
+
+class CpuContract(ProductContract):
+  """What the kernels promise besides."""
 
   def setUp(self):
     op_contract.only_on("cpu")
@@ -400,6 +423,44 @@ class MatmulCpuTest(MatmulContract):
       (choice,) = kernels.explain(kernels.matmul, x, w, platform=platform)
       self.assertEqual(choice.implementation, "xla")
       self.assertIn("Nothing else is written", choice.reason)
+
+
+class MatmulCpuTest(CpuContract, MatmulContract):
+  implementation = "cpu"
+  target = ffi.TARGET_MULTIPLY
+
+
+class TransposedCpuTest(CpuContract):
+  implementation = "cpu"
+  target = ffi.TARGET_MULTIPLY_TRANSPOSED
+  transposed = True
+
+
+class TransposedTest(parameterized.TestCase):
+  @parameterized.parameters(
+    ({"transposed": 1}, TypeError, "`transposed` must be"),
+    ({"w": np.ones(3, "f4")}, ValueError, r"must have 2 axes \[n, k\], but"),
+    (
+      {"w": np.ones((3, 2), "f4")},
+      ValueError,
+      r"as the last of `w`, but their shapes are \(4, 3\) and \(3, 2\)",
+    ),
+    ({"bias": np.ones(3, "f4")}, ValueError, "for each row of `w`"),
+  )
+  def test_wrong_input_is_refused(self, change, error, message):
+    arguments: dict[str, Any] = {
+      "x": np.ones((4, 3), "f4"),
+      "w": np.ones((2, 3), "f4"),
+      "bias": np.ones(2, "f4"),
+      "transposed": True,
+    } | change
+    with self.assertRaisesRegex(error, message):
+      kernels.matmul(**arguments)
+
+  def test_packed_weights_are_refused(self):
+    packed = kernels.matmul.quantize(np.ones((64, 64), "f4"))
+    with self.assertRaisesRegex(ValueError, "Pack the transpose"):
+      kernels.matmul(np.ones((1, 64), "f4"), packed, transposed=True)
 
 
 class AutoTest(parameterized.TestCase):

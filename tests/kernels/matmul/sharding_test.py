@@ -81,6 +81,44 @@ class MatmulShardingTest(parameterized.TestCase):
 
   @parameterized.product(
     specs=(
+      (P("a"), P()),
+      (P(), P("a")),
+      (P(None, "b"), P("a", "b")),
+      (P("b"), P(None, "a")),
+      (P(), P("b", "a")),
+    ),
+    implementation=("cpu", "xla"),
+    kind=(AxisType.Auto, AxisType.Explicit),
+  )
+  def test_a_transposed_matrix(self, specs, implementation, kind):
+    mesh = jax.make_mesh((4, 2), ("a", "b"), axis_types=(kind, kind))
+    x, w, bias = _inputs()
+    want = _want(x, w, bias)
+
+    def run(x, w, bias):
+      return kernels.matmul(
+        x, w, bias, transposed=True, implementation=implementation
+      )
+
+    with jax.set_mesh(mesh):
+      x = jax.device_put(x, NamedSharding(mesh, specs[0]))
+      w = jax.device_put(w.T, NamedSharding(mesh, specs[1]))
+      bias = jax.device_put(bias, NamedSharding(mesh, P()))
+      compiled = jax.jit(run).lower(x, w, bias).compile()
+      got = compiled(x, w, bias)
+    np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4)
+    text = compiled.as_text()
+    if implementation == "cpu":
+      target = ffi.TARGET_MULTIPLY_TRANSPOSED
+      self.assertEqual(hlo.custom_calls(text, target), 1)
+      for columns in (N, N // 2, N // 4, N // 8):
+        for rows in (K, K // 2, K // 4, K // 8):
+          self.assertEmpty(
+            hlo.instructions(text, "all-gather", (columns, rows))
+          )
+
+  @parameterized.product(
+    specs=(
       (P(), P("a")),
       (P("b"), P(None, "a")),
       (P(None, "a"), P("a", "b")),

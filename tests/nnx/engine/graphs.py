@@ -4,6 +4,7 @@ import collections
 
 from hypothesis import strategies as st
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 import nnx
@@ -13,6 +14,16 @@ Point = collections.namedtuple("Point", ["x", "y"])
 
 class Node(nnx.Module):
   """A module with whatever attributes a test gives it."""
+
+
+class Model(nnx.Module):
+  """A module with layers in a list, a count and what is static."""
+
+  def __init__(self, n=3):
+    self.layers = [nnx.Dict(w=nnx.Param(jnp.ones(2))) for _ in range(n)]
+    self.count = nnx.Variable(jnp.zeros((), jnp.int32))
+    self.name = "model"
+    self.sizes = (1, 2)
 
 
 class Other(nnx.Pytree):

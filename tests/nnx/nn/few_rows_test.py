@@ -73,6 +73,20 @@ def test_computes_what_flax_does(name, dtype):
   comparison.assert_same(ours, theirs, x, rtol=rtol)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_logits_of_a_table_take_it(dtype):
+  ours, theirs = comparison.pair("Embed", 96, 64, dtype=jnp.dtype(dtype))
+  x = array(3, 64)
+
+  def attend(layer, x):
+    return layer.attend(x)
+
+  assert chosen(ours, x, call=attend) == [("matmul_transposed", "cpu")]
+  rtol = {"float32": 5e-5, "bfloat16": 3e-2, "float16": 4e-3}[dtype]
+  comparison.assert_same(ours, theirs, x, rtol=rtol, call=attend)
+  assert is_plain(ours, array(40, 64), call=attend)
+
+
 def test_projections_of_attention_take_it():
   layer = nnx.MultiHeadAttention(
     4, 64, decode=True, is_causal=True, dtype=jnp.bfloat16, rngs=nnx.Rngs(0)

@@ -205,3 +205,52 @@ def test_layers_that_cannot_be_packed():
     layer(array(2, 32))
   with pytest.raises(ValueError, match="`out_sharding` must be None for a"):
     layer(array(2, 64), out_sharding=jax.sharding.PartitionSpec())
+
+
+def table(key, shape, dtype):
+  return jax.random.uniform(key, shape, dtype, -1, 1)
+
+
+@pytest.mark.parametrize(("bits", "group"), [(8, 64), (8, None), (4, 32)])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_tables_are_packed_where_they_are_asked_for(bits, group, dtype):
+  plain = nnx.Embed(
+    37, 64, param_dtype=dtype, embedding_init=table, rngs=nnx.Rngs(0)
+  )
+  model = nnx.List([plain, nnx.Linear(64, 64, rngs=nnx.Rngs(1))])
+  assert type(nnx.quantize(model)[0]) is nnx.Embed
+  layer = nnx.quantize(model, ..., bits=bits, group=group)[0]
+  assert type(layer) is nnx.QuantizedEmbed
+  want = unpacked(layer).T
+  assert layer.dequantize("float32").shape == want.shape == (37, 64)
+  rounding = 1e-6 if dtype == "float32" else 2**-8
+  ids = jnp.array([[0, 36, -1], [5, -37, 5]])
+  for found in (layer(ids), jax.jit(lambda ids: layer(ids))(ids)):
+    assert found.dtype == plain(ids).dtype and found.shape == (2, 3, 64)
+    np.testing.assert_allclose(
+      np.asarray(found, np.float64), want[np.asarray(ids)], rounding
+    )
+  assert jnp.isnan(layer(jnp.array([37, -38]))).all()
+  query = array(3, 64).astype(dtype)
+  logits = layer.attend(query)
+  assert logits.dtype == plain.attend(query).dtype
+  expected = np.asarray(query, np.float64) @ want.T
+  size = np.abs(np.asarray(query, np.float64)) @ np.abs(want.T)
+  error = np.abs(np.asarray(logits, np.float64) - expected)
+  assert (error <= 2 * rounding * size).all()
+  error = np.abs(want - np.asarray(plain.embedding.value, np.float64))
+  assert error.max() < (0.2 if bits == 4 else 0.02)
+
+
+def test_a_packed_table_refuses_what_the_table_does():
+  layer = nnx.QuantizedEmbed(nnx.Embed(5, 64, rngs=nnx.Rngs(0)))
+  with pytest.raises(ValueError, match="`inputs` must be integers"):
+    layer(jnp.ones(2))
+  with pytest.raises(ValueError, match="last axis of `query` must be 64"):
+    layer.attend(jnp.ones((2, 32)))
+  with pytest.raises(ValueError, match="`out_sharding` must be None"):
+    layer.attend(jnp.ones((2, 64)), out_sharding=jax.sharding.PartitionSpec())
+  with pytest.raises(TypeError, match="must be an `nnx.Embed`"):
+    nnx.QuantizedEmbed(nnx.Linear(64, 3, rngs=nnx.Rngs(0)))
+  one = nnx.QuantizedEmbed(nnx.Embed(1, 64, rngs=nnx.Rngs(0)))
+  np.testing.assert_array_equal(one(jnp.array([7]))[0], one(jnp.array(0)))

@@ -1,0 +1,80 @@
+"""Where transforms want the arrays of Variables to lie: on which devices."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+import contextlib
+import threading
+from typing import Any
+
+import jax
+
+from nnx.engine import _engine, jax_private
+
+
+class _Noted(threading.local):
+  leaves: dict[int, int] | None = None
+  shardings: dict[int, Any] | None = None
+
+
+_noted = _Noted()
+
+
+def is_noting_places() -> bool:
+  """Tells whether somebody traces who notes places."""
+  return _noted.leaves is not None
+
+
+@contextlib.contextmanager
+def noting_places(leaves: Sequence[Any]) -> Iterator[dict[int, Any]]:
+  """Notes where transforms inside of a trace want Variables to lie.
+
+  Args:
+    leaves: of the arguments of the function that is traced.
+
+  Yields:
+    A dict from numbers of leaves to shardings, filled by `place_variables`.
+  """
+  before = _noted.leaves, _noted.shardings
+  _noted.leaves = {id(leaf): i for i, leaf in enumerate(leaves)}
+  _noted.shardings = {}
+  try:
+    yield _noted.shardings
+  finally:
+    _noted.leaves, _noted.shardings = before
+
+
+def place_variables(
+  structure: Any, objects: Sequence[Any], shardings: Sequence[Any]
+) -> None:
+  """Moves arrays of Variables to where a transform wants them.
+
+  So what a function only reads is moved once, not at every call. Inside of a
+  trace nothing can be moved, and it is noted for who traces; see
+  `noting_places`.
+
+  Args:
+    structure: of the arguments.
+    objects: the arguments' own objects.
+    shardings: one a leaf; what is no `Sharding` asks for nothing.
+  """
+  outside = jax_private.outside_of_traces()
+  if not outside and _noted.leaves is None:
+    return
+  for record in structure._records:
+    if record.kind is not _engine.NodeKind.VARIABLE or record.leaf < 0:
+      continue
+    variable, sharding = objects[record.index], shardings[record.leaf]
+    value = variable.raw_value
+    if not isinstance(value, jax.Array):
+      continue
+    if not isinstance(sharding, jax.sharding.Sharding):
+      continue  # of a mesh that only jax knows
+    if not sharding.is_fully_addressable:
+      continue  # other processes have parts of it
+    if not outside:
+      leaf = _noted.leaves.get(id(value))
+      if leaf is not None:
+        _noted.shardings.setdefault(leaf, sharding)
+    elif not value.sharding.is_equivalent_to(sharding, value.ndim):
+      variable.raw_value = jax.device_put(value, sharding)

@@ -1,0 +1,132 @@
+"""Tests of the program: what it prints, and what it refuses."""
+
+import contextlib
+import io
+
+from absl.testing import absltest, parameterized
+
+from tools.plan import main
+
+
+def run(*arguments):
+  """Returns the exit status, and what went to stdout and to stderr."""
+  out, err = io.StringIO(), io.StringIO()
+  with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+    status = main.main(arguments)
+  return status, out.getvalue(), err.getvalue()
+
+
+class MainTest(parameterized.TestCase):
+  def test_training(self):
+    status, out, _ = run(
+      "train",
+      "--model=llama2-70b",
+      "--chip=h200",
+      "--mesh=fsdp=64",
+      "--batch=128",
+      "--length=4096",
+      "--recompute=mlp",
+    )
+    self.assertEqual(status, 0)
+    for name in ("products", "attention", "fsdp gather", "optimizer", "host"):
+      self.assertIn(f"| {name} |", out)
+    self.assertIn("| activations |", out)
+    self.assertIn("tokens/s", out)
+    self.assertIn("products takes", out)
+
+  def test_decoding(self):
+    status, out, _ = run(
+      "decode",
+      "--model=llama2-70b",
+      "--chip=v5e",
+      "--mesh=tensor=8,data=8",
+      "--batch=256",
+      "--context=2048",
+      "--weights=int8",
+      "--cache=int8",
+    )
+    self.assertEqual(status, 0)
+    for name in ("cache read", "tensor all-reduce", "starting kernels"):
+      self.assertIn(f"| {name} |", out)
+
+  def test_sizes_of_ones_own(self):
+    sizes = {
+      "layers": 2,
+      "features": 64,
+      "heads": 4,
+      "kv-heads": 2,
+      "head-dim": 16,
+      "hidden": 128,
+      "vocabulary": 100,
+      "experts": 4,
+      "used": 2,
+    }
+    status, out, _ = run(
+      "decode",
+      "--chip=h100",
+      "--batch=2",
+      "--context=16",
+      "--no-gated",
+      *(f"--{name}={size}" for name, size in sizes.items()),
+    )
+    self.assertEqual(status, 0)
+    self.assertIn("a step", out)
+
+  def test_flags_replace_sizes_of_a_model(self):
+    common = ("decode", "--model=llama2-7b", "--chip=h200", "--batch=1")
+    _, whole, _ = run(*common, "--context=16")
+    _, half, _ = run(*common, "--context=16", "--layers=16")
+    self.assertNotEqual(whole, half)
+
+  @parameterized.parameters(
+    (("--mesh=fsdp=3",), "refused: `batch`=8 must be a multiple of"),
+    ((), "refused: A device has 133.9 GB, but"),
+    (("--mesh=rows=2",), "refused: A mesh is written as"),
+  )
+  def test_refuses_in_words(self, extra, message):
+    status, out, err = run(
+      "train",
+      "--model=llama2-70b",
+      "--chip=h200",
+      "--batch=8",
+      "--length=128",
+      *extra,
+    )
+    self.assertEqual((status, out), (1, ""))
+    self.assertIn(message, err)
+
+  def test_says_what_is_missing(self):
+    status, _, err = run("train", "--chip=h200", "--layers=2", "--batch=2")
+    self.assertEqual(status, 1)
+    self.assertIn("refused: Wanted as well: --features, --heads,", err)
+
+  def test_help_says_what_the_flags_are(self):
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out), self.assertRaises(SystemExit):
+      main.main(["train", "--help"])
+    self.assertIn("microbatches: parts of a device's batch", out.getvalue())
+    self.assertIn("kv_heads: of keys and values.", out.getvalue())
+
+  def test_numbers_of_a_chip_can_be_others(self):
+    common = (
+      *("decode", "--model=llama2-7b", "--chip=h200", "--batch=1"),
+      *("--context=16", "--mesh=tensor=2"),
+    )
+    _, before, _ = run(*common)
+    for change in ("weights=0.5", "kernel=1e-5", "inner.start=1e-4"):
+      _, after, _ = run(*common, f"--change={change}")
+      self.assertNotEqual(before, after, change)
+    for wrong in ("speed=1", "kernel=fast", "inner.weight=1", "name=1"):
+      status, _, err = run(*common, f"--change={wrong}")
+      self.assertEqual(status, 1)
+      self.assertIn(f"but got `{wrong}`.", err)
+
+  def test_sources(self):
+    status, out, _ = run("sources", "--chip=v6e")
+    self.assertEqual(status, 0)
+    self.assertIn("Google Cloud, TPU v6e", out)
+    self.assertIn("assumed", out)
+
+
+if __name__ == "__main__":
+  absltest.main()

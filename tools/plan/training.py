@@ -1,0 +1,408 @@
+"""The step of training on paper."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from tools.plan import chips as chips_lib
+from tools.plan import fabric, refusal
+from tools.plan import mesh as mesh_lib
+from tools.plan import model as model_lib
+from tools.plan import parts as parts_lib
+
+RECOMPUTED = ("elementwise", "mlp", "full")
+SCHEDULES = ("1f1b", "gpipe")
+
+# Of the attention, the gradient takes five products where the value takes two.
+_ATTENTION_GRADIENT = 2.5
+
+# Logits are written, read for their sum, and read and written by the gradient,
+# in float32.
+_LOGITS_BYTES = 4 * 4.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+  """What is trained on, and how.
+
+  Attributes:
+    batch: sequences of a step, on all devices.
+    length: tokens of a sequence.
+    microbatches: parts of a device's batch, one after the other.
+    interleave: parts of each stage of a pipeline, each of some layers.
+    schedule: in which order a pipeline goes through its microbatches; the
+      memory is another, the bubble the same.
+    recompute: what the gradient computes again, of each layer: what is
+      elementwise, the wide products of the perceptron too, or all but the last
+      product.
+    compute: dtype of what is computed and of what is sent.
+    products: dtype in which matrices are multiplied; `compute`, if None.
+    weights: dtype in which parameters are kept.
+    gradients: dtype of gradients, also when they are summed.
+    moments: dtype of Adam's two moments.
+    keep_gathered: whether parameters that fsdp gathered stay until the step's
+      end, rather than being gathered for each use.
+    split_residual: whether what is between the layers is split over the tensor
+      axis too; each all-reduce is then a reduce-scatter and a gather.
+    overlap: share of the arithmetic behind which collectives of fsdp and data
+      can hide.
+    reserve: share of the memory that is left alone.
+  """
+
+  batch: int
+  length: int
+  microbatches: int = 1
+  interleave: int = 1
+  schedule: str = "1f1b"
+  recompute: str = "full"
+  compute: str = "bfloat16"
+  products: str | None = None
+  weights: str = "float32"
+  gradients: str = "float32"
+  moments: str = "float32"
+  keep_gathered: bool = False
+  split_residual: bool = False
+  overlap: float = 1.0
+  reserve: float = 0.05
+
+  def __post_init__(self):
+    for name in ("batch", "length", "microbatches", "interleave"):
+      if getattr(self, name) < 1:
+        raise refusal.Refused(
+          f"`{name}` must be at least 1, but got {getattr(self, name)}."
+        )
+    for name, allowed in (
+      ("recompute", RECOMPUTED),
+      ("schedule", SCHEDULES),
+    ):
+      if getattr(self, name) not in allowed:
+        raise refusal.Refused(
+          f"`{name}` must be one of {', '.join(allowed)}, but got"
+          f" `{getattr(self, name)}`."
+        )
+    for name in ("overlap", "reserve"):
+      if not 0 <= getattr(self, name) <= 1:
+        raise refusal.Refused(
+          f"`{name}` must lie in [0, 1], but got {getattr(self, name)}."
+        )
+
+
+def check_divides(model: model_lib.Model, mesh: mesh_lib.Mesh) -> None:
+  """Raises if a mesh does not divide a model."""
+  for name in ("heads", "hidden", "vocabulary"):
+    refusal.check_divides("tensor", mesh.tensor, name, getattr(model, name))
+  if model.kv_heads % mesh.tensor and mesh.tensor % model.kv_heads:
+    raise refusal.Refused(
+      f"`kv_heads`={model.kv_heads} must be a multiple of"
+      f" `tensor`={mesh.tensor}, or divide it, but does neither."
+    )
+  refusal.check_divides("expert", mesh.expert, "experts", model.experts)
+
+
+def stage_layers(
+  model: model_lib.Model, pipeline: int, interleave: int = 1
+) -> tuple[int, bool]:
+  """Returns the layers of the longest stage, and whether it has an end too.
+
+  An end is the embedding or the head. They count as a layer each where that
+  makes the stages equal.
+
+  >>> stage_layers(model_lib.MODELS["llama3-405b"], 16)
+  (8, False)
+  >>> stage_layers(model_lib.MODELS["llama3-70b"], 4)
+  (20, True)
+  """
+  pieces = pipeline * interleave
+  if model.layers % pieces == 0:
+    return model.layers // pipeline, True
+  if (model.layers + 2) % pieces == 0:
+    return (model.layers + 2) // pipeline, False
+  raise refusal.Refused(
+    f"`layers`={model.layers}, or two more for embedding and head, must be a"
+    f" multiple of `pipeline` x `interleave`={pieces}, but is not."
+  )
+
+
+def _recomputed(model: model_lib.Model, recompute: str) -> float:
+  """Returns the parameters of a layer whose products are computed again."""
+  inwards = model.used * model.expert * (2 / 3 if model.gated else 1 / 2)
+  if recompute == "elementwise":
+    return 0.0
+  if recompute == "mlp":
+    return inwards
+  return model.attention + model.router + inwards
+
+
+def saved_bytes(
+  model: model_lib.Model, mesh: mesh_lib.Mesh, job: Job, recompute: str
+) -> float:
+  """Returns the bytes that a layer keeps of a token for its gradient."""
+  stream = mesh.tensor if job.split_residual else 1
+  if recompute == "full":
+    elements = model.features / stream
+  else:
+    inside = 2 * model.query_size + 2 * model.kv_size
+    if recompute == "elementwise":
+      inside += (2 if model.gated else 1) * model.hidden * model.used
+    elements = 2 * model.features / stream + inside / mesh.tensor
+  return elements * model_lib.element_bytes(job.compute)
+
+
+def _local(
+  model: model_lib.Model, mesh: mesh_lib.Mesh, layers: int, ends: bool
+) -> float:
+  """Returns the parameters of the longest stage on a device, gathered."""
+  here = layers * (model.shared + model.routed / mesh.expert)
+  if ends:
+    alone = mesh.pipeline == 1 and not model.tied
+    here += model.table * (2 if alone else 1) + model.features
+  return here / mesh.tensor
+
+
+def _memory(
+  model: model_lib.Model,
+  mesh: mesh_lib.Mesh,
+  job: Job,
+  layers: int,
+  ends: bool,
+  tokens: float,
+) -> dict[str, float]:
+  size = model_lib.element_bytes
+  gathered = _local(model, mesh, layers, ends)
+  own = gathered / mesh.fsdp
+  if job.schedule == "gpipe":
+    in_flight: float = job.microbatches
+  else:
+    in_flight = min(job.microbatches, mesh.pipeline)
+    if job.interleave > 1:
+      in_flight *= 1 + (mesh.pipeline - 1) / (mesh.pipeline * job.interleave)
+  saved = saved_bytes(model, mesh, job, job.recompute)
+  # The layer whose gradient is computed, or the logits and theirs.
+  working = saved_bytes(model, mesh, job, "elementwise") * tokens
+  if ends:
+    logits = tokens * model.vocabulary / mesh.tensor
+    working = max(working, logits * (size(job.compute) + 4))
+  copies = 0.0
+  if mesh.fsdp > 1:
+    # One layer's worth: what was used gives way to what comes.
+    whole = gathered if job.keep_gathered else gathered / layers
+    copies = whole * size(job.compute)
+  elif job.weights != job.compute:
+    copies = gathered / layers * size(job.compute)
+  return {
+    "weights": own * size(job.weights) + copies,
+    "gradients": own
+    * size(job.gradients)
+    * (mesh.fsdp if job.keep_gathered and job.microbatches > 1 else 1),
+    "optimizer": own * 2 * size(job.moments),
+    "activations": in_flight * layers * saved * tokens + working,
+  }
+
+
+def plan(
+  model: model_lib.Model,
+  chip: chips_lib.Chip,
+  mesh: mesh_lib.Mesh,
+  job: Job,
+) -> parts_lib.Plan:
+  """Returns a step of training.
+
+  Args:
+    model: what is trained.
+    chip: each device of the mesh.
+    mesh: how they are counted.
+    job: what on.
+
+  Raises:
+    Refused: if something does not divide, or does not fit.
+  """
+  check_divides(model, mesh)
+  refusal.check_divides(
+    "data x fsdp x expert x microbatches",
+    mesh.batch * job.microbatches,
+    "batch",
+    job.batch,
+  )
+  splits = mesh.sequence * (mesh.tensor if job.split_residual else 1)
+  refusal.check_divides(
+    "sequence, and tensor if it splits the residual",
+    splits,
+    "length",
+    job.length,
+  )
+  if mesh.pipeline == 1 and job.interleave > 1:
+    raise refusal.Refused(
+      f"`interleave`={job.interleave} needs a pipeline, but `pipeline` is 1."
+    )
+  layers, ends = stage_layers(model, mesh.pipeline, job.interleave)
+  rows = job.batch // (mesh.batch * job.microbatches)
+  tokens = rows * job.length / mesh.sequence
+  capacity = chip.memory * (1 - job.reserve)
+  memory = _memory(model, mesh, job, layers, ends, tokens)
+  parts_lib.check_fits(memory, capacity)
+
+  size = model_lib.element_bytes(job.compute)
+  again = _recomputed(model, job.recompute)
+  full = job.recompute == "full"
+  passes = 3 + full  # forward, twice as much for the gradient
+  micro = job.microbatches
+  each = micro * layers  # layers that a device goes through in a step
+
+  flops = 2 * tokens * (3 * model.multiplied + again) / mesh.tensor
+  inputs = (
+    4 * model.features
+    + (
+      2 * (model.query_size + model.kv_size)
+      + (3 if model.gated else 2) * model.hidden * model.used
+    )
+    / mesh.tensor
+  )
+  held = model.shared + model.routed / mesh.expert
+  moved = passes * (tokens * inputs + held / mesh.tensor) * size
+  rates = chip.product_rate(job.products or job.compute)
+  products = parts_lib.roofline(
+    "products",
+    each * flops,
+    rates.reached,
+    each * moved,
+    chip.weights.reached,
+  )
+  if ends:
+    table = model.table / mesh.tensor
+    head = parts_lib.roofline(
+      "head and loss",
+      micro * 6 * tokens * table,
+      chip.product_rate(job.compute).reached,
+      micro
+      * (
+        3 * table * size
+        + tokens * model.vocabulary / mesh.tensor * _LOGITS_BYTES
+      ),
+      chip.copy.reached,
+    )
+  else:
+    head = parts_lib.Part("head and loss", 0.0, 0.0, "arithmetic")
+  attended = 2 * tokens * job.length * model.query_size / mesh.tensor
+  attention = parts_lib.roofline(
+    "attention",
+    each * attended * (1 + _ATTENTION_GRADIENT + full),
+    chip.attention.reached,
+    each
+    * passes
+    * tokens
+    * 2
+    * (model.query_size + model.kv_size)
+    / mesh.tensor
+    * size,
+    chip.copy.reached,
+  )
+  stream = mesh.tensor if job.split_residual else 1
+  elements = (
+    10 * model.features / stream
+    + (2 * (model.query_size + model.kv_size) + 3 * model.hidden * model.used)
+    / mesh.tensor
+  )
+  norms = parts_lib.roofline(
+    "norms",
+    0.0,
+    1.0,
+    # Forward, again, and twice as much for the gradient.
+    each * 4 * tokens * elements * size,
+    chip.norms.reached,
+  )
+  gathered = _local(model, mesh, layers, ends)
+  own = gathered / mesh.fsdp
+  optimizer = parts_lib.roofline(
+    "optimizer",
+    0.0,
+    1.0,
+    own
+    * (
+      2 * model_lib.element_bytes(job.weights)
+      + 4 * model_lib.element_bytes(job.moments)
+      + model_lib.element_bytes(job.gradients)
+    ),
+    chip.copy.reached,
+  )
+
+  tiers = chip.fabric.tiers(mesh)
+  found = [products, attention, norms, head]
+  behind_attention = 0.0
+  if mesh.tensor > 1:
+    one = fabric.reduce_seconds(tiers["tensor"], tokens * model.features * size)
+    count = each * (4 + full) + (2 * micro if ends else 0)
+    found.append(parts_lib.network("tensor all-reduce", count * one))
+  if mesh.sequence > 1:
+    kv = max(1.0, model.kv_heads / mesh.tensor) * model.head_dim
+    # Values and gradients of both go around the ring.
+    one = (mesh.sequence - 1) * fabric.shift_seconds(
+      tiers["sequence"], 2 * tokens * kv * size
+    )
+    ring = each * (3 + full) * one
+    behind_attention = min(ring, job.overlap * attention.busy)
+    found.append(parts_lib.network("sequence ring", ring, behind_attention))
+  if mesh.expert > 1:
+    one = fabric.exchange_seconds(
+      tiers["expert"], tokens * model.used * model.features * size
+    )
+    found.append(
+      parts_lib.network("expert all-to-all", each * (4 + full) * one)
+    )
+  if mesh.pipeline > 1:
+    crossed = tokens * model.features / stream * size
+    one = fabric.shift_seconds(tiers["pipeline"], crossed)
+    found.append(
+      parts_lib.network("pipeline shift", 2 * micro * job.interleave * one)
+    )
+    work = sum(part.seconds for part in found)
+    bubble = work * (mesh.pipeline - 1) / (micro * job.interleave)
+    found.append(parts_lib.Part("pipeline bubble", bubble, bubble, "bubble"))
+
+  # What hides behind arithmetic does so together, and the first layer's and the
+  # last one's have nothing to hide behind.
+  hidden = job.overlap * sum(
+    part.busy for part in (products, attention, norms, head)
+  )
+  hidden -= behind_attention
+  summed = model_lib.element_bytes(job.gradients)
+  hiding = []
+  if mesh.fsdp > 1:
+    gather = fabric.gather_seconds(tiers["fsdp"], gathered * size)
+    scatter = fabric.gather_seconds(tiers["fsdp"], gathered * summed)
+    turns = 1 if job.keep_gathered else micro
+    uses = 1 if job.keep_gathered else 2
+    hiding.append(("fsdp gather", uses * turns * gather))
+    hiding.append(("fsdp reduce-scatter", turns * scatter))
+  copies = tuple(tiers["sequence"]) + tuple(tiers["data"])
+  if copies:
+    hiding.append(
+      ("data all-reduce", fabric.reduce_seconds(copies, own * summed))
+    )
+  if mesh.expert > 1:
+    shared = own * model.shared / (model.shared + model.routed / mesh.expert)
+    hiding.append(
+      (
+        "expert all-reduce",
+        fabric.reduce_seconds(tiers["expert"], shared * summed),
+      )
+    )
+  for name, busy in hiding:
+    behind = min(hidden, busy * (1 - 1 / (layers + 1)))
+    found.append(parts_lib.network(name, busy, behind))
+    hidden -= behind
+  found.append(optimizer)
+
+  device = sum(part.seconds for part in found)
+  variables = (9 if model.gated else 8) * layers + 3
+  host = 3 * variables * chip.training_host
+  shown = max(0.0, host - device) if chip.queued else host
+  found.append(parts_lib.Part("host", host, shown, "host"))
+  return parts_lib.Plan(
+    parts=tuple(found),
+    memory=memory,
+    capacity=capacity,
+    tokens=job.batch * job.length,
+    devices=mesh.devices,
+    flops=3 * job.batch * job.length * model.forward_flops(job.length),
+    peak=rates.promised,
+  )
