@@ -42,7 +42,7 @@ def _candidates(structure: Any, leaves: tuple) -> list[int]:
   """Returns the large arrays of Variables, if all leaves are in one place."""
   found = []
   for record in variables(structure):
-    leaf = leaves[record.leaf]
+    leaf: Any = leaves[record.leaf]
     if (
       type(leaf) is jax_private.array_type()
       and leaf.nbytes >= LEAST_ARRAY
