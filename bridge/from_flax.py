@@ -10,6 +10,7 @@ from typing import Any, cast
 
 from flax import core
 import jax
+from jax import core as jax_core
 
 import nnx
 
@@ -130,8 +131,8 @@ class _Converter:
       result.extend(self.convert(x, (*path, i)) for i, x in enumerate(value))
       return result
     if isinstance(value, tuple):
-      items = [self.convert(x, (*path, i)) for i, x in enumerate(value)]
-      return cls(*items) if hasattr(cls, "_fields") else cls(items)
+      given = [self.convert(x, (*path, i)) for i, x in enumerate(value)]
+      return cls(*given) if hasattr(cls, "_fields") else cls(given)
     if isinstance(value, types.MethodType):
       owner = self.convert(value.__self__, path)
       return getattr(owner, value.__name__, value)
@@ -153,8 +154,8 @@ class _Converter:
     # Any other pytree, one level of it.
     parts, treedef = jax.tree.flatten(value, is_leaf=lambda x: x is not value)
     if parts and parts[0] is not value:
-      items = [self.convert(x, (*path, i)) for i, x in enumerate(parts)]
-      return self._keep(value, treedef.unflatten(items))
+      inner = [self.convert(x, (*path, i)) for i, x in enumerate(parts)]
+      return self._keep(value, treedef.unflatten(inner))
     result = self.static(value)
     if result is value and cls.__module__.startswith(("flax.nnx", "_flax_nnx")):
       if not isinstance(value, type):
@@ -167,7 +168,7 @@ class _Converter:
     return result
 
   def _object(self, value: Any, path: tuple[Any, ...]) -> Any:
-    cls = type(value)
+    cls: Any = type(value)
     if cls in (flax_nnx.List, nnx.List):
       result = self._keep(value, nnx.List())
       for index, item in enumerate(value):
@@ -187,14 +188,15 @@ class _Converter:
       )
     # Past the constructor, which would make other weights.
     result = self._keep(value, cast(Any, target).__new__(target))
-    defaults = _defaults(cls, target)
+    defaults = _defaults(cls, cast(Any, target))
     for name, item in _attributes(value).items():
       if id(item) in defaults and item is defaults[id(item)][0]:
         converted = defaults[id(item)][1]
       else:
         converted = self.convert(item, (*path, name))
       if name == "batch_axis" and isinstance(item, core.FrozenDict):
-        converted = nnx.nn.linear.AxisSizes(item)
+        layers: Any = nnx.nn  # whose modules are no part of its type
+        converted = layers.linear.AxisSizes(item)
       if isinstance(converted, (dict, list, tuple)) and nnx.has_data(converted):
         converted = nnx.data(converted)
       setattr(result, name, converted)
@@ -246,7 +248,7 @@ class _Converter:
       if "predicates" in fields:
         return ours(*fields["predicates"])
       return ours(**fields)
-    return _functions().get(_identity(value), value)
+    return _functions().get(id(value), value) if callable(value) else value
 
 
 def _complete(layer: Any) -> None:
@@ -266,9 +268,9 @@ def _complete(layer: Any) -> None:
 
 
 def _copied(array: jax.Array) -> jax.Array:
-  if isinstance(array, jax.core.Tracer):
+  if isinstance(array, jax_core.Tracer):
     return array
-  if jax.dtypes.issubdtype(array.dtype, jax.dtypes.prng_key):
+  if jax.numpy.issubdtype(array.dtype, jax.dtypes.prng_key):
     return jax.random.clone(array)
   return jax.numpy.copy(array)
 
@@ -280,10 +282,6 @@ def _attributes(value: Any) -> dict[str, Any]:
     for name, item in vars(value).items()
     if not name.startswith("_pytree__") and name not in skipped
   }
-
-
-def _identity(value: Any) -> int | None:
-  return id(value) if callable(value) else None
 
 
 @functools.cache

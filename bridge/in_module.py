@@ -9,7 +9,7 @@ import nnx
 
 from . import to_nnx
 from .module import Module, check_name, current_module
-from .module_context import current_context
+from .module_context import Scope, current_context
 
 M = TypeVar("M", bound=nnx.Module)
 
@@ -42,8 +42,8 @@ def linen_in_bridge_mdl(
   Raises:
     ValueError: outside of `init` and `apply` of a `bridge.Module`.
   """
-  parent = _parent("linen_in_bridge_mdl")
-  module = to_nnx.ToNNX(linen_module, parent.scope.rngs)
+  parent, scope = _parent("linen_in_bridge_mdl")
+  module = to_nnx.ToNNX(linen_module, scope.rngs)
   _attach(parent, type(linen_module), module, name)
   return module
 
@@ -78,8 +78,8 @@ def nnx_in_bridge_mdl(
   Raises:
     ValueError: outside of `init` and `apply` of a `bridge.Module`.
   """
-  parent = _parent("nnx_in_bridge_mdl")
-  rngs = parent.scope.rngs
+  parent, scope = _parent("nnx_in_bridge_mdl")
+  rngs = scope.rngs
   if parent.is_initializing():
     module = factory(rngs)
   else:
@@ -92,14 +92,14 @@ def nnx_in_bridge_mdl(
   return module
 
 
-def _parent(function: str) -> Module:
+def _parent(function: str) -> tuple[Module, Scope]:
   parent = current_module()
   if parent is None or parent.scope is None:
     raise ValueError(
       f"`{function}` must be called in `setup` or in a method of a"
       " `bridge.Module` that runs through `init` or `apply`."
     )
-  return parent
+  return parent, parent.scope
 
 
 def _attach(parent: Module, cls: type, module: Any, name: str | None) -> None:

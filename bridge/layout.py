@@ -59,7 +59,9 @@ def layout_of(graphdef: nnx.GraphDef) -> Layout:
   known = frozenset(
     (slot.collection, *map(str, slot.path)) for slot in slots if slot.collection
   )
-  sizes = collections.Counter(slot.collection for slot in slots)
+  sizes = collections.Counter(
+    slot.collection for slot in slots if slot.collection is not None
+  )
   return Layout(tuple(slots), streams, known, sizes)
 
 

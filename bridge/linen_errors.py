@@ -77,7 +77,8 @@ Rename one of the two in the Linen module.
   fix = fix.format(
     name=names[-1] if names else "", collection=collection and collection[1]
   )
-  cls = type(error) if type(error) is ValueError else _class(type(error))
+  kind: Any = type(error)
+  cls = kind if kind is ValueError else _class(kind)
   return cls(f"{module}{where}: {text.rstrip('.')}. {fix}")
 
 
@@ -86,7 +87,8 @@ def _class(cls: type[Exception]) -> type[Exception]:
   def init(self: Any, text: str) -> None:
     ValueError.__init__(self, text)
 
-  return type(cls.__name__, (cls, ValueError), {"__init__": init})
+  # To pyright all of these are ValueErrors already.
+  return type(cls.__name__, (cls, ValueError), {"__init__": init})  # pyright: ignore[reportGeneralTypeIssues]
 
 
 def _path(error: BaseException, name: str) -> str:

@@ -428,7 +428,7 @@ class Module(nnx.Module, metaclass=ModuleMeta):
 
   def is_initializing(self) -> bool:
     """Tells whether the variables are being made."""
-    return self.scope is not None and self.scope.initializing
+    return self._pytree__state.initializing
 
   def _prepared(
     self: M, variables: Any, rngs: Any, mutable: Any, initializing: bool
@@ -436,8 +436,9 @@ class Module(nnx.Module, metaclass=ModuleMeta):
     module = nnx.clone(self)
     attributes = variables_lib.linen_vars_to_nnx_attrs(variables)
     _give(module, attributes, type(self).__name__, ())
-    scope = Scope(streams(rngs), mutable, initializing)
+    scope = Scope(streams(rngs), mutable)
     for _, value in reversed(list(nnx.iter_modules(module))):
+      value._pytree__state._initializing = initializing
       if isinstance(value, Module):
         value.scope = scope.copy()
     for _, value in reversed(list(nnx.iter_modules(module))):
@@ -460,6 +461,7 @@ class Module(nnx.Module, metaclass=ModuleMeta):
       with Running(module, in_compact=False):
         result = method_of(module, method)(module, *args, **kwargs)
     for _, value in nnx.iter_modules(module):
+      value._pytree__state._initializing = False
       if isinstance(value, Module):
         vars(value).pop("scope", None)
     return result if mutable is False else (result, module._collections())
@@ -511,9 +513,9 @@ def _unboxed(value: Any) -> Any:
 
 
 def _set_up(module: Module) -> None:
-  assert module.scope is not None
-  if hasattr(module, "setup") and not module.scope.is_setup:
-    module.scope.is_setup = True
+  state = module._pytree__state
+  if hasattr(module, "setup") and not state.is_setup:
+    state._is_setup = True
     with Running(module, in_compact=False):
       module.setup()
 
@@ -529,8 +531,10 @@ def _bind(parent: Module, value: Any) -> None:
   ]
   for root in found:
     for _, module in reversed(list(nnx.iter_modules(root))):
+      module._pytree__state._initializing = parent.is_initializing()
       if isinstance(module, Module):
         if module.scope is None:
+          assert parent.scope is not None
           module.scope = parent.scope.copy()
         _set_up(module)
 

@@ -40,18 +40,15 @@ class Scope(nnx.Pytree):
   Args:
     rngs: the random streams, shared by all Modules that are bound.
     mutable: the collections that the caller asked for.
-    initializing: whether variables are being made.
   """
 
-  def __init__(self, rngs: nnx.Rngs, mutable: Any, initializing: bool = False):
+  def __init__(self, rngs: nnx.Rngs, mutable: Any):
     self.rngs = rngs
     self.mutable = tuple(mutable) if isinstance(mutable, list) else mutable
-    self.initializing = initializing
-    self.is_setup = False
 
   def copy(self) -> Scope:
     """Returns a scope for another Module, with the same streams."""
-    return Scope(self.rngs, self.mutable, self.initializing)
+    return Scope(self.rngs, self.mutable)
 
 
 @dataclasses.dataclass
@@ -90,7 +87,7 @@ class ModuleContext(threading.local):
     module_stack: an entry for each, or None where there is no Module around.
   """
 
-  def __init__(self):
+  def __init__(self) -> None:
     self.module_stack: list[ModuleStackEntry | None] = [None]
 
 

@@ -164,6 +164,7 @@ class ToLinen(linen.Module):
     """Constructs the Module, with the keys of this Linen module."""
     kwargs = dict(self.kwargs)
     if not self.skip_rng:
+      assert self.scope is not None
       keys = {name: self.make_rng(name) for name in self.scope.rngs}
       if "default" not in keys and "params" in keys:
         keys["default"] = keys["params"]
@@ -172,6 +173,7 @@ class ToLinen(linen.Module):
 
   def _made_before(self) -> nnx.Module | None:
     """Returns the Module that an earlier call in this `init` made, if any."""
+    assert self.scope is not None
     collections_ = self.scope.variables()
     made = any(
       collections_[name]
@@ -189,6 +191,7 @@ class ToLinen(linen.Module):
     Also returns the layout of its graphdef and, by name, the counters of the
     random streams for which there was no key.
     """
+    assert self.scope is not None
     given = dict(self.scope.variables())
     stored = given.pop(layout_lib.COLLECTION, {})
     graphdef = stored.get(layout_lib.GRAPHDEF)
@@ -208,7 +211,7 @@ class ToLinen(linen.Module):
         raise ValueError(checks.missing_text(self, slot, given))
       if slot.boxed and isinstance(value, Mapping) and [*value] == ["value"]:
         value = value["value"]  # what a checkpoint makes of a box
-      if isinstance(value, meta.AxisMetadata):
+      if isinstance(value, meta.AxisMetadata) and slot.collection is not None:
         value = variables_lib.to_nnx_var(slot.collection, value)
       elif isinstance(value, np.ndarray):  # of a checkpoint, perhaps read-only
         value = jnp.asarray(value)
@@ -234,6 +237,7 @@ class ToLinen(linen.Module):
   ) -> dict[str, list]:
     """Puts fresh random streams into `state`."""
     defaulted: dict[str, list] = {}
+    assert self.scope is not None
     for tag, streams in layout.streams.items():
       # A Module made of one key has one stream, `default`, for everything.
       others = ("dropout", *sorted(self.scope.rngs)) if tag == "default" else ()
@@ -243,14 +247,15 @@ class ToLinen(linen.Module):
         keys = [jax.random.key(0)] * len(streams)
       else:
         key = self.make_rng(name)
-        if not jax.dtypes.issubdtype(key.dtype, jax.dtypes.prng_key):
+        if not jax.numpy.issubdtype(key.dtype, jax.dtypes.prng_key):
           key = jax.random.wrap_key_data(key)
         size = len(streams)
         keys = [key] if size == 1 else jax.random.split(key, size)
       for (path, shape), key in zip(streams, keys):
         if shape:
           key = jax.random.split(key, shape)
-        count = nnx.RngCount(np.zeros(shape, np.uint32), tag=tag)
+        zeros: Any = np.zeros(shape, np.uint32)
+        count = nnx.RngCount(zeros, tag=tag)
         metadata = {to_nnx.NO_KEY: True} if name is None else {}
         variables_lib.put(
           state, (*path, "key"), nnx.RngKey(key, tag=tag, **metadata)
@@ -262,6 +267,7 @@ class ToLinen(linen.Module):
 
   def _store(self, module: nnx.Module) -> None:
     """Puts the Module's Variables into the collections that may be written."""
+    assert self.scope is not None
     if self.scope.mutable is False:
       return
     grouped: dict[str, dict[Any, Any]] = {}
@@ -316,6 +322,7 @@ class ToLinen(linen.Module):
 
     nnx.pop(module, is_lost)
     graphdef, arrays = layout_lib.structure_of(module)
+    assert self.scope is not None
     stored = self.scope.variables().get(layout_lib.COLLECTION, {})
     before = jax.tree.leaves(stored.get(layout_lib.ARRAYS, {}))
     after = jax.tree.leaves(arrays)
@@ -355,6 +362,7 @@ def _rebuilt(
   def build():
     kwargs = dict(model.kwargs)
     if not model.skip_rng:
+      assert model.scope is not None
       # Of the names that `init` had, so that each stream gets its own key.
       names = {"default", *model.scope.rngs}
       kwargs["rngs"] = nnx.Rngs(**dict.fromkeys(sorted(names), 0))
@@ -480,7 +488,8 @@ def to_linen_class(
   class Partial(ToLinen):
     def __init_subclass__(cls, **kwargs: Any) -> None:
       super().__init_subclass__(**kwargs)
-      cls.__init__ = init  # in place of that of a dataclass
+      # In place of that of a dataclass.
+      cls.__init__ = init  # type: ignore[assignment, method-assign]
 
   # A class of its own, so that what is derived from it has this constructor.
   name = f"ToLinen{getattr(base_nnx_class, '__name__', '')}"

@@ -93,9 +93,18 @@ def lazy_init(fn: Any, *args: Any, **kwargs: Any) -> Any:
       "`fn` must be a Module that can be called, or a method bound to a Module,"
       f" but got {fn!r}."
     )
-  with running(initializing=True):
-    fn(*args, **kwargs)
+  _mark_initializing(owner, True)
+  try:
+    with running(initializing=True):
+      fn(*args, **kwargs)
+  finally:
+    _mark_initializing(owner, False)
   return fn
+
+
+def _mark_initializing(module: nnx.Module, value: bool) -> None:
+  for _, part in nnx.iter_modules(module):
+    part._pytree__state._initializing = value
 
 
 class ToNNX(nnx.Module):
@@ -187,7 +196,7 @@ class ToNNX(nnx.Module):
   def __setattr__(self, name: str, value: Any) -> None:
     # So that `model.train()`, `model.eval()` and the like reach the fields of
     # the Linen module, such as `deterministic` and `use_running_average`.
-    module = vars(self).get("to_nnx__module")
+    module: Any = vars(self).get("to_nnx__module")
     if _has_field(module, name) and name not in vars(self):
       super().__setattr__("to_nnx__module", module.clone(**{name: value}))
     else:

@@ -44,25 +44,28 @@ class List(Module, collections.abc.MutableSequence[A]):
     statuses = self._pytree_status or {}
     for i in range(len(self)):
       del attributes[i]
-    statuses = {k: v for k, v in statuses.items() if not isinstance(k, int)}
+    kept: dict[Any, bool] = {
+      k: v for k, v in statuses.items() if not isinstance(k, int)
+    }
     for i, element in enumerate(elements):
       if isinstance(element, Marker):
-        statuses[i] = element.is_data
+        kept[i] = element.is_data
         element = element.value
       attributes[i] = element
-    self._pytree_status = statuses or None
+    self._pytree_status = kept or None
 
   def __setstate__(self, state: Mapping[str, Any]) -> None:
     if "_length" in state:  # pickled by Flax: there the names are strings
-      state = dict(state)
-      size = state.pop("_length")
-      nodes = dict(state.get("_pytree__nodes", {}))
+      attributes: dict[Any, Any] = dict(state)
+      size = attributes.pop("_length")
+      nodes = dict(attributes.get("_pytree__nodes", {}))
       for i in range(size):
-        state[i] = state.pop(str(i))
+        attributes[i] = attributes.pop(str(i))
         if str(i) in nodes:
           nodes[i] = nodes.pop(str(i))
-      if "_pytree__nodes" in state:
-        state["_pytree__nodes"] = nodes
+      if "_pytree__nodes" in attributes:
+        attributes["_pytree__nodes"] = nodes
+      state = attributes
     super().__setstate__(state)
 
   def _elements(self) -> list[Any]:
@@ -106,7 +109,7 @@ class List(Module, collections.abc.MutableSequence[A]):
     return size
 
   def __iter__(self) -> Iterator[A]:
-    attributes = vars(self)
+    attributes: dict[Any, Any] = vars(self)
     i = 0
     while i in attributes:
       yield attributes[i]
@@ -119,16 +122,18 @@ class List(Module, collections.abc.MutableSequence[A]):
   def __getitem__(self, index: int | slice) -> Any:
     if isinstance(index, slice):
       return list(self)[index]
-    return vars(self)[self._position(index)]
+    attributes: dict[Any, Any] = vars(self)
+    return attributes[self._position(index)]
 
   def __setitem__(self, index: int | slice, value: Any) -> None:
     if isinstance(index, slice) or isinstance(value, Marker):
-      elements = self._elements()
+      elements: Any = self._elements()
       elements[index] = value
       self._rebuild(elements)
     else:
       self._check_can_update()
-      vars(self)[self._position(index)] = value
+      attributes: dict[Any, Any] = vars(self)
+      attributes[self._position(index)] = value
 
   def __delitem__(self, index: int | slice) -> None:
     elements = self._elements()
@@ -152,7 +157,8 @@ class List(Module, collections.abc.MutableSequence[A]):
       self._rebuild([*self._elements(), value])
     else:
       self._check_can_update()
-      vars(self)[len(self)] = value
+      attributes: dict[Any, Any] = vars(self)
+      attributes[len(self)] = value
 
   def insert(self, index: int, value: Any) -> None:
     """Adds an element before the one at `index`.
@@ -240,7 +246,8 @@ class Dict(Module, collections.abc.MutableMapping[str, A]):
   def __contains__(self, key: Any) -> bool:
     return key in vars(self)
 
-  __hash__ = object.__hash__
+  # Other mappings have none.
+  __hash__ = object.__hash__  # pyright: ignore[reportAssignmentType]
 
   def _display(self) -> reprlib.Parts:
     return reprlib.Parts(

@@ -87,8 +87,6 @@ class FlatLeaves(reprlib.Displayable, Sequence[tuple[PathParts, V]]):
       return NotImplemented
     return self._keys == other._keys and self._values == other._values
 
-  __hash__ = None
-
   def _display(self) -> reprlib.Parts:
     return reprlib.Parts(
       type(self).__name__,

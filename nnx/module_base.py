@@ -73,8 +73,8 @@ class Module(Pytree):
     variable_type: type[Variable[Any]] | str,
     name: str,
     value: A,
-    reduce_fn: Callable[[B, A], B] = _append,
-    init_fn: Callable[[], B] = tuple,
+    reduce_fn: Callable[[Any, A], Any] = _append,
+    init_fn: Callable[[], Any] = tuple,
   ) -> bool:
     """Keeps a value for the caller of the model to look at.
 

@@ -61,6 +61,7 @@ def capture(
     return functools.partial(
       _capture_swapped, (fn, *var_types), init, method_outputs
     )
+  function: Any = fn
   bound = fn if isinstance(fn, Module) else getattr(fn, "__self__", None)
   owner = bound if isinstance(bound, Module) else None
 
@@ -75,7 +76,7 @@ def capture(
     _begin_capture(modules, var_types, init)
     try:
       with _captured_methods(modules, method_outputs):
-        result = fn(*args, **kwargs)
+        result = function(*args, **kwargs)
       kept = _collect_captures(modules, var_types)
     finally:
       for _, each in modules:

@@ -73,10 +73,12 @@ def unflatten_mapping(
   Raises:
     ValueError: if a path leads through a leaf.
   """
-  if isinstance(flat, collections.abc.Mapping):
-    flat = flat.items()
+  items: Iterable[tuple[Any, Any]] = (
+    flat.items() if isinstance(flat, collections.abc.Mapping) else flat
+  )
   result: dict[Any, Any] = {}
-  for path, leaf in flat:
+  path: Any
+  for path, leaf in items:
     *parents, last = path
     node = result
     for key in parents:

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
+import weakref
 
 import jax
 
 from nnx import tracers
-from nnx.attribute_marks import is_data
+from nnx.attribute_marks import has_data, is_data
 from nnx.engine import serialization
 
 THEIR_STATE, THEIR_NODES = "_pytree__state", "_pytree__nodes"
+# Marks of an object as a whole; no attribute has such a name.
+_INITIALIZING, _IS_SETUP = "(initializing)", "(is setup)"
 
 
 class PytreeState:
@@ -32,12 +35,28 @@ class PytreeState:
     is_setup: whether `setup` has run.
   """
 
-  __slots__ = ("_trace_state", "_initializing", "_is_setup")
+  __slots__ = ("_trace_state", "_own", "_node")
 
   def __init__(self, initializing: bool = False, is_setup: bool = False):
     self._trace_state = tracers.TraceState()
-    self._initializing = initializing
-    self._is_setup = is_setup
+    self._own = {_INITIALIZING: initializing, _IS_SETUP: is_setup}
+    self._node: Any = None  # a weak reference to the object that it is of
+
+  def _flags(self) -> Mapping[str, bool]:
+    node = None if self._node is None else self._node()
+    return self._own if node is None else node._pytree_status or {}
+
+  def _set_flag(self, name: str, value: bool) -> None:
+    node = None if self._node is None else self._node()
+    if node is None:
+      self._own[name] = value
+      return
+    # A mark without an attribute: it goes where marks go, through `split`,
+    # `merge`, `clone` and pickles.
+    marks = {k: v for k, v in (node._pytree_status or {}).items() if k != name}
+    if value:
+      marks[name] = True
+    object.__setattr__(node, "_pytree_status", marks or None)
 
   @property
   def trace_state(self) -> tracers.TraceState:
@@ -47,31 +66,50 @@ class PytreeState:
   @property
   def initializing(self) -> bool:
     """Whether a bridged module makes its variables when called."""
-    return self._initializing
+    return self._flags().get(_INITIALIZING, False)
 
   @property
   def is_setup(self) -> bool:
     """Whether `setup` has run."""
-    return self._is_setup
+    return self._flags().get(_IS_SETUP, False)
+
+  _initializing = property(
+    lambda self: self.initializing,
+    lambda self, value: self._set_flag(_INITIALIZING, value),
+  )
+  _is_setup = property(
+    lambda self: self.is_setup,
+    lambda self, value: self._set_flag(_IS_SETUP, value),
+  )
 
   # Programs put it among the attributes, where it is static.
 
   def __eq__(self, other: Any) -> bool:
-    return isinstance(other, PytreeState) and (
-      (self._initializing, self._is_setup)
-      == (other._initializing, other._is_setup)
-    )
+    return isinstance(other, PytreeState) and _pair(self) == _pair(other)
 
   def __hash__(self) -> int:
-    return hash((self._initializing, self._is_setup))
+    return hash(_pair(self))
+
+  def __reduce__(self):
+    # What is loaded belongs to the trace and the object that load it.
+    return PytreeState, _pair(self)
+
+  def __setstate__(self, state: Any) -> None:
+    # Flax pickles the attributes after an object made without `__init__`.
+    _, flags = state
+    PytreeState.__init__(self, flags["_initializing"], flags["_is_setup"])
 
   def __repr__(self) -> str:
     return f"PytreeState(trace_state={self._trace_state!r})"
 
 
+def _pair(state: PytreeState) -> tuple[bool, bool]:
+  return state.initializing, state.is_setup
+
+
 jax.tree_util.register_pytree_node(
   PytreeState,
-  lambda state: ((), (state._initializing, state._is_setup)),
+  lambda state: ((), _pair(state)),
   lambda flags, _: PytreeState(*flags),
 )
 serialization.register(PytreeState)
@@ -90,28 +128,71 @@ class StateView:
     if state is None:
       state = PytreeState()
       state._trace_state = tracers.TraceState.of(node)
+      state._node = weakref.ref(node)
       _states.set(node, state)
     return state
 
   def __set__(self, node: Any, state: PytreeState) -> None:
+    initializing, is_setup = _pair(state)
+    state._node = weakref.ref(node)
+    state._initializing, state._is_setup = initializing, is_setup
     _states.set(node, state)
 
 
-class NodesView:
-  """The attribute `_pytree__nodes`: which attributes are data."""
+class Nodes(Mapping[str, bool]):
+  """Which attributes of an object are data; the view `_pytree__nodes`.
 
-  def __get__(self, node: Any, owner: Any) -> dict[str, bool]:
-    nodes = dict(owner._class_statuses)
+  Example:
+
+    >>> import nnx
+    >>> nodes = nnx.Dict(a=nnx.Param(1), b="x")._pytree__nodes
+    >>> nodes["a"], nodes["b"], nodes.update({"b": True})["b"]
+    (True, False, True)
+
+  Args:
+    nodes: by the name of each attribute, whether it is data.
+  """
+
+  def __init__(self, nodes: Mapping[str, bool]):
+    self._nodes = dict(nodes)
+
+  def __getitem__(self, name: str) -> bool:
+    return self._nodes[name]
+
+  def __iter__(self) -> Iterator[str]:
+    return iter(self._nodes)
+
+  def __len__(self) -> int:
+    return len(self._nodes)
+
+  def __hash__(self) -> int:
+    return hash(frozenset(self._nodes.items()))
+
+  def __repr__(self) -> str:
+    return f"Nodes({self._nodes!r})"
+
+  def update(self, other: Mapping[str, bool]) -> Nodes:
+    """Returns what is known here and there; `other` has the last word."""
+    return Nodes({**self._nodes, **other})
+
+
+class NodesView:
+  """The attribute `_pytree__nodes`, by this and by its older name."""
+
+  def __get__(self, node: Any, owner: Any) -> Nodes:
+    nodes = {THEIR_STATE: True, **owner._class_statuses}
     if node is not None:
       for name, value in vars(node).items():
-        status = (node._pytree_status or {}).get(name)
-        nodes[name] = is_data(value) if status in (None, ...) else status
-    return nodes
+        nodes[name] = is_data(value) or bool(has_data(value))
+      # A mark that is not a bool is of what stands in the place of data.
+      for name, mark in (node._pytree_status or {}).items():
+        if name not in (_INITIALIZING, _IS_SETUP):
+          nodes[name] = bool(mark)
+    return Nodes(nodes)
 
   def __set__(self, node: Any, nodes: Mapping[str, bool]) -> None:
-    for name, value in vars(node).items():
-      if name in nodes and nodes[name] != is_data(value):
-        node._pytree_status = {
-          **(node._pytree_status or {}),
-          name: nodes[name],
-        }
+    known = self.__get__(node, type(node))
+    changed = {k: v for k, v in nodes.items() if known.get(k) != v}
+    if changed:
+      marks = {**(node._pytree_status or {}), **changed}
+      object.__setattr__(node, "_pytree_status", marks)

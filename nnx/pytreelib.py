@@ -10,7 +10,7 @@ dataclass field is kept, per object, in `_pytree_status`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 import dataclasses
 import inspect
 from typing import (
@@ -154,6 +154,7 @@ class Pytree(_engine.ObjectBase, reprlib.Displayable):
         name, self._class_statuses.get(name)
       )
     if status is ...:  # of what stood in the place of data
+      assert self._pytree_status is not None
       self._pytree_status.pop(name)
       status = None
     strict = bool(self._setattr_flags & _STRICT)
@@ -217,8 +218,7 @@ class Pytree(_engine.ObjectBase, reprlib.Displayable):
     vars(self).update(state)
     for name, value in theirs.items():
       if name == THEIR_STATE:
-        flags = value.initializing, value.is_setup
-        value = PytreeState(*flags)
+        value = PytreeState(value.initializing, value.is_setup)
         value._trace_state = tracers.TraceState.of(self)
       object.__setattr__(self, name, value)
 
@@ -390,6 +390,7 @@ def _sizes(
   if isinstance(node, _engine.VariableBase):
     size = reprlib.Size.of(node.raw_value)
     return {id(node): (_size_kind(type(node)), size)} if size else {}
+  children: Iterable[Any]
   if isinstance(node, _engine.ObjectBase):
     children = vars(node).values()
   elif isinstance(node, Mapping):  # a State too

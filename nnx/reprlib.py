@@ -57,7 +57,7 @@ class Parts:
 
 
 class _Context(threading.local):
-  def __init__(self):
+  def __init__(self) -> None:
     self.active: set[int] = set()
     self.memo: dict[Any, Any] = {}
     self.settings = {"summarize": False, "in_state": False}
@@ -208,10 +208,10 @@ class Size:
     total = cls()
     for leaf in jax.tree.leaves(tree):
       shape = getattr(leaf, "shape", None)
-      dtype = getattr(leaf, "dtype", None)
-      if isinstance(shape, tuple) and hasattr(dtype, "itemsize"):
+      itemsize = getattr(getattr(leaf, "dtype", None), "itemsize", None)
+      if isinstance(shape, tuple) and itemsize is not None:
         elements = int(np.prod(shape))
-        total += cls(elements, elements * dtype.itemsize)
+        total += cls(elements, elements * itemsize)
     return total
 
   def __add__(self, other: Size) -> Size:
@@ -229,7 +229,7 @@ class Size:
 
 
 def _is_large_array(value: Any) -> bool:
-  return isinstance(value, (jax.Array, np.ndarray)) and np.prod(value.shape) > 1
+  return isinstance(value, (jax.Array, np.ndarray)) and value.size > 1
 
 
 def value_text(value: Any) -> str:

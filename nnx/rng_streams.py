@@ -7,13 +7,15 @@ import functools
 from typing import Any
 
 import jax
-from jax import random
+from jax import core, random
 import jax.numpy as jnp
 import numpy as np
 
 from nnx import filterlib
 from nnx.pytreelib import Pytree
 from nnx.variablelib import Variable
+
+_CONFIG: Any = jax.config  # whose options have no types
 
 Filter = filterlib.Filter
 Shape = int | tuple[int, ...]
@@ -151,7 +153,7 @@ def as_key(key: Any) -> jax.Array:
     key = key.value
   if isinstance(key, (int, np.integer)) and not isinstance(key, bool):
     if 0 <= key < _MAX_SEED:
-      return _make_key(np.int32(key), jax.config.jax_default_prng_impl)
+      return _make_key(np.int32(key), _CONFIG.jax_default_prng_impl)
     return random.key(key)
   if isinstance(key, jax.Array):
     if jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
@@ -217,7 +219,7 @@ class RngStream(_RandomMethods, Pytree):
   def __call__(self) -> jax.Array:
     """Returns the next key: `[]`, a typed key."""
     key, count = self.key.value, self.count.value
-    if isinstance(count, jax.core.Tracer) or isinstance(key, jax.core.Tracer):
+    if isinstance(count, core.Tracer) or isinstance(key, core.Tracer):
       # In a program that is being traced, a call would stay a call.
       key, self.count.value = next_key_and_count(key, count)
     else:
@@ -295,6 +297,7 @@ class Rngs(_RandomMethods, Pytree):
     default: int | jax.Array | RngStream | Mapping[str, Any] | None = None,
     **rngs: int | jax.Array | RngStream,
   ):
+    key: Any
     if isinstance(default, Mapping):
       rngs = {**default, **rngs}
     elif default is not None:

@@ -562,9 +562,10 @@ def reseed(
         f" `{policy!r}`."
       )
     policy = _POLICIES[policy]
+  new_key: Any = policy
   rngs = Rngs(**stream_keys)
   for path, stream in _streams(node, graph):
     if stream.key.tag in stream_keys:
-      key = policy(path, rngs[stream.key.tag](), stream.key.shape)
+      key = new_key(path, rngs[stream.key.tag](), stream.key.shape)
       stream.key.value = key
       stream.count.value = zeros_of_counts(key.shape)

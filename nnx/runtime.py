@@ -6,6 +6,7 @@ import os
 from typing import Any
 
 import jax
+from jax import core
 import numpy as np
 
 from nnx import (
@@ -22,7 +23,7 @@ from nnx.graphlib import definitions, modes, statics
 
 _ARRAY_TYPES = (
   jax.Array,
-  jax.core.Tracer,
+  core.Tracer,
   jax.ShapeDtypeStruct,
   jax.Ref,
   np.ndarray,

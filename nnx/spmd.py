@@ -309,7 +309,7 @@ def get_var_pspec(variable: Variable[Any]) -> PartitionSpec | None:
   """
   annotation = variable.get_metadata("out_sharding", None)
   if annotation:
-    if isinstance(annotation, jax.sharding.Sharding):
+    if isinstance(annotation, jax.sharding.NamedSharding):
       return annotation.spec
     rules = variable.get_metadata("sharding_rules", None) or ()
     return partitioning.partition_spec(annotation, rules)

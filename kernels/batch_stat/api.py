@@ -279,13 +279,12 @@ def batch_norm(
   )
   if use_running_average:
     centre, spread = arrays.vary_like(x, old_mean, old_var)
-    y = normalization.apply(static, x, centre, spread, scale, bias)
+    y: Any = normalization.apply(static, x, centre, spread, scale, bias)
     return BatchNorm(mean, var, y, old_mean, old_var)
   checks.check_not_empty(x, feature_axis)
   old = (checks.check_momentum(momentum, x), old_mean, old_var)
-  y, batch_mean, batch_var, new = normalization.train(
-    static, x, scale, bias, mask, old
-  )
+  results: Any = normalization.train(static, x, scale, bias, mask, old)
+  y, batch_mean, batch_var, new = results
   new_mean, new_var = running_average.blended(new, *old, batch_mean, batch_var)
   return BatchNorm(
     new_mean.astype(mean.dtype),

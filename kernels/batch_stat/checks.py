@@ -3,6 +3,7 @@
 from typing import Any
 
 import jax
+from jax import core
 import jax.numpy as jnp
 import numpy as np
 
@@ -97,7 +98,7 @@ def check_momentum(momentum: Any, x: Any) -> jax.Array:
     TypeError: If it is not a number.
     ValueError: If it is known to be outside, or is not a scalar.
   """
-  if not isinstance(momentum, jax.core.Tracer) and np.ndim(momentum) == 0:
+  if not isinstance(momentum, core.Tracer) and np.ndim(momentum) == 0:
     options.number("momentum", momentum, least=0, most=1)
   kind = jnp.asarray(momentum).dtype
   if not (

@@ -163,9 +163,10 @@ def _train_and_keep(static, x, scale, bias, mask, old):
     centre = mean
   else:
     mean, var, count = sharding.combine_moments(
-      *primitive.MOMENTS(x, *masks, **options), static.axis_name, static.groups
+      primitive.MOMENTS(x, *masks, **options), static.axis_name, static.groups
     )
-    *new, _, _ = reference.blend(momentum, *averages, mean, var)
+    old_mean, old_var = averages
+    *new, _, _ = reference.blend(momentum, old_mean, old_var, mean, var)
     # Statistics that all devices share still meet an x that they do not.
     centre, spread = arrays.vary_like(x, mean, var)
     rstd, mul = reference.factors(spread, scale, static.epsilon)

@@ -86,7 +86,7 @@ def _own_moments(call, signature, args, **params):
 
 def _combine_update(call, args, axes, **params):
   x, own = _own_moments(call, signatures.UPDATE, args, **params)
-  batch_mean, batch_var, _ = sharding.combine_moments(*own, axes)
+  batch_mean, batch_var, _ = sharding.combine_moments(own, axes)
   return reference.blend(
     x["momentum"], x["mean"], x["var"], batch_mean, batch_var
   )
@@ -94,7 +94,7 @@ def _combine_update(call, args, axes, **params):
 
 def _combine_train(call, args, axes, *, epsilon, **params):
   x, own = _own_moments(call, signatures.TRAIN, args, **params)
-  batch_mean, batch_var, count = sharding.combine_moments(*own, axes)
+  batch_mean, batch_var, count = sharding.combine_moments(own, axes)
   return (
     *reference.blend(x["momentum"], x["mean"], x["var"], batch_mean, batch_var),
     count,
@@ -103,7 +103,7 @@ def _combine_train(call, args, axes, *, epsilon, **params):
 
 
 def _combine_moments(call, args, axes, **params):
-  return sharding.combine_moments(*call(*args, **params), axes)
+  return sharding.combine_moments(call(*args, **params), axes)
 
 
 def _combine_sums(call, args, axes, **params):

@@ -49,9 +49,8 @@ def update_over_devices(
   Returns:
     The new averages, and the batch's mean and variance, each `[c]`.
   """
-  mean, var, count = moments(static, x, mask)
   batch_mean, batch_var, _ = sharding.combine_moments(
-    mean, var, count, axis_name, groups
+    moments(static, x, mask), axis_name, groups
   )
   return reference.blend(*old, batch_mean, batch_var)
 

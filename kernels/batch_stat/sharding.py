@@ -67,9 +67,11 @@ def _partition(
   params |= {"feature_axis": feature_axis, "batch_axes": batch_axes}
   operands = signature.named(infos)
   spec = arrays.even_split(operands["x"])
-  mask = list(spec)
-  if "mask" in operands and operands["mask"].shape[feature_axis] == 1:
-    mask[feature_axis] = None
+  whole = "mask" in operands and operands["mask"].shape[feature_axis] == 1
+  mask = [
+    None if whole and axis == feature_axis else names
+    for axis, names in enumerate(spec)
+  ]
   batch = spec[:batch_axes]
   specs = {
     Kind.BATCH: PartitionSpec(*spec),
@@ -101,9 +103,7 @@ _AT_ONCE = 64
 
 
 def combine_moments(
-  mean: jax.Array,
-  var: jax.Array,
-  count: jax.Array,
+  moments: Sequence[jax.Array],
   axis_name: Any,
   axis_index_groups: Any = None,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -114,15 +114,15 @@ def combine_moments(
   second one for the variance.
 
   Args:
-    mean: `[c]`, this device's.
-    var: `[c]`, this device's.
-    count: `[c]`, this device's number of values; it may be 0.
+    moments: mean and var of this device's values, `[c]`, and the number of
+      them, which may be 0.
     axis_name: Mesh or vmap axes to join over.
     axis_index_groups: As in `jax.lax.psum`.
 
   Returns:
     mean, var and count of the whole, each `[c]`.
   """
+  mean, var, count = moments
   reduce = functools.partial(
     lax.psum, axis_name=axis_name, axis_index_groups=axis_index_groups
   )

@@ -4,6 +4,7 @@ import dataclasses
 from typing import Any
 
 import jax
+from jax import core
 import jax.numpy as jnp
 import numpy as np
 
@@ -108,7 +109,7 @@ def _int32(name: str, value: Any, beyond: int | None) -> jax.Array:
     except (TypeError, ValueError):
       wide = options.array(name, value)
     if wide.dtype.kind == "O":  # integers beyond 64 bits, or not an array
-      whole = all(isinstance(one, int) for one in wide.flat)
+      whole = all(isinstance(one, int) for one in np.ravel(wide))
       wide = wide if whole and wide.size else options.array(name, value)
     elif wide.size == 0 and not isinstance(value, np.ndarray):
       wide = options.array(name, value)  # of nothing, the dtype is a guess
@@ -383,4 +384,4 @@ def canonicalize(request: Request, batch: Any, tokens: Any) -> Cache:
 
 def is_known(*arrays: Any) -> bool:
   """Returns whether every value is known now."""
-  return not any(isinstance(array, jax.core.Tracer) for array in arrays)
+  return not any(isinstance(array, core.Tracer) for array in arrays)

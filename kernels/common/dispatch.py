@@ -32,6 +32,8 @@ from jax.interpreters import ad, batching, mlir
 
 from . import jax_private, libraries, partitioner
 
+_CONFIG: Any = jax.config  # whose options have no types
+
 AUTO = "auto"
 XLA = "xla"
 # "auto", but for where a program shows what it calls: exported, or split over
@@ -385,7 +387,7 @@ class Op:
     program = _jitted(
       self.primitive, tuple(sorted(params.items())), _lowering.xla_only
     )
-    if not jax.config.jax_disable_jit:
+    if not _CONFIG.jax_disable_jit:
       return program(*args)
     # The program is how the op runs, and no function of the user's.
     with jax.disable_jit(False):
@@ -406,19 +408,25 @@ class Op:
       if choice.split == "compiler":
         assert self.partitioning is not None
         note = partitioner.note(
-          self.name, name, platform, params, jax_private.axes_around(ctx)
+          self.name,
+          name,
+          placement.platform,
+          params,
+          jax_private.axes_around(ctx),
         )
         rule = self.partitioning.rule(ctx.avals_in, **params)
         results = jax_private.partitioned_call(
           ctx, args, partitioner.TARGET, note, *rule
         )
         return jax_private.constrain_results(ctx, results)
+      # Or the program would say only that it is a call of something.
+      scope = jax.named_scope(self.name)
       if choice.split == "mesh":
-        fn = functools.partial(
-          _call_on_mesh, self, name, params, placement.mesh
+        fn = scope(
+          functools.partial(_call_on_mesh, self, name, params, placement.mesh)
         )
       else:
-        fn = self._function(name, params)
+        fn = scope(self._function(name, params))
         if name != XLA and placement.devices == 1:
           return jax_private.lower_plainly(fn, ctx, *args)
       results = mlir.lower_fun(fn, multiple_results=True)(ctx, *args)
@@ -464,7 +472,7 @@ def _call_on_mesh(op: Op, name, params, mesh, *args):
   """Splits an op over a mesh whose axes are explicit, as XLA would be told."""
   avals = [jax.typeof(arg) for arg in args]
   local, result_specs, arg_specs = op.split(name, params, mesh, avals)
-  args = [
+  placed = [
     jax.sharding.reshard(arg, jax.sharding.NamedSharding(mesh, spec))
     for arg, spec in zip(args, arg_specs)
   ]
@@ -475,7 +483,7 @@ def _call_on_mesh(op: Op, name, params, mesh, *args):
     out_specs=tuple(result_specs),
     axis_names=jax_private.free_axes(mesh),
     check_vma=False,
-  )(*args)
+  )(*placed)
 
 
 # How many programs of ops that are called without `jit` are kept: a user may

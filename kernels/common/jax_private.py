@@ -9,6 +9,7 @@ import math
 from typing import Any
 
 import jax
+from jax import core
 from jax._src import checkify as _checkify
 from jax._src import config as _config
 from jax._src import core as _core
@@ -19,7 +20,9 @@ from jax._src import util as _util
 from jax._src import xla_bridge as _xla_bridge
 from jax._src.export import _export
 from jax._src.interpreters import mlir as _mlir
-from jax._src.lib import xla_client as _xla_client
+from jax._src.lib import (
+  xla_client as _xla_client,  # pyright: ignore[reportPrivateImportUsage]
+)
 from jax.interpreters import mlir
 import jax.numpy as jnp
 import numpy as np
@@ -160,7 +163,7 @@ def lower_plainly(
     ctx: Of the lowering rule.
     *args: Of the lowering rule.
   """
-  plain = [jax.core.ShapedArray(a.shape, a.dtype) for a in ctx.avals_in]
+  plain = [core.ShapedArray(a.shape, a.dtype) for a in ctx.avals_in]
   rule = mlir.lower_fun(without_mesh(fn), multiple_results=True)
   with _config._check_vma(False):
     return rule(ctx.replace(avals_in=plain), *args)
@@ -190,11 +193,11 @@ def result_aval(
   like = next((aval for aval in inputs if varying_axes(aval)), inputs[0])
   mesh = like.sharding.mesh
   if mesh.empty:
-    return jax.core.ShapedArray(shape, dtype)
+    return core.ShapedArray(shape, dtype)
   spec = jax.sharding.PartitionSpec(*(None for _ in shape))
   if inputs[0].shape == shape and not inputs[0].sharding.mesh.empty:
     spec = inputs[0].sharding.spec
-  return jax.core.ShapedArray(
+  return core.ShapedArray(
     shape,
     dtype,
     sharding=jax.sharding.NamedSharding(mesh, spec),
@@ -417,7 +420,7 @@ def partitioned_call(
   if around:
     free = [(name, size) for name, size, manual in around if not manual]
     count = math.prod(size for _, size in free)
-    avals.insert(0, jax.core.ShapedArray((count,), np.bool_))
+    avals.insert(0, core.ShapedArray((count,), np.bool_))
     rule = rule.replace("-> ", "-> numbering, ")
   types = [_mlir.aval_to_ir_type(ctx.module_context, aval) for aval in avals]
   call = _mlir.custom_call(
@@ -511,6 +514,7 @@ def add_checkify_rule(
   def rule(*args, **params):
     # jax 0.12 passes a context in front, which `assert_func` wants as well.
     context = () if isinstance(args[0], _checkify.Error) else args[:1]
+    assert_func = functools.partial(_checkify.assert_func, *context)
     error, enabled_errors, *operands = args[len(context) :]
     if _checkify.FailedCheckError in enabled_errors:
       static = {k: v for k, v in params.items() if k != "implementation"}
@@ -518,12 +522,12 @@ def add_checkify_rule(
         failure = _checkify.FailedCheckError(
           _checkify.get_traceback(), message, **values
         )
-        error = _checkify.assert_func(*context, error, wrong, failure)
+        error = assert_func(error, wrong, failure)
     found = primitive.bind(*operands, **params)
     if results and _checkify.NaNError in enabled_errors:
       wrong = jnp.any(jnp.array([jnp.isnan(x).any() for x in found]))
       failure = _checkify.NaNError(_checkify.get_traceback(), primitive.name)
-      error = _checkify.assert_func(*context, error, wrong, failure)
+      error = assert_func(error, wrong, failure)
     return error, found
 
   _checkify.error_checks[primitive] = rule

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping
 import importlib
 import re
+import sysconfig
 import threading
 import types
 from typing import Any
@@ -46,8 +47,15 @@ class Library:
       The extension module.
 
     Raises:
-      ImportError: If the extension has not been built.
+      ImportError: If the extension has not been built, or Python is
+        free-threaded.
     """
+    # An extension for one kind of Python would crash in the other.
+    if sysconfig.get_config_var("Py_GIL_DISABLED"):
+      raise ImportError(
+        "extensions need a Python with the global lock, but this one is"
+        " free-threaded"
+      )
     with self._lock:
       if self._loaded is None:
         module = importlib.import_module(self.module)

@@ -25,9 +25,12 @@ import typing
 from typing import Any
 
 import jax
+from jax import core
 import numpy as np
 
 from . import jax_private
+
+_CONFIG: Any = jax.config  # whose options have no types
 
 # The custom call. What the text means is versioned with it.
 TARGET = "fused_nnx_partitioned_1"
@@ -121,7 +124,7 @@ def note(
     "platform": platform,
     "params": {name: encode(value) for name, value in params.items()},
     "around": [(size, manual) for _, size, manual in around],
-    "x64": bool(jax.config.jax_enable_x64),
+    "x64": bool(_CONFIG.jax_enable_x64),
   }
   return json.dumps(fields, sort_keys=True)
 
@@ -186,10 +189,10 @@ def read_shardings(
     more = {*cuts, *(w for w, _ in digits), *(w * n for w, n in digits)}
     if all(b % a == 0 for a, b in itertools.pairwise(sorted(more))):
       cuts = more
-  cuts = sorted(cuts)
-  weights = cuts[-2::-1]
+  ordered = sorted(cuts)
+  weights = ordered[-2::-1]
   mesh = jax_private.auto_mesh(
-    tuple(b // a for a, b in itertools.pairwise(cuts))[::-1],
+    tuple(b // a for a, b in itertools.pairwise(ordered))[::-1],
     tuple(map(_name, weights)),
   )
 
@@ -226,7 +229,8 @@ def _name(weight: int) -> str:
 
 
 def _all_axes(
-  mesh: jax.sharding.AbstractMesh, around: Sequence[tuple[int, bool]]
+  mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh,
+  around: Sequence[tuple[int, bool]],
 ) -> list[tuple[str, int]]:
   """Returns the axes of the mesh of all devices.
 
@@ -280,7 +284,7 @@ class Partitioner:
     with self._scope(), jax.enable_x64(fields["x64"]):
       fn, args, results = self._answer(shapes, dtypes, shardings, fields)
       avals = [
-        jax.core.ShapedArray(sharding.shard_shape(shape), dtype)
+        core.ShapedArray(sharding.shard_shape(shape), dtype)
         for sharding, shape, dtype in zip(args, shapes, dtypes)
       ]
       axes = _all_axes(args[0].mesh, fields["around"])

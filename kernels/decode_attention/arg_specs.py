@@ -85,7 +85,8 @@ class ArgSpec(CacheSpec):
 
 # Decoders of 1B to 8B parameters: Llama 3.2 1B (8 x 64, 4 queries a head),
 # Llama 2 7B (32 x 128), Llama 3.1 8B (8 x 128, 4), Gemma 2 2B (4 x 256, 2),
-# Falcon 7B (1 x 64, 71).
+# Falcon 7B (1 x 64, 71). With `tp8`, what one of 8 chips has where the heads
+# of Llama 3.1 8B and 70B (8 x 128, 8) are split: a single one.
 ARG_SPECS = (
   ArgSpec("B8_S2048_H16_D64_first", 8, 2048, 16, 64, dtype="float32", filled=8),
   ArgSpec(
@@ -95,11 +96,14 @@ ARG_SPECS = (
   ArgSpec("B8_S2048_H16_D64_full_bf16", 8, 2048, 16, 64),
   ArgSpec("B8_S2048_H16_D64_full_int8", 8, 2048, 16, 64, dtype="int8"),
   ArgSpec("B1_S32768_H8_D128_gqa4_full", 1, 32768, 8, 128, 4, dtype="float32"),
+  ArgSpec("B1_S32768_H1_D128_gqa4_full", 1, 32768, 1, 128, 4, dtype="float32"),
   ArgSpec("llama_3_2_1b", 8, 4096, 8, 64, 4),
   ArgSpec("gemma_2_2b", 4, 4096, 4, 256, 2),
   ArgSpec("llama_2_7b", 2, 2048, 32, 128, dtype="float16"),
   ArgSpec("falcon_7b", 4, 2048, 1, 64, 71),
   ArgSpec("llama_3_1_8b", 4, 4096, 8, 128, 4),
+  ArgSpec("llama_3_1_8b_tp8", 4, 4096, 1, 128, 4),
+  ArgSpec("llama_3_1_70b_tp8", 16, 4096, 1, 128, 8),
   ArgSpec("llama_3_1_8b_fp8", 4, 4096, 8, 128, 4, dtype="float8_e4m3fn"),
   ArgSpec("llama_3_1_8b_speculative", 4, 4096, 8, 128, 4, tokens=5),
   ArgSpec("llama_3_1_8b_prefill", 1, 4096, 8, 128, 4, tokens=256, filled=1024),

@@ -1,6 +1,6 @@
 """Checks of the arguments of decode attention, and the form that ops take."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 import dataclasses
 import math
 from typing import Any
@@ -159,14 +159,16 @@ def window_sizes(
   """
   if window is None:
     return -1, -1
-  sizes = window if isinstance(window, (tuple, list)) else (window,)
+  given: Sequence[Any] = (window,)
+  if is_pair := isinstance(window, (tuple, list)):
+    given = window
   try:
-    sizes = [options_lib.integer("window", size) for size in sizes]
+    sizes = [options_lib.integer("window", size) for size in given]
   except TypeError as error:
     raise TypeError(
       f"`window` must be an integer or a pair of integers, but got {window}."
     ) from error
-  if not isinstance(window, (tuple, list)):
+  if not is_pair:
     if sizes[0] < 1:
       raise ValueError(
         "`window` must be at least 1, the query's own key, but got"

@@ -98,7 +98,9 @@ def _call(operands, options, targets, workspace):
   return out[: len(results)]
 
 
-def cpu(*operands: jax.Array, options: reference.Options) -> list[jax.Array]:
+def cpu(
+  *operands: jax.Array, options: reference.Options
+) -> Sequence[jax.Array]:
   """Calls the handlers for the CPU; see the reference."""
   return _call(operands, options, (APPEND_TARGET, ATTEND_TARGET), ())
 
@@ -107,7 +109,7 @@ def cuda(
   *operands: jax.Array,
   options: reference.Options,
   targets: tuple[str, str] = (APPEND_TARGET, ATTEND_TARGET),
-) -> list[jax.Array]:
+) -> Sequence[jax.Array]:
   """Calls the handlers for CUDA, which need room for the results of parts.
 
   Args:

@@ -188,7 +188,7 @@ def _rows(cache, x, options, geometry):
       cache = lax.dynamic_index_in_dim(cache, layer, keepdims=False)
     rows = cache[:, None]
   else:
-    at: tuple[Any, ...] = (jnp.where(held, table, 0),)
+    at = (jnp.where(held, table, 0),)
     if lead:
       at = (*jnp.unravel_index(layer[:, None], lead), *at)
     rows = cache[at]

@@ -121,7 +121,8 @@ def _share_errors(theirs: Any) -> None:
 
   TraceContextError.__module__ = errors.__name__
   TraceContextError.__qualname__ = "TraceContextError"
-  for module in (theirs, errors, nnx):
+  modules: tuple[Any, ...] = theirs, errors, nnx
+  for module in modules:
     module.TraceContextError = TraceContextError
 
 

@@ -19,6 +19,7 @@ class _AfterFlax(loaders.Wrapping):
   """Loads Flax by its own loader, and has it agree with `nnx` at once."""
 
   def exec_module(self, module: types.ModuleType) -> None:
+    assert module.__spec__ is not None
     module.__spec__.loader = module.__loader__ = self._loader
     super().exec_module(module)
     agreement.agree()

@@ -5,7 +5,7 @@ is one of several kinds as a member of an enum. `object` is a value that the
 engine only looks into; `Any` one that the caller knows the type of.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 import enum
 from types import EllipsisType
 from typing import Any, TypedDict, TypeVar, Unpack, overload
@@ -385,13 +385,13 @@ def register_node_type(
 def variable_flatten(variable: VariableBase, /) -> tuple[tuple[Any], Aux]: ...
 def make_variable_unflatten(
   cls: type[T], /
-) -> Callable[[Any, Sequence[Any]], T]: ...
+) -> Callable[[Any, Iterable[Any]], T]: ...
 def object_flatten(
   node: ObjectBase, /
 ) -> tuple[tuple[Any, ...], tuple[Any, ...]]: ...
 def make_object_unflatten(
   cls: type[T], /
-) -> Callable[[Any, Sequence[Any]], T]: ...
+) -> Callable[[Any, Iterable[Any]], T]: ...
 def make_state_unflatten(cls: type, /) -> Callable[[Any, Any], Any]: ...
 def state_flatten(
   state: object, /

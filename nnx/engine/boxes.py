@@ -19,6 +19,7 @@ import operator
 from typing import Any, NoReturn
 
 import jax
+from jax import core, experimental
 from jax.interpreters import batching
 
 from nnx.engine import jax_private
@@ -307,9 +308,7 @@ if hijax is not None:
     """Tells whether a value is a box, or a trace of one."""
     if type(value) is Box:
       return True
-    return isinstance(value, jax.core.Tracer) and isinstance(
-      value.aval, _BoxType
-    )
+    return isinstance(value, core.Tracer) and isinstance(value.aval, _BoxType)
 
   def read(box: Any) -> Any:
     """Copies the value in a box.
@@ -319,7 +318,7 @@ if hijax is not None:
     """
     if type(box) is Box and jax_private.outside_of_traces():
       return jax.tree.unflatten(box.treedef, box.leaves)
-    contents = jax.experimental.cur_qdd(box)
+    contents = experimental.cur_qdd(box)
     if contents is None:
       raise TypeError(
         "jax does not follow a hijax Variable, here one of type"
@@ -335,7 +334,7 @@ if hijax is not None:
     """Returns the metadata in a box; None where jax keeps none."""
     if type(box) is Box and jax_private.outside_of_traces():
       return box.metadata
-    contents = jax.experimental.cur_qdd(box)
+    contents = experimental.cur_qdd(box)
     return None if contents is None else contents.metadata
 
   def write(box: Any, value: Any, metadata: Metadata | None) -> None:

@@ -28,6 +28,8 @@ from jax._src.lib.mlir import ir as _ir
 from jax._src.lib.mlir.dialects import sdy as _sdy
 from jax.interpreters import ad, batching, mlir
 
+_CONFIG: Any = jax.config  # whose options have no types
+
 
 def trace_context() -> Any:
   """Returns the object whose attribute `trace` is the current trace."""
@@ -174,7 +176,7 @@ def _alike() -> Any:
   def lower(ctx, value, like):
     # Numbers of a module: the same program always reads the same.
     group = ctx.module_context.new_channel()
-    if jax.config.jax_use_shardy_partitioner:
+    if _CONFIG.jax_use_shardy_partitioner:
       _sdy.sharding_group(value, group)
       _sdy.sharding_group(like, group)
     return [value]

@@ -21,7 +21,7 @@ from nnx.graphlib.states import as_state, merged
 
 
 class _Stacks(threading.local):
-  def __init__(self):
+  def __init__(self) -> None:
     self.update: dict[Hashable, list[UpdateContext]] = {}
 
 

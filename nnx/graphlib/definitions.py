@@ -98,7 +98,9 @@ class GraphDef(_engine.StructureBase, Generic[Node]):
       self._updates,
     )
 
-  def leaf_records(self) -> list[tuple[tuple[Any, ...], type | None, dict]]:
+  def leaf_records(
+    self,
+  ) -> list[tuple[tuple[Any, ...], type[Any] | None, dict]]:
     """Lists the leaves: path, type of Variable (None: array), metadata.
 
     Example:
@@ -112,7 +114,7 @@ class GraphDef(_engine.StructureBase, Generic[Node]):
       One entry a leaf, in canonical order; a shared Variable once, at its first
       path.
     """
-    leaves: list[tuple[tuple[Any, ...], type | None, dict]] = []
+    leaves: list[tuple[tuple[Any, ...], type[Any] | None, dict]] = []
     records, inside = self._records, 0
     for position, path in preorder.walk(records):
       record = records[position]

@@ -71,7 +71,7 @@ def _by_number(mapping: Mapping[int, Any]) -> list[Any]:
 
 
 def flatten(
-  node: Node,
+  node: Any,
   /,
   *,
   with_paths: bool = True,

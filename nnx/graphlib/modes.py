@@ -9,10 +9,13 @@ switches, then the environment variables `NNX_GRAPH_MODE` and
 from __future__ import annotations
 
 from collections.abc import Callable
+import contextlib
 import enum
 import functools
 import threading
-from typing import NoReturn, ParamSpec, TypedDict, TypeVar
+from typing import Any, NoReturn, ParamSpec, TypedDict, TypeVar
+
+import jax
 
 from nnx import environment
 
@@ -249,3 +252,10 @@ class set_named_scopes(_Switch):
   """
 
   _name = "named_scopes"
+
+
+def named_scope(name: str) -> contextlib.AbstractContextManager[Any]:
+  """Returns a scope that names what no Module calls, unless they are off."""
+  if settings.named_scopes:
+    return jax.named_scope(name)
+  return contextlib.nullcontext()

@@ -100,12 +100,14 @@ class Flattener:
     (['dict', 'variable'], [1.0])
   """
 
-  def __init__(self):
+  def __init__(self) -> None:
     self.records: list[Any] = []
     self.leaves: list[Any] = []
     self.objects: list[Any] = []
 
-  def add(self, value: Any, *, attributes: bool) -> None:
+  def add(
+    self, value: Any, *, attributes: bool, in_state: bool = False
+  ) -> None:
     """Walks a value.
 
     Args:
@@ -113,6 +115,8 @@ class Flattener:
       attributes: whether it is read as an attribute: arrays are leaves, other
         values static, lists and dicts have an identity. Otherwise as the
         argument of a function: all but containers are leaves.
+      in_state: whether it is below a State, where lists and dicts have no
+        identity.
     """
     variable = isinstance(value, _engine.VariableBase)
     if variable or isinstance(value, _engine.ObjectBase):
@@ -128,8 +132,8 @@ class Flattener:
       else:
         self._leaf(value)
     elif type(value) in (list, dict):
-      if not attributes or not self._refer(value):
-        self._container(value, attributes)
+      if not attributes or in_state or not self._refer(value):
+        self._container(value, attributes, in_state)
     elif type(value) in registry.node_types:
       if not self._refer(value):
         pairs, metadata = registry.node_types[type(value)].flatten(value)
@@ -140,17 +144,23 @@ class Flattener:
       names = getattr(value, "_fields", None)
       items = dict(zip(names or range(len(value)), value))
       kind = Kind.TUPLE if names is None else Kind.NAMEDTUPLE
-      self._node(kind, value, items, names, attributes=attributes)
+      self._node(kind, value, items, names, None, attributes, in_state)
     elif isinstance(value, State):
       items = value._mapping
       keys = canonical_keys(list(items))
-      self._node(Kind.STATE, value, items, keys, attributes=False)
+      self._node(Kind.STATE, value, items, keys, None, attributes, True)
     else:
       opened = pytrees.flatten_pytree(value)
       if opened is not None:
         items = dict(zip(opened.keys, opened.children))
         self._node(
-          Kind.PYTREE, value, items, opened.keys, opened.treedef, attributes
+          Kind.PYTREE,
+          value,
+          items,
+          opened.keys,
+          opened.treedef,
+          attributes,
+          in_state,
         )
       elif attributes:
         self._static(value)
@@ -225,15 +235,16 @@ class Flattener:
       else:
         self.add(child, attributes=True)
 
-  def _container(self, value, attributes):
+  def _container(self, value, attributes, in_state):
     keys = None if type(value) is list else canonical_keys(list(value))
     items = dict(enumerate(value)) if keys is None else value
     kind = Kind.LIST if keys is None else Kind.DICT
-    self._node(kind, value, items, keys, None, attributes, attributes)
+    self._node(kind, value, items, keys, None, attributes, in_state)
 
   def _node(
-    self, kind, value, items, keys, aux=None, attributes=True, reference=False
+    self, kind, value, items, keys, aux=None, attributes=True, in_state=False
   ):
+    reference = kind in (Kind.LIST, Kind.DICT) and attributes and not in_state
     has_identity = reference or kind is Kind.CUSTOM
     self._record(
       kind,
@@ -245,7 +256,7 @@ class Flattener:
       reference=reference,
     )
     for key in range(len(items)) if keys is None else keys:
-      self.add(items[key], attributes=attributes)
+      self.add(items[key], attributes=attributes, in_state=in_state)
 
 
 def flatten(value: Any) -> tuple[tuple[Any, ...], list[Any], list[Any]]:

@@ -84,9 +84,11 @@ def register_graph_node_type(
   """
   if init is None:
 
-    def init(node, pairs):
+    def set_all(node, pairs):
       for key, child in pairs:
         set_key(node, key, child)
+
+    init = set_all
 
   _engine.register_node_type(
     type, flatten, set_key, pop_key, create_empty, clear, init

@@ -14,12 +14,10 @@ from typing import Any
 import jax
 import numpy as np
 
-from nnx import statelib
 from nnx.engine import _engine
 
 _DATA = (
   _engine.VariableBase,
-  statelib.State,
   jax.Array,
   np.ndarray,
   jax.Ref,

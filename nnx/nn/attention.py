@@ -19,7 +19,6 @@ import jax.numpy as jnp
 from nnx.nn import (
   checks,
   decoding,
-  dot_product,
   dtypes,
   initializers,
   masks,
@@ -281,7 +280,8 @@ class MultiHeadAttention(ProjectedAttention, SteppedAttention):
     )
     checks.rate("dropout_rate", dropout_rate)
     masks.check_window(window)
-    dot_product.check_softcap(softcap)
+    if softcap is not None:
+      checks.positive("softcap", softcap)
     self.dtype = dtype
     self.param_dtype = param_dtype
     self.broadcast_dropout = broadcast_dropout
@@ -462,7 +462,9 @@ class MultiHeadAttention(ProjectedAttention, SteppedAttention):
     """Attends to the keys of the call alone: `[..., t, n, h]`."""
     rotation = self._rotation()
     if rotation is not None:
-      table = None if step.cos is None else (step.cos, step.sin)
+      table = None
+      if step.cos is not None and step.sin is not None:
+        table = step.cos, step.sin
       query, key = rotary.rotate_at(query, key, step.positions, rotation, table)
     if self.window is not None:
       keywords["window"] = self.window
@@ -522,6 +524,7 @@ class MultiHeadAttention(ProjectedAttention, SteppedAttention):
         buffers, query, key, value, step, options=options
       )
       self._keep(buffers, step)
+      assert step.seen is not None
       mask = masks.both(mask, step.seen, query.ndim)
       x = self.attention_fn(
         query, key, value, mask=mask, is_causal=False, **keywords

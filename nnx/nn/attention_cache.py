@@ -8,6 +8,7 @@ import functools
 from typing import Any
 
 import jax
+from jax import core
 import jax.numpy as jnp
 import numpy as np
 
@@ -60,7 +61,7 @@ class _Places:
     annotation = variable.get_metadata("out_sharding", None)
     value = variable.raw_value
     metadata, annotated = {}, bool(annotation)
-    if not annotation and not isinstance(value, jax.core.Tracer):
+    if not annotation and not isinstance(value, core.Tracer):
       annotation = getattr(value, "sharding", None)
     if isinstance(annotation, jax.sharding.NamedSharding):
       metadata["mesh"] = annotation.mesh
@@ -288,7 +289,7 @@ class CachedAttention(Module):
         f" {length.shape}. For one of each sequence, call"
         " `init_cache(..., per_sequence=True)`."
       )
-    if not isinstance(length, jax.core.Tracer) and (length < 0).any():
+    if not isinstance(length, core.Tracer) and (length < 0).any():
       raise ValueError(f"`length` must be at least 0, but got {length}.")
     index = jnp.minimum(index, length.astype(index.dtype))
     self.cache_index.value = index
@@ -316,24 +317,28 @@ class CachedAttention(Module):
         "`MultiHeadAttention` must have a cache to decode, but has none. Call"
         " `init_cache((*batch, max_length, in_features))` first."
       )
-    scales = ()
-    if self.cached_key_scale is not None:
-      scales = self.cached_key_scale.value, self.cached_value_scale.value
+    key_scale, value_scale = self.cached_key_scale, self.cached_value_scale
     return decoding.Buffers(
-      self.cached_key.value, self.cached_value.value, *scales
+      self.cached_key.value,
+      self.cached_value.value,
+      None if key_scale is None else key_scale.value,
+      None if value_scale is None else value_scale.value,
     )
 
   def _keep(
     self, buffers: decoding.Buffers, step: decoding.AttentionStep
   ) -> None:
     """Writes what a step made of the cache."""
+    key, value, index = self.cached_key, self.cached_value, self.cache_index
+    assert key is not None and value is not None and index is not None
     if step.counts:
-      self.cache_index.value = step.next_index
-    self.cached_key.value = buffers.key
-    self.cached_value.value = buffers.value
-    if buffers.key_scale is not None:
-      self.cached_key_scale.value = buffers.key_scale
-      self.cached_value_scale.value = buffers.value_scale
+      index.value = step.next_index
+    key.value = buffers.key
+    value.value = buffers.value
+    key_scale, value_scale = self.cached_key_scale, self.cached_value_scale
+    if key_scale is not None and value_scale is not None:
+      key_scale.value = buffers.key_scale
+      value_scale.value = buffers.value_scale
 
 
 def _layers(model: Any) -> Iterator[CachedAttention]:

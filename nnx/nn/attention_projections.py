@@ -143,7 +143,7 @@ class ProjectedAttention(Module):
     out_bias_metadata: Mapping[str, Any],
     query_ln_scale_metadata: Mapping[str, Any],
     key_ln_scale_metadata: Mapping[str, Any],
-    qk_norm: Callable[..., Module] | None,
+    qk_norm: Callable[..., Callable[[jax.Array], jax.Array]] | None,
   ) -> None:
     """Makes projections and norms, by what is set on the layer before."""
     linear = functools.partial(

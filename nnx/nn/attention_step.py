@@ -14,6 +14,7 @@ import functools
 from typing import Any
 
 import jax
+from jax import core
 import jax.numpy as jnp
 import numpy as np
 
@@ -182,17 +183,17 @@ def begin(
   if step.count is None:
     count = jnp.int32(tokens) if step.lengths is None else step.lengths
     made |= {"count": count, "next_index": step.index + count}
-  wants_rows = options.rotation is not None and step.cos is None
+  rotation = options.rotation if step.cos is None else None
   wants_mask = with_mask and (
     step.seen is None or step.window != options.window
   )
-  if wants_rows or wants_mask:
+  if rotation is not None or wants_mask:
     follow = _positions(step.index, tokens)
-    if wants_rows:
+    if rotation is not None:
       where, most = step.positions, None
       if where is None:
         where, most = follow, slots
-      made["cos"], made["sin"] = options.rotation.rows(where, most)
+      made["cos"], made["sin"] = rotation.rows(where, most)
     if wants_mask:
       keys = jnp.arange(slots)
       seen = masks.positions_mask(follow, keys, True, options.window)
@@ -321,7 +322,7 @@ def as_positions(
       "`input_positions` need keys of the same tokens as the queries, but got"
       f" {tokens} queries and {keys} keys."
     )
-  if not isinstance(positions, jax.core.Tracer) and (positions < 0).any():
+  if not isinstance(positions, core.Tracer) and (positions < 0).any():
     raise ValueError(
       f"`input_positions` must be at least 0, but got {positions.min()}."
     )
@@ -386,7 +387,7 @@ def check_index(step: AttentionStep, index: jax.Array) -> None:
     ValueError: If it is another.
   """
   assert step.index is not None
-  traced = (isinstance(x, jax.core.Tracer) for x in (step.index, index))
+  traced = (isinstance(x, core.Tracer) for x in (step.index, index))
   if any(traced):
     if step.index.shape == index.shape:
       return
@@ -436,7 +437,7 @@ def check_room(
       " `init_cache(..., per_sequence=True)`."
     )
   new = tokens if lengths is None else lengths
-  if isinstance(index, jax.core.Tracer) or isinstance(new, jax.core.Tracer):
+  if isinstance(index, core.Tracer) or isinstance(new, core.Tracer):
     return _without_room(index, tokens, slots, lengths)
   room = np.max(np.asarray(index) + np.asarray(new), initial=0)
   if room > slots:

@@ -120,6 +120,7 @@ class SteppedAttention(CachedAttention):
     )
     slots = tokens
     if step.index is not None:
+      assert self.cached_key is not None
       slots = step.slots(self.cached_key.value)
     return attention_step.prepared(
       step, tokens, slots, self._options(), not self._may_fuse()
@@ -216,6 +217,7 @@ class SteppedAttention(CachedAttention):
       return AttentionStep(lengths=lengths, positions=input_positions)
     cache = self._buffers().key
     if counts:
+      assert self.cache_index is not None
       index = self.cache_index.value
     else:
       index = attention_step.as_index(index, batch)
@@ -264,6 +266,7 @@ class SteppedAttention(CachedAttention):
       step.block_table is not None,
     )
     if step.counts:
+      assert self.cache_index is not None
       attention_step.check_index(step, self.cache_index.value)
 
   def _may_fuse(self) -> bool:

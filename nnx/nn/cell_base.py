@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -148,16 +149,12 @@ class Cell(RNNCellBase):
       rngs = rngs.carry
     carry_init = carry_init or self.carry_init or initializers.zeros
     shape = (*input_shape[:-1], self.hidden_features)
+    next_key: Callable[[], Any] = (lambda: None) if rngs is None else rngs
     try:
-      carries = tuple(
-        initialize(
-          carry_init,
-          None if rngs is None else rngs(),
-          shape,
-          self.param_dtype,
-        )
+      carries = [
+        initialize(carry_init, next_key(), shape, self.param_dtype)
         for _ in range(self._num_carries)
-      )
+      ]
     except TypeError as error:
       if rngs is not None:
         raise
@@ -167,7 +164,7 @@ class Cell(RNNCellBase):
         " keys, but they are None in the call and in the cell, and it raised:"
         f" {error}. Pass `rngs=nnx.Rngs(seed)`."
       ) from error
-    return carries if len(carries) > 1 else carries[0]
+    return tuple(carries) if len(carries) > 1 else carries[0]
 
   @property
   def num_feature_axes(self) -> int:

@@ -11,13 +11,14 @@ import operator
 from typing import Any
 
 import jax
+from jax import core
 import jax.numpy as jnp
 
 from nnx.rnglib import Rngs
 
 
 def _is_known(value: Any) -> bool:
-  return not isinstance(value, jax.core.Tracer)
+  return not isinstance(value, core.Tracer)
 
 
 def whole(name: str, value: Any, least: int = 0) -> None:

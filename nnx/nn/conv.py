@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from nnx import eager
 from nnx.module import Module
-from nnx.nn import checks, dtypes
+from nnx.nn import checks, convolutions, dtypes
 from nnx.nn.initializers import (
   NO_METADATA,
   Initializer,
@@ -172,19 +172,15 @@ def _convolve(
   inputs, kernel, bias = how.promote_dtype(
     (inputs, kernel, bias), dtype=how.dtype
   )
-  last = spatial + 1
-  data_axes = (0, last, *range(1, last))
-  y = eager.current(how.conv_general_dilated)(
+  y = convolutions.convolve(
     inputs,
     kernel,
     how.strides,
     padding,
-    lhs_dilation=how.input_dilation,
-    rhs_dilation=how.kernel_dilation,
-    dimension_numbers=lax.ConvDimensionNumbers(
-      data_axes, (last, spatial, *range(spatial)), data_axes
-    ),
-    feature_group_count=how.groups,
+    input_dilation=how.input_dilation,
+    kernel_dilation=how.kernel_dilation,
+    groups=how.groups,
+    conv_general_dilated=how.conv_general_dilated,
     **product_options(
       how.precision, how.preferred_element_type, how.out_sharding
     ),

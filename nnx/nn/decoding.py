@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -126,7 +127,7 @@ def _with_scales(
   value: jax.Array,
   lengths: jax.Array,
   rotation: Rotation | None,
-) -> tuple[Buffers, dict[str, jax.Array]]:
+) -> tuple[Buffers, dict[str, Any]]:
   """Returns the cache with scales for new tokens, and the kernel's operands."""
   if buffers.key_scale is None or buffers.value_scale is None:
     return buffers, {}
@@ -168,7 +169,7 @@ def _each(number: jax.Array) -> jax.Array:
 
 def _caches(
   buffers: Buffers, step: AttentionStep, batch: tuple[int, ...]
-) -> tuple[jax.Array, jax.Array, dict[str, jax.Array]]:
+) -> tuple[jax.Array, jax.Array, dict[str, Any]]:
   """Returns both caches as kernels take them, and the table of their blocks."""
   if step.block_table is None:
     key, value = (
@@ -264,9 +265,12 @@ def append(
   batch, tokens = key.shape[:-3], key.shape[-3]
   slots = step.slots(buffers.key)
   step = begin(step, tokens, slots, options, with_mask=True)
+  assert step.index is not None and step.count is not None
   rotation = options.rotation
   if rotation is not None:
-    query, key = (rotation.rotate(x, step.cos, step.sin) for x in (query, key))
+    assert step.cos is not None and step.sin is not None
+    query = rotation.rotate(query, step.cos, step.sin)
+    key = rotation.rotate(key, step.cos, step.sin)
   buffers, scales = _with_scales(buffers, key, value, step.count, None)
   new = key, value
   if not scales:
@@ -343,14 +347,17 @@ def append_and_attend(
   batch, tokens = key.shape[:-3], key.shape[-3]
   slots = step.slots(buffers.key)
   step = begin(step, tokens, slots, options)
+  assert step.index is not None and step.count is not None
   if mask is not None:
     mask = jnp.asarray(mask).astype(bool)
     mask = mask.reshape((1,) * (3 - mask.ndim) + mask.shape)
     mask = jnp.broadcast_to(mask, (*batch, *mask.shape[-3:]))
     mask = _in_one_batch_axis(mask, batch)
-  rotation, rope = options.rotation, {}
+  rotation = options.rotation
+  rope: dict[str, Any] = {}
   if rotation is not None:
     # Tables of the rows in use only, one for each new token in order.
+    assert step.cos is not None and step.sin is not None
     pairs = step.cos.shape[-1]
     row = jnp.arange(step.cos.size // pairs, dtype=jnp.int32)
     rope = {
@@ -363,14 +370,16 @@ def append_and_attend(
     }
   buffers, scales = _with_scales(buffers, key, value, step.count, rotation)
   dtype = query.dtype if scales else buffers.key.dtype
-  new = (
+  new_query, new_key, new_value = (
     _in_one_batch_axis(x.astype(dtype), batch) for x in (query, key, value)
   )
   old_key, old_value, table = _caches(buffers, step, batch)
-  *written, out = decode_attention.decode_attention(  # type: ignore[misc]
+  *written, out = decode_attention.decode_attention(
     old_key,
     old_value,
-    *new,
+    new_query,
+    new_key,
+    new_value,
     _each(step.index),
     lengths=_each(step.count),
     mask=mask,

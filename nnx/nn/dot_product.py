@@ -49,29 +49,8 @@ def _check_groups(heads: int, name: str, shared: int) -> int:
   return heads // shared
 
 
-def check_softcap(softcap: float | None) -> None:
-  """Refuses a soft cap that is not positive and finite.
-
-  Example:
-
-    >>> from nnx.nn import dot_product
-    >>> dot_product.check_softcap(50.0)
-
-  Args:
-    softcap: As for `dot_product_attention`.
-
-  Raises:
-    ValueError: If it is not positive and finite.
-  """
-  if softcap is not None and not 0 < softcap < math.inf:
-    raise ValueError(
-      f"`softcap` must be positive and finite, but got {softcap}. For no cap,"
-      " pass None."
-    )
-
-
 def _soft_cap(logits, softcap):
-  check_softcap(softcap)
+  checks.positive("softcap", softcap)
   return softcap * jnp.tanh(logits / softcap)
 
 
@@ -198,6 +177,7 @@ def dot_product_attention_weights(
     shape = (1,) * (len(shape) - 2) + shape[-2:]
   if dropout_rate == 1.0:  # where 1 / (1 - rate) would make NaN
     return jnp.zeros_like(weights)
+  assert dropout_rng is not None
   keep_prob = 1.0 - dropout_rate
   keep = random.bernoulli(dropout_rng, keep_prob, shape)
   return weights * (keep.astype(dtype) / jnp.asarray(keep_prob, dtype))
@@ -230,20 +210,20 @@ def _plain_attention(
   near = check_window(window)
   if near is not None:
     everything = max(query.shape[-3], key.shape[-3])
-    near = tuple(everything if size < 0 else size for size in near)
+    before, after = (everything if size < 0 else size for size in near)
+    near = before, after
   batch = query.shape[:-3]
   if len(batch) > 1:  # jax takes one batch axis
     flat = (math.prod(batch),)
 
-    def flatten(x):
+    def flatten(x: Any) -> Any:
       if x is None:
         return None
       x = jnp.broadcast_to(x, (*batch, *x.shape[-3:]))
       return x.reshape((*flat, *x.shape[-3:]))
 
-    query, key, value, bias, mask = map(
-      flatten, (query, key, value, bias, mask)
-    )
+    query, key, value = flatten(query), flatten(key), flatten(value)
+    bias, mask = flatten(bias), flatten(mask)
   out = jax.nn.dot_product_attention(
     query,
     key,

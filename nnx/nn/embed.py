@@ -107,9 +107,8 @@ class Embed(Module):
       return _take(table, inputs, False)
 
     # `jnp.take` has no parameter for the sharding.
-    return jax.sharding.auto_axes(take, out_sharding=out_sharding)(
-      table, inputs
-    )
+    automatic: Any = jax.sharding.auto_axes
+    return automatic(take, out_sharding=out_sharding)(table, inputs)
 
   def attend(self, query: jax.Array, out_sharding: Any = None) -> jax.Array:
     """Multiplies vectors with all of the table, as for logits of tokens.

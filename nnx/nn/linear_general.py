@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections.abc
 from collections.abc import Callable, Iterator, Mapping, Sequence
 import math
+import types
 from typing import Any
 
 import jax
@@ -25,6 +26,8 @@ from nnx.nn.products import DotGeneral, as_tuple, dot
 from nnx.rnglib import Rngs
 from nnx.variablelib import Param, VariableMetadata
 
+_NO_AXES: Mapping[int, int] = types.MappingProxyType({})
+
 # As it was imported; see `eager.current`.
 _DOT_GENERAL = lax.dot_general
 
@@ -43,7 +46,7 @@ class AxisSizes(collections.abc.Mapping):
     sizes: The mapping.
   """
 
-  def __init__(self, sizes: Mapping[int, int] = NO_METADATA):
+  def __init__(self, sizes: Mapping[int, int] = _NO_AXES):
     self._sizes = dict(sizes)
 
   def __getitem__(self, axis: int) -> int:
@@ -214,7 +217,7 @@ class LinearGeneral(Module):
     out_features: int | Sequence[int],
     *,
     axis: int | Sequence[int] = -1,
-    batch_axis: Mapping[int, int] = NO_METADATA,
+    batch_axis: Mapping[int, int] = _NO_AXES,
     use_bias: bool = True,
     dtype: dtypes.Dtype | None = None,
     param_dtype: dtypes.Dtype = jnp.float32,

@@ -17,6 +17,8 @@ from jax import lax
 from nnx import eager
 from nnx.nn import dtypes
 
+_CONFIG: Any = jax.config  # whose options have no types
+
 DotGeneral = Callable[..., jax.Array]
 
 # As it was imported; see `eager.current`.
@@ -188,14 +190,27 @@ def _has_few_rows(
     and all(isinstance(size, int) for size in shape)  # none is symbolic
     and 1 <= math.prod(inputs.shape[:first]) <= _MOST_ROWS
     and math.prod(kernel.shape) >= _LEAST_SIZE
-    and jax.config.jax_default_matmul_precision is None
-    and _on_one_kind_of_mesh()
-    and jax.default_backend() == "cpu"
-    and eager.functions_are_as_imported()
+    and _CONFIG.jax_default_matmul_precision is None
+    and on_plain_cpu()
   )
 
 
-def _on_one_kind_of_mesh() -> bool:
-  """Returns whether no axis of a mesh is the program's own business."""
+def on_plain_cpu() -> bool:
+  """Returns whether a layer may compute in another way that suits the CPU.
+
+  It runs there, no axis of a mesh is the program's own business, and no
+  function of jax has been replaced.
+
+  Example:
+
+    >>> import jax
+    >>> from nnx.nn import products
+    >>> products.on_plain_cpu() == (jax.default_backend() == "cpu")
+    True
+  """
   mesh = jax.sharding.get_abstract_mesh()
-  return mesh.empty or mesh.are_all_axes_auto
+  return (
+    (mesh.empty or mesh.are_all_axes_auto)
+    and jax.default_backend() == "cpu"
+    and eager.functions_are_as_imported()
+  )

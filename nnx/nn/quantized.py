@@ -318,6 +318,7 @@ class QuantizedEmbed(_Packed):
 
 def _shapes(layer: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
   """Returns the axes of a kernel that are contracted, and the others."""
+  shapes: tuple[tuple[int, ...], tuple[int, ...]]
   if type(layer) is Linear:
     plain = layer.dot_general is jax.lax.dot_general
     shapes = (layer.in_features,), (layer.out_features,)

@@ -230,6 +230,7 @@ class RNN(Module):
         carry, outputs = steps(self.cell, carry, inputs)
     if every_carry:
       carries, outputs = outputs
+      assert seq_lengths is not None
       carry = _last_carry(carries, seq_lengths)
     if reverse and keep_order:
       outputs = jax.tree.map(flip, outputs)

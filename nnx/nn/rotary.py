@@ -134,10 +134,10 @@ def rotate(
   shape = (1,) * (x.ndim - len(shape)) + shape
   cos, sin = (a.reshape(shape).astype(wide.dtype) for a in (cos, sin))
   first, second = _pairs(wide, pairs, interleaved)
-  turned = first * cos - second * sin, second * cos + first * sin
+  parts = [first * cos - second * sin, second * cos + first * sin]
   if interleaved:
-    turned = [jnp.stack(turned, -1).reshape((*x.shape[:-1], 2 * pairs))]
-  turned = jnp.concatenate([*turned, wide[..., 2 * pairs :]], -1)
+    parts = [jnp.stack(parts, -1).reshape((*x.shape[:-1], 2 * pairs))]
+  turned = jnp.concatenate([*parts, wide[..., 2 * pairs :]], -1)
   return turned.astype(x.dtype)
 
 
@@ -311,12 +311,14 @@ def rotate_at(
   """
   if table is None and positions is None:
     length = max(query.shape[-3], key.shape[-3])
-    table = rotation.rows(jnp.arange(length), length)
-    return tuple(
-      rotation.rotate(x, *(part[: x.shape[-3]] for part in table))
-      for x in (query, key)
+    cos, sin = rotation.rows(jnp.arange(length), length)
+    tokens, keys = query.shape[-3], key.shape[-3]
+    return (
+      rotation.rotate(query, cos[:tokens], sin[:tokens]),
+      rotation.rotate(key, cos[:keys], sin[:keys]),
     )
   if table is None:
+    assert positions is not None
     table = rotation.rows(positions, None)
   return rotation.rotate(query, *table), rotation.rotate(key, *table)
 

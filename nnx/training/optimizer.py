@@ -10,13 +10,14 @@ from collections.abc import Mapping
 from typing import Any, Generic, TypeVar
 
 import jax
+from jax import core
 import jax.numpy as jnp
 from jax.sharding import NamedSharding
 
 from nnx import partitioning
 from nnx.engine import jax_private
 from nnx.filterlib import Filter
-from nnx.graphlib import functional, leaves
+from nnx.graphlib import functional, leaves, modes
 from nnx.missing import MISSING
 from nnx.pytreelib import Pytree, data
 from nnx.statelib import State, from_flat_state, map_state, to_flat_state
@@ -145,11 +146,11 @@ def _placed_like(value: Any, parameter: Any, annotation: Any) -> Any:
   spec = getattr(annotation, "spec", annotation)
   if len(spec) >= parameter.ndim:
     return None
-  if not isinstance(parameter, jax.core.Tracer):
+  if not isinstance(parameter, core.Tracer):
     sharding = parameter.sharding
     if not isinstance(sharding, NamedSharding):
       return None
-    if isinstance(value, jax.core.Tracer):
+    if isinstance(value, core.Tracer):
       return jax.lax.with_sharding_constraint(value, sharding)
     return jax.device_put(value, sharding)
   if partitioning.active_mesh() is None:
@@ -423,20 +424,22 @@ class Optimizer(Pytree, Generic[M]):
       model = self.model
     params = leaves.as_pure(functional.state(model, self.wrt, graph=self.graph))
     grads = _gradients_of(params, grads, self.wrt, self.graph)
-    updates, opt_state = self.tx.update(
-      grads,
-      leaves.as_pure(self.opt_state),
-      params,
-      **leaves.as_pure(kwargs),
-    )
-    new_params = apply_updates(params, updates)
+    with modes.named_scope(type(self).__name__):
+      updates, opt_state = self.tx.update(
+        grads,
+        leaves.as_pure(self.opt_state),
+        params,
+        **leaves.as_pure(kwargs),
+      )
+      new_params = apply_updates(params, updates)
+      step = self.step.value + 1
 
     def store(variable, value):
       variable.value = value
 
     jax.tree.map(store, self.opt_state, opt_state, is_leaf=_is_variable)
     functional.update(model, new_params)
-    self.step.value = self.step.value + 1
+    self.step.value = step
     return updates
 
 

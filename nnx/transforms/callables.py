@@ -88,6 +88,7 @@ def method_of(fun: Any) -> Method | None:
   """
   inner, given = fun, ()
   named: dict[str, Any] = {}
+  owner: _engine.ObjectBase
   while isinstance(inner, functools.partial):
     given, named = (*inner.args, *given), {**inner.keywords, **named}
     inner = inner.func

@@ -141,10 +141,10 @@ def check_same(
     if not policy.mode.updates and not isinstance(old, _engine.VariableBase):
       continue
     if old is not new:
-      path = node_path(after.records, index)
+      at = node_path(after.records, index)
       raise ValueError(
         f"The carry of `nnx.{policy.transform}` must hold the same objects in"
-        f" all iterations, but at `{prefix.text(where, path)}` there is another"
+        f" all iterations, but at `{prefix.text(where, at)}` there is another"
         f" {type(new).__name__}. Change the object that came in, and return it."
       )
 

@@ -453,8 +453,9 @@ class _Loop:
       outcomes.result_leaves(plan).start,
     )
     for leaf, old, value in zip(self.carried, carry_leaves, new):
-      path = self.walk.places[leaf].text
-      carry_lib.check_type(old, value, self.policy.transform, path)
+      place = self.walk.places[leaf]
+      assert place is not None
+      carry_lib.check_type(old, value, self.policy.transform, place.text)
     return tuple(new)
 
   def finish(self, final: Sequence[Any]) -> Any:

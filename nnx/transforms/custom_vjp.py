@@ -352,7 +352,7 @@ class _Application:
       (by_top.setdefault(top, []) if is_node else plain).append(leaf)
     if by_top and not self.tree:
       cotangent = self.read_states(position, cotangent, by_top, found)
-      leaves = plain
+      leaves = tuple(plain)
     given = self.call.lifted.policy.leaves(cotangent)
     if len(given) != len(leaves):
       raise ValueError(

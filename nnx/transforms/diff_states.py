@@ -153,6 +153,7 @@ class Gradients:
     }
     for leaf in selected:
       place = self.walk.places[leaf]
+      assert place is not None
       top = id(objects[place.top]) if place.top >= 0 else 0
       if top not in nested:
         continue

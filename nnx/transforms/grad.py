@@ -104,7 +104,9 @@ def _check_boxes(
     value = call.leaves[leaf]
     if boxes.is_box(value) or variablelib.is_ref(value):
       # With later versions of jax both kinds are mutable arrays.
-      index = walk.places[leaf].variable
+      place = walk.places[leaf]
+      assert place is not None
+      index = place.variable
       ref = call.objects[index].ref if index >= 0 else variablelib.is_ref(value)
       kind = "ref" if ref else "hijax"
       raise TypeError(
@@ -121,7 +123,7 @@ def _name_discrete(
   """Adds to an error what has no derivative, where there is such a leaf."""
   for leaf in selected:
     dtype = jax.dtypes.result_type(call.leaves[leaf])
-    if not jax.dtypes.issubdtype(dtype, jax.numpy.inexact):
+    if not jax.numpy.issubdtype(dtype, jax.numpy.inexact):
       error.add_note(
         f"`{call.path(leaf)}` is to be differentiated and has the dtype"
         f" {dtype}. Leave it out by a `DiffState` in `argnums`."

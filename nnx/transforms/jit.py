@@ -24,6 +24,7 @@ from typing import (
 )
 
 import jax
+from jax import core
 from jax.experimental import serialize_executable
 import jax.numpy as jnp
 
@@ -266,7 +267,7 @@ class JitWrapped(_engine.JitFunction, Generic[P, R]):
       f"`{path}`"
       for path, leaf in zip(paths, leaves)
       if isinstance(leaf, jax.Array)
-      and not isinstance(leaf, jax.core.Tracer)
+      and not isinstance(leaf, core.Tracer)
       and leaf.is_deleted()
     ]
     if gone:
@@ -506,7 +507,7 @@ def jit(
     raise TypeError(
       f"`fun` must be callable, but got {fun!r} of type {type(fun).__name__}."
     )
-  jit_options = {"keep_unused": keep_unused, "inline": inline}
+  jit_options: dict[str, Any] = {"keep_unused": keep_unused, "inline": inline}
   if device is not None:
     jit_options["device"] = device
   if backend is not None:

@@ -11,6 +11,7 @@ import inspect
 from typing import Any
 
 import jax
+from jax import core
 import numpy as np
 
 from nnx.engine import _engine, jax_private, preorder
@@ -22,6 +23,8 @@ from nnx.transforms import (
   places,
   prefix,
 )
+
+_CONFIG: Any = jax.config  # whose options have no types
 
 _TRACEABLE = (
   jax.Array,
@@ -43,14 +46,14 @@ def _is_sharding(value: Any) -> bool:
 
 def _lies_anywhere(leaf: Any) -> bool:
   """Tells whether an array is on one of several devices, and need not be."""
-  if isinstance(leaf, jax.core.Tracer):
+  if isinstance(leaf, core.Tracer):
     return places.is_noting_places()
   return (
     isinstance(leaf, jax.Array)
     and not leaf.committed
     and len(leaf.sharding.device_set) == 1
     and jax.device_count() > 1
-    and not jax.config.jax_disable_jit
+    and not _CONFIG.jax_disable_jit
   )
 
 
@@ -158,7 +161,7 @@ class Options:
       if shardings is not None:
         options["in_shardings"] = (tuple(shardings),)
       compiled = jax.jit(flat, **options)
-      args = (leaves,)
+      args: tuple[tuple[Any, ...], ...] = (leaves,)
       if not self.donated and not self.is_placed:
         program = in_place_programs.make(flat, compiled, leaves, options)
     else:
@@ -297,7 +300,7 @@ class Flat(lift.Lifted):
     self.shardings = shardings
     # Where transforms inside want leaves to lie, once it has been traced.
     self.places: dict[int, Any] = {}
-    self._traced = None
+    self._traced: tuple[Any, Any] | None = None
 
   @property
   def __name__(self) -> str:
@@ -337,7 +340,7 @@ class Flat(lift.Lifted):
     """Returns the function of the kept leaves and of the donated ones."""
     total = len(kept) + len(donated)
 
-    def split(kept_leaves, donated_leaves):
+    def split(kept_leaves: tuple, donated_leaves: tuple) -> Any:
       leaves: list[Any] = [None] * total
       for i, leaf in zip((*kept, *donated), (*kept_leaves, *donated_leaves)):
         leaves[i] = leaf

@@ -251,7 +251,7 @@ class Lifted:
     kwargs = dict(zip(self.names, values[count:]))
     fun, args = self.fun, (*first, *values[:count])
     if args and callable(args[0]) and type(args[0]).__call__ is fun:
-      fun, *args = args  # through the object, which names the call
+      fun, args = args[0], args[1:]  # through the object, which names the call
     try:
       return fun(*args, **kwargs)
     except Exception as error:

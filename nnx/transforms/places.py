@@ -13,8 +13,8 @@ from nnx.engine import _engine, jax_private
 
 
 class _Noted(threading.local):
-  leaves: dict[int, int] | None = None
-  shardings: dict[int, Any] | None = None
+  # Numbers of leaves by identity, and the shardings that are wanted of them.
+  notes: tuple[dict[int, int], dict[int, Any]] | None = None
 
 
 _noted = _Noted()
@@ -22,7 +22,7 @@ _noted = _Noted()
 
 def is_noting_places() -> bool:
   """Tells whether somebody traces who notes places."""
-  return _noted.leaves is not None
+  return _noted.notes is not None
 
 
 @contextlib.contextmanager
@@ -35,13 +35,13 @@ def noting_places(leaves: Sequence[Any]) -> Iterator[dict[int, Any]]:
   Yields:
     A dict from numbers of leaves to shardings, filled by `place_variables`.
   """
-  before = _noted.leaves, _noted.shardings
-  _noted.leaves = {id(leaf): i for i, leaf in enumerate(leaves)}
-  _noted.shardings = {}
+  before = _noted.notes
+  shardings: dict[int, Any] = {}
+  _noted.notes = {id(leaf): i for i, leaf in enumerate(leaves)}, shardings
   try:
-    yield _noted.shardings
+    yield shardings
   finally:
-    _noted.leaves, _noted.shardings = before
+    _noted.notes = before
 
 
 def place_variables(
@@ -59,7 +59,8 @@ def place_variables(
     shardings: one a leaf; what is no `Sharding` asks for nothing.
   """
   outside = jax_private.outside_of_traces()
-  if not outside and _noted.leaves is None:
+  leaves, wanted = ({}, {}) if _noted.notes is None else _noted.notes
+  if not outside and _noted.notes is None:
     return
   for record in structure._records:
     if record.kind is not _engine.NodeKind.VARIABLE or record.leaf < 0:
@@ -73,8 +74,8 @@ def place_variables(
     if not sharding.is_fully_addressable:
       continue  # other processes have parts of it
     if not outside:
-      leaf = _noted.leaves.get(id(value))
+      leaf = leaves.get(id(value))
       if leaf is not None:
-        _noted.shardings.setdefault(leaf, sharding)
+        wanted.setdefault(leaf, sharding)
     elif not value.sharding.is_equivalent_to(sharding, value.ndim):
       variable.raw_value = jax.device_put(value, sharding)

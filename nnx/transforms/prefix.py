@@ -164,10 +164,11 @@ def prefix(
     ValueError: if no filter selects a leaf.
   """
   del graph
+  entry_of: Callable[[Any, Any], Any]
   if isinstance(filter_map, Mapping):
     filters = FilterMap(filter_map)
 
-    def entry_of(path, leaf):
+    def selected(path, leaf):
       found, entry = filters.select(path, leaf)
       if not found:
         raise ValueError(
@@ -177,6 +178,8 @@ def prefix(
           " last filter."
         )
       return entry
+
+    entry_of = selected
   else:
     entry_of = filter_map
   return jax.tree_util.tree_map_with_path(

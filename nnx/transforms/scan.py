@@ -19,6 +19,8 @@ from nnx.transforms import jit as jit_lib
 from nnx.transforms import vmap as vmap_lib
 from nnx.transforms.carry import Carry
 
+_CONFIG: Any = jax.config  # whose options have no types
+
 F = TypeVar("F", bound=Callable[..., Any])
 
 
@@ -256,7 +258,7 @@ class _Kept(jit_lib.Options):
   def __call__(self, /, *args: Any, **owner: Any) -> Any:
     if (
       self.captures
-      or jax.config.jax_disable_jit
+      or _CONFIG.jax_disable_jit
       or not jax_private.outside_of_traces()
       or not self.all_are_arrays(args, tuple(owner.values()))
       or not eager.functions_are_as_imported()
@@ -308,7 +310,15 @@ class _Kept(jit_lib.Options):
 class _Loop:
   """One scan: the leaves by what happens to them, and the body."""
 
-  def __init__(self, call, walk, carry_in, carry_out, out_axes, metadata):
+  def __init__(
+    self,
+    call: lift.Call,
+    walk: Any,
+    carry_in: int | None,
+    carry_out: Any,
+    out_axes: Any,
+    metadata: Any,
+  ):
     self.call = call
     self.walk = walk
     self.carry_in = carry_in

@@ -32,7 +32,8 @@ class VmapOptions(TypedDict, total=False):
   graph_updates: bool | None
 
 
-class StateAxes(prefix.FilterMap, Mapping[Any, Any]):
+# `items` is a list, as a filter may come twice.
+class StateAxes(prefix.FilterMap, Mapping[Any, Any]):  # type: ignore[misc]
   """Axes for the Variables of a graph, by filter.
 
   Example:
@@ -329,7 +330,7 @@ def pmap(
   in_axes: Any = 0,
   out_axes: Any = 0,
   static_broadcasted_argnums: int | Iterable[int] = (),
-  devices: Sequence[jax.Device] | None = None,
+  devices: Sequence[Any] | None = None,
   backend: str | None = None,
   axis_size: int | None = None,
   donate_argnums: int | Iterable[int] = (),

@@ -51,6 +51,22 @@ class ImportTest(absltest.TestCase):
     last = done.stderr.strip().splitlines()[-1]
     self.assertIn("run `tools/bazel run //tools:develop` in", last)
 
+  def test_free_threaded_python_is_refused(self):
+    free = (
+      "import sysconfig; sysconfig.get_config_vars()['Py_GIL_DISABLED'] = 1"
+    )
+    path = f"import sys; sys.path[:] = {sys.path!r}"
+    done = subprocess.run(
+      [sys.executable, "-c", f"{path}\n{free}\nimport nnx"],
+      capture_output=True,
+      text=True,
+    )
+    self.assertEqual(
+      done.stderr.strip().splitlines()[-1],
+      "ImportError: `nnx` needs a Python with the global lock, but this one is"
+      " free-threaded: run a build of CPython 3.11 to 3.14 that is not.",
+    )
+
 
 ignored = shutil.ignore_patterns("*.so", "cc", "__pycache__")
 

@@ -236,7 +236,8 @@ class StatusTest(parameterized.TestCase):
       table: object
 
     for value in (
-      jnp.ones(1), nnx.Param(1), nnx.State({}), Holder(np.ones(1)),
+      jnp.ones(1), nnx.Param(1), nnx.State({"a": jnp.ones(1)}),
+      Holder(np.ones(1)),
     ):  # fmt: skip
       node = Node(a=nnx.static((1, 2)))
       node.a = value

@@ -43,6 +43,17 @@ def test_an_unsupported_python_is_refused_in_one_sentence(changes, what):
   )
 
 
+def test_pip_is_told_what_else_to_do():
+  said = refusal(gil_disabled=True, otherwise="or call another pip")
+  assert said.endswith("of such a version, or call another pip")
+
+
+def test_what_runs_this_is_described():
+  found = python_probe.describe()
+  assert found["version"] == sys.version_info[:2]
+  assert python_probe.refusal(**found) is None
+
+
 def test_a_python_without_headers_is_refused_in_one_sentence(tmp_path):
   assert refusal(include=str(tmp_path)) == (
     f"`/usr/bin/python3` has no headers (`{tmp_path}` holds no Python.h): "

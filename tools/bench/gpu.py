@@ -131,7 +131,7 @@ def _torch_side(name: str, run: Callable[[], Any]) -> harness.Side:
 
   @functools.cache
   def captured() -> Any:
-    import torch
+    import torch  # pyright: ignore[reportMissingImports]
 
     for _ in range(3):
       run()
@@ -142,7 +142,7 @@ def _torch_side(name: str, run: Callable[[], Any]) -> harness.Side:
     return graph
 
   def seconds(graph: Any) -> float:
-    import torch
+    import torch  # pyright: ignore[reportMissingImports]
 
     first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     first.record()

@@ -59,7 +59,7 @@ def _normal(shape: Sequence[int], dtype: str, seed: int) -> jax.Array:
   return jax.random.normal(jax.random.key(seed), tuple(shape), dtype)
 
 
-_BATCHES = (
+_BATCHES: tuple[tuple[tuple[int, ...], str, int, bool], ...] = (
   # Shape, dtype, feature axis, whether with a residual as well.
   ((256, 56, 56, 256), "bfloat16", -1, True),
   ((128, 112, 112, 64), "float32", -1, True),
@@ -197,13 +197,13 @@ def _cache_rows(tiny: bool) -> Iterator[Row]:
 
     def call(implementation, *args, dtype=dtype, steps=steps):
       scale = jnp.float32(1 / 32) if dtype == "int8" else None
-      *caches, new_k, new_v, index = args
+      cache_k, cache_v, new_k, new_v, index = args
       for step in range(steps):
-        caches = kv_cache.update(
-          *caches, new_k, new_v, index + step,
+        cache_k, cache_v = kv_cache.update(
+          cache_k, cache_v, new_k, new_v, index + step,
           k_scale=scale, v_scale=scale, implementation=implementation,
         )  # fmt: skip
-      return caches
+      return cache_k, cache_v
 
     each = jnp.dtype(dtype).itemsize + jnp.dtype(new_dtype).itemsize
     yield Row(
@@ -223,7 +223,7 @@ def _torch_attention(batch, length, heads, group, dtype, layers):
   By name: a step with the backend that it chooses, and with its own flash
   attention, after a copy of the new row into the cache; and attending alone.
   """
-  import torch
+  import torch  # pyright: ignore[reportMissingImports]
 
   kind = getattr(torch, dtype)
   q = torch.randn(batch, heads * group, 1, 128, dtype=kind, device="cuda")
@@ -254,7 +254,7 @@ def _torch_attention(batch, length, heads, group, dtype, layers):
         )
 
   def flash():
-    from torch.nn import attention
+    from torch.nn import attention  # pyright: ignore[reportMissingImports]
 
     with attention.sdpa_kernel(attention.SDPBackend.FLASH_ATTENTION):
       step()
@@ -292,6 +292,11 @@ def _decode_rows(tiny: bool) -> Iterator[Row]:
     (8, 32768, 8, 1, "bfloat16", 1),
     (64, 2048, 8, 4, "bfloat16", 4),
     (128, 256, 8, 8, "bfloat16", 8),
+    # What tensor parallelism over eight leaves to each: one head.
+    (8, 32768, 1, 8, "bfloat16", 4),
+    (8, 32768, 1, 8, "int8", 4),
+    (1, 32768, 1, 8, "bfloat16", 16),
+    (64, 2048, 1, 8, "bfloat16", 8),
   ):
     name = f"decode/B{batch}_S{length}_N{heads}_G{group}_H128/{dtype}"
     if tiny:

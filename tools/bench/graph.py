@@ -67,7 +67,7 @@ def _with_partial(
   """Adds `jit_partial` of `flax.nnx` in tree mode as a baseline."""
   model = make_model(flax_nnx)
 
-  def jit(function: Callable[..., Any], **mode: bool) -> Callable[..., Any]:
+  def jit(function: Callable[..., Any], **mode: Any) -> Callable[..., Any]:
     step = flax_nnx.jit_partial(function, model, **mode)
     return lambda _: step()
 

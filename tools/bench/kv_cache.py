@@ -122,8 +122,10 @@ def _ours_layer(cache_k, cache_v, new_k, new_v, index, layer):
 def _slice_layer(cache_k, cache_v, new_k, new_v, index, layer):
   """Takes the layer out, writes to it, and puts it back."""
   caches = (cache_k, cache_v)
-  one = (lax.dynamic_index_in_dim(c, layer, keepdims=False) for c in caches)
-  written = _slice_update(*one, new_k, new_v, index)
+  one_k, one_v = (
+    lax.dynamic_index_in_dim(c, layer, keepdims=False) for c in caches
+  )
+  written = _slice_update(one_k, one_v, new_k, new_v, index)
   return tuple(
     lax.dynamic_update_index_in_dim(cache, new, layer, 0)
     for cache, new in zip(caches, written, strict=True)

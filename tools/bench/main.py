@@ -10,6 +10,7 @@ sides disagreed.
 import argparse
 from collections.abc import Sequence
 import gc
+import importlib.util
 import math
 import pathlib
 import re
@@ -30,13 +31,15 @@ from tools.bench import (
   tour,
 )
 
+_SUITES = suites.NAMES + suites.CONFIGURED
+
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
   parser = argparse.ArgumentParser(prog="bench", description=__doc__)
   parser.add_argument(
     "--suite",
     metavar="NAME,NAME",
-    help=f"all rows of these suites, of {','.join(suites.NAMES)}",
+    help=f"all rows of these suites, of {','.join(_SUITES)}",
   )
   sizes = parser.add_mutually_exclusive_group()
   sizes.add_argument(
@@ -70,12 +73,18 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
   if options.suite is None:
     options.suite = ",".join(suites.NAMES)
   options.suite = [name for name in options.suite.split(",") if name]
-  unknown = sorted(set(options.suite) - set(suites.NAMES))
+  unknown = sorted(set(options.suite) - set(_SUITES))
   if unknown or not options.suite:
     parser.error(
-      f"--suite must name some of {', '.join(suites.NAMES)}, but got "
+      f"--suite must name some of {', '.join(_SUITES)}, but got "
       f"{', '.join(unknown) or 'none'}"
     )
+  for name in set(options.suite) & set(suites.CONFIGURED):
+    if importlib.util.find_spec(f"tools.bench.{name}") is None:
+      parser.error(
+        f"--suite={name} needs packages of its own: `bazel run"
+        f" --config={name} //tools:bench_{name}`"
+      )
   if options.filter is not None:
     try:
       options.filter = re.compile(options.filter)
@@ -187,7 +196,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print("no row matches --suite and --filter", file=sys.stderr)
     return 2
   records, failures, left = run_cases(cases, settings, seconds)
-  records.sort(key=lambda record: suites.NAMES.index(record["suite"]))
+  records.sort(key=lambda record: _SUITES.index(record["suite"]))
   print((report.tour_text if options.tour else report.full_text)(records))
   if options.json is not None:
     report.write_json(records, options.json)

@@ -49,7 +49,7 @@ def _side(
 
 def _torch_side(x: jax.Array, w: jax.Array) -> harness.Side:
   """Makes a side that multiplies with PyTorch, which keeps w transposed."""
-  import torch
+  import torch  # pyright: ignore[reportMissingImports]
 
   def to_torch(array: jax.Array) -> Any:
     values = torch.from_numpy(np.array(array, np.float32))

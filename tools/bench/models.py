@@ -1,10 +1,12 @@
 """What the suites share that run one program on `nnx` and on `flax.nnx`."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+import functools
 from typing import Any
 
 from flax import nnx as flax_nnx
 import jax
+from jax import numpy as jnp
 
 import nnx
 from tools.bench import harness
@@ -47,6 +49,52 @@ def make(library: Library, constructor: Callable[[], Any]) -> Any:
 
   state = jax.jit(init, compiler_options=quick_xla.options())()
   return library.merge(graphdef, state)
+
+
+def training(
+  library: Library,
+  name: str,
+  make_model: Callable[[], Any],
+  tx: Any,
+  loss: Callable[..., jax.Array],
+  batch: Sequence[jax.Array],
+) -> harness.Side:
+  """Makes the side of a step of training.
+
+  It is jitted, model and optimizer are donated; the result is the loss. The
+  model's parameters are compared as well.
+
+  Args:
+    library: the library.
+    name: of the side.
+    make_model: makes the model, once.
+    tx: the optimizer's transformation of optax.
+    loss: of the model and the batch.
+    batch: arrays.
+  """
+
+  @functools.partial(library.jit, donate_argnums=(0, 1))
+  def step(model, optimizer, *batch):
+    value, grads = library.value_and_grad(loss)(model, *batch)
+    optimizer.update(model, grads)
+    return value
+
+  model = make_model()
+  optimizer = library.Optimizer(model, tx, wrt=library.Param)
+  graphdef, state = library.split((model, optimizer))
+
+  def fresh() -> Any:
+    return library.merge(graphdef, jax.tree.map(jnp.copy, state))
+
+  def observe(state: Any, loss: Any) -> Any:
+    return loss, arrays(library, library.state(state[0], library.Param))
+
+  return harness.Side(
+    name=name,
+    fresh=fresh,
+    call=lambda state: step(*state, *batch),
+    observe=observe,
+  )
 
 
 def arrays(library: Library, state: Any) -> dict[str, Any]:

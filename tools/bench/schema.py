@@ -7,6 +7,7 @@ import pathlib
 from typing import Any
 
 import jsonschema
+from jsonschema import exceptions, validators
 
 _PATH = pathlib.Path(__file__).with_name("schema.json")
 _TYPES = jsonschema.Draft202012Validator.TYPE_CHECKER
@@ -18,7 +19,7 @@ def _is_number(checker: Any, value: Any) -> bool:
   return _TYPES.is_type(value, "number") and math.isfinite(value)
 
 
-_Validator = jsonschema.validators.extend(
+_Validator = validators.extend(
   jsonschema.Draft202012Validator,
   type_checker=_TYPES.redefine("number", _is_number),
 )
@@ -42,9 +43,7 @@ def validate(records: Any) -> None:
   Example:
     >>> validate([])
   """
-  error = jsonschema.exceptions.best_match(
-    _Validator(load()).iter_errors(records)
-  )
+  error = exceptions.best_match(_Validator(load()).iter_errors(records))
   if error is not None:
     where = error.json_path.replace("$", "records", 1)
     raise ValueError(

@@ -15,7 +15,10 @@ NAMES = (
   "bridge",
   "layers",
   "generate",
+  "train",
 )
+# Those of configurations of their own, whose packages other runs do not have.
+CONFIGURED = ("ecosystem",)
 
 
 def cases(name: str, settings: harness.Settings) -> Sequence[harness.Case]:
@@ -25,7 +28,7 @@ def cases(name: str, settings: harness.Settings) -> Sequence[harness.Case]:
   not pay for the libraries of another.
 
   Args:
-    name: one of `NAMES`.
+    name: one of `NAMES` or `CONFIGURED`.
     settings: decides between small and full shapes.
   """
   return importlib.import_module(f"tools.bench.{name}").cases(settings)

@@ -195,25 +195,16 @@ def _arrays(make_model: Callable[[Library], Any]) -> tuple[jax.Array, ...]:
 def _build_step(blocks: int) -> harness.Comparison:
   """Builds the row of a step, jitted, the old state donated."""
   x, target = _batch()
+  tx = optax.adam(_RATE)
 
   def make(library: Library, name: str) -> harness.Side:
-    tx = optax.adam(_RATE)  # once: a new one would be a new structure
-
-    @functools.partial(library.jit, donate_argnums=(0, 1))
-    def step(model, optimizer, x, target):
-      loss, grads = library.value_and_grad(_loss)(model, x, target)
-      optimizer.update(model, grads)
-      return loss
-
-    def fresh() -> Any:
-      model = _model_type(library)(blocks)
-      return model, library.Optimizer(model, tx, wrt=library.Param)
-
-    return harness.Side(
-      name=f"{name}.jit",
-      fresh=fresh,
-      call=lambda state: step(*state, x, target),
-      observe=lambda state, loss: (loss, _params(library, state[0])),
+    return models.training(
+      library,
+      f"{name}.jit",
+      lambda: _model_type(library)(blocks),
+      tx,
+      _loss,
+      (x, target),
     )
 
   @functools.partial(jax.jit, donate_argnums=0)

@@ -4,6 +4,7 @@ import doctest
 import importlib
 import os
 import sys
+from typing import Any
 
 _OPTIONS = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
 
@@ -14,8 +15,10 @@ class Finder(doctest.DocTestFinder):
   Such a class is written in one file and imported from another.
   """
 
-  def _from_module(self, module, object):
-    if super()._from_module(module, object):
+  def _from_module(self, module: Any, object: Any) -> bool:
+    # A method of doctest that its types leave out.
+    parent: Any = super()
+    if parent._from_module(module, object):
       return True
     owner, _, name = getattr(object, "__qualname__", "").rpartition(".")
     cls = vars(module).get(owner)

@@ -18,6 +18,9 @@ for version in 3.11 3.12; do
     lock=requirements_${hub}_lock_${version/./_}.txt
     # That of llm lists all of its packages: what else they require is not used.
     [ "$hub" = llm ] && deps=--no-deps || deps=
+    # tunix's examples alone want the one, and the other has no wheel.
+    [ "$hub" = ecosystem ] &&
+      deps="--no-emit-package=tensorflow-datasets --no-emit-package=promise"
     compile --python-version="$version" requirements_$hub.in $deps \
       --constraints="$base" --output-file="$lock.all" "$@"
     awk '/^[^ ]/ { keep = !(FNR != NR && ($1 in locked)) }

@@ -33,6 +33,33 @@ cc_library(
 )
 """
 
+# What rules_python asks of a Python since its first release: without these it would
+# download one of its own beside the host's.
+_MORE_TOOLCHAINS = """
+load("@rules_python//python:py_exec_tools_toolchain.bzl", "py_exec_tools_toolchain")
+load("@rules_python//python/cc:py_cc_toolchain.bzl", "py_cc_toolchain")
+
+py_exec_tools_toolchain(name = "exec_tools")
+
+toolchain(
+    name = "exec_tools_toolchain",
+    toolchain = ":exec_tools",
+    toolchain_type = "@rules_python//python:exec_tools_toolchain_type",
+)
+
+py_cc_toolchain(
+    name = "cc",
+    headers = ":headers",
+    python_version = "{version}",
+)
+
+toolchain(
+    name = "cc_toolchain",
+    toolchain = ":cc",
+    toolchain_type = "@rules_python//python/cc:toolchain_type",
+)
+"""
+
 # A clean environment: what the user's shell sets for Python must not change
 # what is found or where pip installs.
 _ENVIRONMENT = {
@@ -66,7 +93,11 @@ def _nnx_python_impl(rctx):
         repr(str(found["executable"])),
         repr("cpython-%d%d" % tuple(found["version"])),
     ))
-    rctx.file("BUILD.bazel", _PYTHON_BUILD.format(python = found["executable"]))
+    build = _PYTHON_BUILD + (_MORE_TOOLCHAINS if rctx.attr.more_toolchains else "")
+    rctx.file("BUILD.bazel", build.format(
+        python = found["executable"],
+        version = "%d.%d" % tuple(found["version"]),
+    ))
 
 nnx_python = repository_rule(
     doc = """The host's python3, or the one that --repo_env=NNX_PYTHON names.
@@ -75,6 +106,9 @@ Refuses, in one sentence, an interpreter that the lock files do not serve or
 that has no headers to build extension modules with.""",
     implementation = _nnx_python_impl,
     attrs = {
+        "more_toolchains": attr.bool(
+            doc = "Whether rules_python is 1.3 or later, which asks for more.",
+        ),
         "_probe": attr.label(
             default = Label("//tools/build_defs:python_probe.py"),
             allow_single_file = True,

@@ -11,10 +11,17 @@ import sysconfig
 
 OLDEST = (3, 11)
 NEWEST = (3, 14)
-_OTHERWISE = "or name another interpreter with --repo_env=NNX_PYTHON=..."
+OTHERWISE = "or name another interpreter with --repo_env=NNX_PYTHON=..."
 
 
-def refusal(executable, implementation, version, gil_disabled, include):
+def refusal(
+  executable,
+  implementation,
+  version,
+  gil_disabled,
+  include,
+  otherwise=OTHERWISE,
+):
   """Says why a Python cannot be built with, or returns None.
 
   Args:
@@ -23,6 +30,7 @@ def refusal(executable, implementation, version, gil_disabled, include):
     version: major and minor number.
     gil_disabled: whether it is a free-threaded build.
     include: the directory of its C headers.
+    otherwise: what else there is to do.
   """
   if (
     implementation != "cpython"
@@ -38,36 +46,36 @@ def refusal(executable, implementation, version, gil_disabled, include):
       + NEWEST
       + (executable, implementation)
       + tuple(version)
-      + (" (free-threaded)" if gil_disabled else "", _OTHERWISE)
+      + (" (free-threaded)" if gil_disabled else "", otherwise)
     )
   if not os.path.exists(os.path.join(include, "Python.h")):
     return (
       "`%s` has no headers (`%s` holds no Python.h): install its development "
       "package, such as Debian's python%d.%d-dev, %s"
-    ) % ((executable, include) + tuple(version) + (_OTHERWISE,))
+    ) % ((executable, include) + tuple(version) + (otherwise,))
   return None
 
 
-def main():
-  """Prints `executable`, `version` and `include`, and `refusal` or null."""
-  include = sysconfig.get_path("include")
-  found = {
-    # The interpreter itself, not a shim that leads to it.
-    "executable": sys.executable,
-    "include": include,
-    "version": sys.version_info[:2],
-  }
+def describe():
+  """Returns what `refusal` asks of the Python that runs this."""
   if hasattr(sys, "implementation"):
     implementation = sys.implementation.name
   else:
     implementation = "python"
-  found["refusal"] = refusal(
-    sys.executable,
-    implementation,
-    sys.version_info[:2],
-    bool(sysconfig.get_config_var("Py_GIL_DISABLED")),
-    include,
-  )
+  return {
+    # The interpreter itself, not a shim that leads to it.
+    "executable": sys.executable,
+    "implementation": implementation,
+    "version": sys.version_info[:2],
+    "gil_disabled": bool(sysconfig.get_config_var("Py_GIL_DISABLED")),
+    "include": sysconfig.get_path("include"),
+  }
+
+
+def main():
+  """Prints `executable`, `version` and `include`, and `refusal` or null."""
+  found = describe()
+  found["refusal"] = refusal(**found)
   print(json.dumps(found))
 
 

@@ -63,7 +63,10 @@ def nnx_repositories():
         nnx_cuda(name = "nnx_cuda")
 
 def _nnx_deps_impl(_module_ctx):
-    nnx_python(name = "nnx_python")
+    nnx_python(
+        name = "nnx_python",
+        more_toolchains = True,
+    )
     for hub, stem in _HUBS.items():
         _packages(hub, stem)
     nnx_cuda(name = "nnx_cuda")

@@ -34,6 +34,8 @@ napoleon_custom_sections = [
 suppress_warnings = ["ref.python"]
 
 html_theme = "furo"
+html_static_path = ["static"]
+html_css_files = ["code.css"]
 html_show_copyright = False
 html_copy_source = False
 html_show_sourcelink = False

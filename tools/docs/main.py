@@ -15,7 +15,9 @@ import pathlib
 import sys
 import tempfile
 
-from sphinx.cmd import build as sphinx_build
+from sphinx.cmd import (  # pyright: ignore[reportMissingImports]
+  build as sphinx_build,
+)
 
 from tools.docs import contents, reference
 

@@ -141,7 +141,9 @@ class _Block(nnx.Module):
     )
 
   def __call__(self, x: jax.Array) -> jax.Array:
-    causal = {} if self.attention.decode else {"is_causal": True}
+    causal: dict[str, Any] = {}
+    if not self.attention.decode:
+      causal["is_causal"] = True
     x += self.attention(self.before(x), **causal)
     return x + self.down(jax.nn.gelu(self.up(self.between(x))))
 

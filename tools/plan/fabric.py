@@ -114,6 +114,7 @@ class Fabric(Protocol):
 
   def tiers(self, mesh: mesh_lib.Mesh) -> dict[str, tuple[Tier, ...]]:
     """Returns the tiers of each axis; of one with one device none."""
+    ...
 
 
 @dataclasses.dataclass(frozen=True)

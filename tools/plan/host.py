@@ -223,7 +223,7 @@ def _norms(side: _Side, sizes: Sizes) -> float:
 
 def _optimizer(side: _Side, sizes: Sizes) -> float:
   """Bytes a second of Adam."""
-  adam = optax.adam(1e-3)
+  adam: Any = optax.adam(1e-3)
   features, hidden = sizes.model.features, sizes.model.hidden
   shape = (2 * sizes.model.layers, features, hidden)
 

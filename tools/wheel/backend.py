@@ -11,12 +11,19 @@ import tarfile
 import tempfile
 
 from tools import gpu_build
+from tools.build_defs import python_probe
 from tools.wheel import archive
 
 ROOT = gpu_build.ROOT
 
 
 def _build_extensions(objects: pathlib.Path, out: pathlib.Path) -> None:
+  refusal = python_probe.refusal(
+    **python_probe.describe(),
+    otherwise="or call the pip of another interpreter",
+  )
+  if refusal:
+    raise RuntimeError(refusal)
   targets = gpu_build.read_targets(ROOT, ("kernels", "nnx"))
   builder = gpu_build.Builder(objects, None, os.cpu_count() or 1, out)
   _, failures = builder.build(targets)
@@ -82,6 +89,7 @@ def build_sdist(sdist_directory, config_settings=None):
     "LICENSE",
     "README.md",
     "pyproject.toml",
+    "tools/build_defs/python_probe.py",
     "tools/gpu_build.py",
     "tools/wheel/archive.py",
     "tools/wheel/backend.py",

@@ -221,10 +221,13 @@ int HoldsData(PyObject* value) {
     case TypeKind::kVariable:
     case TypeKind::kObject:
     case TypeKind::kArray:
-    case TypeKind::kState:
     case TypeKind::kCustom:
     case TypeKind::kForeign:
       return 1;
+    case TypeKind::kState: {
+      const Ref mapping = StateMapping(value);
+      return mapping ? HoldsData(mapping.get()) : -1;
+    }
     case TypeKind::kList:
     case TypeKind::kTuple:
     case TypeKind::kNamedTuple:

@@ -202,14 +202,15 @@ bool Fingerprint::Visit(PyObject* value, Mode mode) {
     case TypeKind::kState: {
       Mix(HashOfPointer(type));
       const Ref mapping = StoredMapping(value);
-      ok = mapping && VisitMapping(mapping.get(), Mode::kPytree);
+      ok = mapping && VisitMapping(mapping.get(),
+                                   mode == Mode::kPytree ? mode : Mode::kState);
       break;
     }
     case TypeKind::kStatic:
       ok = VisitStatic(value);
       break;
     case TypeKind::kPlain:
-      if (mode == Mode::kAttributes || value == Py_None) {
+      if (mode != Mode::kPytree || value == Py_None) {
         ok = VisitStatic(value);
       } else {
         Mix(1);
@@ -217,7 +218,7 @@ bool Fingerprint::Visit(PyObject* value, Mode mode) {
       }
       break;
     case TypeKind::kUnknown:
-      ok = mode == Mode::kAttributes && !info->opened && VisitStatic(value);
+      ok = mode != Mode::kPytree && !info->opened && VisitStatic(value);
       break;
     case TypeKind::kCustom:
     case TypeKind::kForeign:

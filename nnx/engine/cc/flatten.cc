@@ -93,8 +93,9 @@ bool Flattener::Visit(PyObject* value, Mode mode) {
       return VisitMapping(value, value, NodeKind::kDict, mode);
     case TypeKind::kState: {
       Ref mapping = StateMapping(value);
-      return mapping && VisitMapping(value, mapping.get(), NodeKind::kState,
-                                     Mode::kPytree);
+      return mapping &&
+             VisitMapping(value, mapping.get(), NodeKind::kState,
+                          mode == Mode::kPytree ? mode : Mode::kState);
     }
     case TypeKind::kCustom:
       return VisitCustom(value, info);
@@ -104,7 +105,7 @@ bool Flattener::Visit(PyObject* value, Mode mode) {
     case TypeKind::kStatic:
       return VisitStatic(value);
     case TypeKind::kPlain:
-      return mode == Mode::kAttributes || value == Py_None
+      return mode != Mode::kPytree || value == Py_None
                  ? VisitStatic(value)
                  : VisitLeaf(value, /*scalars=*/true);
     case TypeKind::kUnknown:
@@ -346,8 +347,8 @@ bool Flattener::VisitUnknown(PyObject* value, Mode mode) {
   Ref children, treedef, keys;
   if (!OpenPytree(value, &children, &treedef, &keys)) {
     if (PyErr_Occurred()) return false;
-    return mode == Mode::kAttributes ? VisitStatic(value)
-                                     : VisitLeaf(value, /*scalars=*/true);
+    return mode != Mode::kPytree ? VisitStatic(value)
+                                 : VisitLeaf(value, /*scalars=*/true);
   }
   const int32_t position = Push(NodeKind::kPytree, Py_TYPE(value));
   nodes_[position].aux = treedef;

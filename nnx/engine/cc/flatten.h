@@ -17,6 +17,7 @@ namespace nnx::engine {
 enum class Mode : uint8_t {
   kAttributes,  // arrays are leaves, the rest is static; containers have
                 // identity
+  kState,       // as those, of a State among them; containers are values
   kPytree,      // everything is a leaf; containers are values
 };
 

@@ -1,6 +1,8 @@
 """How ops are defined, chosen, batched, split, differentiated and explained."""
 
 from concurrent import futures
+import sysconfig
+from unittest import mock
 
 from absl.testing import absltest
 import jax
@@ -178,6 +180,13 @@ class DispatchTest(absltest.TestCase):
     for table in tables:
       self.assertEqual(table, tables[0])
     kernels.register()
+
+  def test_free_threaded_python_gets_no_extension(self):
+    library = libraries.Library("kernels.common.no_such_extension", {})
+    variables = sysconfig.get_config_vars()
+    with mock.patch.dict(variables, {"Py_GIL_DISABLED": 1}):
+      self.assertIn("this one is free-threaded", library.missing())
+    self.assertIn("No module named", library.missing())
 
   def test_targets_with_a_version_may_be_exported(self):
     libraries.Library("kernels.none", {"promised_1": "f", "not_promised": "g"})

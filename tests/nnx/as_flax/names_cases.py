@@ -157,12 +157,119 @@ class StateBehindTest(parameterized.TestCase):
     )
 
   @parameterized.named_parameters(*BOTH)
+  def test_flags_are_no_items(self, lib):
+    model = lib.Dict(a=lib.List([lib.Param(1), lib.data(2)]), b=lib.Rngs(0))
+    for part in (model, model.a, model.b):
+      part._pytree__state._initializing = True
+    for other in (model, lib.clone(model), lib.merge(*lib.split(model))):
+      self.assertEqual((list(other), len(other.a)), (["a", "b"], 2))
+      for part in (other, other.a, other.b):
+        self.assertTrue(part._pytree__state.initializing)
+      other.a.append(lib.Param(3))
+      self.assertTrue(other.a._pytree__state.initializing)
+      other.a.pop()
+
+  @parameterized.named_parameters(*BOTH)
+  def test_lazy_init_says_so(self, lib):
+    seen = []
+
+    class Model(lib.Module):
+      def __init__(self):
+        self.part = lib.Dict(a=lib.Param(1))
+
+      def __call__(self):
+        merged = lib.merge(*lib.split(self))
+        for model in (self, merged):
+          seen.append(model._pytree__state.initializing)
+          seen.append(model.part._pytree__state.initializing)
+
+    model = Model()
+    lib.bridge.lazy_init(model)
+    self.assertEqual(seen, [True] * 4)
+    self.assertFalse(model.part._pytree__state.initializing)
+
+  @parameterized.named_parameters(*BOTH)
+  def test_nodes_are_set(self, lib):
+    model = lib.Module()
+    model.n = 3
+    nodes = model._pytree__nodes.update({"n": True, "later": True})
+    object.__setattr__(model, "_pytree__nodes", nodes)
+    model.later = 4
+    self.assertEqual(jax.tree.leaves(model), [4, 3])
+    copied = lib.clone(model)._pytree__nodes
+    self.assertTrue(copied["n"] and copied["later"])
+
+  @parameterized.named_parameters(*BOTH)
   def test_initializing(self, lib):
     state = lib.Module()._pytree__state
     self.assertFalse(state.initializing or state.is_setup)
     model = lib.Module()
     model._pytree__state._initializing = True
     self.assertTrue(model._pytree__state.initializing)
+
+  @parameterized.named_parameters(*BOTH)
+  def test_flags_go_where_the_object_goes(self, lib):
+    model = lib.Module()
+    model.part = lib.Linear(2, 2, rngs=lib.Rngs(0))
+    plain = lib.graphdef(model)
+    model._pytree__state._initializing = True
+    model.part._pytree__state._is_setup = True
+    for other in (
+      lib.merge(*lib.split(model)),
+      lib.clone(model),
+      copy.deepcopy(model),
+      pickle.loads(pickle.dumps(model)),
+      lib.jit(lambda m: m)(model),
+    ):
+      state, of_part = other._pytree__state, other.part._pytree__state
+      self.assertTrue(state.initializing and of_part.is_setup)
+      self.assertFalse(state.is_setup or of_part.initializing)
+    self.assertNotEqual(lib.graphdef(model), plain)
+    other = lib.merge(*lib.split(model))
+    other._pytree__state._initializing = False
+    other.part._pytree__state._is_setup = False
+    self.assertEqual(lib.graphdef(other), plain)
+    self.assertLen(jax.tree.leaves(lib.state(other)), 2)
+
+  @parameterized.product(lib=(nnx, flax_nnx), mark=("none", "static", "data"))
+  def test_state_of_what_is_no_data(self, lib, mark):
+    marked = (lambda x: x) if mark == "none" else getattr(lib, mark)
+    inner = {"c": "x", "d": [np.dtype("i1")]}
+    model = lib.Module()
+    model.dtypes = marked(lib.State({"a": jnp.float32, "b": inner}))
+    model.w = lib.Param(jnp.ones(2))
+    self.assertLen(lib.to_flat_state(lib.state(model)), 1)
+    for other in (lib.clone(model), lib.merge(*lib.split(model))):
+      self.assertEqual(other.dtypes["b"]["c"], "x")
+      self.assertEqual(other.dtypes["b"]["d"], [np.dtype("i1")])
+    traced = []
+
+    @lib.jit
+    def f(model):
+      traced.append(model.dtypes["a"])
+      return model.w.astype(model.dtypes["a"])
+
+    f(model), f(lib.clone(model))
+    self.assertEqual(traced, [jnp.float32])
+    model.dtypes = marked(lib.State({"a": jnp.bfloat16, "b": inner}))
+    self.assertEqual(f(model).dtype, jnp.bfloat16)
+
+  @parameterized.named_parameters(*BOTH)
+  def test_state_among_the_attributes(self, lib):
+    model = lib.Module()
+    model.state = lib.data(
+      lib.State({"a": jnp.ones(2), "b": lib.Param(jnp.ones(2)), "c": 3})
+    )
+
+    @lib.jit
+    def f(model):
+      assert model.state["c"] == 3  # static
+      model.state["b"][...] += model.state["a"] * model.state["c"]
+
+    f(model)
+    np.testing.assert_array_equal(model.state["b"][...], [4, 4])
+    paths = [path for path, _ in lib.to_flat_state(lib.state(model))]
+    self.assertEqual(paths, [("state", "a"), ("state", "b")])
 
   @parameterized.named_parameters(*BOTH)
   def test_jitted_function(self, lib):

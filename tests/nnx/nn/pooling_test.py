@@ -18,6 +18,9 @@ CASES = {
   "no batch": ((7, 8, 3), (2, 3), {}),
   "one axis": ((2, 7, 3), (2,), {"strides": (2,)}),
   "half": ((2, 7, 3), (2,), {}),
+  "three axes": ((2, 4, 3, 5, 2), (2, 1, 3), {"strides": (2, 2, 1)}),
+  "lower": ((2, 7, 8, 3), (2, 4), {"padding": "SAME_LOWER", "strides": (2, 3)}),
+  "wide padding": ((2, 5, 3), (3,), {"padding": ((4, 5),)}),
 }
 
 
@@ -68,6 +71,68 @@ def test_pool_with_any_function():
   x = array(2, 7, 3)
   args = (x, 1.0, lax.mul, (2,), None, "VALID")
   assert_same(nnx.pool(*args), flax_nnx.pool(*args))
+
+
+def first_extremes(x, dy, find, window, strides, pads):
+  """Values and gradients, window by window, in float64."""
+  x, dy = (np.asarray(a, np.float64) for a in (x, dy))
+  y, dx = np.zeros(dy.shape), np.zeros(x.shape)
+  for at in np.ndindex(*dy.shape[1:-1]):
+    starts = [i * s - low for i, s, (low, _) in zip(at, strides, pads)]
+    part = (slice(None),) + tuple(
+      slice(max(start, 0), start + size) for start, size in zip(starts, window)
+    )
+    seen = x[part]
+    flat = seen.reshape(len(x), -1, x.shape[-1])
+    index = getattr(np, "arg" + find)(flat, 1)  # the first of equal ones
+    y[(slice(None), *at)] = getattr(flat, find)(1)
+    for b, c in np.ndindex(*index.shape):
+      inside = np.unravel_index(index[b, c], seen.shape[1:-1])
+      place = tuple(i + max(s, 0) for i, s in zip(inside, starts))
+      dx[(b, *place, c)] += dy[(b, *at, c)]
+  return y, dx
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("find", ["max", "min"])
+def test_of_equal_elements_the_first_has_the_gradient(find, dtype):
+  rng = np.random.default_rng(0)
+  x = rng.integers(-1, 2, (2, 7, 8, 3)).astype(np.float32)
+  x[0, :3] = -np.inf if find == "max" else np.inf  # as padding is
+  options = ((3, 2), (2, 1), ((1, 1), (1, 0)))
+  pool = getattr(nnx, find + "_pool")
+  y, vjp = jax.vjp(lambda x: pool(x, *options), jnp.asarray(x, dtype))
+  dy = jnp.asarray(rng.integers(-4, 5, y.shape), dtype)
+  (dx,) = jax.jit(vjp)(dy)
+  want = first_extremes(x, dy, find, *options)
+  np.testing.assert_array_equal(y.astype(np.float32), want[0])
+  np.testing.assert_array_equal(dx.astype(np.float32), want[1])
+  assert y.dtype == dx.dtype == dtype
+
+
+def test_extremes_keep_nan_and_go_through_transforms():
+  x = array(2, 7, 8, 3)
+  pool = lambda x: nnx.max_pool(x, (3, 3), (2, 2), "SAME")  # noqa: E731
+  y, tangent = jax.jvp(pool, (x,), (x,))
+  np.testing.assert_array_equal(tangent, y)
+  np.testing.assert_array_equal(jax.vmap(pool)(x[None])[0], y)
+  second = jax.jvp(jax.grad(lambda x: jnp.sum(pool(x) ** 2)), (x,), (x,))[1]
+  first = jax.grad(lambda x: jnp.sum(pool(x) ** 2))(x)
+  np.testing.assert_allclose(second, first, rtol=1e-6)
+  lost = pool(x.at[0, 2, 2, 1].set(jnp.nan))
+  assert (
+    np.isnan(lost).sum()
+    == np.isnan(
+      flax_nnx.max_pool(x.at[0, 2, 2, 1].set(jnp.nan), (3, 3), (2, 2), "SAME")
+    ).sum()
+    > 0
+  )
+
+
+def test_windows_that_do_not_fit_make_nothing():
+  x = array(2, 3, 1)
+  assert nnx.max_pool(x, (5,)).shape == flax_nnx.max_pool(x, (5,)).shape
+  assert nnx.max_pool(x.astype(int), (1,)).dtype == x.astype(int).dtype
 
 
 def test_refusals():

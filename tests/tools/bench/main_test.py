@@ -1,6 +1,7 @@
 """Tests of the command line, on rows that take no time."""
 
 import contextlib
+import importlib.util
 import io
 import json
 import os
@@ -120,6 +121,12 @@ class MainTest(parameterized.TestCase):
     self.assertEqual(status, 1)
     self.assertIn("right", out)
     self.assertRegex(err, "FAILED kv_cache/broken(.|\n)*no such kernel")
+
+  def test_suite_whose_packages_are_not_there(self):
+    with mock.patch.object(importlib.util, "find_spec", return_value=None):
+      status, _, err = self._run("--suite=kv_cache,ecosystem")
+    self.assertEqual(status, 2)
+    self.assertIn("bazel run --config=ecosystem //tools:bench_ecosystem", err)
 
   @parameterized.parameters(
     ("--suite=nonsense", "--suite must name some of .*but got nonsense"),
