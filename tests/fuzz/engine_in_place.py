@@ -7,6 +7,7 @@ sees must be equal bit by bit, and nothing may ever be deleted.
 from collections.abc import Callable
 import copy
 import functools
+import gc
 import pickle
 import sys
 import threading
@@ -138,6 +139,7 @@ class Run:
 
   def look(self):
     """Looks at all that is held, but not at the Variables."""
+    gc.collect()  # cycles keep arrays that weak references find
     for value in self.held:
       if isinstance(value, bytes):
         self.seen.append(value)
