@@ -1,10 +1,13 @@
-"""Switches: what the environment of the process says, and changes of them."""
+"""Switches: what the environment says, changes of them, what may be given."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 import os
 import threading
+from typing import Any
+
+import numpy as np
 
 _TRUTHS = {
   **dict.fromkeys(("y", "yes", "t", "true", "on", "1"), True),
@@ -37,6 +40,30 @@ def switch(name: str, default: bool) -> bool:
   return _TRUTHS[text.lower()]
 
 
+def check_flags(**flags: Any) -> None:
+  """Refuses what is neither True nor False, whatever its truth value is.
+
+  Example:
+
+    >>> from nnx import environment
+    >>> environment.check_flags(graph=True)
+    >>> try:
+    ...   environment.check_flags(graph="no")
+    ... except TypeError as error:
+    ...   print(error)
+    `graph` must be True or False, but got 'no'.
+
+  Args:
+    **flags: what was given, by the names of the arguments.
+
+  Raises:
+    TypeError: if a value is not a bool, of Python or of NumPy.
+  """
+  for name, value in flags.items():
+    if not isinstance(value, (bool, np.bool_)):
+      raise TypeError(f"`{name}` must be True or False, but got {value!r}.")
+
+
 class Change:
   """A change of settings of this thread, from its making until `undo`.
 
@@ -57,12 +84,16 @@ class Change:
   Args:
     settings: an object whose class has the defaults.
     values: what to set, by name.
+
+  Raises:
+    TypeError: if a value is neither True nor False.
   """
 
   def __init__(self, settings: threading.local, values: Mapping[str, bool]):
+    check_flags(**values)
     self._settings = settings
     self._before = {name: vars(settings).get(name) for name in values}
-    vars(settings).update(values)
+    vars(settings).update({name: bool(values[name]) for name in values})
 
   def undo(self) -> None:
     """Sets what was set before; may be called again after other changes."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from typing import Any, TypeVar
 
-from nnx import filterlib
+from nnx import environment, filterlib
 from nnx.graphlib import traversal
 from nnx.module_base import Module as Module
 from nnx.module_base import first_from as first_from
@@ -59,6 +59,7 @@ def with_attributes(
   Raises:
     ValueError: if no selected module has one of the attributes.
   """
+  environment.check_flags(raise_if_not_found=raise_if_not_found)
   selected = filterlib.to_predicate(only)
   remaining = set(attributes)
 
@@ -130,6 +131,7 @@ def view(
   Raises:
     ValueError: if no selected module takes one of the keywords.
   """
+  environment.check_flags(raise_if_not_found=raise_if_not_found)
   selected = filterlib.to_predicate(only)
   remaining = set(kwargs)
 

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 import jax
 import jax.numpy as jnp
 
-from nnx import filterlib
+from nnx import environment, filterlib
 from nnx.engine import _engine
 from nnx.graphlib import traversal
 from nnx.pytreelib import Pytree
@@ -251,6 +251,7 @@ class Module(Pytree):
     Raises:
       ValueError: if no selected module has one of the attributes.
     """
+    environment.check_flags(raise_if_not_found=raise_if_not_found)
     selected = filterlib.to_predicate(filters or ...)
     remaining = set(attributes)
     for path, module in list(iter_modules(self, graph=graph)):

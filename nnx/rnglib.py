@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, TypeVar, cast
 import jax
 from jax import random
 
-from nnx import filterlib
+from nnx import environment, filterlib
 from nnx.graphlib import modes, traversal
 from nnx.missing import MISSING
 from nnx.rng_streams import RngCount as RngCount
@@ -272,6 +272,7 @@ def split_rngs(
     ValueError: if `squeeze` is asked for with `splits` other than 1.
   """
   mode = modes.resolve(graph, graph_updates)
+  environment.check_flags(squeeze=squeeze)
   in_place = mode.updates
   if node is MISSING:
     return _decorator(

@@ -97,6 +97,14 @@ def trace_error(target: Any) -> Exception | None:
   return None
 
 
+def _unboxed(value: Any) -> Any:
+  """Returns the array in a mutable array or box; anything else as it is."""
+  if variablelib.is_ref(value):
+    return value[...]
+  opened = boxes.opened(value)
+  return opened if isinstance(opened, jax.Array) else value
+
+
 def configure() -> None:
   """Connects the engine; called once, when `nnx` is imported."""
   library = os.path.dirname(__file__) + os.sep
@@ -107,7 +115,11 @@ def configure() -> None:
     trace_error=trace_error,
     is_array_type=is_array_type,
     flatten_pytree=pytrees.flatten_pytree,
+    new_ref=jax.new_ref,
+    unboxed=_unboxed,
     array_type=jax_private.array_type(),
+    ref_type=jax.Ref,
+    tracer_type=jax.core.Tracer,
     variable_metadata=variablelib.VariableMetadata,
     attribute_marker=pytreelib.Marker,
     state=statelib.State,

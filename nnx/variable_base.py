@@ -171,12 +171,10 @@ class Variable(
         del rest[key]
       metadata = {**rest, **inherited, **hooks}
       value = value.raw_value
-    hijax, ref = metadata.pop("hijax", None), metadata.pop("ref", None)
+    for name in ("hijax", "ref"):
+      if metadata.get(name) is None and getattr(settings, name):
+        metadata[name] = True
     metadata = normalize_metadata(metadata)
-    if settings.hijax if hijax is None else hijax:
-      metadata["hijax"] = True
-    if settings.ref if ref is None else ref:
-      metadata["ref"] = True
     if isinstance(value, _engine.VariableBase):
       value = value.raw_value
     if any(map(is_ref, jax.tree.leaves(value))):
@@ -184,8 +182,6 @@ class Variable(
         "The value of a Variable must hold no mutable arrays, but got"
         f" `{value!r}`. Pass `ref=True` and an ordinary array."
       )
-    if metadata.get("eager_sharding", MISSING) is None:
-      del metadata["eager_sharding"]
     self._replace_metadata(metadata)
     # Hooks on the first value may look at the Variable, which holds it already.
     self._stored = value

@@ -15,7 +15,7 @@ from typing import Any
 
 import jax
 
-from nnx import partitioning
+from nnx import environment, partitioning
 from nnx.engine import _engine, boxes, jax_private
 from nnx.missing import MISSING
 from nnx.variable_settings import settings
@@ -45,6 +45,7 @@ CREATE_HOOK = 8
 # Switches that say how a value is kept, and what they are where they are not
 # among the metadata.
 FIXED = {"hijax": False, "ref": False, "mutable": True}
+_FLAGS = frozenset((*FIXED, "eager_sharding"))
 
 
 def in_order(metadata: Mapping[str, Any]) -> boxes.Metadata:
@@ -133,14 +134,20 @@ def normalize_metadata(metadata: Mapping[str, Any]) -> dict[str, Any]:
     A new dict.
 
   Raises:
+    TypeError: if a switch is something else than True, False or None.
     ValueError: if two spellings of one thing are given and differ.
   """
   result = {}
   for name, value in metadata.items():
     if name in HOOK_ALIASES or name in HOOK_NAMES:
       continue
-    if name in FIXED and bool(value) is FIXED[name]:
-      continue
+    if name in _FLAGS:
+      if value is None:
+        continue
+      environment.check_flags(**{name: value})
+      value = bool(value)
+      if FIXED.get(name) is value:
+        continue
     result[name] = value
   for alias, name in HOOK_ALIASES.items():
     hooks = as_hooks(metadata.get(name))

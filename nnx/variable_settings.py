@@ -43,7 +43,7 @@ class use_eager_sharding:
   """
 
   def __init__(self, value: bool, /):
-    self._change = environment.Change(settings, {"eager_sharding": bool(value)})
+    self._change = environment.Change(settings, {"eager_sharding": value})
 
   def __enter__(self) -> use_eager_sharding:
     return self

@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 from typing import Any, TypeVar
 
+from nnx import environment
 from nnx.missing import MISSING as MISSING
 from nnx.variable_base import Variable as Variable
 from nnx.variable_initial import VariableMetadata as VariableMetadata
@@ -147,13 +148,14 @@ def var_defaults(
     The defaults: a mapping, a context manager and a decorator.
   """
   changes = {
-    name: bool(value)
+    name: value
     for name, value in (("hijax", hijax), ("ref", ref))
     if value is not None
   }
+  defaults = VarDefaults(changes)
   if any(changes.values()):
     heed_defaults()
-  return VarDefaults(changes)
+  return defaults
 
 
 def heed_defaults() -> None:
@@ -207,6 +209,7 @@ def variable_type_from_name(
   Raises:
     ValueError: if the name is new and no kind may be made.
   """
+  environment.check_flags(allow_register=allow_register)
   if name not in _types_by_name:
     if not allow_register:
       raise ValueError(
@@ -239,6 +242,7 @@ def variable_name_from_type(
   Raises:
     ValueError: if it has none and may get none, or if its own name is taken.
   """
+  environment.check_flags(allow_register=allow_register)
   for name, known in _types_by_name.items():
     if known is typ:
       return name
@@ -311,6 +315,7 @@ def register_variable_name(
   Raises:
     ValueError: if the name is taken and must not be overwritten.
   """
+  environment.check_flags(overwrite=overwrite)
   if typ is None:
     return functools.partial(register_variable_name, name, overwrite=overwrite)
   if not overwrite and name in _types_by_name:

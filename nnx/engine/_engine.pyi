@@ -140,7 +140,11 @@ class Settings(TypedDict, total=False):
   copy_array: Callable[[Any], object]
   check_loan: Callable[[tuple[Any, ...], tuple[Any, ...]], None]
   may_lend: Callable[[], bool]
+  new_ref: Callable[[Any], Any]
+  unboxed: Callable[[Any], Any]
   array_type: type
+  ref_type: type
+  tracer_type: type
   variable_metadata: type
   attribute_marker: type
   state: type

@@ -171,7 +171,10 @@ if hijax is not None:
       leaves = self._raised(contents, values)
       return _make(self.kind, leaves, contents.treedef, contents.metadata)
 
-    def read_loval(self, contents: Contents, box: Any) -> list[Any]:
+    def read_loval(self, contents: Any, box: Any = None) -> list[Any]:
+      if not isinstance(contents, Contents):
+        # jax asks for the values of a box alone, which it cannot do without.
+        _refuse_argument(self)
       leaves = get_p.bind(box, avals=contents.avals)
       return [
         low
@@ -318,17 +321,38 @@ if hijax is not None:
     """
     if type(box) is Box and jax_private.outside_of_traces():
       return jax.tree.unflatten(box.treedef, box.leaves)
+    _check_condition(box)
     contents = experimental.cur_qdd(box)
     if contents is None:
-      raise TypeError(
-        "jax does not follow a hijax Variable, here one of type"
-        f" `{jax.typeof(box).kind.__name__}`, that is an argument of this"
-        " transform: `jax.lax.switch`, `jax.remat` and the carry of a loop have"
-        " no place for it. Let the function close over it, or pass"
-        " `nnx.with_vars(x, hijax=False)` and write back what is returned."
-      )
+      _refuse_argument(jax.typeof(box))
     leaves = get_p.bind(box, avals=contents.avals)
     return jax.tree.unflatten(contents.treedef, leaves)
+
+  def _refuse_argument(box_type: Any) -> NoReturn:
+    raise TypeError(
+      "jax does not follow a hijax Variable, here one of type"
+      f" `{box_type.kind.__name__}`, that is an argument of this transform:"
+      " `jax.lax.switch`, `jax.remat` and the carry of a loop have no place for"
+      " it. Let the function close over it, or pass `nnx.with_vars(x,"
+      " hijax=False)` and write back what is returned."
+    )
+
+  def _check_condition(box: Any) -> None:
+    """Refuses what jax cannot do, and says nothing of.
+
+    Raises:
+      TypeError: if the box is from outside of a condition that is traced.
+    """
+    made_in = getattr(box, "_trace", None)
+    if jax_private.in_condition_of(
+      jax_private.trace_context().trace
+    ) and not jax_private.in_condition_of(made_in):
+      raise TypeError(
+        "The `cond_fun` of `jax.lax.while_loop` must not read a hijax Variable,"
+        f" but reads one of type `{jax.typeof(box).kind.__name__}`. Have"
+        " `body_fun` return the condition as a part of the loop's value, or"
+        " give the Variable to `nnx.while_loop` in its `init_val`."
+      )
 
   def metadata(box: Any) -> Metadata | None:
     """Returns the metadata in a box; None where jax keeps none."""

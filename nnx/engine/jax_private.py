@@ -102,6 +102,21 @@ def debug_info(
 DEBUG_INFO = "__fun_debug_info__"
 
 
+# What jax traces the condition of a `while_loop` for.
+CONDITION = "while_cond"
+
+
+def in_condition_of(trace: Any) -> bool:
+  """Tells whether a trace is in the condition of a `jax.lax.while_loop`."""
+  while trace is not None:
+    frame = getattr(trace, "frame", None)
+    info = getattr(frame, "debug_info", None)
+    if info is not None and info.traced_for == CONDITION:
+      return True
+    trace = getattr(trace, "parent_trace", None)
+  return False
+
+
 def directory() -> str:
   """Finds the directory of jax's own code."""
   return os.path.dirname(jax.__file__)

@@ -15,7 +15,7 @@ import functools
 import threading
 from typing import Any
 
-from nnx import filterlib
+from nnx import environment, filterlib
 from nnx.engine import _engine
 from nnx.graphlib.states import as_state, merged
 
@@ -212,6 +212,8 @@ def merge_context(
     ValueError: if there is a tag and `inner` is not given.
   """
   update = None
+  if inner is not None:
+    environment.check_flags(inner=inner)
   if ctxtag is not None:
     if inner is None:
       raise ValueError(

@@ -7,7 +7,8 @@ from typing import Any
 
 import jax
 
-from nnx.engine import _engine, serialization
+from nnx import environment
+from nnx.engine import _engine, preorder, serialization
 from nnx.graphlib import contexts, traversal
 
 
@@ -148,6 +149,35 @@ def _map(
   )
 
 
+class _Aliases:
+  """What a prefix says of each Variable, which must be one thing."""
+
+  def __init__(self) -> None:
+    self._seen: dict[int, tuple[str, Any]] = {}
+
+  def check(self, path: Any, part: Any, node: Any) -> None:
+    """Refuses a shared Variable of which two things are said.
+
+    Raises:
+      ValueError: if there is one in the node.
+    """
+    # `nnx.StateAxes` and the like say another thing of each Variable.
+    map_prefix = getattr(part, "map_prefix", None)
+    for below, variable in traversal.iter_graph(node, graph=True):
+      if not isinstance(variable, _engine.VariableBase):
+        continue
+      entry = part if map_prefix is None else map_prefix(below, variable)
+      keys = jax.tree_util.keystr(path)
+      where = preorder.path_text(below, f"tree{keys}")
+      first, given = self._seen.setdefault(id(variable), (where, entry))
+      if given != entry:
+        raise ValueError(
+          "`prefix` must give a shared Variable one entry, but the"
+          f" `{type(variable).__name__}` at `{first}` and `{where}` has both"
+          f" {given!r} and {entry!r}."
+        )
+
+
 def to_tree(
   tree: Any,
   /,
@@ -156,6 +186,7 @@ def to_tree(
   split_fn: Callable[[Any, Any, Any, Any], Any] = _split,
   map_non_graph_nodes: bool = False,
   ctxtag: Hashable | None = None,
+  check_aliasing: bool = True,
 ) -> Any:
   """Replaces the objects and Variables of a tree by `NodeStates`.
 
@@ -174,13 +205,24 @@ def to_tree(
       an object; by default of what `context.split` returns.
     map_non_graph_nodes: whether `split_fn` is called for all other leaves too.
     ctxtag: the tag of an `nnx.update_context` that this belongs to.
+    check_aliasing: whether the prefix must say the same of a Variable in each
+      place where it is.
 
   Returns:
     The tree.
+
+  Raises:
+    ValueError: if the prefix says two things of a shared Variable.
   """
+  environment.check_flags(
+    map_non_graph_nodes=map_non_graph_nodes, check_aliasing=check_aliasing
+  )
+  aliases = _Aliases() if check_aliasing and prefix is not None else None
   with contexts.split_context(ctxtag) as context:
 
     def replace(path, part, leaf):
+      if aliases is not None and _is_object(leaf):
+        aliases.check(path, part, leaf)
       if map_non_graph_nodes or _is_object(leaf):
         return split_fn(context, path, part, leaf)
       return leaf
@@ -225,6 +267,9 @@ def from_tree(
   Raises:
     ValueError: if the tree is not one that `to_tree` has made.
   """
+  environment.check_flags(map_non_graph_nodes=map_non_graph_nodes)
+  if is_inner is not None:
+    environment.check_flags(is_inner=is_inner)
   with contexts.merge_context(ctxtag, is_inner) as context:
 
     def restore(path, part, leaf):

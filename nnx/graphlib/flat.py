@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, MutableMapping
 from typing import Any, TypeVar
 
-from nnx import statelib
+from nnx import environment, statelib
 from nnx.engine import _engine
 from nnx.graphlib import modes, states, trees
 from nnx.graphlib.definitions import GraphDef
@@ -103,6 +103,7 @@ def flatten(
   Returns:
     The graphdef and the leaves, in canonical order.
   """
+  environment.check_flags(with_paths=with_paths)
   is_tree = not modes.resolve(graph).graph
   if is_tree:
     node = trees.unshared(node, _engine.graphdef(node), "flatten")
@@ -171,6 +172,9 @@ def unflatten(
   Raises:
     ValueError: if the leaves are not those of the graph.
   """
+  environment.check_flags(
+    copy_variables=copy_variables, recreate_variables=recreate_variables
+  )
   seen: list[Any] | None = None
   updated: list[Any] | None = None
   if index_ref is not None:

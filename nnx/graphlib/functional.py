@@ -13,7 +13,7 @@ from typing import Any, TypeVar, overload
 import jax
 import jax.numpy as jnp
 
-from nnx import filterlib, statelib, variablelib
+from nnx import environment, filterlib, statelib, variablelib
 from nnx.engine import _engine
 from nnx.graphlib import modes, trees
 from nnx.graphlib.definitions import GraphDef, GraphState
@@ -147,6 +147,7 @@ def merge(
     TypeError: if there is no graphdef or no state.
     ValueError: if the states lack a leaf, or have one that the graph has not.
   """
+  environment.check_flags(copy=copy, recreate_variables=recreate_variables)
   if isinstance(graphdef, GraphState):
     packed = (graphdef, *states)
     graphdef, states = _unpacked(packed)
@@ -210,6 +211,7 @@ def update(
     ValueError: if a state does not fit the object.
     TraceContextError: if the object belongs to another trace.
   """
+  environment.check_flags(check_shapes=check_shapes)
   new_arrays = True
   if states or type(state) is not statelib.State:
     made_by_us = (statelib.State, GraphState, statelib.FlatState)
@@ -363,6 +365,7 @@ def clone(
   Raises:
     ValueError: if `arrays` is set and `variables` is not.
   """
+  environment.check_flags(variables=variables, arrays=arrays)
   if not modes.resolve(graph).graph:
     node = trees.unshared(node, _engine.graphdef(node), "clone")
   if not arrays:

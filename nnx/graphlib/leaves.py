@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 
 import jax
 
-from nnx import filterlib, statelib, variablelib
+from nnx import environment, filterlib, statelib, variablelib
 from nnx.engine import _engine
 from nnx.graphlib import functional
 from nnx.graphlib.states import as_state
@@ -129,6 +129,7 @@ def with_vars(
     The copy.
 
   Raises:
+    TypeError: if a switch is something else than True, False or None.
     ValueError: if a Variable that changes is shared.
   """
   changes = {
@@ -136,6 +137,7 @@ def with_vars(
     for name, value in (("hijax", hijax), ("ref", ref), ("mutable", mutable))
     if value is not None
   }
+  environment.check_flags(**changes, allow_duplicates=allow_duplicates)
   selected = filterlib.to_predicate(only)
 
   def changed(path, value):

@@ -38,8 +38,8 @@ class _Switch:
   _name: str
 
   def __init__(self, value: bool, /):
-    self._value = bool(value)
-    self._change = environment.Change(settings, {self._name: self._value})
+    self._value = value
+    self._change = environment.Change(settings, {self._name: value})
 
   def __call__(self, fun: Callable[P, R], /) -> Callable[P, R]:
     self._change.undo()
@@ -137,9 +137,17 @@ def resolve(graph: bool | None, graph_updates: bool | None = None) -> Mode:
   Args:
     graph: the argument of the function; None stands for `set_graph_mode`.
     graph_updates: the same; None stands for `set_graph_updates`.
+
+  Raises:
+    TypeError: if one of them is something else than True, False or None.
   """
+  # Functions that take no time come here at every call.
   if graph is None:
     graph = settings.graph_mode
+  elif type(graph) is not bool:
+    environment.check_flags(graph=graph)
+  if not (graph_updates is None or type(graph_updates) is bool):
+    environment.check_flags(graph_updates=graph_updates)
   if not graph:
     return Mode.TREE
   if graph_updates is None:

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from nnx import runtime
+from nnx import runtime, variablelib
 from nnx.engine import _engine, pytrees
 from nnx.graphlib import registry
 from nnx.statelib import State
@@ -113,8 +113,9 @@ class Flattener:
     Args:
       value: the value.
       attributes: whether it is read as an attribute: arrays are leaves, other
-        values static, lists and dicts have an identity. Otherwise as the
-        argument of a function: all but containers are leaves.
+        values static but for the first of all, lists and dicts have an
+        identity. Otherwise as the argument of a function: all but containers
+        are leaves.
       in_state: whether it is below a State, where lists and dicts have no
         identity.
     """
@@ -123,11 +124,14 @@ class Flattener:
       if not self._refer(value):
         (self._variable if variable else self._object)(value)
     elif runtime.is_array_type(type(value)):
-      self._leaf(value)
+      if not variablelib.is_ref(value):
+        self._leaf(value)
+      elif not self._refer(value):
+        self._leaf(value, index=len(self.objects) - 1)
     elif isinstance(value, _engine.StructureBase):
       self._static(value)
     elif is_plain(value):
-      if attributes or value is None:
+      if (attributes and self.records) or value is None:
         self._static(value)
       else:
         self._leaf(value)
@@ -162,7 +166,7 @@ class Flattener:
           attributes,
           in_state,
         )
-      elif attributes:
+      elif attributes and self.records:
         self._static(value)
       else:
         self._leaf(value)
@@ -184,8 +188,8 @@ class Flattener:
   def _static(self, value):
     self._record(Kind.STATIC, aux=value, atomic=is_atomic(value))
 
-  def _leaf(self, value):
-    self._record(Kind.LEAF, leaf=len(self.leaves))
+  def _leaf(self, value, index=-1):
+    self._record(Kind.LEAF, index=index, leaf=len(self.leaves))
     self.leaves.append(value)
 
   def _variable(self, variable):
@@ -296,6 +300,7 @@ def unflatten(records: Sequence[Any], leaves: Sequence[Any]) -> Any:
     if kind is Kind.STATIC:
       return aux
     if kind is Kind.LEAF:
+      made[index] = leaves[leaf]
       return leaves[leaf]
     if kind is Kind.REF:
       return made[index]

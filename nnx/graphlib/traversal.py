@@ -135,7 +135,7 @@ def check_opened(node: Any, graph: bool | None, function: str) -> None:
   Raises:
     ValueError: if it is one.
   """
-  if isinstance(node, _engine.ObjectBase) and not modes.resolve(graph).graph:
+  if not modes.resolve(graph).graph and isinstance(node, _engine.ObjectBase):
     trees.check_type(type(node), function, "node")
 
 

@@ -12,6 +12,9 @@ from nnx.graphlib import modes
 
 T = TypeVar("T")
 
+# What has an identity that shows, since it is written to.
+_UNSHARED = (_engine.NodeKind.VARIABLE, _engine.NodeKind.LEAF)
+
 
 def check(
   structure: _engine.StructureBase,
@@ -70,13 +73,13 @@ but `node[0]` and `node[1]` are one `Param`
         updates=updates,
       )
     for below, inner in preorder.walk(records, start):
-      if records[below].kind is _engine.NodeKind.VARIABLE:
+      if records[below].kind in _UNSHARED and records[below].index >= 0:
         modes.Mode.TREE.refuse(
           function,
           f"nothing may be shared, but `{_text((*first, *inner))}` and"
           f" `{_text((*path, *inner))}` are one"
-          f" `{_name(records[below].type)}`. Give each place its own, by"
-          " `nnx.clone`",
+          f" `{_name(records[below].type or jax.Ref)}`. Give each place its"
+          " own, by `nnx.clone`",
           updates=updates,
         )
   return structure._shares

@@ -9,6 +9,7 @@ import jax
 
 from nnx.engine import _engine, preorder
 from nnx.transforms import lift, outcomes, prefix
+from nnx.variablelib import is_ref
 
 
 class Carry:
@@ -105,8 +106,9 @@ def returned_leaves(
 ) -> list[int]:
   """Lists the leaves of a carry whose next values are those returned.
 
-  The others belong to objects that are the same in all iterations. Without
-  updates only Variables are; other objects are returned anew.
+  The others belong to objects that are the same in all iterations, or are
+  mutable arrays. Without updates only Variables are the same; other objects are
+  returned anew.
 
   Args:
     call: the call.
@@ -118,7 +120,9 @@ def returned_leaves(
   return [
     leaf
     for leaf, place in places
-    if place is not None and (place.top if updates else place.variable) < 0
+    if place is not None
+    and (place.top if updates else place.variable) < 0
+    and not is_ref(call.leaves[leaf])
   ]
 
 

@@ -8,11 +8,12 @@ from typing import Any, TypeVar
 
 import jax
 
-from nnx.engine import _engine
+from nnx.engine import _engine, boxes, jax_private
 from nnx.graphlib import modes
 from nnx.transforms import callables, lift, mapped, outcomes, prefix
 from nnx.transforms import carry as carry_lib
 from nnx.variable_operators import unwrap
+from nnx.variablelib import is_ref
 
 T = TypeVar("T")
 
@@ -338,11 +339,25 @@ def while_loop(
 
   call, carried = loop.call, loop.carried
   tested = call.lifted.of(cond_fun)
-  call.described(condition, "while_loop", carried, tested)
+  call.described(condition, jax_private.CONDITION, carried, tested)
   body = call.described(lambda values: loop.body(values), "while_loop", carried)
-  return loop.finish(
-    call.framed(jax.lax.while_loop, condition, body, call.pick(carried))
-  )
+  if not loop.writes_in_place:
+    return loop.finish(
+      call.framed(jax.lax.while_loop, condition, body, call.pick(carried))
+    )
+
+  # What is written in place no condition of jax may read; the body may.
+  def body_and_condition(state):
+    values = body(state[1])
+    return jax.numpy.asarray(condition(values)), values
+
+  def run(values):
+    first = jax.numpy.asarray(condition(values))
+    return jax.lax.while_loop(
+      lambda state: state[0], body_and_condition, (first, values)
+    )
+
+  return loop.finish(call.framed(run, call.pick(carried))[1])
 
 
 def fori_loop(
@@ -419,8 +434,12 @@ class _Loop:
     self.functions, owners = _with_owners(names, functions)
     self.call = call = lift.Call(policy, self.functions[0], (init_val,), owners)
     self.roots = ["init_val", *call.lifted.names]
+    in_place = [is_ref(leaf) or boxes.is_box(leaf) for leaf in call.leaves]
+    self.writes_in_place = any(in_place)
     self.carried = [
-      i for i, leaf in enumerate(call.leaves) if lift.is_array(leaf)
+      i
+      for i, leaf in enumerate(call.leaves)
+      if lift.is_array(leaf) and not in_place[i]
     ]
     self.walk = prefix.Walk(
       call.structure, call.leaves, call.objects, lambda entry: True

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from nnx import environment
 from nnx.engine import _engine
 from nnx.graphlib import modes
 from nnx.statelib import State, to_flat_state
@@ -139,6 +140,7 @@ class CustomVjp:
       symbolic_zeros: as in `jax.custom_vjp`: the leaves that `fwd` gets say
         whether they are perturbed, and cotangents may be symbolic zeros.
     """
+    environment.check_flags(symbolic_zeros=symbolic_zeros)
     self.rules = (fwd, bwd, symbolic_zeros)
 
   def __call__(self, *args: Any, **kwargs: Any) -> Any:

@@ -163,22 +163,26 @@ class Gradients:
       target[place.path[-1]] = (
         objects[place.variable] if place.variable >= 0 else leaves[leaf]
       )
-    if not nested:
+    if not nested and not self.call.structure._shares:
       return list(values)
     return [self._with_states(value, nested) for value in values]
 
   def _with_states(self, value: Any, nested: dict[int, Any]) -> Any:
+    def is_node(node):
+      return id(node) in nested or isinstance(node, _engine.VariableBase)
+
     def convert(node):
-      if id(node) not in nested:
+      if not is_node(node):
         return node
       # Of a node that comes twice, the derivative is where it comes first.
-      first = id(node) not in self.seen
+      if id(node) in self.seen:
+        return State._from_nested({})
       self.seen.add(id(node))
-      return State._from_nested(nested[id(node)] if first else {})
+      return (
+        State._from_nested(nested[id(node)]) if id(node) in nested else node
+      )
 
-    if id(value) in nested:
-      return convert(value)
-    return jax.tree.map(convert, value, is_leaf=lambda x: id(x) in nested)
+    return jax.tree.map(convert, value, is_leaf=is_node)
 
 
 def _outermost_nodes(walk: prefix.Walk, objects: Sequence[Any]) -> list[Any]:

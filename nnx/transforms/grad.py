@@ -15,7 +15,7 @@ from typing import Any, ParamSpec, TypedDict, TypeVar, Unpack, overload
 
 import jax
 
-from nnx import variablelib
+from nnx import environment, variablelib
 from nnx.engine import boxes
 from nnx.graphlib import modes
 from nnx.transforms import callables, diff_states, lift, prefix
@@ -192,6 +192,9 @@ def grad(
     TypeError: as `jax.grad`, if a leaf cannot be differentiated.
   """
   mode = modes.resolve(graph, graph_updates)
+  environment.check_flags(
+    has_aux=has_aux, holomorphic=holomorphic, allow_int=allow_int
+  )
   if f is None:
     return functools.partial(
       grad,
@@ -251,6 +254,9 @@ def value_and_grad(
     gradient. With `has_aux`, the output is a pair itself.
   """
   mode = modes.resolve(graph, graph_updates)
+  environment.check_flags(
+    has_aux=has_aux, holomorphic=holomorphic, allow_int=allow_int
+  )
   if f is None:
     return functools.partial(
       value_and_grad,

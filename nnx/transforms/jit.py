@@ -28,6 +28,7 @@ from jax import core
 from jax.experimental import serialize_executable
 import jax.numpy as jnp
 
+from nnx import environment
 from nnx.engine import _engine, jax_private
 from nnx.graphlib import modes
 from nnx.transforms import callables, lift, prefix
@@ -487,6 +488,7 @@ def jit(
       not given.
   """
   mode = modes.resolve(graph, graph_updates)
+  environment.check_flags(keep_unused=keep_unused, inline=inline)
   if fun is None:
     return functools.partial(
       jit,

@@ -19,7 +19,7 @@ from nnx.transforms import (
   callables,
   in_place_programs,
   lift,
-  outcomes,
+  mapped,
   places,
   prefix,
 )
@@ -148,10 +148,11 @@ class Options:
   ):
     """Makes the function for one structure; also the leaves that it donates."""
     self.check_leaves(structure, leaves, names)
-    shardings = self.input_shardings(structure, leaves, names)
-    if shardings is not None:
+    shardings = None
+    if self.in_shardings is not None:
+      shardings = self.input_walk(structure, leaves, names).entries
       places.place_variables(structure, objects, shardings)
-    flat = Flat(self, structure, names, shardings)
+    flat = Flat(self, structure, names)
     if self.statics:
       lift.check_statics(flat)
     donated = self.donated_leaves(structure, leaves, names, flat)
@@ -222,10 +223,8 @@ class Options:
     count = structure._num_roots - len(names)
     return [*range(count), *names]
 
-  def input_shardings(self, structure, leaves, names) -> list[Any] | None:
-    """Returns the sharding of each leaf, or None where nothing was asked."""
-    if self.in_shardings is None:
-      return None
+  def input_walk(self, structure, leaves, names) -> prefix.Walk:
+    """Walks over the arguments, with the sharding that is asked for a leaf."""
     keys = self.root_keys(structure, names)
     count = structure._num_roots - len(names)
     entry = self.in_shardings
@@ -248,14 +247,13 @@ class Options:
           "`in_shardings` must have one entry for each positional argument,"
           f" but it has {len(entries)} for {count}."
         )
-    return prefix.broadcast(
-      structure,
-      leaves,
-      {f"args[{i}]": entry for i, entry in enumerate(entries)}
-      | dict.fromkeys(names),
-      is_entry=_is_sharding,
-      option="in_shardings",
-    )
+    objects = _engine.unflatten(structure, tuple(leaves)).objects
+    walk = prefix.Walk(structure, leaves, objects, _is_sharding)
+    for i, entry in enumerate(entries):
+      walk.visit_root(prefix.Root(entry, "in_shardings", f"args[{i}]"))
+    for name in names:
+      walk.visit_root(prefix.Root(None, "in_shardings", name))
+    return walk
 
   def donated_leaves(self, structure, leaves, names, flat) -> list[int]:
     """Returns what may be donated: plain arrays, and what is written.
@@ -292,12 +290,11 @@ class Options:
 class Flat(lift.Lifted):
   """A lifted function with what jit adds: shardings of results, donation."""
 
-  __slots__ = ("options", "shardings", "places", "_traced")
+  __slots__ = ("options", "places", "_traced")
 
-  def __init__(self, options: Options, structure, names, shardings):
+  def __init__(self, options: Options, structure, names):
     super().__init__(options.fun, structure, names, options.policy)
     self.options = options
-    self.shardings = shardings
     # Where transforms inside want leaves to lie, once it has been traced.
     self.places: dict[int, Any] = {}
     self._traced: tuple[Any, Any] | None = None
@@ -317,14 +314,14 @@ class Flat(lift.Lifted):
     with places.noting_places(leaves) as self.places:
       # In a frame of its own: jax may trace after the call, and by itself.
       result = _engine.framed(self.structure, objects, self.call, values)
+    # No value is identical to these, so that every donated leaf counts as
+    # written and comes back as an output.
+    kept = leaves
     if donated:
-      # No value is identical to these, so that every donated leaf counts as
-      # written and comes back as an output.
-      leaves = tuple(
+      kept = tuple(
         None if i in donated else leaf for i, leaf in enumerate(leaves)
       )
-    packed = self.pack(objects, leaves, result)
-    return self.constrain(packed)
+    return self.constrain(self.pack(objects, kept, result), leaves)
 
   def trace(self, leaves: tuple) -> tuple[Any, Any]:
     """Traces once ahead of compilation, which `split` need not do again.
@@ -357,37 +354,22 @@ class Flat(lift.Lifted):
     setattr(split, jax_private.DEBUG_INFO, info)
     return split
 
-  def constrain(self, packed: Any) -> Any:
-    """Places the outputs: state where it came from, results where asked."""
-    if self.shardings is None and self.options.out_shardings is None:
+  def constrain(self, packed: Any, leaves: tuple) -> Any:
+    """Places the outputs: state where its argument lies, results where asked.
+
+    State that the function makes lies where the option for the arguments says
+    of its place.
+    """
+    options = self.options
+    if options.in_shardings is None and options.out_shardings is None:
       return packed
-    plan, outputs = packed.plan, list(packed.outputs)
-    filled = outcomes.leaf_values(
-      plan, outputs, [None] * self.structure.num_leaves
+    walk = options.input_walk(self.structure, leaves, self.names)
+    root = prefix.Root(options.out_shardings, "out_shardings", "result")
+    wanted = mapped.output_entries(packed.plan, packed.outputs, walk, root)
+    outputs = tuple(
+      output
+      if sharding is None
+      else jax.lax.with_sharding_constraint(output, sharding)
+      for output, sharding in zip(packed.outputs, wanted)
     )
-    wanted: list[Any] = [None] * len(filled)
-    roots = plan.structure._num_roots
-    if self.options.out_shardings is not None:
-      wanted = prefix.broadcast(
-        plan.structure,
-        filled,
-        {"result": self.options.out_shardings},
-        is_entry=_is_sharding,
-        option="out_shardings",
-        first_root=roots - 1,
-      )
-    if self.shardings is not None:
-      sharding_of = {
-        record.index: self.shardings[record.leaf]
-        for record in in_place_programs.variables(self.structure)
-      }
-      origin = plan.origin
-      for record in in_place_programs.variables(plan.structure):
-        if origin[record.index] >= 0:
-          wanted[record.leaf] = sharding_of.get(origin[record.index])
-    for output, sharding in zip(plan.output_of, wanted):
-      if output >= 0 and sharding is not None:
-        outputs[output] = jax.lax.with_sharding_constraint(
-          outputs[output], sharding
-        )
-    return _engine.packed_unflatten(plan, tuple(outputs))
+    return _engine.packed_unflatten(packed.plan, outputs)

@@ -182,6 +182,8 @@ class Lifted:
   def check_new(self, objects: Sequence[Any], result: Any) -> None:
     """Refuses Variables in a result that are not new.
 
+    With updates, those of the arguments may be in it.
+
     Raises:
       ValueError: if there is one of the arguments or of another trace; in tree
         mode also if one is there twice.
@@ -197,14 +199,21 @@ class Lifted:
     for index, value in enumerate(found):
       if not isinstance(value, _engine.VariableBase):
         continue
-      if id(value) not in given and value._can_update:
+      known = id(value) in given
+      if self.policy.mode.updates if known else value._can_update:
         continue
       where = _path_of_node(structure, ["result"], index)
       problem = f"`{where}` is a `{type(value).__name__}` from outside of it"
-      if id(value) in given:
+      if known:
         names, origin = self.root_names(), given[id(value)]
         path = _path_of_node(self.structure, names, origin)
         problem = f"`{where}` is the `{type(value).__name__}` at `{path}`"
+      if self.policy.mode.updates:
+        raise ValueError(
+          f"What a function given to `nnx.{self.policy.transform}` returns must"
+          f" hold no Variable that it was not given, but {problem}. Pass it as"
+          " an argument, or return its value or a copy (`nnx.clone`)."
+        )
       self.policy.refuse(
         "the result must hold no Variable that the function did not make, but"
         f" {problem}. Return its value or a copy (`nnx.clone`)"
@@ -326,8 +335,9 @@ class Call:
       return _engine.framed(self.structure, self.objects, function, *args)
     except Exception as error:
       if not any(_has_run(fun, error) for fun, _ in self._described):
+        transform = self.lifted.policy.transform
         places = {
-          f"`nnx.{info.traced_for}` was given {info.func_src_info}."
+          f"`nnx.{transform}` was given {info.func_src_info}."
           for _, info in self._described
         }
         for note in sorted(places):

@@ -73,6 +73,9 @@ class Mapped:
       add_axes(self.walk, objects, result, self.out_root, self.metadata)
     else:
       result = self.lifted.call(values)
+    if self.lifted.policy.mode.updates:
+      # What comes from outside has no axis that could be mapped.
+      self.lifted.check_new(objects, result)
     if self.written:
       leaves = tuple(
         None if i in self.written else leaf for i, leaf in enumerate(leaves)

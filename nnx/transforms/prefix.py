@@ -16,6 +16,7 @@ import jax
 
 from nnx import filterlib
 from nnx.engine import _engine, preorder, pytrees
+from nnx.graphlib import modes
 from nnx.statelib import State, to_flat_state
 from nnx.transforms import lift
 
@@ -78,6 +79,31 @@ class FilterMap:
       if filterlib.to_predicate(filter_)(path, value):
         return True, entry
     return False, None
+
+  def map_prefix(self, path: tuple, value: Any) -> Any:
+    """Returns the entry of a leaf.
+
+    Example:
+
+      >>> import nnx
+      >>> nnx.StateAxes({nnx.Param: 0}).map_prefix(("w",), nnx.Param(1.0))
+      0
+
+    Args:
+      path: the path from the graph node that is an argument, or is in one.
+      value: a Variable, or a leaf that is in none.
+
+    Raises:
+      ValueError: if no filter selects it.
+    """
+    found, entry = self.select(path, value)
+    if not found:
+      raise ValueError(
+        f"The filters must select every leaf, but none of {list(self.filters)}"
+        f" selects `{text('', path)}` of type {type(value).__name__}. Add `...`"
+        " as the last filter."
+      )
+    return entry
 
   def __repr__(self) -> str:
     pairs = ", ".join(f"{f!r}: {e!r}" for f, e in self.items())
@@ -163,7 +189,7 @@ def prefix(
   Raises:
     ValueError: if no filter selects a leaf.
   """
-  del graph
+  modes.resolve(graph)  # Which mode it is makes no difference.
   entry_of: Callable[[Any, Any], Any]
   if isinstance(filter_map, Mapping):
     filters = FilterMap(filter_map)
@@ -187,42 +213,6 @@ def prefix(
     node,
     is_leaf=lambda x: isinstance(x, _engine.VariableBase),
   )
-
-
-def broadcast(
-  structure: Any,
-  leaves: Sequence[Any],
-  entries: Mapping[str, Any],
-  *,
-  is_entry: Callable[[Any], bool],
-  option: str,
-  first_root: int = 0,
-) -> list[Any]:
-  """Returns the entry of each leaf.
-
-  Args:
-    structure: of the roots (arguments, or a result), from the engine.
-    leaves: the leaves of the structure.
-    entries: one prefix a root, from `first_root` on, under what errors call the
-      root.
-    is_entry: whether something stands for all leaves below it.
-    option: the name of the option, for errors.
-    first_root: the first root that `entries` speaks of; leaves of earlier ones
-      get None.
-
-  Returns:
-    One entry a leaf, in the order of the leaves.
-
-  Raises:
-    ValueError: if a prefix does not fit the structure, if no filter of a filter
-      map selects a Variable, or if a shared Variable gets two entries.
-  """
-  objects = _engine.unflatten(structure, tuple(leaves)).objects
-  walk = Walk(structure, leaves, objects, is_entry)
-  walk.skip(first_root)
-  for where, entry in entries.items():
-    walk.visit_root(Root(entry, option, where))
-  return walk.entries
 
 
 class Root(NamedTuple):

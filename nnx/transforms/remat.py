@@ -8,6 +8,7 @@ from typing import Any, TypedDict, TypeVar, Unpack, overload
 
 import jax
 
+from nnx import environment
 from nnx.graphlib import modes
 from nnx.transforms import callables, lift
 
@@ -71,6 +72,7 @@ def remat(
     TypeError: if a static argument is not hashable.
   """
   mode = modes.resolve(graph, graph_updates)
+  environment.check_flags(prevent_cse=prevent_cse)
   if f is None:
     return functools.partial(
       remat,

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from nnx import eager, rnglib, spmd
+from nnx import eager, environment, rnglib, spmd
 from nnx.engine import _engine, jax_private, preorder
 from nnx.graphlib import modes
 from nnx.transforms import callables, lift, mapped, outcomes, prefix
@@ -166,6 +166,7 @@ def scan(
       objects, or if state is made where it is not scanned.
   """
   mode = modes.resolve(graph, graph_updates)
+  environment.check_flags(reverse=reverse, _split_transpose=_split_transpose)
   if f is None:
     return functools.partial(
       scan,
@@ -298,7 +299,7 @@ class _Kept(jit_lib.Options):
 
   def make_entry(self, structure, leaves, names, objects):
     self.entries += 1
-    flat = jit_lib.Flat(self, structure, names, None)
+    flat = jit_lib.Flat(self, structure, names)
     if any(isinstance(c, jax.Array) for c in flat.trace(leaves)[0].consts):
       raise _Captured
     traced = flat.split(list(range(len(leaves))), [])

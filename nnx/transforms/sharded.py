@@ -10,6 +10,7 @@ from typing import Any
 import jax
 from jax.sharding import PartitionSpec
 
+from nnx import environment
 from nnx.graphlib import modes
 from nnx.transforms import callables, lift, mapped, places, prefix
 
@@ -82,6 +83,7 @@ def shard_map(
       Variable gets two of them; also as `jax.shard_map`.
   """
   mode = modes.resolve(graph, graph_updates)
+  environment.check_flags(check_vma=check_vma)
   if f is None:
     return functools.partial(
       shard_map,

@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 
+from nnx import environment
 from nnx.engine import _engine
 from nnx.graphlib import modes
 from nnx.transforms import callables, diff_states, lift
@@ -107,6 +108,7 @@ def vjp(
   """
   diff_states.check_reduce_axes(reduce_axes)
   mode = modes.resolve(graph, graph_updates)
+  environment.check_flags(has_aux=has_aux)
   options: dict[str, Any] = {"has_aux": has_aux, **mode.arguments}
   if f is None:
     return functools.partial(vjp, **options)
@@ -184,6 +186,7 @@ def jvp(
     ValueError: if `tangents` has another form than `primals`.
   """
   mode = modes.resolve(graph, graph_updates)
+  environment.check_flags(has_aux=has_aux)
   options: dict[str, Any] = {"has_aux": has_aux, **mode.arguments}
   if f is None:
     return functools.partial(jvp, **options)

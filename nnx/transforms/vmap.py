@@ -493,6 +493,7 @@ def transform_metadata(
     TypeError: if `in_axes` or `out_axes` holds something else.
     ValueError: if they do not fit, or if an annotation has another name.
   """
+  mode = modes.resolve(graph)
   if f is None:
     return functools.partial(
       transform_metadata,
@@ -502,7 +503,7 @@ def transform_metadata(
       graph=graph,
     )
   f = callables.function_of(f, "transform_metadata")
-  policy = lift.Policy(modes.resolve(graph), "transform_metadata")
+  policy = lift.Policy(mode, "transform_metadata")
   in_axes, out_axes = _without_carry(in_axes), _without_carry(out_axes)
   check_axes(policy, in_axes, out_axes, is_axis)
   out_root = prefix.Root(out_axes, "out_axes", "result")

@@ -2,11 +2,12 @@
 
 Both sides run the same program on the same model, made with `nnx` and with
 `flax.nnx`; times are CPU time of the calling thread. Rows that end in `_tree`
-are in tree mode; those of `jit` have as another baseline Flax's `jit_partial`,
-which opens the model once. The numbered cases are models of that many Variables
-(or that many accesses); `real_layers` has its static attributes, dtypes,
-initialisers and RNG streams where real layers have them. The floor of the `jit`
-rows is `jax.jit` on the flat tuple of arrays.
+are in tree mode, those that end in `_values` in graph mode without updates;
+those of `jit` have as another baseline Flax's `jit_partial`, which opens the
+model once. The numbered cases are models of that many Variables (or that many
+accesses); `real_layers` has its static attributes, dtypes, initialisers and RNG
+streams where real layers have them. The floor of the `jit` rows is `jax.jit` on
+the flat tuple of arrays.
 """
 
 from collections.abc import Callable, Sequence
@@ -64,7 +65,7 @@ def _with_partial(
   make_model: MakeModel,
   make: Callable[..., harness.Side],
 ) -> harness.Comparison:
-  """Adds `jit_partial` of `flax.nnx` in tree mode as a baseline."""
+  """Adds `jit_partial` of `flax.nnx` in the same mode as a baseline."""
   model = make_model(flax_nnx)
 
   def jit(function: Callable[..., Any], **mode: Any) -> Callable[..., Any]:
@@ -390,6 +391,12 @@ _MODEL_OPS: dict[str, Callable[[MakeModel], harness.Comparison]] = {
   "jit_noop_tree": functools.partial(_build_jit_noop, graph=False),
   "jit_write_all_tree": functools.partial(_build_jit_write_all, graph=False),
   "split_tree": functools.partial(_build_split, graph=False),
+  "jit_noop_values": functools.partial(
+    _build_jit_noop, graph=True, graph_updates=False
+  ),
+  "jit_write_all_values": functools.partial(
+    _build_jit_write_all, graph=True, graph_updates=False
+  ),
   "state": _build_state,
   "update": _build_update,
   "merge": _build_merge,

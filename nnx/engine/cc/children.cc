@@ -200,6 +200,15 @@ int OpenNode(PyObject* value, Ref* keys, std::vector<Ref>* children) {
   return 0;
 }
 
+int IsMutableArray(PyObject* value) {
+  const Runtime& rt = GetRuntime();
+  if (Py_TYPE(value) == rt.array_type || !rt.ref_type) return 0;
+  if (Py_TYPE(value) == rt.ref_type) return 1;
+  const TypeInfo* info = FindTypeInfo(Py_TYPE(value));
+  if (!info || !info->traced) return 0;
+  return PyObject_IsInstance(value, reinterpret_cast<PyObject*>(rt.ref_type));
+}
+
 int HoldsData(PyObject* value) {
   RecursionGuard guard;
   if (!guard.entered()) return -1;

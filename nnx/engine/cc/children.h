@@ -43,6 +43,10 @@ bool OpenCustom(PyObject* value, TypeInfo* info, Ref* keys,
 // fit its items.
 bool FieldNames(PyObject* value, Ref* names);
 
+// Whether an array is a mutable one, or a traced value that stands for one.
+// Such a leaf has an identity. 1, 0, -1.
+int IsMutableArray(PyObject* value);
+
 // Whether `value` holds a Variable, Module or array anywhere: data, therefore.
 // 1, 0, -1.
 int HoldsData(PyObject* value);

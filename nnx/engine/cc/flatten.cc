@@ -82,7 +82,7 @@ bool Flattener::Visit(PyObject* value, Mode mode) {
     case TypeKind::kObject:
       return VisitObject(value, info);
     case TypeKind::kArray:
-      return VisitLeaf(value, mode == Mode::kPytree);
+      return VisitArray(value, mode == Mode::kPytree);
     case TypeKind::kList:
       return VisitSequence(value, NodeKind::kList, mode);
     case TypeKind::kTuple:
@@ -105,7 +105,7 @@ bool Flattener::Visit(PyObject* value, Mode mode) {
     case TypeKind::kStatic:
       return VisitStatic(value);
     case TypeKind::kPlain:
-      return mode != Mode::kPytree || value == Py_None
+      return (mode != Mode::kPytree && !AtRoot()) || value == Py_None
                  ? VisitStatic(value)
                  : VisitLeaf(value, /*scalars=*/true);
     case TypeKind::kUnknown:
@@ -149,6 +149,23 @@ bool Flattener::VisitLeaf(PyObject* value, bool scalars) {
   const int32_t position = Push(NodeKind::kLeaf, nullptr);
   nodes_[position].leaf = static_cast<int32_t>(leaves_.size());
   nodes_[position].scalars = scalars;
+  leaves_.push_back(Ref::Borrow(value));
+  leaf_nodes_.push_back(position);
+  Close(position, 0);
+  return true;
+}
+
+// A mutable array has an identity: two attributes may hold the same.
+bool Flattener::VisitArray(PyObject* value, bool scalars) {
+  const int is_mutable = IsMutableArray(value);
+  if (is_mutable < 0) return false;
+  if (!is_mutable) return VisitLeaf(value, scalars);
+  int32_t position = -1;
+  if (!PushIndexed(value, NodeKind::kLeaf, &position)) return false;
+  if (position < 0) return true;
+  Node& node = nodes_[position];
+  node.type = Ref();  // a traced one has another, and is the same
+  node.leaf = static_cast<int32_t>(leaves_.size());
   leaves_.push_back(Ref::Borrow(value));
   leaf_nodes_.push_back(position);
   Close(position, 0);
@@ -251,10 +268,15 @@ bool Flattener::VisitObject(PyObject* value, TypeInfo* info) {
       ok = VisitStatic(child);
     } else if (marked == Py_True && Py_TYPE(child) != Py_TYPE(Py_None)) {
       const TypeInfo* child_info = GetTypeInfo(Py_TYPE(child));
-      const bool leaf = child_info && (child_info->kind == TypeKind::kPlain ||
-                                       child_info->kind == TypeKind::kArray);
-      ok = child_info && (leaf ? VisitLeaf(child, /*scalars=*/true)
-                               : Visit(child, Mode::kAttributes));
+      if (!child_info) {
+        ok = false;
+      } else if (child_info->kind == TypeKind::kArray) {
+        ok = VisitArray(child, /*scalars=*/true);
+      } else {
+        ok = child_info->kind == TypeKind::kPlain
+                 ? VisitLeaf(child, /*scalars=*/true)
+                 : Visit(child, Mode::kAttributes);
+      }
     } else {
       ok = Visit(child, Mode::kAttributes);
     }
@@ -347,8 +369,9 @@ bool Flattener::VisitUnknown(PyObject* value, Mode mode) {
   Ref children, treedef, keys;
   if (!OpenPytree(value, &children, &treedef, &keys)) {
     if (PyErr_Occurred()) return false;
-    return mode != Mode::kPytree ? VisitStatic(value)
-                                 : VisitLeaf(value, /*scalars=*/true);
+    return mode != Mode::kPytree && !AtRoot()
+               ? VisitStatic(value)
+               : VisitLeaf(value, /*scalars=*/true);
   }
   const int32_t position = Push(NodeKind::kPytree, Py_TYPE(value));
   nodes_[position].aux = treedef;

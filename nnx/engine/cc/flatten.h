@@ -15,8 +15,8 @@ namespace nnx::engine {
 
 // How values that are neither containers nor graph nodes are read.
 enum class Mode : uint8_t {
-  kAttributes,  // arrays are leaves, the rest is static; containers have
-                // identity
+  kAttributes,  // arrays are leaves, the rest is static unless it is the root;
+                // containers have identity
   kState,       // as those, of a State among them; containers are values
   kPytree,      // everything is a leaf; containers are values
 };
@@ -52,9 +52,14 @@ class Flattener {
 
  private:
   bool Visit(PyObject* value, Mode mode);
+  // Whether nothing of the current root has been visited yet.
+  bool AtRoot() const {
+    return static_cast<int32_t>(nodes_.size()) == roots_.back();
+  }
   bool CheckNoMark(PyObject* value) const;
   bool VisitStatic(PyObject* value);
   bool VisitLeaf(PyObject* value, bool scalars);
+  bool VisitArray(PyObject* value, bool scalars);
   bool VisitVariable(PyObject* value, TypeInfo* info);
   bool VisitObject(PyObject* value, TypeInfo* info);
   bool VisitSequence(PyObject* value, NodeKind kind, Mode mode);

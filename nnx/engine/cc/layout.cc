@@ -93,6 +93,7 @@ bool Classify(PyTypeObject* type, TypeInfo* info) {
         rt.is_array_type, reinterpret_cast<PyObject*>(type)));
     if (!is_array) return false;
     if (is_array.get() == Py_True) info->kind = TypeKind::kArray;
+    info->traced = rt.tracer_type && PyType_IsSubtype(type, rt.tracer_type);
     if (is_array.get() == Py_False) info->kind = TypeKind::kPlain;
     if (is_array.get() == Py_Ellipsis) info->kind = TypeKind::kForeign;
   }

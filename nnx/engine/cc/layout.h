@@ -51,6 +51,7 @@ struct CustomNode {
 struct TypeInfo {
   TypeKind kind = TypeKind::kUnknown;
   bool opened = false;  // kUnknown: an instance was a registered pytree node
+  bool traced = false;  // kArray: what an instance stands for, the trace knows
   Ref weakref;
   std::unique_ptr<CustomNode> custom;
   std::vector<std::unique_ptr<Layout>> layouts;

@@ -194,6 +194,13 @@ class LeafMatcher {
   std::vector<int32_t> position_of_;
 };
 
+// Whether a leaf is in a box that the function has made. No transformation of
+// jax lets one out: its value is, and gets a new box outside.
+bool IsNewBox(const Node& node, const Plan::Data& data) {
+  if (node.index < 0 || data.origin[node.index] >= 0) return false;
+  return node.kind == NodeKind::kLeaf || (node.hook_flags & kBoxed);
+}
+
 }  // namespace
 
 bool CheckObjects(const Structure* structure, PyObject* const* objects,
@@ -299,9 +306,12 @@ Ref Pack(const Structure* before, const std::vector<int32_t>& tops,
   if (!outputs || !packed) return Ref();
   for (int32_t i = 0; i < num_leaves; ++i) {
     if (data->output_of[i] < 0) continue;
-    PyObject* leaf = after.leaves()[i].get();
-    Py_INCREF(leaf);
-    PyTuple_SET_ITEM(outputs.get(), data->output_of[i], leaf);
+    Ref leaf = after.leaves()[i];
+    if (IsNewBox(after.nodes()[after.leaf_nodes()[i]], *data)) {
+      leaf = Ref::Steal(PyObject_CallOneArg(GetRuntime().unboxed, leaf.get()));
+      if (!leaf) return Ref();
+    }
+    PyTuple_SET_ITEM(outputs.get(), data->output_of[i], leaf.release());
   }
   auto* self = reinterpret_cast<Packed*>(packed.get());
   self->plan = plan_object.release();
@@ -341,12 +351,15 @@ Ref BuildResult(const Plan::Data& data, PyObject* const* objects,
   };
   const std::vector<Node>& nodes = *structure->nodes;
   const Node& result = nodes[data.result_position];
-  if (result.kind == NodeKind::kLeaf) return Ref::Borrow(source(result.leaf));
+  if (result.kind == NodeKind::kLeaf && result.index < 0) {
+    return Ref::Borrow(source(result.leaf));
+  }
   if (result.kind == NodeKind::kStatic) return result.aux;
   std::vector<PyObject*> filled(structure->num_leaves);
   for (int32_t i = 0; i < structure->num_leaves; ++i) filled[i] = source(i);
   Unflattener build(nodes, filled.data(), nullptr,
                     data.result_has_nodes ? structure->num_indices : 0);
+  build.set_new_boxes();
   for (int32_t index : data.result_refs) {
     build.Declare(index, objects[data.origin[index]]);
   }
@@ -383,6 +396,7 @@ Ref Apply(PyObject* plan, PyObject* const* objects, PyObject* const* leaves,
     reuse[i] = data.origin[i] < 0 ? nullptr : objects[data.origin[i]];
   }
   Unflattener build(nodes, filled.data(), reuse.data(), structure->num_indices);
+  build.set_new_boxes();
   Ref result;
   for (int32_t i = 0; i < structure->num_roots; ++i) {
     result = build.Build();

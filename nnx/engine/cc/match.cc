@@ -99,10 +99,7 @@ bool Matcher::VisitNode(const Node& node, PyObject* value) {
     case NodeKind::kStatic:
       return VisitStatic(node, value);
     case NodeKind::kLeaf:
-      // Anything else may be a container by now: the slow walk decides.
-      if (!IsLeaf(value, node.scalars)) return false;
-      leaves_[node.leaf] = value;
-      return true;
+      return VisitLeaf(node, value);
     case NodeKind::kRef:
       return objects_[node.index] == value;
     case NodeKind::kVariable:
@@ -123,6 +120,26 @@ bool Matcher::VisitNode(const Node& node, PyObject* value) {
   return false;
 }
 
+bool Matcher::VisitLeaf(const Node& node, PyObject* value) {
+  // Anything else may be a container by now: the slow walk decides.
+  if (!IsLeaf(value, node.scalars)) return false;
+  const bool is_mutable = node.index >= 0;
+  const Runtime& rt = GetRuntime();
+  if (Py_TYPE(value) != rt.array_type) {
+    const TypeInfo* info = FindTypeInfo(Py_TYPE(value));
+    if (info && info->traced) {
+      traced_.emplace_back(value, is_mutable);
+    } else if ((Py_TYPE(value) == rt.ref_type) != is_mutable) {
+      return false;
+    }
+  } else if (is_mutable) {
+    return false;
+  }
+  if (is_mutable && !Index(node, value)) return false;
+  leaves_[node.leaf] = value;
+  return true;
+}
+
 bool Matcher::VisitVariable(const Node& node, VariableObject* variable) {
   if (!Index(node, reinterpret_cast<PyObject*>(variable)) ||
       variable->hook_flags != node.hook_flags ||
@@ -133,7 +150,7 @@ bool Matcher::VisitVariable(const Node& node, VariableObject* variable) {
     if (variable->hold == Hold::kLent) return false;  // the slow walk may wait
     owns_ = true;
   }
-  traced_ |= variable->trace_ref != nullptr;
+  in_trace_ |= variable->trace_ref != nullptr;
   if (node.leaf < 0) return Visit(variable->raw);
   if (!IsLeaf(variable->raw, /*scalars=*/true)) return false;
   leaves_[node.leaf] = variable->raw;
@@ -200,6 +217,11 @@ bool Matcher::VisitMapping(const Node& node, PyObject* value) {
 }
 
 int Matcher::FinishDeferred() {
+  for (const auto& [value, wanted] : traced_) {
+    const int is_mutable = IsMutableArray(value);
+    if (is_mutable < 0) return -1;
+    if (is_mutable != wanted) return 0;
+  }
   for (const Deferred& item : deferred_) {
     if (item.node && !item.key) {
       // Also for one and the same object: it may have changed in place.

@@ -6,6 +6,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <unordered_map>
+#include <utility>
 #include <vector>
 
 #include "nnx/engine/cc/objects.h"
@@ -30,12 +31,13 @@ class Matcher {
   int FinishDeferred();
   // Whether it met a Variable that owns its array, and one of another trace.
   bool owns() const { return owns_; }
-  bool traced() const { return traced_; }
+  bool traced() const { return in_trace_; }
 
  private:
   bool Visit(PyObject* value);
   bool VisitNode(const Node& node, PyObject* value);
   bool VisitStatic(const Node& node, PyObject* value);
+  bool VisitLeaf(const Node& node, PyObject* value);
   bool VisitVariable(const Node& node, VariableObject* variable);
   bool VisitObject(const Node& node, ObjectObject* object);
   bool VisitSequence(const Node& node, PyObject* value);
@@ -48,7 +50,7 @@ class Matcher {
   PyObject** objects_;
   size_t position_ = 0;
   bool owns_ = false;
-  bool traced_ = false;
+  bool in_trace_ = false;
   const uint64_t epoch_ = NextEpoch();
   std::vector<PyObject*> arena_;
   struct Deferred {
@@ -58,6 +60,8 @@ class Matcher {
     Node* node;  // kStatic; null for metadata
   };
   std::vector<Deferred> deferred_;
+  // Traced values, and whether they have to stand for mutable arrays.
+  std::vector<std::pair<PyObject*, bool>> traced_;
   std::unordered_map<PyObject*, int32_t> containers_;
 };
 

@@ -261,7 +261,10 @@ class Provider {
 bool CheckReuse(const Structure& structure,
                 const std::vector<PyObject*>& reuse) {
   for (const Node& node : *structure.nodes) {
-    if (node.kind == NodeKind::kRef || node.index < 0) continue;
+    if (node.kind == NodeKind::kRef || node.kind == NodeKind::kLeaf ||
+        node.index < 0) {
+      continue;
+    }
     PyObject* object = reuse[node.index];
     if (!object ||
         reinterpret_cast<PyObject*>(Py_TYPE(object)) == node.type.get()) {

@@ -47,8 +47,16 @@ struct Runtime {
   // () -> whether a compiled call runs here and now as such, so that Variables
   // may be lent to it.
   PyObject* may_lend = nullptr;
+  // (value) -> a mutable array of it.
+  PyObject* new_ref = nullptr;
+  // (value) -> the array in a mutable array or box; any other value itself.
+  PyObject* unboxed = nullptr;
   // The concrete array type of JAX: the one checked first.
   PyTypeObject* array_type = nullptr;
+  // Those of mutable arrays, which have an identity, and of traced values. What
+  // of these stands for a mutable array, `isinstance` tells.
+  PyTypeObject* ref_type = nullptr;
+  PyTypeObject* tracer_type = nullptr;
   // Classes of the Python layers above.
   PyTypeObject* variable_metadata = nullptr;
   PyTypeObject* attribute_marker = nullptr;

@@ -274,7 +274,7 @@ bool IsComplete(const Node& node) {
     case NodeKind::kStatic:
       return container && node.aux && node.children == 0;
     case NodeKind::kLeaf:
-      return node.index < 0 && node.leaf >= 0 && node.children == 0;
+      return node.leaf >= 0 && node.children == 0;
     case NodeKind::kRef:
       return node.index >= 0 && node.leaf < 0 && node.children == 0;
     case NodeKind::kVariable:

@@ -22,8 +22,9 @@ struct Node {
   bool atomic = false;   // kStatic: compared without running Python code
   bool scalars = false;  // kLeaf: a scalar in its place would be a leaf too
   uint8_t hook_flags = 0;
-  int32_t index = -1;  // among the nodes that have an identity
-  int32_t leaf = -1;   // among the leaves
+  // Among the nodes that have an identity; kLeaf: that of a mutable array.
+  int32_t index = -1;
+  int32_t leaf = -1;  // among the leaves
   int32_t children = 0;
   int32_t end = 0;           // one past the subtree
   TypeInfo* info = nullptr;  // of `type`, for kObject and kVariable

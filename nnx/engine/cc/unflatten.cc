@@ -3,6 +3,7 @@
 #include "nnx/engine/cc/children.h"
 #include "nnx/engine/cc/objects.h"
 #include "nnx/engine/cc/recursion_guard.h"
+#include "nnx/engine/cc/runtime.h"
 
 namespace nnx::engine {
 namespace {
@@ -71,7 +72,7 @@ Ref Unflattener::Build() {
     case NodeKind::kStatic:
       return node.aux;
     case NodeKind::kLeaf:
-      return Ref::Borrow(leaves_[node.leaf]);
+      return BuildLeaf(node);
     case NodeKind::kRef:
       if (!made_[node.index]) {
         PyErr_SetString(PyExc_ValueError,
@@ -105,7 +106,9 @@ Ref Unflattener::Adopt(const Node& node, PyObject* value) {
   if (node.index < 0) return Ref::Borrow(value);
   Ref self = Ref::Borrow(value);
   PyObject* existing = reuse_ ? reuse_[node.index] : nullptr;
-  if (existing && existing != value) {
+  if (existing && node.kind == NodeKind::kLeaf) {
+    self = Ref::Borrow(existing);
+  } else if (existing && existing != value) {
     self = Ref::Borrow(existing);
     pending_.push_back({&node, self, Ref::Borrow(value), /*adopted=*/true});
   }
@@ -143,6 +146,18 @@ bool Unflattener::DeclareInside(int32_t* position, PyObject* value) {
     if (!DeclareInside(&child, item.get())) return false;
   }
   return true;
+}
+
+Ref Unflattener::BuildLeaf(const Node& node) {
+  Ref leaf = Ref::Borrow(leaves_[node.leaf]);
+  if (node.index < 0) return leaf;
+  if (PyObject* existing = reuse_ ? reuse_[node.index] : nullptr) {
+    leaf = Ref::Borrow(existing);
+  } else if (new_refs_) {
+    leaf = Ref::Steal(PyObject_CallOneArg(GetRuntime().new_ref, leaf.get()));
+  }
+  made_[node.index] = leaf;
+  return leaf;
 }
 
 Ref Unflattener::BuildVariable(const Node& node) {

@@ -26,8 +26,10 @@ class Unflattener {
   }
   // Objects by index whose creation line and trace carry over to the copies.
   void set_origins(PyObject* const* origins) { origins_ = origins; }
-  // Copies of Variables get boxes of their own.
+  // Variables that are made get boxes of their own.
   void set_copy_boxes() { copy_boxes_ = true; }
+  // So do they, and mutable arrays, for the values that came out of a function.
+  void set_new_boxes() { copy_boxes_ = new_refs_ = true; }
   void set_position(int32_t position) { position_ = position; }
 
   // Builds the node at the current position and moves past it.
@@ -58,6 +60,7 @@ class Unflattener {
   bool DeclareInside(int32_t* position, PyObject* value);
   bool CanWrite(const Pending& pending) const;
   bool Write(const Pending& pending) const;
+  Ref BuildLeaf(const Node& node);
   Ref BuildVariable(const Node& node);
   Ref BuildObject(const Node& node);
   Ref BuildSequence(const Node& node);
@@ -76,6 +79,7 @@ class Unflattener {
   PyObject* const* origins_ = nullptr;
   int32_t position_ = 0;
   bool copy_boxes_ = false;
+  bool new_refs_ = false;
 };
 
 }  // namespace nnx::engine

@@ -468,6 +468,32 @@ def test_trees_keep_references_and_prefixes():
     nnx.from_tree([1], map_non_graph_nodes=True)
 
 
+def test_a_prefix_says_one_thing_of_a_shared_variable():
+  counter = Counter()
+  both = (counter, 1, {"b": [counter.count]})
+  nnx.to_tree(both, prefix=(0, None, 0))
+  nnx.to_tree(both, prefix=None)
+  nnx.to_tree(both, prefix=(0, None, 1), check_aliasing=False)
+  axes = nnx.StateAxes({nnx.PathContains("count"): 1, ...: 0})
+  nnx.to_tree(both, prefix=(axes, None, 1))
+  with pytest.raises(
+    ValueError,
+    match=r"`tree\[0\]\.count` and `tree\[2\]\['b'\]\[0\]` has both 0 and 1",
+  ):
+    nnx.to_tree(both, prefix=(0, None, 1))
+
+
+@pytest.mark.parametrize("graph", (True, False))
+def test_a_number_alone_is_a_leaf(graph):
+  for leaf in (42, 1.5, "text", np.float32(2)):
+    graphdef, state = nnx.split(leaf, graph=graph)
+    assert state is leaf
+    assert nnx.merge(graphdef, 3) == 3
+    assert nnx.state(leaf, graph=graph) is leaf
+    assert nnx.clone(leaf, graph=graph) == leaf
+  assert nnx.split([42])[1] == nnx.State({})
+
+
 def test_flatten_continues_the_numbers_of_earlier_calls():
   p = nnx.Param(1.0)
   refs, index = nnx.graph.RefMap(), nnx.graph.IndexMap()

@@ -22,6 +22,23 @@ class SameAsFlaxTest(parameterized.TestCase):
 
     both.same(program)
 
+  def test_the_gradient_of_a_shared_variable_is_where_it_is_first(self):
+    def program(lib):
+      p, q = lib.Param(jnp.array(10.0)), lib.Param(jnp.array(20.0))
+      f = lib.grad(lambda m: m["a"][0] + m["a"][1] * m["b"])
+      grads = f({"a": [p, q], "b": p})
+      both_grads = lib.grad(lambda a, b: a * b, argnums=(0, 1))(p, p)
+      return [
+        grads["a"][0][...],
+        grads["a"][1][...],
+        isinstance(grads["b"], lib.State),
+        len(jax.tree.leaves(grads)),
+        both_grads[0][...],
+        len(jax.tree.leaves(both_grads)),
+      ]
+
+    both.same(program)
+
   def test_value_and_grad_with_aux(self):
     def program(lib):
       model = both.models(lib).Dense()

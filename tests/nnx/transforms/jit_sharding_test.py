@@ -52,6 +52,27 @@ class ShardingTest(parameterized.TestCase):
       step(dense, jnp.ones((8, 2))), np.full((8, 4), 8)
     )
 
+  def test_state_that_is_made_lies_where_its_place_does(self):
+    kernel = self.named(None, "model")
+    sharding = nnx.StateSharding(
+      {nnx.PathContains("kernel"): kernel, ...: self.named()}
+    )
+    for donated in ((), (0,)):
+      dense = Dense(4)
+
+      @nnx.jit(in_shardings=(sharding,), donate_argnums=donated)
+      def step(dense):
+        other = self.named("data")
+        dense.bias = nnx.Param(
+          jax.lax.with_sharding_constraint(dense.bias[...], other)
+        )
+        dense.kernel = nnx.Param(2 * dense.kernel)
+
+      step(dense)
+      self.assertEqual(dense.kernel.value.sharding.spec, kernel.spec)
+      self.assertEqual(dense.bias.value.sharding.spec, P())
+      np.testing.assert_array_equal(dense.kernel, np.full((2, 4), 2))
+
   def test_out_shardings_of_new_modules(self):
     @nnx.jit(
       out_shardings=nnx.StateSharding({nnx.Param: self.named(None, "model")})

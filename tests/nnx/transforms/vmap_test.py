@@ -425,6 +425,15 @@ class ErrorTest(parameterized.TestCase):
       function(*args, **kwargs)
     return str(caught.exception)
 
+  def test_what_is_captured_is_not_returned(self):
+    model = nnx.Dict(w=nnx.Param(X))
+    text = self.error(ValueError, nnx.vmap(lambda x: [model]), X)
+    self.assertIn("`nnx.vmap` returns must hold no Variable that it was", text)
+    self.assertIn("`result[0].w` is a `Param` from outside of it", text)
+    self.assertIs(nnx.vmap(lambda model, x: model)(model, X), model)
+    copy = nnx.vmap(lambda x: nnx.clone(model))(X)
+    self.assertEqual(copy.w.shape, (4, 4, 3))
+
   def test_one_variable_with_two_axes(self):
     tied = both.models(nnx).Tied()
     f = nnx.vmap(lambda a, b: 0, in_axes=(None, 0))

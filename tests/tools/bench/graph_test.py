@@ -38,8 +38,8 @@ class CasesTest(absltest.TestCase):
       for case in graph.cases(harness.Settings.for_run(quick=False))
     }
     for op in (
-      "jit_noop jit_write_all split state update merge clone tree_flatten "
-      "state_filter state_split state_merge"
+      "jit_noop jit_write_all jit_noop_values jit_write_all_values split state"
+      " update merge clone tree_flatten state_filter state_split state_merge"
     ).split():
       for case in ("10", "100", "1000", "real_layers"):
         self.assertIn((op, case), rows)

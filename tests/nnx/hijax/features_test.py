@@ -1,7 +1,8 @@
-"""Variables that traces of jax itself can write, against Flax's."""
+"""What hijax Variables can do, with each version of jax."""
 
 import copy
 import dataclasses
+import functools
 import os
 import pickle
 import subprocess
@@ -12,105 +13,16 @@ from flax import nnx as flax_nnx
 import jax
 import jax.numpy as jnp
 import numpy as np
-import pytest
 
 import nnx
 from nnx.engine import boxes
-from tests.nnx import hijax_cases
+from tests.nnx.hijax import cases
 
-# Later versions of jax have no mutable types, and Flax for them no such
-# Variables.
-needs_mutable_types = pytest.mark.skipif(
-  not boxes.CHANGES_STRUCTURE, reason="this jax has no mutable types"
+MODES = (
+  {"graph": True, "graph_updates": True},
+  {"graph": True, "graph_updates": False},
+  {"graph": False},
 )
-
-# What Flax fails at in its own code, where jax would let it go on, and what
-# these programs return here.
-BEYOND = {
-  "jit_isinstance": [[True, False, True, "x", [], True, True]],
-  "hijax_and_ref": [True, True, 2.0, 2.0, True],
-  "pop": [2.0, False],
-  "sow": [[1.0, 1.0]],
-  "nnx_jit_model_graph": [3.0, 3.0, True, 3.0, 6.0],
-  "nnx_jit_shared_graph": [4.0, 2.0],
-  "nnx_cond_graph": 2.0,
-  "ref_grad_nondiff_graph": [6.0, 6.0],
-  "nnx_scan_carry_graph": [[1.0, 2.0, 4.0], 4.0],
-  "nnx_scan_carry_values": [[1.0, 2.0, 4.0], 4.0],
-  "nnx_scan_carry_tree": [[1.0, 2.0, 4.0], 4.0],
-  "nnx_while_graph": 4.0,
-  "nnx_while_values": 4.0,
-  "nnx_while_tree": 4.0,
-  "nnx_eval_shape_values": [3],
-  "nnx_eval_shape_tree": [3],
-  # Flax loses what is written to the mutable arrays.
-  "ref_vmap_graph": [[2.0, 4.0, 6.0], [1.0, 2.0, 3.0]],
-  "ref_scan_xs_graph": [6.0, [1.0, 2.0, 3.0]],
-  "ref_cond_graph": 2.0,
-  # Or puts an array in their place.
-  "ref_update_variable": [[1.0, 1.0, 1.0], True, True],
-}
-# Models: their results are those that they have without hijax.
-MODELS = ("forward", "train_step", "kv_cache")
-
-
-def plain(value):
-  """Makes arrays of numbers, for a comparison."""
-  if isinstance(value, dict):
-    return {name: plain(item) for name, item in value.items()}
-  if isinstance(value, (list, tuple)):
-    return [plain(item) for item in value]
-  if isinstance(value, (str, bool)) or value is None:
-    return value
-  if isinstance(value, (jax.Array, np.ndarray, int, float)):
-    return np.asarray(value)
-  return str(value)
-
-
-def outcome(name, library):
-  """Returns what a program returns, or None if it raises."""
-  try:
-    return plain(hijax_cases.CASES[name](library))
-  except Exception:
-    return None
-
-
-def same(ours, theirs):
-  jax.tree.map(
-    lambda a, b: (
-      np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
-      if isinstance(a, np.ndarray)
-      else np.testing.assert_equal(a, b)
-    ),
-    ours,
-    theirs,
-  )
-
-
-@pytest.mark.filterwarnings("ignore")  # Those are Flax's.
-class TableTest(parameterized.TestCase):
-  """One program after the other, ours against Flax's."""
-
-  @parameterized.named_parameters(
-    (f"_{n}", n)
-    for n in hijax_cases.CASES
-    if n not in BEYOND and n not in MODELS
-  )
-  @needs_mutable_types
-  def test_as_flax(self, name):
-    theirs, ours = outcome(name, flax_nnx), outcome(name, nnx)
-    self.assertEqual(ours is None, theirs is None)
-    same(ours, theirs)
-
-  @parameterized.named_parameters((f"_{n}", n) for n in BEYOND)
-  @needs_mutable_types
-  def test_beyond_flax(self, name):
-    same(outcome(name, nnx), plain(BEYOND[name]))
-
-  @parameterized.named_parameters((f"_{n}", n) for n in MODELS)
-  def test_models(self, name):
-    program = hijax_cases.CASES[name]
-    same(plain(program(nnx)), plain(program(flax_nnx, hijax=False)))
 
 
 class FeaturesTest(parameterized.TestCase):
@@ -155,6 +67,22 @@ class FeaturesTest(parameterized.TestCase):
 
     jax.jit(lambda p: jax.lax.cond(p, halve, lambda: None))(True)
     self.assertEqual(v[...], 64.0)
+
+  @parameterized.product(mode=MODES, kind=("hijax", "ref"))
+  def test_loops_of_nnx(self, mode, kind):
+    v = nnx.Variable(jnp.array(1.0), **{kind: True})
+
+    def body(v):
+      v[...] *= 2
+      return v
+
+    loop = functools.partial(nnx.while_loop, **mode)
+    self.assertIs(loop(lambda v: v[...] < 20, body, v), v)
+    self.assertEqual(v[...], 32.0)
+    jax.jit(lambda v: (loop(lambda v: v[...] < 100, body, v), None)[1])(v)
+    self.assertEqual(v[...], 128.0)
+    nnx.fori_loop(0, 2, lambda i, v: body(v), v, **mode)
+    self.assertEqual(v[...], 512.0)
 
   def test_pytrees(self):
     v = nnx.Variable({"a": jnp.array(0), "b": [jnp.ones(2)]}, hijax=True)
@@ -277,9 +205,30 @@ class FeaturesTest(parameterized.TestCase):
     np.testing.assert_array_equal(model.a[...], [3.0, 3.0])
 
 
-@needs_mutable_types
+@cases.needs_mutable_types
 class MutableTypesTest(absltest.TestCase):
   """What needs jax's mutable types."""
+
+  def test_conditions_of_loops(self):
+    v = nnx.Variable(jnp.array(1.0), hijax=True)
+
+    def body(i):
+      v[...] *= 2
+      return i + 1
+
+    def condition(i):
+      return v[...] < 20
+
+    for loop in (jax.lax.while_loop, nnx.while_loop):
+      for run in (lambda f: f(), lambda f: jax.jit(f)()):
+        for read in (condition, jax.jit(condition)):
+          with self.assertRaisesRegex(
+            TypeError, "`cond_fun` of .* must not read a hijax .*`Variable`"
+          ):
+            run(lambda loop=loop, read=read: loop(read, body, 0))
+    with self.assertRaisesRegex(TypeError, "jax does not follow .* of a loop"):
+      jax.lax.while_loop(lambda c: c[1] < 3, lambda c: (c[0], c[1] + 1), (v, 0))
+    self.assertEqual(v[...], 1.0)
 
   def test_metadata_comes_back(self):
     v = nnx.Param(jnp.ones(2), hijax=True, step=1)
