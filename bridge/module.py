@@ -140,7 +140,8 @@ class Module(nnx.Module, metaclass=ModuleMeta):
 
   def __getattribute__(self, name: str) -> Any:
     value = super().__getattribute__(name)
-    if isinstance(value, ModuleState):
+    # Not `isinstance`, which for a Mapping takes as long as the read.
+    if type(value) is ModuleState:
       raise AttributeError(
         f"`{type(self).__name__}` has variables for `{name}`, but has not made"
         " the submodule yet."
@@ -461,7 +462,8 @@ class Module(nnx.Module, metaclass=ModuleMeta):
       with Running(module, in_compact=False):
         result = method_of(module, method)(module, *args, **kwargs)
     for _, value in nnx.iter_modules(module):
-      value._pytree__state._initializing = False
+      if initializing:
+        value._pytree__state._initializing = False
       if isinstance(value, Module):
         vars(value).pop("scope", None)
     return result if mutable is False else (result, module._collections())
@@ -529,9 +531,10 @@ def _bind(parent: Module, value: Any) -> None:
     )
     if isinstance(leaf, nnx.Module)
   ]
+  initializing = parent.is_initializing()
   for root in found:
     for _, module in reversed(list(nnx.iter_modules(root))):
-      module._pytree__state._initializing = parent.is_initializing()
+      module._pytree__state._initializing = initializing
       if isinstance(module, Module):
         if module.scope is None:
           assert parent.scope is not None

@@ -42,18 +42,32 @@ class PytreeState:
     self._own = {_INITIALIZING: initializing, _IS_SETUP: is_setup}
     self._node: Any = None  # a weak reference to the object that it is of
 
+  @classmethod
+  def of(cls, node: Any) -> PytreeState:
+    """Returns the view of an object's, which does not keep it alive."""
+    result = object.__new__(cls)
+    result._trace_state = tracers.TraceState.of(node)
+    result._own, result._node = {}, weakref.ref(node)
+    return result
+
   def _flags(self) -> Mapping[str, bool]:
     node = None if self._node is None else self._node()
-    return self._own if node is None else node._pytree_status or {}
+    if node is None:
+      return self._own
+    # Past `__getattribute__` of its class, as the write below.
+    return object.__getattribute__(node, "_pytree_status") or {}
 
   def _set_flag(self, name: str, value: bool) -> None:
+    flags = self._flags()
+    if flags.get(name, False) == value:
+      return
     node = None if self._node is None else self._node()
     if node is None:
       self._own[name] = value
       return
     # A mark without an attribute: it goes where marks go, through `split`,
     # `merge`, `clone` and pickles.
-    marks = {k: v for k, v in (node._pytree_status or {}).items() if k != name}
+    marks = {k: v for k, v in flags.items() if k != name}
     if value:
       marks[name] = True
     object.__setattr__(node, "_pytree_status", marks or None)
@@ -126,9 +140,7 @@ class StateView:
       return self
     state = vars(node).get(THEIR_STATE) or _states.get(node)
     if state is None:
-      state = PytreeState()
-      state._trace_state = tracers.TraceState.of(node)
-      state._node = weakref.ref(node)
+      state = PytreeState.of(node)
       _states.set(node, state)
     return state
 

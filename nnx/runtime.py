@@ -119,7 +119,7 @@ def configure() -> None:
     unboxed=_unboxed,
     array_type=jax_private.array_type(),
     ref_type=jax.Ref,
-    tracer_type=jax.core.Tracer,
+    tracer_type=core.Tracer,
     variable_metadata=variablelib.VariableMetadata,
     attribute_marker=pytreelib.Marker,
     state=statelib.State,

@@ -45,7 +45,8 @@ CREATE_HOOK = 8
 # Switches that say how a value is kept, and what they are where they are not
 # among the metadata.
 FIXED = {"hijax": False, "ref": False, "mutable": True}
-_FLAGS = frozenset((*FIXED, "eager_sharding"))
+# All switches; what the last one is then, a setting says.
+_SWITCHES = {**FIXED, "eager_sharding": None}
 
 
 def in_order(metadata: Mapping[str, Any]) -> boxes.Metadata:
@@ -141,12 +142,12 @@ def normalize_metadata(metadata: Mapping[str, Any]) -> dict[str, Any]:
   for name, value in metadata.items():
     if name in HOOK_ALIASES or name in HOOK_NAMES:
       continue
-    if name in _FLAGS:
+    if name in _SWITCHES:
       if value is None:
         continue
       environment.check_flags(**{name: value})
       value = bool(value)
-      if FIXED.get(name) is value:
+      if _SWITCHES[name] is value:
         continue
     result[name] = value
   for alias, name in HOOK_ALIASES.items():
@@ -364,7 +365,7 @@ class HasMetadata(_engine.VariableBase):
     """
     if len(args) == 1 and not kwargs:
       new = normalize_metadata(args[0])
-      for switch in (*FIXED, "eager_sharding"):
+      for switch in _SWITCHES:
         if switch not in args[0] and switch in self._metadata:
           new[switch] = self._metadata[switch]
     elif len(args) == 2 and not kwargs:

@@ -27,6 +27,11 @@ class Library:
       `my_op_1`, promises that operands, results and attributes mean the same
       for ever: `jax.export` writes programs with these and no others.
     platform: The platform to register the handlers for.
+
+  Attributes:
+    module: As given.
+    platform: As given.
+    targets: As given.
   """
 
   def __init__(
@@ -34,8 +39,8 @@ class Library:
   ):
     self.module = module
     self.platform = platform
-    self._targets = dict(targets)
-    jax_private.promise(filter(_VERSIONED.search, self._targets))
+    self.targets = dict(targets)
+    jax_private.promise(filter(_VERSIONED.search, self.targets))
     self._lock = threading.Lock()
     self._loaded: types.ModuleType | None = None
     _LIBRARIES.append(self)
@@ -59,7 +64,7 @@ class Library:
     with self._lock:
       if self._loaded is None:
         module = importlib.import_module(self.module)
-        for target, getter in self._targets.items():
+        for target, getter in self.targets.items():
           jax.ffi.register_ffi_target(
             target, getattr(module, getter)(), platform=self.platform
           )
@@ -90,6 +95,11 @@ def lazily(module: str, name: str) -> Callable[..., Any]:
     return getattr(importlib.import_module(module), name)(*args, **kwargs)
 
   return call
+
+
+def targets() -> set[str]:
+  """Returns the names of all FFI targets, of all platforms."""
+  return {target for library in _LIBRARIES for target in library.targets}
 
 
 def register() -> None:

@@ -41,16 +41,19 @@ def multiply(
   common = jnp.promote_types(x.dtype, w.dtype)
   batch = tuple(range(batch_axes))
   k_axis, _ = form.matrix(range(w.ndim))
+  # XLA rounds to the dtype of the factors before it converts to a narrow one.
+  wide = dtype if dtype == common else jnp.promote_types(dtype, jnp.float32)
   y = lax.dot_general(
     x.astype(common),
     w.astype(common),
     (((x.ndim - 1,), (k_axis,)), (batch, batch)),
     precision=precision,
-    preferred_element_type=dtype,
+    preferred_element_type=wide,
     out_sharding=sharding.of_result(
       jax.typeof(x), jax.typeof(w), batch_axes, form
     ),
   )
+  y = y.astype(dtype)
   if bias is not None:
     y = y + operands.expand_bias(bias, y.ndim, batch_axes).astype(dtype)
   return (y,)

@@ -149,11 +149,15 @@ def _map(
   )
 
 
+def _text(path: Any, below: Any) -> str:
+  return preorder.path_text(below, f"tree{jax.tree_util.keystr(path)}")
+
+
 class _Aliases:
   """What a prefix says of each Variable, which must be one thing."""
 
   def __init__(self) -> None:
-    self._seen: dict[int, tuple[str, Any]] = {}
+    self._seen: dict[int, tuple[tuple[Any, Any], Any]] = {}
 
   def check(self, path: Any, part: Any, node: Any) -> None:
     """Refuses a shared Variable of which two things are said.
@@ -167,14 +171,13 @@ class _Aliases:
       if not isinstance(variable, _engine.VariableBase):
         continue
       entry = part if map_prefix is None else map_prefix(below, variable)
-      keys = jax.tree_util.keystr(path)
-      where = preorder.path_text(below, f"tree{keys}")
-      first, given = self._seen.setdefault(id(variable), (where, entry))
+      place = path, below
+      first, given = self._seen.setdefault(id(variable), (place, entry))
       if given != entry:
         raise ValueError(
           "`prefix` must give a shared Variable one entry, but the"
-          f" `{type(variable).__name__}` at `{first}` and `{where}` has both"
-          f" {given!r} and {entry!r}."
+          f" `{type(variable).__name__}` at `{_text(*first)}` and"
+          f" `{_text(*place)}` has both {given!r} and {entry!r}."
         )
 
 

@@ -104,7 +104,7 @@ def flatten(
     The graphdef and the leaves, in canonical order.
   """
   environment.check_flags(with_paths=with_paths)
-  is_tree = not modes.resolve(graph).graph
+  is_tree = modes.is_tree(graph)
   if is_tree:
     node = trees.unshared(node, _engine.graphdef(node), "flatten")
   seen: list[Any] | None = None

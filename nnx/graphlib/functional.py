@@ -35,7 +35,7 @@ def split_in_mode(
 ) -> tuple[Any, list[Any]]:
   """Splits as the mode says; `function` is the one that was called."""
   selected = filterlib.engine_filters(filters) if filters else _ALL
-  is_tree = not modes.resolve(graph).graph
+  is_tree = modes.is_tree(graph)
   parts = _engine.split(node, selected, exhaustive, is_tree)
   if is_tree:
     tree = trees.unshared(node, parts[0], function)
@@ -147,7 +147,9 @@ def merge(
     TypeError: if there is no graphdef or no state.
     ValueError: if the states lack a leaf, or have one that the graph has not.
   """
-  environment.check_flags(copy=copy, recreate_variables=recreate_variables)
+  # The call would take half as long as the merge of a small graph.
+  if not type(copy) is type(recreate_variables) is bool:
+    environment.check_flags(copy=copy, recreate_variables=recreate_variables)
   if isinstance(graphdef, GraphState):
     packed = (graphdef, *states)
     graphdef, states = _unpacked(packed)
@@ -211,7 +213,8 @@ def update(
     ValueError: if a state does not fit the object.
     TraceContextError: if the object belongs to another trace.
   """
-  environment.check_flags(check_shapes=check_shapes)
+  if type(check_shapes) is not bool:  # as in `merge`
+    environment.check_flags(check_shapes=check_shapes)
   new_arrays = True
   if states or type(state) is not statelib.State:
     made_by_us = (statelib.State, GraphState, statelib.FlatState)
@@ -256,7 +259,7 @@ def state(node: Any, /, *filters: Filter, graph: bool | None = None) -> Any:
   Raises:
     ValueError: if `...` is not the last filter.
   """
-  if modes.resolve(graph).graph:
+  if not modes.is_tree(graph):
     mappings = _engine.state(
       node, filterlib.engine_filters(filters) if filters else _ALL
     )
@@ -329,7 +332,7 @@ def graphdef(node: Node, /, *, graph: bool | None = None) -> GraphDef[Node]:
     ValueError: if a container holds a value marked by `nnx.data` or
       `nnx.static`.
   """
-  if modes.resolve(graph).graph:
+  if not modes.is_tree(graph):
     return _engine.graphdef(node)
   return split_in_mode("graphdef", node, (), True, graph)[0]
 
@@ -365,8 +368,9 @@ def clone(
   Raises:
     ValueError: if `arrays` is set and `variables` is not.
   """
-  environment.check_flags(variables=variables, arrays=arrays)
-  if not modes.resolve(graph).graph:
+  if not type(variables) is type(arrays) is bool:  # as in `merge`
+    environment.check_flags(variables=variables, arrays=arrays)
+  if modes.is_tree(graph):
     node = trees.unshared(node, _engine.graphdef(node), "clone")
   if not arrays:
     return _engine.clone(node, bool(variables))

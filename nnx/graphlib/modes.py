@@ -125,6 +125,29 @@ class Mode(enum.Enum):
     return f"graph mode (`graph_updates={self.updates}`)"
 
 
+def is_tree(graph: bool | None) -> bool:
+  """Tells whether a function that makes no updates is in tree mode.
+
+  Example:
+
+    >>> from nnx.graphlib import modes
+    >>> modes.is_tree(None), modes.is_tree(False)
+    (False, True)
+
+  Args:
+    graph: the argument of the function; None stands for `set_graph_mode`.
+
+  Raises:
+    TypeError: if it is something else than True, False or None.
+  """
+  # Functions that take no time come here at every call.
+  if graph is None:
+    return not settings.graph_mode
+  if type(graph) is not bool:
+    environment.check_flags(graph=graph)
+  return not graph
+
+
 def resolve(graph: bool | None, graph_updates: bool | None = None) -> Mode:
   """Tells which mode a function is in.
 
@@ -141,17 +164,13 @@ def resolve(graph: bool | None, graph_updates: bool | None = None) -> Mode:
   Raises:
     TypeError: if one of them is something else than True, False or None.
   """
-  # Functions that take no time come here at every call.
-  if graph is None:
-    graph = settings.graph_mode
-  elif type(graph) is not bool:
-    environment.check_flags(graph=graph)
-  if not (graph_updates is None or type(graph_updates) is bool):
-    environment.check_flags(graph_updates=graph_updates)
-  if not graph:
-    return Mode.TREE
+  tree = is_tree(graph)
   if graph_updates is None:
     graph_updates = settings.graph_updates
+  else:
+    environment.check_flags(graph_updates=graph_updates)
+  if tree:
+    return Mode.TREE
   return Mode.GRAPH if graph_updates else Mode.VALUES
 
 

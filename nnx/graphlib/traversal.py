@@ -77,7 +77,7 @@ def iter_graph(
   Raises:
     ValueError: in tree mode, if the graph is no tree.
   """
-  is_tree = not modes.resolve(graph).graph
+  is_tree = modes.is_tree(graph)
   if is_tree:
     trees.check(_engine.graphdef(node), ["node"], "iter_graph")
   return _iterate(node, is_tree)
@@ -135,7 +135,7 @@ def check_opened(node: Any, graph: bool | None, function: str) -> None:
   Raises:
     ValueError: if it is one.
   """
-  if not modes.resolve(graph).graph and isinstance(node, _engine.ObjectBase):
+  if modes.is_tree(graph) and isinstance(node, _engine.ObjectBase):
     trees.check_type(type(node), function, "node")
 
 
@@ -233,7 +233,7 @@ def recursive_map(
     ValueError: if the graph has a cycle, whose nodes have no order; in tree
       mode, if it is no tree.
   """
-  is_tree = not modes.resolve(graph).graph
+  is_tree = modes.is_tree(graph)
   if is_tree:
     node = trees.unshared(node, _engine.graphdef(node), "recursive_map")
   results: dict[int, Any] = {}

@@ -326,17 +326,17 @@ class Optimizer(Pytree, Generic[M]):
     if graph is not None:
       self.graph = graph
     params = functional.state(model, wrt, graph=graph)
-    if isinstance(params, State) and not params and functional.state(model):
-      raise ValueError(
-        f"`wrt` must select Variables of the model, but `{wrt!r}` selects none"
-        f" of the `{type(model).__name__}`. Pass a filter such as `nnx.Param`."
-      )
     if isinstance(params, State) and not (
       params or isinstance(model, _HOLDERS)
     ):
       raise TypeError(
         "`model` must be a Module or something else that holds Variables, but"
         f" got `{model!r}` of type `{type(model).__name__}`."
+      )
+    if isinstance(params, State) and not params and functional.state(model):
+      raise ValueError(
+        f"`wrt` must select Variables of the model, but `{wrt!r}` selects none"
+        f" of the `{type(model).__name__}`. Pass a filter such as `nnx.Param`."
       )
     self.step = OptState(jnp.array(0, dtype=jnp.uint32))
     if keeps_model:

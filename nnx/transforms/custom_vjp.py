@@ -110,9 +110,7 @@ class CustomVjp:
     self.argnums = diff_states.as_tuple(nondiff_argnums)
     self.policy = policy
     self.rules: tuple[Any, ...] = ()
-    numbers = [
-      a.argnum if isinstance(a, DiffState) else a for a in self.argnums
-    ]
+    numbers = diff_states.numbers(self.argnums)
     for number in numbers:
       if numbers.count(number) > 1:
         raise ValueError(
@@ -186,9 +184,7 @@ class _Application:
     entries: list[Any] = [True] * len(args)
     self.nondiff: list[int] = []
     positions = callables.positions(
-      [a.argnum if isinstance(a, DiffState) else a for a in owner.argnums],
-      len(args),
-      "nondiff_argnums",
+      diff_states.numbers(owner.argnums), len(args), "nondiff_argnums"
     )
     for position, argnum in zip(positions, owner.argnums):
       if isinstance(argnum, DiffState):

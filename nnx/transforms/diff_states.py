@@ -81,6 +81,11 @@ def as_tuple(
   return tuple(argnums)
 
 
+def numbers(argnums: Sequence[int | DiffState]) -> list[int]:
+  """Returns the numbers of arguments that are meant, whole or in part."""
+  return [a.argnum if isinstance(a, DiffState) else a for a in argnums]
+
+
 def check_states(
   policy: lift.Policy, option: str, argnums: Sequence[int | DiffState]
 ) -> None:
@@ -104,11 +109,7 @@ def selections(
   argnums: Sequence[int | DiffState], count: int, tree: bool
 ) -> tuple[tuple[int, ...], list[Any]]:
   """Returns the positions meant, and what is selected of each argument."""
-  wanted = callables.positions(
-    [a.argnum if isinstance(a, DiffState) else a for a in argnums],
-    count,
-    "argnums",
-  )
+  wanted = callables.positions(numbers(argnums), count, "argnums")
   entries: list[Any] = [False] * count
   for position, argnum in zip(wanted, argnums):
     if isinstance(argnum, DiffState):

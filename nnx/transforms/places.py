@@ -58,10 +58,10 @@ def place_variables(
     objects: the arguments' own objects.
     shardings: one a leaf; what is no `Sharding` asks for nothing.
   """
-  outside = jax_private.outside_of_traces()
-  leaves, wanted = ({}, {}) if _noted.notes is None else _noted.notes
-  if not outside and _noted.notes is None:
+  outside, notes = jax_private.outside_of_traces(), _noted.notes
+  if not outside and notes is None:
     return
+  leaves, wanted = notes or ({}, {})
   for record in structure._records:
     if record.kind is not _engine.NodeKind.VARIABLE or record.leaf < 0:
       continue

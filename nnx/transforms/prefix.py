@@ -99,9 +99,9 @@ class FilterMap:
     found, entry = self.select(path, value)
     if not found:
       raise ValueError(
-        f"The filters must select every leaf, but none of {list(self.filters)}"
-        f" selects `{text('', path)}` of type {type(value).__name__}. Add `...`"
-        " as the last filter."
+        "No filter matched: the filters must select every leaf, but none of"
+        f" {list(self.filters)} selects `{text('', path)}` of type"
+        f" {type(value).__name__}. Add `...` as the last filter."
       )
     return entry
 
@@ -190,26 +190,10 @@ def prefix(
     ValueError: if no filter selects a leaf.
   """
   modes.resolve(graph)  # Which mode it is makes no difference.
-  entry_of: Callable[[Any, Any], Any]
   if isinstance(filter_map, Mapping):
-    filters = FilterMap(filter_map)
-
-    def selected(path, leaf):
-      found, entry = filters.select(path, leaf)
-      if not found:
-        raise ValueError(
-          "No filter matched: the filters of `filter_map` must select every"
-          f" leaf, but none of {list(filters.filters)} selects"
-          f" `{text('', path)}` of type {type(leaf).__name__}. Add `...` as the"
-          " last filter."
-        )
-      return entry
-
-    entry_of = selected
-  else:
-    entry_of = filter_map
+    filter_map = FilterMap(filter_map).map_prefix
   return jax.tree_util.tree_map_with_path(
-    lambda path, leaf: entry_of(tuple(map(pytrees.plain_key, path)), leaf),
+    lambda path, leaf: filter_map(tuple(map(pytrees.plain_key, path)), leaf),
     node,
     is_leaf=lambda x: isinstance(x, _engine.VariableBase),
   )

@@ -1,5 +1,7 @@
 """Tests of the mixture of experts: routes, values and programs."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -20,6 +22,16 @@ def enough_devices():
 def batch(size=64):
   data = digits.load()
   return data.train_images[:size], data.train_labels[:size]
+
+
+@functools.cache
+def compiled_gradient():
+  """What computes the loss and its gradients on the mesh."""
+  mesh = experts.make_mesh()
+  with jax.set_mesh(mesh):
+    model, _ = nnx.eval_shape(lambda: experts.make(experts.AXIS))
+    run = nnx.value_and_grad(experts.split_loss(mesh), has_aux=True)
+    return nnx.jit(run).lower(model, *batch()).compile()
 
 
 def test_first_choices_get_their_places_first():
@@ -73,15 +85,13 @@ def test_a_mixture_is_the_sum_over_its_experts(capacity):
 
 
 def test_loss_and_gradients_are_those_of_one_device():
-  mesh = experts.make_mesh()
   model, _ = experts.make()
   grad = nnx.value_and_grad(experts.grouped_loss, has_aux=True)
   (want, want_load), want_grads = nnx.jit(grad)(model, *batch())
   assert want_load.dropped > 0
   split, _ = experts.make(experts.AXIS)
-  with jax.set_mesh(mesh):
-    grad = nnx.value_and_grad(experts.split_loss(mesh), has_aux=True)
-    (loss, load), grads = nnx.jit(grad)(split, *batch())
+  with jax.set_mesh(experts.make_mesh()):
+    (loss, load), grads = compiled_gradient()(split, *batch())
   kernel = grads.mixture.experts.layers[0].kernel.value
   assert kernel.addressable_shards[0].data.shape == (1, 32, 64)
   np.testing.assert_allclose(loss, want, rtol=1e-5)
@@ -96,10 +106,9 @@ def test_tokens_travel_and_experts_stay():
   mesh = experts.make_mesh()
   with jax.set_mesh(mesh):
     model, _ = nnx.eval_shape(lambda: experts.make(experts.AXIS))
-    run = experts.split_loss(mesh)
-    forward = nnx.jit(run).lower(model, *batch()).compile().as_text()
-    grad = nnx.jit(nnx.value_and_grad(run, has_aux=True))
-    both = grad.lower(model, *batch()).compile().as_text()
+    run = nnx.jit(experts.split_loss(mesh))
+    forward = run.lower(model, *batch()).compile().as_text()
+  both = compiled_gradient().as_text()
   assert len(hlo.instructions(forward, "all-to-all")) == 2
   assert len(hlo.instructions(both, "all-to-all")) == 4
   for text in (forward, both):

@@ -142,6 +142,34 @@ def programs_of_kernels() -> Iterator[Program]:
   yield Program("write_ring_int8", write_ring, rows, want)
 
 
+def programs_of_matmul() -> Iterator[Program]:
+  """Yields a program for each way in which weights are given."""
+  rng = np.random.default_rng(2)
+  x = rng.normal(size=(3, 64)).astype(np.float32)
+  w = rng.normal(size=(64, 40)).astype(np.float32)
+  bias = rng.normal(size=40).astype(np.float32)
+  want = x.astype(np.float64) @ w + bias
+
+  def product(*args, **options):
+    return kernels.matmul(*args, implementation="cpu", **options)
+
+  def transposed(*args):
+    return product(*args, transposed=True)
+
+  yield Program("product", product, (x, w, bias), want)
+  yield Program("transposed", transposed, (x, w.T, bias), want)
+  for bits in (8, 4):
+    packed = kernels.matmul.quantize(w, bits, group=32)
+    unpacked = np.asarray(kernels.matmul.dequantize(packed), np.float64)
+
+    # NumPy's files hold no bfloat16: the weights are constants.
+    def product_of_packed(x, bias, packed=packed):
+      return product(x, packed, bias)
+
+    want = x.astype(np.float64) @ unpacked + bias
+    yield Program(f"packed_{bits}", product_of_packed, (x, bias), want)
+
+
 def programs_of_nnx() -> Iterator[Program]:
   """Yields programs with States and Variables in their trees."""
   import nnx
@@ -250,13 +278,20 @@ def run(name: str) -> None:
     print(program, "is right")
 
 
+# By what a file's name has before its number.
+_PROGRAMS = {
+  "kernels": programs_of_kernels,
+  "matmul": programs_of_matmul,
+  "nnx": programs_of_nnx,
+}
+
+
 if __name__ == "__main__":
   mode, file_name = sys.argv[1:]
-  if file_name.startswith("nnx"):
+  kind = file_name.partition("_")[0]
+  if kind == "nnx":
     import nnx  # noqa: F401, which makes its types known to jax
-  if mode == "make" and file_name.startswith("nnx"):
-    make(file_name, programs_of_nnx())
-  elif mode == "make":
-    make(file_name, programs_of_kernels())
+  if mode == "make":
+    make(file_name, _PROGRAMS[kind]())
   else:
     run(file_name)

@@ -87,6 +87,8 @@ EXCEPTIONS = {
   ("tools.gpu_check", "tools.bench.gpu"),
   # Initializers run once, as tests do, and compile as they do.
   ("tools.bench.models", "tools.build_defs.quick_xla"),
+  # pip and Bazel refuse the same Pythons, in the same words.
+  ("tools.wheel.backend", "tools.build_defs.python_probe"),
 }
 
 

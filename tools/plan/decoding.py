@@ -38,20 +38,13 @@ class Job:
   reserve: float = 0.05
 
   def __post_init__(self):
-    for name in ("batch", "context"):
-      if getattr(self, name) < 1:
-        raise refusal.Refused(
-          f"`{name}` must be at least 1, but got {getattr(self, name)}."
-        )
+    refusal.check_sizes(self, "batch", "context")
     if self.slots is not None and self.slots < self.context:
       raise refusal.Refused(
         f"`slots` must be at least `context`={self.context}, but got"
         f" {self.slots}."
       )
-    if not 0 <= self.reserve <= 1:
-      raise refusal.Refused(
-        f"`reserve` must lie in [0, 1], but got {self.reserve}."
-      )
+    refusal.check_shares(self, "reserve")
 
 
 def _touched(model: model_lib.Model, mesh: mesh_lib.Mesh, rows: float) -> float:
@@ -142,16 +135,11 @@ def plan(
     stages * rows * job.context * token,
     chip.cache_rate(job.cache).reached,
   )
-  elements = (
-    10 * model.features
-    + (2 * (model.query_size + model.kv_size) + 3 * model.hidden * model.used)
-    / mesh.tensor
-  )
   norms = parts_lib.roofline(
     "norms",
     0.0,
     1.0,
-    stages * layers * rows * elements * compute,
+    stages * layers * rows * model.between(mesh.tensor) * compute,
     chip.norms.reached,
   )
   kernels = stages * layers * _KERNELS * chip.kernel
@@ -189,10 +177,8 @@ def plan(
   if stages > 1:
     one = fabric.shift_seconds(tiers["pipeline"], row)
     found.append(parts_lib.network("pipeline shift", stages * one))
-  device = sum(part.seconds for part in found)
-  host = ((9 if model.gated else 8) * layers + 3) * chip.calling_host
-  shown = max(0.0, host - device) if chip.queued else host
-  found.append(parts_lib.Part("host", host, shown, "host"))
+  host = model.variables(layers) * chip.calling_host
+  found.append(parts_lib.host(host, found, chip.queued))
   context = 4 * job.context * model.query_size * model.layers
   return parts_lib.Plan(
     parts=tuple(found),

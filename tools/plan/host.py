@@ -27,7 +27,8 @@ import optax
 
 import kernels
 import nnx
-from tools.plan import chips, fabric
+from tools.bench import harness
+from tools.plan import chips, fabric, training
 from tools.plan import model as model_lib
 
 _SOURCE = "measured here"
@@ -65,29 +66,25 @@ class Timer:
   samples: int = 5
   least: float = 0.05
 
-  def now(self) -> float:
-    """Returns what the clock shows."""
-    if self.clock == "cpu":
-      return time.process_time() / cores()
-    return time.perf_counter()
-
   def seconds(self, call: Callable[[], Any]) -> float:
-    """Returns the seconds of a call, after two that do not count.
+    """Returns the seconds of a call.
 
     Args:
       call: returns arrays, for which is waited.
     """
-    jax.block_until_ready(call())
-    start = time.perf_counter()
-    jax.block_until_ready(call())
-    repeats = max(1, round(self.least / (time.perf_counter() - start)))
-    found = []
-    for _ in range(self.samples):
-      start = self.now()
-      for _ in range(repeats):
-        jax.block_until_ready(call())
-      found.append((self.now() - start) / repeats)
+    clock = harness.WALL
+    if self.clock == "cpu":
+      clock = harness.Clock("cpu", _busy_ns, harness.Waits.EVERY_CALL)
+    side = harness.Side("", fresh=lambda: None, call=lambda _: call())
+    settings = harness.Settings(
+      repeats=self.samples, sample_seconds=self.least, row_seconds=math.inf
+    )
+    (found,) = harness.measure([side], settings, clock)
     return statistics.median(found)
+
+
+def _busy_ns() -> int:
+  return time.process_time_ns() // cores()
 
 
 def cores() -> int:
@@ -97,9 +94,7 @@ def cores() -> int:
 
 def mesh(**axes: int) -> jax.sharding.Mesh:
   """Returns a mesh of the first devices, whose axes the compiler decides on."""
-  count = 1
-  for size in axes.values():
-    count *= size
+  count = math.prod(axes.values())
   return jax.make_mesh(
     tuple(axes.values()),
     tuple(axes),
@@ -193,7 +188,8 @@ def _attention(side: _Side, sizes: Sizes) -> float:
 
   heads = (rows, sizes.length, model.heads, model.head_dim)
   took = side.gradient_seconds(attend, *(side.array(*heads) for _ in range(3)))
-  return 3.5 * 2 * rows * sizes.length**2 * model.query_size / took
+  attended = 2 * rows * sizes.length**2 * model.query_size
+  return (1 + training.ATTENTION_GRADIENT) * attended / took
 
 
 def _norms(side: _Side, sizes: Sizes) -> float:
@@ -213,12 +209,8 @@ def _norms(side: _Side, sizes: Sizes) -> float:
     side.array(tokens, size)
     for size in (model.features, model.features, model.hidden, model.features)
   ]
-  elements = (
-    10 * model.features
-    + 2 * (model.query_size + model.kv_size)
-    + 3 * model.hidden
-  )
-  return 4 * tokens * elements * 4 / side.gradient_seconds(between, *arrays)
+  moved = 4 * tokens * model.between() * 4
+  return moved / side.gradient_seconds(between, *arrays)
 
 
 def _optimizer(side: _Side, sizes: Sizes) -> float:

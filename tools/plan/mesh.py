@@ -36,11 +36,7 @@ class Mesh:
   data: int = 1
 
   def __post_init__(self):
-    for name in AXES:
-      if getattr(self, name) < 1:
-        raise refusal.Refused(
-          f"`{name}` must be at least 1, but got {getattr(self, name)}."
-        )
+    refusal.check_sizes(self, *AXES)
 
   @property
   def sizes(self) -> dict[str, int]:

@@ -66,12 +66,14 @@ class Model:
   used: int = 1
 
   def __post_init__(self):
-    for field in dataclasses.fields(self):
-      value = getattr(self, field.name)
-      if not isinstance(value, bool) and value < 1:
-        raise refusal.Refused(
-          f"`{field.name}` must be at least 1, but got {value}."
-        )
+    refusal.check_sizes(
+      self,
+      *(
+        name
+        for name, value in vars(self).items()
+        if not isinstance(value, bool)
+      ),
+    )
     refusal.check_divides("kv_heads", self.kv_heads, "heads", self.heads)
     if self.used > self.experts:
       raise refusal.Refused(
@@ -134,6 +136,20 @@ class Model:
   def multiplied(self) -> int:
     """Parameters of a layer that multiply a token."""
     return self.attention + self.router + self.used * self.expert
+
+  def variables(self, layers: int) -> int:
+    """Returns how many arrays the parameters are, of so many layers."""
+    return (9 if self.gated else 8) * layers + 3
+
+  def between(self, tensor: int = 1, stream: int = 1) -> float:
+    """Returns how many elements move, of a token, between a layer's products.
+
+    Args:
+      tensor: parts into which heads and hidden features are split.
+      stream: the same of what goes from layer to layer.
+    """
+    split = 2 * (self.query_size + self.kv_size) + 3 * self.hidden * self.used
+    return 10 * self.features / stream + split / tensor
 
   def forward_flops(self, length: int) -> float:
     """Returns the operations that a token takes forward.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 import dataclasses
 
 from tools.plan import refusal
@@ -39,6 +39,19 @@ def roofline(
 def network(name: str, busy: float, hidden: float = 0.0) -> Part:
   """Returns a collective, of which `hidden` seconds pass behind others."""
   return Part(name, busy, max(0.0, busy - hidden), "network")
+
+
+def host(busy: float, device: Sequence[Part], queued: bool) -> Part:
+  """Returns the host's part.
+
+  Args:
+    busy: seconds that it takes.
+    device: all other parts.
+    queued: whether it works while the device does, so that only what it takes
+      longer shows.
+  """
+  hidden = sum(part.seconds for part in device) if queued else 0.0
+  return Part("host", busy, max(0.0, busy - hidden), "host")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 import json
 import pathlib
 from typing import Any
@@ -137,52 +137,50 @@ def _outcome(plan: parts.Plan) -> list[str]:
 _OUTCOMES = ("step", "tokens/s", "a device", "MFU", "GB", "bound by")
 
 
-def _row(words: Sequence[str], make, columns: int) -> list[str]:
-  try:
-    found = _outcome(make())
-  except refusal.Refused as error:
-    found = ["refused", *[""] * (columns - 2), str(error)]
-  return [*words, *found]
+def _planned(
+  jobs: Sequence[tuple[str, str, Any]],
+  plan: Callable[..., parts.Plan],
+  words: Mapping[str, Callable[[Any], str]],
+) -> str:
+  """Returns a table of plans.
+
+  Args:
+    jobs: each with its device and mesh.
+    plan: plans one.
+    words: columns that say what a job is.
+  """
+  rows = []
+  for chip, axes, job in jobs:
+    try:
+      found = _outcome(plan(_MODEL, chips.CHIPS[chip], mesh.parse(axes), job))
+    except refusal.Refused as error:
+      found = ["refused", *[""] * (len(_OUTCOMES) - 2), str(error)]
+    rows.append([chip, axes, *(word(job) for word in words.values()), *found])
+  return report.table(("device", "mesh", *words, *_OUTCOMES), rows)
 
 
 def training_table() -> str:
   """Returns the table of training 70B on 64 devices."""
-  rows = []
-  for chip, axes, job in TRAINING:
-    words = (
-      chip,
-      axes,
-      f"{job.batch} x {job.length}",
-      str(job.microbatches),
-      job.recompute,
-    )
-
-    def make(chip=chip, axes=axes, job=job):
-      return training.plan(_MODEL, chips.CHIPS[chip], mesh.parse(axes), job)
-
-    rows.append(_row(words, make, len(_OUTCOMES)))
-  return report.table(
-    ("device", "mesh", "batch", "micro", "again", *_OUTCOMES), rows
+  return _planned(
+    TRAINING,
+    training.plan,
+    {
+      "batch": lambda job: f"{job.batch} x {job.length}",
+      "micro": lambda job: str(job.microbatches),
+      "again": lambda job: job.recompute,
+    },
   )
 
 
 def decoding_table() -> str:
   """Returns the table of decoding with 70B on 64 devices."""
-  rows = []
-  for chip, axes, job in DECODING:
-    words = (
-      chip,
-      axes,
-      f"{job.batch} x {job.context}",
-      f"{job.weights}, {job.cache}",
-    )
-
-    def make(chip=chip, axes=axes, job=job):
-      return decoding.plan(_MODEL, chips.CHIPS[chip], mesh.parse(axes), job)
-
-    rows.append(_row(words, make, len(_OUTCOMES)))
-  return report.table(
-    ("device", "mesh", "batch", "weights, cache", *_OUTCOMES), rows
+  return _planned(
+    DECODING,
+    decoding.plan,
+    {
+      "batch": lambda job: f"{job.batch} x {job.context}",
+      "weights, cache": lambda job: f"{job.weights}, {job.cache}",
+    },
   )
 
 

@@ -14,7 +14,7 @@ RECOMPUTED = ("elementwise", "mlp", "full")
 SCHEDULES = ("1f1b", "gpipe")
 
 # Of the attention, the gradient takes five products where the value takes two.
-_ATTENTION_GRADIENT = 2.5
+ATTENTION_GRADIENT = 2.5
 
 # Logits are written, read for their sum, and read and written by the gradient,
 # in float32.
@@ -66,11 +66,7 @@ class Job:
   reserve: float = 0.05
 
   def __post_init__(self):
-    for name in ("batch", "length", "microbatches", "interleave"):
-      if getattr(self, name) < 1:
-        raise refusal.Refused(
-          f"`{name}` must be at least 1, but got {getattr(self, name)}."
-        )
+    refusal.check_sizes(self, "batch", "length", "microbatches", "interleave")
     for name, allowed in (
       ("recompute", RECOMPUTED),
       ("schedule", SCHEDULES),
@@ -80,11 +76,7 @@ class Job:
           f"`{name}` must be one of {', '.join(allowed)}, but got"
           f" `{getattr(self, name)}`."
         )
-    for name in ("overlap", "reserve"):
-      if not 0 <= getattr(self, name) <= 1:
-        raise refusal.Refused(
-          f"`{name}` must lie in [0, 1], but got {getattr(self, name)}."
-        )
+    refusal.check_shares(self, "overlap", "reserve")
 
 
 def check_divides(model: model_lib.Model, mesh: mesh_lib.Mesh) -> None:
@@ -285,7 +277,7 @@ def plan(
   attended = 2 * tokens * job.length * model.query_size / mesh.tensor
   attention = parts_lib.roofline(
     "attention",
-    each * attended * (1 + _ATTENTION_GRADIENT + full),
+    each * attended * (1 + ATTENTION_GRADIENT + full),
     chip.attention.reached,
     each
     * passes
@@ -297,17 +289,12 @@ def plan(
     chip.copy.reached,
   )
   stream = mesh.tensor if job.split_residual else 1
-  elements = (
-    10 * model.features / stream
-    + (2 * (model.query_size + model.kv_size) + 3 * model.hidden * model.used)
-    / mesh.tensor
-  )
   norms = parts_lib.roofline(
     "norms",
     0.0,
     1.0,
     # Forward, again, and twice as much for the gradient.
-    each * 4 * tokens * elements * size,
+    each * 4 * tokens * model.between(mesh.tensor, stream) * size,
     chip.norms.reached,
   )
   gathered = _local(model, mesh, layers, ends)
@@ -392,11 +379,9 @@ def plan(
     hidden -= behind
   found.append(optimizer)
 
-  device = sum(part.seconds for part in found)
-  variables = (9 if model.gated else 8) * layers + 3
-  host = 3 * variables * chip.training_host
-  shown = max(0.0, host - device) if chip.queued else host
-  found.append(parts_lib.Part("host", host, shown, "host"))
+  # Each has two moments.
+  host = 3 * model.variables(layers) * chip.training_host
+  found.append(parts_lib.host(host, found, chip.queued))
   return parts_lib.Plan(
     parts=tuple(found),
     memory=memory,

@@ -1,5 +1,6 @@
 """Contract of `kernels.matmul`, for each implementation."""
 
+import functools
 import itertools
 from typing import Any
 
@@ -109,6 +110,16 @@ class ProductContract(op_contract.OpContract):
     self.check(x, w, bias)
     for preferred in _DTYPES:
       self.check(x, w, bias, preferred_element_type=preferred)
+
+  def test_the_result_is_rounded_to_its_own_dtype(self):
+    rng = np.random.default_rng(2)
+    x = op_contract.array(rng, (200, 10), "bfloat16")
+    w = op_contract.array(rng, (10, 58), "bfloat16")
+    got = self.call(x, w, preferred_element_type="float16")
+    want = _oracle(x, w)
+    error = np.abs(np.asarray(got, np.float64) - want)
+    most = np.abs(np.float64(x)) @ np.abs(np.float64(w))
+    self.assertTrue((error <= 2.0**-11 * np.abs(want) + 1e-6 * most).all())
 
   def test_layers_of_a_real_model(self):
     for k, n in arg_specs.TEST_SHAPES:
@@ -492,6 +503,27 @@ class AutoTest(parameterized.TestCase):
       x = jax.ShapeDtypeStruct((rows, shape[0]), "float32")
       (choice,) = kernels.explain(kernels.matmul, x, w)
       self.assertEqual(choice.implementation, name, (rows, shape))
+
+  @parameterized.parameters(
+    (1, "bfloat16", "xla"),
+    (2, "bfloat16", "cpu"),
+    (32, "bfloat16", "cpu"),
+    (33, "bfloat16", "xla"),
+    (8, "float32", "cpu"),
+    (9, "float32", "xla"),
+  )
+  def test_tables_of_real_models(self, rows, dtype, name):
+    run = functools.partial(kernels.matmul, transposed=True)
+    for n, k in arg_specs.TABLES:
+      x = jax.ShapeDtypeStruct((rows, k), dtype)
+      (choice,) = kernels.explain(run, x, jax.ShapeDtypeStruct((n, k), dtype))
+      self.assertEqual(choice.implementation, name, (n, k))
+
+  @parameterized.parameters((16, "cpu"), (17, "xla"))
+  def test_small_weights_of_4_bits(self, rows, name):
+    packed = kernels.matmul.quantize(jnp.ones((576, 192)), bits=4)
+    (choice,) = kernels.explain(kernels.matmul, jnp.ones((rows, 576)), packed)
+    self.assertEqual(choice.implementation, name)
 
   def test_no_path_is_hidden(self):
     # Whichever runs, the numbers are those of the oracle.

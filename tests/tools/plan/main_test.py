@@ -2,10 +2,15 @@
 
 import contextlib
 import io
+import pathlib
+import re
+import shlex
 
 from absl.testing import absltest, parameterized
 
 from tools.plan import main
+
+PAGE = pathlib.Path("docs/planning.md")
 
 
 def run(*arguments):
@@ -120,6 +125,21 @@ class MainTest(parameterized.TestCase):
       status, _, err = run(*common, f"--change={wrong}")
       self.assertEqual(status, 1)
       self.assertIn(f"but got `{wrong}`.", err)
+
+  def test_the_commands_of_the_page_print_what_it_says(self):
+    page = PAGE.read_text(encoding="utf-8")
+    block = re.search("```sh\n(.*?)```", page, re.DOTALL)
+    assert block is not None
+    lines = block[1].replace("\\\n", "").splitlines()
+    printed = []
+    for line in lines:
+      start, arguments = line.split(" -- ")
+      self.assertEqual(start, "bazel run //tools:plan")
+      status, out, _ = run(*shlex.split(arguments, comments=True))
+      self.assertEqual(status, 0)
+      printed.append(out)
+    self.assertLen(printed, 3)
+    self.assertIn(f"The second prints:\n\n{printed[1]}", page)
 
   def test_sources(self):
     status, out, _ = run("sources", "--chip=v6e")
