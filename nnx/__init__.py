@@ -81,6 +81,8 @@ from nnx.graphlib.registry import (
 from nnx.graphlib.traversal import find_duplicates as find_duplicates
 from nnx.graphlib.traversal import iter_graph as iter_graph
 from nnx.graphlib.traversal import recursive_map as recursive_map
+from nnx.in_place import use_updates_in_place as use_updates_in_place
+from nnx.in_place import using_updates_in_place as using_updates_in_place
 from nnx.module import Module as Module
 from nnx.module import capture as capture
 from nnx.module import iter_children as iter_children

@@ -11,6 +11,7 @@ import numpy as np
 
 from nnx import (
   errors,
+  in_place,
   pytreelib,
   restored,
   statelib,
@@ -132,6 +133,9 @@ def configure() -> None:
     named_scope=jax.named_scope,
     settings=modes.settings,
     explain_error=errors.note_module,
+    copy_array=in_place.copied,
+    check_loan=in_place.check_loan,
+    may_lend=in_place.may_lend,
   )
 
 
@@ -151,3 +155,6 @@ jax.tree_util.register_pytree_node(
   _engine.Packed, _engine.packed_flatten, _engine.packed_unflatten
 )
 serialization.register(_engine.Packed, dump=_refuse_export)
+jax.tree_util.register_pytree_node(
+  _engine.Loan, _engine.loan_flatten, _engine.loan_unflatten
+)

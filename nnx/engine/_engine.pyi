@@ -108,14 +108,24 @@ class OpenedPytree(tuple[tuple[Any, ...], Any, tuple[Any, ...]]):
   @property
   def keys(self) -> tuple[Any, ...]: ...
 
-class JitEntry(tuple[Callable[..., Packed], Iterable[int] | None]):
+class JitEntry(
+  tuple[
+    Callable[..., Packed], Iterable[int] | None, Callable[..., Packed] | None
+  ]
+):
   def __new__(
-    cls, fields: tuple[Callable[..., Packed], Iterable[int] | None], /
+    cls,
+    fields: tuple[
+      Callable[..., Packed], Iterable[int] | None, Callable[..., Packed] | None
+    ],
+    /,
   ) -> JitEntry: ...
   @property
   def function(self) -> Callable[..., Packed]: ...
   @property
   def donated(self) -> Iterable[int] | None: ...
+  @property
+  def in_place(self) -> Callable[..., Packed] | None: ...
 
 # What the engine is given of Python. See `runtime.h`.
 class Settings(TypedDict, total=False):
@@ -127,6 +137,9 @@ class Settings(TypedDict, total=False):
   named_scope: Callable[[str], Any]
   settings: object
   explain_error: Callable[[BaseException], None]
+  copy_array: Callable[[Any], object]
+  check_loan: Callable[[tuple[Any, ...], tuple[Any, ...]], None]
+  may_lend: Callable[[], bool]
   new_ref: Callable[[Any], Any]
   unboxed: Callable[[Any], Any]
   array_type: type
@@ -238,6 +251,15 @@ class Packed:
   def plan(self) -> Plan: ...
   @property
   def outputs(self) -> tuple[Any, ...]: ...
+
+class NotInPlace(Exception): ...
+class Loan: ...
+
+def loan(arrays: tuple[Any, ...], lent: bool, /) -> Loan: ...
+def loan_flatten(loan: Loan, /) -> tuple[tuple[Any, ...], None]: ...
+def loan_unflatten(
+  aux: None, children: Iterable[Any], /
+) -> tuple[Any, ...]: ...
 
 class JitFunction:
   def __init__(

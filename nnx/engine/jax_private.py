@@ -16,12 +16,15 @@ import weakref
 import jax
 from jax import api_util, export
 from jax._src import array as _array
+from jax._src import config as _config
 from jax._src import core as _core
 from jax._src import mesh as _mesh
 from jax._src import source_info_util as _source_info_util
 from jax._src import tree_util as _tree_util
 from jax._src import util as _util
+from jax._src import xla_bridge as _xla_bridge
 from jax._src.export import _export
+from jax._src.lib.mlir import ir as _ir
 from jax._src.lib.mlir.dialects import sdy as _sdy
 from jax.interpreters import ad, batching, mlir
 
@@ -41,6 +44,35 @@ def eval_trace() -> Any:
 def outside_of_traces() -> bool:
   """Tells whether arrays are concrete here: no transform of jax runs."""
   return _core.trace_ctx.trace is _core.eval_trace
+
+
+def runs_compiled() -> bool:
+  """Tells whether jitted functions run their programs, and nothing besides."""
+  return not (
+    _config.disable_jit.value
+    or _config.debug_nans.value
+    or _config.debug_infs.value
+    or _config.debug_key_reuse.value
+  )
+
+
+def dispatches_asynchronously() -> bool:
+  """Tells whether calls on the CPU return before their programs have run."""
+  return _xla_bridge._CPU_ENABLE_ASYNC_DISPATCH.value
+
+
+def run_jaxpr(jaxpr: Any, values: Sequence[Any]) -> tuple[Any, ...]:
+  """Evaluates a closed jaxpr under the current trace.
+
+  Args:
+    jaxpr: the closed jaxpr.
+    values: its arguments.
+  """
+  return tuple(_core.jaxpr_as_fun(jaxpr)(*values))
+
+
+# What a walk over operations of a program is told at each.
+CONTINUE_WALK = _ir.WalkResult.ADVANCE
 
 
 def opaque_trace(trace: Any) -> Any:

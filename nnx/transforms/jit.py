@@ -432,6 +432,9 @@ def jit(
   One without a hash is compared by what it holds; one with a hash must not
   change.
 
+  Large Variables that the function writes are updated in place where nobody
+  else has their arrays; see `nnx.use_updates_in_place`.
+
   Example:
 
     >>> import jax.numpy as jnp

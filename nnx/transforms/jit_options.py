@@ -15,7 +15,14 @@ from jax import core
 import numpy as np
 
 from nnx.engine import _engine, jax_private, preorder
-from nnx.transforms import callables, lift, mapped, places, prefix
+from nnx.transforms import (
+  callables,
+  in_place_programs,
+  lift,
+  mapped,
+  places,
+  prefix,
+)
 
 _CONFIG: Any = jax.config  # whose options have no types
 
@@ -150,11 +157,14 @@ class Options:
       lift.check_statics(flat)
     donated = self.donated_leaves(structure, leaves, names, flat)
     options = dict(self.jit_options)
+    program = None
     if not donated:
       if shardings is not None:
         options["in_shardings"] = (tuple(shardings),)
       compiled = jax.jit(flat, **options)
       args: tuple[tuple[Any, ...], ...] = (leaves,)
+      if not self.donated and not self.is_placed:
+        program = in_place_programs.make(flat, compiled, leaves, options)
     else:
       kept = sorted(set(range(len(leaves))).difference(donated))
       if shardings is not None:
@@ -178,7 +188,18 @@ class Options:
           for i, leaf in enumerate(leaves)
         ],
       )
-    return _engine.JitEntry((compiled, donated or None))
+    if program is not None:
+      return _engine.JitEntry((compiled, program.donated, program.function))
+    return _engine.JitEntry((compiled, donated or None, None))
+
+  @property
+  def is_placed(self) -> bool:
+    """Whether it was said where arguments or results are to be."""
+    return (
+      self.in_shardings is not None
+      or self.out_shardings is not None
+      or bool(self.jit_options.keys() & {"device", "backend"})
+    )
 
   def check_leaves(self, structure, leaves, names) -> None:
     """Refuses what cannot be traced, with the path to it."""

@@ -470,7 +470,4 @@ def run_jaxpr(jaxpr: Any, *values: Any) -> list[Any]:
   Returns:
     Its outputs.
   """
-  # Here, because the package imports Pallas, which programs rarely need.
-  from jax.extend import core as extend_core
-
-  return extend_core.jaxpr_as_fun(jaxpr)(*values)
+  return list(jax_private.run_jaxpr(jaxpr, values))

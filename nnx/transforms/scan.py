@@ -303,7 +303,9 @@ class _Kept(jit_lib.Options):
     if any(isinstance(c, jax.Array) for c in flat.trace(leaves)[0].consts):
       raise _Captured
     traced = flat.split(list(range(len(leaves))), [])
-    return _engine.JitEntry((jax.jit(lambda leaves: traced(leaves, ())), None))
+    return _engine.JitEntry(
+      (jax.jit(lambda leaves: traced(leaves, ())), None, None)
+    )
 
 
 class _Loop:

@@ -430,7 +430,7 @@ def pmap(
       donate_argnums=given_up,
     )
     return _engine.JitEntry(
-      (lambda leaves: function.packed(pmapped(*leaves)), None)
+      (lambda leaves: function.packed(pmapped(*leaves)), None, None)
     )
 
   wrapped = _Pmapped(make_entry, jnp.copy, frozenset(static))

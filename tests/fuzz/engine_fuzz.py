@@ -22,7 +22,7 @@ import numpy as np
 import nnx
 from nnx.engine import _engine
 from nnx.graphlib import reference
-from tests.fuzz import engine_graphs, worker
+from tests.fuzz import engine_graphs, engine_in_place, worker
 from tests.nnx.engine import graphs
 
 # What a spoiled graph may end in. Above all no SystemError, which says that the
@@ -124,7 +124,7 @@ def _jit(graph, rng):
       _change(values[0], np.random.default_rng(numbers))
       return _engine.pack(structure, inner, leaves, values[0])
 
-    return _engine.JitEntry((compiled, None))
+    return _engine.JitEntry((compiled, None, None))
 
   jitted = _engine.JitFunction(make_entry, copy.copy, frozenset())
   for _ in range(int(rng.integers(1, 4))):
@@ -552,6 +552,8 @@ FAMILIES: dict[str, worker.Family] = {
   "failures": _failures,
   "pickles": _pickles,
   "calls": _in_a_thread(_calls),
+  "in_place": engine_in_place.programs,
+  "in_place_threads": engine_in_place.threads,
 }
 
 

@@ -50,6 +50,7 @@ ORDER = (
   "nnx.engine",
   "nnx.missing",
   "nnx.environment",
+  "nnx.in_place",
   "nnx.filterlib",
   "nnx.variable_settings",
   "nnx.variable_metadata",

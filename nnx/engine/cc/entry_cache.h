@@ -23,6 +23,14 @@ struct Entry : std::enable_shared_from_this<Entry> {
   Ref compiled;  // (tuple of kept leaves[, tuple of donated leaves]) -> Packed
   std::vector<int32_t> kept;     // leaf numbers; used when anything is donated
   std::vector<int32_t> donated;  // leaf numbers
+  // Where it is not null, `compiled` donates nothing; this does, and takes a
+  // Loan of the donated leaves, which are Variables of their own.
+  Ref in_place;
+  std::vector<int32_t> lenders;  // index of the Variable of each donated leaf
+  std::vector<bool> owners;      // by index: whether it is one of them
+  // The calls in a row that would have copied most of what they donate.
+  mutable int copying = 0;
+  mutable bool only_plain = false;  // it turned out not to be possible
   // The plan that was last found to fit what has this structure: mostly the
   // only one there is.
   mutable Ref checked_plan;

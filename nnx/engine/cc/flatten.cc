@@ -191,6 +191,7 @@ bool Flattener::VisitVariable(PyObject* value, TypeInfo* info) {
       node.key = keys;
     }
   }
+  if (!Share(variable)) return false;
   Ref raw = Ref::Borrow(variable->raw);
   const TypeInfo* raw_info = GetTypeInfo(Py_TYPE(raw.get()));
   if (!raw_info) return false;

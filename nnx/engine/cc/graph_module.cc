@@ -3,6 +3,7 @@
 #include "nnx/engine/cc/identity.h"
 #include "nnx/engine/cc/jit.h"
 #include "nnx/engine/cc/lift.h"
+#include "nnx/engine/cc/loan.h"
 #include "nnx/engine/cc/mappings.h"
 #include "nnx/engine/cc/merge.h"
 #include "nnx/engine/cc/node_types.h"
@@ -34,10 +35,11 @@ PYBIND11_MODULE(_engine, m) {
       !nnx::engine::InitVariableBase(module) ||
       !nnx::engine::InitObjectBase(module) ||
       !nnx::engine::InitStructure(module) || !nnx::engine::InitPlan(module) ||
-      !nnx::engine::InitLift(module) || !nnx::engine::InitJit(module) ||
-      !nnx::engine::InitSplit(module) || !nnx::engine::InitMerge(module) ||
-      !nnx::engine::InitUpdate(module) || !nnx::engine::InitMappings(module) ||
-      !nnx::engine::InitPytree(module) || !nnx::engine::InitNodeTypes(module) ||
+      !nnx::engine::InitLift(module) || !nnx::engine::InitLoan(module) ||
+      !nnx::engine::InitJit(module) || !nnx::engine::InitSplit(module) ||
+      !nnx::engine::InitMerge(module) || !nnx::engine::InitUpdate(module) ||
+      !nnx::engine::InitMappings(module) || !nnx::engine::InitPytree(module) ||
+      !nnx::engine::InitNodeTypes(module) ||
       !nnx::engine::InitIdentity(module) || !nnx::engine::InitScopes(module) ||
       PyModule_AddFunctions(module, configure_functions) < 0) {
     throw pybind11::error_already_set();

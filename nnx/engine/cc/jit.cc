@@ -13,8 +13,11 @@
 #include "nnx/engine/cc/fingerprint.h"
 #include "nnx/engine/cc/flatten.h"
 #include "nnx/engine/cc/lift.h"
+#include "nnx/engine/cc/loan.h"
 #include "nnx/engine/cc/match.h"
+#include "nnx/engine/cc/objects.h"
 #include "nnx/engine/cc/plan.h"
+#include "nnx/engine/cc/runtime.h"
 #include "nnx/engine/cc/scopes.h"
 #include "nnx/engine/cc/structure.h"
 #include "nnx/engine/cc/tuples.h"
@@ -42,6 +45,8 @@ JitFunction* AsJit(PyObject* self) {
 struct Call {
   std::vector<PyObject*> leaves;
   std::vector<PyObject*> objects;
+  bool owns = false;   // one of the Variables owns its array
+  bool traced = true;  // one of them belongs to a trace, as far as is known
   ~Call() {
     for (PyObject* leaf : leaves) Py_XDECREF(leaf);
     for (PyObject* object : objects) Py_XDECREF(object);
@@ -103,6 +108,8 @@ int TryEntry(const Entry& entry, const Arguments& arguments, Call* call) {
   for (PyObject* object : objects) Py_INCREF(object);
   call->leaves.swap(leaves);
   call->objects.swap(objects);
+  call->owns = matcher.owns();
+  call->traced = matcher.traced();
   const int equal = matcher.FinishDeferred();
   if (equal != 1) {
     Call dropped;
@@ -166,11 +173,36 @@ std::shared_ptr<Entry> FindEntry(JitFunction* self, PyObject* structure,
   return nullptr;
 }
 
+// Finds the Variables of the leaves that an entry donates in place.
+bool FindLenders(Entry* entry) {
+  const Structure* structure = AsStructure(entry->structure.get());
+  std::vector<int32_t> index_of(structure->num_leaves, -1);
+  for (const Node& node : *structure->nodes) {
+    if (node.kind == NodeKind::kVariable && node.leaf >= 0) {
+      index_of[node.leaf] = node.index;
+    }
+  }
+  entry->owners.assign(structure->num_indices, false);
+  for (int32_t leaf : entry->donated) {
+    const int32_t index = index_of[leaf];
+    if (index < 0) {
+      PyErr_SetString(PyExc_ValueError,
+                      "What is updated in place must be a Variable.");
+      return false;
+    }
+    entry->lenders.push_back(index);
+    entry->owners[index] = true;
+  }
+  return true;
+}
+
 // Walks the arguments the slow way and finds or makes the entry for them.
 std::shared_ptr<Entry> SlowEntry(JitFunction* self, const Arguments& arguments,
                                  const std::vector<bool>& is_static,
                                  std::optional<size_t> fingerprint,
                                  Call* call) {
+  call->owns = false;
+  call->traced = true;
   Flattener flattener(/*hash_statics=*/true);
   for (size_t i = 0; i < arguments.values.size(); ++i) {
     if (is_static[i] ? !flattener.AddStatic(arguments.values[i])
@@ -236,6 +268,10 @@ std::shared_ptr<Entry> SlowEntry(JitFunction* self, const Arguments& arguments,
           .push_back(static_cast<int32_t>(i));
     }
   }
+  if (parts.in_place != Py_None) {
+    entry->in_place = Ref::Borrow(parts.in_place);
+    if (!FindLenders(entry.get())) return nullptr;
+  }
   // Another thread may have made one meanwhile: both use that one, so that
   // jax compiles one function.
   found = FindEntry(self, structure.get(), arguments.names.get(), hash);
@@ -249,6 +285,8 @@ std::shared_ptr<Entry> SlowEntry(JitFunction* self, const Arguments& arguments,
   if (same) {
     call->leaves.swap(moved.leaves);
     call->objects.swap(moved.objects);
+    call->owns = moved.owns;
+    call->traced = moved.traced;
   }
   return entry;
 }
@@ -296,26 +334,151 @@ void Explain(JitFunction* self, const Entry& entry, const Call& call) {
   PyErr_Clear();
 }
 
-PyObject* RunEntry(JitFunction* self, const Entry& entry, const Call& call) {
-  Ref packed;
-  {
-    ScopeBarrier barrier;
-    CallFrame frame(AsStructure(entry.structure.get()), call.objects.data(),
-                    /*compiled=*/true);
-    if (entry.donated.empty()) {
-      Ref leaves = ToTuple(call.leaves);
-      if (!leaves) return nullptr;
-      packed =
-          Ref::Steal(PyObject_CallOneArg(entry.compiled.get(), leaves.get()));
-    } else {
-      Ref donated = PickDonated(self, call, entry);
-      Ref kept = Pick(call, entry.kept);
-      if (!donated || !kept) return nullptr;
-      packed = Ref::Steal(PyObject_CallFunctionObjArgs(
-          entry.compiled.get(), kept.get(), donated.get(), nullptr));
+// Lets others have the arrays of all Variables of a call.
+bool ShareAll(const Call& call) {
+  for (PyObject* object : call.objects) {
+    if (IsVariable(object) && !Share(AsVariable(object))) return false;
+  }
+  return true;
+}
+
+// Whether compiled calls run as such here and now: not under a trace, nor where
+// jax runs a function as it is written, or may do so after a NaN.
+int MayLend() {
+  const Ref may_lend = Ref::Borrow(GetRuntime().may_lend);
+  if (!may_lend) return 0;
+  Ref answer = Ref::Steal(PyObject_CallNoArgs(may_lend.get()));
+  return answer ? PyObject_IsTrue(answer.get()) : -1;
+}
+
+// Whether nobody but a Variable and this call has the array of a leaf. It runs
+// no Python code, so what it says holds until that runs.
+bool CanLend(const Entry& entry, const Call& call, size_t i) {
+  PyObject* leaf = call.leaves[entry.donated[i]];
+  const VariableObject* variable = AsVariable(call.objects[entry.lenders[i]]);
+  return !call.traced && variable->hold == Hold::kOwn &&
+         variable->raw == leaf && !(variable->hook_flags & kBoxed) &&
+         Py_REFCNT(leaf) == 2;
+}
+
+// Whether to take the program that updates in place. Where others have most of
+// the arrays, call after call, it is no gain to copy them first, and the plain
+// program is worth its compilation.
+bool PrefersInPlace(const Entry& entry, const Call& call) {
+  constexpr int kMaxCopying = 2;
+  size_t lendable = 0;
+  for (size_t i = 0; i < entry.donated.size(); ++i) {
+    lendable += CanLend(entry, call, i);
+  }
+  if (2 * lendable >= entry.donated.size()) {
+    entry.copying = 0;
+    return true;
+  }
+  if (entry.copying >= kMaxCopying) return false;
+  ++entry.copying;
+  return true;
+}
+
+// Calls the program that updates in place. What cannot be lent is copied: the
+// program has arrays of its own in any case.
+Ref CallInPlace(const Entry& entry, const Call& call, Lending* lending) {
+  const size_t size = entry.donated.size();
+  Ref kept = Pick(call, entry.kept);
+  Ref loan = kept ? NewLoan(static_cast<Py_ssize_t>(size), kept.get()) : Ref();
+  if (!loan) return Ref();
+  const Ref copy_array = Ref::Borrow(GetRuntime().copy_array);
+  std::vector<Ref> items(size);
+  std::vector<VariableObject*> lenders;
+  lenders.reserve(size);
+  // Copying runs Python code, after which somebody may have read what could be
+  // lent before: until a round copies nothing.
+  for (bool copied = true; copied;) {
+    copied = false;
+    for (size_t i = 0; i < size; ++i) {
+      if (items[i] || CanLend(entry, call, i)) continue;
+      items[i] = Ref::Steal(
+          PyObject_CallOneArg(copy_array.get(), call.leaves[entry.donated[i]]));
+      if (!items[i]) return Ref();
+      copied = true;
     }
   }
+  auto* parts = reinterpret_cast<Loan*>(loan.get());
+  for (size_t i = 0; i < size; ++i) {
+    if (!items[i]) {
+      items[i] = Ref::Borrow(call.leaves[entry.donated[i]]);
+      lenders.push_back(AsVariable(call.objects[entry.lenders[i]]));
+    }
+    PyTuple_SetItem(parts->items, static_cast<Py_ssize_t>(i),
+                    items[i].release());
+  }
+  if (!lenders.empty()) {
+    parts->lent = true;
+    lending->Begin(std::move(lenders));
+  }
+  return Ref::Steal(PyObject_CallFunctionObjArgs(
+      entry.in_place.get(), kept.get(), loan.get(), nullptr));
+}
+
+// Calls what was compiled.
+Ref CallEntry(JitFunction* self, const Entry& entry, const Call& call,
+              bool in_place, Lending* lending) {
+  ScopeBarrier barrier;
+  CallFrame frame(AsStructure(entry.structure.get()), call.objects.data(),
+                  /*compiled=*/true);
+  if (in_place) return CallInPlace(entry, call, lending);
+  if (entry.donated.empty() || entry.in_place) {
+    Ref leaves = ToTuple(call.leaves);
+    if (!leaves) return Ref();
+    return Ref::Steal(PyObject_CallOneArg(entry.compiled.get(), leaves.get()));
+  }
+  Ref donated = PickDonated(self, call, entry);
+  Ref kept = Pick(call, entry.kept);
+  if (!donated || !kept) return Ref();
+  return Ref::Steal(PyObject_CallFunctionObjArgs(
+      entry.compiled.get(), kept.get(), donated.get(), nullptr));
+}
+
+// Whether somebody else has an output as well: then it is an input, and leaves
+// the engine with the result, or is in two Variables.
+bool IsForwarding(PyObject* outputs) {
+  for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(outputs); ++i) {
+    if (Py_REFCNT(PyTuple_GET_ITEM(outputs, i)) > 1) return true;
+  }
+  return false;
+}
+
+// Calls the program for the structure of the arguments, in place where it can.
+Ref CallBest(JitFunction* self, const Entry& entry, const Call& call,
+             bool may_lend, Lending* lending) {
+  if (may_lend && entry.in_place && !entry.only_plain &&
+      PrefersInPlace(entry, call)) {
+    Ref packed = CallEntry(self, entry, call, /*in_place=*/true, lending);
+    if (packed || !PyErr_ExceptionMatches(g_not_in_place)) return packed;
+    // Arrays of other shapes, for which the function does other things.
+    PyErr_Clear();
+    lending->End();
+    entry.only_plain = true;
+  }
+  return CallEntry(self, entry, call, /*in_place=*/false, lending);
+}
+
+PyObject* RunEntry(JitFunction* self, const Entry& entry, const Call& call) {
+  bool may_lend = false;
+  if (entry.in_place || call.owns) {
+    const int answer = MayLend();
+    if (answer < 0) return nullptr;
+    // A function of Python may do anything with what it is given.
+    may_lend = answer && !PyFunction_Check(entry.compiled.get());
+    if (!may_lend && !ShareAll(call)) return nullptr;
+  }
+  Lending lending;
+  Ref packed = CallBest(self, entry, call, may_lend, &lending);
   if (!packed) {
+    lending.End();
+    if (call.owns) {  // the error may hold on to what it has seen
+      const KeptError error;
+      if (!ShareAll(call)) PyErr_Clear();
+    }
     Explain(self, entry, call);
     return nullptr;
   }
@@ -326,15 +489,30 @@ PyObject* RunEntry(JitFunction* self, const Entry& entry, const Call& call) {
     return nullptr;
   }
   auto* result = reinterpret_cast<Packed*>(packed.get());
+  if (result->plan != entry.checked_plan.get() &&
+      !CheckApplies(result->plan, call.objects.data(), call.objects.size(),
+                    call.leaves.size())) {
+    return nullptr;
+  }
+  PyObject* const* outputs = PySequence_Fast_ITEMS(result->outputs);
+  const Plan::Data& plan = PlanData(result->plan);
+  const bool forwards = call.owns && IsForwarding(result->outputs);
+  // Until what was lent is written nothing may run Python code, and so nothing
+  // may ask for the trace: there is none, also of the Variables.
+  const bool written =
+      may_lend && entry.in_place && !call.traced && plan.values_only;
+  if (written) {
+    WriteValues(plan, call.objects.data(), outputs, &entry.owners);
+  }
+  lending.End();
   if (result->plan != entry.checked_plan.get()) {
-    if (!CheckApplies(result->plan, call.objects.data(), call.objects.size(),
-                      call.leaves.size())) {
-      return nullptr;
-    }
     entry.checked_plan = Ref::Borrow(result->plan);
   }
-  return Apply(result->plan, call.objects.data(), call.leaves.data(),
-               PySequence_Fast_ITEMS(result->outputs))
+  if (forwards && !ShareAll(call)) return nullptr;
+  return (written ? BuildResult(plan, call.objects.data(), call.leaves.data(),
+                                outputs)
+                  : Apply(result->plan, call.objects.data(), call.leaves.data(),
+                          outputs))
       .release();
 }
 
@@ -424,6 +602,7 @@ int JitTraverse(PyObject* self, visitproc visit, void* arg) {
     Py_VISIT(entry->structure.get());
     Py_VISIT(entry->names.get());
     Py_VISIT(entry->compiled.get());
+    Py_VISIT(entry->in_place.get());
     Py_VISIT(entry->checked_plan.get());
   }
   return 0;
@@ -481,14 +660,15 @@ PyObject* JitPrepare(PyObject* callable, PyObject* const* args,
   if (!entry) return nullptr;
   std::vector<int32_t> all(call.leaves.size());
   for (size_t i = 0; i < all.size(); ++i) all[i] = static_cast<int32_t>(i);
-  const bool donates = !entry->donated.empty();
+  const bool donates = !entry->donated.empty() && !entry->in_place;
+  const std::vector<int32_t> given =
+      donates ? entry->donated : std::vector<int32_t>();
   Ref kept = Pick(call, donates ? entry->kept : all);
-  Ref donated = Pick(call, entry->donated);
+  Ref donated = Pick(call, given);
   if (!kept || !donated) return nullptr;
   Ref operands = Ref::Steal(donates ? PyTuple_Pack(2, kept.get(), donated.get())
                                     : PyTuple_Pack(1, kept.get()));
-  return NewRecord(g_prepared_type,
-                   {entry->compiled, operands, ToTuple(entry->donated)})
+  return NewRecord(g_prepared_type, {entry->compiled, operands, ToTuple(given)})
       .release();
 }
 

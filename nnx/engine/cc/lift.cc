@@ -319,15 +319,57 @@ Ref Pack(const Structure* before, const std::vector<int32_t>& tops,
   return packed;
 }
 
-Ref Apply(PyObject* plan, PyObject* const* objects, PyObject* const* leaves,
-          PyObject* const* outputs) {
-  const Plan::Data& data = PlanData(plan);
+void WriteValues(const Plan::Data& data, PyObject* const* objects,
+                 PyObject* const* outputs, const std::vector<bool>* owners) {
+  if (!owners) {
+    for (const auto& [index, output] : data.writes) {
+      SetRaw(AsVariable(objects[index]), outputs[output]);
+    }
+    return;
+  }
+  // What is replaced goes last: Python code that this runs must not meet a
+  // Variable whose array is used up.
+  std::vector<Ref> replaced;
+  replaced.reserve(data.writes.size());
+  for (const auto& [index, output] : data.writes) {
+    VariableObject* variable = AsVariable(objects[index]);
+    PyObject* value = outputs[output];
+    const bool fresh = (*owners)[index] && Py_REFCNT(value) == 1 &&
+                       Py_TYPE(value) == GetRuntime().array_type;
+    replaced.push_back(Ref::Borrow(variable->raw));
+    SetRaw(variable, value);
+    if (fresh) variable->hold = Hold::kOwn;
+  }
+}
+
+Ref BuildResult(const Plan::Data& data, PyObject* const* objects,
+                PyObject* const* leaves, PyObject* const* outputs) {
   const Structure* structure = AsStructure(data.structure.get());
-  const std::vector<Node>& nodes = *structure->nodes;
   auto source = [&](int32_t leaf) {
     const int32_t output = data.output_of[leaf];
     return output < 0 ? leaves[data.matches[leaf]] : outputs[output];
   };
+  const std::vector<Node>& nodes = *structure->nodes;
+  const Node& result = nodes[data.result_position];
+  if (result.kind == NodeKind::kLeaf && result.index < 0) {
+    return Ref::Borrow(source(result.leaf));
+  }
+  if (result.kind == NodeKind::kStatic) return result.aux;
+  std::vector<PyObject*> filled(structure->num_leaves);
+  for (int32_t i = 0; i < structure->num_leaves; ++i) filled[i] = source(i);
+  Unflattener build(nodes, filled.data(), nullptr,
+                    data.result_has_nodes ? structure->num_indices : 0);
+  build.set_new_boxes();
+  for (int32_t index : data.result_refs) {
+    build.Declare(index, objects[data.origin[index]]);
+  }
+  build.set_position(data.result_position);
+  return build.Build();
+}
+
+Ref Apply(PyObject* plan, PyObject* const* objects, PyObject* const* leaves,
+          PyObject* const* outputs) {
+  const Plan::Data& data = PlanData(plan);
   if (data.values_only) {
     if (!data.writes.empty()) {
       PyObject* trace = nullptr;
@@ -337,28 +379,17 @@ Ref Apply(PyObject* plan, PyObject* const* objects, PyObject* const* leaves,
       for (const auto& [index, output] : data.writes) {
         if (!CheckTrace(objects[index], trace)) return Ref();
       }
-      for (const auto& [index, output] : data.writes) {
-        SetRaw(AsVariable(objects[index]), outputs[output]);
-      }
+      WriteValues(data, objects, outputs, /*owners=*/nullptr);
     }
-    const Node& result = nodes[data.result_position];
-    if (result.kind == NodeKind::kLeaf && result.index < 0) {
-      return Ref::Borrow(source(result.leaf));
-    }
-    if (result.kind == NodeKind::kStatic) return result.aux;
+    return BuildResult(data, objects, leaves, outputs);
   }
 
+  const Structure* structure = AsStructure(data.structure.get());
+  const std::vector<Node>& nodes = *structure->nodes;
   std::vector<PyObject*> filled(structure->num_leaves);
-  for (int32_t i = 0; i < structure->num_leaves; ++i) filled[i] = source(i);
-  if (data.values_only) {
-    Unflattener build(nodes, filled.data(), nullptr,
-                      data.result_has_nodes ? structure->num_indices : 0);
-    build.set_new_boxes();
-    for (int32_t index : data.result_refs) {
-      build.Declare(index, objects[data.origin[index]]);
-    }
-    build.set_position(data.result_position);
-    return build.Build();
+  for (int32_t i = 0; i < structure->num_leaves; ++i) {
+    const int32_t output = data.output_of[i];
+    filled[i] = output < 0 ? leaves[data.matches[i]] : outputs[output];
   }
   std::vector<PyObject*> reuse(structure->num_indices);
   for (int32_t i = 0; i < structure->num_indices; ++i) {

@@ -23,6 +23,14 @@ Ref Pack(const Structure* structure, const std::vector<int32_t>& tops,
 Ref Apply(PyObject* plan, PyObject* const* objects, PyObject* const* leaves,
           PyObject* const* outputs);
 
+// The two halves of `Apply` where nothing but values of Variables has changed.
+// Outputs that nobody else has belong to their Variables alone afterwards where
+// `owners`, by index, says so; null: nowhere. The first never fails.
+void WriteValues(const Plan::Data& data, PyObject* const* objects,
+                 PyObject* const* outputs, const std::vector<bool>* owners);
+Ref BuildResult(const Plan::Data& data, PyObject* const* objects,
+                PyObject* const* leaves, PyObject* const* outputs);
+
 // Whether `objects` can be written to as those of a structure. `origin`: index
 // in the structure -> index among them, or -1; null: the same.
 bool CheckObjects(const Structure* structure, PyObject* const* objects,

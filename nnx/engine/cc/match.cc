@@ -146,6 +146,11 @@ bool Matcher::VisitVariable(const Node& node, VariableObject* variable) {
       !VisitMetadata(node.aux.get(), node.key.get(), variable->metadata)) {
     return false;
   }
+  if (variable->hold != Hold::kShared) {
+    if (variable->hold == Hold::kLent) return false;  // the slow walk may wait
+    owns_ = true;
+  }
+  in_trace_ |= variable->trace_ref != nullptr;
   if (node.leaf < 0) return Visit(variable->raw);
   if (!IsLeaf(variable->raw, /*scalars=*/true)) return false;
   leaves_[node.leaf] = variable->raw;

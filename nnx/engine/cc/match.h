@@ -29,6 +29,9 @@ class Matcher {
   // The comparisons put off until the walk is over. 1: equal, 0: not, -1:
   // error.
   int FinishDeferred();
+  // Whether it met a Variable that owns its array, and one of another trace.
+  bool owns() const { return owns_; }
+  bool traced() const { return in_trace_; }
 
  private:
   bool Visit(PyObject* value);
@@ -46,6 +49,8 @@ class Matcher {
   PyObject** leaves_;
   PyObject** objects_;
   size_t position_ = 0;
+  bool owns_ = false;
+  bool in_trace_ = false;
   const uint64_t epoch_ = NextEpoch();
   std::vector<PyObject*> arena_;
   struct Deferred {

@@ -126,6 +126,7 @@ class Provider {
                                         node.hook_flags, nullptr);
     } else if (copy_ || !BelongsToTrace(AsGraphObject(value), trace_)) {
       VariableObject* source = AsVariable(value);
+      if (!Share(source)) return false;
       provided_[position] =
           NewVariable(Py_TYPE(value), source->raw, source->metadata,
                       source->hook_flags, source);

@@ -11,11 +11,21 @@
 
 namespace nnx::engine {
 
-// Base of Variable: a value and its metadata, no instance dictionary.
+// Who may have the array of a Variable.
+enum class Hold : uint8_t {
+  kShared,  // anyone
+  kOwn,   // the Variable alone: a compiled function made the array for it, and
+          // nobody has read it since
+  kLent,  // a call that is under way, which will overwrite it
+};
+
+// Base of Variable: a value and its metadata, no instance dictionary. Whoever
+// lets `raw` out of the engine, or copies it, asks `Share` first.
 struct VariableObject : GraphObject {
   PyObject* raw;       // never null
   PyObject* metadata;  // dict, never null
   uint8_t hook_flags;  // kGetHooks, kSetHooks, kBoxed
+  Hold hold;
 };
 
 // Base of Pytree, Object and Module: an instance dictionary.
@@ -61,7 +71,15 @@ inline void SetRaw(VariableObject* variable, PyObject* raw) {
   Py_INCREF(raw);
   PyObject* old = variable->raw;
   variable->raw = raw;
+  variable->hold = Hold::kShared;
   Py_XDECREF(old);
+}
+// Makes `raw` one that others may have. Where it is lent, a copy takes its
+// place or, if the call has used it up, what the call writes; this may run
+// Python code and wait. False with an error set on failure.
+bool ShareSlow(VariableObject* variable);
+inline bool Share(VariableObject* variable) {
+  return variable->hold == Hold::kShared || ShareSlow(variable);
 }
 // The value, out of its box if it is in one; null with an error set on failure.
 Ref RawValue(VariableObject* variable);

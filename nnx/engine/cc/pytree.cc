@@ -30,8 +30,11 @@ PyObject* VariableFlatten(PyObject*, PyObject* self) {
     PyErr_SetString(PyExc_TypeError, "`variable` must be a Variable.");
     return nullptr;
   }
-  if (!RefreshMetadata(AsVariable(self))) return nullptr;
-  Ref children = Ref::Steal(PyTuple_Pack(1, AsVariable(self)->raw));
+  if (!RefreshMetadata(AsVariable(self)) || !Share(AsVariable(self))) {
+    return nullptr;
+  }
+  const Ref raw = Ref::Borrow(AsVariable(self)->raw);
+  Ref children = Ref::Steal(PyTuple_Pack(1, raw.get()));
   Ref metadata = MetadataKey(AsVariable(self)->metadata);
   if (!children || !metadata) return nullptr;
   return PyTuple_Pack(2, children.get(), metadata.get());

@@ -39,6 +39,14 @@ struct Runtime {
   PyObject* settings = nullptr;
   // (error): notes down in which Module it was raised.
   PyObject* explain_error = nullptr;
+  // (array) -> a copy of it, also under a trace.
+  PyObject* copy_array = nullptr;
+  // (the arguments that stay, those of a Loan): raises NotInPlace where the
+  // arrays are not all in one place where that works.
+  PyObject* check_loan = nullptr;
+  // () -> whether a compiled call runs here and now as such, so that Variables
+  // may be lent to it.
+  PyObject* may_lend = nullptr;
   // (value) -> a mutable array of it.
   PyObject* new_ref = nullptr;
   // (value) -> the array in a mutable array or box; any other value itself.
@@ -88,6 +96,7 @@ struct Runtime {
   PyObject* s_setattr_flags = nullptr;
   PyObject* s_class_statuses = nullptr;
   PyObject* s_fields = nullptr;
+  PyObject* s_is_deleted = nullptr;
   PyObject* s_aval = nullptr;
   PyObject* s_shape = nullptr;
   PyObject* s_fixed_shape = nullptr;

@@ -337,6 +337,7 @@ class Updater {
     Ref copy = Ref::Borrow(value);
     if (IsVariable(value)) {
       VariableObject* source = AsVariable(value);
+      if (!Share(source)) return false;
       copy = NewVariable(Py_TYPE(value), source->raw, source->metadata,
                          source->hook_flags, source);
       if (!copy) return false;

@@ -52,6 +52,7 @@ int VariableClear(PyObject* self) {
   // Fields are never null, even in an object that the collector took apart.
   PyObject* raw = variable->raw;
   variable->raw = Py_None;
+  variable->hold = Hold::kShared;
   Py_INCREF(Py_None);
   Py_XDECREF(raw);
   if (variable->metadata) PyDict_Clear(variable->metadata);
@@ -79,6 +80,7 @@ PyObject* VariableGetValue(PyObject* self, void*) {
   if (variable->hook_flags & kGetHooks) {
     return PyObject_CallMethodNoArgs(self, GetRuntime().s_get_value_slow);
   }
+  if (!Share(variable)) return nullptr;
   Py_INCREF(variable->raw);
   return variable->raw;
 }
@@ -139,6 +141,7 @@ PyObject* VariableCanUpdate(PyObject* self, void* closure) {
 }
 
 PyObject* VariableGetStored(PyObject* self, void*) {
+  if (!Share(AsVariable(self))) return nullptr;
   Py_INCREF(AsVariable(self)->raw);
   return AsVariable(self)->raw;
 }
@@ -338,7 +341,9 @@ uint8_t ClassHookFlags(PyTypeObject* type) {
 }
 
 Ref RawValue(VariableObject* variable) {
-  if (!(variable->hook_flags & kBoxed)) return Ref::Borrow(variable->raw);
+  if (!(variable->hook_flags & kBoxed)) {
+    return Share(variable) ? Ref::Borrow(variable->raw) : Ref();
+  }
   return Ref::Steal(PyObject_CallMethodNoArgs(
       reinterpret_cast<PyObject*>(variable), GetRuntime().s_get_raw_slow));
 }
@@ -376,6 +381,7 @@ bool AssignVariable(VariableObject* target, VariableObject* source) {
         reinterpret_cast<PyObject*>(target), GetRuntime().s_assign_slow,
         reinterpret_cast<PyObject*>(source))));
   }
+  if (!Share(source)) return false;
   SetRaw(target, source->raw);
   target->hook_flags = source->hook_flags;
   if (PyDict_GET_SIZE(target->metadata) == 0 &&

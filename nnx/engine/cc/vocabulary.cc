@@ -76,6 +76,10 @@ PyStructSequence_Field opened_pytree_fields[] = {
 PyStructSequence_Field jit_entry_fields[] = {
     {"function", "Takes the leaves, and returns a Packed."},
     {"donated", "The numbers of the leaves that it donates, or None."},
+    {"in_place",
+     "None, or what is called in its place with the leaves that stay and a "
+     "Loan "
+     "of the others, `donated`, which are Variables of their own."},
     {nullptr, nullptr},
 };
 
@@ -223,6 +227,7 @@ bool JitEntry::Read(PyObject* record, JitEntry* view) {
   if (!IsRecord(record, g_jit_entry_type)) return false;
   view->function = PyStructSequence_GetItem(record, 0);
   view->donated = PyStructSequence_GetItem(record, 1);
+  view->in_place = PyStructSequence_GetItem(record, 2);
   return true;
 }
 

@@ -59,7 +59,8 @@ struct OpenedPytree {  // of `flatten_pytree`
 };
 struct JitEntry {  // of `make_entry`
   PyObject* function;
-  PyObject* donated;  // iterable of numbers of leaves, or None
+  PyObject* donated;   // iterable of numbers of leaves, or None
+  PyObject* in_place;  // None, or takes the leaves that stay and a Loan
   static bool Read(PyObject* record, JitEntry* view);
 };
 

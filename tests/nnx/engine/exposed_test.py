@@ -129,14 +129,14 @@ class TypesTest(parameterized.TestCase):
   def test_a_compiled_function_must_return_what_fits(self):
     *_, packed = _packed()
     jitted = _engine.JitFunction(
-      lambda *args: _engine.JitEntry((lambda leaves: packed, None)),
+      lambda *args: _engine.JitEntry((lambda leaves: packed, None, None)),
       copy.copy,
       frozenset(),
     )
     with self.assertRaisesRegex(ValueError, "must be those of the structure"):
       jitted(np.ones(1))
     jitted = _engine.JitFunction(
-      lambda *args: _engine.JitEntry((lambda leaves: 1, None)),
+      lambda *args: _engine.JitEntry((lambda leaves: 1, None, None)),
       copy.copy,
       frozenset(),
     )

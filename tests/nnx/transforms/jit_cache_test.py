@@ -33,7 +33,7 @@ def compiled_by_number():
     made.append(structure)
     copies = _engine.unflatten(structure, leaves).objects
     packed = _engine.pack(structure, copies, leaves, None)
-    return _engine.JitEntry((lambda leaves: packed, None))
+    return _engine.JitEntry((lambda leaves: packed, None, None))
 
   return _engine.JitFunction(make_entry, lambda x: x, frozenset()), made
 
@@ -200,7 +200,7 @@ class CacheTest(parameterized.TestCase):
       barrier.wait()  # all threads make one
       copies = _engine.unflatten(structure, leaves).objects
       packed = _engine.pack(structure, copies, leaves, None)
-      return _engine.JitEntry((lambda leaves: packed, None))
+      return _engine.JitEntry((lambda leaves: packed, None, None))
 
     function = _engine.JitFunction(make_entry, lambda x: x, frozenset())
     models = [Scale(Frozen(1)) for _ in range(8)]

@@ -1,0 +1,61 @@
+#ifndef NNX_ENGINE_CC_LOAN_H_
+#define NNX_ENGINE_CC_LOAN_H_
+
+#include <Python.h>
+
+#include <vector>
+
+#include "nnx/engine/cc/objects.h"
+#include "nnx/engine/cc/py_ref.h"
+
+namespace nnx::engine {
+
+// The arrays that a call in place gives up, as an argument for jax: a pytree
+// node of them. Where jax finds its compiled program, it opens the argument
+// once and runs, and no Python code runs from there until the call is over.
+// Where it finds none, Python code follows, which may be interrupted with the
+// arrays used up. It opens the argument again: then it has copies.
+struct Loan {
+  PyObject_HEAD PyObject* items;  // tuple of arrays, filled before use
+  PyObject* kept;                 // tuple of the other arguments, or null
+  bool lent;                      // some of them are of Variables
+  int openings;
+};
+extern PyTypeObject* g_loan_type;
+// What the function of a Loan raises, before anything runs, where it cannot
+// update in place after all.
+extern PyObject* g_not_in_place;
+
+// A Loan of `size` items, which are None, beside the other arguments, if any.
+Ref NewLoan(Py_ssize_t size, PyObject* kept);
+
+// Variables that are lent to a call of this thread, from `Begin` until `End`.
+// Meanwhile the collector does not run: it would run Python code in between.
+class Lending {
+ public:
+  Lending() = default;
+  Lending(const Lending&) = delete;
+  Lending& operator=(const Lending&) = delete;
+  ~Lending() { End(); }
+
+  // The caller holds the Variables and their arrays.
+  void Begin(std::vector<VariableObject*> variables);
+  // What has not been written is as it was. Runs no Python code.
+  void End();
+  bool active() const { return active_; }
+
+  // Whether a call of this thread has the Variable.
+  static bool Has(const VariableObject* variable);
+
+ private:
+  bool active_ = false;
+  std::vector<VariableObject*> variables_;
+  Lending* previous_ = nullptr;
+};
+
+// Adds Loan and how jax opens it to `module`.
+bool InitLoan(PyObject* module);
+
+}  // namespace nnx::engine
+
+#endif  // NNX_ENGINE_CC_LOAN_H_
