@@ -1,7 +1,7 @@
 """Tests of the comparison with virtual devices, on any machine.
 
-How well plans meet them is on docs/planning.md; here it is asked that both sides
-can be had, and are not absurd.
+How well plans meet them is on docs/planning.md; here it is asked that both
+sides can be had, and are not absurd.
 """
 
 from absl.testing import absltest, parameterized
