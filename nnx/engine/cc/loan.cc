@@ -20,6 +20,14 @@ thread_local Lending* innermost = nullptr;
 int num_lending = 0;
 bool collector_was_on = false;
 
+bool IsFinalizing() {
+#if PY_VERSION_HEX >= 0x030D0000
+  return Py_IsFinalizing();
+#else
+  return _Py_IsFinalizing();
+#endif
+}
+
 int IsDeleted(PyObject* array) {
   Ref deleted =
       Ref::Steal(PyObject_CallMethodNoArgs(array, GetRuntime().s_is_deleted));
@@ -180,7 +188,7 @@ bool ShareSlow(VariableObject* variable) {
       const int deleted = IsDeleted(array.get());
       if (deleted < 0) PyErr_Clear();
       // At the end of the process other threads do not go on.
-      if (deleted <= 0 || Lending::Has(variable) || _Py_IsFinalizing()) {
+      if (deleted <= 0 || Lending::Has(variable) || IsFinalizing()) {
         return false;
       }
     }
