@@ -9,6 +9,7 @@
 #include <unordered_set>
 #include <vector>
 
+#include "nnx/engine/cc/call_frame.h"
 #include "nnx/engine/cc/entry_cache.h"
 #include "nnx/engine/cc/fingerprint.h"
 #include "nnx/engine/cc/flatten.h"
