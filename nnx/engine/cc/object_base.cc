@@ -16,11 +16,7 @@ PyTypeObject* g_object_base = nullptr;
 
 namespace {
 
-PyObject* ObjectNew(PyTypeObject* type, PyObject* args, PyObject* kwargs) {
-  if (type->tp_flags & Py_TPFLAGS_IS_ABSTRACT) {
-    // Refuses, naming the methods that are missing.
-    return PyBaseObject_Type.tp_new(type, args, kwargs);
-  }
+PyObject* ObjectAlloc(PyTypeObject* type, Py_ssize_t) {
   // What the class declares holds also for what is stored past the checks.
   PyObject* statuses =
       ClassFlags(type, GetRuntime().s_setattr_flags) == 0
@@ -155,7 +151,6 @@ PyMethodDef object_methods[] = {
 
 PyType_Slot object_slots[] = {
     {Py_tp_doc, const_cast<char*>("Base of Pytree, Object and Module.")},
-    {Py_tp_new, reinterpret_cast<void*>(ObjectNew)},
     {Py_tp_dealloc, reinterpret_cast<void*>(ObjectDealloc)},
     {Py_tp_traverse, reinterpret_cast<void*>(ObjectTraverse)},
     {Py_tp_clear, reinterpret_cast<void*>(ObjectClear)},
@@ -181,7 +176,7 @@ Ref NewObject(PyTypeObject* type, PyObject* status, const GraphObject* origin) {
   const Ref held = Ref::Borrow(reinterpret_cast<PyObject*>(type));
   Ref copy = status ? Ref::Steal(PyDict_Copy(status)) : Ref();
   if (status && !copy) return Ref();
-  Ref self = Ref::Steal(type->tp_alloc(type, 0));
+  Ref self = Ref::Steal(PyType_GenericAlloc(type, 0));
   if (!self) return Ref();
   ObjectObject* object = AsObject(self.get());
   object->status = copy.release();
@@ -192,7 +187,10 @@ Ref NewObject(PyTypeObject* type, PyObject* status, const GraphObject* origin) {
 
 bool InitObjectBase(PyObject* module) {
   Ref type = Ref::Steal(PyType_FromSpec(&object_spec));
-  if (!type || !AddSetAttrMethods<ObjectSetAttr>(type.get())) return false;
+  if (!type || !AddSetAttrMethods<ObjectSetAttr>(type.get()) ||
+      !AddNewMethod<&g_object_base, ObjectAlloc>(type.get())) {
+    return false;
+  }
   g_object_base = reinterpret_cast<PyTypeObject*>(type.get());
   return PyModule_AddObject(module, "ObjectBase", type.release()) == 0;
 }
