@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 import nnx
 
+
 class Recorded:
   """A mixin that keeps what its objects were made of."""
 

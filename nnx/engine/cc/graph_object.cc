@@ -171,12 +171,13 @@ PyObject* NewNext(PyTypeObject* base, allocfunc alloc, PyObject* const* args,
   type->tp_alloc = alloc;
   const Ref bases = Ref::Borrow(type->tp_mro);
   Py_ssize_t i = 0;
-  while (PyTuple_GET_ITEM(bases.get(), i) != reinterpret_cast<PyObject*>(base)) {
+  while (PyTuple_GET_ITEM(bases.get(), i) !=
+         reinterpret_cast<PyObject*>(base)) {
     ++i;
   }
   for (++i; i < PyTuple_GET_SIZE(bases.get()); ++i) {
-    auto* next = reinterpret_cast<PyTypeObject*>(
-        PyTuple_GET_ITEM(bases.get(), i));
+    auto* next =
+        reinterpret_cast<PyTypeObject*>(PyTuple_GET_ITEM(bases.get(), i));
     if (next == &PyBaseObject_Type) break;
     const Ref method = Ref::Borrow(
         next->tp_dict ? PyDict_GetItemWithError(next->tp_dict, name) : nullptr);

@@ -103,8 +103,8 @@ bool AddSetAttrMethods(PyObject* type) {
 }
 
 // `__new__` is a method as well, for the same reason: `object.__new__` is the
-// end of a chain of them. `base` is the type that has the method; `kAlloc` makes
-// an object, and is what `object.__new__` allocates by.
+// end of a chain of them. `base` is the type that has the method; `kAlloc`
+// makes an object, and is what `object.__new__` allocates by.
 //
 // Calls the `__new__` that comes after that of `base` in the order of the bases
 // of args[0], or `kAlloc` where `object` does.
