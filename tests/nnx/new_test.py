@@ -3,6 +3,7 @@
 import abc
 import copy
 import pickle
+from typing import Generic, TypeVar
 
 from absl.testing import absltest, parameterized
 from flax import nnx as flax_nnx
@@ -10,6 +11,8 @@ import jax
 import jax.numpy as jnp
 
 import nnx
+
+T = TypeVar("T")
 
 
 class Recorded:
@@ -59,8 +62,8 @@ class Kept(nnx.Module, Recorded):
     self.w = nnx.Param(jnp.ones(size))
 
 
-class Noted(nnx.Param, Recorded):
-  __slots__ = ()
+class Noted(Recorded, nnx.Param):
+  pass
 
 
 class NewTest(parameterized.TestCase):
@@ -87,19 +90,52 @@ class NewTest(parameterized.TestCase):
         made.append((args, kwargs))
         return super().__new__(cls)
 
-    class After(lib.Param, Mixin):
-      pass
-
     class Before(Mixin, lib.Param):
       pass
 
-    for cls in (After, Before):
-      variable = cls(jnp.ones(2), note="x")
-      self.assertEqual(variable[...].tolist(), [1, 1])
-      self.assertEqual(variable.note, "x")
-      self.assertEqual(made.pop()[1], {"note": "x"})
-      variable[...] = jnp.zeros(2)
-      self.assertEqual(variable[...].tolist(), [0, 0])
+    variable = Before(jnp.ones(2), note="x")
+    self.assertEqual(variable[...].tolist(), [1, 1])
+    self.assertEqual(variable.note, "x")
+    self.assertEqual(made[-1][1], {"note": "x"})
+    variable[...] = jnp.zeros(2)
+    self.assertEqual(variable[...].tolist(), [0, 0])
+
+  def test_after_a_variable_is_refused(self):
+    with self.assertRaisesRegex(
+      TypeError, "before `Variable`, but `Recorded` comes after it in `Wrong`"
+    ):
+
+      class Wrong(nnx.Param, Recorded):
+        pass
+
+    class Marked:
+      pass
+
+    class Fine(nnx.Param, Marked, Generic[T]):
+      pass
+
+    self.assertEqual(Fine(3).value, 3)
+    for cls in (nnx.Param, Fine):
+      with self.assertRaisesRegex(TypeError, "is not safe"):
+        object.__new__(cls)
+
+  def test_without_the_init_subclass_of_ours(self):
+    class Alone:
+      def __init_subclass__(cls): ...
+
+    class Model(Alone, nnx.Module, Recorded):
+      pass
+
+    for model in (object.__new__(Model), Model()):
+      model.w = nnx.Param(1)
+      self.assertEqual(nnx.state(model).w.value, 1)
+
+    def inside():
+      model = Model()
+      model.w = 2
+      return model.w
+
+    self.assertEqual(jax.jit(inside)(), 2)
 
   @parameterized.product(lib=[nnx, flax_nnx])
   def test_may_return_another_object(self, lib):
@@ -227,7 +263,9 @@ class NewTest(parameterized.TestCase):
   def test_wrong_calls(self):
     base = nnx.Module.__new__
     for args in ((), (3,), (int,)):
-      with self.assertRaisesRegex(TypeError, "`__new__` takes a subclass of"):
+      with self.assertRaisesRegex(
+        TypeError, "`__new__` must get the class first"
+      ):
         base(*args)
     with self.assertRaises(TypeError):
       nnx.Variable.__new__(nnx.Module)

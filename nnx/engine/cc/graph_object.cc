@@ -157,49 +157,6 @@ void ClearShared(GraphObject* self) {
   Py_CLEAR(self->origin_code);
 }
 
-PyObject* NewNext(PyTypeObject* base, allocfunc alloc, PyObject* const* args,
-                  Py_ssize_t nargs, PyObject* keywords) {
-  if (nargs < 1 || !PyType_Check(args[0]) ||
-      !PyType_IsSubtype(reinterpret_cast<PyTypeObject*>(args[0]), base)) {
-    return PyErr_Format(PyExc_TypeError,
-                        "`__new__` takes a subclass of `%s` first.",
-                        base->tp_name);
-  }
-  auto* type = reinterpret_cast<PyTypeObject*>(args[0]);
-  static PyObject* name = PyUnicode_InternFromString("__new__");
-  // Classes do not inherit it: Python gives each its own.
-  type->tp_alloc = alloc;
-  const Ref bases = Ref::Borrow(type->tp_mro);
-  Py_ssize_t i = 0;
-  while (PyTuple_GET_ITEM(bases.get(), i) !=
-         reinterpret_cast<PyObject*>(base)) {
-    ++i;
-  }
-  for (++i; i < PyTuple_GET_SIZE(bases.get()); ++i) {
-    auto* next =
-        reinterpret_cast<PyTypeObject*>(PyTuple_GET_ITEM(bases.get(), i));
-    if (next == &PyBaseObject_Type) break;
-    const Ref method = Ref::Borrow(
-        next->tp_dict ? PyDict_GetItemWithError(next->tp_dict, name) : nullptr);
-    if (!method) {
-      if (PyErr_Occurred()) return nullptr;
-      continue;
-    }
-    const descrgetfunc get = Py_TYPE(method.get())->tp_descr_get;
-    const Ref bound =
-        get ? Ref::Steal(get(method.get(), nullptr, args[0])) : method;
-    if (!bound) return nullptr;
-    return PyObject_Vectorcall(bound.get(), args, nargs, keywords);
-  }
-  if (type->tp_flags & Py_TPFLAGS_IS_ABSTRACT) {
-    // Refuses, naming the methods that are missing.
-    const Ref nothing = Ref::Steal(PyTuple_New(0));
-    return nothing ? PyBaseObject_Type.tp_new(type, nothing.get(), nullptr)
-                   : nullptr;
-  }
-  return alloc(type, 0);
-}
-
 long ClassFlags(PyTypeObject* type, PyObject* name) {
   PyObject* flags = _PyType_Lookup(type, name);
   if (!flags || !PyLong_Check(flags)) return 0;

@@ -102,34 +102,6 @@ bool AddSetAttrMethods(PyObject* type) {
   return true;
 }
 
-// `__new__` is a method as well, for the same reason: `object.__new__` is the
-// end of a chain of them. `base` is the type that has the method; `kAlloc`
-// makes an object, and is what `object.__new__` allocates by.
-//
-// Calls the `__new__` that comes after that of `base` in the order of the bases
-// of args[0], or `kAlloc` where `object` does.
-PyObject* NewNext(PyTypeObject* base, allocfunc alloc, PyObject* const* args,
-                  Py_ssize_t nargs, PyObject* keywords);
-
-template <PyTypeObject** kBase, allocfunc kAlloc>
-PyObject* NewMethod(PyObject*, PyObject* const* args, Py_ssize_t nargs,
-                    PyObject* keywords) {
-  return NewNext(*kBase, kAlloc, args, nargs, keywords);
-}
-
-template <PyTypeObject** kBase, allocfunc kAlloc>
-bool AddNewMethod(PyObject* type) {
-  static PyMethodDef method = {
-      "__new__",
-      reinterpret_cast<PyCFunction>(
-          reinterpret_cast<void*>(NewMethod<kBase, kAlloc>)),
-      METH_FASTCALL | METH_KEYWORDS,
-      "Makes an object, by the `__new__` of bases that come later too."};
-  Ref function = Ref::Steal(PyCFunction_New(&method, nullptr));
-  return function &&
-         PyObject_SetAttrString(type, "__new__", function.get()) == 0;
-}
-
 // An int among the attributes of a class: flags that Python keeps for the
 // engine.
 long ClassFlags(PyTypeObject* type, PyObject* name);

@@ -16,7 +16,7 @@ PyTypeObject* g_variable_base = nullptr;
 
 namespace {
 
-PyObject* VariableAlloc(PyTypeObject* type, Py_ssize_t) {
+PyObject* VariableNew(PyTypeObject* type, PyObject*, PyObject*) {
   Ref self = NewVariable(type, Py_None, nullptr, 0, nullptr);
   if (self) RecordOrigin(AsGraphObject(self.get()));
   return self.release();
@@ -314,6 +314,7 @@ PyType_Slot variable_slots[] = {
     // The first line is what `inspect.signature` reads.
     {Py_tp_doc, const_cast<char*>("VariableBase(value, /, **metadata)\n--\n\n"
                                   "Base of Variable, with its storage.")},
+    {Py_tp_new, reinterpret_cast<void*>(VariableNew)},
     {Py_tp_init, reinterpret_cast<void*>(VariableInit)},
     {Py_tp_dealloc, reinterpret_cast<void*>(VariableDealloc)},
     {Py_tp_traverse, reinterpret_cast<void*>(VariableTraverse)},
@@ -400,7 +401,7 @@ Ref NewVariable(PyTypeObject* type, PyObject* raw, PyObject* metadata,
   Ref value = Ref::Borrow(raw);
   Ref copy = Ref::Steal(metadata ? PyDict_Copy(metadata) : PyDict_New());
   if (!copy) return Ref();
-  Ref self = Ref::Steal(PyType_GenericAlloc(type, 0));
+  Ref self = Ref::Steal(type->tp_alloc(type, 0));
   if (!self) return Ref();
   VariableObject* variable = AsVariable(self.get());
   variable->raw = value.release();
@@ -413,10 +414,7 @@ Ref NewVariable(PyTypeObject* type, PyObject* raw, PyObject* metadata,
 
 bool InitVariableBase(PyObject* module) {
   Ref type = Ref::Steal(PyType_FromSpec(&variable_spec));
-  if (!type || !AddSetAttrMethods<VariableSetAttr>(type.get()) ||
-      !AddNewMethod<&g_variable_base, VariableAlloc>(type.get())) {
-    return false;
-  }
+  if (!type || !AddSetAttrMethods<VariableSetAttr>(type.get())) return false;
   g_variable_base = reinterpret_cast<PyTypeObject*>(type.get());
   return PyModule_AddObject(module, "VariableBase", type.release()) == 0;
 }
