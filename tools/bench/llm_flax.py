@@ -128,7 +128,10 @@ def fill(
     cache: keys and values.
   """
   flat = [
-    (path, leaf.replace(jnp.array(arrays["/".join(map(str, path))], leaf.dtype)))
+    (
+      path,
+      leaf.replace(jnp.array(arrays["/".join(map(str, path))], leaf.dtype)),
+    )
     for path, leaf in nnx.to_flat_state(nnx.state(model, nnx.Param))
   ]
   nnx.update(model, nnx.from_flat_state(flat))

@@ -102,6 +102,8 @@ def arrays(
 ) -> dict[str, Any]:
   """Returns the arrays of a State by path, to compare the two libraries."""
   return {
-    separator.join(map(str, path)): leaf[...] if hasattr(leaf, "get_value") else leaf
+    separator.join(map(str, path)): leaf[...]
+    if hasattr(leaf, "get_value")
+    else leaf
     for path, leaf in library.to_flat_state(state)
   }
