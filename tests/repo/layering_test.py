@@ -85,6 +85,8 @@ EXCEPTIONS = {
   ("tools.flax_names", "nnx.as_flax.places"),
   # It runs the bench where there is a GPU and no Bazel.
   ("tools.gpu_check", "tools.bench.gpu"),
+  # It measures the example that people start from.
+  ("tools.bench.llm", "examples.llm"),
   # There is one harness that measures.
   ("tools.plan.host", "tools.bench.harness"),
   # Initializers run once, as tests do, and compile as they do.
