@@ -395,6 +395,7 @@ Ref CallInPlace(const Entry& entry, const Call& call, Lending* lending) {
   // lent before: until a round copies nothing.
   for (bool copied = true; copied;) {
     copied = false;
+    if (!lending->Prepare()) return Ref();
     for (size_t i = 0; i < size; ++i) {
       if (items[i] || CanLend(entry, call, i)) continue;
       items[i] = Ref::Steal(
@@ -415,7 +416,7 @@ Ref CallInPlace(const Entry& entry, const Call& call, Lending* lending) {
   }
   if (!lent.empty()) {
     parts->lent = true;
-    lending->Begin(std::move(lent));
+    lending->Begin(parts, std::move(lent));
   }
   return Ref::Steal(PyObject_CallFunctionObjArgs(
       entry.in_place.get(), kept.get(), loan.get(), nullptr));
@@ -469,8 +470,9 @@ PyObject* RunEntry(JitFunction* self, const Entry& entry, const Call& call) {
   if (entry.in_place || call.owns) {
     const int answer = MayLend();
     if (answer < 0) return nullptr;
-    // A function of Python may do anything with what it is given.
-    may_lend = answer && !PyFunction_Check(entry.compiled.get());
+    // Anything else that is called may do anything with what it is given.
+    may_lend =
+        answer && Py_TYPE(entry.compiled.get()) == GetRuntime().jitted_type;
     if (!may_lend && !ShareAll(call)) return nullptr;
   }
   Lending lending;
