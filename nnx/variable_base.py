@@ -114,6 +114,15 @@ class Variable(
 
   def __init_subclass__(cls, **kwargs):
     super().__init_subclass__(**kwargs)
+    # The constructor of the C base never goes on to it.
+    after = cls.__mro__[cls.__mro__.index(_engine.VariableBase) + 1 :]
+    for base in after:
+      if isinstance(base.__dict__.get("__new__"), staticmethod):
+        raise TypeError(
+          f"A base with a `__new__` must come before `{Variable.__name__}`, but"
+          f" `{base.__name__}` comes after it in `{cls.__name__}`. Derive it"
+          f" from `{base.__name__}` first."
+        )
     flags = 0
     if hasattr(cls, "on_get_value") or cls.get_value is not Variable.get_value:
       flags |= GET_HOOK

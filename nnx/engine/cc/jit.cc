@@ -9,6 +9,7 @@
 #include <unordered_set>
 #include <vector>
 
+#include "nnx/engine/cc/call_frame.h"
 #include "nnx/engine/cc/entry_cache.h"
 #include "nnx/engine/cc/fingerprint.h"
 #include "nnx/engine/cc/flatten.h"
@@ -388,8 +389,8 @@ Ref CallInPlace(const Entry& entry, const Call& call, Lending* lending) {
   if (!loan) return Ref();
   const Ref copy_array = Ref::Borrow(GetRuntime().copy_array);
   std::vector<Ref> items(size);
-  std::vector<VariableObject*> lenders;
-  lenders.reserve(size);
+  std::vector<Lent> lent;
+  lent.reserve(size);
   // Copying runs Python code, after which somebody may have read what could be
   // lent before: until a round copies nothing.
   for (bool copied = true; copied;) {
@@ -405,15 +406,16 @@ Ref CallInPlace(const Entry& entry, const Call& call, Lending* lending) {
   auto* parts = reinterpret_cast<Loan*>(loan.get());
   for (size_t i = 0; i < size; ++i) {
     if (!items[i]) {
-      items[i] = Ref::Borrow(call.leaves[entry.donated[i]]);
-      lenders.push_back(AsVariable(call.objects[entry.lenders[i]]));
+      PyObject* array = call.leaves[entry.donated[i]];
+      items[i] = Ref::Borrow(array);
+      lent.push_back({AsVariable(call.objects[entry.lenders[i]]), array});
     }
     PyTuple_SetItem(parts->items, static_cast<Py_ssize_t>(i),
                     items[i].release());
   }
-  if (!lenders.empty()) {
+  if (!lent.empty()) {
     parts->lent = true;
-    lending->Begin(std::move(lenders));
+    lending->Begin(std::move(lent));
   }
   return Ref::Steal(PyObject_CallFunctionObjArgs(
       entry.in_place.get(), kept.get(), loan.get(), nullptr));

@@ -1,6 +1,5 @@
 #include "nnx/engine/cc/loan.h"
 
-#include <algorithm>
 #include <chrono>
 #include <thread>
 #include <utility>
@@ -131,9 +130,9 @@ Ref NewLoan(Py_ssize_t size, PyObject* kept) {
   return self;
 }
 
-void Lending::Begin(std::vector<VariableObject*> variables) {
-  variables_ = std::move(variables);
-  for (VariableObject* variable : variables_) variable->hold = Hold::kLent;
+void Lending::Begin(std::vector<Lent> lent) {
+  lent_ = std::move(lent);
+  for (const Lent& one : lent_) one.variable->hold = Hold::kLent;
   if (num_lending++ == 0) collector_was_on = PyGC_Disable();
   previous_ = std::exchange(innermost, this);
   active_ = true;
@@ -144,17 +143,16 @@ void Lending::End() {
   active_ = false;
   innermost = previous_;
   if (--num_lending == 0 && collector_was_on) PyGC_Enable();
-  for (VariableObject* variable : variables_) {
-    if (variable->hold == Hold::kLent) variable->hold = Hold::kShared;
+  for (const Lent& one : lent_) {
+    if (one.holds()) one.variable->hold = Hold::kShared;
   }
 }
 
 bool Lending::Has(const VariableObject* variable) {
   for (const Lending* lending = innermost; lending;
        lending = lending->previous_) {
-    const auto& mine = lending->variables_;
-    if (std::find(mine.begin(), mine.end(), variable) != mine.end()) {
-      return true;
+    for (const Lent& one : lending->lent_) {
+      if (one.variable == variable && one.holds()) return true;
     }
   }
   return false;

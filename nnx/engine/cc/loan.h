@@ -29,7 +29,19 @@ extern PyObject* g_not_in_place;
 // A Loan of `size` items, which are None, beside the other arguments, if any.
 Ref NewLoan(Py_ssize_t size, PyObject* kept);
 
-// Variables that are lent to a call of this thread, from `Begin` until `End`.
+// A Variable, and the array of it that a call has.
+struct Lent {
+  VariableObject* variable;
+  PyObject* array;
+
+  // Not after somebody has given the Variable another array, which may be lent
+  // to another call by now.
+  bool holds() const {
+    return variable->hold == Hold::kLent && variable->raw == array;
+  }
+};
+
+// What Variables have lent to a call of this thread, from `Begin` until `End`.
 // Meanwhile the collector does not run: it would run Python code in between.
 class Lending {
  public:
@@ -39,17 +51,17 @@ class Lending {
   ~Lending() { End(); }
 
   // The caller holds the Variables and their arrays.
-  void Begin(std::vector<VariableObject*> variables);
+  void Begin(std::vector<Lent> lent);
   // What has not been written is as it was. Runs no Python code.
   void End();
   bool active() const { return active_; }
 
-  // Whether a call of this thread has the Variable.
+  // Whether a call of this thread has the array of a Variable.
   static bool Has(const VariableObject* variable);
 
  private:
   bool active_ = false;
-  std::vector<VariableObject*> variables_;
+  std::vector<Lent> lent_;
   Lending* previous_ = nullptr;
 };
 

@@ -39,6 +39,7 @@ bool InitRuntime() {
       {&rt.s_delitem_slow, "_delitem_slow"},
       {&rt.s_update_hook_flags, "_update_hook_flags"},
       {&rt.s_getattr_slow, "_getattr_slow"},
+      {&rt.s_new, "__new__"},
       {&rt.s_setattr_slow, "_setattr_slow"},
       {&rt.s_delattr_slow, "_delattr_slow"},
       {&rt.s_class_hook_flags, "_class_hook_flags"},

@@ -90,6 +90,7 @@ struct Runtime {
   PyObject* s_delitem_slow = nullptr;
   PyObject* s_update_hook_flags = nullptr;
   PyObject* s_getattr_slow = nullptr;
+  PyObject* s_new = nullptr;
   PyObject* s_setattr_slow = nullptr;
   PyObject* s_delattr_slow = nullptr;
   PyObject* s_class_hook_flags = nullptr;
