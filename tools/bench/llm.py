@@ -11,7 +11,7 @@ Baselines are the same decoder in plain `flax.nnx`, and PyTorch and llama.cpp
 (through `llama-cpp-python`, of the real model) where they are installed.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 import functools
 import importlib.util
 from typing import Any
@@ -157,25 +157,30 @@ def _others(
   if importlib.util.find_spec("torch") is not None and _BITS[dtype] is None:
     from tools.bench import llm_torch
 
-    step = llm_torch.Step(dtype, config, arrays, cache, tokens, context.size)
-    yield harness.Side(
-      name=f"torch, {dtype}",
-      fresh=lambda: None,
-      call=step,
-      observe=lambda _, result: jnp.asarray(result.float().numpy()),
+    make = functools.partial(
+      llm_torch.Step, dtype, config, arrays, cache, tokens, context.size
     )
+    yield _optional(f"torch, {dtype}", make)
   if importlib.util.find_spec("llama_cpp") is not None and not quick:
     from tools.bench import llm_llama_cpp
 
     name = llm_llama_cpp.FILE_TYPES[dtype]
-    yield harness.Side(
-      name=f"llama.cpp, {name.lower()}",
-      fresh=lambda: None,
-      call=llm_llama_cpp.Step(
-        loading.default_path(), dtype, context, tokens, _ROOM
-      ),
-      observe=lambda _, result: jnp.array(result),
+    path = loading.default_path()
+    make = functools.partial(
+      llm_llama_cpp.Step, path, dtype, context, tokens, _ROOM
     )
+    yield _optional(f"llama.cpp, {name}", make)
+
+
+def _optional(name: str, make: Callable[[], Any]) -> harness.Side:
+  """Makes a side of a step that returns NumPy's logits, made when it is due."""
+  return harness.Side(
+    name=name,
+    fresh=functools.cache(make),
+    call=lambda step: step(),
+    observe=lambda _, result: jnp.array(result),
+    optional=True,
+  )
 
 
 def _filled(

@@ -52,15 +52,15 @@ class Step:
     self._cos, self._sin = torch.cat([table, table], -1).to(own)
 
   @torch.inference_mode()
-  def __call__(self, state: Any) -> torch.Tensor:
+  def __call__(self) -> np.ndarray:
     """Returns the logits after the last token, `[texts, vocabulary]`."""
-    del state
     table = self._weights["embed_tokens/embedding"]
     x = functional.embedding(self._tokens, table)
     for layer in range(self._config.layers):
       x = x + self._attention(layer, x)
       x = x + self._mlp(f"layers/{layer}", x)
-    return functional.linear(self._norm("norm", x[:, -1]), table)
+    x = self._norm("norm", x[:, -1])
+    return functional.linear(x, table).float().numpy()
 
   def _norm(self, name: str, x: torch.Tensor) -> torch.Tensor:
     scale = self._weights[f"{name}/scale"]
