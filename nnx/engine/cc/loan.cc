@@ -56,6 +56,14 @@ void ResumeCollector() {
   PyErr_Restore(type, error, traceback);
 }
 
+bool IsFinalizing() {
+#if PY_VERSION_HEX >= 0x030D0000
+  return Py_IsFinalizing();
+#else
+  return _Py_IsFinalizing();
+#endif
+}
+
 int IsDeleted(PyObject* array) {
   Ref deleted =
       Ref::Steal(PyObject_CallMethodNoArgs(array, GetRuntime().s_is_deleted));
@@ -229,7 +237,7 @@ bool ShareSlow(VariableObject* variable) {
       const int deleted = IsDeleted(array.get());
       if (deleted < 0) PyErr_Clear();
       // At the end of the process other threads do not go on.
-      if (deleted <= 0 || Lending::Has(variable) || _Py_IsFinalizing()) {
+      if (deleted <= 0 || Lending::Has(variable) || IsFinalizing()) {
         return false;
       }
     }
