@@ -10,6 +10,7 @@ dataclass field is kept, per object, in `_pytree_status`.
 
 from __future__ import annotations
 
+import abc
 from collections.abc import Callable, Iterable, Mapping
 import dataclasses
 import inspect
@@ -136,6 +137,9 @@ class Pytree(_engine.ObjectBase, reprlib.Displayable):
       _STRICT if strict else 0
     )
     cls._is_pytree = pytree
+    # Abstract methods count as they do in Flax, whose metaclass is `ABCMeta`.
+    cls.__abstractmethods__ = frozenset()
+    abc.update_abstractmethods(cls)
     if pytree:
       pytrees.register_object_type(cls)
 

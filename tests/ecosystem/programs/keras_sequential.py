@@ -12,7 +12,6 @@ import keras
 import numpy as np
 
 
-
 @keras.saving.register_keras_serializable()
 class Scale(keras.layers.Layer):
   """A layer whose configuration keras takes from how it was made."""
