@@ -14,9 +14,7 @@ import abc
 from collections.abc import Callable, Iterable, Mapping
 import dataclasses
 import inspect
-from typing import (
-  Any,
-)
+from typing import Any, ClassVar
 
 from nnx import attribute_marks, errors, reprlib, tracers
 from nnx.attribute_marks import Data as Data
@@ -107,6 +105,7 @@ class Pytree(_engine.ObjectBase, reprlib.Displayable):
     experimental_pytree: accepted for programs of Flax 0.10.
   """
 
+  __abstractmethods__: ClassVar[frozenset[str]]
   _class_statuses: Mapping[str, bool] = {}
   _setattr_flags = 0
   _is_pytree = True
