@@ -70,7 +70,7 @@ class NNXMeta(struct.PyTreeNode, meta.AxisMetadata[Any]):
       # Without an annotation no name is needed; the hooks run all the same.
       params = {meta.PARTITION_NAME: None, **params}
     change(variable, index, params)
-    metadata = variable.get_metadata()
+    metadata = variable.get_metadata(exclude_required=True)
     given = nnx.partitioning.sharding_key(self.metadata)
     if given is not None:  # so that the other way gives back this very box
       metadata[given] = metadata.pop("out_sharding")

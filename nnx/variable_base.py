@@ -24,7 +24,9 @@ from nnx.variable_metadata import (
   CREATE_HOOK,
   FIXED,
   GET_HOOK,
+  LISTED,
   SET_HOOK,
+  SWITCHES,
   HasMetadata,
   in_order,
   is_hook_name,
@@ -33,7 +35,7 @@ from nnx.variable_metadata import (
 )
 from nnx.variable_operators import Operators, unwrap
 from nnx.variable_pickling import Pickled
-from nnx.variable_settings import settings
+from nnx.variable_settings import Settings, settings
 
 A = TypeVar("A")
 B = TypeVar("B")
@@ -112,6 +114,15 @@ class Variable(
 
   def __init_subclass__(cls, **kwargs):
     super().__init_subclass__(**kwargs)
+    # The constructor of the C base never goes on to it.
+    after = cls.__mro__[cls.__mro__.index(_engine.VariableBase) + 1 :]
+    for base in after:
+      if isinstance(base.__dict__.get("__new__"), staticmethod):
+        raise TypeError(
+          f"A base with a `__new__` must come before `{Variable.__name__}`, but"
+          f" `{base.__name__}` comes after it in `{cls.__name__}`. Derive it"
+          f" from `{base.__name__}` first."
+        )
     flags = 0
     if hasattr(cls, "on_get_value") or cls.get_value is not Variable.get_value:
       flags |= GET_HOOK
@@ -152,7 +163,7 @@ class Variable(
       self.__class__ = value  # pyright: ignore[reportAttributeAccessIssue]
       value = state_value
     if isinstance(value, VariableMetadata):
-      for name in ("hijax", "ref", "eager_sharding"):
+      for name in LISTED:
         outer, inner = metadata.get(name), value.metadata.get(name)
         if outer is not None and inner is not None and outer != inner:
           raise ValueError(
@@ -171,9 +182,9 @@ class Variable(
         del rest[key]
       metadata = {**rest, **inherited, **hooks}
       value = value.raw_value
-    for name in ("hijax", "ref"):
-      if metadata.get(name) is None and getattr(settings, name):
-        metadata[name] = True
+    for name in LISTED:
+      if metadata.get(name) is None:
+        metadata[name] = getattr(settings, name)
     metadata = normalize_metadata(metadata)
     if isinstance(value, _engine.VariableBase):
       value = value.raw_value
@@ -189,7 +200,7 @@ class Variable(
       value = hook(self, value)
       self._stored = value
     value = self.create_value(cast(A, value))
-    if metadata.get("eager_sharding", settings.eager_sharding):
+    if self.eager_sharding:
       value = partitioning.place(value, metadata)
     self._stored = self._in_store(value, metadata)
 
@@ -515,7 +526,14 @@ class Variable(
     if is_ref(value):
       value = value[...]
     size = reprlib.Size.of(value)
-    items = [("value", value), *self._metadata.items()]
+    metadata = self._metadata
+    switches = {name: metadata.get(name, SWITCHES[name]) for name in LISTED}
+    items = [
+      ("value", value),
+      *(item for item in metadata.items() if item[0] not in LISTED),
+      # Those of which the program has another default.
+      *(s for s in switches.items() if s[1] != getattr(Settings, s[0])),
+    ]
     if reprlib.setting("in_state"):
       # The documents print the Variables of a State by the class that Flax
       # 0.10 had for them.

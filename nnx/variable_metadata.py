@@ -18,7 +18,6 @@ import jax
 from nnx import environment, partitioning
 from nnx.engine import _engine, boxes, jax_private
 from nnx.missing import MISSING
-from nnx.variable_settings import settings
 
 Hooks = tuple[Callable[..., Any], ...]
 
@@ -45,8 +44,9 @@ CREATE_HOOK = 8
 # Switches that say how a value is kept, and what they are where they are not
 # among the metadata.
 FIXED = {"hijax": False, "ref": False, "mutable": True}
-# All switches; what the last one is then, a setting says.
-_SWITCHES = {**FIXED, "eager_sharding": None}
+SWITCHES = {**FIXED, "eager_sharding": True}
+# Those that every Variable lists, as in Flax.
+LISTED = ("hijax", "ref", "eager_sharding")
 
 
 def in_order(metadata: Mapping[str, Any]) -> boxes.Metadata:
@@ -142,12 +142,12 @@ def normalize_metadata(metadata: Mapping[str, Any]) -> dict[str, Any]:
   for name, value in metadata.items():
     if name in HOOK_ALIASES or name in HOOK_NAMES:
       continue
-    if name in _SWITCHES:
+    if name in SWITCHES:
       if value is None:
         continue
       environment.check_flags(**{name: value})
       value = bool(value)
-      if _SWITCHES[name] is value:
+      if SWITCHES[name] is value:
         continue
     result[name] = value
   for alias, name in HOOK_ALIASES.items():
@@ -204,7 +204,7 @@ class HasMetadata(_engine.VariableBase):
   __slots__ = ()
 
   _class_hook_flags = 0
-  required_metadata = frozenset(["hijax", "ref", "eager_sharding"])
+  required_metadata = frozenset(LISTED)
 
   def _hooks(self, name: str) -> tuple[Callable[..., Any], ...]:
     """Finds the hooks of one kind: in the metadata, or else the class."""
@@ -275,7 +275,7 @@ class HasMetadata(_engine.VariableBase):
       >>> nnx.Param(1).eager_sharding
       True
     """
-    return self._metadata.get("eager_sharding", settings.eager_sharding)
+    return self._metadata.get("eager_sharding", True)
 
   def _stored_name(self, name: str) -> str:
     """Finds the name under which a piece of metadata is or will be stored."""
@@ -295,20 +295,25 @@ class HasMetadata(_engine.VariableBase):
     """Returns one piece of metadata, or all of them as a new dict.
 
     The dict has a sharding annotation under `out_sharding`, whichever of its
-    names that was given by.
+    names that was given by, and at its end the switches `hijax`, `ref` and
+    `eager_sharding`.
 
     Example:
 
       >>> import nnx
       >>> p = nnx.Param(1, axis="embed")
-      >>> p.get_metadata("axis"), p.get_metadata("b", None), p.get_metadata()
-      ('embed', None, {'axis': 'embed'})
+      >>> p.get_metadata("axis"), p.get_metadata("b", None)
+      ('embed', None)
+      >>> p.get_metadata()
+      {'axis': 'embed', 'hijax': False, 'ref': False, 'eager_sharding': True}
+      >>> p.get_metadata(exclude_required=True)
+      {'axis': 'embed'}
 
     Args:
       name: which piece; all of them if not given.
       default: what to return if there is no such piece.
-      exclude_required: whether to leave out the switches `ref` and
-        `eager_sharding` when all are asked for.
+      exclude_required: whether to leave out the switches when all are asked
+        for.
 
     Returns:
       The piece, or the dict.
@@ -324,11 +329,12 @@ class HasMetadata(_engine.VariableBase):
           "`default` must come with a `name`, but got only"
           f" `default={default!r}`."
         )
-      if exclude_required:
-        metadata = {
-          k: v for k, v in metadata.items() if k not in self.required_metadata
-        }
-      return partitioning.Metadata(metadata)
+      result = partitioning.Metadata(metadata)
+      for switch in LISTED:
+        value = result.pop(switch, SWITCHES[switch])
+        if not exclude_required:
+          result[switch] = value
+      return result
     if exclude_required is not None:
       raise TypeError(
         "`exclude_required` is about all of the metadata, but got it with"
@@ -352,10 +358,10 @@ class HasMetadata(_engine.VariableBase):
       >>> p = nnx.Param(1, a=1)
       >>> p.set_metadata("b", 2)  # one piece
       >>> p.set_metadata(c=3)  # some pieces
-      >>> p.get_metadata()
+      >>> p.get_metadata(exclude_required=True)
       {'a': 1, 'b': 2, 'c': 3}
       >>> p.set_metadata({"d": 4})  # all of them
-      >>> p.get_metadata()
+      >>> p.get_metadata(exclude_required=True)
       {'d': 4}
 
     Raises:
@@ -365,7 +371,7 @@ class HasMetadata(_engine.VariableBase):
     """
     if len(args) == 1 and not kwargs:
       new = normalize_metadata(args[0])
-      for switch in _SWITCHES:
+      for switch in SWITCHES:
         if switch not in args[0] and switch in self._metadata:
           new[switch] = self._metadata[switch]
     elif len(args) == 2 and not kwargs:
@@ -452,7 +458,8 @@ class HasMetadata(_engine.VariableBase):
       >>> nnx.Param(1, sharding=("a",)).has_metadata("out_sharding")
       True
     """
-    return self._stored_name(name) in self._metadata
+    stored = self._stored_name(name)
+    return stored in self._metadata or stored in LISTED
 
   def del_metadata(self, name: str) -> None:
     """Removes a piece of metadata.
@@ -462,8 +469,8 @@ class HasMetadata(_engine.VariableBase):
       >>> import nnx
       >>> p = nnx.Param(1, axis="embed")
       >>> p.del_metadata("axis")
-      >>> p.get_metadata()
-      {}
+      >>> p.has_metadata("axis")
+      False
 
     Raises:
       KeyError: if there is no such piece.

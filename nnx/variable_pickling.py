@@ -16,7 +16,7 @@ class _MetadataView(MutableMapping):
     self._variable = variable
 
   def __getitem__(self, name: str) -> Any:
-    return self._variable._metadata[name]
+    return self._variable.get_metadata(name)
 
   def __setitem__(self, name: str, value: Any) -> None:
     self._variable.set_metadata(name, value)
@@ -25,16 +25,16 @@ class _MetadataView(MutableMapping):
     self._variable.del_metadata(name)
 
   def __iter__(self) -> Iterator[str]:
-    return iter(self._variable._metadata)
+    return iter(self._variable.get_metadata())
 
   def __len__(self) -> int:
-    return len(self._variable._metadata)
+    return len(self._variable.get_metadata())
 
   def __eq__(self, other: Any) -> bool:
     return isinstance(other, Mapping) and dict(self) == dict(other)
 
   def __repr__(self) -> str:
-    return repr(self._variable._metadata)
+    return repr(self._variable.get_metadata())
 
 
 # Metadata by which Flax says how it keeps a Variable.

@@ -24,34 +24,6 @@ class Settings(threading.local):
 settings = Settings()
 
 
-class use_eager_sharding:
-  """Sets whether new Variables with a sharding annotation are placed at once.
-
-  Works from the call on, and as a context manager for a block.
-
-  Example:
-
-    >>> import nnx
-    >>> with nnx.use_eager_sharding(False):
-    ...   nnx.using_eager_sharding()
-    False
-    >>> nnx.using_eager_sharding()
-    True
-
-  Args:
-    value: whether arrays are placed when there is a mesh to place them on.
-  """
-
-  def __init__(self, value: bool, /):
-    self._change = environment.Change(settings, {"eager_sharding": value})
-
-  def __enter__(self) -> use_eager_sharding:
-    return self
-
-  def __exit__(self, *exc_info) -> None:
-    self._change.undo()
-
-
 def using_eager_sharding() -> bool:
   """Tells whether new Variables with a sharding annotation are placed at once.
 

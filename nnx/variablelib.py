@@ -24,7 +24,6 @@ from nnx.variable_metadata import is_ref as is_ref
 from nnx.variable_metadata import normalize_metadata as normalize_metadata
 from nnx.variable_settings import VarDefaults as VarDefaults
 from nnx.variable_settings import settings
-from nnx.variable_settings import use_eager_sharding as use_eager_sharding
 from nnx.variable_settings import using_eager_sharding as using_eager_sharding
 
 A = TypeVar("A")
@@ -156,6 +155,36 @@ def var_defaults(
   if any(changes.values()):
     heed_defaults()
   return defaults
+
+
+class use_eager_sharding:
+  """Sets whether new Variables with a sharding annotation are placed at once.
+
+  Works from the call on, and as a context manager for a block.
+
+  Example:
+
+    >>> import nnx
+    >>> with nnx.use_eager_sharding(False):
+    ...   nnx.using_eager_sharding()
+    False
+    >>> nnx.using_eager_sharding()
+    True
+
+  Args:
+    value: whether arrays are placed when there is a mesh to place them on.
+  """
+
+  def __init__(self, value: bool, /):
+    self._change = environment.Change(settings, {"eager_sharding": value})
+    if not value:
+      heed_defaults()
+
+  def __enter__(self) -> use_eager_sharding:
+    return self
+
+  def __exit__(self, *exc_info) -> None:
+    self._change.undo()
 
 
 def heed_defaults() -> None:

@@ -36,11 +36,6 @@ DIFFERS = {
   "pytreelib.PytreeState": "a view; transforms do not carry it along",
   "variablelib.VariableMeta": "is `type`",
   "extract.GraphDefState": "a named tuple",
-  "transforms.deprecated.grad": "`nnx.grad`: what Flax 0.10 had before it",
-  "transforms.deprecated.pmap": "`nnx.pmap`: what Flax 0.10 had before it",
-  "transforms.deprecated.scan": "`nnx.scan`: what Flax 0.10 had before it",
-  "transforms.deprecated.value_and_grad": "`nnx.value_and_grad`",
-  "transforms.deprecated.vmap": "`nnx.vmap`: what Flax 0.10 had before it",
   "transforms.compilation.JitWrapped": "made by `nnx.jit` alone",
 }
 

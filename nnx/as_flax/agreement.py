@@ -57,7 +57,8 @@ def agree() -> None:
 
 
 def _heed(config: Any) -> None:
-  if getattr(config, "flax_hijax_variable", False):
+  hijax = getattr(config, "flax_hijax_variable", False)
+  if hijax or not getattr(config, "flax_always_shard_variable", True):
     variablelib.heed_defaults()
 
 

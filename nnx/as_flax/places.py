@@ -104,10 +104,8 @@ NAMES: dict[str, dict[str, str]] = {
     "nnx.transforms.jit": "Compiled Lowered",
   },
   "nnx.transforms.deprecated": {
-    "nnx": (
-      "GraphDef Jit Module Pmap Remat Scan State Vmap grad pmap scan"
-      " value_and_grad vmap"
-    ),
+    "nnx": "GraphDef Jit Module Pmap Remat Scan State Vmap",
+    "nnx.as_flax.earlier": "grad pmap scan value_and_grad vmap",
     "nnx.transforms.combinators": "LiftedModule",
   },
   "nnx.transforms.general": {_OLD: "merge_inputs split_inputs"},

@@ -186,11 +186,40 @@ class Remat(_OfMethods):
   _transform = staticmethod(functools.partial(remat_lib.remat, **_GRAPH))
 
 
+@jax.tree_util.register_static
+class _Place(int):
+  """Where in an output a graph node was, by its number."""
+
+
+def _take_out_nodes(output: Any) -> tuple[Any, list[Any]]:
+  nodes: list[Any] = []
+
+  def place(leaf: Any) -> Any:
+    if not traversal.is_graph_node(leaf):
+      return leaf
+    nodes.append(leaf)
+    return _Place(len(nodes) - 1)
+
+  return jax.tree.map(place, output, is_leaf=traversal.is_graph_node), nodes
+
+
+def _put_nodes_back(output: Any, nodes: list[Any]) -> Any:
+  def is_place(leaf: Any) -> bool:
+    return isinstance(leaf, _Place)
+
+  return jax.tree.map(
+    lambda leaf: nodes[leaf] if is_place(leaf) else leaf,
+    output,
+    is_leaf=is_place,
+  )
+
+
 class _Mapping:
   """How functions of Modules are mapped, in terms of `nnx.vmap` or `nnx.scan`.
 
   Graph nodes among the arguments get the axes of state, other arguments those
-  of `in_axes`; and streams are split for the time of a call.
+  of `in_axes`; and streams are split for the time of a call. So do graph nodes
+  that a function returns, but for one with a carry.
   """
 
   def __init__(
@@ -229,7 +258,11 @@ class _Mapping:
   ) -> Callable[..., Any]:
     def positional(*args):
       *args, kwargs = args
-      return f(*args, **kwargs)
+      output = f(*args, **kwargs)
+      return output if has_carry else _take_out_nodes(output)
+
+    has_carry = carry_argnum is not None
+    results = out_axes if has_carry else (out_axes, self.node_axes)
 
     def axes_of(count: int) -> list[Any]:
       whole = not isinstance(in_axes, (tuple, list))
@@ -261,7 +294,7 @@ class _Mapping:
         for name, node in keywords
       }
       return self.transform(
-        positional, in_axes=(*axes, of_keywords), out_axes=out_axes
+        positional, in_axes=(*axes, of_keywords), out_axes=results
       )
 
     def call(*args: Any, **kwargs: Any) -> Any:
@@ -282,7 +315,8 @@ class _Mapping:
       with rnglib.split_rngs(
         (args, kwargs), graph=True, graph_updates=True, **split
       ):
-        return transformed(nodes, keywords)(*args, kwargs)
+        output = transformed(nodes, keywords)(*args, kwargs)
+      return output if has_carry else _put_nodes_back(*output)
 
     return call
 
@@ -362,12 +396,31 @@ class Vmap(LiftedModule):
       **_GRAPH,
     )
     mapping = _Mapping(transform, state_axes, split_rngs, axis_size)
-    construct = mapping.map(module_constructor, None, None, mapping.node_axes)
+    construct = mapping.map(module_constructor, None, None, None)
     self.module_constructor = module_constructor
     self.vmap_module = construct(*module_init_args, **module_init_kwargs or {})
     self._transformed = _by_method(
       lambda f: mapping.map(f, in_axes, in_axes_kwargs, out_axes)
     )
+
+
+def check_left_out(**options: Any) -> None:
+  """Refuses values of options that are there for programs of Flax alone.
+
+  Example:
+
+    >>> from nnx.transforms import combinators
+    >>> combinators.check_left_out(donate_argnums=())
+
+  Args:
+    **options: the options; empty or None where they are left out.
+
+  Raises:
+    ValueError: if one of them is not left out.
+  """
+  for name, value in options.items():
+    if value not in ((), [], None):
+      raise ValueError(f"`{name}` must be left out, but got `{value}`.")
 
 
 class Pmap(LiftedModule):
@@ -429,13 +482,11 @@ class Pmap(LiftedModule):
     module_init_args: tuple[Any, ...] = (),
     module_init_kwargs: Mapping[str, Any] | None = None,
   ):
-    for name, value in (
-      ("static_broadcasted_argnums", static_broadcasted_argnums),
-      ("donate_argnums", donate_argnums),
-      ("global_arg_shapes", global_arg_shapes),
-    ):
-      if value not in ((), [], None):
-        raise ValueError(f"`{name}` must be left out, but got `{value}`.")
+    check_left_out(
+      static_broadcasted_argnums=static_broadcasted_argnums,
+      donate_argnums=donate_argnums,
+      global_arg_shapes=global_arg_shapes,
+    )
     self.module_constructor = module_constructor
     self.pmap_module = Vmap(
       module_constructor,

@@ -249,7 +249,11 @@ _ROUTES: list[Callable[[Run, Any], Any]] = [
     if v.shape == (_SIZE,)
     else None
   ),
-  lambda run, v: setattr(run.other.b, "raw_value", v.raw_value),
+  lambda run, v: (
+    setattr(run.other.b, "raw_value", v.raw_value)
+    if v.shape == (_SIZE,)
+    else None
+  ),
   lambda run, v: (
     v.copy_from(nnx.Param(v.raw_value)) if type(v) is nnx.Param else None
   ),

@@ -97,7 +97,7 @@ class MessageTest(parameterized.TestCase):
     with self.assertRaises(nnx.TraceContextError):
       jax.jit(lambda: write(param))()
     self.assertEqual(param.value, 1)
-    self.assertEqual(param.get_metadata(), {"axis": 0})
+    self.assertEqual(param.get_metadata(exclude_required=True), {"axis": 0})
 
   @parameterized.parameters(jax.grad, jax.vmap, jax.checkpoint)
   def test_other_transforms(self, transform):

@@ -68,7 +68,7 @@ class HooksTest(parameterized.TestCase):
     self.assertEqual(v.value, 12)
     # Stored by one name, and never as plain metadata by the other.
     self.assertEqual(
-      set(v.get_metadata()),
+      set(v.get_metadata(exclude_required=True)),
       {"on_get_value", "on_set_value", "on_create_value"},
     )
     self.assertEqual(v.get_value_hooks, (hooks[0],))
@@ -189,7 +189,9 @@ class MetadataTest(parameterized.TestCase):
     self.assertEqual(p.axis, "embed")
     p.axis = "heads"
     p.other = 3
-    self.assertEqual(p.get_metadata(), {"axis": "heads", "other": 3})
+    self.assertEqual(
+      p.get_metadata(exclude_required=True), {"axis": "heads", "other": 3}
+    )
     del p.other
     self.assertFalse(p.has_metadata("other"))
     with self.assertRaisesRegex(
@@ -225,9 +227,11 @@ class MetadataTest(parameterized.TestCase):
     p = nnx.Param(1, a=1)
     p.set_metadata("b", 2)
     p.set_metadata(c=3)
-    self.assertEqual(p.get_metadata(), {"a": 1, "b": 2, "c": 3})
+    self.assertEqual(
+      p.get_metadata(exclude_required=True), {"a": 1, "b": 2, "c": 3}
+    )
     p.set_metadata({"d": 4})
-    self.assertEqual(p.get_metadata(), {"d": 4})
+    self.assertEqual(p.get_metadata(exclude_required=True), {"d": 4})
     with self.assertRaisesRegex(TypeError, "must be called with a dict, with"):
       p.set_metadata()
     with self.assertRaisesRegex(TypeError, "must be called with a dict, with"):
@@ -239,7 +243,7 @@ class MetadataTest(parameterized.TestCase):
 
   def test_no_switches_in_metadata(self):
     p = nnx.Param(1, ref=False, hijax=False, eager_sharding=None)
-    self.assertEqual(p.get_metadata(), {})
+    self.assertEqual(p.get_metadata(exclude_required=True), {})
 
   def test_metadata_of_initializer(self):
     init = nnx.with_metadata(lambda: 1, axis="embed", b=2)
@@ -248,7 +252,8 @@ class MetadataTest(parameterized.TestCase):
       flax_nnx.with_metadata(lambda: 1, axis="embed", b=2)(), b=3, c=4
     )
     self.assertEqual(
-      p.get_metadata(), theirs.get_metadata(exclude_required=True)
+      p.get_metadata(exclude_required=True),
+      theirs.get_metadata(exclude_required=True),
     )
 
   def test_metadata_positional_hooks(self):
@@ -277,13 +282,19 @@ class MetadataTest(parameterized.TestCase):
     self.assertEqual(p.out_sharding, ("a", None))
     self.assertEqual(p.sharding_names, ("a", None))
     p.set_metadata(out_sharding=("b",))
-    self.assertEqual(p.get_metadata(), {"out_sharding": ("b",)})
-    self.assertEqual(p.to_state().get_metadata(), {"out_sharding": ("b",)})
-    self.assertEqual(p.get_metadata()[name], ("b",))
+    self.assertEqual(
+      p.get_metadata(exclude_required=True), {"out_sharding": ("b",)}
+    )
+    self.assertEqual(
+      p.to_state().get_metadata(exclude_required=True), {"out_sharding": ("b",)}
+    )
+    self.assertEqual(p.get_metadata(exclude_required=True)[name], ("b",))
     p.sharding_names = ("c",)
-    self.assertEqual(p.get_metadata(), {"out_sharding": ("c",)})
+    self.assertEqual(
+      p.get_metadata(exclude_required=True), {"out_sharding": ("c",)}
+    )
     p.del_metadata("out_sharding")
-    self.assertEqual(p.get_metadata(), {})
+    self.assertEqual(p.get_metadata(exclude_required=True), {})
 
   def test_sharding_attribute(self):
     # Flax 0.10's programs read their names back, those of 0.12 the array's.
@@ -296,7 +307,9 @@ class MetadataTest(parameterized.TestCase):
     with self.assertRaisesRegex(ValueError, "must be given by one name"):
       nnx.Param(1, sharding=("a",), out_sharding=("b",))
     p = nnx.Param(1, sharding=("a",), out_sharding=("a",))
-    self.assertEqual(p.get_metadata(), {"out_sharding": ("a",)})
+    self.assertEqual(
+      p.get_metadata(exclude_required=True), {"out_sharding": ("a",)}
+    )
 
   def test_dunder_is_no_metadata(self):
     p = nnx.Param(1)
@@ -305,7 +318,9 @@ class MetadataTest(parameterized.TestCase):
 
   def test_generic_alias(self):
     self.assertEqual(nnx.Param[jax.Array](3).value, 3)
-    self.assertEqual(nnx.Param[jax.Array](3).get_metadata(), {})
+    self.assertEqual(
+      nnx.Param[jax.Array](3).get_metadata(exclude_required=True), {}
+    )
 
 
 if __name__ == "__main__":

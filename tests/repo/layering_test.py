@@ -85,6 +85,8 @@ EXCEPTIONS = {
   ("tools.flax_names", "nnx.as_flax.places"),
   # It runs the bench where there is a GPU and no Bazel.
   ("tools.gpu_check", "tools.bench.gpu"),
+  # There is one harness that measures.
+  ("tools.plan.host", "tools.bench.harness"),
   # Initializers run once, as tests do, and compile as they do.
   ("tools.bench.models", "tools.build_defs.quick_xla"),
   # pip and Bazel refuse the same Pythons, in the same words.
@@ -163,6 +165,8 @@ def is_allowed(module: str, imported: str) -> bool:
       or is_public(imported, top)
       # Tests and benchmarks share the shapes of an op.
       or (module.startswith("tools.bench.") and parts[-1] == "arg_specs")
+      # A suite measures the program that people start from.
+      or (within(own, "tools.bench") and within(imported, "examples.llm"))
     )
   for entry in rule_for(module):
     if entry == "self":

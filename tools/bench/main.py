@@ -186,12 +186,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     settings = harness.Settings.for_run(
       quick=options.quick, repeats=options.repeats
     )
-    cases = [
-      case
-      for name in options.suite
-      for case in suites.cases(name, settings)
-      if options.filter is None or options.filter.search(case.label)
-    ]
+    cases = []
+    for name in options.suite:
+      try:
+        of_suite = suites.cases(name, settings)
+      except ModuleNotFoundError as error:
+        print(f"--suite={name}: {error}", file=sys.stderr)
+        return 2
+      cases += [
+        case
+        for case in of_suite
+        if options.filter is None or options.filter.search(case.label)
+      ]
   if not cases:
     print("no row matches --suite and --filter", file=sys.stderr)
     return 2

@@ -18,7 +18,7 @@ NAMES = (
   "train",
 )
 # Those of configurations of their own, whose packages other runs do not have.
-CONFIGURED = ("ecosystem",)
+CONFIGURED = ("ecosystem", "llm")
 
 
 def cases(name: str, settings: harness.Settings) -> Sequence[harness.Case]:

@@ -2,7 +2,7 @@
 
 #include "nnx/engine/cc/identity.h"
 #include "nnx/engine/cc/jit.h"
-#include "nnx/engine/cc/lift.h"
+#include "nnx/engine/cc/lift_functions.h"
 #include "nnx/engine/cc/loan.h"
 #include "nnx/engine/cc/mappings.h"
 #include "nnx/engine/cc/merge.h"

@@ -29,8 +29,22 @@ extern PyObject* g_not_in_place;
 // A Loan of `size` items, which are None, beside the other arguments, if any.
 Ref NewLoan(Py_ssize_t size, PyObject* kept);
 
-// Variables that are lent to a call of this thread, from `Begin` until `End`.
-// Meanwhile the collector does not run: it would run Python code in between.
+// A Variable, and the array of it that a call has.
+struct Lent {
+  VariableObject* variable;
+  PyObject* array;
+
+  // Not after somebody has given the Variable another array, which may be lent
+  // to another call by now.
+  bool holds() const {
+    return variable->hold == Hold::kLent && variable->raw == array;
+  }
+};
+
+// What Variables have lent to a call of this thread, from `Begin` until `End`.
+// Meanwhile the collector does not run by itself: before Python 3.12 it would
+// do so in between, and run Python code. It is its threshold that says so:
+// other threads switch it off and on, and would find it off.
 class Lending {
  public:
   Lending() = default;
@@ -38,18 +52,25 @@ class Lending {
   Lending& operator=(const Lending&) = delete;
   ~Lending() { End(); }
 
-  // The caller holds the Variables and their arrays.
-  void Begin(std::vector<VariableObject*> variables);
+  // To be called right before what decides to lend, as it may run Python code.
+  // False with an error set on failure.
+  bool Prepare();
+  // The caller holds the Loan, the Variables and their arrays.
+  void Begin(const Loan* loan, std::vector<Lent> lent);
   // What has not been written is as it was. Runs no Python code.
   void End();
   bool active() const { return active_; }
 
-  // Whether a call of this thread has the Variable.
+  // Whether a call of this thread has the array of a Variable.
   static bool Has(const VariableObject* variable);
+  // Ends that of a Loan, if this thread has it.
+  static void EndOf(const Loan* loan);
 
  private:
   bool active_ = false;
-  std::vector<VariableObject*> variables_;
+  const Loan* loan_ = nullptr;
+  std::vector<Lent> lent_;
+  Ref threshold_;  // the collector's, as arguments for setting it
   Lending* previous_ = nullptr;
 };
 

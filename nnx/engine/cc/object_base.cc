@@ -16,11 +16,7 @@ PyTypeObject* g_object_base = nullptr;
 
 namespace {
 
-PyObject* ObjectNew(PyTypeObject* type, PyObject* args, PyObject* kwargs) {
-  if (type->tp_flags & Py_TPFLAGS_IS_ABSTRACT) {
-    // Refuses, naming the methods that are missing.
-    return PyBaseObject_Type.tp_new(type, args, kwargs);
-  }
+PyObject* ObjectAlloc(PyTypeObject* type, Py_ssize_t) {
   // What the class declares holds also for what is stored past the checks.
   PyObject* statuses =
       ClassFlags(type, GetRuntime().s_setattr_flags) == 0
@@ -33,6 +29,63 @@ PyObject* ObjectNew(PyTypeObject* type, PyObject* args, PyObject* kwargs) {
   Ref self = NewObject(type, declared.get(), nullptr);
   if (self) RecordOrigin(AsGraphObject(self.get()));
   return self.release();
+}
+
+// `__new__` is a method, as `__setattr__` is and for the same reason:
+// `object.__new__`, the end of a chain of them, refuses a type whose C base has
+// a slot of its own. This one goes on with the classes that come after
+// ObjectBase in the order of the bases.
+PyObject* ObjectNew(PyObject*, PyObject* const* args, Py_ssize_t nargs,
+                    PyObject* keywords) {
+  if (nargs < 1 || !PyType_Check(args[0]) ||
+      !PyType_IsSubtype(reinterpret_cast<PyTypeObject*>(args[0]),
+                        g_object_base)) {
+    PyErr_SetString(PyExc_TypeError,
+                    "`__new__` must get the class first, a subclass of this.");
+    return nullptr;
+  }
+  auto* type = reinterpret_cast<PyTypeObject*>(args[0]);
+  // What `object.__new__` allocates by; Python gives each class its own.
+  type->tp_alloc = ObjectAlloc;
+  const Ref bases = Ref::Borrow(type->tp_mro);
+  Py_ssize_t i = 0;
+  while (PyTuple_GET_ITEM(bases.get(), i) !=
+         reinterpret_cast<PyObject*>(g_object_base)) {
+    ++i;
+  }
+  for (++i; i < PyTuple_GET_SIZE(bases.get()); ++i) {
+    auto* base =
+        reinterpret_cast<PyTypeObject*>(PyTuple_GET_ITEM(bases.get(), i));
+    if (!(base->tp_flags & Py_TPFLAGS_HEAPTYPE)) continue;  // `object`
+    const Ref method =
+        Ref::Borrow(PyDict_GetItemWithError(base->tp_dict, GetRuntime().s_new));
+    if (!method && PyErr_Occurred()) return nullptr;
+    // That of a type in C goes on with nothing.
+    if (!method || PyCFunction_Check(method.get())) continue;
+    const descrgetfunc get = Py_TYPE(method.get())->tp_descr_get;
+    const Ref bound =
+        get ? Ref::Steal(get(method.get(), nullptr, args[0])) : method;
+    if (!bound) return nullptr;
+    return PyObject_Vectorcall(bound.get(), args, nargs, keywords);
+  }
+  if (type->tp_flags & Py_TPFLAGS_IS_ABSTRACT) {
+    // Refuses, naming the methods that are missing.
+    const Ref nothing = Ref::Steal(PyTuple_New(0));
+    if (!nothing) return nullptr;
+    return PyBaseObject_Type.tp_new(type, nothing.get(), nullptr);
+  }
+  return ObjectAlloc(type, 0);
+}
+
+bool AddNew(PyObject* type) {
+  static PyMethodDef method = {
+      "__new__",
+      reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(ObjectNew)),
+      METH_FASTCALL | METH_KEYWORDS, "Makes an object without attributes."};
+  const Ref function = Ref::Steal(PyCFunction_New(&method, nullptr));
+  // On the finished type: CPython gives it the slot that calls the method.
+  return function &&
+         PyObject_SetAttrString(type, "__new__", function.get()) == 0;
 }
 
 int ObjectTraverse(PyObject* self, visitproc visit, void* arg) {
@@ -155,7 +208,6 @@ PyMethodDef object_methods[] = {
 
 PyType_Slot object_slots[] = {
     {Py_tp_doc, const_cast<char*>("Base of Pytree, Object and Module.")},
-    {Py_tp_new, reinterpret_cast<void*>(ObjectNew)},
     {Py_tp_dealloc, reinterpret_cast<void*>(ObjectDealloc)},
     {Py_tp_traverse, reinterpret_cast<void*>(ObjectTraverse)},
     {Py_tp_clear, reinterpret_cast<void*>(ObjectClear)},
@@ -181,7 +233,7 @@ Ref NewObject(PyTypeObject* type, PyObject* status, const GraphObject* origin) {
   const Ref held = Ref::Borrow(reinterpret_cast<PyObject*>(type));
   Ref copy = status ? Ref::Steal(PyDict_Copy(status)) : Ref();
   if (status && !copy) return Ref();
-  Ref self = Ref::Steal(type->tp_alloc(type, 0));
+  Ref self = Ref::Steal(PyType_GenericAlloc(type, 0));
   if (!self) return Ref();
   ObjectObject* object = AsObject(self.get());
   object->status = copy.release();
@@ -192,7 +244,10 @@ Ref NewObject(PyTypeObject* type, PyObject* status, const GraphObject* origin) {
 
 bool InitObjectBase(PyObject* module) {
   Ref type = Ref::Steal(PyType_FromSpec(&object_spec));
-  if (!type || !AddSetAttrMethods<ObjectSetAttr>(type.get())) return false;
+  if (!type || !AddSetAttrMethods<ObjectSetAttr>(type.get()) ||
+      !AddNew(type.get())) {
+    return false;
+  }
   g_object_base = reinterpret_cast<PyTypeObject*>(type.get());
   return PyModule_AddObject(module, "ObjectBase", type.release()) == 0;
 }

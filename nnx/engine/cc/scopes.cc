@@ -6,8 +6,8 @@
 #include <utility>
 #include <vector>
 
+#include "nnx/engine/cc/call_frame.h"
 #include "nnx/engine/cc/children.h"
-#include "nnx/engine/cc/lift.h"
 #include "nnx/engine/cc/objects.h"
 #include "nnx/engine/cc/py_ref.h"
 #include "nnx/engine/cc/runtime.h"

@@ -11,6 +11,19 @@ from flax import nnx
 import keras
 import numpy as np
 
+
+@keras.saving.register_keras_serializable()
+class Scale(keras.layers.Layer):
+  """A layer whose configuration keras takes from how it was made."""
+
+  def __init__(self, factor, **kwargs):
+    super().__init__(**kwargs)
+    self.factor = factor
+
+  def call(self, x):
+    return self.factor * x
+
+
 keras.utils.set_random_seed(0)
 model = keras.Sequential(
   [
@@ -18,6 +31,7 @@ model = keras.Sequential(
     keras.layers.Dense(16, activation="relu"),
     keras.layers.BatchNormalization(),
     keras.layers.Dropout(0.1),
+    Scale(0.5),
     keras.layers.Dense(3, activation="softmax"),
   ]
 )
@@ -43,6 +57,7 @@ print(
       "loaded is equal": bool(
         (loaded.predict(x, verbose=0) == predicted).all()
       ),
+      "factor": loaded.layers[-2].factor,
       "is a Module": isinstance(model, nnx.Module),
     }
   )

@@ -1,16 +1,17 @@
-"""Runs `names_cases` in a process of its own: the switch is for a process."""
+"""Runs the cases in processes of their own: the switch is for a process."""
 
 import os
 import subprocess
 import sys
 
-from absl.testing import absltest
+from absl.testing import absltest, parameterized
 
 
-class NamesTest(absltest.TestCase):
-  def test_cases(self):
+class NamesTest(parameterized.TestCase):
+  @parameterized.parameters("names_cases", "earlier_cases")
+  def test_cases(self, name):
     done = subprocess.run(
-      [sys.executable, "-W", "ignore", "tests/nnx/as_flax/names_cases.py"],
+      [sys.executable, "-W", "ignore", f"tests/nnx/as_flax/{name}.py"],
       env={
         **os.environ,
         "JAX_PLATFORMS": "cpu",

@@ -151,6 +151,9 @@ class SwitchTest(parameterized.TestCase):
       assert nnx.using_eager_sharding()
       flax.config.update("flax_always_shard_variable", False)
       assert not nnx.using_eager_sharding()
+      assert not nnx.Param(1).eager_sharding
+      assert "eager_sharding" not in repr(nnx.Param(1))
+      assert "eager_sharding" in repr(nnx.Param(1, eager_sharding=True))
       with nnx.use_eager_sharding(True):
         assert nnx.using_eager_sharding()
       assert not nnx.using_eager_sharding()

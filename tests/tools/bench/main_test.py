@@ -128,6 +128,15 @@ class MainTest(parameterized.TestCase):
     self.assertEqual(status, 2)
     self.assertIn("bazel run --config=ecosystem //tools:bench_ecosystem", err)
 
+  def test_suite_whose_model_is_not_there(self):
+    def cases(name, settings):
+      raise ModuleNotFoundError("install it")
+
+    with mock.patch.object(suites, "cases", cases):
+      status, _, err = self._run("--suite=kv_cache")
+    self.assertEqual(status, 2)
+    self.assertIn("--suite=kv_cache: install it", err)
+
   @parameterized.parameters(
     ("--suite=nonsense", "--suite must name some of .*but got nonsense"),
     ("--suite=,", "--suite must name some of .*but got none"),

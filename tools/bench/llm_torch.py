@@ -1,0 +1,108 @@
+"""The decoder of suite `llm` in PyTorch."""
+
+from typing import Any
+
+import jax
+import numpy as np
+import torch
+from torch.nn import functional
+
+from examples.llm import config as config_lib
+from examples.llm import model as model_lib
+
+
+class Step:
+  """Appends tokens to texts; each call appends the same ones at one place.
+
+  Args:
+    dtype: of weights, caches and what is computed.
+    config: sizes; of a Llama with tied embeddings.
+    arrays: our Params by path.
+    cache: our keys and values.
+    tokens: `[texts, t]`, to append.
+    index: how many tokens the caches have.
+  """
+
+  def __init__(
+    self,
+    dtype: str,
+    config: config_lib.Config,
+    arrays: dict[str, jax.Array],
+    cache: model_lib.KVCache,
+    tokens: np.ndarray,
+    index: int,
+  ):
+    self._config = config
+    self._index = index
+    self._tokens = torch.from_numpy(tokens.astype(np.int64))
+    own = getattr(torch, dtype)
+    # A kernel lies transposed, as `linear` takes it.
+    self._weights = {
+      path: _tensor(array.T if path.endswith("kernel") else array, own)
+      for path, array in arrays.items()
+    }
+    self._caches = [
+      tuple(
+        _tensor(each[...], own).transpose(1, 2).contiguous() for each in pair
+      )
+      for pair in zip(cache.keys, cache.values, strict=True)
+    ]
+    end = index + tokens.shape[1]
+    table = torch.from_numpy(config.rope.table(end)[:, index:])
+    self._cos, self._sin = torch.cat([table, table], -1).to(own)
+
+  @torch.inference_mode()
+  def __call__(self) -> np.ndarray:
+    """Returns the logits after the last token, `[texts, vocabulary]`."""
+    table = self._weights["embed_tokens/embedding"]
+    x = functional.embedding(self._tokens, table)
+    for layer in range(self._config.layers):
+      x = x + self._attention(layer, x)
+      x = x + self._mlp(f"layers/{layer}", x)
+    x = self._norm("norm", x[:, -1])
+    return functional.linear(x, table).float().numpy()
+
+  def _norm(self, name: str, x: torch.Tensor) -> torch.Tensor:
+    scale = self._weights[f"{name}/scale"]
+    return functional.rms_norm(x, scale.shape, scale, self._config.epsilon)
+
+  def _linear(self, name: str, x: torch.Tensor) -> torch.Tensor:
+    return functional.linear(x, self._weights[f"{name}/kernel"])
+
+  def _mlp(self, name: str, x: torch.Tensor) -> torch.Tensor:
+    x = self._norm(f"{name}/post_attention_layernorm", x)
+    gate = functional.silu(self._linear(f"{name}/mlp/gate_proj", x))
+    up = self._linear(f"{name}/mlp/up_proj", x)
+    return self._linear(f"{name}/mlp/down_proj", gate * up)
+
+  def _attention(self, layer: int, x: torch.Tensor) -> torch.Tensor:
+    name = f"layers/{layer}/self_attn"
+    x = self._norm(f"layers/{layer}/input_layernorm", x)
+    q, k, v = (
+      self._linear(f"{name}/{part}_proj", x)
+      .unflatten(-1, (-1, self._config.head_dim))
+      .transpose(1, 2)
+      for part in "qkv"
+    )
+    keys, values = self._caches[layer]
+    count = x.shape[1]
+    end = self._index + count
+    keys[:, :, self._index : end] = self._rotate(k)
+    values[:, :, self._index : end] = v
+    y = functional.scaled_dot_product_attention(
+      self._rotate(q),
+      keys[:, :, :end],
+      values[:, :, :end],
+      is_causal=count > 1,
+      enable_gqa=True,
+    )
+    return self._linear(f"{name}/o_proj", y.transpose(1, 2).flatten(2))
+
+  def _rotate(self, x: torch.Tensor) -> torch.Tensor:
+    first, second = x.chunk(2, -1)
+    return x * self._cos + torch.cat([-second, first], -1) * self._sin
+
+
+def _tensor(array: Any, dtype: torch.dtype) -> torch.Tensor:
+  values = np.array(array, np.float32)  # which torch may write
+  return torch.from_numpy(values).to(dtype).contiguous()
