@@ -133,6 +133,11 @@ def test_axes_are_added_and_removed():
 _NAMES = st.one_of(st.none(), st.sampled_from(["data", "model", "layers"]))
 
 
+def _fields(box):
+  # From Python 3.13 on `==` of two boxes asks their arrays even if they are one.
+  return box.var_type, id(box.value), box.metadata
+
+
 @hypothesis.settings(derandomize=True, max_examples=200, deadline=None)
 @hypothesis.given(data=st.data())
 def test_adding_and_removing_an_axis_are_inverse(data):
@@ -154,12 +159,12 @@ def test_adding_and_removing_an_axis_are_inverse(data):
   added = box.add_axis(index, params)
   assert len(added.metadata[key]) == len(shape) + 1
   assert added.metadata[key][index] == params[nn.PARTITION_NAME]
-  assert added.remove_axis(index, params) == box
+  assert _fields(added.remove_axis(index, params)) == _fields(box)
   index = data.draw(st.integers(-len(shape), len(shape) - 1))
   params = {nn.PARTITION_NAME: names[index]}
   removed = box.remove_axis(index, params)
   assert len(removed.metadata[key]) == len(shape) - 1
-  assert removed.add_axis(index, params) == box
+  assert _fields(removed.add_axis(index, params)) == _fields(box)
   assert len(calls) in (0, 4)
 
 
