@@ -1,4 +1,4 @@
-"""Builds the rows of suite `graph` of large Variables, which are not to be copied.
+"""Builds the rows of suite `graph` of large Variables, not to be copied.
 
 A jitted function writes a row of each, as a cache is written, or all of them,
 as a step of training does. Ours is `nnx.jit` as it is, which updates in place.
