@@ -5,7 +5,6 @@ import pathlib
 import tempfile
 
 from absl.testing import absltest, parameterized
-import jax
 from jax import numpy as jnp
 import numpy as np
 import pytest
