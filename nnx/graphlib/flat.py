@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 
 from nnx import environment, statelib
 from nnx.engine import _engine
-from nnx.graphlib import modes, states, trees
+from nnx.graphlib import functional, modes, states, trees
 from nnx.graphlib.definitions import GraphDef
 
 Node = TypeVar("Node")
@@ -104,18 +104,20 @@ def flatten(
     The graphdef and the leaves, in canonical order.
   """
   environment.check_flags(with_paths=with_paths)
-  is_tree = modes.is_tree(graph)
-  if is_tree:
-    node = trees.unshared(node, _engine.graphdef(node), "flatten")
+  indexed = ref_index is not None or ref_outer_index is not None
   seen: list[Any] | None = None
   updated: list[Any] | None = None
   if ref_index is not None:
     seen = _by_number(IndexMap.from_refmap(ref_index))
   if ref_outer_index is not None:
     updated = _by_number(IndexMap.from_refmap(ref_outer_index))
-  if is_tree and ref_index is None and ref_outer_index is None:
-    graphdef, (mapping,) = _engine.split(node, (True,), True, True)
+  if not indexed:
+    graphdef, (mapping,) = functional.split_in_mode(
+      "flatten", node, (), True, graph
+    )
   else:
+    if modes.is_tree(graph):
+      node = trees.unshared(node, _engine.graphdef(node), "flatten")
     graphdef, (mapping,) = _engine.split(node, (True,), True, seen, updated)
   if ref_index is not None and seen is not None:
     for number in range(len(ref_index), len(seen)):

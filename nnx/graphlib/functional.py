@@ -264,7 +264,10 @@ def state(node: Any, /, *filters: Filter, graph: bool | None = None) -> Any:
       node, filterlib.engine_filters(filters) if filters else _ALL
     )
   else:
-    _, mappings = split_in_mode("state", node, filters, False, graph)
+    selected = filterlib.engine_filters(filters) if filters else _ALL
+    mappings = _engine.state(node, selected, True)
+    if mappings is NotImplemented:
+      _, mappings = split_in_mode("state", node, filters, False, graph)
   if len(mappings) == 1:
     return as_state(mappings[0])
   return tuple(as_state(mapping) for mapping in mappings)
@@ -334,7 +337,9 @@ def graphdef(node: Node, /, *, graph: bool | None = None) -> GraphDef[Node]:
   """
   if not modes.is_tree(graph):
     return _engine.graphdef(node)
-  return split_in_mode("graphdef", node, (), True, graph)[0]
+  structure = _engine.graphdef(node, True)
+  tree = trees.unshared(node, structure, "graphdef")
+  return structure if tree is node else _engine.graphdef(tree, True)
 
 
 def clone(
@@ -370,16 +375,17 @@ def clone(
   """
   if not type(variables) is type(arrays) is bool:  # as in `merge`
     environment.check_flags(variables=variables, arrays=arrays)
-  if modes.is_tree(graph):
-    node = trees.unshared(node, _engine.graphdef(node), "clone")
   if not arrays:
+    if modes.is_tree(graph):
+      return trees.clone(node, bool(variables), "clone")
     return _engine.clone(node, bool(variables))
   if not variables:
     raise ValueError(
       "`arrays=True` copies the arrays of copied Variables, but got"
       " `variables=False`."
     )
-  graphdef, state = split(node, graph=True)
+  graphdef, (mapping,) = split_in_mode("clone", node, (), True, graph)
+  state = as_state(mapping)
   return merge(graphdef, jax.tree.map(_copied, state, is_leaf=_is_kept_apart))
 
 

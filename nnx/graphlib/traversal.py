@@ -78,17 +78,9 @@ def iter_graph(
     ValueError: in tree mode, if the graph is no tree.
   """
   is_tree = modes.is_tree(graph)
-  if is_tree:
+  if is_tree and not _engine.is_tree(node):
     trees.check(_engine.graphdef(node), ["node"], "iter_graph")
   return _iterate(node, is_tree)
-
-
-def _children(value: Any, is_tree: bool) -> list[tuple[Key, Any]] | None:
-  """Opens a node; None for what is none. In a tree, objects show their data."""
-  if is_tree and isinstance(value, _engine.ObjectBase):
-    children, (names, *_) = _engine.object_flatten(value)
-    return list(zip(names, children))
-  return _engine.items(value)
 
 
 def _iterate(node: Any, is_tree: bool) -> Iterator[tuple[PathParts, Any]]:
@@ -102,7 +94,7 @@ def _iterate(node: Any, is_tree: bool) -> Iterator[tuple[PathParts, Any]]:
     if opened:
       yield path, value
       continue
-    items = _children(value, is_tree)
+    items = _engine.items(value, is_tree)
     if not is_tree and (
       items is not None or isinstance(value, _engine.VariableBase)
     ):
@@ -235,7 +227,9 @@ def recursive_map(
   """
   is_tree = modes.is_tree(graph)
   if is_tree:
-    node = trees.unshared(node, _engine.graphdef(node), "recursive_map")
+    copy = trees.clone(node, False, "recursive_map")
+  else:
+    copy = _engine.clone(node, False)
   results: dict[int, Any] = {}
   pending: set[int] = set()
   kept: list[Any] = []
@@ -248,7 +242,7 @@ def recursive_map(
         "The graph must have no cycle to be mapped, but there is one at"
         f" `{path}` through a `{type(value).__name__}`."
       )
-    items = _children(value, is_tree) or []
+    items = _engine.items(value, is_tree) or []
     shared = isinstance(value, (list, dict, _engine.VariableBase)) or (
       is_graph_node(value)
     )
@@ -266,7 +260,7 @@ def recursive_map(
       results[id(original)] = result
     return result
 
-  return visit((), _engine.clone(node, False))
+  return visit((), copy)
 
 
 def find_duplicates(

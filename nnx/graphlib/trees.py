@@ -16,6 +16,26 @@ T = TypeVar("T")
 _UNSHARED = (_engine.NodeKind.VARIABLE, _engine.NodeKind.LEAF)
 
 
+def is_tree(structure: _engine.StructureBase) -> bool:
+  """Tells whether `check` finds nothing, not even shared objects.
+
+  Example:
+
+    >>> import nnx
+    >>> from nnx.graphlib import trees
+    >>> node = nnx.Dict()
+    >>> (
+    ...   trees.is_tree(nnx.graphdef(node)),
+    ...   trees.is_tree(nnx.graphdef([node] * 2)),
+    ... )
+    (True, False)
+
+  Args:
+    structure: of the roots.
+  """
+  return not structure._shares and all(map(_is_pytree, structure._object_types))
+
+
 def check(
   structure: _engine.StructureBase,
   names: Sequence[Any],
@@ -150,6 +170,29 @@ def unshared(node: T, structure: _engine.StructureBase, function: str) -> T:
     each place has its own.
   """
   return copied(node) if check(structure, ["node"], function) else node
+
+
+def clone(node: T, variables: bool, function: str) -> T:
+  """Copies a tree, as `nnx.clone` does; see `check`.
+
+  Example:
+
+    >>> import nnx
+    >>> from nnx.graphlib import trees
+    >>> node = nnx.Dict(w=nnx.Param(1.0))
+    >>> trees.clone(node, False, "clone").w is node.w
+    True
+
+  Args:
+    node: an object, a Variable, or a pytree of them.
+    variables: whether to copy the Variables too.
+    function: the name of the function that is to be given it.
+  """
+  copy = _engine.clone(node, variables, True)
+  if copy is not NotImplemented:
+    return copy
+  node = unshared(node, _engine.graphdef(node), function)
+  return _engine.clone(node, variables)
 
 
 def copied(node: T) -> T:

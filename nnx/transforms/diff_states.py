@@ -72,7 +72,9 @@ def as_tuple(
   """Returns argument numbers as a tuple."""
   if isinstance(argnums, (int, DiffState)):
     return (argnums,)
-  if not isinstance(argnums, Iterable):
+  if not isinstance(argnums, Iterable) or isinstance(
+    argnums, _engine.ObjectBase
+  ):
     raise TypeError(
       "`argnums` must be an int, an `nnx.DiffState` or several, but got"
       f" `{argnums!r}` of type `{type(argnums).__name__}`. To differentiate by"

@@ -314,6 +314,8 @@ class Flat(lift.Lifted):
     with places.noting_places(leaves) as self.places:
       # In a frame of its own: jax may trace after the call, and by itself.
       result = _engine.framed(self.structure, objects, self.call, values)
+    if self.policy.mode.updates:
+      self.check_new(objects, result)
     # No value is identical to these, so that every donated leaf counts as
     # written and comes back as an output.
     kept = leaves

@@ -128,13 +128,17 @@ class Lifted:
     self.names = names
     self.policy = policy
     # Whether objects without Variables are shared; in tree mode alone.
-    self.shares = not policy.mode.graph and self._check_tree(
-      structure, self.root_names()
-    )
+    self.shares = not policy.mode.graph and self._check_tree(structure)
 
-  def _check_tree(self, structure: Any, names: Sequence[str]) -> bool:
+  def _check_tree(
+    self, structure: Any, names: Sequence[str] | None = None
+  ) -> bool:
+    if trees.is_tree(structure):  # The names would take time.
+      return False
     transform = self.policy.transform
-    return trees.check(structure, names, transform, updates=True)
+    return trees.check(
+      structure, names or self.root_names(), transform, updates=True
+    )
 
   def of(self, fun: Callable[..., Any]) -> Lifted:
     """Returns another function of the same arguments."""

@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 import jax
+import numpy as np
 
 from nnx import filterlib
 from nnx.engine import _engine, preorder, pytrees
@@ -121,7 +122,7 @@ def _unboxed(entry: Any) -> Any:
 
 
 def check(policy: lift.Policy, option: str, entries: Any) -> None:
-  """Refuses in an option, in a mode without updates, what it cannot say.
+  """Refuses in an option what it cannot say.
 
   Args:
     policy: the mode.
@@ -129,8 +130,17 @@ def check(policy: lift.Policy, option: str, entries: Any) -> None:
     entries: its value.
 
   Raises:
-    ValueError: if there is a filter map, or a Variable that holds an entry.
+    ValueError: if there is an object with arrays, or in a mode without updates
+      a filter map, or a Variable that holds an entry.
   """
+  for entry in jax.tree.leaves(entries):
+    if isinstance(entry, (jax.Array, np.ndarray)):
+      raise ValueError(
+        f"`{option}` of `nnx.{policy.transform}` must have an entry for each"
+        f" leaf of an object, but has an array of shape {entry.shape} itself."
+        " Pass one entry for the whole object, or make one for each leaf by"
+        " `nnx.prefix`."
+      )
   if policy.mode.updates:
     return
   unusual = (FilterMap, _engine.VariableBase)

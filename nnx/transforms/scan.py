@@ -431,7 +431,9 @@ class _Loop:
       where = f"args[{self.carry_in}]"
       carry_lib.check_same(call.lifted.policy, before, after, where)
     new = None
-    if not call.lifted.policy.mode.updates:
+    if call.lifted.policy.mode.updates:
+      call.lifted.check_new(objects, result)
+    else:
       result, new = self.apart(result)
     packed = call.lifted.pack(objects, leaves, result, new)
     entries = mapped.output_entries(

@@ -12,6 +12,7 @@
 #include "nnx/engine/cc/recursion_guard.h"
 #include "nnx/engine/cc/restored.h"
 #include "nnx/engine/cc/runtime.h"
+#include "nnx/engine/cc/split.h"
 #include "nnx/engine/cc/structure.h"
 #include "nnx/engine/cc/unflatten.h"
 
@@ -348,11 +349,16 @@ PyObject* MergeFunction(PyObject*, PyObject* const* args, Py_ssize_t nargs) {
   return result.release();
 }
 
-// clone(value, variables) -> value
+// clone(value, variables, as_tree=False) -> value
 PyObject* CloneFunction(PyObject*, PyObject* const* args, Py_ssize_t nargs) {
-  if (!CheckArity(nargs, 2, "clone")) return nullptr;
+  if (nargs != 3 && !CheckArity(nargs, 2, "clone")) return nullptr;
   Flattener walk(/*hash_statics=*/false);
   if (!walk.Add(args[0], Mode::kAttributes)) return nullptr;
+  if (nargs == 3 && args[2] == Py_True) {
+    const int tree = IsTree(walk);
+    if (tree < 0) return nullptr;
+    if (!tree) Py_RETURN_NOTIMPLEMENTED;
+  }
   std::vector<PyObject*> leaves, origins, provided;
   for (const Ref& leaf : walk.leaves()) leaves.push_back(leaf.get());
   for (const Ref& object : walk.objects()) origins.push_back(object.get());
@@ -378,7 +384,8 @@ PyMethodDef* Functions() {
        "merge(structure, state, copy, keep_arrays[, seen, updated]): the "
        "value."},
       {"clone", Fast(CloneFunction), METH_FASTCALL,
-       "clone(value, variables): a copy, of the Variables too if True."},
+       "clone(value, variables[, as_tree]): a copy, of the Variables too if "
+       "True; with `as_tree` of a tree of pytrees alone, or NotImplemented."},
       {nullptr, nullptr, 0, nullptr},
   };
   return functions;

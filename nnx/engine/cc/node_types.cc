@@ -6,28 +6,39 @@
 #include "nnx/engine/cc/arguments.h"
 #include "nnx/engine/cc/children.h"
 #include "nnx/engine/cc/layout.h"
+#include "nnx/engine/cc/objects.h"
 #include "nnx/engine/cc/py_ref.h"
+#include "nnx/engine/cc/pytree.h"
 
 namespace nnx::engine {
 namespace {
 
-// items(value) -> [(key, child), ...] in canonical order; None for a leaf
-PyObject* ItemsFunction(PyObject*, PyObject* value) {
+// items(value, as_tree=False) -> [(key, child), ...] in canonical order; None
+// for a leaf
+PyObject* ItemsFunction(PyObject*, PyObject* const* args, Py_ssize_t nargs) {
+  if (nargs != 2 && !CheckArity(nargs, 1, "items")) return nullptr;
+  PyObject* value = args[0];
   Ref keys;
   std::vector<Ref> children;
   const int opened = OpenNode(value, &keys, &children);
   if (opened < 0) return nullptr;
   if (!opened) Py_RETURN_NONE;
-  Ref items = Ref::Steal(PyList_New(static_cast<Py_ssize_t>(children.size())));
+  const bool data_only = nargs == 2 && args[1] == Py_True && IsObject(value);
+  const Ref status = data_only ? Ref::Borrow(AsObject(value)->status) : Ref();
+  Ref items = Ref::Steal(PyList_New(0));
   if (!items) return nullptr;
   for (size_t i = 0; i < children.size(); ++i) {
     const auto position = static_cast<Py_ssize_t>(i);
     Ref key = keys ? Ref::Borrow(PyTuple_GET_ITEM(keys.get(), position))
                    : Ref::Steal(PyLong_FromSsize_t(position));
-    PyObject* item =
-        key ? PyTuple_Pack(2, key.get(), children[i].get()) : nullptr;
-    if (!item) return nullptr;
-    PyList_SET_ITEM(items.get(), position, item);
+    if (!key) return nullptr;
+    if (data_only) {
+      const int data = IsData(status.get(), key.get(), children[i].get());
+      if (data < 0) return nullptr;
+      if (!data) continue;
+    }
+    Ref item = Ref::Steal(PyTuple_Pack(2, key.get(), children[i].get()));
+    if (!item || PyList_Append(items.get(), item.get()) < 0) return nullptr;
   }
   return items.release();
 }
@@ -104,9 +115,9 @@ PyMethodDef* Functions() {
       {"register_node_type", Fast(RegisterNodeTypeFunction), METH_FASTCALL,
        "register_node_type(type, flatten, set_key, pop_key, create_empty, "
        "clear, init)."},
-      {"items", ItemsFunction, METH_O,
-       "items(value): [(key, child), ...] in canonical order, None for a "
-       "leaf."},
+      {"items", Fast(ItemsFunction), METH_FASTCALL,
+       "items(value[, as_tree]): [(key, child), ...] in canonical order, None "
+       "for a leaf; with `as_tree` of an object only the data."},
       {"set_item", Fast(SetItemFunction), METH_FASTCALL,
        "set_item(node, key, child): of a node whose type was registered."},
       {"is_custom_node", IsCustomNodeFunction, METH_O,

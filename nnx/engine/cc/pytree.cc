@@ -134,10 +134,7 @@ PyObject* ObjectFlatten(PyObject*, PyObject* self) {
   }
   for (size_t i = 0; i < values.size(); ++i) {
     PyObject* key = PyTuple_GET_ITEM(keys.get(), static_cast<Py_ssize_t>(i));
-    PyObject* marked =
-        status ? PyDict_GetItemWithError(status.get(), key) : nullptr;
-    if (status && !marked && PyErr_Occurred()) return nullptr;
-    const int data = marked ? marked != Py_False : HoldsData(values[i].get());
+    const int data = IsData(status.get(), key, values[i].get());
     if (data < 0) return nullptr;
     if (PyList_Append(data ? names.get() : statics.get(), key) < 0 ||
         PyList_Append(data ? children.get() : static_values.get(),
@@ -353,6 +350,12 @@ PyMethodDef* Functions() {
 }
 
 }  // namespace
+
+int IsData(PyObject* status, PyObject* key, PyObject* value) {
+  PyObject* marked = status ? PyDict_GetItemWithError(status, key) : nullptr;
+  if (marked) return marked != Py_False;
+  return status && PyErr_Occurred() ? -1 : HoldsData(value);
+}
 
 bool InitPytree(PyObject* module) {
   return PyModule_AddFunctions(module, Functions()) == 0;

@@ -157,19 +157,42 @@ PyObject* SplitFunction(PyObject*, PyObject* const* args, Py_ssize_t nargs) {
   return PyTuple_Pack(2, structure.get(), list.get());
 }
 
-// state(value, filters) -> [mapping, ...]
+// state(value, filters, as_tree=False) -> [mapping, ...]
 PyObject* StateFunction(PyObject*, PyObject* const* args, Py_ssize_t nargs) {
-  if (!CheckArity(nargs, 2, "state") || !CheckFilters(args[1])) return nullptr;
+  if ((nargs != 3 && !CheckArity(nargs, 2, "state")) ||
+      !CheckFilters(args[1])) {
+    return nullptr;
+  }
+  const bool as_tree = nargs == 3 && args[2] == Py_True;
   Flattener walk(/*hash_statics=*/false);
-  if (!walk.Add(args[0], Mode::kAttributes)) return nullptr;
+  if (!walk.Add(args[0], as_tree ? Mode::kPytree : Mode::kAttributes)) {
+    return nullptr;
+  }
+  if (as_tree) {
+    const int tree = IsTree(walk);
+    if (tree < 0) return nullptr;
+    if (!tree) Py_RETURN_NOTIMPLEMENTED;
+  }
   const Selector selector(args[1]);
   return MappingBuilder(walk, selector, /*exhaustive=*/false).Run().release();
 }
 
-// graphdef(value) -> structure
-PyObject* GraphdefFunction(PyObject*, PyObject* value) {
-  Flattener walk(/*hash_statics=*/true);
+// is_tree(value) -> bool
+PyObject* IsTreeFunction(PyObject*, PyObject* value) {
+  Flattener walk(/*hash_statics=*/false);
   if (!walk.Add(value, Mode::kAttributes)) return nullptr;
+  const int tree = IsTree(walk);
+  return tree < 0 ? nullptr : PyBool_FromLong(tree);
+}
+
+// graphdef(value, as_pytree=False) -> structure
+PyObject* GraphdefFunction(PyObject*, PyObject* const* args, Py_ssize_t nargs) {
+  if (nargs != 2 && !CheckArity(nargs, 1, "graphdef")) return nullptr;
+  const bool as_pytree = nargs == 2 && args[1] == Py_True;
+  Flattener walk(/*hash_statics=*/true);
+  if (!walk.Add(args[0], as_pytree ? Mode::kPytree : Mode::kAttributes)) {
+    return nullptr;
+  }
   return walk.Finish().release();
 }
 
@@ -289,8 +312,13 @@ PyMethodDef* Functions() {
        "split(value, filters, exhaustive, seen, updated): (structure, "
        "mappings)."},
       {"state", Fast(StateFunction), METH_FASTCALL,
-       "state(value, filters): the mappings of the leaves selected."},
-      {"graphdef", GraphdefFunction, METH_O, "graphdef(value): structure."},
+       "state(value, filters[, as_tree]): the mappings of the leaves "
+       "selected; with `as_tree` as `split(..., as_pytree)` finds them in a "
+       "tree of pytrees alone, or NotImplemented."},
+      {"is_tree", IsTreeFunction, METH_O,
+       "is_tree(value): whether it is a tree of pytrees for sure."},
+      {"graphdef", Fast(GraphdefFunction), METH_FASTCALL,
+       "graphdef(value[, as_pytree]): the structure that `split` returns."},
       {"pop", Fast(PopFunction), METH_FASTCALL,
        "pop(value, filters): removes Variables and arrays; their mappings."},
       {nullptr, nullptr, 0, nullptr},
@@ -299,6 +327,24 @@ PyMethodDef* Functions() {
 }
 
 }  // namespace
+
+int IsTree(const Flattener& walk) {
+  static PyObject* const name = PyUnicode_InternFromString("_is_pytree");
+  if (!name) return -1;
+  PyObject* last = nullptr;  // objects of one class often follow each other
+  for (const Node& node : walk.nodes()) {
+    if (node.kind == NodeKind::kRef || node.kind == NodeKind::kCustom) {
+      return 0;
+    }
+    PyObject* type = node.type.get();
+    if (node.kind != NodeKind::kObject || type == last) continue;
+    Ref is_pytree = Ref::Steal(PyObject_GetAttr(type, name));
+    if (!is_pytree) return -1;
+    if (is_pytree.get() != Py_True) return 0;
+    last = type;
+  }
+  return 1;
+}
 
 bool InitSplit(PyObject* module) {
   return PyModule_AddFunctions(module, Functions()) == 0;

@@ -405,6 +405,50 @@ class ErrorsTest(parameterized.TestCase):
       ):
         make(lambda x: x, **arguments)
 
+  @parameterized.parameters(*LIBRARIES)
+  def test_what_comes_from_outside_is_not_returned(self, lib):
+    outside = programs.tree(lib)
+    x = jnp.zeros(2)
+    for transform in (
+      lib.jit,
+      functools.partial(lib.vmap, in_axes=0, out_axes=0),
+      functools.partial(lib.scan, in_axes=0, out_axes=0),
+    ):
+      with self.assertRaises(ValueError):
+        transform(lambda x: outside)(x)
+    for run in (
+      lambda f: lib.remat(f)(x),
+      lambda f: lib.cond(True, f, f, x),
+      lambda f: lib.switch(0, [f, f], x),
+    ):
+      copy = run(lambda x: outside)
+      self.assertIsNot(copy, outside)
+      for ours, theirs in zip(
+        jax.tree.leaves(copy), jax.tree.leaves(outside), strict=True
+      ):
+        self.assertTrue((ours == theirs).all())
+
+  def test_a_variable_that_was_not_given_is_named(self):
+    outside = programs.tree(nnx)
+    scan = functools.partial(nnx.scan, in_axes=0, out_axes=0)
+    for transform in (nnx.jit, scan):
+      with self.assertRaisesRegex(
+        ValueError, "must hold no Variable that it was not given, but `result"
+      ):
+        transform(lambda x: outside)(jnp.zeros(2))
+
+  @parameterized.product(
+    option=("in_axes", "out_axes", "in_shardings", "out_shardings", "argnums"),
+    lib=LIBRARIES,
+  )
+  def test_objects_are_no_prefixes(self, option, lib):
+    transform = {"axes": "vmap", "shardings": "jit", "argnums": "grad"}
+    name = transform[option.rpartition("_")[2]]
+    # What is no argument number is a TypeError here.
+    expected = TypeError if option == "argnums" and lib is nnx else ValueError
+    with self.assertRaises(expected):
+      getattr(lib, name)(lambda x: x, **{option: programs.tree(lib)})
+
   @parameterized.parameters("values", "tree")
   def test_variables_are_no_prefixes(self, mode):
     axes = jax.tree.map(lambda _: 0, programs.tree(nnx))
