@@ -37,7 +37,8 @@ class use_updates_in_place:
   not known, with shardings or with donation of their own; not while jax looks
   for NaNs. Arrays that were not read from a Variable, but found with
   `jax.live_arrays` or `gc`, are safe as long as they are held; other arrays
-  made of them that have the same memory are not.
+  made of them that have the same memory are not, nor is what another thread
+  finds so while a call runs.
 
   It holds for functions that are compiled and called while it is on, as it is
   by default; the variable `NNX_UPDATES_IN_PLACE` of the environment says
@@ -117,8 +118,28 @@ def copied(array: Any) -> Any:
   Args:
     array: an array.
   """
-  with jax.ensure_compile_time_eval():
+  # It is no transfer of the user's, and stays on the device.
+  with (
+    jax.ensure_compile_time_eval(),
+    jax.transfer_guard_device_to_device("allow"),
+  ):
+    if _has_own_layout(array):
+      return array.copy()  # in the usual one
     return jax.device_put(array, may_alias=False)
+
+
+def _has_own_layout(array: jax.Array) -> bool:
+  """Tells whether jax loses the order of the dimensions in a copy.
+
+  A program that is given what `jax.device_put` copies takes it for the usual
+  one, and reads another array.
+  """
+  if array.is_deleted():
+    return False
+  layout = array.format.layout
+  return layout is not None and (
+    layout.major_to_minor != tuple(range(array.ndim))
+  )
 
 
 def are_together(leaves: Iterable[Any]) -> bool:

@@ -10,12 +10,11 @@ dataclass field is kept, per object, in `_pytree_status`.
 
 from __future__ import annotations
 
+import abc
 from collections.abc import Callable, Iterable, Mapping
 import dataclasses
 import inspect
-from typing import (
-  Any,
-)
+from typing import Any, ClassVar
 
 from nnx import attribute_marks, errors, reprlib, tracers
 from nnx.attribute_marks import Data as Data
@@ -106,6 +105,7 @@ class Pytree(_engine.ObjectBase, reprlib.Displayable):
     experimental_pytree: accepted for programs of Flax 0.10.
   """
 
+  __abstractmethods__: ClassVar[frozenset[str]]
   _class_statuses: Mapping[str, bool] = {}
   _setattr_flags = 0
   _is_pytree = True
@@ -136,6 +136,9 @@ class Pytree(_engine.ObjectBase, reprlib.Displayable):
       _STRICT if strict else 0
     )
     cls._is_pytree = pytree
+    # Abstract methods count as they do in Flax, whose metaclass is `ABCMeta`.
+    cls.__abstractmethods__ = frozenset()
+    abc.update_abstractmethods(cls)
     if pytree:
       pytrees.register_object_type(cls)
 

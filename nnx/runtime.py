@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from typing import Any
 
@@ -118,6 +119,7 @@ def configure() -> None:
     new_ref=jax.new_ref,
     unboxed=_unboxed,
     array_type=jax_private.array_type(),
+    jitted_type=jax_private.jitted_type(),
     ref_type=jax.Ref,
     tracer_type=core.Tracer,
     variable_metadata=variablelib.VariableMetadata,
@@ -136,6 +138,8 @@ def configure() -> None:
     copy_array=in_place.copied,
     check_loan=in_place.check_loan,
     may_lend=in_place.may_lend,
+    get_threshold=gc.get_threshold,
+    set_threshold=gc.set_threshold,
   )
 
 

@@ -15,174 +15,43 @@ set -euo pipefail
 HOME=${HOME:-$(getent passwd "$(id -u)" | cut -d: -f6)}
 PREFIX=$(realpath -m "${1:-${XDG_CACHE_HOME:-$HOME/.cache}/fused_nnx/bazel}")
 SUITES=${BAZEL_SUITES:-forky sid}
-KEYRING=/usr/share/keyrings/debian-archive-keyring.gpg
 # libblake3 is an undeclared need of Bazel's JNI library.
 PACKAGES="bazel-bootstrap bazel-rules-shell libblake3-0"
 JRE=openjdk-21-jre-headless
-# A directory with this file in it was made here, and may be removed.
+# What the host provides, or running Bazel does not need, is declared installed, so
+# that apt resolves only what Bazel itself runs on.
+PROVIDED="build-essential python3 unzip perl debconf zlib1g-dev default-jdk-headless
+  default-jre-headless libjs-jquery node-core-js protobuf-compiler-grpc-java-plugin
+  node-html5shiv openssl-provider-legacy"
+WANTED="Bazel 7"
 MARKER=.install_bazel_debian
 
-if [ -x "$PREFIX/bin/bazel" ]; then
-  echo "$PREFIX/bin/bazel"
-  exit 0
-fi
-
 die() {
-  echo "tools/bazel: $1; install bazelisk, which reads .bazelversion, and run it as \`bazel\`." >&2
+  echo "tools/bazel: no Bazel here, and $1; install bazelisk, which reads .bazelversion, and run it as \`bazel\`." >&2
   exit 1
 }
-
-for tool in apt-get apt-config dpkg-deb flock python3; do
-  command -v "$tool" >/dev/null ||
-    die "no Bazel here, and without \`$tool\` none can be installed from a Debian archive"
-done
-[ -r "$KEYRING" ] ||
-  die "no Bazel here, and without Debian's keyring (\`$KEYRING\`) none can be installed from its archive"
-
-# One installer at a time; whoever waited finds the other's work done.
-mkdir -p "$(dirname "$PREFIX")"
-exec 9>> "$PREFIX.lock"
-flock 9
-if [ -x "$PREFIX/bin/bazel" ]; then
-  echo "$PREFIX/bin/bazel"
-  exit 0
-fi
-
-# Everything is made here and renamed at the end.  What a killed installer left
-# is removed under the lock, so that it can only be dead; nothing else is.
-WORK=$PREFIX.new
-for directory in "$PREFIX" "$WORK"; do
-  if [ ! -L "$directory" ] && [ -f "$directory/$MARKER" ]; then
-    rm -rf "$directory"
-  elif [ -e "$directory" ] || [ -L "$directory" ]; then
-    rmdir "$directory" 2>/dev/null ||
-      die "no Bazel here, and \`$directory\`, which this script did not make, is not an empty directory: name another PREFIX or remove it yourself"
-  fi
-done
-mkdir "$WORK"
-touch "$WORK/$MARKER"
-trap 'rm -rf "$WORK"' EXIT
-trap 'exit 130' INT TERM HUP
-ROOT=$WORK/root
-APT=$WORK/apt
-DEBS=$APT/cache/archives
-LOG=$WORK/log
-mkdir -p "$ROOT" "$APT/lists/partial" "$DEBS/partial" "$WORK/patchelf"
-touch "$ROOT/$MARKER"
-
+# shellcheck source=tools/debian.sh
+source "$(dirname "${BASH_SOURCE[0]}")/debian.sh"
+debian_begin bin/bazel
 echo "Installing Bazel 7 into $PREFIX, once (about 170 MB to fetch)" >&2
 
-# The archives that this machine's own apt uses, best guess first: what apt knows
-# to be Debian's, then whatever its sources name.  (`indextargets` knows origins
-# only after an `apt-get update`, and the lists may be empty.)
-archives() {
-  if [ -n "${DEBIAN_MIRROR:-}" ]; then
-    echo "$DEBIAN_MIRROR"
-    return
-  fi
-  {
-    apt-get indextargets --format '$(REPO_URI)' 'Created-By: Packages' 'Origin: Debian' 2>/dev/null || true
-    python3 -I - <<'PY'
-import glob, os, re, subprocess
-
-def setting(name, default):
-  out = subprocess.run(["apt-config", "shell", "x", name], capture_output=True, text=True).stdout
-  match = re.match(r"x='(.*)'", out)
-  return match[1] if match else default
-
-listed = [setting("Dir::Etc::sourcelist/f", "/etc/apt/sources.list")]
-parts = setting("Dir::Etc::sourceparts/d", "/etc/apt/sources.list.d")
-listed += sorted(glob.glob(os.path.join(parts, "*")))
-for name in listed:
-  try:
-    text = open(name, encoding="utf-8", errors="replace").read()
-  except OSError:
-    continue
-  text = re.sub(r"(?m)^\s*#.*\n?", "", text)
-  if name.endswith(".sources"):
-    for stanza in re.split(r"\n\s*\n", re.sub(r"\n[ \t]+", " ", text)):
-      fields = {k.lower(): v.split() for k, v in re.findall(r"(?m)^([\w-]+):[ \t]*(.*)$", stanza)}
-      if "deb" in fields.get("types", ()) and "main" in fields.get("components", ()) \
-          and fields.get("enabled", ["yes"])[0].lower() not in ("no", "false", "0"):
-        print("\n".join(fields.get("uris", ())))
-  else:
-    for uri in re.findall(r"(?m)^\s*deb\s+(?:\[[^\]]*\]\s*)?(\S+)\s+\S+\s.*\bmain\b", text):
-      print(uri)
-PY
-  } | sed 's:/*$::' | grep -v -e security -e '^cdrom:' | awk 'NF && !seen[$0]++'
-}
-
-# A configuration of apt's own that touches nothing of the host's.  Of the host's
-# options those hold that say how to reach an archive, by name: others switch the
-# checks of signatures and certificates off.
-REACH='Proxy|Proxy-?Auto-?Detect|CaInfo|CaPath|CrlFile|SslCert|SslKey|Timeout'
-{
-  cat <<EOF
-Dir::Etc::main "/dev/null";
-Dir::Etc::parts "/dev/null";
-Dir::Etc::sourcelist "$APT/sources.list";
-Dir::Etc::sourceparts "/dev/null";
-Dir::Etc::preferences "/dev/null";
-Dir::Etc::preferencesparts "/dev/null";
-Dir::State "$APT";
-Dir::State::lists "$APT/lists";
-Dir::State::status "$APT/status";
-Dir::Cache "$APT/cache";
-APT::Install-Recommends "false";
-APT::Sandbox::User "";
-Debug::NoLocking "true";
-EOF
-  apt-config dump |
-    grep -i -E "^Acquire::(Retries|ForceIPv[46]|(https?|ftp|socks5h?)(::[^ ]+)?::($REACH)(::[^ ]+)?) " || true
-  echo 'Acquire::Languages "none";'
-  echo 'Acquire::Check-Valid-Until "false";'
-} > "$APT/apt.conf"
-# What the host provides, or running Bazel does not need, is declared installed,
-# so that apt resolves only what Bazel itself runs on.
-for package in build-essential python3 unzip perl debconf zlib1g-dev \
-    default-jdk-headless default-jre-headless libjs-jquery node-core-js \
-    protobuf-compiler-grpc-java-plugin node-html5shiv openssl-provider-legacy; do
-  printf '%s\n' "Package: $package" "Status: install ok installed" \
-    "Version: 9999:9" "Architecture: all" "Multi-Arch: foreign" \
-    "Maintainer: none <none@localhost>" "Description: provided by the host" ""
-done > "$APT/status"
-
-fetch() {  # fetch ARCHIVE SUITE: everything needed into $DEBS, or non-zero
-  echo "deb [signed-by=$KEYRING] $1 $2 main" > "$APT/sources.list"
-  apt-get -qq -o APT::Update::Error-Mode=any update || return 1
+fetch() {
   local version
+  rm -f "$WORK"/patchelf/*.deb
   version=$(apt-cache show --no-all-versions bazel-bootstrap | sed -n 's/^Version: //p')
   case $version in
     7.*) ;;
-    *) echo "$1 $2 offers bazel-bootstrap '$version'"; return 1 ;;
+    *) echo "$archive $suite offers bazel-bootstrap '$version'"; return 1 ;;
   esac
   # shellcheck disable=SC2086  # a list of names
   apt-get -qq -y --download-only install $PACKAGES || return 1
   (cd "$DEBS" && apt-get -qq download "$JRE") || return 1
   (cd "$WORK/patchelf" && apt-get -qq download patchelf) || return 1
 }
-fetched=
-tried=
-for archive in $(archives); do
-  for suite in $SUITES; do
-    tried="$tried $archive ($suite)"
-    if APT_CONFIG=$APT/apt.conf fetch "$archive" "$suite" >> "$LOG" 2>&1; then
-      fetched=1
-      break 2
-    fi
-    rm -f "$DEBS"/*.deb "$WORK"/patchelf/*.deb
-  done
-done
-if [ -z "$fetched" ]; then
-  [ -z "${NNX_VERBOSE:-}" ] || cat "$LOG" >&2
-  die "no Bazel here, and no Debian archive in reach that offers Bazel 7 (tried:${tried:- none in apt\'s sources}; NNX_VERBOSE=1 shows why)"
-fi
-
-unpack() {
-  for deb in "$DEBS"/*.deb; do dpkg-deb -x "$deb" "$ROOT"; done
-  dpkg-deb -x "$WORK"/patchelf/*.deb "$WORK/patchelf"
-}
-unpack >> "$LOG" 2>&1 || die "no Bazel here, and the packages of one could not be unpacked into \`$WORK\` (is the disk full?)"
+mkdir "$WORK/patchelf"
+debian_fetch fetch
+debian_unpack
+dpkg-deb -x "$WORK"/patchelf/*.deb "$WORK/patchelf"
 
 # From here on the paths of the prefix are written into the files, while they
 # still lie in $ROOT.
@@ -276,6 +145,6 @@ cd "$(dirname "$PREFIX")"
 mv -T "$ROOT" "$PREFIX"
 if ! "$PREFIX/bin/bazel" --version >&2; then
   rm -rf "$PREFIX"
-  die "no Bazel here, and the one that $archive ($suite) offers does not start on this machine"
+  die "the one that $archive ($suite) offers does not start on this machine"
 fi
 echo "$PREFIX/bin/bazel"

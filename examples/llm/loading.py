@@ -4,7 +4,6 @@ import importlib.util
 import pathlib
 from typing import Any
 
-import jax
 from jax import numpy as jnp
 
 from examples.llm import load_gguf, load_safetensors, tokenizer, weights
@@ -33,7 +32,7 @@ def load(
   path: str | pathlib.Path | None = None,
   *,
   positions: int | None = None,
-  dtype: Any = None,
+  dtype: Any = jnp.bfloat16,
   bits: int | None = None,
 ) -> tuple[model_lib.Model, tokenizer.Tokenizer]:
   """Loads a model and its tokenizer.
@@ -43,8 +42,7 @@ def load(
       `default_path`, if None.
     positions: the longest text that the model will see; that of its training,
       if None.
-    dtype: of the weights. If None, float32 on the CPU, where XLA's products
-      convert bfloat16 in memory first, and bfloat16 elsewhere.
+    dtype: of the weights and of what is computed.
     bits: 8 or 4, to pack the weights into; see `weights.load`.
 
   Raises:
@@ -54,9 +52,6 @@ def load(
   path = default_path() if path is None else pathlib.Path(path)
   if not path.exists():
     raise FileNotFoundError(f"`{path}` must be a GGUF file or a folder.")
-  if dtype is None:
-    on_cpu = jax.default_backend() == "cpu"
-    dtype = jnp.float32 if on_cpu else jnp.bfloat16
   checkpoint: weights.Checkpoint
   if path.is_dir():
     checkpoint = load_safetensors.Checkpoint(path)

@@ -19,7 +19,8 @@ def add_model(parser: argparse.ArgumentParser) -> None:
   group.add_argument(
     "--dtype",
     choices=["float32", "bfloat16"],
-    help="of the weights; by default float32 on the CPU, else bfloat16",
+    default="bfloat16",
+    help="of the weights and of what is computed; by default bfloat16",
   )
   group.add_argument(
     "--bits",

@@ -28,8 +28,8 @@ MOST_ROWS_INT4 = 16
 # Numbers in the weights below which a call into a library is what it costs.
 LEAST_SIZE = 2**12
 
-# Numbers in the weights from which XLA reads float32, and the transpose of any
-# weights, as fast for a single row.
+# Numbers in the weights from which XLA reads float32, as they are or their
+# transpose, as fast for a single row.
 LARGE_SIZE = 2**22
 
 # Rows up to which XLA multiplies the transpose of large weights of float32
@@ -66,9 +66,11 @@ def on_cpu(
     return f"XLA needs no call for weights of less than {LEAST_SIZE} numbers"
   large = size is None or size >= LARGE_SIZE
   if form is operands.Form.TRANSPOSED:
-    if large and rows == 1:
-      return "XLA reads the transpose of large weights as fast for one row"
-    if large and rows > MOST_ROWS_TRANSPOSED and w.dtype.name == "float32":
+    if w.dtype.name != "float32" or not large:
+      return None
+    if rows == 1:
+      return "XLA reads large weights of float32 as fast for one row"
+    if rows > MOST_ROWS_TRANSPOSED:
       return f"XLA multiplies more than {MOST_ROWS_TRANSPOSED} rows as fast"
     return None
   in_cache = size is not None and size < UNCACHED_SIZE

@@ -140,9 +140,12 @@ class Settings(TypedDict, total=False):
   copy_array: Callable[[Any], object]
   check_loan: Callable[[tuple[Any, ...], tuple[Any, ...]], None]
   may_lend: Callable[[], bool]
+  get_threshold: Callable[[], tuple[int, int, int]]
+  set_threshold: Callable[[int], object]
   new_ref: Callable[[Any], Any]
   unboxed: Callable[[Any], Any]
   array_type: type
+  jitted_type: type
   ref_type: type
   tracer_type: type
   variable_metadata: type

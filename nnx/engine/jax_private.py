@@ -24,6 +24,7 @@ from jax._src import tree_util as _tree_util
 from jax._src import util as _util
 from jax._src import xla_bridge as _xla_bridge
 from jax._src.export import _export
+from jax._src.lib import _jax
 from jax._src.lib.mlir import ir as _ir
 from jax._src.lib.mlir.dialects import sdy as _sdy
 from jax.interpreters import ad, batching, mlir
@@ -133,6 +134,11 @@ def hide_lines(folder: str) -> None:
 def array_type() -> type:
   """Returns the class of concrete arrays, without starting jax."""
   return _array.ArrayImpl
+
+
+def jitted_type() -> type:
+  """Returns the class of what `jax.jit` returns, whoever replaces that."""
+  return _jax.PjitFunction
 
 
 def is_pytree_type(cls: type) -> bool:

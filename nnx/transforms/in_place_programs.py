@@ -167,10 +167,11 @@ def make(
   (device,) = leaves[given[0]].sharding.device_set
   if not _works(device.platform):
     return None
-  kept = sorted(set(range(len(leaves))).difference(given))
+  count = structure.num_leaves  # and not the leaves, which it would hold
+  kept = sorted(set(range(count)).difference(given))
 
   def update(kept_leaves, given_leaves):
-    values: list[Any] = [None] * len(leaves)
+    values: list[Any] = [None] * count
     for i, value in zip((*kept, *given), (*kept_leaves, *given_leaves)):
       values[i] = value
     # Jax keeps the first. Arrays of other shapes may make another program.

@@ -135,6 +135,28 @@ class CheckpointTest(absltest.TestCase):
     nnx.update(other, restored)
     assert_same(nnx.state(other, nnx.Not(nnx.RngKey)), state)
 
+  def test_training_goes_on_while_orbax_writes(self):
+    """Large enough that steps update the state in place."""
+    model = nnx.Linear(512, 1024, rngs=nnx.Rngs(0))
+
+    @nnx.jit
+    def step(model):
+      model.kernel[...] += 1
+
+    step(model)
+    step(model)
+    saved = np.array(model.kernel)
+    path = self.directory()
+    with ocp.StandardCheckpointer() as checkpointer:
+      checkpointer.save(path, nnx.state(model))
+      for _ in range(10):
+        step(model)
+      checkpointer.wait_until_finished()
+      target = jax.eval_shape(lambda s: s, nnx.state(model))
+      restored = checkpointer.restore(path, target)
+    np.testing.assert_array_equal(restored.kernel, saved)
+    np.testing.assert_allclose(model.kernel, saved + 10, rtol=1e-6)
+
   def test_state_saved_by_flax(self):
     theirs = flax_nnx.state(FlaxModel(3), flax_nnx.Not(flax_nnx.RngKey))
     model = Model(0)

@@ -2,6 +2,8 @@
 
 import abc
 import copy
+import dataclasses
+import inspect
 import pickle
 from typing import Generic, TypeVar
 
@@ -182,15 +184,37 @@ class NewTest(parameterized.TestCase):
     self.assertEqual((whole.size(), whole.made_of), (3, ((3,), {})))
     self.assertEqual(calls, [(3,), (3,)])
 
-  def test_abstract_class_without_new(self):
-    class Model(nnx.Module, abc.ABC):
-      def __init__(self, n): ...
+  @parameterized.product(lib=[nnx, flax_nnx], with_abc=[True, False])
+  def test_abstract_methods(self, lib, with_abc):
+    class Shape(lib.Module, *([abc.ABC] if with_abc else [])):
+      def __init__(self, n):
+        self.n = n
 
       @abc.abstractmethod
-      def size(self): ...
+      def area(self): ...
 
-    with self.assertRaisesRegex(TypeError, "abstract.* size"):
-      Model(3)
+      @property
+      @abc.abstractmethod
+      def name(self): ...
+
+    class Half(Shape):
+      name = "half"
+
+    @dataclasses.dataclass
+    class Square(Half):
+      n: int
+
+      def area(self):
+        return self.n**2
+
+    for cls in (Shape, Half):
+      self.assertTrue(inspect.isabstract(cls))
+      with self.assertRaisesRegex(TypeError, "abstract.* area"):
+        cls(3)
+    self.assertFalse(inspect.isabstract(Square))
+    self.assertEqual((Square(3).area(), Square(3).name), (9, "half"))
+    square = lib.merge(*lib.split(Square(3)))
+    self.assertEqual(square.area(), 9)
 
   @parameterized.parameters("After", "Before")
   def test_is_of_the_trace_that_makes_it(self, name):

@@ -1,4 +1,4 @@
-"""What the installer says where it cannot install."""
+"""What the installers say where they cannot install."""
 
 import os
 import pathlib
@@ -33,6 +33,19 @@ def test_an_archive_out_of_reach_is_said_in_one_sentence(tmp_path):
     "why); install bazelisk, which reads .bazelversion, and run it as `bazel`."
   )
   assert not left
+
+
+def test_a_python_out_of_reach_is_said_in_one_sentence(tmp_path):
+  done = subprocess.run(
+    [INSTALLER.with_name("install_python_debian.sh"), tmp_path / "python"],
+    env=os.environ | {"DEBIAN_MIRROR": (tmp_path / "nowhere").as_uri()},
+    capture_output=True,
+    text=True,
+  )
+  assert (done.returncode, done.stdout) == (1, "")
+  last = done.stderr.splitlines()[-1]
+  assert last.startswith("install_python_debian.sh: no Python 3.14 here, and ")
+  assert not list(tmp_path.glob("python*/"))
 
 
 def test_a_machine_without_apt_is_told_of_bazelisk(tmp_path):
@@ -206,7 +219,8 @@ def test_modules_of_the_callers_directory_are_not_run(tmp_path):
 
 
 def test_every_python_that_it_starts_is_isolated():
-  lines = INSTALLER.read_text().splitlines()
+  shared = INSTALLER.with_name("debian.sh").read_text()
+  lines = [*INSTALLER.read_text().splitlines(), *shared.splitlines()]
   started = [line for line in lines if line.lstrip().startswith("python3")]
   assert len(started) == 2
   for line in started:

@@ -103,9 +103,11 @@ def locked(path: str) -> dict[str, str]:
   [
     (None, "requirements_lock"),
     ("display", "requirements_lock"),
+    ("examples", "requirements_lock"),
     ("flax", "requirements_lock"),
     ("gpu", "requirements_lock"),
     ("llm", "requirements_llm_lock"),
+    ("test", "requirements_lock"),
   ],
 )
 def test_ranges_have_the_versions_that_tests_run_with(extra, lock, python):
@@ -119,7 +121,7 @@ def test_ranges_have_the_versions_that_tests_run_with(extra, lock, python):
 
 
 def test_every_extra_is_tested():
-  extras = {"display", "flax", "gpu", "llm"}
+  extras = {"display", "examples", "flax", "gpu", "llm", "test"}
   assert set(PROJECT["optional-dependencies"]) == extras
 
 

@@ -1,5 +1,6 @@
 """The steps of suite `llm` in llama.cpp, through `llama-cpp-python`."""
 
+import contextlib
 import ctypes
 import os
 import pathlib
@@ -54,7 +55,10 @@ class Step:
     llama_cpp.llama_backend_init()
     self._texts, self._count = tokens.shape
     self._before = context.size
-    self._model = _load(path, dtype)
+    # What must be freed, the last first.
+    self._open = contextlib.ExitStack()
+    model = _load(path, dtype)
+    self._open.callback(llama_cpp.llama_model_free, model)
     params = llama_cpp.llama_context_default_params()
     length = self._before + max(self._count, room)
     params.n_ctx = self._texts * length
@@ -64,10 +68,11 @@ class Step:
     params.n_ubatch = params.n_batch
     params.n_threads = params.n_threads_batch = os.cpu_count()
     params.no_perf = True
-    self._context = llama_cpp.llama_init_from_model(self._model, params)
+    self._context = llama_cpp.llama_init_from_model(model, params)
+    self._open.callback(llama_cpp.llama_free, self._context)
     self._memory = llama_cpp.llama_get_memory(self._context)
     self._vocabulary = llama_cpp.llama_vocab_n_tokens(
-      llama_cpp.llama_model_get_vocab(self._model)
+      llama_cpp.llama_model_get_vocab(model)
     )
     for first in range(0, self._before, 512):
       piece = context[None, first : first + 512]
@@ -77,10 +82,10 @@ class Step:
     for text in range(1, self._texts):
       llama_cpp.llama_memory_seq_cp(self._memory, 0, text, -1, -1)
     self._batch = _batch(tokens, self._before)
+    self._open.callback(llama_cpp.llama_batch_free, self._batch)
 
-  def __call__(self, state: Any) -> np.ndarray:
+  def __call__(self) -> np.ndarray:
     """Returns the logits after the last token, `[texts, vocabulary]`."""
-    del state
     for text in range(self._texts):
       llama_cpp.llama_memory_seq_rm(self._memory, text, self._before, -1)
     self._decode(self._batch)
@@ -93,9 +98,7 @@ class Step:
       raise RuntimeError(f"llama_decode returned {status}.")
 
   def __del__(self):
-    llama_cpp.llama_batch_free(self._batch)
-    llama_cpp.llama_free(self._context)
-    llama_cpp.llama_model_free(self._model)
+    self._open.close()
 
 
 def _load(path: pathlib.Path, dtype: str) -> Any:

@@ -17,7 +17,52 @@ thread_local Lending* innermost = nullptr;
 
 // The calls that lend, of all threads, under the GIL.
 int num_lending = 0;
-bool collector_was_on = false;
+
+// Since 3.12 the collector runs between the steps of Python code alone.
+constexpr bool kMustStopCollector = PY_VERSION_HEX < 0x030C0000;
+// What the collector goes on with after them; a tuple.
+PyObject* threshold_after = nullptr;
+
+// The threshold of the youngest generation, as a tuple of it alone.
+Ref Threshold() {
+  Ref all = Ref::Steal(PyObject_CallNoArgs(GetRuntime().get_threshold));
+  return all ? Ref::Steal(PyTuple_GetSlice(all.get(), 0, 1)) : Ref();
+}
+
+bool IsZero(PyObject* threshold) {
+  return PyLong_AsLong(PyTuple_GET_ITEM(threshold, 0)) == 0;
+}
+
+void SetThreshold(PyObject* threshold) {
+  if (!Ref::Steal(PyObject_CallObject(GetRuntime().set_threshold, threshold))) {
+    PyErr_Clear();
+  }
+}
+
+void StopCollector(Ref threshold) {
+  static PyObject* never = Py_BuildValue("(i)", 0);
+  threshold_after = threshold.release();
+  SetThreshold(never);
+}
+
+void ResumeCollector() {
+  const Ref after = Ref::Steal(std::exchange(threshold_after, nullptr));
+  PyObject *type, *error, *traceback;
+  PyErr_Fetch(&type, &error, &traceback);
+  const Ref now = Threshold();
+  if (!now) PyErr_Clear();
+  // Another thread may have set it meanwhile.
+  if (now && IsZero(now.get())) SetThreshold(after.get());
+  PyErr_Restore(type, error, traceback);
+}
+
+bool IsFinalizing() {
+#if PY_VERSION_HEX >= 0x030D0000
+  return Py_IsFinalizing();
+#else
+  return _Py_IsFinalizing();
+#endif
+}
 
 int IsDeleted(PyObject* array) {
   Ref deleted =
@@ -73,6 +118,7 @@ PyObject* LoanFlatten(PyObject*, PyObject* self) {
   Loan* loan = AsLoan(self);
   const Ref items = Ref::Borrow(loan->items);
   const bool first = loan->openings++ == 0;
+  if (!first) Lending::EndOf(loan);  // the arrays themselves are not needed
   if (!first && loan->kept) {
     // A program for arrays of another kind than before, or in another place.
     const Ref check_loan = Ref::Borrow(GetRuntime().check_loan);
@@ -130,10 +176,19 @@ Ref NewLoan(Py_ssize_t size, PyObject* kept) {
   return self;
 }
 
-void Lending::Begin(std::vector<Lent> lent) {
+bool Lending::Prepare() {
+  if (!kMustStopCollector) return true;
+  threshold_ = Threshold();
+  return static_cast<bool>(threshold_);
+}
+
+void Lending::Begin(const Loan* loan, std::vector<Lent> lent) {
+  loan_ = loan;
   lent_ = std::move(lent);
   for (const Lent& one : lent_) one.variable->hold = Hold::kLent;
-  if (num_lending++ == 0) collector_was_on = PyGC_Disable();
+  if (num_lending++ == 0 && kMustStopCollector) {
+    StopCollector(std::move(threshold_));
+  }
   previous_ = std::exchange(innermost, this);
   active_ = true;
 }
@@ -142,10 +197,14 @@ void Lending::End() {
   if (!active_) return;
   active_ = false;
   innermost = previous_;
-  if (--num_lending == 0 && collector_was_on) PyGC_Enable();
   for (const Lent& one : lent_) {
     if (one.holds()) one.variable->hold = Hold::kShared;
   }
+  if (--num_lending == 0 && kMustStopCollector) ResumeCollector();
+}
+
+void Lending::EndOf(const Loan* loan) {
+  if (innermost && innermost->loan_ == loan) innermost->End();
 }
 
 bool Lending::Has(const VariableObject* variable) {
@@ -178,7 +237,7 @@ bool ShareSlow(VariableObject* variable) {
       const int deleted = IsDeleted(array.get());
       if (deleted < 0) PyErr_Clear();
       // At the end of the process other threads do not go on.
-      if (deleted <= 0 || Lending::Has(variable) || _Py_IsFinalizing()) {
+      if (deleted <= 0 || Lending::Has(variable) || IsFinalizing()) {
         return false;
       }
     }

@@ -42,7 +42,9 @@ struct Lent {
 };
 
 // What Variables have lent to a call of this thread, from `Begin` until `End`.
-// Meanwhile the collector does not run: it would run Python code in between.
+// Meanwhile the collector does not run by itself: before Python 3.12 it would
+// do so in between, and run Python code. It is its threshold that says so:
+// other threads switch it off and on, and would find it off.
 class Lending {
  public:
   Lending() = default;
@@ -50,18 +52,25 @@ class Lending {
   Lending& operator=(const Lending&) = delete;
   ~Lending() { End(); }
 
-  // The caller holds the Variables and their arrays.
-  void Begin(std::vector<Lent> lent);
+  // To be called right before what decides to lend, as it may run Python code.
+  // False with an error set on failure.
+  bool Prepare();
+  // The caller holds the Loan, the Variables and their arrays.
+  void Begin(const Loan* loan, std::vector<Lent> lent);
   // What has not been written is as it was. Runs no Python code.
   void End();
   bool active() const { return active_; }
 
   // Whether a call of this thread has the array of a Variable.
   static bool Has(const VariableObject* variable);
+  // Ends that of a Loan, if this thread has it.
+  static void EndOf(const Loan* loan);
 
  private:
   bool active_ = false;
+  const Loan* loan_ = nullptr;
   std::vector<Lent> lent_;
+  Ref threshold_;  // the collector's, as arguments for setting it
   Lending* previous_ = nullptr;
 };
 

@@ -47,12 +47,17 @@ struct Runtime {
   // () -> whether a compiled call runs here and now as such, so that Variables
   // may be lent to it.
   PyObject* may_lend = nullptr;
+  // () -> the thresholds of the collector, and what sets the first of them.
+  PyObject* get_threshold = nullptr;
+  PyObject* set_threshold = nullptr;
   // (value) -> a mutable array of it.
   PyObject* new_ref = nullptr;
   // (value) -> the array in a mutable array or box; any other value itself.
   PyObject* unboxed = nullptr;
   // The concrete array type of JAX: the one checked first.
   PyTypeObject* array_type = nullptr;
+  // That of functions that JAX has compiled.
+  PyTypeObject* jitted_type = nullptr;
   // Those of mutable arrays, which have an identity, and of traced values. What
   // of these stands for a mutable array, `isinstance` tells.
   PyTypeObject* ref_type = nullptr;

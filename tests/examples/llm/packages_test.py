@@ -5,7 +5,6 @@ import pathlib
 import tempfile
 
 from absl.testing import absltest, parameterized
-import jax
 from jax import numpy as jnp
 import numpy as np
 import pytest
@@ -58,7 +57,7 @@ class PackagesTest(parameterized.TestCase):
       load_safetensors.Checkpoint(self.folder), 48, jnp.bfloat16
     )
     np.testing.assert_array_equal(
-      model.layers[1].mlp.up_proj.kernel[...].T,
+      model.layers[1].mlp.gate_up_proj.kernel[:, 1::2].T,
       made["model.layers.1.mlp.up_proj.weight"],
     )
 
@@ -166,7 +165,7 @@ class PackagesTest(parameterized.TestCase):
     self.assertEqual(text.ends, {0, 3})
     messages = [{"role": "user", "content": "ab"}]
     self.assertEqual(text.chat(messages), [0, _LETTERS.index("ab")])
-    self.assertEqual(jax.default_backend() == "cpu", model.dtype == "float32")
+    self.assertEqual(model.dtype, "bfloat16")
 
   def test_a_chat_needs_a_template(self):
     with self.assertRaisesRegex(ValueError, "must have a chat template"):

@@ -505,8 +505,9 @@ class AutoTest(parameterized.TestCase):
       self.assertEqual(choice.implementation, name, (rows, shape))
 
   @parameterized.parameters(
-    (1, "bfloat16", "xla"),
-    (2, "bfloat16", "cpu"),
+    (1, "bfloat16", "cpu"),
+    (1, "float16", "cpu"),
+    (1, "float32", "xla"),
     (32, "bfloat16", "cpu"),
     (33, "bfloat16", "xla"),
     (8, "float32", "cpu"),

@@ -9,9 +9,11 @@ import threading
 from typing import Any
 from unittest import mock
 import warnings
+import weakref
 
 from absl.testing import absltest, parameterized
 import jax
+from jax.experimental import layout
 import jax.numpy as jnp
 import numpy as np
 
@@ -246,6 +248,19 @@ class HappensTest(Case):
         step(variable, x)
     np.testing.assert_array_equal(variable.value, 5.0)
 
+  def test_the_first_arrays_are_not_kept(self):
+    @nnx.jit
+    def add(variable, x):
+      variable.value = variable.value + x
+
+    variable, x = nnx.Param(jnp.zeros(SIZE)), jnp.ones(SIZE)
+    first = [weakref.ref(variable.value), weakref.ref(x)]
+    add(variable, x)
+    add(variable, 2 * x)
+    del x
+    gc.collect()
+    self.assertEqual([array() for array in first], [None, None])
+
   def test_no_warnings(self):
     @nnx.jit
     def shrink(pair):
@@ -470,6 +485,52 @@ class UnseenTest(Case):
       step(variable, 1.0)
     np.testing.assert_array_equal(variable.value, 3.0)
 
+  @parameterized.parameters("disallow", "disallow_explicit")
+  def test_copies_are_no_transfers(self, guard):
+    variable, x = nnx.Param(jnp.zeros(SIZE)), jnp.ones(())
+    with jax.transfer_guard(guard):
+      for _ in range(3):
+        old = variable.value
+        step(variable, x)
+        step(variable, x)
+    np.testing.assert_array_equal(variable.value, 6.0)
+    np.testing.assert_array_equal(old, 4.0)
+
+  def test_layouts(self):
+    expected = np.arange(12.0).reshape(3, 4)
+    place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    turned = layout.Format(layout.Layout((1, 0)), place)
+    variable = nnx.Param(jax.device_put(expected, turned))
+    for i in range(3):
+      step(variable, 1.0)
+      if i:
+        variable.value = jax.device_put(variable.value, turned)
+    np.testing.assert_array_equal(variable.value, expected + 3.0)
+
+  def test_another_jit_in_the_place_of_jax_jit(self):
+    seen = []
+
+    class Logged:
+      def __init__(self, fun, **options):
+        self.jitted = jit(fun, **options)
+
+      def __call__(self, *args):
+        result = self.jitted(*args)
+        seen.append(variable.value)
+        return result
+
+      def __getattr__(self, name):
+        return getattr(self.jitted, name)
+
+    jit, variable = jax.jit, started()
+    with mock.patch.object(jax, "jit", Logged):
+      step.clear_cache()
+      for _ in range(3):
+        step(variable, 1.0)
+    seen.append(variable.value)
+    for i, value in enumerate(seen):
+      np.testing.assert_array_equal(value, i + 2.0)
+
   def test_ahead_of_time(self):
     variable = started()
     compiled = step.lower(variable, 1.0).compile()
@@ -564,6 +625,42 @@ class InterruptedTest(Case):
     self.assertTrue((value == value[0]).all())
     self.assertBetween(value[0], steps + 2, steps + 2 + 2 * raised)
     self.assertEqual(seen, sorted(seen))
+
+  def test_the_collector_seems_to_be_on(self):
+    variable, seen, stop = started(), set(), threading.Event()
+
+    def look():
+      while not stop.is_set():
+        seen.add(gc.isenabled())
+
+    thresholds = gc.get_threshold()
+    interval = sys.getswitchinterval()
+    self.addCleanup(sys.setswitchinterval, interval)
+    sys.setswitchinterval(1e-6)
+    thread = threading.Thread(target=look)
+    thread.start()
+    for _ in range(500):
+      step(variable, 1.0)
+    stop.set()
+    thread.join()
+    self.assertEqual(seen, {True})
+    self.assertEqual(gc.get_threshold(), thresholds)
+
+  def test_the_collector_runs_while_a_program_is_made(self):
+    thresholds = []
+
+    @nnx.jit
+    def add(variable):
+      thresholds.append(gc.get_threshold())
+      variable.value = variable.value + 1
+
+    variable = nnx.Param(jnp.zeros(SIZE))
+    add(variable)
+    add(variable)
+    with jax.default_matmul_precision("highest"):  # a program of its own
+      add(variable)
+    self.assertEqual(thresholds, 2 * [gc.get_threshold()])
+    np.testing.assert_array_equal(variable.value, 3.0)
 
   def test_threads_that_read(self):
     variable, errors, stop = started(), [], threading.Event()
