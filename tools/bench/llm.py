@@ -179,19 +179,23 @@ def _others(
   if importlib.util.find_spec("torch") is not None and _BITS[dtype] is None:
     from tools.bench import llm_torch
 
-    make = functools.partial(
-      llm_torch.Step, dtype, config, arrays, cache, tokens, context.size
+    yield _optional(
+      f"torch, {dtype}",
+      functools.partial(
+        llm_torch.Step, dtype, config, arrays, cache, tokens, context.size
+      ),
     )
-    yield _optional(f"torch, {dtype}", make)
   if importlib.util.find_spec("llama_cpp") is not None and not quick:
     from tools.bench import llm_llama_cpp
 
     name = llm_llama_cpp.FILE_TYPES[dtype]
     path = loading.default_path()
-    make = functools.partial(
-      llm_llama_cpp.Step, path, dtype, context, tokens, _ROOM
+    yield _optional(
+      f"llama.cpp, {name}",
+      functools.partial(
+        llm_llama_cpp.Step, path, dtype, context, tokens, _ROOM
+      ),
     )
-    yield _optional(f"llama.cpp, {name}", make)
 
 
 def _optional(name: str, make: Callable[[], Any]) -> harness.Side:
