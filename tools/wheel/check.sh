@@ -6,7 +6,7 @@
 #   By default with the newest Python there is: Debian testing's python3.14.
 set -uo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
-TESTS="tests/nnx/import_test.py tests/nnx/module_test.py tests/nnx/state_test.py
+TESTS="tests/nnx/module_test.py tests/nnx/state_test.py
   tests/nnx/transforms/jit_test.py tests/nnx/training/optimizer_test.py"
 
 check() (  # check PYTHON
