@@ -1,7 +1,8 @@
 """The decoder, as a Module.
 
 Its attributes have the names that checkpoints of transformers give to their
-tensors, so that a Param's path is its tensor's name.
+tensors, so that a Param's path is its tensor's name; matrices that multiply one
+input are one Param (`weights.JOINED`).
 
 A call without a cache sees whole texts. With one, it appends to the cache and
 attends to all that is there, in one kernel a layer. The cache may be a buffer
@@ -62,9 +63,8 @@ class Attention(nnx.Module):
     linear = _linear(dtype, config.attention_bias, rngs)
     queries = config.heads * config.head_dim
     keys = config.kv_heads * config.head_dim
-    self.q_proj = linear(config.features, queries)
-    self.k_proj = linear(config.features, keys)
-    self.v_proj = linear(config.features, keys)
+    # In one product: of each head of keys its queries, itself and its values.
+    self.qkv_proj = linear(config.features, queries + 2 * keys)
     self.o_proj = linear(queries, config.features)
     self.q_norm = self.k_norm = None
     if config.qk_norm:
@@ -72,9 +72,11 @@ class Attention(nnx.Module):
       self.k_norm = _norm(config, config.head_dim, dtype, rngs)
 
   def __call__(self, x, tables, cache, index, lengths, block_table):
-    q = self.q_proj(x).reshape(*x.shape[:2], *self.heads)
-    k = self.k_proj(x).reshape(*x.shape[:2], *self.kv_heads)
-    v = self.v_proj(x).reshape(*x.shape[:2], *self.kv_heads)
+    kv_heads, head_dim = self.kv_heads
+    y = self.qkv_proj(x).reshape(*x.shape[:2], kv_heads, -1, head_dim)
+    q, k, v = jnp.split(y, [y.shape[3] - 2, y.shape[3] - 1], axis=3)
+    q = q.reshape(*x.shape[:2], *self.heads)
+    k, v = k.squeeze(3), v.squeeze(3)
     if self.q_norm is not None:
       q, k = self.q_norm(q), self.k_norm(k)
     table = tables.full if self.window is None else tables.local
@@ -112,14 +114,15 @@ class MLP(nnx.Module):
   def __init__(self, config: config_lib.Config, dtype: Any, rngs):
     linear = _linear(dtype, config.mlp_bias, rngs)
     self.gelu = config.gelu
-    self.gate_proj = linear(config.features, config.hidden)
-    self.up_proj = linear(config.features, config.hidden)
+    # In one product, a feature of the gate beside each of the other one's.
+    self.gate_up_proj = linear(config.features, 2 * config.hidden)
     self.down_proj = linear(config.hidden, config.features)
 
   def __call__(self, x):
-    gate = self.gate_proj(x)
+    y = self.gate_up_proj(x).reshape(*x.shape[:2], -1, 2)
+    gate, up = y[..., 0], y[..., 1]
     gate = nnx.gelu(gate) if self.gelu else nnx.silu(gate)
-    return self.down_proj(gate * self.up_proj(x))
+    return self.down_proj(gate * up)
 
 
 class Layer(nnx.Module):

@@ -15,12 +15,9 @@ import nnx
 _AXIS = "model"
 # Which axis of a kernel is split; norms and embeddings are on every device.
 _SPLIT = {
-  "q_proj": 1,
-  "k_proj": 1,
-  "v_proj": 1,
+  "qkv_proj": 1,
   "o_proj": 0,
-  "gate_proj": 1,
-  "up_proj": 1,
+  "gate_up_proj": 1,
   "down_proj": 0,
 }
 

@@ -18,6 +18,11 @@ _SUFFIXES = {
   "scale": "weight",
   "bias": "bias",
 }
+# Params that are several tensors side by side, in the order of `model`.
+JOINED = {
+  "qkv_proj": ("q_proj", "k_proj", "v_proj"),
+  "gate_up_proj": ("gate_proj", "up_proj"),
+}
 # What some files keep although it follows from the configuration.
 _DERIVED = "rotary_emb.inv_freq"
 
@@ -64,16 +69,21 @@ def load(
   )
   model.tables = rotary.Tables(config.rope, config.local_rope, positions)
   params = nnx.to_flat_state(nnx.state(model, nnx.Param))
-  _check_names({_name(path) for path, _ in params}, checkpoint)
+  names = {name for path, _ in params for name in _names(path)}
+  _check_names(names, checkpoint)
 
   def loaded(path: tuple[Any, ...], param: nnx.Param, dtype: Any) -> nnx.Param:
-    name = _name(path)
-    value = _as_param(str(path[-1]), checkpoint.read(name, dtype), config)
-    if value.shape != param.shape:
-      raise ValueError(
-        f"`{name}` must become an array of the shape {param.shape}, but has"
-        f" the shape {value.shape}."
-      )
+    parts = []
+    for name in _names(path):
+      value = _as_param(str(path[-1]), checkpoint.read(name, dtype), config)
+      shape = (*param.shape[:-1], _columns(name, param.shape[-1], config))
+      if value.shape != shape:
+        raise ValueError(
+          f"`{name}` must become an array of the shape {shape}, but has the"
+          f" shape {value.shape}."
+        )
+      parts.append(value)
+    value = parts[0] if len(parts) == 1 else _joined(parts, config)
     return param.replace(jax.device_put(value))
 
   def packed(path: tuple[Any, ...], layer: Any) -> Any:
@@ -103,8 +113,35 @@ def _group(size: int) -> int | None:
   return _GROUP if size % _GROUP == 0 else None
 
 
-def _name(path: tuple[Any, ...]) -> str:
-  return ".".join(map(str, (*path[:-1], _SUFFIXES[path[-1]])))
+def _names(path: tuple[Any, ...]) -> list[str]:
+  """Returns the names of the tensors of a Param."""
+  *module, last, kind = path
+  return [
+    ".".join(map(str, (*module, part, _SUFFIXES[kind])))
+    for part in JOINED.get(last, (last,))
+  ]
+
+
+def _columns(name: str, all_columns: int, config: config_lib.Config) -> int:
+  """Returns how many columns of a Param are those of one of its tensors."""
+  return {
+    "q_proj": config.heads * config.head_dim,
+    "k_proj": config.kv_heads * config.head_dim,
+    "v_proj": config.kv_heads * config.head_dim,
+    "gate_proj": config.hidden,
+    "up_proj": config.hidden,
+  }.get(name.split(".")[-2], all_columns)
+
+
+def _joined(parts: list[np.ndarray], config: config_lib.Config) -> np.ndarray:
+  """Puts columns side by side: by head of keys, or one by one of an MLP.
+
+  So what belongs together stays so where columns are split over devices.
+  """
+  rows = parts[0].shape[:-1]
+  units = config.kv_heads if len(parts) == 3 else config.hidden
+  together = [part.reshape(*rows, units, -1) for part in parts]
+  return np.concatenate(together, -1).reshape(*rows, -1)
 
 
 def _as_param(

@@ -19,7 +19,13 @@ from flax import nnx as flax_nnx
 import jax
 from jax import numpy as jnp
 
-from tools.bench import graph_access, graph_models, harness, models
+from tools.bench import (
+  graph_access,
+  graph_in_place,
+  graph_models,
+  harness,
+  models,
+)
 
 NAME = "graph"
 _SIZES = (10, 100, 1000)
@@ -431,6 +437,16 @@ def cases(settings: harness.Settings) -> Sequence[harness.Case]:
     harness.Case(NAME, op, str(size), "", functools.partial(build, size))
     for op, build in by_size.items()
     for size in sizes
+  ]
+  rows += [
+    harness.Case(
+      NAME,
+      "jit_write_large",
+      case,
+      "",
+      functools.partial(graph_in_place.build, case),
+    )
+    for case in graph_in_place.WRITES
   ]
   rows += [
     harness.Case(

@@ -26,7 +26,7 @@ from examples.llm import load_gguf, loading, weights
 from examples.llm import model as model_lib
 from examples.llm import steps as steps_lib
 import nnx
-from tools.bench import compare, harness, llm_flax, models
+from tools.bench import compare, harness, llm_flax
 
 NAME = "llm"
 _MODEL = "smollm2_135m"
@@ -78,14 +78,33 @@ class _Made:
         "tie_word_embeddings": True,
       }
     )
-    model = model_lib.Model(self.config, 1, rngs=nnx.Rngs(0))
+    c, hidden = self.config.features, self.config.hidden
+    queries, keys = (
+      heads * self.config.head_dim
+      for heads in (self.config.heads, self.config.kv_heads)
+    )
+    shapes = {
+      "self_attn.q_proj": (queries, c),
+      "self_attn.k_proj": (keys, c),
+      "self_attn.v_proj": (keys, c),
+      "self_attn.o_proj": (c, queries),
+      "mlp.gate_proj": (hidden, c),
+      "mlp.up_proj": (hidden, c),
+      "mlp.down_proj": (c, hidden),
+      "input_layernorm": (c,),
+      "post_attention_layernorm": (c,),
+    }
+    shapes = {
+      f"layers.{layer}.{name}": shape
+      for layer in range(self.config.layers)
+      for name, shape in shapes.items()
+    } | {"embed_tokens": (self.config.vocabulary, c), "norm": (c,)}
+    random = np.random.default_rng(0)
     self._arrays = {
-      f"{path.rpartition('.')[0]}.weight": array.T
-      if path.endswith("kernel")
-      else array
-      for path, array in models.arrays(
-        nnx, nnx.state(model, nnx.Param), "."
-      ).items()
+      f"{name}.weight": random.standard_normal(shape) / shape[-1] ** 0.5
+      if len(shape) == 2
+      else np.ones(shape)
+      for name, shape in shapes.items()
     }
     self.names = frozenset(self._arrays)
 
@@ -94,13 +113,16 @@ class _Made:
     return np.asarray(self._arrays[name], dtype)
 
 
-def _load(quick: bool, dtype: str, positions: int) -> model_lib.Model:
+def _checkpoint(quick: bool) -> weights.Checkpoint:
+  return _Made() if quick else load_gguf.Checkpoint(loading.default_path())
+
+
+def _load(
+  checkpoint: weights.Checkpoint, dtype: str, positions: int
+) -> model_lib.Model:
   """Returns our model with weights in a dtype, or packed."""
-  checkpoint = (
-    _Made() if quick else load_gguf.Checkpoint(loading.default_path())
-  )
   bits = _BITS[dtype]
-  rest = dtype if bits is None else "float32"
+  rest = dtype if bits is None else "bfloat16"
   return weights.load(checkpoint, positions, rest, bits)
 
 
@@ -126,7 +148,7 @@ def _ours(
 def _flax(
   dtype: str,
   config: config_lib.Config,
-  arrays: dict[str, jax.Array],
+  arrays: dict[str, np.ndarray],
   cache: model_lib.KVCache,
   tokens: np.ndarray,
   index: int,
@@ -148,7 +170,7 @@ def _others(
   dtype: str,
   quick: bool,
   config: config_lib.Config,
-  arrays: dict[str, jax.Array],
+  arrays: dict[str, np.ndarray],
   cache: model_lib.KVCache,
   context: np.ndarray,
   tokens: np.ndarray,
@@ -157,19 +179,23 @@ def _others(
   if importlib.util.find_spec("torch") is not None and _BITS[dtype] is None:
     from tools.bench import llm_torch
 
-    make = functools.partial(
-      llm_torch.Step, dtype, config, arrays, cache, tokens, context.size
+    yield _optional(
+      f"torch, {dtype}",
+      functools.partial(
+        llm_torch.Step, dtype, config, arrays, cache, tokens, context.size
+      ),
     )
-    yield _optional(f"torch, {dtype}", make)
   if importlib.util.find_spec("llama_cpp") is not None and not quick:
     from tools.bench import llm_llama_cpp
 
     name = llm_llama_cpp.FILE_TYPES[dtype]
     path = loading.default_path()
-    make = functools.partial(
-      llm_llama_cpp.Step, path, dtype, context, tokens, _ROOM
+    yield _optional(
+      f"llama.cpp, {name}",
+      functools.partial(
+        llm_llama_cpp.Step, path, dtype, context, tokens, _ROOM
+      ),
     )
-    yield _optional(f"llama.cpp, {name}", make)
 
 
 def _optional(name: str, make: Callable[[], Any]) -> harness.Side:
@@ -213,16 +239,19 @@ def _build(
 ) -> harness.Comparison:
   """Builds the row of so many new tokens of each text after so many others."""
   length = before + max(new, _ROOM)
-  model = _load(quick, dtype, length)
-  config = model.config
+  checkpoint = _checkpoint(quick)
+  config = checkpoint.config
+  model = _load(checkpoint, dtype, length)
   drawn = np.random.default_rng(0).integers(
     config.vocabulary, size=before + new
   )
   context, one = np.split(drawn.astype(np.int32), [before])
   tokens = np.tile(one, (texts, 1))
   cache = _filled(model, context, texts, length)
-  plain = model if dtype == "float32" else _load(quick, "float32", length)
-  arrays = models.arrays(nnx, nnx.state(plain, nnx.Param))
+  arrays = {
+    name.removeprefix("model."): checkpoint.read(name, np.float32)
+    for name in checkpoint.names
+  }
   sides = [
     _flax(each, config, arrays, cache, tokens, before) for each in _PLAIN[dtype]
   ]

@@ -1,6 +1,6 @@
 """The decoder of suite `llm` in plain `flax.nnx`, as one would write it.
 
-Attributes have the names of `examples/llm`, so that Params have the same paths.
+Attributes have the names that checkpoints give to their tensors.
 """
 
 from typing import Any
@@ -9,6 +9,7 @@ from flax import nnx
 import jax
 from jax import lax
 from jax import numpy as jnp
+import numpy as np
 
 from examples.llm import config as config_lib
 from examples.llm import model as model_lib
@@ -118,22 +119,21 @@ def step(model: Model, tokens: jax.Array, index: jax.Array) -> jax.Array:
 
 
 def fill(
-  model: Model, arrays: dict[str, jax.Array], cache: model_lib.KVCache
+  model: Model, arrays: dict[str, np.ndarray], cache: model_lib.KVCache
 ) -> None:
   """Puts weights, keys and values into a model.
 
   Args:
     model: to fill.
-    arrays: Params by path.
+    arrays: weights by their names in a checkpoint.
     cache: keys and values.
   """
-  flat = [
-    (
-      path,
-      leaf.replace(jnp.array(arrays["/".join(map(str, path))], leaf.dtype)),
-    )
-    for path, leaf in nnx.to_flat_state(nnx.state(model, nnx.Param))
-  ]
+  flat = []
+  for path, leaf in nnx.to_flat_state(nnx.state(model, nnx.Param)):
+    array = arrays[".".join(map(str, (*path[:-1], "weight")))]
+    if path[-1] == "kernel":
+      array = array.T
+    flat.append((path, leaf.replace(jnp.array(array, leaf.dtype))))
   nnx.update(model, nnx.from_flat_state(flat))
   for layer, keys, values in zip(
     model.layers, cache.keys, cache.values, strict=True

@@ -2,7 +2,6 @@
 
 from typing import Any
 
-import jax
 import numpy as np
 import torch
 from torch.nn import functional
@@ -17,7 +16,7 @@ class Step:
   Args:
     dtype: of weights, caches and what is computed.
     config: sizes; of a Llama with tied embeddings.
-    arrays: our Params by path.
+    arrays: weights by their names in a checkpoint.
     cache: our keys and values.
     tokens: `[texts, t]`, to append.
     index: how many tokens the caches have.
@@ -27,7 +26,7 @@ class Step:
     self,
     dtype: str,
     config: config_lib.Config,
-    arrays: dict[str, jax.Array],
+    arrays: dict[str, np.ndarray],
     cache: model_lib.KVCache,
     tokens: np.ndarray,
     index: int,
@@ -36,10 +35,9 @@ class Step:
     self._index = index
     self._tokens = torch.from_numpy(tokens.astype(np.int64))
     own = getattr(torch, dtype)
-    # A kernel lies transposed, as `linear` takes it.
     self._weights = {
-      path: _tensor(array.T if path.endswith("kernel") else array, own)
-      for path, array in arrays.items()
+      name.removesuffix(".weight"): _tensor(array, own)
+      for name, array in arrays.items()
     }
     self._caches = [
       tuple(
@@ -54,32 +52,32 @@ class Step:
   @torch.inference_mode()
   def __call__(self) -> np.ndarray:
     """Returns the logits after the last token, `[texts, vocabulary]`."""
-    table = self._weights["embed_tokens/embedding"]
+    table = self._weights["embed_tokens"]
     x = functional.embedding(self._tokens, table)
     for layer in range(self._config.layers):
       x = x + self._attention(layer, x)
-      x = x + self._mlp(f"layers/{layer}", x)
+      x = x + self._mlp(f"layers.{layer}", x)
     x = self._norm("norm", x[:, -1])
     return functional.linear(x, table).float().numpy()
 
   def _norm(self, name: str, x: torch.Tensor) -> torch.Tensor:
-    scale = self._weights[f"{name}/scale"]
+    scale = self._weights[name]
     return functional.rms_norm(x, scale.shape, scale, self._config.epsilon)
 
   def _linear(self, name: str, x: torch.Tensor) -> torch.Tensor:
-    return functional.linear(x, self._weights[f"{name}/kernel"])
+    return functional.linear(x, self._weights[name])
 
   def _mlp(self, name: str, x: torch.Tensor) -> torch.Tensor:
-    x = self._norm(f"{name}/post_attention_layernorm", x)
-    gate = functional.silu(self._linear(f"{name}/mlp/gate_proj", x))
-    up = self._linear(f"{name}/mlp/up_proj", x)
-    return self._linear(f"{name}/mlp/down_proj", gate * up)
+    x = self._norm(f"{name}.post_attention_layernorm", x)
+    gate = functional.silu(self._linear(f"{name}.mlp.gate_proj", x))
+    up = self._linear(f"{name}.mlp.up_proj", x)
+    return self._linear(f"{name}.mlp.down_proj", gate * up)
 
   def _attention(self, layer: int, x: torch.Tensor) -> torch.Tensor:
-    name = f"layers/{layer}/self_attn"
-    x = self._norm(f"layers/{layer}/input_layernorm", x)
+    name = f"layers.{layer}.self_attn"
+    x = self._norm(f"layers.{layer}.input_layernorm", x)
     q, k, v = (
-      self._linear(f"{name}/{part}_proj", x)
+      self._linear(f"{name}.{part}_proj", x)
       .unflatten(-1, (-1, self._config.head_dim))
       .transpose(1, 2)
       for part in "qkv"
@@ -96,7 +94,7 @@ class Step:
       is_causal=count > 1,
       enable_gqa=True,
     )
-    return self._linear(f"{name}/o_proj", y.transpose(1, 2).flatten(2))
+    return self._linear(f"{name}.o_proj", y.transpose(1, 2).flatten(2))
 
   def _rotate(self, x: torch.Tensor) -> torch.Tensor:
     first, second = x.chunk(2, -1)

@@ -97,13 +97,9 @@ def training(
   )
 
 
-def arrays(
-  library: Library, state: Any, separator: str = "/"
-) -> dict[str, Any]:
+def arrays(library: Library, state: Any) -> dict[str, Any]:
   """Returns the arrays of a State by path, to compare the two libraries."""
   return {
-    separator.join(map(str, path)): leaf[...]
-    if hasattr(leaf, "get_value")
-    else leaf
+    "/".join(map(str, path)): leaf[...] if hasattr(leaf, "get_value") else leaf
     for path, leaf in library.to_flat_state(state)
   }

@@ -14,6 +14,7 @@
 #include "nnx/engine/cc/flatten.h"
 #include "nnx/engine/cc/jit_call.h"
 #include "nnx/engine/cc/match.h"
+#include "nnx/engine/cc/recursion_guard.h"
 #include "nnx/engine/cc/scopes.h"
 #include "nnx/engine/cc/structure.h"
 #include "nnx/engine/cc/tuples.h"
@@ -293,7 +294,9 @@ bool CheckInitialised(JitFunction* self) {
 PyObject* JitVectorcall(PyObject* callable, PyObject* const* args,
                         size_t nargsf, PyObject* kwnames) {
   JitFunction* self = AsJit(callable);
-  if (!CheckInitialised(self)) return nullptr;
+  // What makes entries and what is compiled may be such a function as well.
+  RecursionGuard guard(" while calling a JitFunction");
+  if (!guard.entered() || !CheckInitialised(self)) return nullptr;
   const Py_ssize_t nargs = PyVectorcall_NARGS(nargsf);
   Arguments arguments;
   if (!GatherArguments(args, nargs, kwnames, &arguments)) return nullptr;

@@ -9,9 +9,9 @@ namespace nnx::engine {
 // false.
 class RecursionGuard {
  public:
-  RecursionGuard()
-      : entered_(Py_EnterRecursiveCall(" while walking an object graph") == 0) {
-  }
+  // `where`: the end of the error's message.
+  explicit RecursionGuard(const char* where = " while walking an object graph")
+      : entered_(Py_EnterRecursiveCall(where) == 0) {}
   ~RecursionGuard() {
     if (entered_) Py_LeaveRecursiveCall();
   }

@@ -61,6 +61,23 @@ def greedy_cached(model, prompt, count, paged):
   return written
 
 
+def parts(name, matrix, values):
+  """Returns by name the matrices that a Param of the model joins."""
+  if name == "gate_up_proj":
+    return {"gate_proj": matrix[:, ::2], "up_proj": matrix[:, 1::2]}
+  if name != "qkv_proj":
+    return {name: matrix}
+  rows, kv_heads = len(matrix), values["num_key_value_heads"]
+  group = values["num_attention_heads"] // kv_heads
+  heads = matrix.reshape(rows, kv_heads, group + 2, -1)
+  cut = {
+    "q_proj": heads[:, :, :-2],
+    "k_proj": heads[:, :, -2],
+    "v_proj": heads[:, :, -1],
+  }
+  return {part: each.reshape(rows, -1) for part, each in cut.items()}
+
+
 class ModelTest(parameterized.TestCase):
   @parameterized.parameters(*tiny.CONFIGS)
   def test_logits_are_those_of_the_oracle(self, name):
@@ -114,12 +131,13 @@ class ModelTest(parameterized.TestCase):
         matrix = np.asarray(layer.dequantize("float32"))
         table = isinstance(layer, nnx.QuantizedEmbed)
         self.assertEqual(layer.bits, 8 if table else bits)
-        full = ".".join(map(str, path)) + ".weight"
-        full = full if full in made else f"model.{full}"
-        lost = np.linalg.norm((matrix if table else matrix.T) - made[full])
-        most = 0.01 if layer.bits == 8 else 0.2
-        self.assertLess(lost, most * np.linalg.norm(made[full]))
-        made[full] = matrix if table else matrix.T
+        for part, columns in parts(str(path[-1]), matrix, values).items():
+          full = ".".join(map(str, (*path[:-1], part, "weight")))
+          full = full if full in made else f"model.{full}"
+          lost = np.linalg.norm((columns if table else columns.T) - made[full])
+          most = 0.01 if layer.bits == 8 else 0.2
+          self.assertLess(lost, most * np.linalg.norm(made[full]))
+          made[full] = columns if table else columns.T
     self.assertTrue(kinds.isdisjoint({nnx.Linear, nnx.Embed}))
     expected = oracle.logits(values, made, tokens)
     logits = plain(model, jnp.asarray(tokens)[None])[0]

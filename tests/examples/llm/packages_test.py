@@ -57,7 +57,7 @@ class PackagesTest(parameterized.TestCase):
       load_safetensors.Checkpoint(self.folder), 48, jnp.bfloat16
     )
     np.testing.assert_array_equal(
-      model.layers[1].mlp.up_proj.kernel[...].T,
+      model.layers[1].mlp.gate_up_proj.kernel[:, 1::2].T,
       made["model.layers.1.mlp.up_proj.weight"],
     )
 

@@ -98,7 +98,9 @@ class PicklesTest(absltest.TestCase):
     jax.tree.map(
       lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6),
       got[name], wanted[name])
-  assert values["param"].get_metadata() == {"tag": "a"}, values["param"]
+  kept = values["param"].get_metadata()
+  assert kept["tag"] == "a", kept
+  assert kept == make(nnx)["param"].get_metadata(), kept
   assert len(values["list"]) == 3 and values["list"][1] == "x"
   assert values["axes"] == nnx.StateAxes({nnx.Param: 0, ...: None})
   assert values["filter"] == nnx.All(nnx.Param, nnx.WithTag("a"))

@@ -151,9 +151,6 @@ class SwitchTest(parameterized.TestCase):
       assert nnx.using_eager_sharding()
       flax.config.update("flax_always_shard_variable", False)
       assert not nnx.using_eager_sharding()
-      assert not nnx.Param(1).eager_sharding
-      assert "eager_sharding" not in repr(nnx.Param(1))
-      assert "eager_sharding" in repr(nnx.Param(1, eager_sharding=True))
       with nnx.use_eager_sharding(True):
         assert nnx.using_eager_sharding()
       assert not nnx.using_eager_sharding()
@@ -200,6 +197,10 @@ class SwitchTest(parameterized.TestCase):
         flax.config.update(option, before)
       flax.config.update("nnx_graph_mode", False)
       assert nnx.set_graph_mode.current_value() is False
+      flax.config.update("flax_always_shard_variable", False)
+      assert not nnx.Param(1).eager_sharding
+      assert "eager_sharding" not in repr(nnx.Param(1))
+      assert "eager_sharding" in repr(nnx.Param(1, eager_sharding=True))
       with flax.config.temp_flip_flag("hijax_variable", False):
         pass
     """)

@@ -126,6 +126,16 @@ class TypesTest(parameterized.TestCase):
     self.assertEqual(jitted._cache_size(), 0)
     jitted.clear_cache()
 
+  def test_a_function_that_calls_itself_without_end(self):
+    jitted = _engine.JitFunction(len, copy.copy, frozenset())
+    for make_entry in (
+      jitted,
+      lambda *args: _engine.JitEntry((jitted, None, None)),
+    ):
+      jitted.__init__(make_entry, copy.copy, frozenset())
+      with self.assertRaises(RecursionError):
+        jitted(np.ones(1))
+
   def test_a_compiled_function_must_return_what_fits(self):
     *_, packed = _packed()
     jitted = _engine.JitFunction(

@@ -54,6 +54,8 @@ class CasesTest(absltest.TestCase):
     self.assertIn(("import_time", "process"), rows)
     for case in ("60_models", "150_models"):
       self.assertIn(("jit_round_robin", case), rows)
+    for case in ("one_row", "all"):
+      self.assertIn(("jit_write_large", case), rows)
 
   def test_jit_rows_have_the_flat_jit_as_floor(self):
     for case in graph.cases(harness.Settings.for_run(quick=True)):
