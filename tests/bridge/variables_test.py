@@ -134,7 +134,7 @@ _NAMES = st.one_of(st.none(), st.sampled_from(["data", "model", "layers"]))
 
 
 def _fields(box):
-  # From Python 3.13 on `==` of two boxes asks their arrays even if they are one.
+  # From Python 3.13 on `==` of two boxes asks their arrays, be they one.
   return box.var_type, id(box.value), box.metadata
 
 
