@@ -40,11 +40,11 @@ class KVCache(nnx.Module):
   def __init__(
     self, config: config_lib.Config, shape: tuple[int, int], dtype: Any
   ):
-    shape = (*shape, config.kv_heads, config.head_dim)
+    whole = (*shape, config.kv_heads, config.head_dim)
 
     def buffers():
       return nnx.List(
-        [nnx.Cache(jnp.zeros(shape, dtype)) for _ in range(config.layers)]
+        [nnx.Cache(jnp.zeros(whole, dtype)) for _ in range(config.layers)]
       )
 
     self.keys = buffers()

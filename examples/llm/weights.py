@@ -86,21 +86,22 @@ def load(
     value = parts[0] if len(parts) == 1 else _joined(parts, config)
     return param.replace(jax.device_put(value))
 
-  def packed(path: tuple[Any, ...], layer: Any) -> Any:
-    """Packs a layer, whose weights are read in full for that."""
-    if isinstance(layer, nnx.Linear):
-      layer.kernel = loaded((*path, "kernel"), layer.kernel, jnp.float32)
-      return nnx.QuantizedLinear(
-        layer, bits=bits, group=_group(layer.in_features)
-      )
-    if isinstance(layer, nnx.Embed):
-      layer.embedding = loaded(
-        (*path, "embedding"), layer.embedding, jnp.float32
-      )
-      return nnx.QuantizedEmbed(layer, bits=8, group=_group(layer.features))
-    return layer
-
   if bits is not None:
+
+    def packed(path: tuple[Any, ...], layer: Any) -> Any:
+      """Packs a layer, whose weights are read in full for that."""
+      if isinstance(layer, nnx.Linear):
+        layer.kernel = loaded((*path, "kernel"), layer.kernel, jnp.float32)
+        return nnx.QuantizedLinear(
+          layer, bits=bits, group=_group(layer.in_features)
+        )
+      if isinstance(layer, nnx.Embed):
+        layer.embedding = loaded(
+          (*path, "embedding"), layer.embedding, jnp.float32
+        )
+        return nnx.QuantizedEmbed(layer, bits=8, group=_group(layer.features))
+      return layer
+
     model = nnx.recursive_map(packed, model)
   flat = []
   for path, param in nnx.to_flat_state(nnx.state(model, nnx.Param)):

@@ -44,8 +44,8 @@ def _candidates(structure: Any, leaves: tuple) -> list[int]:
   for record in variables(structure):
     leaf: Any = leaves[record.leaf]
     if (
-      type(leaf) is jax_private.array_type()
-      and leaf.nbytes >= LEAST_ARRAY
+      getattr(leaf, "nbytes", 0) >= LEAST_ARRAY
+      and type(leaf) is jax_private.array_type()
       and not record.hook_flags & _engine.HookFlags.BOXED
     ):
       found.append(record.leaf)
