@@ -48,7 +48,7 @@ PAGES = {
   "variables": Page("Variables", ("nnx.variablelib",)),
   "state": Page("State and filters", ("nnx.statelib", "nnx.filterlib")),
   "graphs": Page("Objects and graphs", ("nnx.graphlib", "nnx.graph")),
-  "transforms": Page("Transforms", ("nnx.transforms",)),
+  "transforms": Page("Transforms", ("nnx.transforms", "nnx.in_place")),
   "random": Page("Random streams", ("nnx.rnglib",)),
   "layers": Page("Layers", ("nnx.nn",)),
   "normalization": Page(
