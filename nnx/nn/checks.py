@@ -21,7 +21,20 @@ def _is_known(value: Any) -> bool:
   return not isinstance(value, core.Tracer)
 
 
-def whole(name: str, value: Any, least: int = 0) -> None:
+def _number(name: str, value: Any) -> bool:
+  """Refuses what is no number, and tells whether its value is known."""
+  if not _is_known(value):
+    return False
+  try:
+    if not isinstance(value, str):
+      float(value)
+      return True
+  except (TypeError, ValueError):
+    pass
+  raise TypeError(f"`{name}` must be a number, but got {value!r}.")
+
+
+def whole(name: str, value: Any, least: float = 0) -> None:
   """Refuses a value that is not an integer, or is too small.
 
   Example:
@@ -54,7 +67,7 @@ def whole(name: str, value: Any, least: int = 0) -> None:
     raise ValueError(f"`{name}` must be at least {least}, but got {value}.")
 
 
-def wholes(name: str, values: Any, least: int = 0) -> None:
+def wholes(name: str, values: Any, least: float = 0) -> None:
   """Refuses one value or several as `whole` does.
 
   Example:
@@ -91,9 +104,10 @@ def rate(name: str, value: Any) -> None:
     value: Value of the argument.
 
   Raises:
+    TypeError: If it is no number.
     ValueError: If it is outside, or NaN.
   """
-  if _is_known(value) and not 0 <= value <= 1:
+  if _number(name, value) and not 0 <= value <= 1:
     raise ValueError(f"`{name}` must lie in [0, 1], but got {value}.")
 
 
@@ -110,9 +124,10 @@ def small(name: str, value: Any) -> None:
     value: Value of the argument.
 
   Raises:
+    TypeError: If it is no number.
     ValueError: If it is negative, infinite or NaN.
   """
-  if _is_known(value) and not 0 <= value < math.inf:
+  if _number(name, value) and not 0 <= value < math.inf:
     raise ValueError(
       f"`{name}` must be finite and at least 0, but got {value}."
     )
@@ -131,9 +146,10 @@ def positive(name: str, value: Any) -> None:
     value: Value of the argument.
 
   Raises:
+    TypeError: If it is no number.
     ValueError: If it is not positive, infinite or NaN.
   """
-  if _is_known(value) and not 0 < value < math.inf:
+  if _number(name, value) and not 0 < value < math.inf:
     raise ValueError(f"`{name}` must be positive and finite, but got {value}.")
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 import dataclasses
+import math
+import numbers
 from typing import Any
 
 import jax
@@ -71,9 +73,13 @@ def _check_steps(name: str, value: Any, kernel_size: Any) -> None:
 
 
 def _check_padding(padding: Padding, others: Sequence[str]) -> None:
-  """Refuses a string that is not the name of a padding."""
+  """Refuses a string that is no name of a padding, and broken numbers."""
   names = ("SAME", "VALID", "SAME_LOWER", *others)
-  if isinstance(padding, str) and padding not in names:
+  if not isinstance(padding, str):
+    for size in jax.tree.leaves(padding):
+      if isinstance(size, numbers.Real):
+        checks.whole("padding", size, -math.inf)
+  elif padding not in names:
     raise ValueError(
       f"`padding` must be one of {', '.join(names)} or numbers, but got"
       f" {padding!r}."

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -353,6 +354,7 @@ class Accuracy(Average):
 
   Raises:
     TypeError: If `threshold` is not a float.
+    ValueError: If it is NaN.
   """
 
   def __init__(self, threshold: float | None = None, *args: Any, **kwargs: Any):
@@ -361,6 +363,8 @@ class Accuracy(Average):
         f"`threshold` must be a float or None, but got {threshold!r} of type"
         f" `{type(threshold).__name__}`."
       )
+    if threshold is not None and math.isnan(threshold):
+      raise ValueError("`threshold` must be a number, but got nan.")
     self.threshold = threshold
     super().__init__(*args, **kwargs)
 

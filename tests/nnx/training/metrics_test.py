@@ -277,6 +277,8 @@ class ErrorsTest(absltest.TestCase):
       TypeError, "`threshold` must be a float or None, but got 1 of type `int`"
     ):
       nnx.metrics.Accuracy(threshold=1)
+    with self.assertRaisesRegex(ValueError, "must be a number, but got nan"):
+      nnx.metrics.Accuracy(threshold=float("nan"))
 
   def test_numbers_of_axes(self):
     with self.assertRaisesRegex(
