@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 import os
 import threading
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 
@@ -102,3 +102,32 @@ class Change:
         vars(self._settings).pop(name, None)
       else:
         vars(self._settings)[name] = value
+
+
+class ForBlock:
+  """What has changed settings, and undoes that at the end of a `with` block.
+
+  Example:
+
+    >>> import threading
+    >>> from nnx import environment
+    >>> class Settings(threading.local):
+    ...   loud = False
+    >>> settings = Settings()
+    >>> class Loud(environment.ForBlock):
+    ...   def __init__(self):
+    ...     self._change = environment.Change(settings, {"loud": True})
+    >>> with Loud():
+    ...   settings.loud
+    True
+    >>> settings.loud
+    False
+  """
+
+  _change: Change
+
+  def __enter__(self) -> Self:
+    return self
+
+  def __exit__(self, *exc_info: object) -> None:
+    self._change.undo()

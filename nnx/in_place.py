@@ -24,7 +24,7 @@ class Settings(threading.local):
 settings = Settings()
 
 
-class use_updates_in_place:
+class use_updates_in_place(environment.ForBlock):
   """Sets whether `nnx.jit` updates Variables in place where nobody can tell.
 
   A compiled function that replaces the array of a Variable may then write the
@@ -57,16 +57,13 @@ class use_updates_in_place:
 
   Args:
     value: whether it may.
+
+  Raises:
+    TypeError: if it is neither True nor False.
   """
 
   def __init__(self, value: bool, /):
-    self._change = environment.Change(settings, {"in_place": bool(value)})
-
-  def __enter__(self) -> use_updates_in_place:
-    return self
-
-  def __exit__(self, *exc_info) -> None:
-    self._change.undo()
+    self._change = environment.Change(settings, {"in_place": value})
 
 
 def using_updates_in_place() -> bool:

@@ -36,7 +36,7 @@ def using_eager_sharding() -> bool:
   return settings.eager_sharding
 
 
-class VarDefaults(collections.abc.Mapping):
+class VarDefaults(environment.ForBlock, collections.abc.Mapping):
   """What new Variables are made with; see `var_defaults`.
 
   Sets it from its making on, and as a context manager or decorator for a block
@@ -72,12 +72,6 @@ class VarDefaults(collections.abc.Mapping):
 
   def __len__(self) -> int:
     return 2
-
-  def __enter__(self) -> VarDefaults:
-    return self
-
-  def __exit__(self, *exc_info) -> None:
-    self._change.undo()
 
   def __call__(self, fun: F, /) -> F:
     self._change.undo()

@@ -157,7 +157,7 @@ def var_defaults(
   return defaults
 
 
-class use_eager_sharding:
+class use_eager_sharding(environment.ForBlock):
   """Sets whether new Variables with a sharding annotation are placed at once.
 
   Works from the call on, and as a context manager for a block.
@@ -179,12 +179,6 @@ class use_eager_sharding:
     self._change = environment.Change(settings, {"eager_sharding": value})
     if not value:
       heed_defaults()
-
-  def __enter__(self) -> use_eager_sharding:
-    return self
-
-  def __exit__(self, *exc_info) -> None:
-    self._change.undo()
 
 
 def heed_defaults() -> None:

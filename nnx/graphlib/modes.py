@@ -32,7 +32,7 @@ class _Settings(threading.local):
 settings = _Settings()
 
 
-class _Switch:
+class _Switch(environment.ForBlock):
   """Sets a setting from the call on; for a block or function, as it is used."""
 
   _name: str
@@ -50,12 +50,6 @@ class _Switch:
         return fun(*args, **kwargs)
 
     return wrapped
-
-  def __enter__(self):
-    return self
-
-  def __exit__(self, *exc_info) -> None:
-    self._change.undo()
 
   @classmethod
   def current_value(cls) -> bool:

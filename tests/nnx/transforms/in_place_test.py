@@ -159,6 +159,12 @@ class HappensTest(Case):
       self.assertFalse(held.is_deleted())
     self.assertTrue(nnx.using_updates_in_place())
 
+  def test_a_switch_is_true_or_false(self):
+    for value in ("no", 0, None):
+      with self.assertRaisesRegex(TypeError, "must be True or False, but got"):
+        nnx.use_updates_in_place(value)
+    self.assertTrue(nnx.using_updates_in_place())
+
   def test_off_for_what_was_compiled_while_it_was_on(self):
     variable = started()
     held = address(variable)
