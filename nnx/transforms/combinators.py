@@ -5,27 +5,19 @@ The manner of Flax 0.10; a transform around a function does the same.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 import functools
 import operator
-import types
 from typing import Any
 
-import jax
-
-from nnx import filterlib, rnglib
-from nnx.graphlib import functional, modes, traversal
+from nnx.graphlib import modes
 from nnx.module import Module
+from nnx.transforms import by_filters
 from nnx.transforms import jit as jit_lib
 from nnx.transforms import remat as remat_lib
-from nnx.transforms import scan as scan_lib
-from nnx.transforms import vmap as vmap_lib
-from nnx.transforms.carry import Carry
 
-# Their axes are filters, which no other mode has.
+# The mode of Flax 0.10.
 _GRAPH = modes.Mode.GRAPH.arguments
-
-_ALL_MAPPED: Mapping[Any, Any] = types.MappingProxyType({...: 0})
 
 
 class _Method:
@@ -186,157 +178,6 @@ class Remat(_OfMethods):
   _transform = staticmethod(functools.partial(remat_lib.remat, **_GRAPH))
 
 
-@jax.tree_util.register_static
-class _Place(int):
-  """Where in an output a graph node was, by its number."""
-
-
-def _take_out_nodes(output: Any) -> tuple[Any, list[Any]]:
-  nodes: list[Any] = []
-
-  def place(leaf: Any) -> Any:
-    if not traversal.is_graph_node(leaf):
-      return leaf
-    nodes.append(leaf)
-    return _Place(len(nodes) - 1)
-
-  return jax.tree.map(place, output, is_leaf=traversal.is_graph_node), nodes
-
-
-def _put_nodes_back(output: Any, nodes: list[Any]) -> Any:
-  def is_place(leaf: Any) -> bool:
-    return isinstance(leaf, _Place)
-
-  return jax.tree.map(
-    lambda leaf: nodes[leaf] if is_place(leaf) else leaf,
-    output,
-    is_leaf=is_place,
-  )
-
-
-class _Mapping:
-  """How functions of Modules are mapped, in terms of `nnx.vmap` or `nnx.scan`.
-
-  Graph nodes among the arguments get the axes of state, other arguments those
-  of `in_axes`; and streams are split for the time of a call. So do graph nodes
-  that a function returns, but for one with a carry.
-  """
-
-  def __init__(
-    self,
-    transform: Callable[..., Any],
-    state_axes: Mapping[Any, Any],
-    split_rngs: Any,
-    size: int | None,
-    rest: Any = None,
-  ):
-    self.transform = transform
-    self.split_rngs = split_rngs
-    self.size = size
-    not_random = filterlib.Not(rnglib.RngState)
-    self.mapped = [
-      (filterlib.All(not_random, filter_), axis)
-      for filter_, axis in state_axes.items()
-      if axis is not None
-    ]
-    self.node_axes = vmap_lib.StateAxes(
-      [
-        (filterlib.All(rnglib.RngState, split_rngs), 0),
-        (rnglib.RngState, None),
-        *self.mapped,
-        (..., rest),
-      ]
-    )
-
-  def map(
-    self,
-    f: Callable[..., Any],
-    in_axes: Any,
-    in_axes_kwargs: Any,
-    out_axes: Any,
-    carry_argnum: int | None = None,
-  ) -> Callable[..., Any]:
-    def positional(*args):
-      *args, kwargs = args
-      output = f(*args, **kwargs)
-      return output if has_carry else _take_out_nodes(output)
-
-    has_carry = carry_argnum is not None
-    results = out_axes if has_carry else (out_axes, self.node_axes)
-
-    def axes_of(count: int) -> list[Any]:
-      whole = not isinstance(in_axes, (tuple, list))
-      axes = [in_axes] * count if whole else list(in_axes)
-      if len(axes) != count:
-        raise ValueError(
-          "`in_axes` must have an entry for the Module and for each positional"
-          f" argument, but has {len(axes)} for the Module and {count - 1}"
-          " arguments."
-        )
-      if carry_argnum is not None:
-        if count <= carry_argnum:
-          raise TypeError(
-            f"The carry must be argument {carry_argnum}, counting the Module as"
-            f" 0, but got {count - 1} positional arguments. Pass the carry by"
-            " position."
-          )
-        axes[carry_argnum] = Carry
-      return axes
-
-    @functools.lru_cache(maxsize=256)
-    def transformed(nodes: tuple[bool, ...], keywords: tuple[Any, ...]):
-      axes = [
-        self.node_axes if node and axis is not Carry else axis
-        for node, axis in zip(nodes, axes_of(len(nodes)), strict=True)
-      ]
-      of_keywords = {
-        name: self.node_axes if node else in_axes_kwargs
-        for name, node in keywords
-      }
-      return self.transform(
-        positional, in_axes=(*axes, of_keywords), out_axes=results
-      )
-
-    def call(*args: Any, **kwargs: Any) -> Any:
-      nodes = tuple(map(traversal.is_graph_node, args))
-      keywords = tuple(
-        (name, traversal.is_graph_node(kwargs[name])) for name in sorted(kwargs)
-      )
-      plain = [
-        (value, axis)
-        for node, value, axis in zip(nodes, args, axes_of(len(args)))
-        if not node
-      ]
-      plain += [(kwargs[k], in_axes_kwargs) for k, node in keywords if not node]
-      size = self.size
-      if size is None:
-        size = self.find_size((args, kwargs), plain)
-      split = {"splits": size, "only": self.split_rngs}
-      with rnglib.split_rngs(
-        (args, kwargs), graph=True, graph_updates=True, **split
-      ):
-        output = transformed(nodes, keywords)(*args, kwargs)
-      return output if has_carry else _put_nodes_back(*output)
-
-    return call
-
-  def find_size(self, graph: Any, plain: Sequence[tuple[Any, Any]]) -> int:
-    """Returns the size of the mapped axis, of state or of an argument."""
-    states = functional.state(
-      graph, *(f for f, _ in self.mapped), ..., graph=True
-    )
-    axes = [axis for _, axis in self.mapped]
-    for value, axis in (*zip(states, axes), *plain):
-      if isinstance(axis, int):
-        for leaf in jax.tree.leaves(value):
-          return leaf.shape[axis]
-    raise ValueError(
-      "The size of the mapped axis must be known, but no state and no argument"
-      " that is an array has the axis. Give `axis_size`, or to `nnx.Scan`"
-      " `length`."
-    )
-
-
 class Vmap(LiftedModule):
   """Modules made and called under `nnx.vmap`, as one.
 
@@ -381,46 +222,34 @@ class Vmap(LiftedModule):
     axis_size: int | None = None,
     spmd_axis_name: Any = None,
     in_axes_kwargs: Any = 0,
-    state_axes: Mapping[Any, Any] = _ALL_MAPPED,
+    state_axes: Mapping[Any, Any] = by_filters.ALL_MAPPED,
     split_rngs: Any = ...,
     transform_metadata: Mapping[str, Any] | None = None,
     module_init_args: tuple[Any, ...] = (),
     module_init_kwargs: Mapping[str, Any] | None = None,
   ):
     transform = functools.partial(
-      vmap_lib.vmap,
+      by_filters.vmap,
       axis_name=axis_name,
       axis_size=axis_size,
       spmd_axis_name=spmd_axis_name,
+      state_axes=state_axes,
+      split_rngs=split_rngs,
       transform_metadata=transform_metadata,
-      **_GRAPH,
     )
-    mapping = _Mapping(transform, state_axes, split_rngs, axis_size)
-    construct = mapping.map(module_constructor, None, None, None)
+    construct = transform(
+      module_constructor, in_axes=None, in_axes_kwargs=None, out_axes=None
+    )
     self.module_constructor = module_constructor
     self.vmap_module = construct(*module_init_args, **module_init_kwargs or {})
     self._transformed = _by_method(
-      lambda f: mapping.map(f, in_axes, in_axes_kwargs, out_axes)
+      functools.partial(
+        transform,
+        in_axes=in_axes,
+        in_axes_kwargs=in_axes_kwargs,
+        out_axes=out_axes,
+      )
     )
-
-
-def check_left_out(**options: Any) -> None:
-  """Refuses values of options that are there for programs of Flax alone.
-
-  Example:
-
-    >>> from nnx.transforms import combinators
-    >>> combinators.check_left_out(donate_argnums=())
-
-  Args:
-    **options: the options; empty or None where they are left out.
-
-  Raises:
-    ValueError: if one of them is not left out.
-  """
-  for name, value in options.items():
-    if value not in ((), [], None):
-      raise ValueError(f"`{name}` must be left out, but got `{value}`.")
 
 
 class Pmap(LiftedModule):
@@ -476,13 +305,13 @@ class Pmap(LiftedModule):
     donate_argnums: Any = (),
     global_arg_shapes: Any = None,
     in_axes_kwargs: Any = 0,
-    state_axes: Mapping[Any, Any] = _ALL_MAPPED,
+    state_axes: Mapping[Any, Any] = by_filters.ALL_MAPPED,
     split_rngs: Any = ...,
     transform_metadata: Mapping[str, Any] | None = None,
     module_init_args: tuple[Any, ...] = (),
     module_init_kwargs: Mapping[str, Any] | None = None,
   ):
-    check_left_out(
+    by_filters.check_left_out(
       static_broadcasted_argnums=static_broadcasted_argnums,
       donate_argnums=donate_argnums,
       global_arg_shapes=global_arg_shapes,
@@ -498,18 +327,20 @@ class Pmap(LiftedModule):
       module_init_args=module_init_args,
       module_init_kwargs=module_init_kwargs,
     ).vmap_module
-    transform = functools.partial(
-      vmap_lib.pmap,
-      axis_name=axis_name,
-      devices=devices,
-      backend=backend,
-      axis_size=axis_size,
-      transform_metadata=transform_metadata,
-      **_GRAPH,
-    )
-    mapping = _Mapping(transform, state_axes, split_rngs, axis_size)
     self._transformed = _by_method(
-      lambda f: mapping.map(f, in_axes, in_axes_kwargs, out_axes)
+      functools.partial(
+        by_filters.pmap,
+        axis_name=axis_name,
+        in_axes=in_axes,
+        out_axes=out_axes,
+        devices=devices,
+        backend=backend,
+        axis_size=axis_size,
+        in_axes_kwargs=in_axes_kwargs,
+        state_axes=state_axes,
+        split_rngs=split_rngs,
+        transform_metadata=transform_metadata,
+      )
     )
 
 
@@ -561,7 +392,7 @@ class Scan(LiftedModule):
     in_axes_kwargs: Any = 0,
     out_axes: Any = 0,
     carry_argnum: int = 1,
-    state_axes: Mapping[Any, Any] = _ALL_MAPPED,
+    state_axes: Mapping[Any, Any] = by_filters.ALL_MAPPED,
     split_rngs: Any = ...,
     transform_metadata: Mapping[str, Any] | None = None,
     scan_output: bool = True,
@@ -578,17 +409,20 @@ class Scan(LiftedModule):
       module_init_args=module_init_args,
       module_init_kwargs=module_init_kwargs,
     ).vmap_module
-    transform = functools.partial(
-      scan_lib.scan,
-      length=length,
-      reverse=reverse,
-      unroll=unroll,
-      _split_transpose=_split_transpose,
-      transform_metadata=transform_metadata,
-      **_GRAPH,
-    )
-    mapping = _Mapping(transform, state_axes, split_rngs, length, Carry)
-    results = (Carry, out_axes) if scan_output else Carry
     self._transformed = _by_method(
-      lambda f: mapping.map(f, in_axes, in_axes_kwargs, results, carry_argnum)
+      functools.partial(
+        by_filters.scan,
+        length=length,
+        reverse=reverse,
+        unroll=unroll,
+        _split_transpose=_split_transpose,
+        in_axes=in_axes,
+        in_axes_kwargs=in_axes_kwargs,
+        out_axes=out_axes,
+        carry_argnum=carry_argnum,
+        state_axes=state_axes,
+        split_rngs=split_rngs,
+        transform_metadata=transform_metadata,
+        scan_output=scan_output,
+      )
     )
