@@ -24,6 +24,7 @@ from nnx.engine import _engine
 from nnx.graphlib import reference
 from tests.fuzz import engine_graphs, engine_in_place, worker
 from tests.nnx.engine import graphs
+from tests.testing import threads
 
 # What a spoiled graph may end in. Above all no SystemError, which says that the
 # engine failed without saying why.
@@ -213,35 +214,17 @@ def _threads(_: np.random.Generator) -> worker.Case:
 
   def case(rng):
     graph, maker = engine_graphs.graph(rng, spoiled=True)
-    errors: list[BaseException] = []
     vandal = engine_graphs.vandal(rng, maker)
 
     def work(number):
       inner = np.random.default_rng(number)
-      try:
-        for _ in range(6):
-          call = _CALLS[int(inner.integers(len(_CALLS)))]
-          _attempt(call, graph, inner)
-          _attempt(vandal)
-      except Exception as e:
-        errors.append(e)
+      for _ in range(6):
+        call = _CALLS[int(inner.integers(len(_CALLS)))]
+        # A race in Python code that the calls run is not the engine's.
+        _attempt(call, graph, inner)
+        _attempt(vandal)
 
-    threads = [
-      threading.Thread(target=work, args=(int(rng.integers(1 << 30)),))
-      for _ in range(3)
-    ]
-    interval = sys.getswitchinterval()
-    sys.setswitchinterval(1e-6)
-    try:
-      for thread in threads:
-        thread.start()
-      for thread in threads:
-        thread.join()
-    finally:
-      sys.setswitchinterval(interval)
-    # A race in Python code that the calls run is not the engine's.
-    if errors:
-      raise errors[0]
+    threads.race(work, [int(rng.integers(1 << 30)) for _ in range(3)])
     _look([graph, maker.pool], set())
 
   return case

@@ -9,7 +9,6 @@ import copy
 import functools
 import gc
 import pickle
-import sys
 import threading
 from typing import Any
 import weakref
@@ -21,6 +20,7 @@ import numpy as np
 import nnx
 from nnx.transforms import in_place_programs
 from tests.fuzz import worker
+from tests.testing import threads as threads_lib
 
 _SIZE = 64
 
@@ -355,47 +355,29 @@ def threads(rng: np.random.Generator) -> worker.Case:
     model = Model(0)
     for variable in model.variables():
       variable.raw_value = jnp.zeros(variable.shape, jnp.float32)
-    errors: list[BaseException] = []
 
     def work(seed):
       inner = np.random.default_rng(seed)
       held = []
-      try:
-        for _ in range(30):
-          variables = model.variables()
-          variable = variables[int(inner.integers(len(variables)))]
-          what = int(inner.integers(8))
-          if what < 4:
-            add(model, np.float32(1))
-          elif what == 4:
-            held.append(variable.raw_value)
-          elif what == 5:
-            held.append(np.asarray(variable.raw_value))
-          elif what == 6:
-            held.extend(jax.tree.leaves(nnx.state(model)))
-          else:
-            held.append(jnp.sin(variable.raw_value) * 0)
-        for value in held:
-          value = np.asarray(value)
-          assert (value == value.flat[0]).all()
-          assert value.flat[0] == np.round(value.flat[0])
-      except BaseException as e:
-        errors.append(e)
+      for _ in range(30):
+        variables = model.variables()
+        variable = variables[int(inner.integers(len(variables)))]
+        what = int(inner.integers(8))
+        if what < 4:
+          add(model, np.float32(1))
+        elif what == 4:
+          held.append(variable.raw_value)
+        elif what == 5:
+          held.append(np.asarray(variable.raw_value))
+        elif what == 6:
+          held.extend(jax.tree.leaves(nnx.state(model)))
+        else:
+          held.append(jnp.sin(variable.raw_value) * 0)
+      for value in held:
+        value = np.asarray(value)
+        assert (value == value.flat[0]).all()
+        assert value.flat[0] == np.round(value.flat[0])
 
-    workers = [
-      threading.Thread(target=work, args=(int(rng.integers(1 << 30)),))
-      for _ in range(3)
-    ]
-    interval = sys.getswitchinterval()
-    sys.setswitchinterval(1e-6)
-    try:
-      for thread in workers:
-        thread.start()
-      for thread in workers:
-        thread.join()
-    finally:
-      sys.setswitchinterval(interval)
-    if errors:
-      raise errors[0]
+    threads_lib.race(work, [int(rng.integers(1 << 30)) for _ in range(3)])
 
   return case

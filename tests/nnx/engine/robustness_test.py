@@ -3,8 +3,6 @@
 import gc
 import pickle
 import resource
-import sys
-import threading
 import tracemalloc
 import weakref
 
@@ -15,6 +13,7 @@ import pytest
 import nnx
 from nnx.engine import _engine
 from tests.nnx.engine import graphs
+from tests.testing import threads
 
 # Recursion
 
@@ -263,31 +262,16 @@ def _add_one(model):
 
 
 def test_threads_walk_different_models():
-  errors = []
-
   def work(seed):
-    try:
-      model = graphs.Model(seed + 1)
-      add = nnx.jit(_add_one)
-      for _ in range(200):
-        graphdef, state = nnx.split(model)
-        assert graphs.isomorphic(nnx.merge(graphdef, state), model, True)
-        add(model)
-      assert model.count.value == 200
-    except BaseException as e:
-      errors.append(e)
+    model = graphs.Model(seed + 1)
+    add = nnx.jit(_add_one)
+    for _ in range(200):
+      graphdef, state = nnx.split(model)
+      assert graphs.isomorphic(nnx.merge(graphdef, state), model, True)
+      add(model)
+    assert model.count.value == 200
 
-  interval = sys.getswitchinterval()
-  sys.setswitchinterval(1e-5)
-  try:
-    threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]
-    for thread in threads:
-      thread.start()
-    for thread in threads:
-      thread.join()
-  finally:
-    sys.setswitchinterval(interval)
-  assert not errors
+  threads.race(work, range(4))
 
 
 def test_threads_share_one_jitted_function():
@@ -295,22 +279,12 @@ def test_threads_share_one_jitted_function():
     return model.layers[0].w.value * x
 
   jitted = nnx.jit(double)
-  models = [graphs.Model(i + 1) for i in range(4)]
-  errors = []
 
   def work(model):
-    try:
-      for i in range(100):
-        np.testing.assert_allclose(jitted(model, float(i)), [i, i])
-    except BaseException as e:
-      errors.append(e)
+    for i in range(100):
+      np.testing.assert_allclose(jitted(model, float(i)), [i, i])
 
-  threads = [threading.Thread(target=work, args=(m,)) for m in models]
-  for thread in threads:
-    thread.start()
-  for thread in threads:
-    thread.join()
-  assert not errors
+  threads.race(work, [graphs.Model(i + 1) for i in range(4)])
   assert jitted._cache_size() == 4
 
 
