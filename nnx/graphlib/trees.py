@@ -72,9 +72,9 @@ but `node[0]` and `node[1]` are one `Param`
     ValueError: if a Variable is shared, if there is a cycle, or if an object is
       not a pytree of jax.
   """
-  opaque = {cls for cls in structure._object_types if not _is_pytree(cls)}
-  if not (opaque or structure._shares):
+  if is_tree(structure):
     return False
+  opaque = {cls for cls in structure._object_types if not _is_pytree(cls)}
   records = structure._records
   where: dict[int, tuple[int, preorder.Path]] = {}  # of each indexed node
   for position, path in preorder.walk_roots(structure, names):
