@@ -151,63 +151,259 @@ def _local(
   return here / mesh.tensor
 
 
-def _memory(
-  model: model_lib.Model,
-  mesh: mesh_lib.Mesh,
-  job: Job,
-  layers: int,
-  ends: bool,
-  tokens: float,
-) -> dict[str, float]:
-  size = model_lib.element_bytes
-  gathered = _local(model, mesh, layers, ends)
-  own = gathered / mesh.fsdp
-  if job.schedule == "gpipe":
-    in_flight: float = job.microbatches
-  else:
-    in_flight = min(job.microbatches, mesh.pipeline)
-    if job.interleave > 1:
-      in_flight *= 1 + (mesh.pipeline - 1) / (mesh.pipeline * job.interleave)
-  saved = saved_bytes(model, mesh, job, job.recompute)
-  # The layer whose gradient is computed, or the logits and theirs.
-  working = saved_bytes(model, mesh, job, "elementwise") * tokens
-  if ends:
-    logits = tokens * model.vocabulary / mesh.tensor
-    working = max(working, logits * (size(job.compute) + 4))
-  copies = 0.0
-  if mesh.fsdp > 1:
-    # One layer's worth: what was used gives way to what comes.
-    whole = gathered if job.keep_gathered else gathered / layers
-    copies = whole * size(job.compute)
-  elif job.weights != job.compute:
-    copies = gathered / layers * size(job.compute)
-  return {
-    "weights": own * size(job.weights) + copies,
-    "gradients": own
-    * size(job.gradients)
-    * (mesh.fsdp if job.keep_gathered and job.microbatches > 1 else 1),
-    "optimizer": own * 2 * size(job.moments),
-    "activations": in_flight * layers * saved * tokens + working,
-  }
+@dataclasses.dataclass(frozen=True)
+class _Step:
+  """A step on a device, as its parts see it.
 
-
-def plan(
-  model: model_lib.Model,
-  chip: chips_lib.Chip,
-  mesh: mesh_lib.Mesh,
-  job: Job,
-) -> parts_lib.Plan:
-  """Returns a step of training.
-
-  Args:
+  Attributes:
     model: what is trained.
-    chip: each device of the mesh.
-    mesh: how they are counted.
+    chip: the device.
+    mesh: how devices are counted.
     job: what on.
-
-  Raises:
-    Refused: if something does not divide, or does not fit.
+    layers: those of the longest stage.
+    ends: whether that has an embedding or a head too.
   """
+
+  model: model_lib.Model
+  chip: chips_lib.Chip
+  mesh: mesh_lib.Mesh
+  job: Job
+  layers: int
+  ends: bool
+
+  @property
+  def tokens(self) -> float:
+    """Those of a microbatch."""
+    rows = self.job.batch // (self.mesh.batch * self.job.microbatches)
+    return rows * self.job.length / self.mesh.sequence
+
+  @property
+  def each(self) -> int:
+    """The layers that it goes through in a step, for each microbatch anew."""
+    return self.job.microbatches * self.layers
+
+  @property
+  def full(self) -> bool:
+    """Whether the whole layer is computed again."""
+    return self.job.recompute == "full"
+
+  @property
+  def passes(self) -> int:
+    """Forward, twice as much for the gradient, and what is done again."""
+    return 3 + self.full
+
+  @property
+  def stream(self) -> int:
+    """The parts of what is between the layers."""
+    return self.mesh.tensor if self.job.split_residual else 1
+
+  @property
+  def size(self) -> float:
+    """Bytes of a number that is computed."""
+    return model_lib.element_bytes(self.job.compute)
+
+  @property
+  def gathered(self) -> float:
+    """The parameters, gathered."""
+    return _local(self.model, self.mesh, self.layers, self.ends)
+
+  @property
+  def own(self) -> float:
+    """The parameters that it keeps."""
+    return self.gathered / self.mesh.fsdp
+
+  def memory(self) -> dict[str, float]:
+    """Returns the bytes of each kind."""
+    model, mesh, job, layers = self.model, self.mesh, self.job, self.layers
+    size = model_lib.element_bytes
+    if job.schedule == "gpipe":
+      in_flight: float = job.microbatches
+    else:
+      in_flight = min(job.microbatches, mesh.pipeline)
+      if job.interleave > 1:
+        in_flight *= 1 + (mesh.pipeline - 1) / (mesh.pipeline * job.interleave)
+    saved = saved_bytes(model, mesh, job, job.recompute)
+    # The layer whose gradient is computed, or the logits and theirs.
+    working = saved_bytes(model, mesh, job, "elementwise") * self.tokens
+    if self.ends:
+      logits = self.tokens * model.vocabulary / mesh.tensor
+      working = max(working, logits * (size(job.compute) + 4))
+    copies = 0.0
+    if mesh.fsdp > 1:
+      # One layer's worth: what was used gives way to what comes.
+      whole = self.gathered if job.keep_gathered else self.gathered / layers
+      copies = whole * size(job.compute)
+    elif job.weights != job.compute:
+      copies = self.gathered / layers * size(job.compute)
+    return {
+      "weights": self.own * size(job.weights) + copies,
+      "gradients": self.own
+      * size(job.gradients)
+      * (mesh.fsdp if job.keep_gathered and job.microbatches > 1 else 1),
+      "optimizer": self.own * 2 * size(job.moments),
+      "activations": in_flight * layers * saved * self.tokens + working,
+    }
+
+  def products(self) -> parts_lib.Part:
+    """Returns those of the layers."""
+    model, mesh, tokens = self.model, self.mesh, self.tokens
+    again = _recomputed(model, self.job.recompute)
+    flops = 2 * tokens * (3 * model.multiplied + again) / mesh.tensor
+    inputs = (
+      4 * model.features
+      + (
+        2 * (model.query_size + model.kv_size)
+        + (3 if model.gated else 2) * model.hidden * model.used
+      )
+      / mesh.tensor
+    )
+    held = model.shared + model.routed / mesh.expert
+    moved = self.passes * (tokens * inputs + held / mesh.tensor) * self.size
+    return parts_lib.roofline(
+      "products",
+      self.each * flops,
+      self.product_rate.reached,
+      self.each * moved,
+      self.chip.weights.reached,
+    )
+
+  @property
+  def product_rate(self) -> chips_lib.Rate:
+    """That of products in the layers."""
+    return self.chip.product_rate(self.job.products or self.job.compute)
+
+  def head(self) -> parts_lib.Part:
+    """Returns the products and the loss behind the last layer."""
+    if not self.ends:
+      return parts_lib.Part("head and loss", 0.0, 0.0, "arithmetic")
+    model, mesh, tokens = self.model, self.mesh, self.tokens
+    micro, table = self.job.microbatches, model.table / mesh.tensor
+    return parts_lib.roofline(
+      "head and loss",
+      micro * 6 * tokens * table,
+      self.chip.product_rate(self.job.compute).reached,
+      micro
+      * (
+        3 * table * self.size
+        + tokens * model.vocabulary / mesh.tensor * _LOGITS_BYTES
+      ),
+      self.chip.copy.reached,
+    )
+
+  def attention(self) -> parts_lib.Part:
+    """Returns what is between its projections."""
+    model, mesh, tokens = self.model, self.mesh, self.tokens
+    attended = 2 * tokens * self.job.length * model.query_size / mesh.tensor
+    return parts_lib.roofline(
+      "attention",
+      self.each * attended * (1 + ATTENTION_GRADIENT + self.full),
+      self.chip.attention.reached,
+      self.each
+      * self.passes
+      * tokens
+      * 2
+      * (model.query_size + model.kv_size)
+      / mesh.tensor
+      * self.size,
+      self.chip.copy.reached,
+    )
+
+  def norms(self) -> parts_lib.Part:
+    """Returns what is between the products."""
+    between = self.model.between(self.mesh.tensor, self.stream)
+    return parts_lib.roofline(
+      "norms",
+      0.0,
+      1.0,
+      # Forward, again, and twice as much for the gradient.
+      self.each * 4 * self.tokens * between * self.size,
+      self.chip.norms.reached,
+    )
+
+  def optimizer(self) -> parts_lib.Part:
+    """Returns Adam's pass over the parameters."""
+    size, job = model_lib.element_bytes, self.job
+    return parts_lib.roofline(
+      "optimizer",
+      0.0,
+      1.0,
+      self.own
+      * (2 * size(job.weights) + 4 * size(job.moments) + size(job.gradients)),
+      self.chip.copy.reached,
+    )
+
+  def ring(self, attention: parts_lib.Part) -> parts_lib.Part:
+    """Returns keys and values that go around, behind attention."""
+    kv = max(1.0, self.model.kv_heads / self.mesh.tensor) * self.model.head_dim
+    # Values and gradients of both go around the ring.
+    one = (self.mesh.sequence - 1) * fabric.shift_seconds(
+      self.chip.fabric.tiers(self.mesh)["sequence"],
+      2 * self.tokens * kv * self.size,
+    )
+    busy = self.each * (3 + self.full) * one
+    behind = min(busy, self.job.overlap * attention.busy)
+    return parts_lib.network("sequence ring", busy, behind)
+
+  def waiting(self, attention: parts_lib.Part) -> list[parts_lib.Part]:
+    """Returns the collectives for which the arithmetic waits."""
+    model, mesh, tokens, size = self.model, self.mesh, self.tokens, self.size
+    micro, tiers = self.job.microbatches, self.chip.fabric.tiers(mesh)
+    found = []
+    if mesh.tensor > 1:
+      one = fabric.reduce_seconds(
+        tiers["tensor"], tokens * model.features * size
+      )
+      count = self.each * (4 + self.full) + (2 * micro if self.ends else 0)
+      found.append(parts_lib.network("tensor all-reduce", count * one))
+    if mesh.sequence > 1:
+      found.append(self.ring(attention))
+    if mesh.expert > 1:
+      one = fabric.exchange_seconds(
+        tiers["expert"], tokens * model.used * model.features * size
+      )
+      count = self.each * (4 + self.full)
+      found.append(parts_lib.network("expert all-to-all", count * one))
+    if mesh.pipeline > 1:
+      crossed = tokens * model.features / self.stream * size
+      one = fabric.shift_seconds(tiers["pipeline"], crossed)
+      count = 2 * micro * self.job.interleave
+      found.append(parts_lib.network("pipeline shift", count * one))
+    return found
+
+  def hiding(self) -> list[tuple[str, float]]:
+    """Returns the collectives that can go on behind arithmetic."""
+    model, mesh, job = self.model, self.mesh, self.job
+    tiers = self.chip.fabric.tiers(mesh)
+    summed = model_lib.element_bytes(job.gradients)
+    found = []
+    if mesh.fsdp > 1:
+      gather = fabric.gather_seconds(tiers["fsdp"], self.gathered * self.size)
+      scatter = fabric.gather_seconds(tiers["fsdp"], self.gathered * summed)
+      turns = 1 if job.keep_gathered else job.microbatches
+      uses = 1 if job.keep_gathered else 2
+      found.append(("fsdp gather", uses * turns * gather))
+      found.append(("fsdp reduce-scatter", turns * scatter))
+    copies = tuple(tiers["sequence"]) + tuple(tiers["data"])
+    if copies:
+      found.append(
+        ("data all-reduce", fabric.reduce_seconds(copies, self.own * summed))
+      )
+    if mesh.expert > 1:
+      held = model.shared + model.routed / mesh.expert
+      shared = self.own * model.shared / held
+      found.append(
+        (
+          "expert all-reduce",
+          fabric.reduce_seconds(tiers["expert"], shared * summed),
+        )
+      )
+    return found
+
+
+def _checked(
+  model: model_lib.Model, chip: chips_lib.Chip, mesh: mesh_lib.Mesh, job: Job
+) -> _Step:
+  """Returns the step, after it has been seen that all divides."""
   check_divides(model, mesh)
   refusal.check_divides(
     "data x fsdp x expert x microbatches",
@@ -227,160 +423,52 @@ def plan(
       f"`interleave`={job.interleave} needs a pipeline, but `pipeline` is 1."
     )
   layers, ends = stage_layers(model, mesh.pipeline, job.interleave)
-  rows = job.batch // (mesh.batch * job.microbatches)
-  tokens = rows * job.length / mesh.sequence
+  return _Step(model, chip, mesh, job, layers, ends)
+
+
+def plan(
+  model: model_lib.Model,
+  chip: chips_lib.Chip,
+  mesh: mesh_lib.Mesh,
+  job: Job,
+) -> parts_lib.Plan:
+  """Returns a step of training.
+
+  Args:
+    model: what is trained.
+    chip: each device of the mesh.
+    mesh: how they are counted.
+    job: what on.
+
+  Raises:
+    Refused: if something does not divide, or does not fit.
+  """
+  step = _checked(model, chip, mesh, job)
   capacity = chip.memory * (1 - job.reserve)
-  memory = _memory(model, mesh, job, layers, ends, tokens)
+  memory = step.memory()
   parts_lib.check_fits(memory, capacity)
 
-  size = model_lib.element_bytes(job.compute)
-  again = _recomputed(model, job.recompute)
-  full = job.recompute == "full"
-  passes = 3 + full  # forward, twice as much for the gradient
-  micro = job.microbatches
-  each = micro * layers  # layers that a device goes through in a step
-
-  flops = 2 * tokens * (3 * model.multiplied + again) / mesh.tensor
-  inputs = (
-    4 * model.features
-    + (
-      2 * (model.query_size + model.kv_size)
-      + (3 if model.gated else 2) * model.hidden * model.used
-    )
-    / mesh.tensor
-  )
-  held = model.shared + model.routed / mesh.expert
-  moved = passes * (tokens * inputs + held / mesh.tensor) * size
-  rates = chip.product_rate(job.products or job.compute)
-  products = parts_lib.roofline(
-    "products",
-    each * flops,
-    rates.reached,
-    each * moved,
-    chip.weights.reached,
-  )
-  if ends:
-    table = model.table / mesh.tensor
-    head = parts_lib.roofline(
-      "head and loss",
-      micro * 6 * tokens * table,
-      chip.product_rate(job.compute).reached,
-      micro
-      * (
-        3 * table * size
-        + tokens * model.vocabulary / mesh.tensor * _LOGITS_BYTES
-      ),
-      chip.copy.reached,
-    )
-  else:
-    head = parts_lib.Part("head and loss", 0.0, 0.0, "arithmetic")
-  attended = 2 * tokens * job.length * model.query_size / mesh.tensor
-  attention = parts_lib.roofline(
-    "attention",
-    each * attended * (1 + ATTENTION_GRADIENT + full),
-    chip.attention.reached,
-    each
-    * passes
-    * tokens
-    * 2
-    * (model.query_size + model.kv_size)
-    / mesh.tensor
-    * size,
-    chip.copy.reached,
-  )
-  stream = mesh.tensor if job.split_residual else 1
-  norms = parts_lib.roofline(
-    "norms",
-    0.0,
-    1.0,
-    # Forward, again, and twice as much for the gradient.
-    each * 4 * tokens * model.between(mesh.tensor, stream) * size,
-    chip.norms.reached,
-  )
-  gathered = _local(model, mesh, layers, ends)
-  own = gathered / mesh.fsdp
-  optimizer = parts_lib.roofline(
-    "optimizer",
-    0.0,
-    1.0,
-    own
-    * (
-      2 * model_lib.element_bytes(job.weights)
-      + 4 * model_lib.element_bytes(job.moments)
-      + model_lib.element_bytes(job.gradients)
-    ),
-    chip.copy.reached,
-  )
-
-  tiers = chip.fabric.tiers(mesh)
-  found = [products, attention, norms, head]
-  behind_attention = 0.0
-  if mesh.tensor > 1:
-    one = fabric.reduce_seconds(tiers["tensor"], tokens * model.features * size)
-    count = each * (4 + full) + (2 * micro if ends else 0)
-    found.append(parts_lib.network("tensor all-reduce", count * one))
-  if mesh.sequence > 1:
-    kv = max(1.0, model.kv_heads / mesh.tensor) * model.head_dim
-    # Values and gradients of both go around the ring.
-    one = (mesh.sequence - 1) * fabric.shift_seconds(
-      tiers["sequence"], 2 * tokens * kv * size
-    )
-    ring = each * (3 + full) * one
-    behind_attention = min(ring, job.overlap * attention.busy)
-    found.append(parts_lib.network("sequence ring", ring, behind_attention))
-  if mesh.expert > 1:
-    one = fabric.exchange_seconds(
-      tiers["expert"], tokens * model.used * model.features * size
-    )
-    found.append(
-      parts_lib.network("expert all-to-all", each * (4 + full) * one)
-    )
+  attention = step.attention()
+  computed = [step.products(), attention, step.norms(), step.head()]
+  waiting = step.waiting(attention)
+  found = [*computed, *waiting]
   if mesh.pipeline > 1:
-    crossed = tokens * model.features / stream * size
-    one = fabric.shift_seconds(tiers["pipeline"], crossed)
-    found.append(
-      parts_lib.network("pipeline shift", 2 * micro * job.interleave * one)
-    )
     work = sum(part.seconds for part in found)
-    bubble = work * (mesh.pipeline - 1) / (micro * job.interleave)
+    bubble = work * (mesh.pipeline - 1) / (job.microbatches * job.interleave)
     found.append(parts_lib.Part("pipeline bubble", bubble, bubble, "bubble"))
 
   # What hides behind arithmetic does so together, and the first layer's and the
   # last one's have nothing to hide behind.
-  hidden = job.overlap * sum(
-    part.busy for part in (products, attention, norms, head)
-  )
-  hidden -= behind_attention
-  summed = model_lib.element_bytes(job.gradients)
-  hiding = []
-  if mesh.fsdp > 1:
-    gather = fabric.gather_seconds(tiers["fsdp"], gathered * size)
-    scatter = fabric.gather_seconds(tiers["fsdp"], gathered * summed)
-    turns = 1 if job.keep_gathered else micro
-    uses = 1 if job.keep_gathered else 2
-    hiding.append(("fsdp gather", uses * turns * gather))
-    hiding.append(("fsdp reduce-scatter", turns * scatter))
-  copies = tuple(tiers["sequence"]) + tuple(tiers["data"])
-  if copies:
-    hiding.append(
-      ("data all-reduce", fabric.reduce_seconds(copies, own * summed))
-    )
-  if mesh.expert > 1:
-    shared = own * model.shared / (model.shared + model.routed / mesh.expert)
-    hiding.append(
-      (
-        "expert all-reduce",
-        fabric.reduce_seconds(tiers["expert"], shared * summed),
-      )
-    )
-  for name, busy in hiding:
-    behind = min(hidden, busy * (1 - 1 / (layers + 1)))
+  hidden = job.overlap * sum(part.busy for part in computed)
+  hidden -= sum(part.busy - part.seconds for part in waiting)
+  for name, busy in step.hiding():
+    behind = min(hidden, busy * (1 - 1 / (step.layers + 1)))
     found.append(parts_lib.network(name, busy, behind))
     hidden -= behind
-  found.append(optimizer)
+  found.append(step.optimizer())
 
   # Each has two moments.
-  host = 3 * model.variables(layers) * chip.training_host
+  host = 3 * model.variables(step.layers) * chip.training_host
   found.append(parts_lib.host(host, found, chip.queued))
   return parts_lib.Plan(
     parts=tuple(found),
@@ -389,5 +477,5 @@ def plan(
     tokens=job.batch * job.length,
     devices=mesh.devices,
     flops=3 * job.batch * job.length * model.forward_flops(job.length),
-    peak=rates.promised,
+    peak=step.product_rate.promised,
   )
