@@ -73,6 +73,15 @@ _ENVIRONMENT = {
     "PYTHONWARNINGS": "",
 }
 
+# Where pip looks.
+_PIP_VARIABLES = [
+    "PIP_CERT",
+    "PIP_CONFIG_FILE",
+    "PIP_EXTRA_INDEX_URL",
+    "PIP_FIND_LINKS",
+    "PIP_INDEX_URL",
+]
+
 def _nnx_python_impl(rctx):
     name = rctx.os.environ.get("NNX_PYTHON", "") or "python3"
     python = rctx.path(name) if "/" in name else rctx.which(name)
@@ -216,11 +225,86 @@ a hub made by rules_python can take the place of this one.""",
             allow_single_file = True,
         ),
     },
-    environ = [
-        "PIP_CERT",
-        "PIP_CONFIG_FILE",
-        "PIP_EXTRA_INDEX_URL",
-        "PIP_FIND_LINKS",
-        "PIP_INDEX_URL",
-    ],
+    environ = _PIP_VARIABLES,
+)
+
+# The modules that pip calls of what a source distribution is built with.
+_BACKENDS = {
+    "hatchling": "build",
+    "setuptools": "build_meta",
+}
+
+_SOURCES_BUILD = """
+filegroup(
+    name = "{name}",
+    srcs = ["{folder}"],
+    visibility = ["//visibility:public"],
+)
+"""
+
+def _pypi_sources_impl(rctx):
+    python = json.decode(rctx.read(rctx.attr._python))["executable"]
+    for package, module in _BACKENDS.items():
+        rctx.file("backends/%s/__init__.py" % package)
+        rctx.symlink(rctx.attr._backend, "backends/%s/%s.py" % (package, module))
+    environment = _ENVIRONMENT | {"PYTHONPATH": str(rctx.path("backends"))}
+    build = ""
+    for line in rctx.read(rctx.attr.lock).splitlines():
+        if not line or line.startswith("#"):
+            continue
+
+        # Each by itself: a lock may have two versions of one distribution.
+        rctx.report_progress("pip download %s" % line.split(" ")[0])
+        rctx.file("requirement.txt", line)
+        result = rctx.execute(
+            [
+                python,
+                "-m",
+                "pip",
+                "download",
+                "--quiet",
+                "--no-deps",
+                "--require-hashes",
+                "--no-binary=:all:",
+                "--no-build-isolation",
+                "--disable-pip-version-check",
+                "--dest=archive",
+                "--requirement=requirement.txt",
+            ],
+            environment = environment,
+            timeout = 1800,
+        )
+        if result.return_code:
+            fail("pip could not download `%s`:\n%s" % (line, result.stderr))
+        (archive,) = rctx.path("archive").readdir()
+        folder = archive.basename.removesuffix(".tar.gz")
+        rctx.extract(archive)
+        rctx.delete("archive")
+        build += _SOURCES_BUILD.format(
+            name = folder.replace("-", "_").replace(".", "_"),
+            folder = folder,
+        )
+    rctx.file("BUILD.bazel", build)
+
+pypi_sources = repository_rule(
+    doc = """Source distributions, unpacked, as `@<name>//:<distribution>_<version>`.
+
+For their tests, which wheels leave out: nothing is built of them or run.""",
+    implementation = _pypi_sources_impl,
+    attrs = {
+        "lock": attr.label(
+            mandatory = True,
+            allow_single_file = True,
+            doc = "Lines `name==version --hash=sha256:...`.",
+        ),
+        "_backend": attr.label(
+            default = Label("//tools/build_defs:pkg_info_backend.py"),
+            allow_single_file = True,
+        ),
+        "_python": attr.label(
+            default = Label("@nnx_python//:python.json"),
+            allow_single_file = True,
+        ),
+    },
+    environ = _PIP_VARIABLES,
 )

@@ -5,7 +5,7 @@
 
 load("@bazel_tools//tools/build_defs/repo:http.bzl", "http_archive")
 load("//tools/build_defs:cuda_toolkit.bzl", "nnx_cuda")
-load("//tools/build_defs:pypi.bzl", "nnx_python", "pypi_packages")
+load("//tools/build_defs:pypi.bzl", "nnx_python", "pypi_packages", "pypi_sources")
 
 def _locks(stem):
     # A lock file serves its version of Python and, up to the next one, later ones.
@@ -39,6 +39,12 @@ def _packages(hub, stem):
         device_variable = variable,
     )
 
+def _sources():
+    pypi_sources(
+        name = "pypi_ecosystem_sources",
+        lock = Label("//tools/build_defs:requirements_ecosystem_sources.txt"),
+    )
+
 # buildifier: disable=unnamed-macro
 def nnx_repositories():
     """Declares what this workspace needs; for a WORKSPACE file.
@@ -59,6 +65,8 @@ def nnx_repositories():
     for hub, stem in _HUBS.items():
         if not native.existing_rule(hub):
             _packages(hub, stem)
+    if not native.existing_rule("pypi_ecosystem_sources"):
+        _sources()
     if not native.existing_rule("nnx_cuda"):
         nnx_cuda(name = "nnx_cuda")
 
@@ -69,6 +77,7 @@ def _nnx_deps_impl(_module_ctx):
     )
     for hub, stem in _HUBS.items():
         _packages(hub, stem)
+    _sources()
     nnx_cuda(name = "nnx_cuda")
 
 nnx_deps = module_extension(
