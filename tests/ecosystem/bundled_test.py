@@ -26,23 +26,47 @@ SOURCES = {
 }
 # Their tests of NNX, which patterns name.
 BUNDLED = {
-  "bijx-1.3.2": ["tests/test_*.py"],
+  "bijx-1.3.2": [
+    "tests/test_bijections_core.py",
+    "tests/test_distributions.py",
+    "tests/test_nnx_pytree_compliance.py",
+  ],
   "cax-0.3.3": ["tests/**/test_*.py"],
-  "flax-0.10.2": ["tests/nnx/**/*_test.py", "tests/nnx/test_*.py"],
+  # Flax 0.12 cannot import those of its graph and of earlier transforms.
+  "flax-0.10.2": [
+    f"tests/nnx/{name}.py"
+    for name in (
+      "bridge/wrappers_test",
+      "containers_test",
+      "filters_test",
+      "helpers_test",
+      "ids_test",
+      "integration_test",
+      "metrics_test",
+      "module_test",
+      "nn/attention_test",
+      "nn/conv_test",
+      "nn/embed_test",
+      "nn/linear_test",
+      "nn/lora_test",
+      "nn/normalization_test",
+      "optimizer_test",
+      "partitioning_test",
+      "rngs_test",
+      "state_test",
+      "test_traversals",
+      "variable_test",
+    )
+  ],
   "flax-0.12.8": ["tests/nnx/**/*_test.py", "tests/nnx/test_*.py"],
   "keras-3.15.1": [
     f"keras/src/{name}_test.py"
     for name in (
-      "backend/common/variables",
       "backend/jax/core",
-      "backend/jax/trainer",
       "layers/core/dense",
       "layers/layer",
       "layers/normalization/batch_normalization",
       "models/functional",
-      "models/model",
-      "models/sequential",
-      "saving/saving_lib",
     )
   ],
   "mamba2_jax-1.1.2": ["tests/test_*.py"],
@@ -101,17 +125,17 @@ def run(
 
 
 def differences(sources: str) -> dict[str, str]:
-  """Returns the cases that fail on `nnx` alone, each with the reason."""
+  """Returns the reasons by which cases fail on `nnx` alone."""
   found: dict[str, str] = {}
-  reason = ""
+  of, reason = "", ""
   for line in DIFFERENCES.read_text().splitlines():
     if line.startswith("  "):
       case = line.strip()
-      if reason.startswith(f"{sources}: "):
+      if of == sources:
         assert case not in found, f"twice: {case}"
         found[case] = reason
     elif not line.startswith("#"):
-      reason = line
+      of, reason = line.split(": ", 1)
   return found
 
 
@@ -124,9 +148,17 @@ def test_what_passes_on_flax_passes(sources, file, tmp_path):
   print(f"{sources} {file}: Flax {len(theirs)}, ours {len(ours)}")
   module = file.removesuffix(".py").replace("/", ".")
   known = {
-    case for case in differences(sources) if case.startswith(f"{module}.")
+    case: reason
+    for case, reason in differences(sources).items()
+    if case.startswith(f"{module}.")
   }
-  assert theirs - ours == known
+  lost = theirs - ours
+  assert lost <= known.keys(), "these fail on `nnx` alone, and are not listed"
+  # Another processor may round as Flax does.
+  always = {
+    case for case, reason in known.items() if not reason.startswith("rounding")
+  }
+  assert always <= lost, "these are listed, and do not fail on `nnx` alone"
 
 
 @pytest.mark.parametrize("sources", BUNDLED)
