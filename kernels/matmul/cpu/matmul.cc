@@ -56,7 +56,7 @@ struct Item {
 
 namespace {
 
-constexpr int64_t kItemBytes = int64_t{256} << 10;
+constexpr int64_t kItemBytes = int64_t{64} << 10;
 constexpr int64_t kMaxItems = 64;
 // Columns of the widest step, 2 vectors of 16.
 constexpr int64_t kWidestStep = 32;
