@@ -162,7 +162,9 @@ def test_what_passes_on_flax_passes(sources, file, tmp_path):
 
 
 @pytest.mark.parametrize("sources", BUNDLED)
-def test_every_difference_is_of_a_file(sources):
+def test_every_name_is_of_a_file(sources):
+  for pattern in BUNDLED[sources]:
+    assert any(SOURCES[sources].glob(pattern)), pattern
   modules = [
     file.removesuffix(".py").replace("/", ".")
     for of, file in files()
