@@ -20,9 +20,9 @@ def modules() -> list[str]:
   return names
 
 
-# What is not ours is imported once, each module in a fork of that process, or of
-# one that has imported the module's package, which always comes first: what is
-# there by then is found, and not imported again.
+# What is not ours is imported once, each module in a fork of that process, or
+# of one that has imported the module's package, which always comes first: what
+# is there by then is found, and not imported again.
 PROGRAM = """
 import gc, importlib, os, sys, traceback
 import flax.linen, jax.numpy, numpy
