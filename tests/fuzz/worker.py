@@ -20,6 +20,7 @@ in one line that makes it again. Also in a test, by `run`.
 import argparse
 from collections.abc import Callable, Iterator, Sequence
 import dataclasses
+import gc
 import importlib
 import json
 import os
@@ -130,6 +131,8 @@ def _serve() -> None:
   """What a worker does: programs from its input until that ends."""
   module, told = sys.argv[1], os.fdopen(int(sys.argv[2]), "w", buffering=1)
   families = importlib.import_module(module).FAMILIES
+  # Cases call the collector, which need not look at what is imported.
+  gc.freeze()
 
   def tell(**what: Any) -> None:
     told.write(json.dumps(what) + "\n")

@@ -3,10 +3,11 @@
 import os
 import pathlib
 import re
-import subprocess
 import sys
 
 import pytest
+
+from tests.testing import forks
 
 ROOT = pathlib.Path.cwd()
 README = ROOT / "README.md"
@@ -26,36 +27,35 @@ def blocks(page: pathlib.Path) -> list[str]:
 # A page is one program, whose blocks go on from those before; but for these, of
 # which each block is: some are switched over to nnx, and some are not.
 IN_PARTS = {"from_flax.md"}
-PROGRAM = """
-import sys
-sys.path.insert(0, "tests/repo")
-import readme_test
-readme_test.execute(globals(), *sys.argv[1:])
-"""
 
 
-def execute(scope: dict, name: str, *numbers: str) -> None:
+def execute(scope: dict, name: str, *numbers: int) -> None:
   """Executes some of the blocks of a page, or all of them."""
   page = pathlib.Path(name)
   there = blocks(page)
-  for block in [there[int(n)] for n in numbers] or there:
+  for block in [there[n] for n in numbers] or there:
     exec(compile(block, name, "exec"), scope)
 
 
-def run(page: pathlib.Path, *numbers: int) -> subprocess.CompletedProcess:
+@pytest.fixture(scope="session")
+def run():
   """Runs some of the blocks of a page, or all of them, in one process."""
-  return subprocess.run(
-    [sys.executable, "-W", "error", "-c", PROGRAM, page, *map(str, numbers)],
-    env={
-      **os.environ,
-      "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), *sys.path])),
+  folder = str(ROOT / "tests" / "repo")
+  with forks.Process(
+    # Of what pages import, jax alone: what else is imported when is theirs.
+    ["jax", "readme_test"],
+    options=["-W", "error"],
+    environment={
+      "PYTHONPATH": os.pathsep.join(filter(None, [folder, *sys.path])),
       "JAX_PLATFORMS": "cpu",
       # For the page on sharding.
       "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
     },
-    capture_output=True,
-    text=True,
-  )
+  ) as process:
+    yield lambda page, *numbers: process.run(
+      "import readme_test;"
+      f"readme_test.execute(globals(), {str(page)!r}, *{numbers})"
+    )
 
 
 def programs():
@@ -69,12 +69,12 @@ def programs():
 
 
 @pytest.mark.parametrize("page, numbers", list(programs()))
-def test_blocks_of_a_page_run(page, numbers):
+def test_blocks_of_a_page_run(run, page, numbers):
   done = run(page, *numbers)
   assert done.returncode == 0, done.stderr
 
 
-def test_a_block_that_fails_is_seen(tmp_path):
+def test_a_block_that_fails_is_seen(run, tmp_path):
   page = tmp_path / "page.md"
   page.write_text(
     "Text.\n\n```python\nx = 1\n```\n\n```python\nassert x == 2\n```"
@@ -82,7 +82,7 @@ def test_a_block_that_fails_is_seen(tmp_path):
   assert "line 8" in run(page).stderr
 
 
-def test_the_example_is_short_and_prints():
+def test_the_example_is_short_and_prints(run):
   example = README.read_text(encoding="utf-8").split("## An example")[1]
   (code, *_) = BLOCK.findall(example)
   assert len([line for line in code.splitlines() if line]) <= 20

@@ -200,7 +200,7 @@ class UpdateShardingTest(parameterized.TestCase):
   def test_groups_are_apart(self, implementation):
     mesh = devices.auto_mesh((8,), ("a",))
     x, mean, var = _inputs()
-    got = jax.shard_map(
+    mapped = jax.shard_map(
       lambda x: batch_stat.update(
         x,
         mean,
@@ -213,7 +213,8 @@ class UpdateShardingTest(parameterized.TestCase):
       in_specs=P("a"),
       out_specs=P("a"),
       check_vma=False,
-    )(x)
+    )
+    got = jax.jit(mapped)(x)
     halves = np.asarray(x, np.float64).reshape(2, -1, 8)
     np.testing.assert_allclose(got[0], halves[0].var(0), rtol=1e-4)
     np.testing.assert_allclose(got[7], halves[1].var(0), rtol=1e-4)
@@ -232,8 +233,9 @@ class UpdateShardingTest(parameterized.TestCase):
     mapped = jax.shard_map(
       lambda x: loss(x, "a"), mesh=mesh, in_specs=P("a"), out_specs=P()
     )
-    want = jax.grad(loss)(x)
-    np.testing.assert_allclose(jax.grad(mapped)(x), want, rtol=1e-4, atol=1e-7)
+    want = jax.jit(jax.grad(loss))(x)
+    got = jax.jit(jax.grad(mapped))(x)
+    np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-7)
     sharded = jax.device_put(x, NamedSharding(mesh, P("a")))
     got = jax.jit(jax.grad(loss))(sharded)
     np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-7)
@@ -491,9 +493,10 @@ class BatchNormShardingTest(parameterized.TestCase):
 
       return jax.grad(loss)(x)
 
-    got = jax.shard_map(
+    mapped = jax.shard_map(
       run, mesh=mesh, in_specs=P("a"), out_specs=P("a"), check_vma=False
-    )(x, dy)
+    )
+    got = jax.jit(mapped)(x, dy)
     for half, one in zip(halves, want):
       np.testing.assert_allclose(got[half], one, rtol=1e-4, atol=1e-4)
 

@@ -361,6 +361,7 @@ def main() -> None:
     events[event] = events.get(event, 0) + 1
 
   jax.monitoring.register_event_listener(count)
+  gc.freeze()  # the collector, called at every turn, need not look at jax
   seen = {"sweep": sweep, "loop": loop}[mode]()
   for name in ("hits", "misses"):
     seen[name] = events.get(f"/jax/compilation_cache/cache_{name}", 0)

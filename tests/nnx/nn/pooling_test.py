@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 import nnx
+from tests.nnx.nn import comparison
 from tests.nnx.nn.comparison import array
 
 CASES = {
@@ -40,16 +41,20 @@ def assert_same(got, want):
 def test_pools(name, shape, window, kwargs, request):
   half = "half" in request.node.callspec.id
   x = array(*shape, dtype=jnp.bfloat16 if half else jnp.float32)
-  results = []
-  for library in (nnx, flax_nnx):
 
-    def loss(x, library=library):
+  def results_of(library, x):
+    def loss(x):
       y = getattr(library, name)(x, window, **kwargs)
       return jnp.sum(jnp.sin(y.astype(jnp.float32))), y
 
     grad, y = jax.grad(loss, has_aux=True)(x)
-    results.append((y, grad))
-  for got, want in zip(*results):
+    return y, grad
+
+  @comparison.jit
+  def results(x):
+    return [results_of(library, x) for library in (nnx, flax_nnx)]
+
+  for got, want in zip(*results(x)):
     assert_same(got, want)
 
 
@@ -113,11 +118,11 @@ def test_of_equal_elements_the_first_has_the_gradient(find, dtype):
 def test_extremes_keep_nan_and_go_through_transforms():
   x = array(2, 7, 8, 3)
   pool = lambda x: nnx.max_pool(x, (3, 3), (2, 2), "SAME")  # noqa: E731
-  y, tangent = jax.jvp(pool, (x,), (x,))
+  y, tangent = comparison.jit(lambda x: jax.jvp(pool, (x,), (x,)))(x)
   np.testing.assert_array_equal(tangent, y)
-  np.testing.assert_array_equal(jax.vmap(pool)(x[None])[0], y)
-  second = jax.jvp(jax.grad(lambda x: jnp.sum(pool(x) ** 2)), (x,), (x,))[1]
-  first = jax.grad(lambda x: jnp.sum(pool(x) ** 2))(x)
+  np.testing.assert_array_equal(comparison.jit(jax.vmap(pool))(x[None])[0], y)
+  grad = jax.grad(lambda x: jnp.sum(pool(x) ** 2))
+  first, second = comparison.jit(lambda x: jax.jvp(grad, (x,), (x,)))(x)
   np.testing.assert_allclose(second, first, rtol=1e-6)
   lost = pool(x.at[0, 2, 2, 1].set(jnp.nan))
   assert (

@@ -19,8 +19,9 @@ def _rows():
     settings = harness.Settings.for_run(quick=quick)
     for name in suites.NAMES:
       for case in suites.cases(name, settings):
-        # Ops that are named after a number of layers have others if quick.
-        op = re.sub(r"\d+$", "", case.op)
+        # Ops that are named after a number of layers have others if quick, and
+        # so have models that are named after their size.
+        op = re.sub(r"\d+$|_(s\d+|\d+m)$", "", case.op)
         chosen.setdefault((case.suite, op, case.dtype == "int8"), (case, quick))
   return [(case.suite, case.label, quick) for case, quick in chosen.values()]
 
