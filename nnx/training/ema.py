@@ -21,8 +21,8 @@ class EMA(Pytree):
 
       average = decay * average + (1 - decay) * value
 
-  It is computed in float32 at least, and kept in the dtype of the Variable,
-  where one of less than 32 bits loses steps that are smaller than its rounding.
+  An average has the dtype of its Variable. In bfloat16 it stands still where a
+  step is smaller than its rounding, as nearly all are with a decay of 0.999.
 
   Example:
 
@@ -117,11 +117,7 @@ class EMA(Pytree):
     def moved(old, new):
       if not jnp.issubdtype(jnp.result_type(old), jnp.inexact):
         return new
-      # In bfloat16 the two weights would be rounded, and not add up to 1.
-      dtype = jnp.promote_types(jnp.result_type(old, new), jnp.float32)
-      old_wide, new_wide = old.astype(dtype), jnp.asarray(new, dtype)
-      average = self.decay * old_wide + (1.0 - self.decay) * new_wide
-      return average.astype(old.dtype)
+      return (self.decay * old + (1.0 - self.decay) * new).astype(old.dtype)
 
     old, new = leaves.as_pure((average, value))
     old = jax.tree.map(jnp.asarray, old)
