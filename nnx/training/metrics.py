@@ -138,12 +138,12 @@ def _as_weights(mask: Any, values: Any, name: str) -> jax.Array:
   return jnp.where(whole, weights, jnp.nan)
 
 
-def _in_float32(values: Any) -> Any:
-  """Returns values as they are summed: small floats would overflow."""
+def _widened(values: Any) -> Any:
+  """Returns values as they are summed: small types would overflow."""
   dtype = jnp.result_type(values)
   if jnp.issubdtype(dtype, jnp.inexact):
     return values.astype(jnp.promote_types(dtype, jnp.float32))
-  return values
+  return values.astype(jnp.int32) if dtype.itemsize < 4 else values
 
 
 def _is_number(value: Any) -> bool:
@@ -211,11 +211,11 @@ class Average(Metric):
       self.total[...] += values
       self.count[...] += 1
     elif mask is None:
-      self.total[...] += _in_float32(values).sum()
+      self.total[...] += _widened(values).sum()
       self.count[...] += values.size
     else:
-      mask = _in_float32(_as_weights(mask, values, self.argname))
-      self.total[...] += (_in_float32(values) * mask).sum()
+      mask = _widened(_as_weights(mask, values, self.argname))
+      self.total[...] += (_widened(values) * mask).sum()
       self.count[...] += mask.sum().astype(self.count.dtype)
 
   def compute(self) -> jax.Array:
@@ -326,7 +326,7 @@ class Welford(Metric):
     if _is_number(values):
       count, mean, m2 = 1, values, 0.0
     else:
-      values = _in_float32(values)
+      values = _widened(values)
       count, mean = values.size, values.mean()
       m2 = values.var() * count
     before = self.count[...]

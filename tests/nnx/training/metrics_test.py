@@ -161,6 +161,9 @@ class MetricsTest(absltest.TestCase):
     )
     self.assertEqual(float(metric.compute()), 0.75)
     self.assertEqual(int(metric.count[...]), 4)
+    metric = nnx.metrics.Average()
+    metric.update(values=jnp.array([200], jnp.uint8), mask=jnp.array([2]))
+    self.assertEqual(float(metric.compute()), 200)
 
   def test_a_mask_of_fractions_is_not_counted(self):
     values, mask = jnp.ones(2), jnp.array([0.5, 0.2])
