@@ -45,7 +45,7 @@ def _as_tuple(value: int | Sequence[int] | None, rank: int) -> tuple[int, ...]:
 def _canonical_padding(padding: Padding, rank: int) -> Any:
   """Returns a string, or a pair for each spatial axis."""
   if isinstance(padding, str):
-    return padding
+    return padding.upper()
   if isinstance(padding, int):
     return ((padding, padding),) * rank
   pairs = tuple((p, p) if isinstance(p, int) else p for p in padding)
@@ -72,14 +72,16 @@ def _check_steps(name: str, value: Any, kernel_size: Any) -> None:
     )
 
 
-def _check_padding(padding: Padding, others: Sequence[str]) -> None:
+def _check_padding(
+  padding: Padding, others: Sequence[str], any_case: bool
+) -> None:
   """Refuses a string that is no name of a padding, and broken numbers."""
   names = ("SAME", "VALID", "SAME_LOWER", *others)
   if not isinstance(padding, str):
     for size in jax.tree.leaves(padding):
       if isinstance(size, numbers.Real):
         checks.whole("padding", size, -math.inf)
-  elif padding not in names:
+  elif (padding.upper() if any_case else padding) not in names:
     raise ValueError(
       f"`padding` must be one of {', '.join(names)} or numbers, but got"
       f" {padding!r}."
@@ -284,7 +286,7 @@ class Conv(Module):
       ("kernel_dilation", kernel_dilation),
     ):
       _check_steps(name, value, kernel_size)
-    _check_padding(padding, ("CAUSAL", *_PAD_MODES))
+    _check_padding(padding, ("CAUSAL", *_PAD_MODES), any_case=True)
     if in_features % feature_group_count or out_features % feature_group_count:
       raise ValueError(
         "`feature_group_count` must divide `in_features` and `out_features`,"
@@ -528,7 +530,8 @@ class ConvTranspose(Module):
     checks.wholes("kernel_size", kernel_size, 1)
     _check_steps("strides", strides, kernel_size)
     _check_steps("kernel_dilation", kernel_dilation, kernel_size)
-    _check_padding(padding, ("CIRCULAR",))
+    # In small letters jax takes them for something else.
+    _check_padding(padding, ("CIRCULAR",), any_case=False)
     self.kernel_size = (
       (kernel_size,) if isinstance(kernel_size, int) else tuple(kernel_size)
     )

@@ -83,10 +83,19 @@ def statistics(
   axes = canonical_axes(x.ndim, axes)
 
   def means(*arrays):
-    result = tuple(jnp.mean(array, axes, where=mask) for array in arrays)
-    if axis_name is None:
-      return result
-    return lax.pmean(result, axis_name, axis_index_groups=axis_index_groups)
+    if axis_name is None or mask is None:
+      result = tuple(jnp.mean(array, axes, where=mask) for array in arrays)
+      if axis_name is None:
+        return result
+      return lax.pmean(result, axis_name, axis_index_groups=axis_index_groups)
+    # Members of the axis may keep different numbers of values.
+    sums = [jnp.sum(array, axes, where=mask) for array in arrays]
+    kept = jnp.broadcast_to(mask, x.shape)
+    sums.append(jnp.sum(kept, axes, dtype=sums[-1].dtype))
+    *sums, count = lax.psum(
+      sums, axis_name, axis_index_groups=axis_index_groups
+    )
+    return tuple(sum_ / count for sum_ in sums)
 
   if not use_mean:
     (var,) = means(_abs_squared(x))

@@ -69,11 +69,13 @@ def _canonical(
       )
     own = tuple((before, after) for before, after in pads)
     padding = ((0, 0),) * batch + own + ((0, 0),)
-  elif padding not in ("SAME", "VALID", "SAME_LOWER"):
-    raise ValueError(
-      "`padding` must be SAME, VALID, SAME_LOWER or pairs of numbers, but got"
-      f" {padding!r}."
-    )
+  else:
+    name, padding = padding, padding.upper()
+    if padding not in ("SAME", "VALID", "SAME_LOWER"):
+      raise ValueError(
+        "`padding` must be SAME, VALID, SAME_LOWER or pairs of numbers, but got"
+        f" {name!r}."
+      )
   return window, strides, padding
 
 

@@ -67,15 +67,20 @@ def flip_sequences(
   )
 
 
-def _last_carry(carries: Any, seq_lengths: jax.Array) -> Any:
-  """Returns the carries of `[time, *batch, ...]` at the ends of sequences."""
+def _last_carry(first: Any, carries: Any, seq_lengths: jax.Array) -> Any:
+  """Returns the carries of `[time, *batch, ...]` at the ends of sequences.
 
-  def pick(x):
-    last = jnp.expand_dims(seq_lengths - 1, 0)
-    last = jnp.expand_dims(last, tuple(range(last.ndim, x.ndim)))
-    return jnp.take_along_axis(x, last, 0)[0]
+  An empty sequence ends with the first carry.
+  """
 
-  return jax.tree.map(pick, carries)
+  def pick(first, x):
+    lengths = jnp.expand_dims(
+      seq_lengths, tuple(range(seq_lengths.ndim, x.ndim - 1))
+    )
+    last = jnp.take_along_axis(x, lengths[None] - 1, 0)[0]
+    return jnp.where(lengths == 0, first, last)
+
+  return jax.tree.map(pick, first, carries)
 
 
 def _streams(cell: Any, only: filterlib.Filter) -> list[tuple[Any, ...]]:
@@ -176,7 +181,7 @@ class RNN(Module):
       initial_carry: The carry to start with; that of the cell, if None.
       seq_lengths: `[*batch]`, integers, the length of each sequence. Later
         steps are run, but do not count in the carry that is returned, and stay
-        at the end in a reversed run.
+        at the end in a reversed run. Of an empty sequence it is the first one.
       return_carry: Overrides that of the layer, if not None.
       time_major: Likewise.
       reverse: Likewise.
@@ -215,6 +220,7 @@ class RNN(Module):
       every_carry,
       self.unroll,
     )
+    first = carry
     if self.broadcast_rngs is None:
       carry, outputs = steps(self.cell, carry, inputs)
     else:
@@ -231,7 +237,7 @@ class RNN(Module):
     if every_carry:
       carries, outputs = outputs
       assert seq_lengths is not None
-      carry = _last_carry(carries, seq_lengths)
+      carry = _last_carry(first, carries, seq_lengths)
     if reverse and keep_order:
       outputs = jax.tree.map(flip, outputs)
     return (carry, outputs) if return_carry else outputs

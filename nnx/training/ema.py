@@ -21,6 +21,9 @@ class EMA(Pytree):
 
       average = decay * average + (1 - decay) * value
 
+  An average has the dtype of its Variable. In bfloat16 it stands still where a
+  step is smaller than its rounding, as nearly all are with a decay of 0.999.
+
   Example:
 
     >>> import jax.numpy as jnp

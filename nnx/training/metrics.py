@@ -119,12 +119,31 @@ def _taken(kwargs: dict[str, Any], name: str, metric: Metric) -> Any:
 def _as_weights(mask: Any, values: Any, name: str) -> jax.Array:
   mask, shape = jnp.asarray(mask), jnp.shape(values)
   try:
-    return jnp.broadcast_to(mask, shape)
+    weights = jnp.broadcast_to(mask, shape)
   except ValueError:
     raise ValueError(
       f"`mask` must broadcast to the shape {shape} of `{name}`, but got"
       f" {mask.shape}."
     ) from None
+  if not jnp.issubdtype(mask.dtype, jnp.floating):
+    return weights
+  # The count is an integer and would lose fractions.
+  whole = (mask == jnp.round(mask)).all()
+  if not isinstance(whole, jax.core.Tracer) and not whole:
+    raise ValueError(
+      f"`mask` must be made of whole numbers, but got {mask}. For an average"
+      f" with other weights divide that of `{name} * weights` by that of the"
+      " weights."
+    )
+  return jnp.where(whole, weights, jnp.nan)
+
+
+def _widened(values: Any) -> Any:
+  """Returns values as they are summed: small types would overflow."""
+  dtype = jnp.result_type(values)
+  if jnp.issubdtype(dtype, jnp.inexact):
+    return values.astype(jnp.promote_types(dtype, jnp.float32))
+  return values.astype(jnp.int32) if dtype.itemsize < 4 else values
 
 
 def _is_number(value: Any) -> bool:
@@ -172,13 +191,15 @@ class Average(Metric):
     """Adds values.
 
     Args:
-      mask: Weights of the values, or which of them count: broadcast to them.
+      mask: How often each value counts, a whole number, or whether it does:
+        broadcast to them. Under a trace, the mean is NaN with other numbers.
       **kwargs: The values under the metric's name for them, an array `[...]`
         or a number; other keywords are left to other metrics.
 
     Raises:
       TypeError: If the values are missing.
-      ValueError: If a mask comes with a number, or does not broadcast.
+      ValueError: If a mask comes with a number, does not broadcast, or is not
+        made of whole numbers.
     """
     values = _taken(kwargs, self.argname, self)
     if _is_number(values):
@@ -190,11 +211,11 @@ class Average(Metric):
       self.total[...] += values
       self.count[...] += 1
     elif mask is None:
-      self.total[...] += values.sum()
+      self.total[...] += _widened(values).sum()
       self.count[...] += values.size
     else:
-      mask = _as_weights(mask, values, self.argname)
-      self.total[...] += (values * mask.astype(values.dtype)).sum()
+      mask = _widened(_as_weights(mask, values, self.argname))
+      self.total[...] += (_widened(values) * mask).sum()
       self.count[...] += mask.sum().astype(self.count.dtype)
 
   def compute(self) -> jax.Array:
@@ -305,6 +326,7 @@ class Welford(Metric):
     if _is_number(values):
       count, mean, m2 = 1, values, 0.0
     else:
+      values = _widened(values)
       count, mean = values.size, values.mean()
       m2 = values.var() * count
     before = self.count[...]
@@ -381,7 +403,7 @@ class Accuracy(Average):
     Args:
       logits: `[..., c]` for `c` classes, `[...]` with a threshold.
       labels: `[...]`, integers: the right classes.
-      mask: Weights of the predictions, or which of them count: broadcast to
+      mask: How often each prediction counts, or whether it does: broadcast to
         the labels.
 
     Raises:

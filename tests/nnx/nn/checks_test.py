@@ -60,6 +60,13 @@ _OPTIONS = (
   (
     "ConvTranspose",
     (2, 3, (3,)),
+    {"padding": "valid"},
+    "`padding` must be one of SAME, VALID, SAME_LOWER, CIRCULAR or numbers, but"
+    " got 'valid'.",
+  ),
+  (
+    "ConvTranspose",
+    (2, 3, (3,)),
     {"padding": "REFLECT"},
     "`padding` must be one of SAME, VALID, SAME_LOWER, CIRCULAR or numbers, but"
     " got 'REFLECT'.",

@@ -36,6 +36,7 @@ CONV = {
   "no strides": ((3, 4, (3,), None), {}, (2, 8, 3)),
   "padding": ((3, 4, (3, 3)), {"padding": 2}, (2, 6, 5, 3)),
   "paddings": ((3, 4, (3, 3)), {"padding": [1, (0, 2)]}, (2, 6, 5, 3)),
+  "small letters": ((3, 4, (3, 3)), {"padding": "same"}, (2, 6, 5, 3)),
   "circular": ((3, 4, (3, 2)), {"padding": "CIRCULAR"}, (2, 6, 5, 3)),
   "circular, dilated": (
     (3, 4, (2, 3), 2),

@@ -217,6 +217,43 @@ def test_norms_across_a_mapped_axis(name):
   np.testing.assert_allclose(got, want, rtol=2e-5, atol=2e-5)
 
 
+@pytest.mark.parametrize("name", NORMS)
+@pytest.mark.parametrize("accurate", [True, False])
+def test_each_value_counts_the_same_across_a_mapped_axis(name, accurate):
+  features = NORMS[name][0]
+  layer = getattr(nnx, name)(
+    *NORMS[name],
+    axis_name="i",
+    use_fast_variance=not accurate,
+    rngs=nnx.Rngs(0),
+  )
+  row = array(1, 5, features)
+  x = jnp.stack([row, row, array(1, 5, features, seed=1)])
+  # The second repeats some values of the first, and the last has none.
+  mask = jnp.stack(
+    [
+      jnp.ones((1, 5, features), bool),
+      jnp.broadcast_to(jnp.arange(features) % 3 > 0, (1, 5, features)),
+      jnp.zeros((1, 5, features), bool),
+    ]
+  )
+  y = jax.vmap(lambda x, mask: layer(x, mask=mask), axis_name="i")(x, mask)
+  np.testing.assert_array_equal(y[0], y[1])
+  weights = mask.sum(0)
+  axes = {"LayerNorm": 2, "RMSNorm": 2, "InstanceNorm": 1}.get(name, (1, 3))
+  if name == "GroupNorm":
+    row, weights = (z.reshape(1, 5, 3, 2) for z in (row, weights))
+
+  def mean(z):
+    return (z * weights).sum(axes, keepdims=True) / weights.sum(
+      axes, keepdims=True
+    )
+
+  centred = row if name == "RMSNorm" else row - mean(row)
+  want = centred / jnp.sqrt(mean(centred**2) + 1e-6)
+  np.testing.assert_allclose(y[0].ravel(), want.ravel(), rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize(
   ("name", "args", "options", "shape"),
   [

@@ -294,6 +294,21 @@ def test_carries_at_the_end_of_any_batch():
   np.testing.assert_allclose(carry[0, 2], y[0, 2, 2], rtol=1e-5)
 
 
+@pytest.mark.parametrize("reverse", [False, True])
+def test_the_carry_of_an_empty_sequence_is_the_first(reverse):
+  layer = nnx.RNN(nnx.LSTMCell(3, 4, rngs=nnx.Rngs(0)), return_carry=True)
+  first = (array(2, 4), array(2, 4, seed=1))
+  (c, h), y = layer(
+    array(2, 5, 3),
+    initial_carry=first,
+    seq_lengths=jnp.array([0, 5]),
+    reverse=reverse,
+  )
+  np.testing.assert_array_equal(c[0], first[0][0])
+  np.testing.assert_array_equal(h[0], first[1][0])
+  np.testing.assert_array_equal(h[1], y[1, -1])
+
+
 def bidirectional(**options):
   def make(seed):
     return Own(

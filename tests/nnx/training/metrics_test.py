@@ -152,6 +152,43 @@ class MetricsTest(absltest.TestCase):
     metric.update(values=values, mask=jnp.array([[True], [False]]))
     self.assertEqual(float(metric.compute()), 1.0)
 
+  def test_a_mask_may_count_values_more_than_once(self):
+    metric = nnx.metrics.Accuracy(threshold=0.5)
+    metric.update(
+      logits=jnp.array([1.0, 1.0, 0.0]),
+      labels=jnp.array([1, 1, 1]),
+      mask=jnp.array([2.0, 1.0, 1.0]),
+    )
+    self.assertEqual(float(metric.compute()), 0.75)
+    self.assertEqual(int(metric.count[...]), 4)
+    metric = nnx.metrics.Average()
+    metric.update(values=jnp.array([200], jnp.uint8), mask=jnp.array([2]))
+    self.assertEqual(float(metric.compute()), 200)
+
+  def test_a_mask_of_fractions_is_not_counted(self):
+    values, mask = jnp.ones(2), jnp.array([0.5, 0.2])
+    metric = nnx.metrics.Average()
+    with self.assertRaisesRegex(
+      ValueError, "`mask` must be made of whole numbers, but got "
+    ):
+      metric.update(values=values, mask=mask)
+    self.assertEqual(int(metric.count[...]), 0)
+    nnx.jit(lambda m, x, k: m.update(values=x, mask=k))(metric, values, mask)
+    self.assertTrue(jnp.isnan(metric.compute()))
+
+  def test_small_floats_are_summed_in_float32(self):
+    values = jnp.asarray(100 + np.arange(1000) % 7, jnp.float16)
+    average, masked = nnx.metrics.Average(), nnx.metrics.Average()
+    welford = nnx.metrics.Welford()
+    average.update(values=values)
+    masked.update(values=values, mask=jnp.ones(1000, jnp.float16))
+    for _ in range(2):
+      welford.update(values=values)
+    exact, found = np.asarray(values, np.float64), welford.compute()
+    for mean in (average.compute(), masked.compute(), found.mean):
+      np.testing.assert_allclose(mean, exact.mean(), rtol=1e-6)
+    np.testing.assert_allclose(found.standard_deviation, exact.std(), rtol=1e-5)
+
   def test_values_may_be_variables_and_lists(self):
     metric = nnx.metrics.Average()
     metric.update(values=nnx.Variable(jnp.array([1.0, 3.0])))
