@@ -97,6 +97,7 @@ class Trial:
         self.length,
         recompute="elementwise",
         compute="float32",
+        projections=3,
         # Cores that send do not calculate.
         overlap=0.0,
       ),

@@ -226,18 +226,21 @@ def _norms(side: _Side, sizes: Sizes) -> _Work:
   model = sizes.model
   tokens = sizes.rows * sizes.length
 
-  def norm(x):
-    x -= x.mean(-1, keepdims=True)
-    return x * jax.lax.rsqrt((x * x).mean(-1, keepdims=True) + 1e-6)
+  def norm(x, scale, bias):
+    mean = x.mean(-1, keepdims=True)
+    variance = (x * x).mean(-1, keepdims=True) - mean * mean
+    return (x - mean) * (jax.lax.rsqrt(variance + 1e-6) * scale) + bias
 
-  def between(x, attended, hidden, out):
+  def between(x, attended, hidden, out, *learned):
     x += attended
-    return norm(x), jax.nn.gelu(hidden), norm(x + out)
+    gelu = jax.nn.gelu(hidden)
+    return norm(x, *learned[:2]), gelu, norm(x + out, *learned[2:])
 
   arrays = [
     side.array(tokens, size)
     for size in (model.features, model.features, model.hidden, model.features)
   ]
+  arrays += [side.array(model.features) for _ in range(4)]
   moved = 4 * tokens * model.between() * 4
   return _Work(moved, ((side.gradient(between, *arrays), 1),))
 
