@@ -3,15 +3,16 @@
     python -m tools.plan.check --json tools/plan/checked.json
 
 A small transformer is trained and decodes on 1, 2, 4 and 8 devices, with the
-batch split over them, or heads, hidden features and vocabulary. Before each,
-the machine is measured by kernels alone (`host.py`). The exit status is 1 if a
-plan is off by more than the tolerance.
+batch split over them, or heads, hidden features and vocabulary. In turns with
+each step, kernels are timed alone (`host.py`), and the plan is made of those.
+The exit status is 1 if a plan is off by more than the tolerance.
 """
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Iterator, Sequence
+import contextlib
 import dataclasses
 import json
 import pathlib
@@ -25,7 +26,7 @@ from jax.sharding import PartitionSpec as P
 import optax
 
 import nnx
-from tools.plan import decoding, host, parts, report, training
+from tools.plan import chips, decoding, host, parts, report, training
 from tools.plan import mesh as mesh_lib
 from tools.plan import model as model_lib
 
@@ -58,14 +59,21 @@ class Trial:
     kind = "decoding" if self.decode else "training"
     return f"{kind}, {self.batch} x {self.length}"
 
-  def plan(self, timer: host.Timer) -> parts.Plan:
-    """Measures the machine, and plans for it."""
-    split = self.devices if self.axis == "data" else 1
-    if not self.decode:
-      # Of training the products are as wide however they are split.
-      split = min(self.devices, host.cores())
-    sizes = host.Sizes(self.model, self.batch // split, self.length)
-    chip = host.chip(self.devices, sizes, self.decode, timer)
+  def sizes(self) -> host.Sizes:
+    """Returns what a device has of the step."""
+    model = self.model
+    if self.axis == "data":
+      return host.Sizes(model, self.batch // self.devices, self.length)
+    part = {
+      name: getattr(model, name) // self.devices
+      for name in ("heads", "kv_heads", "hidden", "vocabulary")
+    }
+    return host.Sizes(
+      dataclasses.replace(model, **part), self.batch, self.length
+    )
+
+  def plan(self, chip: chips.Chip) -> parts.Plan:
+    """Returns the step on paper."""
     axes = mesh_lib.Mesh(**{self.axis: self.devices})
     if self.decode:
       return decoding.plan(
@@ -89,21 +97,40 @@ class Trial:
         self.length,
         recompute="elementwise",
         compute="float32",
+        projections=3,
         # Cores that send do not calculate.
         overlap=0.0,
       ),
     )
 
-  def measure(self, timer: host.Timer) -> float:
-    """Returns the seconds of a step."""
+  def step(self) -> host.Call:
+    """Returns the step of a new model."""
     group = host.mesh(
       **{
         axis: self.devices if axis == self.axis else 1
         for axis in ("data", "tensor")
       }
     )
-    with jax.set_mesh(group), nnx.logical_axis_rules(_RULES):
-      return timer.seconds(_step(self, group))
+
+    @contextlib.contextmanager
+    def there():
+      with jax.set_mesh(group), nnx.logical_axis_rules(_RULES):
+        yield
+
+    with there():
+      step = _step(self, group)
+
+    def call():
+      with there():
+        return step()
+
+    return call
+
+  def compare(self, timer: host.Timer) -> tuple[float, parts.Plan]:
+    """Returns the seconds of a step, and the plan of it."""
+    machine = host.Machine(self.devices, self.sizes(), self.decode)
+    *kernels, step = timer.seconds([*machine.calls, self.step()])
+    return step, self.plan(machine.chip(kernels))
 
 
 def _named(*names: str | None) -> dict[str, Any]:
@@ -270,8 +297,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
   jax.config.update("jax_num_cpu_devices", max(devices))
   rows: list[dict[str, Any]] = []
   for trial in trials(devices, options.only):
-    plan = trial.plan(timer)
-    measured = trial.measure(timer)
+    measured, plan = trial.compare(timer)
     row = {
       "job": trial.job,
       "mesh": f"{trial.axis}={trial.devices}",

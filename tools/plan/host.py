@@ -1,15 +1,15 @@
 """Measures this machine as a `Chip`: one whose devices are virtual.
 
 All devices of a process on the CPU share its cores, its memory and what moves
-between them. What is measured keeps the cores busy, on as many devices as there
-are cores, or on fewer where there are fewer; more devices have a share of it
-each. Kernels are measured alone, at the sizes at which a step uses them, never
-the step.
+between them. What each has of them is no even part of what fewer devices reach:
+where one waits another is at work, and narrow arrays go at speeds of their own.
+So kernels are timed on all devices at once, alone, at the sizes which a device
+has of the step.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 import dataclasses
 import functools
 import itertools
@@ -33,15 +33,18 @@ from tools.plan import model as model_lib
 
 _SOURCE = "measured here"
 
+# Runs what is timed.
+Call = Callable[[], Any]
+
 
 @dataclasses.dataclass(frozen=True)
 class Sizes:
-  """At which sizes kernels are measured.
+  """At which sizes kernels are measured: what a device has of a step.
 
   Attributes:
-    model: whose layers they are of.
-    rows: sequences of a device. A product of one row is another kernel than one
-      of four.
+    model: whose layers they are of, with heads and hidden features of a device.
+    rows: sequences of it. A product of one row is another kernel than one of
+      four.
     length: tokens of each, or the context.
   """
 
@@ -66,21 +69,30 @@ class Timer:
   samples: int = 5
   least: float = 0.05
 
-  def seconds(self, call: Callable[[], Any]) -> float:
-    """Returns the seconds of a call.
+  def seconds(self, calls: Sequence[Call]) -> list[float]:
+    """Returns the seconds of each call, timed in turns.
+
+    A machine that others share is faster at one time than at another: in turns,
+    all calls have of it what it is.
 
     Args:
-      call: returns arrays, for which is waited.
+      calls: each returns arrays, for which is waited.
     """
     clock = harness.WALL
     if self.clock == "cpu":
       clock = harness.Clock("cpu", _busy_ns, harness.Waits.EVERY_CALL)
-    side = harness.Side("", fresh=lambda: None, call=lambda _: call())
+    sides = [_timed(call) for call in calls]
     settings = harness.Settings(
       repeats=self.samples, sample_seconds=self.least, row_seconds=math.inf
     )
-    (found,) = harness.measure([side], settings, clock)
-    return statistics.median(found)
+    return [
+      statistics.median(found)
+      for found in harness.measure(sides, settings, clock)
+    ]
+
+
+def _timed(call: Call) -> harness.Side:
+  return harness.Side("", fresh=lambda: None, call=lambda _: call())
 
 
 def _busy_ns() -> int:
@@ -103,12 +115,24 @@ def mesh(**axes: int) -> jax.sharding.Mesh:
   )
 
 
+@dataclasses.dataclass(frozen=True)
+class _Work:
+  """What is timed, and how much of something it is.
+
+  Attributes:
+    amount: operations, bytes or kernels of all that is run.
+    calls: each with how often it is run.
+  """
+
+  amount: float
+  calls: tuple[tuple[Call, int], ...]
+
+
 class _Side:
   """Arrays and programs of which each device has its own."""
 
-  def __init__(self, devices: int, timer: Timer):
+  def __init__(self, devices: int):
     self.devices = devices
-    self._timer = timer
     self._sharding = NamedSharding(mesh(own=devices), P("own"))
 
   def array(self, *shape: int) -> jax.Array:
@@ -129,22 +153,21 @@ class _Side:
       donate_argnums=donated,
     )
 
-  def seconds(self, function: Callable, *arrays: jax.Array) -> float:
-    """Returns the seconds of a function of each device's arrays."""
-    compiled = self._local(function, ())
-    return self._timer.seconds(lambda: compiled(*arrays))
+  def call(self, function: Callable, *arrays: jax.Array) -> Call:
+    """Returns the call of a function of each device's arrays."""
+    return functools.partial(self._local(function, ()), *arrays)
 
-  def gradient_seconds(self, function: Callable, *arrays: jax.Array) -> float:
-    """Returns the seconds of a function and its gradient."""
+  def gradient(self, function: Callable, *arrays: jax.Array) -> Call:
+    """Returns the call of a function and its gradient."""
 
     def run(*arrays):
       value, back = jax.vjp(function, *arrays)
       return back(value)
 
-    return self.seconds(run, *arrays)
+    return self.call(run, *arrays)
 
-  def stepping(self, function: Callable, state: Any) -> float:
-    """Returns the seconds of a function whose result is its next argument."""
+  def stepping(self, function: Callable, state: Any) -> Call:
+    """Returns the call of a function whose result is its next argument."""
     compiled = self._local(function, (0,))
     held = [state]
 
@@ -152,11 +175,11 @@ class _Side:
       held[0] = compiled(held[0])
       return held[0]
 
-    return self._timer.seconds(call)
+    return call
 
 
-def _products(side: _Side, sizes: Sizes) -> float:
-  """Operations a second of a layer's products and their gradients.
+def _products(side: _Side, sizes: Sizes) -> _Work:
+  """Operations of a layer's products and their gradients.
 
   They are those of a perceptron with what is between its products, and of a
   projection into heads: XLA multiplies other layouts at other speeds.
@@ -171,15 +194,21 @@ def _products(side: _Side, sizes: Sizes) -> float:
   def project(x, heads):
     return jnp.einsum("btf,fnh->btnh", x, heads)
 
-  took = side.gradient_seconds(
-    lambda x, up, down: jax.nn.gelu(x @ up) @ down, x, up, down
-  ) + 4 * side.gradient_seconds(project, x, heads)
+  def perceptron(x, up, down):
+    return jax.nn.gelu(x @ up) @ down
+
   tokens = rows * sizes.length
-  return 6 * tokens * (model.attention + model.expert) / took
+  return _Work(
+    6 * tokens * (model.attention + model.expert),
+    (
+      (side.gradient(perceptron, x, up, down), 1),
+      (side.gradient(project, x, heads), 4),
+    ),
+  )
 
 
-def _attention(side: _Side, sizes: Sizes) -> float:
-  """Operations a second of attention and its gradient."""
+def _attention(side: _Side, sizes: Sizes) -> _Work:
+  """Operations of attention and its gradient."""
   model = sizes.model
   rows = sizes.rows
 
@@ -187,34 +216,37 @@ def _attention(side: _Side, sizes: Sizes) -> float:
     return nnx.dot_product_attention(q, k, v, is_causal=True)
 
   heads = (rows, sizes.length, model.heads, model.head_dim)
-  took = side.gradient_seconds(attend, *(side.array(*heads) for _ in range(3)))
   attended = 2 * rows * sizes.length**2 * model.query_size
-  return (1 + training.ATTENTION_GRADIENT) * attended / took
+  call = side.gradient(attend, *(side.array(*heads) for _ in range(3)))
+  return _Work((1 + training.ATTENTION_GRADIENT) * attended, ((call, 1),))
 
 
-def _norms(side: _Side, sizes: Sizes) -> float:
-  """Bytes a second of what is between a layer's products."""
+def _norms(side: _Side, sizes: Sizes) -> _Work:
+  """Bytes of what is between a layer's products."""
   model = sizes.model
   tokens = sizes.rows * sizes.length
 
-  def norm(x):
-    x -= x.mean(-1, keepdims=True)
-    return x * jax.lax.rsqrt((x * x).mean(-1, keepdims=True) + 1e-6)
+  def norm(x, scale, bias):
+    mean = x.mean(-1, keepdims=True)
+    variance = (x * x).mean(-1, keepdims=True) - mean * mean
+    return (x - mean) * (jax.lax.rsqrt(variance + 1e-6) * scale) + bias
 
-  def between(x, attended, hidden, out):
+  def between(x, attended, hidden, out, *learned):
     x += attended
-    return norm(x), jax.nn.gelu(hidden), norm(x + out)
+    gelu = jax.nn.gelu(hidden)
+    return norm(x, *learned[:2]), gelu, norm(x + out, *learned[2:])
 
   arrays = [
     side.array(tokens, size)
     for size in (model.features, model.features, model.hidden, model.features)
   ]
+  arrays += [side.array(model.features) for _ in range(4)]
   moved = 4 * tokens * model.between() * 4
-  return moved / side.gradient_seconds(between, *arrays)
+  return _Work(moved, ((side.gradient(between, *arrays), 1),))
 
 
-def _optimizer(side: _Side, sizes: Sizes) -> float:
-  """Bytes a second of Adam."""
+def _optimizer(side: _Side, sizes: Sizes) -> _Work:
+  """Bytes of Adam."""
   adam: Any = optax.adam(1e-3)
   features, hidden = sizes.model.features, sizes.model.hidden
   shape = (2 * sizes.model.layers, features, hidden)
@@ -226,11 +258,11 @@ def _optimizer(side: _Side, sizes: Sizes) -> float:
     return optax.apply_updates(weights, change), state[0].mu, state[0].nu
 
   arrays = [side.array(*shape) for _ in range(4)]
-  return 28 * math.prod(shape) / side.seconds(run, *arrays)
+  return _Work(28 * math.prod(shape), ((side.call(run, *arrays), 1),))
 
 
-def _weights(side: _Side, sizes: Sizes) -> float:
-  """Bytes a second of products of few rows, over as many matrices as a step."""
+def _weights(side: _Side, sizes: Sizes) -> _Work:
+  """Bytes of products of few rows, over as many matrices as a step."""
   model = sizes.model
   rows = sizes.rows
   pairs = [
@@ -247,12 +279,12 @@ def _weights(side: _Side, sizes: Sizes) -> float:
     return x
 
   x = side.array(rows, 1, model.features)
-  took = side.seconds(run, x, *itertools.chain(*pairs))
-  return 8 * model.layers * model.features * model.hidden / took
+  call = side.call(run, x, *itertools.chain(*pairs))
+  return _Work(8 * model.layers * model.features * model.hidden, ((call, 1),))
 
 
-def _cache(side: _Side, sizes: Sizes) -> float:
-  """Bytes a second at which our kernel reads the caches of a step."""
+def _cache(side: _Side, sizes: Sizes) -> _Work:
+  """Bytes of the caches of a step, which our kernel reads."""
   model = sizes.model
   rows = sizes.rows
   shape = (rows, sizes.length, model.kv_heads, model.head_dim)
@@ -272,11 +304,11 @@ def _cache(side: _Side, sizes: Sizes) -> float:
     return written, token
 
   read = 8 * model.layers * math.prod(shape)
-  return read / side.stepping(run, (caches, token))
+  return _Work(read, ((side.stepping(run, (caches, token)), 1),))
 
 
-def _kernel(side: _Side, sizes: Sizes) -> float:
-  """Seconds of an operation in a program that has nearly nothing to do."""
+def _kernel(side: _Side, sizes: Sizes) -> _Work:
+  """Operations of a program that has nearly nothing to do."""
   rows = sizes.rows
   count = 64
 
@@ -285,52 +317,35 @@ def _kernel(side: _Side, sizes: Sizes) -> float:
       x = jnp.tanh(x @ w)
     return x
 
-  took = side.seconds(run, side.array(rows, 8), side.array(8, 8))
-  return took / count
+  call = side.call(run, side.array(rows, 8), side.array(8, 8))
+  return _Work(count, ((call, 1),))
 
 
-def link(devices: int, timer: Timer) -> fabric.Link:
-  """Returns what all devices together reach in an all-reduce."""
-  if devices == 1:
-    return fabric.Link(1e12, 0.0, 0.0, _SOURCE)
+_SHORT, _LONG = 2**14, 2**22
+
+
+def _reduce(devices: int, size: int) -> Call:
+  """Returns the call of an all-reduce of so many bytes on each device."""
   group = mesh(all=devices)
-
-  def took(size: int) -> float:
-    x = jax.device_put(
-      jnp.ones((devices, size // 4)), NamedSharding(group, P("all"))
+  x = jax.device_put(
+    jnp.ones((devices, size // 4)), NamedSharding(group, P("all"))
+  )
+  compiled = jax.jit(
+    jax.shard_map(
+      lambda own: jax.lax.psum(own, "all"),
+      mesh=group,
+      in_specs=P("all"),
+      out_specs=P(),
     )
-    compiled = jax.jit(
-      jax.shard_map(
-        lambda own: jax.lax.psum(own, "all"),
-        mesh=group,
-        in_specs=P("all"),
-        out_specs=P(),
-      )
-    )
-    return timer.seconds(lambda: compiled(x))
+  )
+  return lambda: compiled(x)
 
-  small, large = 2**14, 2**22
-  short, long = took(small), took(large)
-  moved = 2 * (large - small) * (devices - 1) / devices
+
+def _link(devices: int, short: float, long: float) -> fabric.Link:
+  """Returns what all devices together reach in an all-reduce."""
+  moved = 2 * (_LONG - _SHORT) * (devices - 1) / devices
   each = moved / max(long - short, 1e-9)
   return fabric.Link(each * devices, 0.0, short / 2, _SOURCE)
-
-
-@functools.cache
-def speeds(
-  devices: int, sizes: Sizes, decode: bool, timer: Timer
-) -> dict[str, float]:
-  """Returns what each of so many devices reaches, all of them at work.
-
-  Args:
-    devices: at most as many as there are cores.
-    sizes: at which kernels are measured.
-    decode: whether those of a step of decoding, else of training.
-    timer: how time is taken.
-  """
-  side = _Side(devices, timer)
-  wanted = _DECODING if decode else _TRAINING
-  return {name: measure(side, sizes) for name, measure in wanted.items()}
 
 
 _TRAINING = {
@@ -342,36 +357,64 @@ _TRAINING = {
 _DECODING = {"weights": _weights, "cache": _cache, "kernel": _kernel}
 
 
-def chip(devices: int, sizes: Sizes, decode: bool, timer: Timer) -> chips.Chip:
-  """Returns one of so many virtual devices.
+class Machine:
+  """Virtual devices, and what has to be timed to know how fast they are.
 
-  Args:
-    devices: how many share the machine.
-    sizes: at which kernels are measured.
-    decode: whether for a step of decoding, else of training.
-    timer: how time is taken.
+  Attributes:
+    calls: what has to be timed.
   """
-  busy = min(devices, cores())
-  share = busy / devices
-  found = speeds(busy, sizes, decode, timer)
-  # What a step of the other kind needs is not waited for.
-  rates = {
-    name: chips.Rate(found.get(name, math.inf), share, _SOURCE)
-    for name in {*_TRAINING, *_DECODING} - {"kernel"}
-  }
-  pages = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-  return chips.Chip(
-    name=f"1 of {devices} on {cores()} cores",
-    memory=pages / devices,
-    products={"float32": rates["products"]},
-    attention=rates["attention"],
-    copy=rates["copy"],
-    weights=rates["weights"],
-    cache={"float32": rates["cache"]},
-    norms=rates["norms"],
-    kernel=found.get("kernel", 0.0) / share,
-    training_host=0.0,
-    calling_host=0.0,
-    queued=False,
-    fabric=fabric.Shared(link(devices, timer)),
-  )
+
+  def __init__(self, devices: int, sizes: Sizes, decode: bool):
+    """Makes the arrays and the programs.
+
+    Args:
+      devices: how many share the machine.
+      sizes: at which kernels are measured.
+      decode: whether for a step of decoding, else of training.
+    """
+    side = _Side(devices)
+    self._devices = devices
+    self._works = {
+      name: make(side, sizes)
+      for name, make in (_DECODING if decode else _TRAINING).items()
+    }
+    self.calls: list[Call] = [
+      call for work in self._works.values() for call, _ in work.calls
+    ]
+    if devices > 1:
+      self.calls += [_reduce(devices, size) for size in (_SHORT, _LONG)]
+
+  def chip(self, seconds: Sequence[float]) -> chips.Chip:
+    """Returns one of the devices.
+
+    Args:
+      seconds: of each of `calls`.
+    """
+    left = iter(seconds)
+    # What a step of the other kind needs is not waited for.
+    reached = dict.fromkeys({*_TRAINING, *_DECODING}, math.inf)
+    for name, work in self._works.items():
+      took = sum(times * next(left) for _, times in work.calls)
+      reached[name] = work.amount / took
+    rates = {
+      name: chips.Rate(rate, 1.0, _SOURCE) for name, rate in reached.items()
+    }
+    pages = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    alone = fabric.Link(1e12, 0.0, 0.0, _SOURCE)
+    return chips.Chip(
+      name=f"1 of {self._devices} on {cores()} cores",
+      memory=pages / self._devices,
+      products={"float32": rates["products"]},
+      attention=rates["attention"],
+      copy=rates["copy"],
+      weights=rates["weights"],
+      cache={"float32": rates["cache"]},
+      norms=rates["norms"],
+      kernel=1 / reached["kernel"],
+      training_host=0.0,
+      calling_host=0.0,
+      queued=False,
+      fabric=fabric.Shared(
+        _link(self._devices, *left) if self._devices > 1 else alone
+      ),
+    )

@@ -201,6 +201,11 @@ def published_table(figures: Sequence[published.Figure]) -> str:
   )
 
 
+def checked() -> list[dict[str, Any]]:
+  """Returns what `check` kept: a row for each job and mesh."""
+  return json.loads(_CHECKED.read_text(encoding="utf-8"))["rows"]
+
+
 def checked_table() -> str:
   """Returns what virtual devices took, beside what was said before."""
   rows = [
@@ -211,7 +216,7 @@ def checked_table() -> str:
       report.seconds(row["predicted"]),
       f"{row['predicted'] / row['measured']:.2f}",
     )
-    for row in json.loads(_CHECKED.read_text(encoding="utf-8"))["rows"]
+    for row in checked()
   ]
   return report.table(("job", "mesh", "measured", "on paper", "ratio"), rows)
 

@@ -44,6 +44,8 @@ class Job:
       end, rather than being gathered for each use.
     split_residual: whether what is between the layers is split over the tensor
       axis too; each all-reduce is then a reduce-scatter and a gather.
+    projections: products that make queries, keys and values of a layer's input:
+      the gradient of each is summed over the tensor axis by itself.
     overlap: share of the arithmetic behind which collectives of fsdp and data
       can hide.
     reserve: share of the memory that is left alone.
@@ -62,11 +64,14 @@ class Job:
   moments: str = "float32"
   keep_gathered: bool = False
   split_residual: bool = False
+  projections: int = 1
   overlap: float = 1.0
   reserve: float = 0.05
 
   def __post_init__(self):
-    refusal.check_sizes(self, "batch", "length", "microbatches", "interleave")
+    refusal.check_sizes(
+      self, "batch", "length", "microbatches", "interleave", "projections"
+    )
     for name, allowed in (
       ("recompute", RECOMPUTED),
       ("schedule", SCHEDULES),
@@ -350,11 +355,18 @@ class _Step:
     micro, tiers = self.job.microbatches, self.chip.fabric.tiers(mesh)
     found = []
     if mesh.tensor > 1:
-      one = fabric.reduce_seconds(
-        tiers["tensor"], tokens * model.features * size
+      row = tokens * model.features * size
+      one = fabric.reduce_seconds(tiers["tensor"], row)
+      # The gradients of the projections travel in one message.
+      several = fabric.reduce_seconds(
+        tiers["tensor"], self.job.projections * row
       )
-      count = self.each * (4 + self.full) + (2 * micro if self.ends else 0)
-      found.append(parts_lib.network("tensor all-reduce", count * one))
+      count = self.each * (3 + self.full) + (2 * micro if self.ends else 0)
+      found.append(
+        parts_lib.network(
+          "tensor all-reduce", count * one + self.each * several
+        )
+      )
     if mesh.sequence > 1:
       found.append(self.ring(attention))
     if mesh.expert > 1:

@@ -25,10 +25,34 @@ class CheckTest(parameterized.TestCase):
   def test_plans_and_measures(self, decode, axis, count):
     devices.need_devices(count)
     trial = check.Trial(decode, axis, count, SMALL, 4, 32)
-    plan = trial.plan(TIMER)
+    measured, plan = trial.compare(TIMER)
     self.assertGreater(plan.seconds, 0)
     # Tiny arrays and a busy machine: dispatch alone is most of a step.
-    self.assertBetween(plan.seconds / trial.measure(TIMER), 1 / 50, 50)
+    self.assertBetween(plan.seconds / measured, 1 / 50, 50)
+
+  @parameterized.parameters(("data", (1, 4, 4, 128)), ("tensor", (4, 1, 1, 32)))
+  def test_kernels_have_the_sizes_of_a_device(self, axis, expected):
+    sizes = check.Trial(True, axis, 4, SMALL, 4, 32).sizes()
+    own = sizes.model
+    self.assertEqual(
+      (sizes.rows, own.heads, own.kv_heads, own.hidden), expected
+    )
+    self.assertEqual(own.features, SMALL.features)
+
+  @parameterized.parameters(False, True)
+  def test_rates_are_what_was_timed(self, decode):
+    devices.need_devices(2)
+    machine = host.Machine(2, host.Sizes(SMALL, 2, 32), decode)
+    slow, fast = (
+      machine.chip([factor] * (len(machine.calls) - 2) + [0.5, 1.0])
+      for factor in (2.0, 1.0)
+    )
+    rates = ("weights",) if decode else ("attention", "norms", "copy")
+    for name in rates:
+      one, other = getattr(slow, name).reached, getattr(fast, name).reached
+      self.assertAlmostEqual(2 * one, other, delta=1e-6 * other)
+    self.assertEqual(slow.kernel, 2 * fast.kernel)
+    self.assertEqual(slow.fabric, fast.fabric)
 
   def test_the_trials_of_eight_devices(self):
     trials = list(check.trials([1, 2, 4, 8]))
@@ -40,7 +64,8 @@ class CheckTest(parameterized.TestCase):
 
   def test_more_devices_share_what_there_is(self):
     devices.need_devices(2)
-    chip = host.chip(2, host.Sizes(SMALL, 2, 32), decode=False, timer=TIMER)
+    machine = host.Machine(2, host.Sizes(SMALL, 2, 32), decode=False)
+    chip = machine.chip(TIMER.seconds(machine.calls))
     (tier,) = chip.fabric.tiers(mesh.Mesh(data=2))["data"]
     self.assertEqual(tier.bandwidth, chip.fabric.link.bandwidth / 2)
 

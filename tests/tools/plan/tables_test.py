@@ -18,6 +18,13 @@ class TablesTest(parameterized.TestCase):
       f"Paste the table `{name}` of `python -m tools.plan.main tables`.",
     )
 
+  def test_virtual_devices_are_met_within_30_percent(self):
+    rows = tables.checked()
+    self.assertLen(rows, 14)
+    for row in rows:
+      with self.subTest(f"{row['job']}, {row['mesh']}"):
+        self.assertBetween(row["predicted"] / row["measured"], 0.7, 1.3)
+
   def test_published_figures_are_met_to_a_factor(self):
     # A plan knows of no stragglers and no gaps, so it is fast; never so slow
     # that a real system is much faster.

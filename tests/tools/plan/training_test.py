@@ -165,6 +165,17 @@ class SeveralDevicesTest(parameterized.TestCase):
     one = 2 * (48 * 10 * 2) / 2 / 1e11
     self.assertAlmostEqual(found.seconds, (4 * 4 + 2) * one)
 
+  def test_gradients_of_each_projection_are_summed(self):
+    sizes = dataclasses.replace(SIZES, heads=4, kv_heads=4)
+    one, three = (
+      parts(make("tensor=2", sizes=sizes, projections=count))[
+        "tensor all-reduce"
+      ]
+      for count in (1, 3)
+    )
+    layer = 2 * (48 * 10 * 2) / 2 / 1e11
+    self.assertAlmostEqual((three.seconds - one.seconds) / layer, 4 * 2)
+
   def test_sequence_sends_keys_and_values_around(self):
     found = parts(make("sequence=2", recompute="elementwise", overlap=0.0))[
       "sequence ring"
