@@ -193,8 +193,6 @@ class Lifted:
         mode also if one is there twice.
     """
     structure, _, found = _engine.flatten((result,))
-    if not found:
-      return
     if not self.policy.mode.graph:
       self._check_tree(structure, ["result"])
     variables = [

@@ -4,7 +4,8 @@ import os
 import tempfile
 
 from absl.testing import absltest, parameterized
-from flax import nnx as flax_nnx, serialization
+from flax import nnx as flax_nnx
+from flax import serialization
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -260,9 +261,12 @@ class ShapesTest(parameterized.TestCase):
     ("mapped", lambda lib, s: jax.tree.map(lambda x: jnp.pad(x, 1), s)),
     ("arrays", lambda lib, s: lib.as_pure(jax.tree.map(jnp.ravel, s))),
     ("one", lambda lib, s: {"embedding": lib.Param(jnp.ones((7, 2)))}),
-    ("flat", lambda lib, s: lib.from_flat_state(
-      {("embedding",): jnp.ones((7, 2))}, cls=lib.State
-    )),
+    (
+      "flat",
+      lambda lib, s: lib.from_flat_state(
+        {("embedding",): jnp.ones((7, 2))}, cls=lib.State
+      ),
+    ),
   )
   def test_states_grow_tables_as_in_flax(self, grow):
     seen = []

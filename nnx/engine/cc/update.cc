@@ -338,8 +338,7 @@ class Updater {
     Ref copy = pairs.empty() ? Ref() : Ref::Steal(PyDict_New());
     for (size_t i = 0; copy && i < pairs.size(); i += 2) {
       Ref item = CopyOfVariables(pairs[i + 1].get());
-      if (!item ||
-          PyDict_SetItem(copy.get(), pairs[i].get(), item.get()) < 0) {
+      if (!item || PyDict_SetItem(copy.get(), pairs[i].get(), item.get()) < 0) {
         return Ref();
       }
     }
