@@ -349,7 +349,12 @@ def merge(
 ) -> Any: ...
 def clone(value: T, variables: bool, as_tree: bool = False, /) -> T: ...
 def update(
-  value: object, state: object, any_shape: bool, new_arrays: bool, /
+  value: object,
+  state: object,
+  check_variables: bool,
+  check_arrays: bool,
+  new_arrays: bool,
+  /,
 ) -> None: ...
 def pop(value: object, filters: tuple[Filter, ...], /) -> list[Nested]: ...
 

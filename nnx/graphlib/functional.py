@@ -181,12 +181,12 @@ def _unpacked(packed: tuple[Any, ...]) -> tuple[Any, tuple[Any, ...]]:
 
 
 def update(
-  node: Any, state: Any, /, *states: Any, check_shapes: bool = True
+  node: Any, state: Any, /, *states: Any, check_shapes: bool | None = None
 ) -> None:
   """Writes states into an object: all of it or, with an error, nothing.
 
-  Variables take over values and metadata; Variables that the object lacks
-  become attributes, and so do arrays of a `State`.
+  Variables take over values and metadata; Variables that the object lacks, and
+  dicts of them, become attributes, and so do arrays of a `State`.
 
   A checkpoint that was read without a target is a state too: the text of an int
   stands for the int where the object has no such key, and the value of a
@@ -206,22 +206,26 @@ def update(
       of the leaves or for some.
     *states: more of them.
     check_shapes: whether arrays must have the shapes of those that they
-      replace. Those of `Cache`, `Intermediate` and `RngState` may have others
-      in any case; and `variable.value = x` writes an array of any shape.
+      replace. With None those must that are in no `State` and no Variable, as
+      the arrays of a checkpoint; a State may change shapes, as when a table
+      grows. Those of `Cache`, `Intermediate` and `RngState` may in any case.
 
   Raises:
     ValueError: if a state does not fit the object.
     TraceContextError: if the object belongs to another trace.
   """
-  if type(check_shapes) is not bool:  # as in `merge`
-    environment.check_flags(check_shapes=check_shapes)
-  new_arrays = True
+  # Not read from elsewhere: it may have new arrays, and arrays of new shapes.
+  made_here = True
   if states or type(state) is not statelib.State:
     made_by_us = (statelib.State, GraphState, statelib.FlatState)
-    new_arrays = all(isinstance(part, made_by_us) for part in (state, *states))
+    made_here = all(isinstance(part, made_by_us) for part in (state, *states))
     state = merged((state, *states))
-  any_shape = not check_shapes
-  _engine.update(node, state, any_shape, new_arrays)
+  if check_shapes is None:
+    _engine.update(node, state, False, not made_here, made_here)
+  else:
+    environment.check_flags(check_shapes=check_shapes)
+    check = bool(check_shapes)
+    _engine.update(node, state, check, check, made_here)
 
 
 @overload

@@ -180,8 +180,13 @@ def set_metadata(
     node: an object, a Variable, or a pytree of them.
     only: a filter of the Variables meant.
     **metadata: the metadata.
+
+  Raises:
+    ValueError: in tree mode, if the object is no tree.
   """
-  (mapping,) = _engine.state(node, filterlib.engine_filters((only,)))
+  _, (mapping,) = functional.split_in_mode(
+    "set_metadata", node, (only,), False, None
+  )
   leaves = (
     _engine.flatten_mapping(mapping)[1] if type(mapping) is dict else [mapping]
   )

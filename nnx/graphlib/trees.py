@@ -207,6 +207,8 @@ def copied(node: T) -> T:
     >>> copy is node, copy.w is node.w
     (False, True)
   """
+  if node is None or isinstance(node, jax.Array):  # as most results are
+    return node
   return jax.tree.map(
     lambda x: x, node, is_leaf=lambda x: isinstance(x, _engine.VariableBase)
   )

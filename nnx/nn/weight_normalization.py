@@ -71,7 +71,7 @@ class WeightNorm(Module):
     param_dtype: The dtype of the scales.
     variable_filter: Which parameters are normalised.
     promote_dtype: `((weight, scale), dtype=dtype)`; returns those two in the
-      dtype to compute in.
+      dtype to multiply in.
     rngs: The stream `params` gives the keys of scales, unless they are ones.
 
   Attributes:
@@ -155,10 +155,14 @@ class WeightNorm(Module):
       scale = scale.reshape(
         [size if i in kept else 1 for i, size in enumerate(weight.shape)]
       )
-    weight, scale = self.promote_dtype((weight, scale), dtype=self.dtype)
     others = tuple(i for i in range(weight.ndim) if i not in kept)
     value = _l2_normalize(weight, others, self.epsilon)
-    param.value = value if scale is None else value * scale
+    wide = self.dtype  # the product is rounded to `dtype` once
+    if wide is not None and scale is not None:
+      wide = jnp.result_type(wide, value, scale)
+    value, scale = self.promote_dtype((value, scale), dtype=wide)
+    value = value if scale is None else value * scale
+    param.value = value if self.dtype is None else value.astype(self.dtype)
 
 
 class SpectralNorm(Module):

@@ -438,7 +438,7 @@ class Optimizer(Pytree, Generic[M]):
       variable.value = value
 
     jax.tree.map(store, self.opt_state, opt_state, is_leaf=_is_variable)
-    functional.update(model, new_params)
+    functional.update(model, new_params, check_shapes=True)
     self.step.value = step
     return updates
 

@@ -195,14 +195,19 @@ class Lifted:
     structure, _, found = _engine.flatten((result,))
     if not self.policy.mode.graph:
       self._check_tree(structure, ["result"])
+    variables = [
+      (index, value)
+      for index, value in enumerate(found)
+      if isinstance(value, _engine.VariableBase)
+    ]
+    if not variables:
+      return
     given = {
       id(value): index
       for index, value in enumerate(objects)
       if isinstance(value, _engine.VariableBase)
     }
-    for index, value in enumerate(found):
-      if not isinstance(value, _engine.VariableBase):
-        continue
+    for index, value in variables:
       known = id(value) in given
       if self.policy.mode.updates if known else value._can_update:
         continue

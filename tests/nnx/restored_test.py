@@ -4,6 +4,7 @@ import os
 import tempfile
 
 from absl.testing import absltest, parameterized
+from flax import nnx as flax_nnx
 from flax import serialization
 import jax
 import jax.numpy as jnp
@@ -155,6 +156,26 @@ class RestoredTest(parameterized.TestCase):
     self.assertEqual(layer.seen.value, 1)
     self.assertEqual(layer.table.shape, (2,))
 
+  def test_dicts_of_variables_may_be_new_as_in_flax(self):
+    for lib in (nnx, flax_nnx):
+
+      class Bag(lib.Module, pytree=False):  # Flax has plain dicts in no other.
+        pass
+
+      model = Bag()
+      seen = lib.Intermediate(jnp.ones(2))
+      lib.update(model, {"seen": {"first": {"x": seen}}})
+      np.testing.assert_array_equal(model.seen["first"]["x"][...], 1)
+      self.assertLen(jax.tree.leaves(lib.state(model, lib.Intermediate)), 1)
+
+  def test_dicts_of_anything_else_are_not_new(self):
+    layer = nnx.Linear(2, 3, rngs=nnx.Rngs(0))
+    for new in ({}, {"x": jnp.ones(2)}, {"x": nnx.Param(1), "y": {}}):
+      for state in (dict, nnx.State):
+        with self.assertRaisesRegex(ValueError, "`seen` is not there"):
+          nnx.update(layer, state({"seen": new}))
+    self.assertFalse(hasattr(layer, "seen"))
+
   @parameterized.parameters(
     by_update, by_merge, by_pure_dict, by_state, by_update_of_a_state
   )
@@ -212,24 +233,49 @@ class ShapesTest(parameterized.TestCase):
     ("array", lambda x: x),
     ("numpy", np.asarray),
     ("dict", lambda x: {"value": x}),
-    ("variable", nnx.Param),
     ("abstract", lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype)),
+    ("variable", nnx.Param),
   )
   def test_update_refuses_other_shapes(self, form):
     for state in (dict, nnx.State):
-      model = nnx.Dict(sub=nnx.Dict(w=nnx.Param(jnp.zeros((2, 3)))))
-      for shape in ((3, 2), (6,), (), (1, 2, 3)):
-        new = state({"sub": {"w": form(jnp.ones(shape))}})
-        with self.assertRaisesRegex(
-          ValueError,
-          r"an array of shape \(2, 3\) at `sub.w`, but got one of"
-          r" \(.*\). Pass `check_shapes=False`",
-        ):
-          nnx.update(model, new)
-        self.assertEqual(model.sub.w.shape, (2, 3))
-        nnx.update(model, new, check_shapes=False)
-        self.assertEqual(model.sub.w.shape, shape)
-        nnx.update(model, {"sub": {"w": jnp.ones((2, 3))}}, check_shapes=False)
+      # What a program made may change shapes, as in Flax.
+      is_read = state is dict and form is not nnx.Param
+      for check_shapes in (None, True) if is_read else (True,):
+        model = nnx.Dict(sub=nnx.Dict(w=nnx.Param(jnp.zeros((2, 3)))))
+        for shape in ((3, 2), (6,), (), (1, 2, 3)):
+          new = state({"sub": {"w": form(jnp.ones(shape))}})
+          with self.assertRaisesRegex(
+            ValueError,
+            r"an array of shape \(2, 3\) at `sub.w`, but got one of"
+            r" \(.*\). Pass `check_shapes=False`",
+          ):
+            nnx.update(model, new, check_shapes=check_shapes)
+          self.assertEqual(model.sub.w.shape, (2, 3))
+          nnx.update(model, new, check_shapes=False)
+          self.assertEqual(model.sub.w.shape, shape)
+          nnx.update(
+            model, {"sub": {"w": jnp.ones((2, 3))}}, check_shapes=False
+          )
+
+  @parameterized.named_parameters(
+    ("mapped", lambda lib, s: jax.tree.map(lambda x: jnp.pad(x, 1), s)),
+    ("arrays", lambda lib, s: lib.as_pure(jax.tree.map(jnp.ravel, s))),
+    ("one", lambda lib, s: {"embedding": lib.Param(jnp.ones((7, 2)))}),
+    (
+      "flat",
+      lambda lib, s: lib.from_flat_state(
+        {("embedding",): jnp.ones((7, 2))}, cls=lib.State
+      ),
+    ),
+  )
+  def test_states_grow_tables_as_in_flax(self, grow):
+    seen = []
+    for lib in (nnx, flax_nnx):
+      model = lib.Embed(3, 2, rngs=lib.Rngs(0))
+      lib.update(model, grow(lib, lib.state(model)))
+      self.assertIsInstance(model.embedding, lib.Param)
+      seen.append(np.asarray(model.embedding[...]))
+    np.testing.assert_array_equal(*seen)
 
   def test_a_number_is_no_array_of_a_shape(self):
     model = nnx.Dict(w=nnx.Param(jnp.zeros(2)), n=nnx.Param(jnp.zeros(())))

@@ -17,8 +17,9 @@ namespace nnx::engine {
 namespace {
 
 struct UpdateOptions {
-  bool any_shape = false;   // arrays may have other shapes
-  bool new_arrays = false;  // arrays in no Variable may be new
+  bool check_variables = false;  // the state's must keep the shapes there are
+  bool check_arrays = false;     // and so must arrays that are in none
+  bool new_arrays = false;       // arrays in no Variable may be new
 };
 
 // Checks a whole update before any of it is done.
@@ -114,11 +115,16 @@ class Updater {
     Ref kept = Ref::Borrow(value);
     if (IsVariable(value)) {
       const Ref given = RawValue(AsVariable(value));
-      if (!given || !CheckShape(variable, old, given.get())) return false;
+      if (!given) return false;
+      if (options_.check_variables && !CheckShape(variable, old, given.get())) {
+        return false;
+      }
     } else if (IsConcreteArray(old) && IsConcreteArray(value)) {
-      if (!CheckShape(variable, old, value)) return false;
+      if (options_.check_arrays && !CheckShape(variable, old, value)) {
+        return false;
+      }
     } else {
-      const int fixed = options_.any_shape ? 0 : IsOfFixedShape(variable);
+      const int fixed = options_.check_arrays ? IsOfFixedShape(variable) : 0;
       if (fixed < 0) return false;
       kept = RestoredValue(old, value, PathText(path_), fixed);
       if (!kept) return false;
@@ -140,7 +146,6 @@ class Updater {
   }
 
   bool CheckShape(PyObject* variable, PyObject* old, PyObject* value) {
-    if (options_.any_shape) return true;
     const int same = SameShape(old, value);
     if (same) return same > 0;
     const int fixed = IsOfFixedShape(variable);
@@ -256,7 +261,7 @@ class Updater {
                    Py_TYPE(value)->tp_name);
       return false;
     }
-    if (!options_.any_shape && info->kind == TypeKind::kArray) {
+    if (options_.check_arrays && info->kind == TypeKind::kArray) {
       const int same = SameShape(current.get(), value);
       if (!same) RaiseShapeError(PathText(path_), value, current.get());
       if (same <= 0) return false;
@@ -316,11 +321,38 @@ class Updater {
     return !ints || !IsObject(owner);
   }
 
-  // A leaf that the graph does not have yet becomes an attribute or item.
+  // What a State or dict may bring anew: a copy of a Variable, or of a mapping
+  // of nothing else. Null without an error if it is neither.
+  static Ref CopyOfVariables(PyObject* value) {
+    if (IsVariable(value)) {
+      VariableObject* source = AsVariable(value);
+      if (!Share(source)) return Ref();
+      return NewVariable(Py_TYPE(value), source->raw, source->metadata,
+                         source->hook_flags, source);
+    }
+    RecursionGuard guard;
+    Ref mapping = guard.entered() ? AsMapping(value) : Ref();
+    if (!mapping) return Ref();
+    std::vector<Ref> pairs;
+    AppendPairs(mapping.get(), &pairs);
+    Ref copy = pairs.empty() ? Ref() : Ref::Steal(PyDict_New());
+    for (size_t i = 0; copy && i < pairs.size(); i += 2) {
+      Ref item = CopyOfVariables(pairs[i + 1].get());
+      if (!item || PyDict_SetItem(copy.get(), pairs[i].get(), item.get()) < 0) {
+        return Ref();
+      }
+    }
+    return copy;
+  }
+
+  // What the graph does not have yet becomes an attribute or item.
   bool PlanNew(PyObject* owner, PyObject* key, PyObject* value) {
     PyObject* items = ItemsOf(owner);
     if (!items && PyErr_Occurred()) return false;
-    if (PyDict_Check(value) || !CanHold(owner, items, key, IsVariable(value))) {
+    Ref copy = CopyOfVariables(value);
+    if (!copy && PyErr_Occurred()) return false;
+    if ((!copy && PyDict_Check(value)) ||
+        !CanHold(owner, items, key, static_cast<bool>(copy))) {
       Ref keys = items ? Ref::Steal(PyDict_Keys(items)) : Ref();
       if (items && !keys) return false;
       Ref known = keys ? Ref::Steal(PyUnicode_FromFormat(" with the keys %R",
@@ -334,14 +366,7 @@ class Updater {
                    known.get());
       return false;
     }
-    Ref copy = Ref::Borrow(value);
-    if (IsVariable(value)) {
-      VariableObject* source = AsVariable(value);
-      if (!Share(source)) return false;
-      copy = NewVariable(Py_TYPE(value), source->raw, source->metadata,
-                         source->hook_flags, source);
-      if (!copy) return false;
-    }
+    if (!copy) copy = Ref::Borrow(value);
     items_.push_back({Ref::Borrow(owner), Ref::Borrow(key), copy, Ref()});
     return true;
   }
@@ -390,12 +415,13 @@ class Updater {
   std::vector<Ref> held_;  // the items of the mappings that are open
 };
 
-// update(value, state, any_shape, new_arrays)
+// update(value, state, check_variables, check_arrays, new_arrays)
 PyObject* UpdateFunction(PyObject*, PyObject* const* args, Py_ssize_t nargs) {
   UpdateOptions options;
-  if (!CheckArity(nargs, 4, "update") ||
-      !ReadBool(args[2], &options.any_shape) ||
-      !ReadBool(args[3], &options.new_arrays)) {
+  if (!CheckArity(nargs, 5, "update") ||
+      !ReadBool(args[2], &options.check_variables) ||
+      !ReadBool(args[3], &options.check_arrays) ||
+      !ReadBool(args[4], &options.new_arrays)) {
     return nullptr;
   }
   Updater updater(options);
@@ -407,8 +433,8 @@ PyObject* UpdateFunction(PyObject*, PyObject* const* args, Py_ssize_t nargs) {
 PyMethodDef* Functions() {
   static PyMethodDef functions[] = {
       {"update", Fast(UpdateFunction), METH_FASTCALL,
-       "update(value, state, any_shape, new_arrays): writes a state into a "
-       "graph, or nothing of it."},
+       "update(value, state, check_variables, check_arrays, new_arrays): "
+       "writes a state into a graph, or nothing of it."},
       {nullptr, nullptr, 0, nullptr},
   };
   return functions;

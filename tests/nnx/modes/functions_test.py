@@ -1,5 +1,6 @@
 """The graph functions in every mode, against flax.nnx; and what they refuse."""
 
+import copy
 import functools
 
 from absl.testing import absltest, parameterized
@@ -152,7 +153,81 @@ def optimizer(lib, node, **mode):
   return step.step[...]
 
 
+def variables(lib, node, **mode):
+  return lib.variables(node, lib.Param, ..., **mode)
+
+
+def flatten(lib, node, **mode):
+  structure, leaves = lib.graphlib.flatten(node, **mode)
+  return [[*path] for path in leaves.paths], lib.graphlib.unflatten(
+    structure, leaves
+  )
+
+
+def iter_children(lib, node, **mode):
+  return [
+    (key, type(child).__name__)
+    for key, child in lib.iter_children(node, **mode)
+  ]
+
+
+def iter_module_children(lib, node, **mode):
+  if not isinstance(node, lib.Module):
+    return None
+  return [
+    (key, type(child).__name__)
+    for key, child in lib.iter_children(node, **mode)
+    if isinstance(child, lib.Module)
+  ]
+
+
+def view(lib, node, **mode):
+  if hasattr(node, "rngs") or not isinstance(node, lib.Module):
+    return None  # as for `view_info`
+  node.dropout = lib.Dropout(0.5)
+  node.norm = lib.BatchNorm(2, rngs=lib.Rngs(0))
+  return lib.view(node, deterministic=True, use_running_average=True, **mode)
+
+
+def apply(lib, node, **mode):
+  structure, parts = lib.split(node, **mode)
+  call = structure.apply(parts)
+  if not isinstance(node, lib.Module):
+    return None
+  out, (structure, parts) = call(jnp.array(2.0))
+  return out, lib.merge(structure, parts)
+
+
+def jit_partial(lib, node, **mode):
+  if mode == {"graph": True}:
+    mode["graph_updates"] = False  # Flax has no other.
+
+  def step(node, x):
+    for variable in jax.tree.leaves(
+      node, is_leaf=lambda value: isinstance(value, lib.Variable)
+    ):
+      if isinstance(variable, lib.Param):
+        variable[...] = variable[...] + x
+    return 2 * x
+
+  run = lib.jit_partial(step, node, **mode)
+  return run(1.0), run(2.0)
+
+
+def abstract_model(lib, node, **mode):
+  mesh = jax.sharding.Mesh(jax.devices()[:1], ("data",))
+  return lib.get_abstract_model(lambda: lib.clone(node), mesh, **mode)[1]
+
+
 FUNCTIONS = (
+  variables,
+  flatten,
+  iter_children,
+  iter_module_children,
+  view,
+  apply,
+  jit_partial,
+  abstract_model,
   split,
   split_by_filter,
   state,
@@ -172,6 +247,98 @@ FUNCTIONS = (
   as_abstract,
   ema,
   optimizer,
+)
+
+# Functions that the mode of the setters alone reaches, if any does.
+
+
+def pop(lib, node):
+  return lib.pop(node, lib.BatchStat)
+
+
+def find_duplicates(lib, node):
+  return [
+    sorted([*map(str, path)] for path in paths)
+    for paths in lib.find_duplicates(node)
+  ]
+
+
+def update(lib, node):
+  lib.update(node, jax.tree.map(lambda x: x, lib.state(node)))
+
+
+def pure(lib, node):
+  return lib.pure(lib.state(node))
+
+
+def as_pure(lib, node):
+  return lib.as_pure(lib.state(node))
+
+
+def with_vars(lib, node):
+  return lib.with_vars(node, only=lib.Param, ref=True)
+
+
+def set_metadata(lib, node):
+  lib.set_metadata(node, only=lib.Param, note="changed")
+
+
+def deep_copy(lib, node):
+  # Of a Variable alone Flax copies the value.
+  return copy.deepcopy(node) if isinstance(node, lib.Module) else None
+
+
+def containers(lib, node):
+  if not isinstance(node, lib.Module):
+    return None  # Of a plain dict Flax makes one for each place.
+  made = lib.Dict(items=lib.List([node, lib.Dict(a=node)]), n=lib.data([1]))
+  made.items.append(lib.Param(jnp.ones(1)))
+  return lib.split(made)[1], [*lib.clone(made).items]
+
+
+def metrics(lib, node):
+  del node
+  metric = lib.MultiMetric(
+    loss=lib.metrics.Average("loss"),
+    accuracy=lib.metrics.Accuracy(),
+    spread=lib.metrics.Welford("loss"),
+  )
+
+  @lib.jit
+  def step(metric, x):
+    metric.update(
+      loss=x, logits=jnp.eye(3) * x.sum(), labels=jnp.array([0, 1, 1])
+    )
+
+  step(metric, jnp.arange(3.0))
+  step(metric, jnp.arange(4.0))
+  return jax.tree.leaves(metric.compute()), lib.state(metric)
+
+
+def fork(lib, node):
+  if not hasattr(node, "rngs"):
+    return None
+  forked = node.rngs.fork(split={"dropout": 2})
+
+  @lib.jit
+  def draw(rngs):
+    return rngs.dropout()
+
+  return forked, draw(node.rngs), node.rngs.default(), node.rngs.params()
+
+
+SETTLED = (
+  pop,
+  find_duplicates,
+  update,
+  pure,
+  as_pure,
+  with_vars,
+  set_metadata,
+  deep_copy,
+  containers,
+  metrics,
+  fork,
 )
 
 # Functions of streams, which have both arguments.
@@ -267,6 +434,36 @@ class FunctionsTest(parameterized.TestCase):
     for argument in (with_rngs, shared_rngs, pytree):
       with self.subTest(argument.__name__):
         self.check(function, argument, programs.MODES[mode])
+
+  @parameterized.named_parameters(
+    (f"{f.__name__}_{mode}", f, mode)
+    for f in SETTLED
+    for mode in programs.MODES
+  )
+  def test_does_what_flax_does_once_the_mode_is_set(self, function, mode):
+    def program(argument, lib):
+      node = argument(lib)
+      return node, function(lib, node)
+
+    for argument in ARGUMENTS:
+      with self.subTest(argument.__name__):
+        (ours, error), (theirs, their_error) = (
+          programs.outcome(
+            lib,
+            functools.partial(
+              in_mode,
+              lib,
+              programs.MODES[mode],
+              functools.partial(program, argument),
+            ),
+          )
+          for lib in LIBRARIES
+        )
+        if their_error is not None:
+          self.assertIsInstance(error, ValueError, f"Flax: {their_error!r}")
+        else:
+          self.assertIsNone(error)
+          self.assertEqual(ours, theirs)
 
   def test_what_captures_keep_is_the_same(self):
     def program(lib):

@@ -143,6 +143,12 @@ def changes_metadata(lib, model, x):
   return model(x)
 
 
+def updates_to_another_shape(lib, model, x):
+  state = lib.state(model, lib.BatchStat)
+  lib.update(model, jax.tree.map(lambda mean: jnp.pad(mean * x, 1), state))
+  return model(x)
+
+
 def makes_a_model(lib, model, x):
   return model(x), classes(lib).Model(x)
 
@@ -186,6 +192,7 @@ EFFECTS = (
   changes_a_static,
   changes_an_array,
   changes_metadata,
+  updates_to_another_shape,
   makes_a_model,
   returns_the_model,
   returns_a_variable,

@@ -56,6 +56,30 @@ def test_weight_norm(layer, options):
   )
 
 
+@pytest.mark.parametrize("dtype", [None, jnp.float32, jnp.float16])
+@pytest.mark.parametrize("param_dtype", [jnp.float32, jnp.float16])
+@pytest.mark.parametrize("use_scale", [False, True])
+def test_weight_norm_rounds_where_flax_does(dtype, param_dtype, use_scale):
+  weights = []
+  for library in (nnx, flax_nnx):
+    rngs = library.Rngs(5)
+    linear = library.Linear(16, 8, param_dtype=param_dtype, rngs=rngs)
+    layer = library.WeightNorm(
+      linear,
+      use_scale=use_scale,
+      scale_init=jax.nn.initializers.constant(10.0),
+      dtype=dtype,
+      rngs=rngs,
+    )
+    layer(array(2, 16))
+    weights.append(np.asarray(linear.kernel[...]))
+  ours, theirs = weights
+  assert ours.dtype == theirs.dtype
+  # Compiled as one, ours keeps more bits inside of a sum of half precision.
+  rounding = np.finfo(param_dtype).eps + np.finfo(ours.dtype).eps
+  np.testing.assert_allclose(ours, theirs, rtol=2 * rounding, atol=0)
+
+
 def test_weight_norm_draws_and_types_its_scales():
   rngs = nnx.Rngs(0)
   layer = nnx.WeightNorm(
