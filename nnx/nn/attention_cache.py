@@ -127,11 +127,11 @@ class CachedAttention(Module):
   head_dim: int
   dtype: dtypes.Dtype | None
   param_dtype: dtypes.Dtype
-  cached_key: Cache | None
-  cached_value: Cache | None
-  cache_index: Cache | None
-  cached_key_scale: Cache | None
-  cached_value_scale: Cache | None
+  cached_key: Cache[jax.Array] | None
+  cached_value: Cache[jax.Array] | None
+  cache_index: Cache[jax.Array] | None
+  cached_key_scale: Cache[jax.Array] | None
+  cached_value_scale: Cache[jax.Array] | None
   block_size: int | None
 
   def init_cache(

@@ -152,9 +152,9 @@ def _initialize_flat(
   flat_shape: tuple[int, ...],
   shape: tuple[int, ...],
   dtype: dtypes.Dtype,
-) -> Any:
+) -> jax.Array:
   """Runs an initializer on a flat shape, on which its fans depend."""
-  value = initialize(init, key, flat_shape, dtype)
+  value: Any = initialize(init, key, flat_shape, dtype)
   if flat_shape == shape:
     return value
   if isinstance(value, VariableMetadata):
