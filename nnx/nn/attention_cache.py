@@ -332,11 +332,13 @@ class CachedAttention(Module):
     key, value, index = self.cached_key, self.cached_value, self.cache_index
     assert key is not None and value is not None and index is not None
     if step.counts:
+      assert step.next_index is not None
       index.value = step.next_index
     key.value = buffers.key
     value.value = buffers.value
     key_scale, value_scale = self.cached_key_scale, self.cached_value_scale
     if key_scale is not None and value_scale is not None:
+      assert buffers.key_scale is not None and buffers.value_scale is not None
       key_scale.value = buffers.key_scale
       value_scale.value = buffers.value_scale
 
