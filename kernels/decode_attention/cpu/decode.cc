@@ -101,7 +101,7 @@ void Decode::PlanTasks() {
   int64_t chunk;
   if (narrow) {
     const int64_t bytes = std::clamp<int64_t>(
-        attend_bytes_ / 32, int64_t{256} << 10, int64_t{4} << 20);
+        attend_bytes_ / 32, int64_t{64} << 10, int64_t{4} << 20);
     chunk = bytes / std::max<int64_t>(1, heads_per_task * row_bytes);
   } else {
     const int64_t units = std::max<int64_t>(1, b * shape.heads * row_blocks);

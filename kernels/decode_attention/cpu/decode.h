@@ -77,10 +77,9 @@ void RunDecode(const DecodeArgs& args, Pool& pool) {
   ParallelFor(pool, decode.batch(), decode.append_bytes(),
               [&](int64_t i) { decode.Append(i); });
   const std::vector<int64_t> runs = decode.Runs(pool.num_threads());
-  ParallelFor(
-      pool, static_cast<int64_t>(runs.size()) - 1, decode.attend_bytes(),
-      [&](int64_t i) { decode.Attend(runs[i], runs[i + 1]); },
-      kInlineCopyBytes);
+  ParallelFor(pool, static_cast<int64_t>(runs.size()) - 1,
+              decode.attend_bytes(),
+              [&](int64_t i) { decode.Attend(runs[i], runs[i + 1]); });
   const int64_t heads = decode.heads();
   ParallelFor(pool, decode.batch() * heads, decode.join_bytes(),
               [&](int64_t i) {

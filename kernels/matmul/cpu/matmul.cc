@@ -56,7 +56,10 @@ struct Item {
 
 namespace {
 
-constexpr int64_t kItemBytes = int64_t{256} << 10;
+// Weights of an item with one row of x, and with more: those take longer, and
+// each item has sums of its own.
+constexpr int64_t kItemBytes = int64_t{64} << 10;
+constexpr int64_t kMostItemBytes = int64_t{256} << 10;
 constexpr int64_t kMaxItems = 64;
 // Columns of the widest step, 2 vectors of 16.
 constexpr int64_t kWidestStep = 32;
@@ -87,6 +90,10 @@ int64_t WeightBytes(Format format, int64_t count) {
   return 0;
 }
 
+int64_t ItemBytes(int64_t rows) {
+  return std::min(kItemBytes * rows, kMostItemBytes);
+}
+
 // By shape alone, so that sums come out the same on any number of threads.
 //
 // An item is a range of rows of the weights, as wide as can be: what is read in
@@ -107,7 +114,7 @@ Plan MakePlan(const Geometry& g, Format format) {
                kWidestStep * kWidestStep;
   const int64_t chunks = CeilDiv(g.n, plan.chunk);
   const int64_t items = std::clamp<int64_t>(
-      WeightBytes(format, g.k * g.n) / kItemBytes, 1, kMaxItems);
+      WeightBytes(format, g.k * g.n) / ItemBytes(g.rows), 1, kMaxItems);
   const int64_t widest =
       std::clamp(2 * kSumsAbreast / g.rows, kMinColumns, kMaxChunk);
   const int64_t column_parts =
@@ -185,10 +192,11 @@ void MultiplyTransposed(const ParallelLoop& loop, SimdLevel level,
   }
 
   const int64_t row_bytes = WeightBytes(w.format, g.k);
-  const int64_t columns = std::max(
-      {CeilDiv(g.n, kMaxItems),
-       std::min(g.n, CeilDiv(kItemBytes, std::max<int64_t>(row_bytes, 1))),
-       int64_t{1}});
+  const int64_t columns =
+      std::max({CeilDiv(g.n, kMaxItems),
+                std::min(g.n, CeilDiv(ItemBytes(g.rows),
+                                      std::max<int64_t>(row_bytes, 1))),
+                int64_t{1}});
   const int64_t items = CeilDiv(g.n, columns);
   loop(g.groups * items, g.groups * g.n * row_bytes, [&](int64_t i) {
     const int64_t group = i / items;
