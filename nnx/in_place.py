@@ -89,7 +89,6 @@ def may_lend() -> bool:
   Example:
 
     >>> import jax
-  from jax import core
     >>> from nnx import in_place
     >>> in_place.may_lend()
     True
