@@ -1,5 +1,14 @@
 """Linen modules as nnx Modules, and nnx Modules as Linen modules."""
 
+import importlib.util as _util
+
+if _util.find_spec("flax") is None:
+  raise ModuleNotFoundError(
+    "`nnx.bridge` must have the package `flax`, but it is not installed."
+    " Install it: `pip install flax`.",
+    name="flax",
+  )
+
 from nnx import initializers as initializers
 from nnx import register_variable_name as register_variable_name
 from nnx import variable_name_from_type as variable_name_from_type

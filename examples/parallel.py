@@ -74,8 +74,11 @@ def train(
   for batch in tqdm.tqdm(shared.batches(data, steps), what, steps):
     if sharding is not None:
       batch = jax.device_put(batch, sharding)
-    losses.append(shared.train_step(*objects, *batch))
-  return [float(loss) for loss in losses]
+    # Each step is waited for. With steps under way all the time, a process that is
+    # stopped for a while, or gets no turn, is so within a collective, and after 40
+    # seconds of that XLA's CPU ends it.
+    losses.append(float(shared.train_step(*objects, *batch)))
+  return losses
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -7,6 +7,7 @@ import threading
 from typing import Any
 
 import jax
+from jax import core
 
 from nnx import environment
 from nnx.engine import _engine, jax_private
@@ -133,7 +134,7 @@ def _has_own_layout(array: jax.Array) -> bool:
   """
   if array.is_deleted():
     return False
-  layout = array.format.layout
+  layout = array.format.layout  # pyright: ignore[reportAttributeAccessIssue]
   return layout is not None and (
     layout.major_to_minor != tuple(range(array.ndim))
   )
@@ -154,7 +155,7 @@ def are_together(leaves: Iterable[Any]) -> bool:
   """
   places = set()
   for leaf in leaves:
-    if isinstance(leaf, jax.core.Tracer):
+    if isinstance(leaf, core.Tracer):
       return False
     if isinstance(leaf, jax.Array):
       if not isinstance(leaf.sharding, jax.sharding.SingleDeviceSharding):

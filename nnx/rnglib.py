@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 import functools
-from typing import Any, NamedTuple, TypeVar, cast
+from typing import Any, NamedTuple, TypeVar, cast, overload
 
 import jax
 from jax import random
@@ -223,6 +223,26 @@ def _decorator(transform: Callable[..., Any], in_place: bool) -> Any:
   return decorator
 
 
+@overload
+def split_rngs(
+  *,
+  splits: Shape,
+  only: Filter = ...,
+  squeeze: bool = False,
+  graph: bool | None = None,
+  graph_updates: bool | None = None,
+) -> Callable[[F], F]: ...
+@overload
+def split_rngs(
+  node: Any,
+  /,
+  *,
+  splits: Shape,
+  only: Filter = ...,
+  squeeze: bool = False,
+  graph: bool | None = None,
+  graph_updates: bool | None = None,
+) -> Any: ...
 def split_rngs(
   node: Any = MISSING,
   /,
@@ -326,6 +346,22 @@ def split_rngs(
   return traversal.recursive_map(visit, node, graph=mode.graph)
 
 
+@overload
+def fork_rngs(
+  *,
+  split: Mapping[Filter, Shape | None] | Shape | None = None,
+  graph: bool | None = None,
+  graph_updates: bool | None = None,
+) -> Callable[[F], F]: ...
+@overload
+def fork_rngs(
+  node: Any,
+  /,
+  *,
+  split: Mapping[Filter, Shape | None] | Shape | None = None,
+  graph: bool | None = None,
+  graph_updates: bool | None = None,
+) -> Any: ...
 def fork_rngs(
   node: Any = MISSING,
   /,
@@ -396,6 +432,28 @@ def fork_rngs(
   return traversal.recursive_map(visit, node, graph=mode.graph)
 
 
+@overload
+def with_rngs(
+  *,
+  split: Mapping[Filter, Shape] | Shape | None = None,
+  fork: Filter | Sequence[Filter] | None = None,
+  broadcast: Mapping[Filter, Shape] | Shape | None = None,
+  only: Filter = True,
+  graph: bool | None = None,
+  graph_updates: bool | None = None,
+) -> Callable[[F], F]: ...
+@overload
+def with_rngs(
+  node: Any,
+  /,
+  *,
+  split: Mapping[Filter, Shape] | Shape | None = None,
+  fork: Filter | Sequence[Filter] | None = None,
+  broadcast: Mapping[Filter, Shape] | Shape | None = None,
+  only: Filter = True,
+  graph: bool | None = None,
+  graph_updates: bool | None = None,
+) -> Any: ...
 def with_rngs(
   node: Any = MISSING,
   /,

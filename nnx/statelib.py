@@ -22,6 +22,7 @@ from typing import (
   Any,
   Generic,
   TypeVar,
+  overload,
 )
 
 import jax
@@ -296,7 +297,13 @@ class State(reprlib.Displayable, MutableMapping[K, V], Generic[K, V]):
     """
     replace_by_pure_dict(self, pure_dict, replace_fn)
 
-  def split(self, first: Filter, /, *filters: Filter):
+  @overload
+  def split(self, first: Filter, /) -> State[Any, Any]: ...
+  @overload
+  def split(
+    self, first: Filter, /, *filters: Filter
+  ) -> tuple[State[Any, Any], ...]: ...
+  def split(self, first: Filter, /, *filters: Filter) -> Any:
     """Splits by filters that select every leaf; see `split_state`.
 
     Example:
@@ -310,7 +317,13 @@ class State(reprlib.Displayable, MutableMapping[K, V], Generic[K, V]):
     """
     return split_state(self, first, *filters)
 
-  def filter(self, first: Filter, /, *filters: Filter):
+  @overload
+  def filter(self, first: Filter, /) -> State[Any, Any]: ...
+  @overload
+  def filter(
+    self, first: Filter, /, *filters: Filter
+  ) -> tuple[State[Any, Any], ...]: ...
+  def filter(self, first: Filter, /, *filters: Filter) -> Any:
     """Selects leaves by filters; see `filter_state`.
 
     Example:
@@ -423,7 +436,17 @@ def map_state(
   return from_flat_state([(path, f(path, leaf)) for path, leaf in flat])
 
 
-def filter_state(state: Mapping[Any, Any], first: Filter, /, *filters: Filter):
+@overload
+def filter_state(
+  state: Mapping[Any, Any], first: Filter, /
+) -> State[Any, Any]: ...
+@overload
+def filter_state(
+  state: Mapping[Any, Any], first: Filter, /, *filters: Filter
+) -> tuple[State[Any, Any], ...]: ...
+def filter_state(
+  state: Mapping[Any, Any], first: Filter, /, *filters: Filter
+) -> Any:
   """Selects leaves by filters; those that no filter selects are left out.
 
   Example:
@@ -448,7 +471,17 @@ def filter_state(state: Mapping[Any, Any], first: Filter, /, *filters: Filter):
   return _split(state, (first, *filters), exhaustive=False)
 
 
-def split_state(state: Mapping[Any, Any], first: Filter, /, *filters: Filter):
+@overload
+def split_state(
+  state: Mapping[Any, Any], first: Filter, /
+) -> State[Any, Any]: ...
+@overload
+def split_state(
+  state: Mapping[Any, Any], first: Filter, /, *filters: Filter
+) -> tuple[State[Any, Any], ...]: ...
+def split_state(
+  state: Mapping[Any, Any], first: Filter, /, *filters: Filter
+) -> Any:
   """Splits a State by filters that together must select every leaf.
 
   Example:

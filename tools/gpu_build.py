@@ -4,6 +4,8 @@ What an extension is made of is read from the BUILD files. For gpu_check.py, and
 for pip, which wants the extensions for the CPU alone: see wheel/backend.py.
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable, Sequence
 from concurrent import futures
 import dataclasses

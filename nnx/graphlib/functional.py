@@ -63,8 +63,19 @@ def split(
 ) -> tuple[GraphDef[Node], statelib.State, statelib.State]: ...
 @overload
 def split(
-  node: Node, *filters: Filter, graph: bool | None = None
-) -> tuple[GraphDef[Node], *tuple[statelib.State, ...]]: ...
+  node: Node,
+  first: Filter,
+  second: Filter,
+  third: Filter,
+  /,
+  *,
+  graph: bool | None = None,
+) -> tuple[GraphDef[Node], statelib.State, statelib.State, statelib.State]: ...
+# A tuple of one GraphDef and any number of States mypy would not unpack.
+@overload
+def split(
+  node: Any, *filters: Filter, graph: bool | None = None
+) -> tuple[Any, ...]: ...
 def split(
   node: Node, *filters: Filter, graph: bool | None = None
 ) -> tuple[Any, ...]:

@@ -127,11 +127,11 @@ class CachedAttention(Module):
   head_dim: int
   dtype: dtypes.Dtype | None
   param_dtype: dtypes.Dtype
-  cached_key: Cache | None
-  cached_value: Cache | None
-  cache_index: Cache | None
-  cached_key_scale: Cache | None
-  cached_value_scale: Cache | None
+  cached_key: Cache[jax.Array] | None
+  cached_value: Cache[jax.Array] | None
+  cache_index: Cache[jax.Array] | None
+  cached_key_scale: Cache[jax.Array] | None
+  cached_value_scale: Cache[jax.Array] | None
   block_size: int | None
 
   def init_cache(
@@ -332,11 +332,13 @@ class CachedAttention(Module):
     key, value, index = self.cached_key, self.cached_value, self.cache_index
     assert key is not None and value is not None and index is not None
     if step.counts:
+      assert step.next_index is not None
       index.value = step.next_index
     key.value = buffers.key
     value.value = buffers.value
     key_scale, value_scale = self.cached_key_scale, self.cached_value_scale
     if key_scale is not None and value_scale is not None:
+      assert buffers.key_scale is not None and buffers.value_scale is not None
       key_scale.value = buffers.key_scale
       value_scale.value = buffers.value_scale
 

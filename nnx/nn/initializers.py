@@ -84,7 +84,7 @@ _ONE_CALL = {
 
 def initialize(
   init: Initializer, key: jax.Array, shape: Sequence[int], dtype: Any
-) -> Any:
+) -> jax.Array:
   """Runs an initializer, by one compiled call where that changes no bit.
 
   Example:
@@ -105,7 +105,8 @@ def initialize(
     dtype: The dtype of the value.
 
   Returns:
-    What `init` returns: an array, or a `VariableMetadata` around one.
+    What `init` returns: an array, or a `VariableMetadata` around one, which
+    stands for the array where a Variable is made.
 
   Raises:
     TypeError: If `init` cannot be called.

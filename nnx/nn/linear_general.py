@@ -6,7 +6,7 @@ import collections.abc
 from collections.abc import Callable, Iterator, Mapping, Sequence
 import math
 import types
-from typing import Any
+from typing import Any, cast
 
 import jax
 from jax import lax
@@ -152,14 +152,14 @@ def _initialize_flat(
   flat_shape: tuple[int, ...],
   shape: tuple[int, ...],
   dtype: dtypes.Dtype,
-) -> Any:
+) -> jax.Array:
   """Runs an initializer on a flat shape, on which its fans depend."""
   value = initialize(init, key, flat_shape, dtype)
   if flat_shape == shape:
     return value
   if isinstance(value, VariableMetadata):
     value.raw_value = jnp.reshape(value.raw_value, shape)
-    return value
+    return cast(jax.Array, value)
   return jnp.reshape(value, shape)
 
 

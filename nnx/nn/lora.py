@@ -112,13 +112,13 @@ class LoRA(Module):
     self.lora_param_type = lora_param_type
     self.base_module = base_module
     self.promote_dtype = promote_dtype
-    self.lora_a = lora_param_type(
+    self.lora_a: Variable[jax.Array] = lora_param_type(
       initialize(
         a_initializer, checks.key(rngs), (in_features, lora_rank), param_dtype
       ),
       **a_metadata,
     )
-    self.lora_b = lora_param_type(
+    self.lora_b: Variable[jax.Array] = lora_param_type(
       initialize(
         b_initializer, checks.key(rngs), (lora_rank, out_features), param_dtype
       ),

@@ -48,7 +48,7 @@ def make_vector(
   num_features: int,
   dtype: dtypes.Dtype,
   metadata: Mapping[str, Any],
-) -> Param | None:
+) -> Param[jax.Array] | None:
   """Makes a scale or a bias, or nothing for a layer that uses none.
 
   Example:
@@ -74,7 +74,7 @@ def make_vector(
   return Param(value, **metadata)
 
 
-def value_of(vector: Param | None) -> jax.Array | None:
+def value_of(vector: Param[jax.Array] | None) -> jax.Array | None:
   """Returns the value of a parameter, or None for None.
 
   Example:
@@ -88,7 +88,7 @@ def value_of(vector: Param | None) -> jax.Array | None:
 class Norm(Module):
   """Base of the normalising layers, which assign these attributes."""
 
-  scale: Param | None
+  scale: Param[jax.Array] | None
   dtype: dtypes.Dtype | None
   epsilon: float
   axis_name: str | None

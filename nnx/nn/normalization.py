@@ -72,7 +72,7 @@ _normalize_compiled = eager.compiled(
 def _apply(
   layer: norm_base.Norm,
   x: jax.Array,
-  bias: Param | None,
+  bias: Param[jax.Array] | None,
   mask: jax.Array | None,
   reduction_axes: Axes,
   feature_axes: Axes,

@@ -228,7 +228,7 @@ def _along_jvp(slide, primals, tangents):
     jnp.where(where == i, tap, 0)
     for i, tap in enumerate(slide.taps(tangent.astype(wide), 0))
   ]
-  return _along(x, slide), sum(parts).astype(x.dtype)
+  return _along(x, slide), jnp.astype(sum(parts), x.dtype)
 
 
 # A window of more elements along an axis is left to XLA: each is a slice.
@@ -266,7 +266,7 @@ def _extreme(
   for i in reversed(range(len(window))):
     if window[i] > 1 or steps[i] > 1 or any(pads[i]):
       axis = inputs.ndim - len(window) - 1 + i
-      slide = _Slide(axis, window[i], steps[i], tuple(pads[i]), find)
+      slide = _Slide(axis, window[i], steps[i], (pads[i][0], pads[i][1]), find)
       inputs = _along(inputs, slide)
   return inputs
 

@@ -131,7 +131,7 @@ class QuantizedLinear(_Packed):
     kernel = jnp.asarray(layer.kernel[...])
     rows, columns = math.prod(in_shape), math.prod(out_shape)
     self._pack(kernel.reshape((rows, columns)), bits, group)
-    self.bias: Param | None = layer.bias
+    self.bias: Param[jax.Array] | None = layer.bias
     self.in_features = in_shape
     self.out_features = out_shape
     self.dtype = layer.dtype

@@ -23,6 +23,7 @@ from nnx.pytreelib import Pytree, data
 from nnx.statelib import State, from_flat_state, map_state, to_flat_state
 from nnx.variablelib import Param, Variable, is_ref
 
+A = TypeVar("A")
 M = TypeVar("M")
 
 # Hooks on the values of a parameter must not run on its momentum.
@@ -33,7 +34,7 @@ _VALUE_HOOKS = frozenset(["on_create_value", "on_get_value", "on_set_value"])
 _HOLDERS = (Pytree, State, Mapping, list, tuple)
 
 
-class OptState(Variable):
+class OptState(Variable[A]):
   """State of an optimizer.
 
   Example:
@@ -47,7 +48,7 @@ class OptState(Variable):
   __slots__ = ()
 
 
-class OptArray(OptState):
+class OptArray(OptState[A]):
   """State of an optimizer that does not belong to one Variable: a step count.
 
   Example:
@@ -62,7 +63,7 @@ class OptArray(OptState):
   __slots__ = ()
 
 
-class OptVariable(OptState):
+class OptVariable(OptState[A]):
   """State of an optimizer that belongs to a Variable: its momentum.
 
   It has the metadata of the Variable except hooks on values. A sharding named

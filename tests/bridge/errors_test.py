@@ -1,5 +1,7 @@
 """Errors of the bridge name the module, the path and the fix."""
 
+import subprocess
+import sys
 from typing import Any
 
 from absl.testing import absltest, parameterized
@@ -372,6 +374,23 @@ class BridgedTest(parameterized.TestCase):
       rf' `\{{"params": .*, but got {got}\.',
     ):
       bridge.load_linen_variables(bridge.ToNNX(nn.Dense(3)), variables)
+
+
+class ImportErrorsTest(absltest.TestCase):
+  def test_without_flax_it_says_what_to_install(self):
+    program = (
+      f"import sys; sys.path[:] = {sys.path!r}\n"
+      "sys.modules['flax'] = None\n"
+      "import nnx.bridge"
+    )
+    done = subprocess.run(
+      [sys.executable, "-c", program], capture_output=True, text=True
+    )
+    self.assertEqual(
+      done.stderr.strip().splitlines()[-1],
+      "ModuleNotFoundError: `nnx.bridge` must have the package `flax`, but it"
+      " is not installed. Install it: `pip install flax`.",
+    )
 
 
 if __name__ == "__main__":

@@ -52,20 +52,44 @@ class ImportTest(absltest.TestCase):
     self.assertIn("run `tools/bazel run //tools:develop` in", last)
 
   def test_free_threaded_python_is_refused(self):
-    free = (
-      "import sysconfig; sysconfig.get_config_vars()['Py_GIL_DISABLED'] = 1"
-    )
-    path = f"import sys; sys.path[:] = {sys.path!r}"
-    done = subprocess.run(
-      [sys.executable, "-c", f"{path}\n{free}\nimport nnx"],
-      capture_output=True,
-      text=True,
-    )
     self.assertEqual(
-      done.stderr.strip().splitlines()[-1],
+      refusal(
+        "import sysconfig",
+        "sysconfig.get_config_vars()['Py_GIL_DISABLED'] = 1",
+      ),
       "ImportError: `nnx` needs a Python with the global lock, but this one is"
       " free-threaded: run a build of CPython 3.11 to 3.14 that is not.",
     )
+
+  def test_an_old_python_is_refused(self):
+    self.assertEqual(
+      refusal("import jax, sys", "sys.version_info = (3, 10, 13)"),
+      "ImportError: `nnx` needs CPython 3.11 to 3.14, but this is Python 3.10.",
+    )
+
+  def test_an_old_jax_is_refused(self):
+    old = (
+      "import jax",
+      "jax.__version_info__, jax.__version__ = (0, 8, 0), '0.8.0'",
+    )
+    end = (
+      " jax 0.10.2 or later, but this is jax 0.8.0: run `pip install --upgrade"
+      " jax`."
+    )
+    self.assertEqual(refusal(*old), f"ImportError: `nnx` needs{end}")
+    self.assertEqual(
+      refusal(*old, imported="kernels"), f"ImportError: `kernels` need{end}"
+    )
+
+
+def refusal(*before, imported="nnx"):
+  """Returns the last line of what an import says after some statements."""
+  path = f"import sys; sys.path[:] = {sys.path!r}"
+  program = "\n".join([path, *before, f"import {imported}"])
+  done = subprocess.run(
+    [sys.executable, "-c", program], capture_output=True, text=True
+  )
+  return done.stderr.strip().splitlines()[-1]
 
 
 ignored = shutil.ignore_patterns("*.so", "cc", "__pycache__")

@@ -42,6 +42,9 @@ assert_type(block.scale.copy(), nnx.Param[jax.Array])
 assert_type(block.calls, nnx.Variable[int])
 assert_type(block.calls.value, int)
 assert_type(nnx.BatchStat(x).value, jax.Array)
+assert_type(block.linear.kernel, nnx.Param[jax.Array])
+assert_type(block.linear.bias, nnx.Param[jax.Array] | None)
+assert_type(nnx.LoRA(4, 2, 4, rngs=nnx.Rngs(0)).lora_a.value, jax.Array)
 block.scale.value = x
 block.scale[...] = x
 block.scale[0] = 1.0
@@ -79,6 +82,15 @@ check_signature(nnx.vmap(loss))
 check_signature(nnx.remat(loss))
 
 
+@nnx.split_rngs(splits=3)
+@nnx.vmap(in_axes=0, out_axes=0)
+def stack(rngs: nnx.Rngs) -> Block:
+  return Block(4, rngs=rngs)
+
+
+assert_type(stack(nnx.Rngs(0)), Block)
+
+
 def step(carry: jax.Array, block: Block) -> tuple[jax.Array, jax.Array]:
   return block(carry), carry
 
@@ -100,6 +112,7 @@ def train_step(
 
 optimizer = nnx.Optimizer(block, optax.adam(0.1), wrt=nnx.Param)
 assert_type(train_step(block, optimizer, x), jax.Array)
+assert_type(optimizer.step.value, jax.Array)
 
 # What is wrong is seen.
 nnx.jit(loss)(block, "x")  # type: ignore[arg-type]
@@ -115,6 +128,17 @@ assert_type(nnx.merge(graphdef, state), Block)
 graphdef, params, rest = nnx.split(block, nnx.Param, ...)
 assert_type(params, nnx.State)
 assert_type(nnx.merge(graphdef, params, rest), Block)
+graphdef, params, stats, rest = nnx.split(block, nnx.Param, nnx.BatchStat, ...)
+assert_type(stats, nnx.State)
+graphdef, params, stats, keys, rest = nnx.split(
+  block, nnx.Param, nnx.BatchStat, nnx.RngState, ...
+)
+assert_type(nnx.split_state(state, ...), nnx.State)
+params, rest = nnx.split_state(state, nnx.Param, ...)
+assert_type(rest, nnx.State)
+assert_type(nnx.filter_state(state, nnx.Param), nnx.State)
+assert_type(state.filter(nnx.Param), nnx.State)
+params, rest = state.split(nnx.Param, ...)
 assert_type(nnx.state(block), nnx.State)
 assert_type(nnx.state(block, nnx.Param), nnx.State)
 params, rest = nnx.state(block, nnx.Param, nnx.BatchStat)

@@ -141,6 +141,8 @@ def test_a_free_threaded_python_is_refused_by_pip(tmp_path, monkeypatch):
     RuntimeError, match=r"free-threaded\).*or call the pip of"
   ):
     backend.build_wheel(tmp_path)
+  with pytest.raises(RuntimeError, match="free-threaded"):
+    backend.get_requires_for_build_wheel()  # before pip looks for jax
 
 
 def test_pip_is_told_what_the_wheel_says(wheel, tmp_path):

@@ -129,7 +129,7 @@ def _resnet_type(library: Library) -> type:
       y = jax.nn.relu(self.norm1(self.conv1(x)))
       y = jax.nn.relu(self.norm2(self.conv2(y)))
       y = self.norm3(self.conv3(y))
-      if self.shortcut is not None:
+      if self.shortcut is not None and self.shortcut_norm is not None:
         x = self.shortcut_norm(self.shortcut(x))
       return jax.nn.relu(x + y)
 

@@ -4,6 +4,8 @@ In it `kernels` and `bridge` are inside of `nnx`, where no other package can
 have their names; see CONTRIBUTING.md. `//:wheel` calls this, as `backend` does.
 """
 
+from __future__ import annotations
+
 import argparse
 import base64
 from collections.abc import Iterable, Mapping
@@ -12,7 +14,6 @@ import pathlib
 import platform
 import re
 import sys
-import tomllib
 from typing import Any
 import zipfile
 
@@ -81,9 +82,20 @@ def _record(contents: Mapping[str, bytes], folder: str) -> bytes:
   return "\n".join([*rows, f"{folder}/RECORD,,", ""]).encode()
 
 
+def _project(root: pathlib.Path) -> dict[str, Any]:
+  import tomllib  # not in Pythons that are to be refused in words
+
+  return tomllib.loads((root / "pyproject.toml").read_text())["project"]
+
+
+def read_dependencies(root: pathlib.Path) -> list[str]:
+  """Returns what a release requires."""
+  return _project(root)["dependencies"]
+
+
 def read_project(root: pathlib.Path) -> tuple[str, str]:
   """Returns the stem of a release's file names, and its METADATA."""
-  project = tomllib.loads((root / "pyproject.toml").read_text())["project"]
+  project = _project(root)
   stem = f"{project['name'].replace('-', '_')}-{project['version']}"
   readme = (root / "README.md").read_text(encoding="utf-8")
   return stem, metadata(project, readme)

@@ -4,6 +4,8 @@ Sources are those that the BUILD files list, as `tools.gpu_build` reads them,
 and the wheel is that of `//:wheel`, as `archive` writes it.
 """
 
+from __future__ import annotations
+
 import io
 import os
 import pathlib
@@ -17,13 +19,17 @@ from tools.wheel import archive
 ROOT = gpu_build.ROOT
 
 
-def _build_extensions(objects: pathlib.Path, out: pathlib.Path) -> None:
+def _check_python() -> None:
   refusal = python_probe.refusal(
     **python_probe.describe(),
     otherwise="or call the pip of another interpreter",
   )
   if refusal:
     raise RuntimeError(refusal)
+
+
+def _build_extensions(objects: pathlib.Path, out: pathlib.Path) -> None:
+  _check_python()
   targets = gpu_build.read_targets(ROOT, ("kernels", "nnx"))
   builder = gpu_build.Builder(objects, None, os.cpu_count() or 1, out)
   _, failures = builder.build(targets)
@@ -42,6 +48,15 @@ def _sources() -> dict[str, pathlib.Path]:
 
 def _write(directory: str, files: dict[str, pathlib.Path]) -> str:
   return archive.write(pathlib.Path(directory), ROOT, files).name
+
+
+def get_requires_for_build_wheel(config_settings=None):
+  """Returns the jax whose headers are read; refuses a Python that has none."""
+  _check_python()
+  return archive.read_dependencies(ROOT)
+
+
+get_requires_for_build_editable = get_requires_for_build_wheel
 
 
 def build_wheel(wheel_directory, config_settings=None, metadata_directory=None):
