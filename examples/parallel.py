@@ -74,9 +74,9 @@ def train(
   for batch in tqdm.tqdm(shared.batches(data, steps), what, steps):
     if sharding is not None:
       batch = jax.device_put(batch, sharding)
-    # Each step is waited for. With steps under way all the time, a process that is
-    # stopped for a while, or gets no turn, is so within a collective, and after 40
-    # seconds of that XLA's CPU ends it.
+    # Each step is waited for. With steps under way all the time, a process that
+    # is stopped for a while, or gets no turn, is so within a collective, and
+    # after 40 seconds of that XLA's CPU ends it.
     losses.append(float(shared.train_step(*objects, *batch)))
   return losses
 
