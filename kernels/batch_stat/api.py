@@ -14,6 +14,7 @@ from . import (
   primitive,
   reference,
   running_average,
+  sharding,
 )
 
 
@@ -277,9 +278,15 @@ def batch_norm(
   )
   primitive.NORMALIZE.check_implementation(implementation)
   old_mean, old_var = mean.astype(stat_dtype), var.astype(stat_dtype)
-  scale, bias = arrays.vary_like(
-    x, scale.astype(stat_dtype), bias.astype(stat_dtype)
+  scale, bias, old_mean, old_var = sharding.follow_channels(
+    x,
+    feature_axis,
+    scale.astype(stat_dtype),
+    bias.astype(stat_dtype),
+    old_mean,
+    old_var,
   )
+  scale, bias = arrays.vary_like(x, scale, bias)
   if use_running_average:
     centre, spread = arrays.vary_like(x, old_mean, old_var)
     y: Any = normalization.apply(static, x, centre, spread, scale, bias)

@@ -11,10 +11,10 @@ from typing import Any
 import jax
 from jax import lax
 import jax.numpy as jnp
-from jax.sharding import PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 import numpy as np
 
-from ..common import arrays, dispatch
+from ..common import arrays, dispatch, jax_private
 from . import reference, signatures
 from .signatures import Kind
 
@@ -34,6 +34,25 @@ def partitioning(
     rule=functools.partial(_rule, signature),
     partition=functools.partial(_partition, signature, combine),
   )
+
+
+def follow_channels(x: Any, feature_axis: int, *vectors: Any) -> list[Any]:
+  """Splits `[c]` as the channels of x are, on a mesh with explicit axes.
+
+  There a gradient must be split as its argument, and those of the channels come
+  as x is. Elsewhere this does nothing.
+
+  Args:
+    x: The array to follow.
+    feature_axis: That of its channels.
+    *vectors: Each `[c]`.
+  """
+  mesh = jax_private.explicit_mesh([jax.typeof(x)])
+  if mesh is None:
+    return list(vectors)
+  spec = PartitionSpec(jax.typeof(x).sharding.spec[feature_axis])
+  channels = NamedSharding(mesh, spec)
+  return [jax.sharding.reshard(vector, channels) for vector in vectors]
 
 
 def _rule(signature, avals, *, feature_axis, batch_axes, **params):

@@ -441,6 +441,50 @@ class BatchNormShardingTest(parameterized.TestCase):
       self.check(compiled(x, dy, scale, bias), want)
     self.assertEmpty(hlo.instructions(compiled.as_text(), "all-gather"))
 
+  @parameterized.product(
+    implementation=("cpu", "xla"),
+    spec=(P("a", None, None, "b"), P("a", "b")),
+    relu=(False, True),
+  )
+  def test_vectors_that_are_not_split_as_channels_are(
+    self, implementation, spec, relu
+  ):
+    kinds = (jax.sharding.AxisType.Explicit,) * 2
+    mesh = jax.make_mesh((4, 2), ("a", "b"), axis_types=kinds)
+    x, dy, scale, bias, _ = _train_case()
+    mean, var = jnp.linspace(-1, 1, 8), jnp.linspace(1, 2, 8)
+
+    def run(x, dy, scale, bias, mean, var):
+      def loss(x, scale, bias):
+        out = batch_stat.batch_norm(
+          x,
+          scale,
+          bias,
+          mean,
+          var,
+          0.5,
+          activation="relu" if relu else None,
+          implementation=implementation,
+        )
+        return jnp.sum(out.y * dy), (out.mean, out.var)
+
+      return jax.grad(loss, (0, 1, 2), has_aux=True)(x, scale, bias)
+
+    want, averages = run(x, dy, scale, bias, mean, var)
+    specs = (spec, spec, P(), P("b"), P(), P("b"))
+    with jax.set_mesh(mesh):
+      args = jax.device_put(
+        (x, dy, scale, bias, mean, var),
+        tuple(NamedSharding(mesh, spec) for spec in specs),
+      )
+      got, new = jax.jit(run)(*args)
+    for gradient, arg in zip(got, (args[0], *args[2:4]), strict=True):
+      self.assertTrue(
+        gradient.sharding.is_equivalent_to(arg.sharding, arg.ndim)
+      )
+    # In the order of `check`'s tolerances.
+    self.check((*new, *got), (*averages, *want))
+
   @parameterized.parameters("cpu", "xla")
   def test_channels_on_an_explicit_mesh(self, implementation):
     kinds = (jax.sharding.AxisType.Explicit,) * 2
