@@ -306,7 +306,7 @@ def states_emptied_by_the_collector():
   for function in (
     lambda: _engine.merge(graphdef, mapping, False, False),
     lambda: _engine.merge(graphdef, {**mapping}, True, False),
-    lambda: _engine.update(model, mapping, False, False),
+    lambda: _engine.update(model, mapping, False, False, False),
     lambda: _engine.split_mapping(mapping, (np.ndarray, True), False),
     lambda: _engine.merge_mappings(mapping, {"a": mapping}),
     lambda: _engine.flatten_mapping(mapping),
@@ -448,7 +448,7 @@ def structures_deeper_than_the_stack():
   value, graphdef, mapping, (structure, leaves, objects) = made
   for function in (
     lambda: _engine.merge(graphdef, mapping, False, False),
-    lambda: _engine.update(value, mapping, False, False),
+    lambda: _engine.update(value, mapping, False, False, False),
     lambda: _engine.pop(value, (True,)),
     lambda: _engine.state(value, (True,)),
     lambda: _engine.clone(value, True),

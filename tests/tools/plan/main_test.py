@@ -168,7 +168,7 @@ class MainTest(parameterized.TestCase):
     printed = []
     for line in lines:
       start, arguments = line.split(" -- ")
-      self.assertEqual(start, "bazel run //tools:plan")
+      self.assertEqual(start, "tools/bazel run //tools:plan")
       status, out, _ = run(*shlex.split(arguments, comments=True))
       self.assertEqual(status, 0)
       printed.append(out)
