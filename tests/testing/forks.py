@@ -57,7 +57,9 @@ class Process:
     with self._own.open("w") as own:
       self._process = subprocess.Popen(
         [sys.executable, *options, "-c", _PROGRAM, *modules],
-        env=os.environ | {"PYTHONPATH": path} | (environment or {}),
+        env=os.environ
+        | {"PYTHONPATH": path, "OPENBLAS_NUM_THREADS": "1"}
+        | (environment or {}),
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=own,
