@@ -99,6 +99,17 @@ def _check_inputs(layer: Any, inputs: Any, channels: int) -> None:
   checks.last_axis(layer, "inputs", inputs, channels)
 
 
+def _check_dilated(layer: Conv) -> None:
+  """Raises if the padding is a name, which means none of a dilated input."""
+  steps = layer.input_dilation
+  if isinstance(layer.padding, str) and max(_as_tuple(steps, 1)) > 1:
+    raise ValueError(
+      "`padding` must be numbers where `input_dilation` is more than 1, but got"
+      f" {layer.padding!r} and `input_dilation={steps}`. Pass how many zeros to"
+      " put before and after, or use an `nnx.ConvTranspose`."
+    ) from None
+
+
 def _check_mask(layer: Any) -> None:
   if layer.mask is not None and layer.mask.shape != layer.kernel_shape:
     raise ValueError(
@@ -223,7 +234,8 @@ class Conv(Module):
       mirrored), "CAUSAL" (zeros in front, for one spatial axis), or how many
       zeros: one number, or for each spatial axis a number or a pair (before,
       after).
-    input_dilation: Distance of the input's elements, likewise.
+    input_dilation: Distance of the input's elements, likewise; with more than
+      1, the padding must be numbers.
     kernel_dilation: Distance of the kernel's elements, likewise.
     feature_group_count: How many groups of channels are convolved separately.
     use_bias: Whether there is a bias.
@@ -338,7 +350,8 @@ class Conv(Module):
       `[..., *spatial, c]`, the sizes as strides and padding make them.
 
     Raises:
-      ValueError: If `mask` or `padding` do not fit the kernel.
+      ValueError: If `mask` or `padding` do not fit the kernel, or `padding` is
+        a name where the input is dilated.
     """
     rank = len(self.kernel_size)
     _check_mask(self)
@@ -377,6 +390,7 @@ class Conv(Module):
     except (IndexError, TypeError, ValueError):
       channels = self.kernel.shape[-2] * self.feature_group_count
       _check_inputs(self, inputs, channels)
+      _check_dilated(self)
       raise
 
 

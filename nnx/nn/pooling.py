@@ -150,18 +150,25 @@ def avg_pool(
     count_include_pad: Whether these zeros count as elements.
 
   Returns:
-    `[..., *fewer, c]`.
+    `[..., *fewer, c]`, of the dtype of `inputs`; half precision is summed in
+    float32.
 
   Raises:
     ValueError: For the same reasons as `pool`.
   """
+  dtype = inputs.dtype
+  if jnp.issubdtype(dtype, jnp.floating):
+    # In half precision a sum may overflow where the mean does not.
+    inputs = inputs.astype(jnp.promote_types(dtype, jnp.float32))
   sums = pool(inputs, 0.0, lax.add, window_shape, strides, padding)
   if count_include_pad:
-    return sums / math.prod(window_shape)
-  spatial = inputs.shape[inputs.ndim - len(window_shape) - 1 : -1]
-  ones = jnp.ones((*spatial, 1), sums.dtype)
-  counts = pool(ones, 0.0, lax.add, window_shape, strides, padding)
-  return sums / jnp.expand_dims(counts, range(sums.ndim - counts.ndim))
+    means = sums / math.prod(window_shape)
+  else:
+    spatial = inputs.shape[inputs.ndim - len(window_shape) - 1 : -1]
+    ones = jnp.ones((*spatial, 1), sums.dtype)
+    counts = pool(ones, 0.0, lax.add, window_shape, strides, padding)
+    means = sums / jnp.expand_dims(counts, range(sums.ndim - counts.ndim))
+  return means.astype(dtype) if jnp.issubdtype(dtype, jnp.floating) else means
 
 
 @dataclasses.dataclass(frozen=True)

@@ -26,6 +26,35 @@ from nnx.transforms.scan import scan
 from nnx.transforms.vmap import StateAxes
 
 
+def _checked_lengths(
+  seq_lengths: Any, batch: tuple[int, ...], steps: int
+) -> jax.Array:
+  """Returns lengths of sequences, each between 0 and the steps.
+
+  Under a trace, one that is not becomes one more than the steps, for which
+  there is nothing to take: NaN.
+  """
+  lengths = jnp.asarray(seq_lengths)
+  if not jnp.issubdtype(lengths.dtype, jnp.integer):
+    raise TypeError(
+      f"`seq_lengths` must be integers, but got `{lengths.dtype}`. Convert"
+      " them: `seq_lengths.astype(int)`."
+    )
+  if lengths.shape != batch:
+    raise ValueError(
+      f"`seq_lengths` must have the shape {batch}, that of the batch, but got"
+      f" {lengths.shape}. Give the length of each sequence."
+    )
+  lengths = lengths.astype(jnp.int32)
+  fits = (lengths >= 0) & (lengths <= steps)
+  if not isinstance(fits, jax.core.Tracer) and not fits.all():
+    raise ValueError(
+      f"`seq_lengths` must lie between 0 and {steps}, the steps of the inputs,"
+      f" but got {lengths}."
+    )
+  return jnp.where(fits, lengths, steps + 1)
+
+
 def flip_sequences(
   inputs: jax.Array,
   seq_lengths: jax.Array | None,
@@ -46,21 +75,44 @@ def flip_sequences(
     inputs: `[*batch, time, ...]`, or `[time, *batch, ...]`.
     seq_lengths: `[*batch]`, integers, the length of each sequence; the rest is
       padding, which goes to the end in reverse order as well. All are as long
-      as the axis, if None.
+      as the axis, if None. Under a trace, what comes of a length that cannot be
+      is NaN.
     num_batch_dims: How many axes `batch` has.
     time_major: Whether time comes first.
 
   Returns:
     An array of the shape of `inputs`.
+
+  Raises:
+    TypeError: If the lengths are not integers.
+    ValueError: If they have another shape, are negative or longer than the
+      axis.
   """
   axis = 0 if time_major else num_batch_dims
+  if seq_lengths is not None:
+    sizes = inputs.shape[: num_batch_dims + 1]
+    seq_lengths = _checked_lengths(
+      seq_lengths, sizes[:axis] + sizes[axis + 1 :], sizes[axis]
+    )
+  return _flipped(inputs, seq_lengths, num_batch_dims, axis)
+
+
+def _flipped(
+  inputs: jax.Array,
+  seq_lengths: jax.Array | None,
+  num_batch_dims: int,
+  axis: int,
+) -> jax.Array:
+  """Reverses sequences along an axis; the lengths are checked."""
   if seq_lengths is None:
     return jnp.flip(inputs, axis)
   steps = inputs.shape[axis]
   shape = [1] * (num_batch_dims + 1)
   shape[axis] = steps
   backwards = jnp.arange(steps - 1, -1, -1).reshape(shape)
-  positions = (backwards + jnp.expand_dims(seq_lengths, axis)) % steps
+  lengths = jnp.expand_dims(seq_lengths, axis)
+  positions = (backwards + lengths) % max(steps, 1)
+  positions = jnp.where(lengths > steps, steps, positions)
   features = range(num_batch_dims + 1, inputs.ndim)
   return jnp.take_along_axis(
     inputs, jnp.expand_dims(positions, tuple(features)), axis
@@ -182,6 +234,7 @@ class RNN(Module):
       seq_lengths: `[*batch]`, integers, the length of each sequence. Later
         steps are run, but do not count in the carry that is returned, and stay
         at the end in a reversed run. Of an empty sequence it is the first one.
+        Under a trace, what comes of a length that cannot be is NaN.
       return_carry: Overrides that of the layer, if not None.
       time_major: Likewise.
       reverse: Likewise.
@@ -191,6 +244,11 @@ class RNN(Module):
     Returns:
       The outputs of all steps, with time where it was; or the last carry and
       these.
+
+    Raises:
+      TypeError: If `seq_lengths` are not integers.
+      ValueError: If they have another shape, are negative or longer than the
+        axis.
     """
     return_carry = self.return_carry if return_carry is None else return_carry
     time_major = self.time_major if time_major is None else time_major
@@ -199,8 +257,14 @@ class RNN(Module):
     batch = inputs.ndim - self.cell.num_feature_axes - 1
     axis = 0 if time_major else batch
 
+    shape = inputs.shape[:axis] + inputs.shape[axis + 1 :]
+    if seq_lengths is not None:
+      seq_lengths = _checked_lengths(
+        seq_lengths, shape[:batch], inputs.shape[axis]
+      )
+
     def flip(x):
-      return flip_sequences(x, seq_lengths, batch, time_major)
+      return _flipped(x, seq_lengths, batch, axis)
 
     if reverse:
       inputs = jax.tree.map(flip, inputs)
@@ -210,7 +274,6 @@ class RNN(Module):
         rngs = self.rngs
       elif isinstance(rngs, Rngs):
         rngs = rngs.carry.fork()
-      shape = inputs.shape[:axis] + inputs.shape[axis + 1 :]
       carry = self.cell.initialize_carry(shape, rngs)
     every_carry = seq_lengths is not None and return_carry
     steps = _steps(

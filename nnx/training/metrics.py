@@ -112,11 +112,18 @@ def _taken(kwargs: dict[str, Any], name: str, metric: Metric) -> Any:
     )
   value = kwargs[name]
   if isinstance(value, (Variable, list, tuple)):
-    return jnp.asarray(value)
+    value = jnp.asarray(value)
+  if jnp.iscomplexobj(value):
+    raise TypeError(
+      f"`{name}` must be real for this `{type(metric).__name__}`, but got"
+      f" `{jnp.result_type(value).name}`. Update one metric with the real parts"
+      " and one with the imaginary ones."
+    )
   return value
 
 
 def _as_weights(mask: Any, values: Any, name: str) -> jax.Array:
+  """Returns how often each value counts; under a trace NaN for no number."""
   mask, shape = jnp.asarray(mask), jnp.shape(values)
   try:
     weights = jnp.broadcast_to(mask, shape)
@@ -125,25 +132,28 @@ def _as_weights(mask: Any, values: Any, name: str) -> jax.Array:
       f"`mask` must broadcast to the shape {shape} of `{name}`, but got"
       f" {mask.shape}."
     ) from None
-  if not jnp.issubdtype(mask.dtype, jnp.floating):
+  if not jnp.issubdtype(mask.dtype, jnp.floating) and not jnp.issubdtype(
+    mask.dtype, jnp.signedinteger
+  ):
     return weights
   # The count is an integer and would lose fractions.
-  whole = (mask == jnp.round(mask)).all()
-  if not isinstance(whole, jax.core.Tracer) and not whole:
+  fits = ((mask == jnp.round(mask)) & (mask >= 0) & (mask < jnp.inf)).all()
+  if not isinstance(fits, jax.core.Tracer) and not fits:
     raise ValueError(
-      f"`mask` must be made of whole numbers, but got {mask}. For an average"
-      f" with other weights divide that of `{name} * weights` by that of the"
-      " weights."
+      f"`mask` must be made of whole numbers, but got {mask}. How often a value"
+      " counts is 0, 1, 2 and so on; for an average with other weights divide"
+      f" that of `{name} * weights` by that of the weights."
     )
-  return jnp.where(whole, weights, jnp.nan)
+  return jnp.where(fits, weights, jnp.nan)
 
 
 def _widened(values: Any) -> Any:
-  """Returns values as they are summed: small types would overflow."""
-  dtype = jnp.result_type(values)
-  if jnp.issubdtype(dtype, jnp.inexact):
-    return values.astype(jnp.promote_types(dtype, jnp.float32))
-  return values.astype(jnp.int32) if dtype.itemsize < 4 else values
+  """Returns values as they are summed, in float32 or wider.
+
+  Sums of whole numbers, and those in half precision, may exceed their type.
+  """
+  dtype = jnp.promote_types(jnp.result_type(values), jnp.float32)
+  return values.astype(dtype)
 
 
 def _is_number(value: Any) -> bool:
@@ -173,7 +183,8 @@ class Average(Metric):
     argname: The keyword by which `update` takes the values.
 
   Attributes:
-    total: The sum of the values, a scalar float32.
+    total: The sum of the values, a scalar float32; NaN, once there were more
+      values than `count` can tell.
     count: Their number, a scalar int32.
   """
 
@@ -191,15 +202,16 @@ class Average(Metric):
     """Adds values.
 
     Args:
-      mask: How often each value counts, a whole number, or whether it does:
+      mask: How often each value counts, 0, 1, 2 and so on, or whether it does:
         broadcast to them. Under a trace, the mean is NaN with other numbers.
+        What does not count may be NaN.
       **kwargs: The values under the metric's name for them, an array `[...]`
         or a number; other keywords are left to other metrics.
 
     Raises:
-      TypeError: If the values are missing.
+      TypeError: If the values are missing or complex.
       ValueError: If a mask comes with a number, does not broadcast, or is not
-        made of whole numbers.
+        made of whole numbers of at least 0.
     """
     values = _taken(kwargs, self.argname, self)
     if _is_number(values):
@@ -208,15 +220,21 @@ class Average(Metric):
           f"With a `mask`, `{self.argname}` must be an array, but got"
           f" {values!r}."
         )
-      self.total[...] += values
-      self.count[...] += 1
+      total, count = float(values), 1
     elif mask is None:
-      self.total[...] += _widened(values).sum()
-      self.count[...] += values.size
+      if jnp.result_type(values) == jnp.bool_:
+        values = values.astype(jnp.int32)  # whose sum is exact
+      else:
+        values = _widened(values)
+      total, count = values.sum(), values.size
     else:
-      mask = _widened(_as_weights(mask, values, self.argname))
-      self.total[...] += (_widened(values) * mask).sum()
-      self.count[...] += mask.sum().astype(self.count.dtype)
+      weights = _as_weights(mask, values, self.argname)
+      total = jnp.where(weights != 0, _widened(values) * weights, 0).sum()
+      count = weights.astype(jnp.int32).sum()
+    before = self.count[...]
+    self.count[...] += count
+    wraps = self.count[...] < before
+    self.total[...] += jnp.where(wraps, jnp.nan, total)
 
   def compute(self) -> jax.Array:
     """Returns the mean, a scalar float32; NaN if there were no values."""
@@ -287,7 +305,8 @@ class Welford(Metric):
 
   Attributes:
     count: The number of values, a scalar int32.
-    mean: Their mean, a scalar float32.
+    mean: Their mean, a scalar float32; NaN, once there were more values than
+      `count` can tell.
     m2: The sum of their squared distances from the mean, a scalar float32.
 
   Source: T. Chan, G. Golub, R. LeVeque, Updating Formulae and a Pairwise
@@ -315,7 +334,7 @@ class Welford(Metric):
         or a number; other keywords are left to other metrics.
 
     Raises:
-      TypeError: If the values are missing, or there is a mask.
+      TypeError: If the values are missing or complex, or there is a mask.
     """
     if mask is not None:
       raise TypeError(
@@ -324,13 +343,16 @@ class Welford(Metric):
       )
     values = _taken(kwargs, self.argname, self)
     if _is_number(values):
-      count, mean, m2 = 1, values, 0.0
+      count, mean, m2 = 1, float(values), 0.0
+    elif not jnp.size(values):
+      return  # An empty batch has no mean.
     else:
       values = _widened(values)
       count, mean = values.size, values.mean()
       m2 = values.var() * count
     before = self.count[...]
     self.count[...] += count
+    mean = jnp.where(self.count[...] < before, jnp.nan, mean)
     delta = mean - self.mean
     self.mean[...] += delta * count / self.count
     self.m2[...] += m2 + delta * delta * count * before / self.count

@@ -194,3 +194,15 @@ def test_refusals_of_conv():
   layer = nnx.Conv(3, 4, (3, 3), padding="CAUSAL", rngs=nnx.Rngs(0))
   with pytest.raises(ValueError, match="needs exactly one spatial axis"):
     layer(array(2, 8, 8, 3))
+
+
+@pytest.mark.parametrize("padding", ["SAME", "VALID", "CAUSAL", "CIRCULAR"])
+@pytest.mark.parametrize("size", [2, 20])
+def test_names_of_paddings_of_a_dilated_input_are_refused(padding, size):
+  layer = nnx.Conv(1, 1, 3, input_dilation=2, padding=padding, rngs=nnx.Rngs(0))
+  with pytest.raises(
+    ValueError,
+    match="`padding` must be numbers where `input_dilation` is more than 1, but"
+    f" got '{padding}' and `input_dilation=2`",
+  ):
+    layer(array(1, size, 1))

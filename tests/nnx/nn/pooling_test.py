@@ -66,6 +66,26 @@ def test_the_mean_without_padding(shape):
   assert_same(nnx.avg_pool(*args), flax_nnx.avg_pool(*args))
 
 
+@pytest.mark.parametrize("count_include_pad", [True, False])
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_means_in_half_precision_are_rounded_once(dtype, count_include_pad):
+  x = 9_000 * jnp.asarray(array(2, 40, 3), dtype)  # some sums overflow
+  pads, size = ((3, 5),), 9
+  got = nnx.avg_pool(x, (size,), None, pads, count_include_pad)
+  exact = np.pad(np.asarray(x, np.float64), [(0, 0), pads[0], (0, 0)])
+  inside = np.pad(np.ones(40), pads[0])
+  sums = np.stack([exact[:, i : i + size].sum(1) for i in range(40)], 1)
+  counts = [inside[i : i + size].sum() for i in range(40)]
+  want = sums / (size if count_include_pad else np.array(counts)[:, None])
+  assert got.dtype == x.dtype
+  np.testing.assert_allclose(
+    np.asarray(got, np.float64),
+    want,
+    rtol=float(jnp.finfo(dtype).eps) / 2 * 1.01,
+    atol=1e-3 * 2**4,
+  )
+
+
 def test_more_batch_axes():
   x = array(2, 3, 7, 8, 3)
   got = nnx.avg_pool(x, (2, 3), padding="SAME", count_include_pad=False)

@@ -309,6 +309,50 @@ def test_the_carry_of_an_empty_sequence_is_the_first(reverse):
   np.testing.assert_array_equal(h[1], y[1, -1])
 
 
+@pytest.mark.parametrize(
+  ("lengths", "error", "text"),
+  [
+    ([2, 6], ValueError, "must lie between 0 and 5, the steps of the inputs"),
+    ([2, -1], ValueError, "must lie between 0 and 5, the steps of the inputs"),
+    ([2.0, 3.0], TypeError, "must be integers, but got `float32`"),
+    ([True, False], TypeError, "must be integers, but got `bool`"),
+    ([2], ValueError, r"must have the shape \(2,\), that of the batch, but"),
+    ([[2], [3]], ValueError, r"must have the shape \(2,\), that of the batch"),
+    (2, ValueError, r"must have the shape \(2,\), that of the batch, but got"),
+  ],
+)
+def test_lengths_that_cannot_be(lengths, error, text):
+  x, lengths = array(2, 5, 3), jnp.asarray(lengths)
+  layer = nnx.RNN(nnx.GRUCell(3, 4, rngs=nnx.Rngs(0)))
+  with pytest.raises(error, match="`seq_lengths` " + text):
+    layer(x, seq_lengths=lengths)
+  with pytest.raises(error, match="`seq_lengths` " + text):
+    recurrent.flip_sequences(x, lengths, 1, False)
+
+
+@pytest.mark.parametrize("length", [-1, 6])
+@pytest.mark.parametrize("reverse", [False, True])
+def test_under_a_trace_lengths_that_cannot_be_make_nan(length, reverse):
+  layer = nnx.RNN(nnx.GRUCell(3, 4, rngs=nnx.Rngs(0)), return_carry=True)
+  run = nnx.jit(lambda m, x, n: m(x, seq_lengths=n, reverse=reverse))
+  x = array(2, 5, 3)
+  carry, y = run(layer, x, jnp.array([length, 4]))
+  right, z = run(layer, x, jnp.array([3, 4]))
+  assert bool(jnp.isnan(carry[0]).all())
+  assert not reverse or bool(jnp.isnan(y[0]).all())
+  np.testing.assert_array_equal(carry[1], right[1])
+  np.testing.assert_array_equal(y[1], z[1])
+
+
+def test_lengths_may_be_lists_and_small_integers():
+  layer = nnx.RNN(nnx.GRUCell(3, 4, rngs=nnx.Rngs(0)), return_carry=True)
+  x = array(2, 200, 3)
+  want = layer(x, seq_lengths=jnp.array([200, 0]), reverse=True)
+  for lengths in ([200, 0], np.array([200, 0], np.uint8)):
+    got = layer(x, seq_lengths=lengths, reverse=True)
+    jax.tree.map(np.testing.assert_array_equal, got, want)
+
+
 def bidirectional(**options):
   def make(seed):
     return Own(

@@ -176,6 +176,67 @@ class MetricsTest(absltest.TestCase):
     nnx.jit(lambda m, x, k: m.update(values=x, mask=k))(metric, values, mask)
     self.assertTrue(jnp.isnan(metric.compute()))
 
+  def test_a_mask_of_negative_numbers_is_not_counted(self):
+    for mask in (jnp.array([-1, 2]), jnp.array([1.0, jnp.inf])):
+      metric = nnx.metrics.Average()
+      with self.assertRaisesRegex(ValueError, "`mask` must be made of whole"):
+        metric.update(values=jnp.ones(2), mask=mask)
+      nnx.jit(lambda m, k: m.update(values=jnp.ones(2), mask=k))(metric, mask)
+      self.assertTrue(jnp.isnan(metric.compute()))
+
+  def test_what_a_mask_leaves_out_may_be_anything(self):
+    metric = nnx.metrics.Average()
+    values = jnp.array([1.0, jnp.nan, jnp.inf])
+    metric.update(values=values, mask=jnp.array([True, False, False]))
+    metric.update(values=values, mask=jnp.array([2, 0, 0]))
+    self.assertEqual(float(metric.compute()), 1.0)
+
+  def test_sums_of_integers_may_exceed_their_type(self):
+    for values in (
+      jnp.full((4,), 2**30, jnp.int32),
+      jnp.full((4,), 2**31, jnp.uint32),
+      jnp.full((300_000,), 30_000, jnp.int16),
+      np.full((4,), 2**40),
+    ):
+      want = float(values[0])
+      for mask in ({}, {"mask": jnp.ones(values.shape, bool)}):
+        metric = nnx.metrics.Average()
+        metric.update(values=values, **mask)
+        np.testing.assert_allclose(metric.compute(), want, rtol=1e-5)
+      welford = nnx.metrics.Welford()
+      welford.update(values=values)
+      np.testing.assert_allclose(welford.compute().mean, want, rtol=1e-5)
+
+  def test_a_count_beyond_int32_is_nan(self):
+    average, welford = nnx.metrics.Average(), nnx.metrics.Welford()
+    for metric in (average, welford):
+      metric.update(values=jnp.ones(2))
+      metric.count[...] = jnp.int32(2**31 - 4)
+      metric.update(values=jnp.ones(3))
+    self.assertFalse(jnp.isnan(average.compute()))
+    self.assertEqual(float(welford.compute().mean), 1.0)
+    for metric in (average, welford):
+      nnx.jit(lambda m: m.update(values=jnp.ones(2)))(metric)
+      metric.update(values=1.0)
+    self.assertTrue(jnp.isnan(average.compute()))
+    self.assertTrue(jnp.isnan(welford.compute().mean))
+    self.assertTrue(jnp.isnan(welford.compute().standard_deviation))
+
+  def test_an_empty_batch_changes_nothing(self):
+    for metric in (nnx.metrics.Average(), nnx.metrics.Welford()):
+      metric.update(values=jnp.zeros((0, 3)))
+      metric.update(values=jnp.array([1.0, 3.0]))
+      metric.update(values=jnp.zeros(0))
+      self.assertEqual(float(jnp.asarray(metric.compute()).ravel()[0]), 2.0)
+
+  def test_complex_values_are_refused(self):
+    for metric in (nnx.metrics.Average("z"), nnx.metrics.Welford("z")):
+      name = type(metric).__name__
+      with self.assertRaisesRegex(
+        TypeError, f"`z` must be real for this `{name}`, but got `complex64`"
+      ):
+        metric.update(z=jnp.array([1j]))
+
   def test_small_floats_are_summed_in_float32(self):
     values = jnp.asarray(100 + np.arange(1000) % 7, jnp.float16)
     average, masked = nnx.metrics.Average(), nnx.metrics.Average()
