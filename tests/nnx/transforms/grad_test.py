@@ -370,9 +370,10 @@ class ErrorTest(parameterized.TestCase):
       " filter selects, pass `nnx.DiffState(0, filter)`.",
     )
 
-  @parameterized.parameters("a", ["a"], 0.5, (0, 0.5), True, (None,))
-  def test_argnums_that_are_none_are_refused_at_once(self, *argnums):
-    (argnums,) = argnums
+  @parameterized.parameters(
+    ("a",), (["a"],), (0.5,), ((0, 0.5),), (True,), ((None,),)
+  )
+  def test_argnums_that_are_none_are_refused_at_once(self, argnums):
     for transform in (nnx.grad, nnx.value_and_grad):
       with self.assertRaisesRegex(TypeError, "`argnums` must be an int, an"):
         transform(lambda a, b: a * b, argnums=argnums)
