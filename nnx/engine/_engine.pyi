@@ -214,6 +214,8 @@ class StructureBase:
   @property
   def _shares(self) -> bool: ...
   @property
+  def _is_tree(self) -> bool: ...
+  @property
   def _object_types(self) -> set[type]: ...
   @property
   def _updates(self) -> tuple[int, ...] | None: ...
@@ -294,6 +296,7 @@ def pack(
   objects: tuple[object, ...],
   leaves: tuple[object, ...],
   result: object,
+  given: tuple[object, ...] | None = None,
   /,
 ) -> Packed: ...
 def apply(

@@ -16,26 +16,6 @@ T = TypeVar("T")
 _UNSHARED = (_engine.NodeKind.VARIABLE, _engine.NodeKind.LEAF)
 
 
-def is_tree(structure: _engine.StructureBase) -> bool:
-  """Tells whether `check` finds nothing, not even shared objects.
-
-  Example:
-
-    >>> import nnx
-    >>> from nnx.graphlib import trees
-    >>> node = nnx.Dict()
-    >>> (
-    ...   trees.is_tree(nnx.graphdef(node)),
-    ...   trees.is_tree(nnx.graphdef([node] * 2)),
-    ... )
-    (True, False)
-
-  Args:
-    structure: of the roots.
-  """
-  return not structure._shares and all(map(_is_pytree, structure._object_types))
-
-
 def check(
   structure: _engine.StructureBase,
   names: Sequence[Any],
@@ -72,7 +52,7 @@ but `node[0]` and `node[1]` are one `Param`
     ValueError: if a Variable is shared, if there is a cycle, or if an object is
       not a pytree of jax.
   """
-  if is_tree(structure):
+  if structure._is_tree:
     return False
   opaque = {cls for cls in structure._object_types if not _is_pytree(cls)}
   records = structure._records
@@ -169,7 +149,9 @@ def unshared(node: T, structure: _engine.StructureBase, function: str) -> T:
     The node, or if objects without Variables are shared in it, a copy where
     each place has its own.
   """
-  return copied(node) if check(structure, ["node"], function) else node
+  if structure._is_tree or not check(structure, ["node"], function):
+    return node
+  return copied(node)
 
 
 def clone(node: T, variables: bool, function: str) -> T:

@@ -107,7 +107,7 @@ class CustomVjp:
   ):
     functools.update_wrapper(self, fun)
     self.fun = fun
-    self.argnums = diff_states.as_tuple(nondiff_argnums)
+    self.argnums = diff_states.as_tuple(nondiff_argnums, "nondiff_argnums")
     self.policy = policy
     self.rules: tuple[Any, ...] = ()
     numbers = diff_states.numbers(self.argnums)

@@ -7,6 +7,7 @@ import dataclasses
 from typing import Any
 
 import jax
+import numpy as np
 
 from nnx.engine import _engine
 from nnx.filterlib import Filter
@@ -67,20 +68,25 @@ def is_selection(value: Any) -> bool:
 
 
 def as_tuple(
-  argnums: int | DiffState | Iterable[int | DiffState],
+  argnums: int | DiffState | Iterable[int | DiffState], option: str = "argnums"
 ) -> tuple[int | DiffState, ...]:
-  """Returns argument numbers as a tuple."""
-  if isinstance(argnums, (int, DiffState)):
-    return (argnums,)
-  if not isinstance(argnums, Iterable) or isinstance(
+  """Returns argument numbers as a tuple.
+
+  Raises:
+    TypeError: if they are something else.
+  """
+  kinds = (int, np.integer, DiffState)
+  one = not isinstance(argnums, Iterable) or isinstance(
     argnums, _engine.ObjectBase
-  ):
-    raise TypeError(
-      "`argnums` must be an int, an `nnx.DiffState` or several, but got"
-      f" `{argnums!r}` of type `{type(argnums).__name__}`. To differentiate by"
-      " what a filter selects, pass `nnx.DiffState(0, filter)`."
-    )
-  return tuple(argnums)
+  )
+  nums: tuple[Any, ...] = (argnums,) if one else tuple(argnums)
+  if all(isinstance(n, kinds) and not isinstance(n, bool) for n in nums):
+    return nums
+  raise TypeError(
+    f"`{option}` must be an int, an `nnx.DiffState` or several, but got"
+    f" `{argnums!r}` of type `{type(argnums).__name__}`. To differentiate by"
+    " what a filter selects, pass `nnx.DiffState(0, filter)`."
+  )
 
 
 def numbers(argnums: Sequence[int | DiffState]) -> list[int]:

@@ -9,7 +9,7 @@ all.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 import functools
 from typing import Any, ParamSpec, TypedDict, TypeVar, Unpack, overload
 
@@ -85,7 +85,7 @@ def _differentiate(
     arguments = diff_states.Gradients(call, walk, not mode.updates).build(
       call.with_leaves(selected, grads), selected
     )
-    if isinstance(argnums, (int, DiffState)):
+    if not isinstance(argnums, Iterable):
       result = arguments[wanted[0]]
     else:
       result = tuple(arguments[i] for i in wanted)

@@ -6,7 +6,7 @@ one of them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 import inspect
 from typing import Any
 
@@ -131,6 +131,7 @@ class Options:
       )
     prefix.check(policy, "in_shardings", in_shardings)
     prefix.check(policy, "out_shardings", out_shardings)
+    prefix.check_form("in_shardings", in_shardings, _is_sharding)
     self.policy = policy
     self.fun = fun
     self.in_shardings = in_shardings
@@ -228,13 +229,8 @@ class Options:
     keys = self.root_keys(structure, names)
     count = structure._num_roots - len(names)
     entry = self.in_shardings
-    if _is_sharding(entry) or isinstance(entry, prefix.FilterMap):
+    if prefix.check_form("in_shardings", entry, _is_sharding):
       entries = [entry] * count
-    elif not isinstance(entry, Iterable):
-      raise TypeError(
-        "`in_shardings` must be a sharding or have one entry for each"
-        f" positional argument, but got {entry!r}."
-      )
     else:
       entries = list(entry)
       dynamic = [key for key in keys[:count] if key not in self.statics]
@@ -316,14 +312,9 @@ class Flat(lift.Lifted):
       result = _engine.framed(self.structure, objects, self.call, values)
     if self.policy.mode.updates:
       self.check_new(objects, result)
-    # No value is identical to these, so that every donated leaf counts as
-    # written and comes back as an output.
-    kept = leaves
-    if donated:
-      kept = tuple(
-        None if i in donated else leaf for i, leaf in enumerate(leaves)
-      )
-    return self.constrain(self.pack(objects, kept, result), leaves)
+    # Every donated leaf comes back as an output.
+    packed = self.pack(objects, leaves, result, written=donated)
+    return self.constrain(packed, leaves)
 
   def trace(self, leaves: tuple) -> tuple[Any, Any]:
     """Traces once ahead of compilation, which `split` need not do again.

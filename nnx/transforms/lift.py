@@ -10,9 +10,8 @@ So nothing the function does under a trace touches the originals, and an
 exception leaves them as they were.
 
 A mode (`graphlib.modes`) is what is checked and what is given back, in `Lifted`
-alone. Without updates the function is given copies of the objects that it is
-compared by, which have only the Variables in common with them: so the Variables
-are all that can have changed.
+alone. Without updates the Variables of the copies are compared alone: whatever
+else the function did to them stays with them.
 """
 
 from __future__ import annotations
@@ -133,7 +132,7 @@ class Lifted:
   def _check_tree(
     self, structure: Any, names: Sequence[str] | None = None
   ) -> bool:
-    if trees.is_tree(structure):  # The names would take time.
+    if structure._is_tree:  # The names would take time.
       return False
     transform = self.policy.transform
     return trees.check(
@@ -156,10 +155,7 @@ class Lifted:
     Returns:
       The arguments of the function, and the objects for `pack`.
     """
-    values, objects = _engine.unflatten(self.structure, leaves)
-    if not self.policy.mode.updates:
-      values = _engine.clone(values, False)
-    return values, objects
+    return _engine.unflatten(self.structure, leaves)
 
   def pack(
     self,
@@ -167,6 +163,7 @@ class Lifted:
     leaves: tuple[Any, ...],
     result: Any,
     new: Any = None,
+    written: frozenset[int] = frozenset(),
   ) -> Any:
     """Returns what the function did, as a `Packed`.
 
@@ -176,12 +173,20 @@ class Lifted:
       result: what is returned to the caller.
       new: without updates, what may hold no Variable of the arguments; the
         result, if None.
+      written: leaves that count as written in any case.
     """
+    before = leaves
+    if written:
+      # No value is identical to these.
+      before = tuple(
+        None if i in written else leaf for i, leaf in enumerate(leaves)
+      )
+    given = None if self.policy.mode.updates else leaves
     if not self.policy.mode.updates:
       self.check_new(objects, result if new is None else new)
     if not self.policy.mode.graph:
       result = trees.copied(result)
-    return _engine.pack(self.structure, objects, leaves, result)
+    return _engine.pack(self.structure, objects, before, result, given)
 
   def check_new(self, objects: Sequence[Any], result: Any) -> None:
     """Refuses Variables in a result that are not new.

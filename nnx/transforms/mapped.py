@@ -76,11 +76,7 @@ class Mapped:
     if self.lifted.policy.mode.updates:
       # What comes from outside has no axis that could be mapped.
       self.lifted.check_new(objects, result)
-    if self.written:
-      leaves = tuple(
-        None if i in self.written else leaf for i, leaf in enumerate(leaves)
-      )
-    packed = self.lifted.pack(objects, leaves, result)
+    packed = self.lifted.pack(objects, leaves, result, written=self.written)
     plan, outputs = packed.plan, packed.outputs
     entry_of = output_entries(plan, outputs, self.walk, self.out_root)
     groups: dict[Any, list[Any]] = {entry: [] for entry in self.groups}

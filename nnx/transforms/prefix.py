@@ -230,6 +230,32 @@ class Place(NamedTuple):
   text: str
 
 
+def check_form(
+  option: str, entry: Any, is_entry: Callable[[Any], bool]
+) -> bool:
+  """Refuses an option for all arguments that is neither one entry nor a tuple.
+
+  Args:
+    option: its name.
+    entry: its value.
+    is_entry: whether something stands for all leaves below it.
+
+  Returns:
+    Whether it is one entry.
+
+  Raises:
+    TypeError: if it is neither.
+  """
+  if is_entry(entry) or isinstance(entry, FilterMap):
+    return True
+  if not isinstance(entry, (tuple, list)):
+    raise TypeError(
+      f"`{option}` must be one entry for all arguments or a tuple with one for"
+      f" each, but got `{entry!r}` of type `{type(entry).__name__}`."
+    )
+  return False
+
+
 def roots(
   entry: Any,
   count: int,
@@ -253,15 +279,8 @@ def roots(
     TypeError: if `entry` is neither an entry nor a tuple or list.
     ValueError: if there are not as many entries as positional arguments.
   """
-  if is_entry(entry) or isinstance(entry, FilterMap):
-    entries: list[Any] = [entry] * count
-  elif isinstance(entry, (tuple, list)):
-    entries = list(entry)
-  else:
-    raise TypeError(
-      f"`{option}` must be one entry for all arguments or a tuple with one for"
-      f" each, but got `{entry!r}` of type `{type(entry).__name__}`."
-    )
+  one = check_form(option, entry, is_entry)
+  entries = [entry] * count if one else list(entry)
   if len(entries) != count:
     raise ValueError(
       f"`{option}` must have one entry for each positional argument, but it has"

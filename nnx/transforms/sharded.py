@@ -100,6 +100,7 @@ def shard_map(
   prefix.check(policy, "out_specs", out_specs)
   _check_specs("in_specs", in_specs)
   _check_specs("out_specs", out_specs)
+  prefix.check_form("in_specs", in_specs, _is_spec)
   groups = mapped.entries_in([in_specs, out_specs, None], _is_spec)
   out_root = prefix.Root(out_specs, "out_specs", "result")
 

@@ -104,6 +104,7 @@ def check_axes(
           f"`{option}` must hold ints, `None`, `nnx.StateAxes` and containers"
           f" of them, but got `{entry!r}` of type `{type(entry).__name__}`."
         )
+  prefix.check_form("in_axes", in_axes, is_entry)
 
 
 def walk_axes(

@@ -85,7 +85,8 @@ def _apply(graph, rng):
   structure, leaves, objects = _engine.flatten((graph,))
   values, inner = _engine.unflatten(structure, leaves)
   _change(values[0], rng)
-  packed = _engine.pack(structure, inner, leaves, values[0])
+  given = leaves if rng.integers(2) else None
+  packed = _engine.pack(structure, inner, leaves, values[0], given)
   return _engine.apply(packed, objects, leaves)
 
 
@@ -374,6 +375,7 @@ def _use(structure, graph, state, rng):
   values, objects = made
   _look(values, set())
   _attempt(lambda: _engine.matches(structure, values))
+  _attempt(lambda: _engine.pack(structure, objects, leaves, values, leaves))
   packed = _attempt(lambda: _engine.pack(structure, objects, leaves, values))
   if packed is not None:
     _attempt(lambda: _engine.apply(packed, objects, leaves))

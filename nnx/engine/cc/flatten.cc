@@ -23,15 +23,20 @@ void Flattener::Close(int32_t position, int32_t children) {
   nodes_[position].end = static_cast<int32_t>(nodes_.size());
 }
 
+void Flattener::PushRef(int32_t index) {
+  const int32_t position = Push(NodeKind::kRef, nullptr);
+  nodes_[position].index = index;
+  Close(position, 0);
+  is_tree_ = false;
+}
+
 // Pushes a node with an identity. `position` is -1 when it was met before and a
 // reference has been pushed instead.
 bool Flattener::PushIndexed(PyObject* value, NodeKind kind, int32_t* position) {
   const auto index = static_cast<int32_t>(objects_.size());
   auto [entry, fresh] = seen_.try_emplace(value, index);
   if (!fresh) {
-    const int32_t ref = Push(NodeKind::kRef, nullptr);
-    nodes_[ref].index = entry->second;
-    Close(ref, 0);
+    PushRef(entry->second);
     *position = -1;
     return true;
   }
@@ -229,6 +234,7 @@ bool Flattener::VisitObject(PyObject* value, TypeInfo* info) {
   if (!PushIndexed(value, NodeKind::kObject, &position)) return false;
   if (position < 0) return true;
   ObjectObject* object = AsObject(value);
+  is_tree_ = is_tree_ && info->pytree;
   // Owned: `__dict__` can be assigned.
   const Ref dict = Ref::Borrow(ObjectDict(object));
   if (!dict) return false;
@@ -347,6 +353,7 @@ bool Flattener::VisitCustom(PyObject* value, TypeInfo* info) {
   int32_t position = -1;
   if (!PushIndexed(value, NodeKind::kCustom, &position)) return false;
   if (position < 0) return true;
+  is_tree_ = is_tree_ && info->pytree;
   Ref keys, metadata;
   std::vector<Ref> children;
   if (!OpenCustom(value, info, &keys, &children, &metadata)) return false;
@@ -387,6 +394,52 @@ bool Flattener::VisitUnknown(PyObject* value, Mode mode) {
   return true;
 }
 
+bool Flattener::AddFormer(Former* former, int32_t position) {
+  roots_.push_back(static_cast<int32_t>(nodes_.size()));
+  return VisitFormer(former, position);
+}
+
+bool Flattener::VisitFormer(Former* former, int32_t position) {
+  RecursionGuard guard;
+  if (!guard.entered()) return false;
+  const Node& old = former->nodes[position];
+  PyObject* object = old.index < 0 ? nullptr : former->objects[old.index];
+  if (old.kind == NodeKind::kRef && former->index_of[old.index] >= 0) {
+    PushRef(former->index_of[old.index]);
+    return true;
+  }
+  const auto here = static_cast<int32_t>(nodes_.size());
+  // A reference to what was in a Variable alone, and is there no more, stands
+  // for it now.
+  if (old.kind == NodeKind::kRef || old.kind == NodeKind::kVariable ||
+      (old.kind == NodeKind::kLeaf && object)) {
+    if (!Visit(object, Mode::kAttributes)) return false;
+    former->index_of[old.index] = nodes_[here].index;
+    return true;
+  }
+  // No object is looked up by its identity: what else holds it has a new one.
+  nodes_.push_back(old);
+  Node& node = nodes_.back();
+  if (object) {
+    node.index = static_cast<int32_t>(objects_.size());
+    former->index_of[old.index] = node.index;
+    objects_.push_back(Ref::Borrow(object));
+  }
+  if (old.leaf >= 0) {
+    node.leaf = static_cast<int32_t>(leaves_.size());
+    leaves_.push_back(Ref::Borrow(former->leaves[old.leaf]));
+    leaf_nodes_.push_back(here);
+  }
+  is_tree_ = is_tree_ && !(old.info && !old.info->pytree);
+  int32_t child = position + 1;
+  for (int32_t i = 0; i < old.children; ++i) {
+    if (!VisitFormer(former, child)) return false;
+    child = former->nodes[child].end;
+  }
+  Close(here, old.children);
+  return true;
+}
+
 Ref Flattener::Finish() {
   PyTypeObject* type =
       GetRuntime().structure ? GetRuntime().structure : g_structure_type;
@@ -398,6 +451,7 @@ Ref Flattener::Finish() {
   structure->num_indices = static_cast<int32_t>(objects_.size());
   structure->num_roots = static_cast<int32_t>(roots_.size());
   structure->num_outer = num_outer_;
+  structure->is_tree = is_tree_;
   structure->updates = nullptr;
   structure->hash = -1;
   return self;

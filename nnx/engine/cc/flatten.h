@@ -21,6 +21,14 @@ enum class Mode : uint8_t {
   kPytree,      // everything is a leaf; containers are values
 };
 
+// A structure as it was, of which the objects may have changed.
+struct Former {
+  const std::vector<Node>& nodes;
+  PyObject* const* objects;       // by index
+  PyObject* const* leaves;        // by number
+  std::vector<int32_t> index_of;  // by index: that in the new walk, or -1
+};
+
 // Walks objects and records their structure. The slow, general walk: it may run
 // Python code, and marks nothing on the objects.
 class Flattener {
@@ -36,6 +44,11 @@ class Flattener {
   // Adds a static root (a static argument).
   bool AddStatic(PyObject* value);
 
+  // Adds a subtree as it was, but for its Variables, which are as they are now.
+  bool AddFormer(Former* former, int32_t position);
+
+  // Whether what was met is a tree of pytrees for sure.
+  bool is_tree() const { return is_tree_; }
   // Ends the walk: the structure, as a new NodeDef.
   Ref Finish();
 
@@ -68,14 +81,17 @@ class Flattener {
   bool VisitCustom(PyObject* value, TypeInfo* info);
   bool VisitUnknown(PyObject* value, Mode mode);
   bool VisitChild(PyObject* key, PyObject* value, Mode mode);
+  bool VisitFormer(Former* former, int32_t position);
 
   int32_t Push(NodeKind kind, PyTypeObject* type);
   bool PushIndexed(PyObject* value, NodeKind kind, int32_t* position);
+  void PushRef(int32_t index);
   void Close(int32_t position, int32_t children);
 
   const bool hash_statics_;
   int32_t num_outer_ = 0;
   int depth_indexed_ = 0;
+  bool is_tree_ = true;
   std::vector<Node> nodes_;
   std::vector<Ref> leaves_;
   std::vector<Ref> objects_;

@@ -66,12 +66,21 @@ bool IsPlainType(PyTypeObject* type) {
          type == Py_TYPE(Py_Ellipsis) || PyType_IsSubtype(type, &PyType_Type);
 }
 
+// Whether a class of objects says that they are pytrees.
+bool SaysPytree(PyTypeObject* type) {
+  Ref says = Ref::Steal(
+      PyObject_GetAttrString(reinterpret_cast<PyObject*>(type), "_is_pytree"));
+  if (!says) PyErr_Clear();
+  return says.get() == Py_True;
+}
+
 bool Classify(PyTypeObject* type, TypeInfo* info) {
   const Runtime& rt = GetRuntime();
   if (PyType_IsSubtype(type, g_variable_base)) {
     info->kind = TypeKind::kVariable;
   } else if (PyType_IsSubtype(type, g_object_base)) {
     info->kind = TypeKind::kObject;
+    info->pytree = SaysPytree(type);
   } else if (type == &PyList_Type) {
     info->kind = TypeKind::kList;
   } else if (type == &PyDict_Type) {
@@ -248,6 +257,7 @@ bool RegisterCustomNode(PyTypeObject* type, CustomNode node) {
     return false;
   }
   info->kind = TypeKind::kCustom;
+  info->pytree = false;
   info->custom = std::make_unique<CustomNode>(std::move(node));
   return true;
 }

@@ -52,6 +52,7 @@ struct TypeInfo {
   TypeKind kind = TypeKind::kUnknown;
   bool opened = false;  // kUnknown: an instance was a registered pytree node
   bool traced = false;  // kArray: what an instance stands for, the trace knows
+  bool pytree = true;   // kObject, kCustom: is a pytree of jax for sure
   Ref weakref;
   std::unique_ptr<CustomNode> custom;
   std::vector<std::unique_ptr<Layout>> layouts;

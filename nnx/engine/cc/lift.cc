@@ -197,10 +197,15 @@ bool CheckApplies(PyObject* plan, PyObject* const* objects, size_t num_objects,
 }
 
 Ref Pack(const Structure* before, const std::vector<int32_t>& tops,
-         PyObject* const* objects, PyObject* const* leaves, PyObject* result) {
+         PyObject* const* objects, PyObject* const* leaves, PyObject* result,
+         PyObject* const* given) {
   Flattener after(/*hash_statics=*/true);
+  Former former = {*before->nodes, objects, given,
+                   std::vector<int32_t>(before->num_indices, -1)};
   for (int32_t top : tops) {
-    if (!after.Add(objects[(*before->nodes)[top].index], Mode::kAttributes)) {
+    PyObject* object = objects[(*before->nodes)[top].index];
+    if (!(given ? after.AddFormer(&former, top)
+                : after.Add(object, Mode::kAttributes))) {
       return Ref();
     }
   }
@@ -217,13 +222,21 @@ Ref Pack(const Structure* before, const std::vector<int32_t>& tops,
   data->output_of.assign(num_leaves, 0);
   data->matches.assign(argument_leaves, -1);
 
-  std::unordered_map<PyObject*, int32_t> originals;
-  for (int32_t i = 0; i < before->num_indices; ++i) {
-    originals.emplace(objects[i], i);
-  }
-  for (const Ref& object : after.objects()) {
-    auto original = originals.find(object.get());
-    data->origin.push_back(original == originals.end() ? -1 : original->second);
+  data->origin.assign(after.objects().size(), -1);
+  if (given) {
+    for (int32_t i = 0; i < before->num_indices; ++i) {
+      const int32_t index = former.index_of[i];
+      if (index >= 0) data->origin[index] = i;
+    }
+  } else {
+    std::unordered_map<PyObject*, int32_t> originals;
+    for (int32_t i = 0; i < before->num_indices; ++i) {
+      originals.emplace(objects[i], i);
+    }
+    for (size_t i = 0; i < data->origin.size(); ++i) {
+      const auto original = originals.find(after.objects()[i].get());
+      if (original != originals.end()) data->origin[i] = original->second;
+    }
   }
 
   const int values_only =

@@ -14,9 +14,12 @@
 namespace nnx::engine {
 
 // Compares the copies with the structure that they were made from.
-// `objects`: the copies by index; `leaves`: the values they were given.
+// `objects`: the copies by index; `leaves`: the values they were given, or what
+// makes one count as replaced. `given`: if not null, nothing but Variables can
+// have changed, and these are the values in any case.
 Ref Pack(const Structure* structure, const std::vector<int32_t>& tops,
-         PyObject* const* objects, PyObject* const* leaves, PyObject* result);
+         PyObject* const* objects, PyObject* const* leaves, PyObject* result,
+         PyObject* const* given);
 
 // Does to the originals what the function did to the copies, and builds its
 // result. `objects` and `leaves` are those of the call.

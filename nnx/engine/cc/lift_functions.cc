@@ -103,11 +103,12 @@ PyObject* UnflattenFunction(PyObject*, PyObject* const* args,
       .release();
 }
 
-// pack(structure, objects, leaves, result) -> Packed
+// pack(structure, objects, leaves, result, given=None) -> Packed
 PyObject* PackFunction(PyObject*, PyObject* const* args, Py_ssize_t nargs) {
-  if (nargs != 4) {
+  if (nargs != 4 && nargs != 5) {
     PyErr_SetString(PyExc_TypeError,
-                    "`pack` takes a structure, objects, leaves and a result.");
+                    "`pack` takes a structure, objects, leaves, a result and "
+                    "perhaps the leaves that were given.");
     return nullptr;
   }
   if (!CheckClosed(args[0])) return nullptr;
@@ -116,8 +117,12 @@ PyObject* PackFunction(PyObject*, PyObject* const* args, Py_ssize_t nargs) {
       !CheckTuple(args[2], structure->num_leaves, "leaves")) {
     return nullptr;
   }
+  PyObject* given = nargs == 5 && args[4] != Py_None ? args[4] : nullptr;
+  if (given && !CheckTuple(given, structure->num_leaves, "given")) {
+    return nullptr;
+  }
   return Pack(structure, TopNodes(structure), Items(args[1]), Items(args[2]),
-              args[3])
+              args[3], given ? Items(given) : nullptr)
       .release();
 }
 
@@ -242,7 +247,8 @@ PyMethodDef lift_functions[] = {
     {"unflatten", reinterpret_cast<PyCFunction>(UnflattenFunction),
      METH_FASTCALL, "unflatten(structure, leaves): the values, Unflattened."},
     {"pack", reinterpret_cast<PyCFunction>(PackFunction), METH_FASTCALL,
-     "pack(structure, objects, leaves, result): what a function did, Packed."},
+     "pack(structure, objects, leaves, result[, given]): what a function did, "
+     "Packed; with all leaves `given`, to Variables alone."},
     {"apply", reinterpret_cast<PyCFunction>(ApplyFunction), METH_FASTCALL,
      "apply(packed, objects, leaves): does it to the originals."},
     {"with_outputs", reinterpret_cast<PyCFunction>(WithOutputsFunction),

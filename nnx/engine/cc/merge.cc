@@ -354,11 +354,8 @@ PyObject* CloneFunction(PyObject*, PyObject* const* args, Py_ssize_t nargs) {
   if (nargs != 3 && !CheckArity(nargs, 2, "clone")) return nullptr;
   Flattener walk(/*hash_statics=*/false);
   if (!walk.Add(args[0], Mode::kAttributes)) return nullptr;
-  if (nargs == 3 && args[2] == Py_True) {
-    const int tree = IsTree(walk);
-    if (tree < 0) return nullptr;
-    if (!tree) Py_RETURN_NOTIMPLEMENTED;
-  }
+  const bool as_tree = nargs == 3 && args[2] == Py_True;
+  if (as_tree && !walk.is_tree()) Py_RETURN_NOTIMPLEMENTED;
   std::vector<PyObject*> leaves, origins, provided;
   for (const Ref& leaf : walk.leaves()) leaves.push_back(leaf.get());
   for (const Ref& object : walk.objects()) origins.push_back(object.get());

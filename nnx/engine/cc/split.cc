@@ -168,11 +168,7 @@ PyObject* StateFunction(PyObject*, PyObject* const* args, Py_ssize_t nargs) {
   if (!walk.Add(args[0], as_tree ? Mode::kPytree : Mode::kAttributes)) {
     return nullptr;
   }
-  if (as_tree) {
-    const int tree = IsTree(walk);
-    if (tree < 0) return nullptr;
-    if (!tree) Py_RETURN_NOTIMPLEMENTED;
-  }
+  if (as_tree && !walk.is_tree()) Py_RETURN_NOTIMPLEMENTED;
   const Selector selector(args[1]);
   return MappingBuilder(walk, selector, /*exhaustive=*/false).Run().release();
 }
@@ -181,8 +177,7 @@ PyObject* StateFunction(PyObject*, PyObject* const* args, Py_ssize_t nargs) {
 PyObject* IsTreeFunction(PyObject*, PyObject* value) {
   Flattener walk(/*hash_statics=*/false);
   if (!walk.Add(value, Mode::kAttributes)) return nullptr;
-  const int tree = IsTree(walk);
-  return tree < 0 ? nullptr : PyBool_FromLong(tree);
+  return PyBool_FromLong(walk.is_tree());
 }
 
 // graphdef(value, as_pytree=False) -> structure
@@ -327,24 +322,6 @@ PyMethodDef* Functions() {
 }
 
 }  // namespace
-
-int IsTree(const Flattener& walk) {
-  static PyObject* const name = PyUnicode_InternFromString("_is_pytree");
-  if (!name) return -1;
-  PyObject* last = nullptr;  // objects of one class often follow each other
-  for (const Node& node : walk.nodes()) {
-    if (node.kind == NodeKind::kRef || node.kind == NodeKind::kCustom) {
-      return 0;
-    }
-    PyObject* type = node.type.get();
-    if (node.kind != NodeKind::kObject || type == last) continue;
-    Ref is_pytree = Ref::Steal(PyObject_GetAttr(type, name));
-    if (!is_pytree) return -1;
-    if (is_pytree.get() != Py_True) return 0;
-    last = type;
-  }
-  return 1;
-}
 
 bool InitSplit(PyObject* module) {
   return PyModule_AddFunctions(module, Functions()) == 0;

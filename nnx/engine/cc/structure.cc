@@ -321,7 +321,7 @@ bool AreUpdates(PyObject* updates, int32_t num_indices) {
 }
 
 // Whether records make a structure that can be built: damaged ones must not
-// lead a walk out of a vector. Counts leaves and indices.
+// lead a walk out of a vector. Counts leaves and indices, looks for a tree.
 bool IsValid(Structure* structure) {
   std::vector<Node>& nodes = *structure->nodes;
   const auto size = static_cast<int64_t>(nodes.size());
@@ -336,7 +336,11 @@ bool IsValid(Structure* structure) {
   if (position != size) return false;
   structure->num_leaves = 0;
   structure->num_indices = structure->num_outer;
+  structure->is_tree = true;
   for (const Node& node : nodes) {
+    if (node.kind == NodeKind::kRef || (node.info && !node.info->pytree)) {
+      structure->is_tree = false;
+    }
     if (!IsComplete(node)) return false;
     if (node.leaf >= 0 && node.leaf != structure->num_leaves++) return false;
     if (node.kind == NodeKind::kRef) {
@@ -430,6 +434,7 @@ PyObject* StructureRestore(PyObject* cls, PyObject* args) {
   structure->num_indices = checked.num_indices;
   structure->num_roots = num_roots;
   structure->num_outer = num_outer;
+  structure->is_tree = checked.is_tree;
   structure->updates = Ref::Borrow(checked.updates).release();
   structure->hash = -1;
   return self.release();
@@ -457,6 +462,9 @@ PyObject* StructureShares(PyObject* self, void*) {
   }
   Py_RETURN_FALSE;
 }
+PyObject* StructureIsTree(PyObject* self, void*) {
+  return PyBool_FromLong(AsStructure(self)->is_tree);
+}
 PyObject* StructureObjectTypes(PyObject* self, void*) {
   Ref types = Ref::Steal(PySet_New(nullptr));
   if (!types) return nullptr;
@@ -483,6 +491,8 @@ PyGetSetDef structure_getset[] = {
      "Number of objects of earlier walks that it may refer to.", nullptr},
     {"_shares", StructureShares, nullptr,
      "Whether a node is met again, so that this is no tree.", nullptr},
+    {"_is_tree", StructureIsTree, nullptr,
+     "Whether this is a tree of pytrees of jax for sure.", nullptr},
     {"_object_types", StructureObjectTypes, nullptr,
      "The set of the types of objects and of custom nodes.", nullptr},
     {"_updates", StructureUpdates, nullptr,

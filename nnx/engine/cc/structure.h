@@ -48,6 +48,7 @@ struct Structure {
   // The first indices are those of objects that earlier walks of one context
   // met; here there are only references to them.
   int32_t num_outer;
+  bool is_tree;  // of pytrees, for sure
   // Tuple, index -> number of the object it updates or -1; null: updates none.
   PyObject* updates;
   Py_hash_t hash;  // -1: not computed

@@ -191,9 +191,8 @@ def test_a_jitted_identity_changes_nothing(graph):
     assert graphs.isomorphic(value, nnx.as_pure(x))
 
 
-@PROPERTY
-@given(graphs.graphs(), st.data())
-def test_what_is_done_to_the_copies_is_done_to_the_originals(graph, data):
+def _draw_change(graph, data):
+  """Returns a function that does to a graph what a lifted function may do."""
   nodes = st.sampled_from(range(len(_nodes(graph))))
   steps = data.draw(
     st.lists(
@@ -225,6 +224,13 @@ def test_what_is_done_to_the_copies_is_done_to_the_originals(graph, data):
             child.value = np.full(3, 7.0)
     return nodes[0]
 
+  return change
+
+
+@PROPERTY
+@given(graphs.graphs(), st.data())
+def test_what_is_done_to_the_copies_is_done_to_the_originals(graph, data):
+  change = _draw_change(graph, data)
   expected = nnx.clone(graph)
   change(expected)
   root = graph
@@ -234,6 +240,30 @@ def test_what_is_done_to_the_copies_is_done_to_the_originals(graph, data):
   result = _engine.apply(packed, objects, leaves)
   assert result is root
   assert graphs.isomorphic(root, expected)
+
+
+@PROPERTY
+@given(graphs.graphs(), st.data())
+def test_with_the_leaves_given_it_is_done_to_the_variables_alone(graph, data):
+  change = _draw_change(graph, data)
+  expected = nnx.clone(graph)
+  # A view has nothing but the Variables in common.
+  expected_result = change(nnx.clone(expected, variables=False))
+  structure, leaves, objects = _engine.flatten((graph,))
+  (copied,), inner = _engine.unflatten(structure, leaves)
+  packed = _engine.pack(structure, inner, leaves, change(copied), leaves)
+  result = _engine.apply(packed, objects, leaves)
+  assert graphs.isomorphic((graph, result), (expected, expected_result))
+
+
+def test_leaves_that_are_not_as_given_count_as_written():
+  node = nnx.Dict(a=nnx.Param(1.0), b=nnx.data(np.zeros(2)))
+  structure, leaves, _ = _engine.flatten((node,))
+  _, inner = _engine.unflatten(structure, leaves)
+  packed = _engine.pack(structure, inner, (None, None), None, leaves)
+  assert packed.outputs == leaves
+  with pytest.raises(ValueError, match="`given` must be a tuple of 2 items"):
+    _engine.pack(structure, inner, leaves, None, leaves[:1])
 
 
 def _nodes(graph):

@@ -46,8 +46,7 @@ def grad(lib, f, **mode):
 
 def grad_of_model(lib, f, **mode):
   def run(model, x):
-    gradient = lib.grad(f, **mode)(model, x)
-    return gradient["w"][...].sum()
+    return lib.grad(f, **mode)(model, x).w[...].sum()
 
   return run
 

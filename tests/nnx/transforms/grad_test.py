@@ -364,15 +364,31 @@ class ErrorTest(parameterized.TestCase):
       "`argnums` must name an argument once, but names argument 0 twice.",
     )
     self.assertEqual(
-      self.error(TypeError, nnx.grad(f, argnums=("a",)), 1.0, 2.0),
-      "`argnums` must be an int or several, but got `'a'` of type `str`.",
-    )
-    self.assertEqual(
       self.error(TypeError, lambda: nnx.grad(f, argnums=nnx.Param)),
       "`argnums` must be an int, an `nnx.DiffState` or several, but got `<class"
       " 'nnx.variablelib.Param'>` of type `type`. To differentiate by what a"
       " filter selects, pass `nnx.DiffState(0, filter)`.",
     )
+
+  @parameterized.parameters(
+    ("a",), (["a"],), (0.5,), ((0, 0.5),), (True,), ((None,),)
+  )
+  def test_argnums_that_are_none_are_refused_at_once(self, argnums):
+    for transform in (nnx.grad, nnx.value_and_grad):
+      with self.assertRaisesRegex(TypeError, "`argnums` must be an int, an"):
+        transform(lambda a, b: a * b, argnums=argnums)
+    with self.assertRaisesRegex(TypeError, "`nondiff_argnums` must be an int"):
+      nnx.custom_vjp(lambda a, b: a * b, nondiff_argnums=argnums)
+
+  def test_an_object_as_argnums(self):
+    with self.assertRaisesRegex(TypeError, "of type `List`"):
+      nnx.grad(lambda a, b: a * b, argnums=nnx.List([0, 1]))
+
+  def test_argnums_of_numpy(self):
+    def f(a, b):
+      return a * b
+
+    self.assertEqual(nnx.grad(f, argnums=np.int64(1))(2.0, 3.0), 2.0)
 
   def test_aux_that_is_missing(self):
     text = self.error(TypeError, nnx.grad(jnp.sin, has_aux=True), 1.0)

@@ -121,7 +121,7 @@ class ShardingTest(parameterized.TestCase):
       )(dense)
     model = nnx.Linear(2, 3, rngs=nnx.Rngs(0))
     for kind, options, text in (
-      (TypeError, {"in_shardings": 3}, "argument, but got 3"),
+      (TypeError, {"in_shardings": 3}, "must be one entry .* but got `3`"),
       (
         ValueError,
         {"in_shardings": (3,)},

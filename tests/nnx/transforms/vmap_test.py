@@ -483,7 +483,7 @@ class ErrorTest(parameterized.TestCase):
         " them, but got `'a'` of type `str`.",
       )
     self.assertEqual(
-      self.error(TypeError, nnx.vmap(jnp.sin, in_axes={"x": 0}), X),
+      self.error(TypeError, nnx.vmap, jnp.sin, in_axes={"x": 0}),
       "`in_axes` must be one entry for all arguments or a tuple with one for"
       " each, but got `{'x': 0}` of type `dict`.",
     )
