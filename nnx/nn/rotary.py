@@ -69,7 +69,7 @@ def rows(
 
   Args:
     positions: `[...]` integers in [0, `max_length`).
-    max_length: The number of positions; all of int32, if None.
+    max_length: The number of positions; all of int32, if None or symbolic.
     features: How many features of a head are rotated, even.
     base: Base of the wavelengths.
     scale: Positions are divided by it.
@@ -83,7 +83,7 @@ def rows(
     program is traced; their cosines and sines are combined in float32.
   """
   scaling = scaling or _UNSCALED
-  most = 2**31 if max_length is None else max_length
+  most = max_length if isinstance(max_length, int) else 2**31
   table: tuple[jax.Array, jax.Array] | None = None
   stride = 1
   while table is None or stride < most:
@@ -310,13 +310,12 @@ def rotate_at(
     Arrays like `query` and `key`.
   """
   if table is None and positions is None:
-    length = max(query.shape[-3], key.shape[-3])
-    cos, sin = rotation.rows(jnp.arange(length), length)
     tokens, keys = query.shape[-3], key.shape[-3]
-    return (
-      rotation.rotate(query, cos[:tokens], sin[:tokens]),
-      rotation.rotate(key, cos[:keys], sin[:keys]),
+    queries = rotation.rows(jnp.arange(tokens), tokens)
+    table = (
+      queries if keys == tokens else rotation.rows(jnp.arange(keys), keys)
     )
+    return rotation.rotate(query, *queries), rotation.rotate(key, *table)
   if table is None:
     assert positions is not None
     table = rotation.rows(positions, None)

@@ -21,7 +21,7 @@ CHECKED_STEPS = 4
 def keras_sequential() -> Callable[[], Any]:
   """Returns `train_on_batch` of six layers, whose arrays are small."""
   os.environ.update(KERAS_BACKEND="jax", KERAS_NNX_ENABLED="true")
-  import keras
+  import keras  # pyright: ignore[reportMissingImports]
   import numpy as np
 
   keras.utils.set_random_seed(0)
@@ -42,7 +42,7 @@ def tunix_lora() -> Callable[[], Any]:
   import jax.numpy as jnp
   import numpy as np
   import optax
-  import qwix
+  import qwix  # pyright: ignore[reportMissingImports]
   from tunix.models.llama3 import model as llama3
   from tunix.sft import peft_trainer, utils
 

@@ -7,7 +7,7 @@ import pathlib
 import tempfile
 from typing import Any
 
-import llama_cpp
+import llama_cpp  # pyright: ignore[reportMissingImports]
 import numpy as np
 
 # How llama.cpp calls what comes nearest to our dtypes.

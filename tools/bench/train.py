@@ -76,7 +76,7 @@ def _torch_sides(
   spec: train_models.Spec, dtype: str, arrays: dict[str, jax.Array]
 ) -> Iterator[harness.Side]:
   """Yields the sides of PyTorch, which start with our values."""
-  import torch
+  import torch  # pyright: ignore[reportMissingImports]
 
   from tools.bench import train_torch
 

@@ -5,7 +5,7 @@ from typing import Any
 
 import jax
 import numpy as np
-import torch
+import torch  # pyright: ignore[reportMissingImports]
 from torch import nn
 from torch.nn import functional
 

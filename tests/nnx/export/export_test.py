@@ -87,6 +87,68 @@ def test_batches_may_have_any_size():
     )
 
 
+@pytest.mark.parametrize("scaling", [None, nnx.YarnScaling(4.0, 32)])
+def test_rotated_texts_may_have_any_length(scaling):
+  layer = nnx.MultiHeadAttention(
+    2, 8, rope_base=1e4, rope_scaling=scaling, decode=False, rngs=nnx.Rngs(0)
+  )
+  graphdef, state = nnx.split(layer)
+
+  @jax.jit
+  def attend(state, queries, keys):
+    return nnx.merge(graphdef, state)(queries, keys)
+
+  b, t, s = export.symbolic_shape("b, t, s")
+  queries = jax.ShapeDtypeStruct((b, t, 8), jnp.float32)
+  keys = jax.ShapeDtypeStruct((b, s, 8), jnp.float32)
+  read = export.deserialize(
+    export.export(attend)(state, queries, keys).serialize()
+  )
+  for batch, tokens, others in ((1, 3, 5), (2, 300, 7)):
+    x, y = (
+      np.random.default_rng(0).normal(size=(batch, n, 8)).astype(np.float32)
+      for n in (tokens, others)
+    )
+    np.testing.assert_allclose(
+      read.call(state, x, y), layer(x, y), rtol=1e-5, atol=1e-6
+    )
+
+
+@pytest.mark.parametrize("per_sequence", [False, True])
+def test_a_step_of_decoding_may_have_any_batch(per_sequence):
+  layer = nnx.MultiHeadAttention(
+    2, 8, num_kv_heads=1, rope_base=1e4, decode=True, rngs=nnx.Rngs(0)
+  )
+  nnx.init_cache(layer, 2, 16, per_sequence=per_sequence)
+  graphdef, state = nnx.split(layer)
+
+  @jax.jit
+  def step(state, x):
+    layer = nnx.merge(graphdef, state)
+    return layer(x), nnx.state(layer)
+
+  b, t = export.symbolic_shape("b, t")
+
+  def of_any_batch(cache):
+    shape = (b, *cache.shape[1:]) if cache.shape else ()
+    return jax.ShapeDtypeStruct(shape, cache.dtype)
+
+  caches, rest = nnx.split_state(state, nnx.Cache, ...)
+  caches = jax.tree.map(of_any_batch, caches)
+  x = jax.ShapeDtypeStruct((b, t, 8), jnp.float32)
+  exported = export.export(step)(nnx.merge_state(caches, rest), x)
+  read = export.deserialize(exported.serialize())
+  for batch in (1, 3):
+    nnx.init_cache(layer, batch, 16, per_sequence=per_sequence)
+    state = jax.tree.map(jnp.copy, nnx.state(layer))
+    x = np.random.default_rng(0).normal(size=(batch, 6, 8)).astype(np.float32)
+    first, state = read.call(state, x[:, :5])
+    last, _ = read.call(state, x[:, 5:])
+    np.testing.assert_allclose(
+      np.concatenate([first, last], 1), layer(x), rtol=1e-4, atol=1e-5
+    )
+
+
 def test_a_function_of_nnx_jit_says_what_to_export_instead():
   exported = export.export(nnx.jit(lambda model, x: model(x)))(
     Net(nnx.Rngs(0)), jnp.ones((16, 8))
