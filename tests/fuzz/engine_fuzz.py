@@ -81,11 +81,11 @@ def _look(value: Any, seen: set[int]) -> None:
 # Calls of the engine on a graph: (graph, another, generator) -> result.
 
 
-def _apply(graph, rng):
+def _apply(graph, rng, variables_alone=False):
   structure, leaves, objects = _engine.flatten((graph,))
   values, inner = _engine.unflatten(structure, leaves)
   _change(values[0], rng)
-  given = leaves if rng.integers(2) else None
+  given = leaves if variables_alone else None
   packed = _engine.pack(structure, inner, leaves, values[0], given)
   return _engine.apply(packed, objects, leaves)
 
@@ -294,7 +294,7 @@ def _failures(_: np.random.Generator) -> worker.Case:
       if rng.integers(2):
         nnx.update(graph, state)
       else:
-        _apply(graph, rng)
+        _apply(graph, rng, bool(rng.integers(2)))
     except (engine_graphs.Deliberate, ValueError):
       failed = True
     finally:
