@@ -201,10 +201,14 @@ def _plain_attention(
   _check_qkv(query, key, value)
   if mask is not None:
     mask = jnp.asarray(mask).astype(bool)
-  if softcap is not None:
+  # jax asks for a product of float16 that only GPUs have.
+  is_half = query.dtype == jnp.float16 and eager.functions_are_as_imported()
+  if softcap is not None or is_half:
     wide = jnp.promote_types(query.dtype, jnp.float32)
     logits = _products(query, key, preferred_element_type=wide)
-    logits = _soft_cap(logits / math.sqrt(query.shape[-1]), softcap)
+    logits = logits / math.sqrt(query.shape[-1])
+    if softcap is not None:
+      logits = _soft_cap(logits, softcap)
     weights = _softmax(logits, bias, mask, is_causal, window)
     return _averages(weights.astype(value.dtype), value)
   near = check_window(window)

@@ -214,6 +214,8 @@ class Average(Metric):
         made of whole numbers of at least 0.
     """
     values = _taken(kwargs, self.argname, self)
+    total: Any
+    count: Any
     if _is_number(values):
       if mask is not None:
         raise ValueError(
@@ -342,6 +344,7 @@ class Welford(Metric):
         " values first, or give a `MultiMetric` a dict of masks by metric."
       )
     values = _taken(kwargs, self.argname, self)
+    mean: Any
     if _is_number(values):
       count, mean, m2 = 1, float(values), 0.0
     elif not jnp.size(values):

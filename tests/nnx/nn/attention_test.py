@@ -519,3 +519,31 @@ def test_view_makes_a_cache():
 def test_init_cache_has_the_types_of_flax():
   ours, theirs = decoders(dtype=HALF)
   comparison.assert_same_state(ours, theirs)
+
+
+@pytest.mark.parametrize("jit", [False, True])
+@pytest.mark.parametrize("kv_heads", [4, 2])
+def test_float16_runs_on_every_platform(kv_heads, jit):
+  query = array(2, 5, 4, 8).astype(jnp.float16)
+  key, value = (
+    array(2, 5, kv_heads, 8, seed=i).astype(jnp.float16) for i in (1, 2)
+  )
+  mask = jnp.arange(5) != 1
+
+  def attend(query, key, value):
+    return nnx.dot_product_attention(
+      query, key, value, mask=mask, is_causal=True
+    )
+
+  got = (jax.jit(attend) if jit else attend)(query, key, value)
+  q, k, v = (np.asarray(x, np.float64) for x in (query, key, value))
+  k, v = (np.repeat(x, 4 // kv_heads, axis=2) for x in (k, v))
+  logits = np.einsum("btnh,bsnh->bnts", q, k) / 8**0.5
+  seen = np.tri(5, dtype=bool) & np.asarray(mask)
+  weights = np.where(seen, np.exp(logits), 0)
+  weights /= weights.sum(-1, keepdims=True)
+  want = np.einsum("bnts,bsnh->btnh", weights, v)
+  assert got.dtype == jnp.float16
+  np.testing.assert_allclose(np.asarray(got, np.float64), want, atol=3e-3)
+  grad = jax.grad(lambda *x: attend(*x).astype(jnp.float32).sum(), (0, 1, 2))
+  assert all(jnp.isfinite(g).all() for g in grad(query, key, value))
