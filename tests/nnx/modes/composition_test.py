@@ -151,7 +151,7 @@ class CompositionTest(parameterized.TestCase):
 
 # The fourth mode: transforms of jax itself on hijax Variables. With `eager` they
 # are what they mean, step by step in Python, on Variables that are not hijax. jax
-# has none yet in `jax.remat`, nor in what it differentiates of branches and loops.
+# has none yet in `jax.remat`, nor where it differentiates branches and loops.
 
 
 def of_jit(f, eager):
