@@ -135,9 +135,20 @@ if hijax is not None:
       """Raises: only outputs are lowered like this."""
       raise TypeError(
         f"A hijax Variable, here of type `{self.kind.__name__}`, must not be"
-        " returned from a function that jax traces: jax has no mutable outputs."
+        " returned from a function that jax traces, nor be used in a branch that"
+        " jax differentiates as a whole: jax has no mutable outputs."
         " Return `nnx.with_vars(x, hijax=False)`, and make of it what you want"
         " outside, by `nnx.with_vars(y, hijax=True)`."
+      )
+
+    @property
+    def mutable_qdd(self) -> NoReturn:
+      """Raises: jax asks for it where it cannot follow what is written."""
+      raise TypeError(
+        "jax does not differentiate branches and loops that write to hijax"
+        f" Variables, here one of type `{self.kind.__name__}`, what depends on"
+        " the argument, not even by `stop_gradient`. Differentiate inside, or"
+        " pass `nnx.with_vars(x, hijax=False)` and write back what is returned."
       )
 
     def lower_val(self, value: Any) -> list[Any]:
@@ -331,10 +342,10 @@ if hijax is not None:
   def _refuse_argument(box_type: Any) -> NoReturn:
     raise TypeError(
       "jax does not follow a hijax Variable, here one of type"
-      f" `{box_type.kind.__name__}`, that is an argument of this transform:"
-      " `jax.lax.switch`, `jax.remat` and the carry of a loop have no place for"
-      " it. Let the function close over it, or pass `nnx.with_vars(x,"
-      " hijax=False)` and write back what is returned."
+      f" `{box_type.kind.__name__}`, that is an argument of this transform. Let"
+      " a branch of `jax.lax.switch` or the body of a loop close over it, which"
+      " a function given to `jax.remat` cannot do either: to that pass"
+      " `nnx.with_vars(x, hijax=False)`, and write back what it returns."
     )
 
   def _check_condition(box: Any) -> None:

@@ -70,7 +70,8 @@ class Mapped:
     if self.metadata and spmd.PARTITION_NAME in self.metadata:
       remove_axes(self.walk, objects, self.metadata)
       result = self.lifted.call(values)
-      add_axes(self.walk, objects, result, self.out_root, self.metadata)
+      policy, metadata = self.lifted.policy, self.metadata
+      add_axes(policy, self.walk, objects, result, self.out_root, metadata)
     else:
       result = self.lifted.call(values)
     if self.lifted.policy.mode.updates:
@@ -148,6 +149,7 @@ def remove_axes(
 
 
 def add_axes(
+  policy: lift.Policy,
   walk: prefix.Walk,
   objects: Sequence[Any],
   result: Any,
@@ -158,6 +160,8 @@ def add_axes(
 
   Also of those that the function made.
   """
+  if not policy.mode.updates:
+    result = _engine.clone(result, False)  # its objects will be others
   tops = tuple(objects[index] for index in walk.top_indices)
   structure, leaves, nodes = _engine.flatten((*tops, result))
   after = prefix.Walk(structure, leaves, nodes, walk.is_entry)

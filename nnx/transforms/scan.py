@@ -423,7 +423,8 @@ class _Loop:
     if self.metadata and spmd.PARTITION_NAME in self.metadata:
       mapped.remove_axes(walk, objects, self.metadata)
       result = call.lifted.call(values)
-      mapped.add_axes(walk, objects, result, self.out_root, self.metadata)
+      policy, metadata = call.lifted.policy, self.metadata
+      mapped.add_axes(policy, walk, objects, result, self.out_root, metadata)
     else:
       result = call.lifted.call(values)
     if before is not None:

@@ -522,7 +522,7 @@ def transform_metadata(
       values, objects = call.lifted.open(call.leaves)
       mapped.remove_axes(walk, objects, metadata)
       result = call.lifted.call(values)
-      mapped.add_axes(walk, objects, result, out_root, metadata)
+      mapped.add_axes(policy, walk, objects, result, out_root, metadata)
       return call.lifted.pack(objects, call.leaves, result)
 
     return call.apply(call.framed(run))

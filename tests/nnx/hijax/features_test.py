@@ -256,14 +256,31 @@ class MutableTypesTest(absltest.TestCase):
     def scan(carry, v):
       return carry + v[...], None
 
+    def write(carry):
+      v[...] = v[...] * 0.5 + jax.lax.stop_gradient(carry)
+      return carry * v[...]
+
     for text, f in (
       ("type `Param`, must not be returned .* no mutable", jax.jit(lambda: v)),
       ("does not differentiate .* `nnx.with_vars", lambda: jax.grad(loss)(v)),
       ("does not diff.*stop_gradient", lambda: jax.grad(v.set_value)(1.0)),
       ("must not hold values with an axis", lambda: jax.vmap(v.set_value)(x)),
       (
-        "jax does not follow .* the carry of a loop",
+        "jax does not follow .* the body of a loop close over it",
         lambda: jax.lax.scan(lambda c, _: (c.set_value(1), None), v, None, 2),
+      ),
+      ("jax does not follow .* `jax.remat`", lambda: jax.remat(loss)(v)),
+      (
+        "jax does not differentiate branches and loops that .* `Param`",
+        lambda: jax.grad(
+          lambda x: jax.lax.fori_loop(0, 2, lambda i, c: write(c), x)
+        )(1.0),
+      ),
+      (
+        "must not be returned .*, nor be used in a branch that jax different",
+        lambda: jax.grad(
+          lambda x: jax.lax.cond(x > 0, lambda v: x * v[...], loss, v)
+        )(1.0),
       ),
       ("<value of a hijax Param: ", lambda: jax.lax.scan(scan, 0.0, v)),
     ):

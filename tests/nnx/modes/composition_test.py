@@ -1,4 +1,4 @@
-"""Transforms inside of transforms, in the three modes, against flax.nnx."""
+"""Transforms inside of transforms, in the four modes, against flax.nnx."""
 
 import functools
 from typing import NamedTuple
@@ -7,7 +7,9 @@ from absl.testing import absltest, parameterized
 from flax import nnx as flax_nnx
 import hypothesis
 from hypothesis import strategies
+import jax
 import jax.numpy as jnp
+import numpy as np
 
 import nnx
 from tests.nnx.modes import programs
@@ -145,6 +147,120 @@ class CompositionTest(parameterized.TestCase):
       return
     self.assertIsNone(error)
     self.assertEqual(ours, theirs)
+
+
+# The fourth mode: transforms of jax itself on hijax Variables. With `eager` they
+# are what they mean, step by step in Python, on Variables that are not hijax. jax
+# has none yet in `jax.remat`, nor where it differentiates branches and loops.
+
+
+def of_jit(f, eager):
+  return f if eager else jax.jit(f)
+
+
+def of_cond(f, eager):
+  def run(model, x):
+    return jax.lax.cond(x > -1e6, f, lambda _, x: x, model, x)
+
+  return f if eager else run
+
+
+def of_switch(f, eager):
+  def run(model, x):
+    return jax.lax.switch(1, [lambda: x, lambda: f(model, x)])
+
+  return f if eager else run
+
+
+def of_scan(f, eager):
+  def run(model, x):
+    if eager:
+      return f(model, x * 0.5) + f(model, x)
+    return jax.lax.scan(
+      lambda total, factor: (total + f(model, x * factor), None),
+      jnp.zeros(()),
+      jnp.array([0.5, 1.0]),
+    )[0]
+
+  return run
+
+
+def of_fori_loop(f, eager):
+  def run(model, x):
+    if eager:
+      return f(model, x) + f(model, x + 1)
+    return jax.lax.fori_loop(
+      0, 2, lambda i, total: total + f(model, x + i), jnp.zeros(())
+    )
+
+  return run
+
+
+def of_grad(f, eager):
+  def run(model, x):
+    if eager:
+      value, gradient = flax_nnx.value_and_grad(f, argnums=1)(model, x)
+    else:
+      value, gradient = jax.value_and_grad(lambda x: f(model, x))(x)
+    return value + gradient
+
+  return run
+
+
+def reads(model, x):
+  return model(x)
+
+
+def writes(model, x):
+  model.mean[...] = model.mean[...] * 0.5 + jax.lax.stop_gradient(x)
+  return model(x)
+
+
+def reads_what_it_writes(model, x):
+  writes(model, x)
+  model.mean[...] = model.mean[...] + 1.0
+  return model(x) * model.mean[...].sum()
+
+
+HIJAX_PROGRAMS = strategies.builds(
+  Program,
+  strategies.builds(
+    lambda first, rest: (*first, *rest),
+    strategies.lists(strategies.sampled_from((of_jit, of_grad)), max_size=2),
+    strategies.lists(
+      strategies.sampled_from(
+        (of_jit, of_cond, of_switch, of_scan, of_fori_loop)
+      ),
+      min_size=1,
+      max_size=2,
+    ),
+  ),
+  strategies.sampled_from((reads, writes, reads_what_it_writes)),
+  strategies.sampled_from((programs.tree, programs.shared_variable)),
+)
+
+
+class HijaxTest(absltest.TestCase):
+  @hypothesis.settings(
+    max_examples=40,
+    deadline=None,
+    derandomize=True,
+    phases=(hypothesis.Phase.explicit, hypothesis.Phase.generate),
+  )
+  @hypothesis.given(program=HIJAX_PROGRAMS)
+  def test_does_what_its_steps_do(self, program):
+    results = []
+    for lib, eager in ((flax_nnx, True), (nnx, False)):
+      with lib.var_defaults(hijax=not eager):
+        model = program.argument(lib)
+      function = program.effect
+      for transform in program.transforms:
+        function = transform(function, eager)
+      y = function(model, jnp.array(0.5))
+      results.append((y, model.w[...], model.mean[...]))
+    jax.tree.map(
+      lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), *results
+    )
 
 
 if __name__ == "__main__":
