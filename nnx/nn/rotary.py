@@ -312,9 +312,7 @@ def rotate_at(
   if table is None and positions is None:
     tokens, keys = query.shape[-3], key.shape[-3]
     queries = rotation.rows(jnp.arange(tokens), tokens)
-    table = (
-      queries if keys == tokens else rotation.rows(jnp.arange(keys), keys)
-    )
+    table = queries if keys == tokens else rotation.rows(jnp.arange(keys), keys)
     return rotation.rotate(query, *queries), rotation.rotate(key, *table)
   if table is None:
     assert positions is not None

@@ -7,6 +7,7 @@ import math
 from typing import Any, NamedTuple
 
 import jax
+from jax.core import Tracer
 import jax.numpy as jnp
 
 from nnx.filterlib import Filter
@@ -117,7 +118,8 @@ def _taken(kwargs: dict[str, Any], name: str, metric: Metric) -> Any:
 
 
 def _as_weights(mask: Any, values: Any, name: str) -> jax.Array:
-  mask, shape = jnp.asarray(mask), jnp.shape(values)
+  mask = jnp.asarray(mask)
+  shape = jnp.shape(values)
   try:
     weights = jnp.broadcast_to(mask, shape)
   except ValueError:
@@ -129,7 +131,7 @@ def _as_weights(mask: Any, values: Any, name: str) -> jax.Array:
     return weights
   # The count is an integer and would lose fractions.
   whole = (mask == jnp.round(mask)).all()
-  if not isinstance(whole, jax.core.Tracer) and not whole:
+  if not isinstance(whole, Tracer) and not whole:
     raise ValueError(
       f"`mask` must be made of whole numbers, but got {mask}. For an average"
       f" with other weights divide that of `{name} * weights` by that of the"
@@ -214,9 +216,9 @@ class Average(Metric):
       self.total[...] += _widened(values).sum()
       self.count[...] += values.size
     else:
-      mask = _widened(_as_weights(mask, values, self.argname))
-      self.total[...] += (_widened(values) * mask).sum()
-      self.count[...] += mask.sum().astype(self.count.dtype)
+      weights = _widened(_as_weights(mask, values, self.argname))
+      self.total[...] += (_widened(values) * weights).sum()
+      self.count[...] += weights.sum().astype(self.count.dtype)
 
   def compute(self) -> jax.Array:
     """Returns the mean, a scalar float32; NaN if there were no values."""
