@@ -24,8 +24,10 @@ from jax._src import tree_util as _tree_util
 from jax._src import util as _util
 from jax._src import xla_bridge as _xla_bridge
 from jax._src.export import _export
-from jax._src.lib import _jax
-from jax._src.lib.mlir import ir as _ir
+from jax._src.lib import _jax  # pyright: ignore[reportPrivateImportUsage]
+from jax._src.lib.mlir import (
+  ir as _ir,  # pyright: ignore[reportPrivateImportUsage]
+)
 from jax._src.lib.mlir.dialects import sdy as _sdy
 from jax.interpreters import ad, batching, mlir
 

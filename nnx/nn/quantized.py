@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, TypeVar, overload
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +18,7 @@ from nnx.nn.linear_general import LinearGeneral
 from nnx.variablelib import Param, Variable
 
 A = TypeVar("A")
+M = TypeVar("M")
 
 
 class Quantized(Variable[A], Generic[A]):
@@ -352,6 +353,22 @@ _PACKED: dict[type[Module], Any] = {
 }
 
 
+@overload
+def quantize(
+  model: Linear | LinearGeneral | Embed,
+  filter: filterlib.Filter = ...,
+  *,
+  bits: int = ...,
+  group: int | None = ...,
+) -> Any: ...
+@overload
+def quantize(
+  model: M,
+  filter: filterlib.Filter = ...,
+  *,
+  bits: int = ...,
+  group: int | None = ...,
+) -> M: ...
 def quantize(
   model: Any,
   filter: filterlib.Filter = (Linear, LinearGeneral),

@@ -7,6 +7,7 @@ import math
 from typing import Any, NamedTuple
 
 import jax
+from jax.core import Tracer
 import jax.numpy as jnp
 
 from nnx.filterlib import Filter
@@ -124,7 +125,8 @@ def _taken(kwargs: dict[str, Any], name: str, metric: Metric) -> Any:
 
 def _as_weights(mask: Any, values: Any, name: str) -> jax.Array:
   """Returns how often each value counts; under a trace NaN for no number."""
-  mask, shape = jnp.asarray(mask), jnp.shape(values)
+  mask = jnp.asarray(mask)
+  shape = jnp.shape(values)
   try:
     weights = jnp.broadcast_to(mask, shape)
   except ValueError:
@@ -138,7 +140,7 @@ def _as_weights(mask: Any, values: Any, name: str) -> jax.Array:
     return weights
   # The count is an integer and would lose fractions.
   fits = ((mask == jnp.round(mask)) & (mask >= 0) & (mask < jnp.inf)).all()
-  if not isinstance(fits, jax.core.Tracer) and not fits:
+  if not isinstance(fits, Tracer) and not fits:
     raise ValueError(
       f"`mask` must be made of whole numbers, but got {mask}. How often a value"
       " counts is 0, 1, 2 and so on; for an average with other weights divide"

@@ -5,7 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 import functools
 import inspect
-from typing import Any
+from typing import (
+  Any,
+  Generic,
+  ParamSpec,
+  TypedDict,
+  TypeVar,
+  Unpack,
+  overload,
+)
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +27,26 @@ from nnx.transforms import callables, diff_states, lift, outcomes
 from nnx.transforms import carry as carry_lib
 from nnx.transforms.diff_states import DiffState
 
+P = ParamSpec("P")
+R = TypeVar("R")
 
+
+class CustomVjpOptions(TypedDict, total=False):
+  """Options of `custom_vjp`."""
+
+  nondiff_argnums: Sequence[int | DiffState]
+  graph: bool | None
+  graph_updates: bool | None
+
+
+@overload
+def custom_vjp(
+  fun: Callable[P, R], **options: Unpack[CustomVjpOptions]
+) -> CustomVjp[P, R]: ...
+@overload
+def custom_vjp(
+  fun: None = None, **options: Unpack[CustomVjpOptions]
+) -> Callable[[Callable[P, R]], CustomVjp[P, R]]: ...
 def custom_vjp(
   fun: Callable[..., Any] | None = None,
   *,
@@ -87,7 +114,7 @@ def custom_vjp(
   return CustomVjp(fun, nondiff_argnums, lift.Policy(mode, "custom_vjp"))
 
 
-class CustomVjp:
+class CustomVjp(Generic[P, R]):
   """A function with a derivative of its own; see `custom_vjp`.
 
   Example:
@@ -101,7 +128,7 @@ class CustomVjp:
 
   def __init__(
     self,
-    fun: Callable[..., Any],
+    fun: Callable[P, R],
     nondiff_argnums: Sequence[int | DiffState],
     policy: lift.Policy,
   ):
@@ -141,20 +168,20 @@ class CustomVjp:
     environment.check_flags(symbolic_zeros=symbolic_zeros)
     self.rules = (fwd, bwd, symbolic_zeros)
 
-  def __call__(self, *args: Any, **kwargs: Any) -> Any:
+  def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
     if not self.rules:
       raise ValueError(
         f"`{callables.name_of(self.fun)}` must be given its derivative before"
         " it is called. Call `defvjp(fwd, bwd)`."
       )
-    args, kwargs = callables.bind(self.fun, args, kwargs)
-    if kwargs:
+    values, named_values = callables.bind(self.fun, args, kwargs)
+    if named_values:
       raise TypeError(
         "The arguments of a function with a custom derivative must be"
-        f" positional, but {sorted(kwargs)} are not."
+        f" positional, but {sorted(named_values)} are not."
       )
     fwd, bwd, symbolic_zeros = self.rules
-    application = _Application(self, args, fwd, bwd)
+    application = _Application(self, values, fwd, bwd)
     call, inputs = application.call, [*application.diff, *application.rest]
 
     def named(function, fun):
@@ -176,7 +203,9 @@ class CustomVjp:
 class _Application:
   """One call: its arguments opened, and the rule as functions of leaves."""
 
-  def __init__(self, owner: CustomVjp, args: tuple[Any, ...], fwd, bwd):
+  def __init__(
+    self, owner: CustomVjp[..., Any], args: tuple[Any, ...], fwd, bwd
+  ):
     self.tree = not owner.policy.mode.updates
     self.fwd = fwd
     self.bwd = bwd

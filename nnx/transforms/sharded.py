@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable
 import functools
 import re
-from typing import Any
+from typing import Any, Required, TypedDict, TypeVar, Unpack, overload
 
 import jax
 from jax.sharding import PartitionSpec
@@ -13,6 +13,20 @@ from jax.sharding import PartitionSpec
 from nnx import environment
 from nnx.graphlib import modes
 from nnx.transforms import callables, lift, mapped, places, prefix
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+class ShardMapOptions(TypedDict, total=False):
+  """Options of `shard_map`."""
+
+  mesh: Required[jax.sharding.Mesh | jax.sharding.AbstractMesh]
+  in_specs: Required[Any]
+  out_specs: Required[Any]
+  axis_names: frozenset[Hashable] | set[Hashable]
+  check_vma: bool
+  graph: bool | None
+  graph_updates: bool | None
 
 
 def _is_spec(value: Any) -> bool:
@@ -29,6 +43,12 @@ def _check_specs(option: str, specs: Any) -> None:
       )
 
 
+@overload
+def shard_map(f: F, **options: Unpack[ShardMapOptions]) -> F: ...
+@overload
+def shard_map(
+  f: None = None, **options: Unpack[ShardMapOptions]
+) -> Callable[[F], F]: ...
 def shard_map(
   f: Callable[..., Any] | None = None,
   *,

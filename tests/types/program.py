@@ -110,6 +110,35 @@ def train_step(
   return value
 
 
+mesh = jax.sharding.Mesh(jax.devices(), ("data",))
+sharded = nnx.shard_map(loss, mesh=mesh, in_specs=None, out_specs=None)
+assert_type(sharded(block, x), jax.Array)
+check_signature(sharded)
+
+
+@nnx.shard_map(mesh=mesh, in_specs=None, out_specs=None)
+def on_shards(model: Block, x: jax.Array) -> jax.Array:
+  return model(x)
+
+
+@nnx.custom_vjp
+def clipped(model: Block, x: jax.Array) -> jax.Array:
+  return model(x)
+
+
+@nnx.custom_vjp(nondiff_argnums=(1,))
+def scaled_by(model: Block, factor: float) -> jax.Array:
+  return model.scale[...] * factor
+
+
+assert_type(on_shards(block, x), jax.Array)
+assert_type(clipped(block, x), jax.Array)
+assert_type(scaled_by(block, 2.0), jax.Array)
+clipped.defvjp(lambda model, x: (model(x), None), lambda _, g: (g, g))
+assert_type(nnx.quantize(block, bits=4), Block)
+# The layer itself is replaced, by one of another class.
+assert_type(nnx.quantize(block.linear), Any)
+
 optimizer = nnx.Optimizer(block, optax.adam(0.1), wrt=nnx.Param)
 assert_type(train_step(block, optimizer, x), jax.Array)
 assert_type(optimizer.step.value, jax.Array)
@@ -119,6 +148,14 @@ nnx.jit(loss)(block, "x")  # type: ignore[arg-type]
 nnx.jit(static_argnums="power")  # type: ignore[arg-type]
 nnx.remat(loss)(x)  # type: ignore[call-arg, arg-type]
 print(nnx.no_such_name)  # type: ignore[attr-defined]
+
+clipped(block)  # type: ignore[call-arg]
+on_shards(x, x)  # type: ignore[arg-type]
+# At run time jax takes a Variable, but `jax.typing.ArrayLike` names classes and
+# has no protocol, so the checkers ask for the value.
+jnp.sum(block.scale)  # type: ignore[arg-type]
+assert_type(jnp.sum(block.scale[...]), jax.Array)
+jnp.dot(block.scale.value, x)
 
 # The graph functions.
 graphdef, state = nnx.split(block)

@@ -43,8 +43,13 @@ def tunix_lora() -> Callable[[], Any]:
   import numpy as np
   import optax
   import qwix  # pyright: ignore[reportMissingImports]
-  from tunix.models.llama3 import model as llama3
-  from tunix.sft import peft_trainer, utils
+  from tunix.models.llama3 import (  # pyright: ignore[reportMissingImports]
+    model as llama3,
+  )
+  from tunix.sft import (  # pyright: ignore[reportMissingImports]
+    peft_trainer,
+    utils,
+  )
 
   config = llama3.ModelConfig(
     num_layers=4,

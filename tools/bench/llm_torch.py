@@ -4,7 +4,7 @@ from typing import Any
 
 import numpy as np
 import torch  # pyright: ignore[reportMissingImports]
-from torch.nn import functional
+from torch.nn import functional  # pyright: ignore[reportMissingImports]
 
 from examples.llm import config as config_lib
 from examples.llm import model as model_lib
