@@ -232,7 +232,7 @@ def _others(
 
 
 def _optional(name: str, make: Callable[[], Any], writes: bool) -> harness.Side:
-  """Makes a side of a step, made when it is due, that returns NumPy's arrays."""
+  """Makes a side, when it is due, of a step that returns NumPy's arrays."""
   return harness.Side(
     name=name,
     fresh=functools.cache(make),
@@ -270,7 +270,7 @@ def _filled(
 def _build(
   quick: bool, op: str, dtype: str, texts: int, before: int, new: int
 ) -> harness.Comparison:
-  """Builds the row of so many given tokens of each text after so many others."""
+  """Builds the row of so many new tokens of each text after so many others."""
   writes = op == "write"
   length = before + max(new, _ROOM)
   checkpoint = _checkpoint(quick)
