@@ -222,13 +222,16 @@ def _others(
 
     name = llm_llama_cpp.FILE_TYPES[dtype]
     path = loading.default_path()
-    yield _optional(
+    side = _optional(
       f"llama.cpp, {name}",
       functools.partial(
         llm_llama_cpp.Step, path, dtype, context, tokens, _ROOM
       ),
       writes,
     )
+    # Its keys and values are rounded to float16, which other tokens may follow
+    # from: `decode` compares the logits.
+    yield dataclasses.replace(side, observe=None) if writes else side
 
 
 def _optional(name: str, make: Callable[[], Any], writes: bool) -> harness.Side:
