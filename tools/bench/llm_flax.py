@@ -118,6 +118,30 @@ def step(model: Model, tokens: jax.Array, index: jax.Array) -> jax.Array:
   return model(tokens, index)
 
 
+def write(
+  model: Model, tokens: jax.Array, index: jax.Array, *, count: int
+) -> jax.Array:
+  """Writes the likeliest tokens; to be compiled.
+
+  Args:
+    model: that writes.
+    tokens: `[texts, 1]`, the last ones.
+    index: as of a model.
+    count: how many to write.
+
+  Returns:
+    `[texts, count]`.
+  """
+
+  def one(i, carry):
+    model, last, text = carry
+    last = model(last, index + i).argmax(-1, keepdims=True).astype(last.dtype)
+    return model, last, lax.dynamic_update_slice(text, last, (0, i))
+
+  text = jnp.zeros((len(tokens), count), tokens.dtype)
+  return nnx.fori_loop(0, count, one, (model, tokens, text))[2]
+
+
 def fill(
   model: Model, arrays: dict[str, np.ndarray], cache: model_lib.KVCache
 ) -> None:

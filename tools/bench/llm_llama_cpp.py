@@ -88,9 +88,32 @@ class Step:
     """Returns the logits after the last token, `[texts, vocabulary]`."""
     for text in range(self._texts):
       llama_cpp.llama_memory_seq_rm(self._memory, text, self._before, -1)
+    return self._next()
+
+  def _next(self) -> np.ndarray:
     self._decode(self._batch)
     logits = llama_cpp.llama_get_logits(self._context)  # waits
     return np.ctypeslib.as_array(logits, (self._texts, self._vocabulary))
+
+  def write(self, count: int) -> np.ndarray:
+    """Returns the likeliest tokens after the given ones, `[texts, count]`.
+
+    Args:
+      count: how many of each text.
+    """
+    given = [self._batch.token[text] for text in range(self._texts)]
+    written = []
+    for i in range(count):
+      for text in range(self._texts):
+        self._batch.pos[text] = self._before + i
+      logits = self() if i == 0 else self._next()
+      written.append(logits.argmax(-1))
+      for text in range(self._texts):
+        self._batch.token[text] = int(written[-1][text])
+    for text in range(self._texts):
+      self._batch.pos[text] = self._before
+      self._batch.token[text] = given[text]
+    return np.stack(written, -1).astype(np.int32)
 
   def _decode(self, batch: Any) -> None:
     status = llama_cpp.llama_decode(self._context, batch)

@@ -32,8 +32,8 @@ class Step:
     index: int,
   ):
     self._config = config
-    self._index = index
-    self._tokens = torch.from_numpy(tokens.astype(np.int64))
+    self._first = index
+    self._given = torch.from_numpy(tokens.astype(np.int64))
     own = getattr(torch, dtype)
     self._weights = {
       name.removesuffix(".weight"): _tensor(array, own)
@@ -45,20 +45,37 @@ class Step:
       )
       for pair in zip(cache.keys, cache.values, strict=True)
     ]
-    end = index + tokens.shape[1]
-    table = torch.from_numpy(config.rope.table(end)[:, index:])
-    self._cos, self._sin = torch.cat([table, table], -1).to(own)
+    length = self._caches[0][0].shape[2]
+    table = torch.from_numpy(config.rope.table(length))
+    self._table = torch.cat([table, table], -1).to(own)
 
-  @torch.inference_mode()
   def __call__(self) -> np.ndarray:
     """Returns the logits after the last token, `[texts, vocabulary]`."""
+    return self._logits(self._given, self._first).numpy()
+
+  def write(self, count: int) -> np.ndarray:
+    """Returns the likeliest tokens after the given ones, `[texts, count]`.
+
+    Args:
+      count: how many of each text.
+    """
+    text = [self._given]
+    for i in range(count):
+      logits = self._logits(text[-1], self._first + i)
+      text.append(logits.argmax(-1, keepdim=True))
+    return torch.cat(text[1:], -1).numpy()
+
+  @torch.inference_mode()
+  def _logits(self, tokens: torch.Tensor, index: int) -> torch.Tensor:
+    self._index = index
+    self._cos, self._sin = self._table[:, index : index + tokens.shape[1]]
     table = self._weights["embed_tokens"]
-    x = functional.embedding(self._tokens, table)
+    x = functional.embedding(tokens, table)
     for layer in range(self._config.layers):
       x = x + self._attention(layer, x)
       x = x + self._mlp(f"layers.{layer}", x)
     x = self._norm("norm", x[:, -1])
-    return functional.linear(x, table).float().numpy()
+    return functional.linear(x, table).float()
 
   def _norm(self, name: str, x: torch.Tensor) -> torch.Tensor:
     scale = self._weights[name]

@@ -1,5 +1,7 @@
 """Writing one text, with guesses and without."""
 
+from unittest import mock
+
 from absl.testing import absltest, parameterized
 from jax import numpy as jnp
 import numpy as np
@@ -29,6 +31,45 @@ class GenerateTest(parameterized.TestCase):
       text[0, end] = read(self.model, jnp.asarray(text))[0, end - 1].argmax()
     written = list(self.plain.write(PROMPT, GREEDY, most=12))
     self.assertEqual(written, text[0, len(PROMPT) :][:12].tolist())
+
+  def test_likeliest_tokens_come_several_a_call(self):
+    counted = mock.patch.object(
+      self.plain._steps, "write", wraps=self.plain._steps.write
+    )
+    with counted as write:
+      text = list(self.plain.write(PROMPT, GREEDY, most=21))
+    self.assertLen(text, 21)
+    # The first is there when the prompt has been read.
+    self.assertEqual([call.args[3] for call in write.call_args_list], [8, 8, 4])
+    self.assertEqual(self.plain.times.steps, 20)
+    # One by one: a penalty, though of almost nothing, must be seen by Python.
+    almost = sampling.Sampling(repetition_penalty=1 + 1e-9)
+    with counted as write:
+      self.assertEqual(list(self.plain.write(PROMPT, almost, most=21)), text)
+    write.assert_not_called()
+
+  def test_steps_end_with_the_text(self):
+    text = list(self.plain.write(PROMPT, GREEDY, most=20))
+    end = text[3]
+    first = text.index(end)
+    ends = frozenset([end, 63])
+    written = list(self.plain.write(PROMPT, GREEDY, most=20, ends=ends))
+    self.assertEqual(written, text[:first])
+    # The model was applied no more once the end was there.
+    self.assertEqual(self.plain.times.steps, first)
+
+  def test_a_program_makes_no_wide_copy_of_its_weights(self):
+    values = tiny.CONFIGS["llama"]
+    model = weights.load(tiny.Checkpoint(values), LENGTH, jnp.bfloat16)
+    steps = generate.Writer(model, LENGTH)
+    steps.compile(8, GREEDY)
+    programs = steps._steps._programs
+    (program,) = (programs[key] for key in programs if key[0] == "write")
+    text = program.as_text()
+    shape = ",".join(map(str, model.embed_tokens.embedding.shape))
+    entry = text[text.index("\nENTRY ") :]
+    self.assertIn(f"bf16[{shape}]", entry)
+    self.assertNotIn(f"f32[{shape}]", entry)
 
   @parameterized.parameters(
     GREEDY,

@@ -29,6 +29,23 @@ class RowsTest(parameterized.TestCase):
     call = comparison.ours.call
     np.testing.assert_array_equal(call(None), call(None))
 
+  def test_sides_write_the_same_tokens(self):
+    label = "llm/write/made_B2_S32/float32"
+    (case,) = (each for each in llm.cases(_QUICK) if each.label == label)
+    comparison = case.build()
+    checked = harness.check(comparison, label)
+    self.assertIn("flax.nnx.jit donating, float32", checked.differences)
+    tokens = np.asarray(comparison.ours.call(None))
+    self.assertEqual(tokens.shape, (2, 8))
+    np.testing.assert_array_equal(comparison.ours.call(None), tokens)
+
+  def test_where_tokens_may_differ_none_are_compared(self):
+    label = "llm/write/made_B2_S32/int8"
+    (case,) = (each for each in llm.cases(_QUICK) if each.label == label)
+    comparison = case.build()
+    self.assertIsNone(comparison.ours.observe)
+    harness.check(comparison, label)
+
 
 class CasesTest(absltest.TestCase):
   def test_rows_have_the_promised_names(self):
@@ -38,8 +55,9 @@ class CasesTest(absltest.TestCase):
     self.assertEqual(
       {(case.op, case.case) for case in cases},
       {
-        ("decode", f"smollm2_135m_B{texts}_S{context}")
-        for texts in (1, 8)
+        (op, f"smollm2_135m_B{texts}_S{context}")
+        for op, batches in (("decode", (1, 8)), ("write", (1,)))
+        for texts in batches
         for context in (128, 1024, 4096)
       }
       | {("prompt", "smollm2_135m_512")},
