@@ -26,6 +26,7 @@ from jax.nn.initializers import variance_scaling as variance_scaling
 from jax.nn.initializers import xavier_normal as xavier_normal
 from jax.nn.initializers import xavier_uniform as xavier_uniform
 from jax.nn.initializers import zeros as zeros
+import jax.numpy as jnp
 
 from nnx import eager
 
@@ -119,4 +120,6 @@ def initialize(
   one_call = _ONE_CALL.get(init)
   if one_call is None:
     return init(key, shape, dtype)
+  if 0 in shape:  # whose variance would be a division by 0
+    return jnp.zeros(shape, dtype)
   return one_call(key, tuple(shape), dtype)

@@ -254,3 +254,14 @@ def test_linear_under_vmap_and_jit_of_flax_and_ours():
   want = flax_nnx.jit(lambda m, x: m(x))(theirs, x)
   np.testing.assert_allclose(got, want, rtol=2e-5)
   np.testing.assert_allclose(jax.vmap(ours)(x), want, rtol=2e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+  ("name", "args", "features"),
+  [("Linear", (0, 3), 3), ("Linear", (3, 0), 0), ("LoRALinear", (0, 3), 3)],
+)
+def test_layers_may_have_no_features(name, args, features):
+  options = {"lora_rank": 2} if name == "LoRALinear" else {}
+  layer = getattr(nnx, name)(*args, **options, rngs=nnx.Rngs(0))
+  y = layer(jnp.ones((2, args[0])))
+  np.testing.assert_array_equal(y, np.zeros((2, features)))
