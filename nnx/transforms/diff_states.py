@@ -76,10 +76,11 @@ def as_tuple(
     TypeError: if they are something else.
   """
   kinds = (int, np.integer, DiffState)
-  one = not isinstance(argnums, Iterable) or isinstance(
+  nums: tuple[Any, ...] = (argnums,)
+  if isinstance(argnums, Iterable) and not isinstance(
     argnums, _engine.ObjectBase
-  )
-  nums: tuple[Any, ...] = (argnums,) if one else tuple(argnums)
+  ):
+    nums = tuple(argnums)
   if all(isinstance(n, kinds) and not isinstance(n, bool) for n in nums):
     return nums
   raise TypeError(
