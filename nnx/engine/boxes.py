@@ -135,8 +135,8 @@ if hijax is not None:
       """Raises: only outputs are lowered like this."""
       raise TypeError(
         f"A hijax Variable, here of type `{self.kind.__name__}`, must not be"
-        " returned from a function that jax traces, nor be used in a branch that"
-        " jax differentiates as a whole: jax has no mutable outputs."
+        " returned from a function that jax traces, nor be used in a branch"
+        " that jax differentiates as a whole: jax has no mutable outputs."
         " Return `nnx.with_vars(x, hijax=False)`, and make of it what you want"
         " outside, by `nnx.with_vars(y, hijax=True)`."
       )

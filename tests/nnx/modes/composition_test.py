@@ -149,9 +149,10 @@ class CompositionTest(parameterized.TestCase):
     self.assertEqual(ours, theirs)
 
 
-# The fourth mode: transforms of jax itself on hijax Variables. With `eager` they
-# are what they mean, step by step in Python, on Variables that are not hijax. jax
-# has none yet in `jax.remat`, nor where it differentiates branches and loops.
+# The fourth mode: transforms of jax itself on hijax Variables. With `eager`
+# they are what they mean, step by step in Python, on Variables that are not
+# hijax. jax has none yet in `jax.remat`, nor where it differentiates branches
+# and loops.
 
 
 def of_jit(f, eager):
