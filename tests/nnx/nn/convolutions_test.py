@@ -53,7 +53,7 @@ ONE_PLACE: dict[str, tuple[Any, Any, dict[str, Any]]] = {
   "1x1, dilations": (
     (1, 1),
     (3, 2),
-    {"input_dilation": 2, "kernel_dilation": 3},
+    {"input_dilation": 2, "kernel_dilation": 3, "padding": ((0, 1), (1, 0))},
   ),
   "1, one axis": ((1,), (7,), {"padding": "VALID"}),
 }
