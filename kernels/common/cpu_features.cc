@@ -19,6 +19,9 @@ SimdLevel DetectSimdLevel() {
                       __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512dq") &&
                       __builtin_cpu_supports("avx512vl");
+  if (avx512 && __builtin_cpu_supports("avx512bf16")) {
+    return SimdLevel::kAvx512Bf16;
+  }
   if (avx512) return SimdLevel::kAvx512;
   if (avx2) return SimdLevel::kAvx2;
 #endif
@@ -30,7 +33,9 @@ SimdLevel MachineSimdLevel() {
   return level;
 }
 
-std::atomic<int> g_cap{static_cast<int>(SimdLevel::kAvx512)};
+constexpr SimdLevel kBest = SimdLevel::kAvx512Bf16;
+
+std::atomic<int> g_cap{static_cast<int>(kBest)};
 
 }  // namespace
 
@@ -41,20 +46,22 @@ SimdLevel CurrentSimdLevel() {
 }
 
 bool SetSimdLevel(std::string_view name) {
-  for (const SimdLevel level :
-       {SimdLevel::kBaseline, SimdLevel::kAvx2, SimdLevel::kAvx512}) {
+  for (const SimdLevel level : {SimdLevel::kBaseline, SimdLevel::kAvx2,
+                                SimdLevel::kAvx512, SimdLevel::kAvx512Bf16}) {
     if (name == SimdLevelName(level) && level <= MachineSimdLevel()) {
       g_cap.store(static_cast<int>(level));
       return true;
     }
   }
   if (name != "auto") return false;
-  g_cap.store(static_cast<int>(SimdLevel::kAvx512));
+  g_cap.store(static_cast<int>(kBest));
   return true;
 }
 
 std::string SimdLevelName(SimdLevel level) {
   switch (level) {
+    case SimdLevel::kAvx512Bf16:
+      return "avx512_bf16";
     case SimdLevel::kAvx512:
       return "avx512";
     case SimdLevel::kAvx2:

@@ -18,17 +18,19 @@ enum class SimdLevel : int {
   kBaseline = 0,  // SSE2 on x86-64, NEON on arm64
   kAvx2 = 1,      // AVX2, FMA, F16C
   kAvx512 = 2,    // AVX-512 F, BW, DQ, VL on top of it
+  // Its products of pairs of bfloat16, summed in float32.
+  kAvx512Bf16 = 3,
 };
 
 // The best level of this machine, capped by `SetSimdLevel`.
 SimdLevel CurrentSimdLevel();
 
-// Caps the level, for tests of every code path on one machine: "baseline",
-// "avx2", "avx512" or "auto". Returns false, and changes nothing, for another
+// Caps the level, for tests of every code path on one machine: the name of one,
+// or "auto". Returns false, and changes nothing, for another
 // name or for a level that this machine lacks.
 bool SetSimdLevel(std::string_view name);
 
-// "baseline", "avx2" or "avx512".
+// "baseline", "avx2", "avx512" or "avx512_bf16".
 std::string SimdLevelName(SimdLevel level);
 
 }  // namespace kernels

@@ -7,7 +7,9 @@
 // defines the body's functions in the namespaces `simd_baseline`, `simd_avx2`
 // and `simd_avx512` of the namespace that is open where this file is included
 // (the last two on x86-64 only), each beside its own copy of
-// kernels/common/simd.inc. Call one through
+// kernels/common/simd.inc. `simd_avx512_bf16` is another name of the last one,
+// unless KERNELS_SIMD_BF16 is defined: then the body has code of its own for
+// it. Call one through
 //
 //   KERNELS_SIMD_CALL(level, MyKernel(args...));
 //
@@ -86,6 +88,35 @@ namespace simd_avx512 {
 #endif
 #endif
 
+#if defined(KERNELS_SIMD_BF16)
+#if defined(__clang__)
+#pragma clang attribute push(                                             \
+    __attribute__((target(                                                \
+        "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512bf16"))), \
+    apply_to = function)
+#else
+#pragma GCC push_options
+#pragma GCC target( \
+    "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")
+#endif
+#define KERNELS_LANES 16
+#define KERNELS_SIMD_LEVEL 3
+namespace simd_avx512_bf16 {
+#include "kernels/common/simd.inc"
+#include KERNELS_SIMD_BODY
+}  // namespace simd_avx512_bf16
+#undef KERNELS_LANES
+#undef KERNELS_SIMD_LEVEL
+#if defined(__clang__)
+#pragma clang attribute pop
+#else
+#pragma GCC pop_options
+#endif
+#elif !defined(KERNELS_SIMD_ONLY)
+namespace simd_avx512_bf16 = simd_avx512;
+#endif
+
 #endif  // __x86_64__
 
 #undef KERNELS_SIMD_BODY
+#undef KERNELS_SIMD_BF16

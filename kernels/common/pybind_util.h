@@ -22,14 +22,15 @@ inline pybind11::capsule HandlerCapsule(XLA_FFI_Handler* handler) {
 inline void AddSimdLevelFunctions(pybind11::module_& module) {
   module.def(
       "simd_level", [] { return SimdLevelName(CurrentSimdLevel()); },
-      "Returns the instruction set in use: baseline, avx2 or avx512.");
+      "Returns the instruction set in use: baseline, avx2, avx512 or "
+      "avx512_bf16.");
   module.def(
       "set_simd_level",
       [](const std::string& name) {
         if (!SetSimdLevel(name)) {
           throw pybind11::value_error(
-              "`name` must be auto, baseline, avx2 or avx512 and supported by "
-              "this machine, but got `" +
+              "`name` must be auto, baseline, avx2, avx512 or avx512_bf16 and "
+              "supported by this machine, but got `" +
               name + "`.");
         }
       },

@@ -25,18 +25,21 @@
 #define KERNELS_INLINE inline __attribute__((always_inline))
 
 #if defined(__x86_64__)
-#define KERNELS_SIMD_CALL(level, ...)     \
-  do {                                    \
-    switch (level) {                      \
-      case ::kernels::SimdLevel::kAvx512: \
-        simd_avx512::__VA_ARGS__;         \
-        break;                            \
-      case ::kernels::SimdLevel::kAvx2:   \
-        simd_avx2::__VA_ARGS__;           \
-        break;                            \
-      default:                            \
-        simd_baseline::__VA_ARGS__;       \
-    }                                     \
+#define KERNELS_SIMD_CALL(level, ...)         \
+  do {                                        \
+    switch (level) {                          \
+      case ::kernels::SimdLevel::kAvx512Bf16: \
+        simd_avx512_bf16::__VA_ARGS__;        \
+        break;                                \
+      case ::kernels::SimdLevel::kAvx512:     \
+        simd_avx512::__VA_ARGS__;             \
+        break;                                \
+      case ::kernels::SimdLevel::kAvx2:       \
+        simd_avx2::__VA_ARGS__;               \
+        break;                                \
+      default:                                \
+        simd_baseline::__VA_ARGS__;           \
+    }                                         \
   } while (false)
 #else
 #define KERNELS_SIMD_CALL(level, ...) \

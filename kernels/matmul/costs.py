@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from ..common import arrays
-from . import operands
+from . import ffi, operands
 
 # With more rows a product takes as long as the arithmetic does, in which XLA
 # is as good: it multiplies weights that it has packed.
@@ -25,6 +25,11 @@ MOST_ROWS_PACKED = 128
 # Small ones of 4 bits it unpacks in the time of fewer rows.
 MOST_ROWS_INT4 = 16
 
+# The level at which the kernels multiply pairs of bfloat16: twice as fast as
+# XLA, which multiplies float32, whatever the number of rows.
+PAIRS = "avx512_bf16"
+OF_PAIRS = ("bfloat16", "int8", "uint32", "float8_e4m3fn")
+
 # Numbers in the weights below which a call into a library is what it costs.
 LEAST_SIZE = 2**12
 
@@ -35,6 +40,17 @@ LARGE_SIZE = 2**22
 # Rows up to which XLA multiplies the transpose of large weights of float32
 # slower.
 MOST_ROWS_TRANSPOSED = 8
+
+
+def _pairs(x: Any, w: Any, form: operands.Form) -> bool:
+  """Whether this machine's kernel multiplies many rows as pairs."""
+  return (
+    form is not operands.Form.TRANSPOSED
+    and x.dtype.name == "bfloat16"
+    and w.dtype.name in OF_PAIRS
+    and ffi.LIBRARY.missing() is None
+    and ffi.LIBRARY.load().simd_level() == PAIRS
+  )
 
 
 def on_cpu(
@@ -58,7 +74,8 @@ def on_cpu(
   if rows is None:
     return "it is not known that the rows are few"
   most = MOST_ROWS_PACKED if form is operands.Form.PACKED else MOST_ROWS
-  if rows > most:
+  pairs = _pairs(x, w, form)
+  if rows > most and not pairs:
     return f"XLA multiplies more than {most} rows as fast"
   _, n = form.matrix(w.shape)
   size = arrays.static_size((x.shape[-1], n))
@@ -72,6 +89,8 @@ def on_cpu(
       return "XLA reads large weights of float32 as fast for one row"
     if rows > MOST_ROWS_TRANSPOSED:
       return f"XLA multiplies more than {MOST_ROWS_TRANSPOSED} rows as fast"
+    return None
+  if pairs:
     return None
   in_cache = size is not None and size < UNCACHED_SIZE
   if w.dtype.name == "uint32" and rows > MOST_ROWS_INT4 and in_cache:

@@ -16,7 +16,7 @@ from tests.testing import tolerances
 FLOATS = ("float32", "bfloat16", "float16")
 QUANTIZED = ("int8", "float8_e4m3fn", "float8_e5m2")
 INT32 = np.iinfo(np.int32)
-LEVELS = ("baseline", "avx2", "avx512", "auto")
+LEVELS = ("baseline", "avx2", "avx512", "avx512_bf16", "auto")
 
 # Below this, float32 arithmetic on the CPU may count as zero.
 TINY = 2.0**-126

@@ -28,6 +28,10 @@ KERNELS_DECLARE_LEVEL(simd_avx512)
 
 #undef KERNELS_DECLARE_LEVEL
 
+#if defined(__x86_64__)
+namespace simd_avx512_bf16 = simd_avx512;
+#endif
+
 }  // namespace decode_attention
 }  // namespace kernels
 

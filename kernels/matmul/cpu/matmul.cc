@@ -51,6 +51,44 @@ struct Item {
   int64_t k_begin, k_end;
 };
 
+// Of many rows of bfloat16 where the processor multiplies pairs of them: of
+// more than these, which take no longer than reading the weights.
+constexpr int64_t kFewRows = 8;
+constexpr int64_t kTileRows = 6;
+constexpr int64_t kTile = 64;  // columns
+constexpr int64_t kPanelDepth = 64;
+constexpr int64_t kPanelColumns = 512;
+constexpr int64_t kBlockTiles = 16;
+// Sum of the exponents, with their biases, of the smallest factors of either
+// side from which on no sum can be subnormal: every product, and so every sum,
+// is a multiple of 2^-126.
+constexpr int kLeastExponents = 2 * 127 + 2 * 7 - 126;
+
+// How such a product is cut.
+struct PairPlan {
+  int64_t rows, k, n;
+  int64_t padded;     // columns, whole tiles
+  int64_t units;      // pairs of a row of x
+  int64_t tile_rows;  // rows of x in a tile; the last may have fewer
+  int64_t tiles;
+  int64_t blocks;  // of tiles
+  int64_t columns, column_parts;
+  int64_t depth, k_parts;
+
+  int64_t TileRows(int64_t tile) const {
+    const int64_t left = rows - tile * tile_rows;
+    return left < tile_rows ? left : tile_rows;
+  }
+};
+
+// A part of the weights and a block of x.
+struct PairItem {
+  int64_t column_begin, column_end;
+  int64_t k_begin, k_end;
+  int64_t first_tile, last_tile;
+};
+
+#define KERNELS_SIMD_BF16
 #define KERNELS_SIMD_BODY "kernels/matmul/cpu/matmul_simd.inc"
 #include "kernels/common/foreach_simd.h"
 
@@ -229,6 +267,133 @@ void MultiplyTransposed(const ParallelLoop& loop, SimdLevel level,
   });
 }
 
+#if defined(__x86_64__)
+
+PairPlan MakePairPlan(const Geometry& g, Format format) {
+  PairPlan plan{};
+  plan.rows = g.rows;
+  plan.k = g.k;
+  plan.n = g.n;
+  plan.padded = RoundUp(g.n, kTile);
+  plan.units = RoundUp(g.k, 8) / 2;
+  plan.tiles = CeilDiv(g.rows, kTileRows);
+  plan.tile_rows = CeilDiv(g.rows, plan.tiles);
+  plan.tiles = CeilDiv(g.rows, plan.tile_rows);
+  plan.blocks = CeilDiv(plan.tiles, kBlockTiles);
+  plan.columns = RoundUp(CeilDiv(g.n, CeilDiv(g.n, kPanelColumns)), kTile);
+  plan.column_parts = CeilDiv(g.n, plan.columns);
+  // Many rows make an item of fewer weights worth a thread.
+  const int64_t bytes = std::max(
+      ItemBytes(g.rows) * kRowsAbreast / std::max(g.rows, kRowsAbreast),
+      kItemBytes / 4);
+  const int64_t items =
+      std::clamp<int64_t>(WeightBytes(format, g.k * g.n) / bytes, 1, kMaxItems);
+  const int64_t k_parts =
+      std::clamp<int64_t>(items / (plan.column_parts * plan.blocks), 1,
+                          std::max<int64_t>(g.k / kDepth, 1));
+  plan.depth =
+      std::max(RoundUp(CeilDiv(g.k, k_parts), 2 * kPanelDepth), kPanelDepth);
+  plan.k_parts = std::max<int64_t>(CeilDiv(g.k, plan.depth), 1);
+  return plan;
+}
+
+// Several rows of bfloat16.
+void MultiplyPairs(const ParallelLoop& loop, const Geometry& g,
+                   const ConstArray& x, const Weights& w,
+                   const ConstArray& bias, const Array& y) {
+  namespace simd = simd_avx512_bf16;
+  const PairPlan plan = MakePairPlan(g, w.format);
+  const int64_t tiles = g.groups * plan.tiles;
+  const std::unique_ptr<uint32_t[]> pairs(
+      new uint32_t[static_cast<size_t>(g.groups * g.rows * plan.units)]);
+  const std::unique_ptr<int[]> exponents(new int[static_cast<size_t>(tiles)]);
+  loop(tiles, g.groups * g.rows * g.k * 4, [&](int64_t i) {
+    const int64_t tile = i % plan.tiles;
+    const int64_t row = i / plan.tiles * g.rows + tile * plan.tile_rows;
+    exponents[static_cast<size_t>(i)] = simd::ArrangePairs(
+        static_cast<const uint16_t*>(x.data) + row * g.k, g.k,
+        plan.TileRows(tile), plan.units, w.format == Format::kInt4,
+        pairs.get() + row * plan.units);
+  });
+
+  // The sums of all ranges of rows of the weights. Where there is one range,
+  // they stay with the item.
+  const bool parted = plan.k_parts > 1;
+  const int64_t part_sums = g.rows * plan.padded;
+  const std::unique_ptr<float[]> sums(
+      parted
+          ? new float[static_cast<size_t>(g.groups * plan.k_parts * part_sums)]
+          : nullptr);
+  // Of a tile of columns: adds the bias to the sums of some rows and rounds.
+  const auto finish = [&](int64_t group, int64_t row, int64_t rows,
+                          int64_t column, float* from) {
+    const int64_t columns = std::min(kTile, g.n - column);
+    for (const int64_t end = row + rows; row < end; ++row, from += kTile) {
+      if (bias.data != nullptr) {
+        simd::Add(At(bias, group * g.n + column), bias.element, columns, from);
+      }
+      simd::Round(from, columns, y.element,
+                  At(y, (group * g.rows + row) * g.n + column));
+    }
+  };
+  const int64_t w_bytes = WeightBytes(w.format, g.k * g.n);
+  const int64_t parts = plan.k_parts * plan.column_parts * plan.blocks;
+  const int64_t block = CeilDiv(plan.tiles, plan.blocks);
+  loop(g.groups * parts, g.groups * w_bytes * plan.tiles, [&](int64_t i) {
+    const int64_t group = i / parts, part = i % parts;
+    const int64_t k_part = part / (plan.column_parts * plan.blocks);
+    PairItem item;
+    item.first_tile = part % plan.blocks * block;
+    item.last_tile = std::min(item.first_tile + block, plan.tiles);
+    item.column_begin = part / plan.blocks % plan.column_parts * plan.columns;
+    item.column_end = std::min(item.column_begin + plan.columns, plan.n);
+    item.k_begin = k_part * plan.depth;
+    item.k_end = std::min(item.k_begin + plan.depth, plan.k);
+    Weights own = w;
+    own.data = static_cast<const uint8_t*>(w.data) + group * w_bytes;
+    const int64_t of_scale = group * CeilDiv(g.k, w.group) * g.n;
+    if (w.scale != nullptr) own.scale += of_scale;
+    if (w.minimum != nullptr) own.minimum += of_scale;
+    const int64_t row = item.first_tile * plan.tile_rows;
+    const int64_t rows =
+        std::min(item.last_tile * plan.tile_rows, plan.rows) - row;
+    const uint32_t* factors = pairs.get() + group * g.rows * plan.units;
+    const int* of_x = exponents.get() + group * plan.tiles;
+    if (parted) {
+      float* to = sums.get() + (group * plan.k_parts + k_part) * part_sums +
+                  item.column_begin * g.rows + row * kTile;
+      simd::SumPairItem(plan, item, own, factors, of_x, to, g.rows);
+      return;
+    }
+    const std::unique_ptr<float[]> to(
+        new float[static_cast<size_t>(rows * plan.columns)]);
+    simd::SumPairItem(plan, item, own, factors, of_x, to.get(), rows);
+    for (int64_t c = item.column_begin; c < item.column_end; c += kTile) {
+      finish(group, row, rows, c, to.get() + (c - item.column_begin) * rows);
+    }
+  });
+  if (!parted) return;
+  const int64_t columns = plan.padded / kTile;
+  loop(g.groups * columns, g.groups * plan.k_parts * part_sums * 4,
+       [&](int64_t i) {
+         const int64_t group = i / columns, column = i % columns * kTile;
+         float* first =
+             sums.get() + group * plan.k_parts * part_sums + column * g.rows;
+         for (int64_t part = 1; part < plan.k_parts; ++part) {
+           simd::Add(first + part * part_sums, Element::kF32, g.rows * kTile,
+                     first);
+         }
+         finish(group, 0, g.rows, column, first);
+       });
+}
+
+// Whether each weight is a number of bfloat16, without its scale.
+bool IsBF16(Format format) {
+  return format != Format::kF32 && format != Format::kF16;
+}
+
+#endif  // __x86_64__
+
 }  // namespace
 
 void Multiply(const ParallelLoop& loop, SimdLevel level,
@@ -239,6 +404,12 @@ void Multiply(const ParallelLoop& loop, SimdLevel level,
   if (w.transposed) {
     return MultiplyTransposed(loop, level, g, x, w, bias, y);
   }
+#if defined(__x86_64__)
+  if (level == SimdLevel::kAvx512Bf16 && g.rows > kFewRows &&
+      x.element == Element::kBF16 && IsBF16(w.format)) {
+    return MultiplyPairs(loop, g, x, w, bias, y);
+  }
+#endif
   const Plan plan = MakePlan(g, w.format);
   const int64_t all_rows = g.groups * g.rows;
 

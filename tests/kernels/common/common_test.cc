@@ -187,7 +187,8 @@ class FlushSubnormals {
 
 void TestLevels() {
   CHECK_THAT(!kernels::SetSimdLevel("sse9"));
-  for (const char* name : {"baseline", "avx2", "avx512", "auto"}) {
+  for (const char* name :
+       {"baseline", "avx2", "avx512", "avx512_bf16", "auto"}) {
     if (!kernels::SetSimdLevel(name)) {
       std::printf("no %s on this machine: NOT run\n", name);
       continue;

@@ -148,22 +148,28 @@ struct Matrix {
   Weights weights;
 };
 
-void TestProduct(const Geometry& g, Format format, int64_t group,
-                 bool transposed = false) {
+void TestProductOf(Element element, const Geometry& g, Format format,
+                   int64_t group, bool transposed) {
   Random random;
   const Matrix w(&random, g, format, group, transposed);
   std::vector<float> x(static_cast<size_t>(g.groups * g.rows * g.k));
   std::vector<float> bias(static_cast<size_t>(g.groups * g.n));
   for (float& one : x) one = static_cast<float>(random.Next(8));
   for (float& one : bias) one = static_cast<float>(random.Next(100));
-  for (const SimdLevel level :
-       {SimdLevel::kBaseline, SimdLevel::kAvx2, SimdLevel::kAvx512}) {
+  std::vector<uint16_t> halves;  // the same numbers
+  for (const float one : x) halves.push_back(ToBF16(one));
+  const kernels::matmul::ConstArray from{
+      element == Element::kF32 ? static_cast<const void*>(x.data())
+                               : static_cast<const void*>(halves.data()),
+      element};
+  for (const SimdLevel level : {SimdLevel::kBaseline, SimdLevel::kAvx2,
+                                SimdLevel::kAvx512, SimdLevel::kAvx512Bf16}) {
     if (!kernels::SetSimdLevel(kernels::SimdLevelName(level))) continue;
     std::vector<float> y(static_cast<size_t>(g.groups * g.rows * g.n));
     std::vector<float> again(y.size());
     const auto run = [&](const kernels::ParallelLoop& loop, float* to) {
-      kernels::matmul::Multiply(loop, level, g, {x.data(), Element::kF32},
-                                w.weights, {bias.data(), Element::kF32},
+      kernels::matmul::Multiply(loop, level, g, from, w.weights,
+                                {bias.data(), Element::kF32},
                                 {to, Element::kF32});
     };
     run(Serial, y.data());
@@ -189,6 +195,13 @@ void TestProduct(const Geometry& g, Format format, int64_t group,
   }
 }
 
+void TestProduct(const Geometry& g, Format format, int64_t group,
+                 bool transposed = false) {
+  for (const Element element : {Element::kF32, Element::kBF16}) {
+    TestProductOf(element, g, format, group, transposed);
+  }
+}
+
 }  // namespace
 
 int main() {
@@ -199,6 +212,7 @@ int main() {
            Geometry{1, 33, 130, 70},
            Geometry{1, 2, 300, 5000},
            Geometry{3, 70, 9, 20},
+           Geometry{1, 103, 307, 600},
            Geometry{1, 0, 4, 4},
            Geometry{1, 2, 0, 4},
        }) {
@@ -212,6 +226,7 @@ int main() {
            Geometry{2, 3, 256, 33},
            Geometry{1, 33, 128, 70},
            Geometry{1, 1, 512, 3000},
+           Geometry{2, 103, 256, 600},
        }) {
     for (const Format format : {Format::kInt8, Format::kE4M3, Format::kInt4}) {
       for (const int64_t group : {int64_t{32}, int64_t{128}, g.k}) {

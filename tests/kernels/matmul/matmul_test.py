@@ -33,7 +33,7 @@ _SHAPES = (
 def _levels() -> list[str]:
   module = ffi.LIBRARY.load()
   names = []
-  for name in ("baseline", "avx2", "avx512"):
+  for name in ("baseline", "avx2", "avx512", "avx512_bf16"):
     try:
       module.set_simd_level(name)
       names.append(name)
@@ -407,6 +407,50 @@ class CpuContract(ProductContract):
     for x in (jnp.ones((1, 4)), jnp.ones((3, 4), "float16")):
       got = self.call(x, small)
       np.testing.assert_array_equal(np.asarray(got, np.float32), 2.0**-22)
+
+  def test_subnormal_numbers_count_among_many_rows_of_bfloat16(self):
+    rng = np.random.default_rng(20)
+    # Tiny numbers, and products and sums that are tiny where no number is.
+    sizes = [(-130, 0), (0, -130), (-60, -68), (-57, -60), (-56, -56), (20, 4)]
+    module = ffi.LIBRARY.load()
+    try:
+      for level, (of_x, of_w) in itertools.product(_levels(), sizes):
+        module.set_simd_level(level)
+        # The second half takes the first away, but for a little.
+        x = op_contract.array(rng, (13, 40), "float32") * 2.0**of_x
+        w = op_contract.array(rng, (40, 70), "float32") * 2.0**of_w
+        x = np.concatenate([x, -x], 1).astype(jnp.bfloat16)
+        w = np.concatenate([w, w + 2.0 ** (of_w - 8)], 0).astype(jnp.bfloat16)
+        got = self.call(x, w, preferred_element_type="float32")
+        most = np.abs(np.float64(x)) @ np.abs(np.float64(w))
+        off = np.abs(np.asarray(got, np.float64) - _oracle(x, w))
+        bound = 2.0**-22 * most + 80 * 2.0**-149
+        self.assertLess((off / bound).max(), 1.0, (level, of_x, of_w))
+    finally:
+      module.set_simd_level("auto")
+
+  def test_auto_takes_it_for_any_number_of_rows_where_pairs_are_multiplied(
+    self,
+  ):
+    module = ffi.LIBRARY.load()
+    x, w = jnp.ones((4096, 70), "bfloat16"), jnp.ones((70, 90), "bfloat16")
+    table = w.T
+    try:
+      for level in _levels():
+        module.set_simd_level(level)
+        (choice,) = kernels.explain(kernels.matmul, x, w)
+        want = "cpu" if level == "avx512_bf16" else "xla"
+        self.assertEqual(choice.implementation, want, level)
+        for operands, options in (
+          ((x.astype("float32"), w), {}),
+          ((x, w.astype("float16")), {}),
+          ((x, table), {"transposed": True}),
+        ):
+          product = functools.partial(kernels.matmul, **options)
+          (choice,) = kernels.explain(product, *operands)
+          self.assertEqual(choice.implementation, "xla", level)
+    finally:
+      module.set_simd_level("auto")
 
   def test_results_do_not_depend_on_what_other_rows_there_are(self):
     rng = np.random.default_rng(15)

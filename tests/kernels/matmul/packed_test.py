@@ -172,7 +172,7 @@ class PackedCpuTest(PackedContract):
   def test_every_instruction_set(self):
     module = ffi.LIBRARY.load()
     rng = np.random.default_rng(6)
-    levels = ["baseline", "avx2", "avx512"]
+    levels = ["baseline", "avx2", "avx512", "avx512_bf16"]
     try:
       for level, kind in itertools.product(levels, _KINDS):
         try:
@@ -180,8 +180,10 @@ class PackedCpuTest(PackedContract):
         except ValueError:
           print(f"no {level} on this machine: NOT run")
           continue
-        for rows, k, n in _SHAPES:
-          x = op_contract.array(rng, (rows, k), "float32")
+        for (rows, k, n), dtype in itertools.product(
+          _SHAPES, ("float32", "bfloat16")
+        ):
+          x = op_contract.array(rng, (rows, k), dtype)
           self.check(x, _weights(rng, k, n, kind))
     finally:
       module.set_simd_level("auto")
