@@ -23,9 +23,9 @@ DotGeneral = Callable[..., jax.Array]
 
 # As it was imported; see `eager.current`.
 _DOT_GENERAL = lax.dot_general
-# Beyond these, `kernels.matmul` takes XLA's product too; so a program may keep
-# the one that it has. They are written again, as they are asked for before any
-# kernel is imported.
+# Beyond these a program keeps the product that it has. `kernels.matmul` takes
+# it too, but for bfloat16 where the processor multiplies pairs of it. They are
+# written again, as they are asked for before any kernel is imported.
 _MOST_ROWS = 32
 _LEAST_SIZE = 4096
 _DTYPES = ("float32", "bfloat16", "float16")

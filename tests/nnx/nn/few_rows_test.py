@@ -134,7 +134,12 @@ def test_bounds_are_those_of_the_kernels(rows, features, dtype):
   (choice,) = kernels.explain(
     kernels.matmul, x.astype(dtype), kernel.astype(dtype)
   )
-  assert is_plain(layer, x) == (choice.implementation == "xla")
+  # Where the processor multiplies pairs of bfloat16, the kernel takes more.
+  takes_more = rows > 32 and dtype == "bfloat16"
+  assert takes_more or choice.implementation == (
+    "xla" if rows > 32 or features < 64 or dtype == "float8_e4m3fn" else "cpu"
+  )
+  assert is_plain(layer, x) == (takes_more or choice.implementation == "xla")
 
 
 @pytest.mark.parametrize("by", ["attribute", "code"])
