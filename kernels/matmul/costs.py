@@ -43,7 +43,7 @@ MOST_ROWS_TRANSPOSED = 8
 
 
 def _pairs(x: Any, w: Any, form: operands.Form) -> bool:
-  """Whether this machine's kernel multiplies many rows as pairs."""
+  """Tells whether this machine's kernel multiplies many rows as pairs."""
   return (
     form is not operands.Form.TRANSPOSED
     and x.dtype.name == "bfloat16"
