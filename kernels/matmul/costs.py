@@ -25,8 +25,8 @@ MOST_ROWS_PACKED = 128
 # Small ones of 4 bits it unpacks in the time of fewer rows.
 MOST_ROWS_INT4 = 16
 
-# The level at which the kernels multiply pairs of bfloat16: twice as fast as
-# XLA, which multiplies float32, whatever the number of rows.
+# The level at which the kernels multiply pairs of bfloat16, faster than XLA,
+# which multiplies float32, whatever the number of rows.
 PAIRS = "avx512_bf16"
 OF_PAIRS = ("bfloat16", "int8", "uint32", "float8_e4m3fn")
 

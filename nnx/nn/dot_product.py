@@ -201,7 +201,7 @@ def _plain_attention(
   _check_qkv(query, key, value)
   if mask is not None:
     mask = jnp.asarray(mask).astype(bool)
-  # jax asks for a product of float16 that only GPUs have.
+  # jax asks for a product of float16 that XLA refuses on the CPU.
   is_half = query.dtype == jnp.float16 and eager.functions_are_as_imported()
   if softcap is not None or is_half:
     wide = jnp.promote_types(query.dtype, jnp.float32)
